@@ -1,0 +1,110 @@
+"""The shape of the package: direction of imports, light import, and what the wheel holds."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "dp_accounting",
+    "deepspeed",
+    "hydra",
+    "jax",
+    "jaxlib",
+    "lightning",
+    "matplotlib",
+    "mlflow",
+    "optax",
+    "orbax",
+    "pandas",
+    "rich",
+    "scipy",
+    "sklearn",
+    "sympy",
+    "tensorboardX",
+    "tensorstore",
+    "torch._dynamo",
+    "torch._inductor",
+    "torchmetrics",
+    "transformers",
+    "wandb",
+)
+
+
+def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    return run(
+        "-c",
+        "from importlinter.cli import lint_imports_command as c; c(['--no-cache', '--no-logo'])",
+        cwd=root,
+    )
+
+
+def test_imports_point_down() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("tree.py", "from lumen import core", "Imports point down only"),
+        ("tree.py", "def f():\n    from lumen.core import rules", "Imports point down only"),
+        ("core/rules.py", "import lumen", "Nothing inside imports through the front door"),
+        ("stray.py", "", "Imports point down only"),
+    ],
+    ids=["up", "up inside a function", "front door", "a module without a layer"],
+)
+def test_the_linter_sees_a_wrong_import(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "lumen", tmp_path / "lumen", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "lumen" / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert contract in result.stdout
+
+
+def test_import_loads_nothing_heavy_beyond_torch() -> None:
+    code = (
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import lumen\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    result = run("-W", "error", "-c", code)
+    assert result.returncode == 0, result.stderr
+    loaded = json.loads(result.stdout)
+    assert "lumen" in loaded
+    heavy = [name for name in loaded if name.startswith(tuple(f"{h}." for h in HEAVY)) or name in HEAVY]
+    assert heavy == [], "import these on first use instead (inside the function that needs them)"
+
+
+def test_types_ship() -> None:
+    assert resources.files("lumen").joinpath("py.typed").is_file()
+
+
+def test_the_wheel_holds_lumen_only(tmp_path: Path) -> None:
+    result = run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("lumen_torch-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lumen"}
+    shipped = {name for name in names if name.startswith("lumen/")}
+    files = [*(ROOT / "lumen").rglob("*.py"), ROOT / "lumen" / "py.typed"]
+    ours = {path.relative_to(ROOT).as_posix() for path in files}
+    assert shipped == ours
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
