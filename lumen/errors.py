@@ -1,0 +1,74 @@
+"""Every exception that Lumen raises on purpose; each also derives from the built-in it refines."""
+
+from __future__ import annotations
+
+
+class LumenError(Exception):
+    """Base of all errors raised by Lumen: `except lm.LumenError` catches every one of them."""
+
+
+class BatchError(LumenError, ValueError):
+    """A batch that cannot be split, counted or cut: its leaves disagree, or it is too small or empty."""
+
+
+class LossError(LumenError, ValueError):
+    """A loss that cannot be differentiated: not a scalar or `Mean`, or independent of the params."""
+
+
+class ParamsError(LumenError, ValueError):
+    """Params or a module that cannot be trained: integer, uninitialised, missing or unexpected leaves."""
+
+
+class StepError(LumenError, TypeError):
+    """A step that does not return `(state, metrics)` with the state's own structure."""
+
+
+class PurityError(LumenError, RuntimeError):
+    """A step that changes what it was given, or answers differently when called again."""
+
+
+class StateError(LumenError, TypeError):
+    """A state type that is not a proper pytree, or an attempt to assign to a frozen one."""
+
+
+class DonatedError(LumenError, RuntimeError):
+    """A state whose memory was handed over to its successor is used again, or cannot be handed over."""
+
+
+class OrderError(LumenError, ValueError):
+    """Transforms composed in an order in which they would not mean what they say."""
+
+
+class SlotError(LumenError, KeyError):
+    """A transform with memory found no slot of its own in the state."""
+
+    def __str__(self) -> str:  # KeyError would print the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class PatternError(LumenError, ValueError):
+    """A name pattern that matches nothing, or a leaf that no pattern matches."""
+
+
+class HyperparameterError(LumenError, ValueError):
+    """A hyperparameter outside its range, NaN included."""
+
+
+class NonFiniteError(LumenError, FloatingPointError):
+    """A loss, gradient or parameter that is not finite."""
+
+
+class AxisError(LumenError, RuntimeError):
+    """A collective over an axis that cannot run where it was called."""
+
+
+class UpdateInterceptedError(LumenError, RuntimeError):
+    """`tx.update` was called by hand where a transform must see the whole update."""
+
+
+class GraphBreakWarning(UserWarning):
+    """A step that cannot be compiled whole; it runs with graph breaks instead."""
+
+
+class InexactWarning(UserWarning):
+    """Something runs, but slower or less exactly than it was asked to."""

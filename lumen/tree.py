@@ -1,0 +1,147 @@
+"""Pytrees: the few operations that Lumen needs, on optree with its own namespace.
+
+Dicts keep their insertion order. The option is entered when this module loads and held for as long as the
+process lives: a spec made under one order and used under the other would silently permute leaves.
+`None` is an empty subtree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Spec = optree.PyTreeSpec
+
+NAMESPACE = "lumen"
+
+_insertion_order = optree.dict_insertion_ordered(True, namespace=NAMESPACE)
+_insertion_order.__enter__()
+
+IsLeaf = Callable[[Any], bool]
+
+
+def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[Any], Spec]:
+    """The leaves of `tree`, depth first, and the spec that `unflatten` takes.
+
+    >>> leaves, spec = flatten({"b": 1, "a": (2, None)})
+    >>> leaves
+    [1, 2]
+    >>> unflatten(spec, leaves)
+    {'b': 1, 'a': (2, None)}
+    """
+    return optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+
+
+def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
+    """The tree with structure `spec` and the given leaves: the inverse of `flatten`."""
+    return spec.unflatten(leaves)
+
+
+def leaves(tree: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
+    """The leaves of `tree`, depth first."""
+    return optree.tree_leaves(tree, is_leaf, namespace=NAMESPACE)
+
+
+def structure(tree: Any, is_leaf: IsLeaf | None = None) -> Spec:
+    """The spec of `tree`; specs compare equal when structures and static fields do."""
+    return optree.tree_structure(tree, is_leaf, namespace=NAMESPACE)
+
+
+def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = None) -> Any:  # noqa: A001
+    """`fn` applied leaf by leaf over one tree, or several of the same structure.
+
+    >>> map(lambda x, y: x + y, {"a": 1}, {"a": 10})
+    {'a': 11}
+    """
+    return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf, namespace=NAMESPACE)
+
+
+def paths(tree: Any, is_leaf: IsLeaf | None = None) -> list[str]:
+    """A readable dotted path for each leaf, in the order of `leaves`.
+
+    >>> paths({"params": {"fc.weight": 0}, "slots": [1, 2]})
+    ['params[fc.weight]', 'slots[0]', 'slots[1]']
+    """
+    accessors = optree.tree_accessors(tree, is_leaf, namespace=NAMESPACE)
+    return [_path(accessor) for accessor in accessors]
+
+
+def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = None) -> Any:
+    """Like `map`, with the leaf's dotted path as the first argument of `fn`."""
+    found, spec = flatten(tree, is_leaf)
+    others = [spec.flatten_up_to(other) for other in rest]
+    return unflatten(spec, [fn(*each) for each in zip(paths(tree, is_leaf), found, *others, strict=True)])
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The leaves of `tree` that are tensors, in the order of `leaves`.
+
+    It walks the common containers in Python: a step calls this often on small trees, and entering optree between
+    torch's own calls costs several times what it does in a loop of its own.
+    """
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+CHILDREN: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # of the registered dataclasses; see lumen.core.dataclass
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
+def _collect(node: Any, found: list[Tensor]) -> None:
+    kind = type(node)
+    if kind is Tensor:
+        found.append(node)
+    elif kind is dict:
+        for child in node.values():
+            _collect(child, found)
+    elif kind is tuple or kind is list:
+        for child in node:
+            _collect(child, found)
+    elif kind in CHILDREN:
+        for child in CHILDREN[kind](node):
+            _collect(child, found)
+    elif kind not in _PLAIN:
+        found.extend(leaf for leaf in leaves(node) if isinstance(leaf, Tensor))
+
+
+def named_tensors(tree: Any) -> list[tuple[str, Tensor]]:
+    """`(path, tensor)` for each leaf that is a tensor."""
+    return [(path, leaf) for path, leaf in zip(paths(tree), leaves(tree), strict=True) if isinstance(leaf, Tensor)]
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes held by the tensors of `tree`; a tensor that occurs twice counts once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors(tree)}.values())
+
+
+def select(where: Tensor, yes: Any, no: Any) -> Any:
+    """Leaf by leaf, `yes` where the boolean scalar `where` is true, else `no`; without leaving the device."""
+    return map(lambda a, b: a if a is b or not isinstance(a, Tensor) else torch.where(where, a, b), yes, no)
+
+
+def differences(expected: Any, found: Any) -> list[str]:
+    """What a reader needs to see when two trees should have had the same structure."""
+    want, have = paths(expected), paths(found)
+    lines = [f"missing {path}" for path in want if path not in set(have)]
+    lines += [f"unexpected {path}" for path in have if path not in set(want)]
+    if not lines and structure(expected) != structure(found):
+        lines.append(f"structure {structure(found)} where {structure(expected)} was expected")
+    return lines
+
+
+def _path(accessor: optree.PyTreeAccessor) -> str:
+    text = ""
+    for entry in accessor:
+        if not text:
+            text = str(entry.entry)
+        elif isinstance(entry, optree.GetAttrEntry):
+            text += f".{entry.entry}"
+        else:
+            text += f"[{entry.entry}]"
+    return text
