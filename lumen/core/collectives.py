@@ -1,0 +1,127 @@
+"""`pmean`, `psum`, `pmax`, `axis_index`: collectives over a named axis, identities where it is unbound.
+
+An axis is bound by `ensemble` (the lanes of a `vmap`) or by a parallel transform (the processes of a mesh).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rules
+from lumen.errors import AxisError
+
+
+class Axis(Protocol):
+    """What can be bound to an axis name."""
+
+    size: int
+    process: bool
+
+    def index(self) -> Tensor:
+        """This member's place along the axis."""
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """`x` summed (`op="sum"`) or maximised (`op="max"`) over the axis; every member gets the result."""
+
+
+def psum(values: Any, axis: str) -> Any:
+    """The sum of each tensor in `values` over the members of `axis`; `values` itself where it is unbound.
+
+    Its transpose is psum again: the gradient of every member reaches every member.
+
+    >>> import lumen as lm, torch
+    >>> lm.psum(torch.tensor(2.0), "data")
+    tensor(2.)
+    """
+    return _reduce(values, axis, "sum")
+
+
+def pmax(values: Any, axis: str) -> Any:
+    """The maximum of each tensor in `values` over the members of `axis`."""
+    return _reduce(values, axis, "max")
+
+
+def pmean(values: Any, axis: str) -> Any:
+    """The mean of each tensor in `values` over the members of `axis`.
+
+    >>> import lumen as lm, torch
+    >>> lm.pmean({"x": torch.tensor(2.0)}, "data")
+    {'x': tensor(2.)}
+    """
+    bound = rules.axis(axis)
+    if bound is None:
+        return values
+    return tree.map(lambda x: x / bound.size, psum(values, axis))
+
+
+def axis_index(axis: str) -> Tensor:
+    """This member's place along `axis`, an int64 scalar; 0 where it is unbound."""
+    bound = rules.axis(axis)
+    return torch.zeros((), dtype=torch.int64) if bound is None else bound.index()
+
+
+def _reduce(values: Any, axis: str, op: str) -> Any:
+    bound: Axis | None = rules.axis(axis)
+    if bound is None:
+        return values
+    if bound.process and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise AxisError(
+            f"a collective over the process axis {axis!r} was called inside a torch.func transform (vmap or grad),"
+            " where torch would silently reduce the wrong tensors. Call it outside: reduce grads after"
+            " lm.value_and_grad, and metrics after the step; or name the vmap's own axis."
+        )
+    return tree.map(lambda x: bound.reduce(x, op), values)
+
+
+class LaneAxis:
+    """The lanes of one `torch.func.vmap` as an axis."""
+
+    process = False
+
+    def __init__(self, size: int, lane: Tensor) -> None:
+        self.size = size
+        self._lane = lane
+
+    def index(self) -> Tensor:
+        """This lane's number."""
+        return self._lane
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """Sum or maximum over the lanes."""
+        # A tensor that does not vary over the lanes never meets the vmap rule of a Function: tie it to the lane.
+        varying = x + torch.zeros_like(x) * self._lane.to(x.dtype)
+        return _LaneReduce.apply(varying, op)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LaneReduce(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, op: str) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.op = inputs[1]
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, output = ctx.saved_tensors
+        # A gradient that is the same in all lanes must be tied to them too, see `reduce`.
+        total = _LaneReduce.apply(grad + torch.zeros_like(x), "sum")  # type: ignore[no-untyped-call]
+        if ctx.op == "sum":
+            return total, None
+        winners = (x == output).to(grad.dtype)
+        return total * winners / _LaneReduce.apply(winners, "sum"), None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, op: str) -> tuple[Tensor, None]:
+        dim = in_dims[0]
+        if dim is None:
+            return (x * info.batch_size if op == "sum" else x), None
+        return (x.sum(dim) if op == "sum" else x.amax(dim)), None

@@ -1,0 +1,119 @@
+"""Donation: the memory of a state handed over to its successor, and the old state made unusable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lumen import tree
+from lumen.errors import DonatedError
+
+Addresses = list[set[int]]
+_KNOWN = "_addresses"
+
+
+class Retired:
+    """What becomes of a state object whose memory was handed over: every use of it raises `DonatedError`."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            return object.__getattribute__(self, name)
+        raise _refusal(name)
+
+    def __repr__(self) -> str:
+        return "<a donated state: its memory belongs to its successor>"
+
+
+def _refusal(name: str) -> DonatedError:
+    return DonatedError(
+        f"state.{name} was read after the state had been donated: its tensors now hold its successor's values."
+        " Use the returned state, state, metrics = step(state, batch), and inside a step read what you need before"
+        " state.apply_gradients. To keep an old state, copy it first: kept = lm.tree.map(torch.clone, state)."
+    )
+
+
+def retire(state: Any) -> None:
+    """Make every further use of this state object raise `DonatedError`, and let go of its tensors."""
+    if hasattr(type(state), "_fields_"):
+        state.__dict__.clear()
+        object.__setattr__(state, "__class__", Retired)
+
+
+def is_retired(state: Any) -> bool:
+    """Whether this state object was handed over."""
+    return type(state) is Retired
+
+
+def hand_over(old: list[Tensor], new: list[Tensor]) -> None:
+    """Copy new leaves into the memory of the old; for transforms that compute out of place."""
+    for target, source in zip(old, new, strict=True):
+        if target is not source:
+            target.copy_(source)
+
+
+def check_successor(state: Any) -> Addresses:
+    """Like `check_unaliased`, looking only at those fields that have changed since the state was last checked.
+
+    What was found is kept with the state object, and each field's entry holds for that very field alone.
+    """
+    fields = state.__dict__
+    known: dict[str, tuple[Any, set[int]]] = fields.get(_KNOWN, {})
+    changed = [name for name in type(state)._fields_ if name not in known or known[name][0] is not fields[name]]
+    if not known:
+        check_unaliased(state)
+    found = {**known, **{name: (fields[name], _addresses(fields[name])) for name in changed}}
+    for name in changed if known else ():
+        if any(not found[name][1].isdisjoint(found[other][1]) for other in found if other != name):
+            check_unaliased(state)
+    fields[_KNOWN] = found
+    return [addresses for _, addresses in found.values()]
+
+
+def _addresses(values: Any) -> set[int]:
+    found = [values] if isinstance(values, Tensor) else tree.tensors(values)
+    return {t.data_ptr() for t in found if t.numel()}
+
+
+def check_unaliased(state: Any) -> Addresses:
+    """Raise `DonatedError`, naming both, where two leaves of `state` share memory; return all their addresses."""
+    found = tree.tensors(state)
+    pointers = [t.data_ptr() for t in found if t.numel()]
+    distinct = set(pointers)
+    if len(distinct) == len(pointers):
+        return [distinct]
+    owner: dict[int, str] = {}
+    for path, tensor in tree.named_tensors(state):
+        if tensor.numel() == 0:
+            continue
+        first = owner.setdefault(tensor.data_ptr(), path)
+        if first != path:
+            raise DonatedError(
+                f"state.{path} and state.{first} are the same memory, so an update in place of one would change the"
+                f" other. Copy it where the step sets it: {{name: p.clone() for name, p in params.items()}}"
+            )
+    return [distinct]
+
+
+def release(metrics: Any, addresses: Addresses) -> Any:
+    """`metrics` with a copy of each tensor that lies in the state's own memory, which the next step overwrites."""
+    held = {t.data_ptr() for t in tree.tensors(metrics)}
+    if all(held.isdisjoint(each) for each in addresses):
+        return metrics
+    shared = held & set().union(*addresses)
+    return tree.map(lambda x: x.clone() if isinstance(x, Tensor) and x.data_ptr() in shared else x, metrics)
+
+
+def check_unmoved(old: list[Tensor], new: list[Tensor], paths: list[str]) -> None:
+    """Raise `DonatedError` where an old leaf turns up in another place of the new state.
+
+    Copying back in place would then overwrite a value that is still to be read.
+    """
+    place = {id(t): i for i, t in enumerate(old)}
+    for i, tensor in enumerate(new):
+        j = place.get(id(tensor), i)
+        if j != i:
+            raise DonatedError(
+                f"the step returned the old state.{paths[j]} as the new state.{paths[i]}; with a donated state that"
+                f" memory is about to be overwritten. Copy it in the step: x.clone()"
+            )

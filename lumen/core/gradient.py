@@ -1,0 +1,275 @@
+"""`lm.value_and_grad` (primitive P1) and its engine.
+
+The engine differentiates by `torch.autograd.grad` on detached leaves wherever the result is a final one, and by
+`torch.func.grad_and_value` where somebody may differentiate again: the first is twice as fast, but its gradients are
+constants to an enclosing derivative.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rows, rules
+from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.rules import Primitive
+from lumen.core.values import Mean
+from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
+
+Engine = Literal["auto", "autograd", "func"]
+_MISSING = object()
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], argnums: int = 0, has_aux: bool = False, *, engine: Engine = "auto"
+) -> Callable[..., tuple[Any, Any]]:
+    """A function that returns the value of `loss_fn` and its gradient in the first argument.
+
+    `loss_fn(params, batch, *extras)` returns a loss, or `(loss, aux)` with `has_aux=True`. The loss is a scalar
+    tensor (its weight is then the number of rows of the batch) or an `lm.Mean`. The result is called as
+    `(params, batch, *extras)` and answers `(loss, grads)`, or `((loss, aux), grads)`, in JAX's order; grads have the
+    structure of params and are those of the mean loss.
+
+    The second argument is the batch: what `accumulate`, `ddp` and `private` split along its first dim. Further
+    arguments pass through whole. `aux` is an `lm.Aux` or any tree of tensors and typed values.
+
+    `engine="func"` asks for `torch.func`, whose gradients can be differentiated again; "auto" finds out by itself
+    when that is needed.
+
+    Raises `LossError`, `BatchError` or `ParamsError` for what cannot be differentiated.
+
+    >>> import lumen as lm, torch
+    >>> def loss_fn(params, batch):
+    ...     return ((params["w"] * batch) ** 2).mean()
+    >>> loss, grads = lm.value_and_grad(loss_fn)({"w": torch.tensor(3.0)}, torch.tensor([1.0, 2.0]))
+    >>> loss, grads
+    (tensor(22.5000), {'w': tensor(15.)})
+    """
+    if argnums != 0:
+        raise LossError(
+            f"argnums={argnums!r}: the first argument of a loss function is what is differentiated. Put everything"
+            " trainable into one tree: lm.value_and_grad(lambda params, batch: ...)((a, b), batch)"
+        )
+    if engine not in ("auto", "autograd", "func"):
+        raise LossError(f"engine={engine!r} is unknown; give 'auto', 'autograd' or 'func'.")
+
+    def gradient(params: Any, batch: Any = _MISSING, *extras: Any) -> tuple[Any, Any]:
+        if batch is _MISSING:
+            raise BatchError(
+                "the function made by value_and_grad takes the batch as its second argument, so that transforms can"
+                " split it: lm.value_and_grad(loss_fn)(params, batch)"
+            )
+        call = GradientCall(loss_fn, params, batch, extras, has_aux, False, engine)
+        answer: Gradient = rules.bind(Primitive.GRADIENT, differentiate, call)
+        return ((answer.loss, answer.aux) if has_aux else answer.loss), answer.grads
+
+    return gradient
+
+
+def differentiate(call: GradientCall) -> Gradient:
+    """The base rule of P1."""
+    leaves, rebuild = _flat(call.params)
+    _check_params(leaves, call.params)
+    if _must_stay_differentiable(call, leaves):
+        return _by_func(call)
+    return _by_autograd(call, leaves, rebuild)
+
+
+def normalized(total: Gradient) -> Gradient:
+    """The gradient of the mean loss, from a summed answer."""
+    loss = total.loss
+    assert isinstance(loss, Mean)
+    grads = tree.map(lambda g: g / loss.weight.to(g.dtype), total.grads)
+    return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
+
+
+def _flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves, and what makes a tree like `params` of others; a flat dict goes by a shorter way."""
+    if type(params) is dict and all(type(leaf) is Tensor for leaf in params.values()):
+        return [*params.values()], lambda leaves: dict(zip(params, leaves, strict=True))
+    leaves, spec = tree.flatten(params)
+    return leaves, spec.unflatten
+
+
+def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any]) -> Gradient:
+    live = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad(), rules.inside_loss:
+        objective, loss, aux, scalar = _objective(call, rebuild(live))
+        if not objective.requires_grad:
+            raise _independent(call)
+        if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
+            return _by_func(call)
+        grads = torch.autograd.grad(objective, live, allow_unused=True)
+    if any(g is None for g in grads):
+        if all(g is None for g in grads):
+            raise _independent(call)
+        grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
+    return Gradient(_detach(loss), rebuild(grads), _detach(aux), scalar, _rows(call))
+
+
+def _by_func(call: GradientCall) -> Gradient:
+    kept: dict[str, Any] = {}
+
+    def objective_fn(params: Any) -> tuple[Tensor, list[Tensor]]:
+        with rules.inside_loss:
+            objective, loss, aux, kept["scalar"] = _objective(call, params)
+        leaves, kept["spec"] = tree.flatten((loss, aux))
+        kept["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return objective, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    with torch.enable_grad():
+        grads, (_, found) = torch.func.grad_and_value(objective_fn, has_aux=True)(call.params)
+    tensors = iter(found)
+    leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
+    loss, aux = tree.unflatten(kept["spec"], leaves)
+    return Gradient(loss, grads, aux, kept["scalar"], _rows(call))
+
+
+def _objective(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, bool]:
+    """`(what to differentiate, the loss to report, aux, whether the user's loss was a plain scalar)`."""
+    out = call.loss_fn(params, call.batch, *call.extras)
+    loss, aux = _split_aux(out) if call.has_aux else (out, None)
+    if isinstance(loss, Mean):
+        _check_scalar(loss.total, call)
+        weight = loss.weight.detach()
+        return (loss.total if call.summed else loss.total / weight), Mean(loss.total, weight), aux, False
+    _check_scalar(loss, call)
+    if not call.summed:
+        return loss, loss, aux, True
+    weight = loss.detach().new_full((), rows.count(call.batch))
+    total = loss * weight
+    return total, Mean(total, weight), aux, True
+
+
+def _split_aux(out: Any) -> tuple[Any, Any]:
+    if type(out) is not tuple or len(out) != 2:
+        raise LossError(
+            f"with has_aux=True a loss function returns (loss, aux), but it returned {_describe(out)}."
+            " Write: return loss, lm.Aux(metrics={...})"
+        )
+    return out
+
+
+def _check_scalar(loss: Any, call: GradientCall) -> None:
+    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point():
+        return
+    if isinstance(loss, tuple) and not call.has_aux:
+        hint = "It returned several values: write lm.value_and_grad(loss_fn, has_aux=True)."
+    elif isinstance(loss, Tensor) and loss.dim() > 0:
+        hint = "For one loss per row write: lm.Mean.of(losses), or losses.mean()."
+    else:
+        hint = "Return a floating scalar tensor, or lm.Mean.of(losses)."
+    raise LossError(f"the loss must be a scalar tensor or an lm.Mean, not {_describe(loss)}. {hint}")
+
+
+def _check_params(leaves: list[Any], params: Any) -> None:
+    if not leaves:
+        raise ParamsError("there is nothing to differentiate: params is an empty tree.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            path = next(path for path, each in zip(tree.paths(params), leaves, strict=True) if each is leaf)
+            raise ParamsError(
+                f"params[{path!r}] is {_describe(leaf)}; only floating tensors can be differentiated."
+                " Keep integers among the buffers, or pass them as a further argument."
+            )
+
+
+def _independent(call: GradientCall) -> LossError:
+    name = getattr(call.loss_fn, "__qualname__", repr(call.loss_fn))
+    return LossError(
+        f"the loss of {name} does not depend on params, so it has no gradient. Compute it from the params that"
+        " the function is given: out, buffers = state.apply(params, x), not net(x), and no .detach() or torch.no_grad()"
+        " on the way."
+    )
+
+
+def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
+    """Whether somebody outside differentiates through this gradient, or a functorch transform is at work."""
+    if call.engine != "auto":
+        return call.engine == "func"
+    if rules.is_inside_loss() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.compiler.is_compiling():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(leaf.requires_grad for leaf in leaves) or any(
+        leaf.requires_grad for leaf in tree.tensors((call.batch, call.extras))
+    )
+
+
+_examined: set[CodeType] = set()
+_nested: set[CodeType] = set()
+
+
+def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[Tensor]) -> bool:
+    """Whether the loss depends on tensors outside params that require grad, found once for each loss function.
+
+    Walking the graph costs as much as a small step, so it is done on a function's first call only.
+    """
+    code = getattr(loss_fn, "__code__", None)
+    if code is None or rules.is_tracing():
+        return False
+    if code not in _examined:
+        _examined.add(code)
+        own = {id(leaf) for leaf in live}
+        reached = _graph_leaves(objective)
+        foreign = [leaf for leaf in reached if id(leaf) not in own]
+        if len(foreign) == len(reached):
+            _examined.discard(code)
+            raise LossError(
+                f"the loss of {loss_fn.__qualname__} does not depend on params, but on {len(foreign)} other tensors"
+                f" that require grad (the first of shape {tuple(foreign[0].shape)}). Did it call the module itself?"
+                " Write: out, buffers = state.apply(params, x)"
+            )
+        if foreign:
+            _nested.add(code)
+            warnings.warn(
+                f"the loss of {loss_fn.__qualname__} depends on {len(foreign)} tensors that require grad and are not"
+                f" part of params (the first of shape {tuple(foreign[0].shape)}). Gradients stay differentiable in"
+                " them, at about twice the cost. If that is not wanted, detach them or make them params.",
+                InexactWarning,
+                stacklevel=2,
+            )
+    return code in _nested
+
+
+def _graph_leaves(root: Tensor) -> list[Tensor]:
+    seen: set[Any] = set()
+    todo = [root.grad_fn]
+    found = []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _rows(call: GradientCall) -> int | None:
+    return rows.count(call.batch) if call.summed else None
+
+
+def _detach(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.detach()
+    if values is None:
+        return None
+    if type(values) is Mean:
+        return Mean(values.total.detach(), values.weight.detach())
+    return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, values)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return f"{type(value).__name__} {value!r:.60}" if not isinstance(value, tuple) else f"a tuple of {len(value)}"

@@ -1,0 +1,161 @@
+"""`lm.pure`: a torch module as a pure function of its params and buffers (primitive P0)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lumen.core import rules
+from lumen.core.primitives import ApplyCall
+from lumen.core.rules import Primitive
+from lumen.errors import ParamsError
+
+
+class Pure(NamedTuple):
+    """A module taken apart: `apply(params, buffers, *args) -> (out, new_buffers)`, and where to start from."""
+
+    apply: Apply
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def pure(module: nn.Module) -> Pure:
+    """Take `module` apart into a pure function, its params and its buffers.
+
+    Both dicts are flat, by fully qualified name in the order of `named_parameters()`; tied weights appear once.
+    Parameters with `requires_grad=False` are not differentiated and count as buffers. The tensors are the module's
+    own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
+    or `eval()` mode is the one the module was in.
+
+    Raises `ParamsError` for a lazy module that has not seen its first input.
+
+    >>> import lumen as lm, torch
+    >>> model = lm.pure(torch.nn.Linear(2, 1, bias=False))
+    >>> out, buffers = model.apply({"weight": torch.tensor([[1.0, 2.0]])}, {}, torch.ones(3, 2))
+    >>> out.tolist()
+    [[3.0], [3.0], [3.0]]
+    """
+    named = dict(module.named_parameters())
+    lazy = [name for name, p in named.items() if is_lazy(p)]
+    lazy += [name for name, b in module.named_buffers() if is_lazy(b)]
+    if lazy:
+        raise ParamsError(
+            f"{type(module).__name__} has uninitialised lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
+            " known yet. Run it once before: net(example_input); model = lm.pure(net)"
+        )
+    params = {name: p.detach() for name, p in named.items() if p.requires_grad}
+    frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
+    buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
+    return Pure(Apply(_skeleton(module), frozenset(frozen)), params, {**buffers, **frozen})
+
+
+class Apply:
+    """The function of a module: `apply(params, buffers, *args, **kwargs) -> (out, new_buffers)`.
+
+    Neither the params nor the given buffers are changed; buffers that the module updates (BatchNorm's running
+    statistics) come back as new tensors. `train()` and `eval()` give the function in the other mode.
+    """
+
+    def __init__(self, skeleton: nn.Module, frozen: frozenset[str] = frozenset()) -> None:
+        self.module = skeleton
+        self.frozen = frozen
+        self._places = _places(skeleton)
+        self._names = {name for _, _, name in self._places}
+        self._modes: dict[bool, Apply] = {}
+        self._variants: dict[Any, Apply] = {}
+
+    def __call__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """P0: run the module through whatever transforms surround the step."""
+        return rules.bind(Primitive.APPLY, _apply, ApplyCall(self, params, buffers, args, kwargs))  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"Apply({type(self.module).__name__}, {'train' if self.module.training else 'eval'})"
+
+    def eval(self) -> Apply:
+        """The same function in evaluation mode (dropout off, BatchNorm on its running statistics)."""
+        return self._mode(False)
+
+    def train(self) -> Apply:
+        """The same function in training mode."""
+        return self._mode(True)
+
+    def variant(self, key: Any, change: Callable[[nn.Module], None]) -> Apply:
+        """This function over a skeleton that `change` has modified; made once for each `key`."""
+        if key not in self._variants:
+            module = _skeleton(self.module)
+            change(module)
+            self._variants[key] = Apply(module, self.frozen)
+        return self._variants[key]
+
+    def run(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run the module with these tensors in place of its own, past all rules."""
+        given = {**params, **{k: b if k in self.frozen else b.clone() for k, b in buffers.items()}}
+        if given.keys() != self._names:
+            raise self._mismatch(given)
+        before = [table[key] for table, key, _ in self._places]
+        try:
+            for table, key, name in self._places:
+                table[key] = given[name]
+            out = self.module(*args, **kwargs)
+            if buffers:
+                after = {name: table[key] for table, key, name in self._places if name in buffers}
+                buffers = {name: after[name] for name in buffers}
+            return out, dict(buffers)
+        finally:
+            for (table, key, _), tensor in zip(self._places, before, strict=True):
+                table[key] = tensor
+
+    def _mode(self, training: bool) -> Apply:
+        if self.module.training == training and not self._modes:
+            self._modes[training] = self
+        if training not in self._modes:
+            other = Apply(_skeleton(self.module).train(training), self.frozen)
+            other._modes = self._modes
+            self._modes.setdefault(self.module.training, self)
+            self._modes[training] = other
+        return self._modes[training]
+
+    def _mismatch(self, given: Mapping[str, Tensor]) -> ParamsError:
+        missing, unexpected = sorted(self._names - given.keys()), sorted(given.keys() - self._names)
+        return ParamsError(
+            f"{type(self.module).__name__} was applied to other params or buffers than it has:"
+            f" missing {missing or 'none'}, unexpected {unexpected or 'none'}."
+            " Pass the state's own: state.apply(state.params, x), or lm.pure(net).params."
+        )
+
+
+def _apply(call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:
+    return call.target.run(call.params, call.buffers, call.args, call.kwargs)  # type: ignore[no-any-return]
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    """A copy of the module tree whose tensors are on the meta device: the structure without the memory."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        shell = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = shell
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Each table and key where a tensor must stand for a call, with the one name that tied tensors share."""
+    first: dict[int, str] = {}
+    places = []
+    for prefix, sub in module.named_modules(remove_duplicate=True):
+        for table in (sub._parameters, sub._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                    places.append((table, key, name))
+    return places

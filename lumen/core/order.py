@@ -1,0 +1,57 @@
+"""In which order transforms may stand: the check behind composition, and its message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from lumen.errors import OrderError
+
+if TYPE_CHECKING:
+    from lumen.core.step import Transform
+
+# Outermost first. Each chain is checked on its own: a transform of one says nothing about those of the other.
+CHAINS: tuple[tuple[str, ...], ...] = (
+    ("compile", "unroll", "seeded", "ensemble", "parallel", "accumulate", "private", "precision", "remat"),
+    ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),
+    ("guard", "private"),
+)
+
+
+def check(transforms: Sequence[Transform]) -> None:
+    """Raise `OrderError` unless `transforms`, outermost first, stand in an order in which they mean what they say."""
+    names = [t.name for t in transforms]
+    for name in names:
+        if names.count(name) > 1:
+            raise OrderError(f"{name} is applied twice to one step; apply it once, with the settings you want.")
+    for chain in CHAINS:
+        places = {level: place for place, level in enumerate(chain)}
+        members = [t for t in transforms if t.level in places]
+        for outer, inner in pairwise(members):
+            if places[outer.level] > places[inner.level]:
+                raise OrderError(_message(transforms, outer, inner))
+
+
+def _message(transforms: Sequence[Transform], outer: Transform, inner: Transform) -> str:
+    why = inner.reason or f"{inner.level} stands outside {outer.level}"
+    fixed = sorted(transforms, key=_rank)
+    nested = "step"
+    for t in reversed(fixed):
+        nested = f"{t!r}({nested})"
+    return (
+        f"{outer.name} is outside {inner.name}, but it must be inside: {why}.\n"
+        f"Write: {nested}\n"
+        f"or:    lm.compose({', '.join(map(repr, fixed))})(step)"
+    )
+
+
+def _rank(transform: Transform) -> tuple[int, int]:
+    """A place in one line through all chains: down to ensemble, then the second chain's, then the first's."""
+    first, second = CHAINS[:2]
+    whole_run = first[: first.index("ensemble") + 1]
+    if transform.level in whole_run:
+        return 0, whole_run.index(transform.level)
+    if transform.level in second:
+        return 1, second.index(transform.level)
+    return 2, first.index(transform.level)

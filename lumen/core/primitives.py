@@ -1,0 +1,134 @@
+"""The three primitives as data: what a rule receives, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from torch import Tensor
+
+from lumen.core import rules
+from lumen.core.dataclass import state
+from lumen.core.rules import Primitive
+
+if TYPE_CHECKING:
+    from lumen.core.values import Mean
+
+
+@state
+class Aux:
+    """What a loss function returns beside its loss: new `buffers`, and `metrics` (a dict of typed values).
+
+    Transforms that split a batch merge both: metrics by their type, buffers by their mean over the rows.
+    """
+
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Applicable(Protocol):
+    """A module as a function: see `lumen.core.module.Apply`."""
+
+    def call(self, call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:
+        """Run the module on the call's params and buffers."""
+
+
+class Optimizer(Protocol):
+    """What P2 needs of an optimizer: see `lumen.optim.Transform`."""
+
+    def init(self, params: Any) -> Any:
+        """The optimizer's state for `params`."""
+
+    def apply(
+        self, grads: Any, state: Any, params: Any, *, skip: Tensor | None = None, donate: bool = False
+    ) -> tuple[Any, Any]:
+        """The next params and optimizer state."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """Base of calls and answers. By convention never changed, but not frozen: that would triple their cost."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A changed copy."""
+        names: tuple[str, ...] = self.__slots__  # type: ignore[assignment]
+        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+
+@dataclass(slots=True)
+class ApplyCall(_Call):
+    """P0: run the module `target` on `args`, `kwargs`. Answer: `(out, new_buffers)`."""
+
+    target: Any
+    params: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class GradientCall(_Call):
+    """P1: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
+
+    With `summed`, the answer's loss and grads are sums over the batch, with the loss's weight beside them, so that
+    the answers for parts of a batch add up to the answer for the whole.
+    """
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    batch: Any
+    extras: tuple[Any, ...] = ()
+    has_aux: bool = False
+    summed: bool = False
+    engine: str = "auto"
+
+
+@dataclass(slots=True)
+class Gradient(_Call):
+    """The answer of P1.
+
+    `loss` is what the user's function returned (a `Mean` or a scalar); when summed, always a `Mean` whose total is
+    what `grads` are the gradients of, with `scalar` remembering how the user said it.
+    """
+
+    loss: Mean | Tensor
+    grads: Any
+    aux: Any = None
+    scalar: bool = False
+    rows: int | None = None
+
+
+@dataclass(slots=True)
+class UpdateCall(_Call):
+    """P2: move `params` by `grads`. Answer: `(params, opt_state)`.
+
+    `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are.
+    """
+
+    tx: Any
+    grads: Any
+    opt_state: Any
+    params: Any
+    skip: Tensor | None = None
+    donate: bool = False
+
+
+def apply_updates(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """P2: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
+
+    Returns `(params, opt_state)`. `TrainState.apply_gradients` calls it; a step with a state of its own (a GAN's two
+    players, say) calls it for each optimizer.
+
+    >>> import lumen as lm, torch
+    >>> tx = lm.optim.sgd(0.5)
+    >>> params = {"w": torch.ones(2)}
+    >>> params, opt_state = lm.apply_updates(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params["w"]
+    tensor([0.5000, 0.5000])
+    """
+    return rules.bind(Primitive.UPDATE, _update, UpdateCall(tx, grads, opt_state, params))  # type: ignore[no-any-return]
+
+
+def _update(call: UpdateCall) -> tuple[Any, Any]:
+    return call.tx.apply(call.grads, call.opt_state, call.params, skip=call.skip, donate=call.donate)  # type: ignore[no-any-return]

@@ -1,0 +1,134 @@
+"""Rows of a batch: counting them, splitting a batch along its first dim, and joining what its parts gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.primitives import Aux, Gradient
+from lumen.core.values import Mean, Value, is_value
+from lumen.errors import BatchError, LossError
+
+
+def count(batch: Any) -> int:
+    """The number of rows of `batch`: the size of the first dim that all its leaves share.
+
+    Raises `BatchError` where there is no such number.
+    """
+    sizes = {_rows_of(leaf, batch) for leaf in tree.leaves(batch)} - {None}
+    if len(sizes) == 1:
+        return sizes.pop()  # type: ignore[return-value]
+    if not sizes:
+        raise BatchError("the batch has no tensor, so it has no rows to count or split.")
+    listed = ", ".join(f"{path or 'batch'}: {tuple(leaf.shape)}" for path, leaf in tree.named_tensors(batch))
+    raise BatchError(
+        f"the leaves of the batch have different leading sizes ({listed}), so its rows cannot be counted or split."
+        " What belongs to no row goes in as a further argument: lm.value_and_grad(loss_fn)(params, batch, extra)"
+    )
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """`batch` cut into `parts` along the first dim, as evenly as possible and in order (`torch.tensor_split`)."""
+    leaves, spec = tree.flatten(batch)
+    pieces = [
+        torch.tensor_split(leaf, parts)
+        if isinstance(leaf, Tensor)
+        else (np.array_split(leaf, parts) if isinstance(leaf, np.ndarray) else [leaf] * parts)
+        for leaf in leaves
+    ]
+    return [tree.unflatten(spec, piece) for piece in zip(*pieces, strict=True)]
+
+
+def add_gradients(parts: Sequence[Gradient]) -> Gradient:
+    """The summed answer for a whole batch, from the summed answers for its parts."""
+    losses = [part.loss for part in parts]
+    first = parts[0]
+    loss = losses[0]
+    assert isinstance(loss, Mean)
+    for other in losses[1:]:
+        loss = loss.merge(other)  # type: ignore[arg-type]
+    sizes = [part.rows or 0 for part in parts]
+    return first.replace(loss=loss, aux=merge_aux([part.aux for part in parts], sizes), rows=sum(sizes))
+
+
+def merge_aux(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What a loss function's aux would have been on the whole batch.
+
+    Typed values merge by their type; floating scalars and buffers are averaged by rows; tensors with one entry for
+    each row are joined in order. Integer buffers (counters) take their largest.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Aux) for part in parts):
+        return parts[0].replace(
+            buffers=_merge_buffers([part.buffers for part in parts], sizes),
+            metrics=_merge_tree([part.metrics for part in parts], sizes),
+        )
+    return _merge_tree(parts, sizes)
+
+
+def _merge_tree(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    names = iter(tree.paths(parts[0], is_leaf=is_value))
+    return tree.map(lambda *leaves: _merge_leaf(next(names), leaves, sizes), *parts, is_leaf=is_value)
+
+
+def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
+    first = leaves[0]
+    if isinstance(first, Value):
+        merged = first
+        for other in leaves[1:]:
+            merged = merged.merge(other)
+        return merged
+    if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point():
+        return _weighted(leaves, sizes)
+    if isinstance(first, Tensor) and all(x.dim() and x.shape[0] == n for x, n in zip(leaves, sizes, strict=True)):
+        return torch.cat(list(leaves))
+    if isinstance(first, int | float | str | bool) and all(leaf == first for leaf in leaves):
+        return first
+    shape = f"tensor of shape {tuple(first.shape)} and {first.dtype}" if isinstance(first, Tensor) else repr(first)
+    raise LossError(
+        f"aux[{path!r}] is a {shape}, and it is not clear how its microbatches' parts make the whole batch's."
+        " Say what it is: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or lm.Last(x)."
+    )
+
+
+def _merge_buffers(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    def merge(*leaves: Tensor) -> Tensor:
+        first = leaves[0]
+        if all(leaf is first for leaf in leaves):
+            return first
+        if first.is_floating_point():
+            return _weighted(leaves, sizes)
+        return torch.stack(leaves).amax(0) if first.dtype != torch.bool else leaves[-1]
+
+    return tree.map(merge, *parts)
+
+
+def _weighted(leaves: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The mean by rows, written as steps from the first part, so that equal parts give that part bit for bit."""
+    total = sum(sizes)
+    mean = leaves[0]
+    for leaf, size in zip(leaves[1:], sizes[1:], strict=True):
+        mean = mean + (leaf - leaves[0]) * (size / total)
+    return mean
+
+
+def _rows_of(leaf: Any, batch: Any) -> int | None:
+    if isinstance(leaf, Tensor | np.ndarray):
+        if leaf.ndim == 0:
+            raise BatchError(
+                "the batch has a leaf without dims (a scalar tensor), which has no rows. Pass it as a further argument:"
+                " lm.value_and_grad(loss_fn)(params, batch, scalar)"
+            )
+        return int(leaf.shape[0])
+    if isinstance(leaf, bool | int | float):
+        return None
+    raise BatchError(
+        f"the batch has a leaf of type {type(leaf).__name__} ({leaf!r:.40}), which has no rows to count or split."
+        " Make it a tensor, or pass it as a further argument: lm.value_and_grad(loss_fn)(params, batch, extra)"
+    )

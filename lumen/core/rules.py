@@ -1,0 +1,131 @@
+"""The rule stack: what a transform installs for as long as its step runs.
+
+A step touches the machinery through three primitives. A rule for one of them is a function
+`rule(next, call)`: it may change the call, call `next` any number of times (none included), and change the
+answer. Rules nest outside-in: the outermost transform sees a call first, `next` leads to the rule inside it,
+and at the end stands the primitive's base.
+
+The stack is per thread. It is the only state of this package that changes what a call does, and it is only
+ever entered and left by `with`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+Next = Callable[[Any], Any]
+Rule = Callable[[Next, Any], Any]
+
+
+class Primitive(Enum):
+    """The three calls through which a step touches the machinery."""
+
+    APPLY = 0
+    GRADIENT = 1
+    UPDATE = 2
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.rules: tuple[list[Rule], list[Rule], list[Rule]] = ([], [], [])
+        self.in_loss = 0
+        self.in_update = 0
+        self.tracing = 0
+        self.axes: dict[str, Any] = {}
+
+
+_stack = _Stack()
+
+
+def bind(primitive: Primitive, base: Next, call: Any) -> Any:
+    """Run `call` through the installed rules of `primitive`, outermost first, then `base`.
+
+    Inside a loss function only APPLY rules hold: gradients and updates taken there belong to the loss's own
+    mathematics (an inner loop, say), not to the training step.
+    """
+    rules = _stack.rules[primitive.value]
+    if not rules or (_stack.in_loss and primitive is not Primitive.APPLY):
+        return base(call)
+    return _descend(rules, 0, base, call)
+
+
+def _descend(rules: list[Rule], depth: int, base: Next, call: Any) -> Any:
+    if depth == len(rules):
+        return base(call)
+    return rules[depth](lambda inner: _descend(rules, depth + 1, base, inner), call)
+
+
+class install:  # noqa: N801
+    """`with install({primitive: rule}):` adds one rule for each primitive, inside those that are already there."""
+
+    __slots__ = ("_rules",)
+
+    def __init__(self, rules: Mapping[Primitive, Rule]) -> None:
+        self._rules = rules
+
+    def __enter__(self) -> None:
+        for primitive, rule in self._rules.items():
+            _stack.rules[primitive.value].append(rule)
+
+    def __exit__(self, *_exc: object) -> None:
+        for primitive in self._rules:
+            _stack.rules[primitive.value].pop()
+
+
+class _Inside:
+    """A reentrant marker on the stack, cheaper than a generator-based context manager in the hot path."""
+
+    def __init__(self, counter: str) -> None:
+        self._counter = counter
+
+    def __enter__(self) -> None:
+        setattr(_stack, self._counter, getattr(_stack, self._counter) + 1)
+
+    def __exit__(self, *_exc: object) -> None:
+        setattr(_stack, self._counter, getattr(_stack, self._counter) - 1)
+
+
+inside_loss = _Inside("in_loss")
+inside_update = _Inside("in_update")
+tracing = _Inside("tracing")
+
+
+def is_inside_loss() -> bool:
+    """Whether a loss function is being differentiated by an enclosing `value_and_grad`."""
+    return _stack.in_loss > 0
+
+
+def is_tracing() -> bool:
+    """Whether `lm.compile` is tracing the step, so that host-side work must wait until it runs."""
+    return _stack.tracing > 0
+
+
+def intercepts_updates() -> bool:
+    """Whether a transform must see updates that are made now."""
+    return bool(_stack.rules[Primitive.UPDATE.value]) and not _stack.in_update and not _stack.in_loss
+
+
+@contextmanager
+def bound_axis(name: str, axis: Any) -> Iterator[None]:
+    """Bind the axis `name` for collectives that run inside."""
+    if name in _stack.axes:
+        raise ValueError(f"axis {name!r} is already bound by an enclosing transform; give this one another name.")
+    _stack.axes[name] = axis
+    try:
+        yield
+    finally:
+        del _stack.axes[name]
+
+
+def axis(name: str) -> Any | None:
+    """What is bound to the axis `name`, or None."""
+    return _stack.axes.get(name)
+
+
+def depth() -> dict[str, int]:
+    """How many rules each primitive has, for `lm.inspect`."""
+    return {primitive.name.lower(): len(_stack.rules[primitive.value]) for primitive in Primitive}

@@ -1,0 +1,99 @@
+"""`TrainState`: everything that training changes, as one immutable pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lumen import random, tree
+from lumen.core.dataclass import state, static
+from lumen.core.donation import retire
+from lumen.core.module import Apply, Pure, pure
+from lumen.core.primitives import Optimizer, apply_updates
+from lumen.errors import ParamsError, StateError
+
+
+@state
+class TrainState:
+    """Params, buffers, optimizer state, counters and slots; the model's function and optimizer are static.
+
+    `step` counts calls of `apply_gradients` (int64 scalar), `seed` is an int64 scalar, `slots` holds what transforms
+    with memory keep, by their name. Subclass it with `@lm.state` to add fields.
+
+    >>> import lumen as lm, torch
+    >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1), seed=0)
+    >>> sorted(state.params), int(state.step)
+    (['bias', 'weight'], 0)
+    """
+
+    step: Tensor
+    params: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    opt_state: Any
+    seed: Tensor
+    slots: Mapping[str, Any] = field(default_factory=dict)
+    apply_fn: Apply = static(kw_only=True)
+    tx: Any = static(kw_only=True)
+
+    if TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> Self:
+            """A changed copy; `lm.state` gives it to every state class."""
+
+    @classmethod
+    def create(cls, model: Pure | nn.Module, tx: Optimizer, seed: int = 0, **fields: Any) -> Self:
+        """A state at step 0 for a module (or `lm.pure(module)`) and an optimizer.
+
+        `fields` are those that a subclass adds. The params are the model's own tensors: a donated step changes
+        them, so `donate().init(state)` copies them first.
+        """
+        model = model if isinstance(model, Pure) else pure(model)
+        if not model.params:
+            raise ParamsError("the model has no trainable parameters: each has requires_grad=False, or it has none.")
+        device = next(iter(model.params.values())).device
+        return cls(
+            step=torch.zeros((), dtype=torch.int64, device=device),
+            params=model.params,
+            buffers=model.buffers,
+            opt_state=tx.init(model.params),
+            seed=torch.tensor(seed, dtype=torch.int64, device=device),
+            apply_fn=model.apply,
+            tx=tx,
+            **fields,
+        )
+
+    @property
+    def key(self) -> Tensor:
+        """A random key for this step, from `seed` and `step` (see `lm.random`)."""
+        return random.fold_in(random.key(self.seed), self.step)
+
+    def apply(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """P0: the model on `args` with these params and the state's buffers: `(out, new_buffers)`."""
+        return self.apply_fn(params, self.buffers, *args, **kwargs)
+
+    def apply_gradients(self, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **changes: Any) -> Self:
+        """P2: the state one update later, with the new `buffers` where given, and any other `changes`."""
+        if grads.keys() != self.params.keys():
+            raise StateError(
+                f"grads and params differ: {'; '.join(tree.differences(self.params, grads))}."
+                " Pass the grads that lm.value_and_grad gave for state.params."
+            )
+        params, opt_state = apply_updates(self.tx, grads, self.opt_state, self.params)
+        if buffers:
+            changes["buffers"] = buffers
+        new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
+        if params is self.params:  # updated in place: what self holds is no longer what it was
+            retire(self)
+        return new
+
+    def eval(self) -> Self:
+        """The same state with the model in evaluation mode, for validation steps."""
+        return self.replace(apply_fn=self.apply_fn.eval())
+
+    def train(self) -> Self:
+        """The same state with the model in training mode."""
+        return self.replace(apply_fn=self.apply_fn.train())

@@ -1,0 +1,254 @@
+"""Transforms and the steps they make.
+
+A transform is one object with four functions, each the identity unless overridden:
+
+- `init(state) -> state` adds its slot, or places the params;
+- `wrap(step) -> step` changes how a step is computed, traceably: it installs rules;
+- `host(step) -> step` adds what must run on the host, outside a compiled region: seeding, raising, bookkeeping;
+- `export(state) -> state` goes back to the plain state.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lumen import tree
+from lumen.core import order, rules
+from lumen.core.donation import is_retired
+from lumen.errors import PurityError, SlotError, StateError, StepError
+
+State = Any
+Metrics = Any
+StepFn = Callable[[State, Any], tuple[State, Metrics]]
+
+
+class Transform:
+    """Base of all transforms; `transform(step)` gives a `Step`.
+
+    `name` is how it is spoken of and the name of its slot. `level` is its place in the canonical order, or "" where
+    any place will do. `reason` says, in a few words, why it stands where it does.
+    """
+
+    name: str = "transform"
+    level: str = ""
+    reason: str = ""
+    donates: bool = False
+
+    def init(self, state: State) -> State:
+        """The state this transform needs, from a plain one."""
+        return state
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step under this transform."""
+        return step
+
+    def host(self, step: StepFn) -> StepFn:
+        """The step with this transform's host-side work around it; skipped while the step is being traced."""
+        return step
+
+    def export(self, state: State) -> State:
+        """The plain state again."""
+        return state
+
+    def __call__(self, step: StepFn) -> Step:
+        """The step under this transform, after those it already has."""
+        inner = as_step(step)
+        order.check((self, *inner.transforms))
+        return Step(inner.user, (self, *inner.transforms), inner)
+
+    def __repr__(self) -> str:
+        return f"lm.{self.name}()"
+
+
+class Step:
+    """A step with its transforms: call it as `(state, batch) -> (state, metrics)`.
+
+    `init(state)` prepares a plain state for the whole stack, innermost transform first; `export(state)` undoes that.
+    """
+
+    def __init__(self, user: StepFn, transforms: tuple[Transform, ...], inner: Step | None) -> None:
+        self.user = user
+        self.transforms = transforms
+        self.inner = inner
+        if inner is None:
+            self._traceable: StepFn = _Checked(user)
+            self._run: StepFn = self._traceable
+        else:
+            self._traceable = transforms[0].wrap(inner)
+            self._run = transforms[0].host(self._traceable)
+        self.__name__ = getattr(user, "__name__", type(user).__name__)
+
+    def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        """One step."""
+        if rules.is_tracing():
+            return self._traceable(state, batch)
+        return self._run(state, batch)
+
+    def init(self, state: State) -> State:
+        """The state that this step takes, from a plain one."""
+        lanes = self._lanes()
+        for place, transform in reversed(list(enumerate(self.transforms))):
+            state = _each(transform.init, state) if place > lanes >= 0 else transform.init(state)
+        return state
+
+    def export(self, state: State) -> State:
+        """The plain state, without slots and in ordinary places: the inverse of `init`."""
+        lanes = self._lanes()
+        for place, transform in enumerate(self.transforms):
+            state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
+        return state
+
+    def _lanes(self) -> int:
+        """The place of `ensemble`, inside which transforms meet one lane's state at a time; -1 without one."""
+        return next((place for place, t in enumerate(self.transforms) if t.level == "ensemble"), -1)
+
+    def hosted(self, run: StepFn) -> StepFn:
+        """`run`, a compiled form of this step, with the host-side work of all its transforms around it."""
+        hosted = run
+        for transform in reversed(self.transforms):
+            hosted = transform.host(hosted)
+        if hosted is run:
+            return run
+        return lambda state, batch: run(state, batch) if rules.is_tracing() else hosted(state, batch)
+
+    def __repr__(self) -> str:
+        text = self.__name__
+        for transform in reversed(self.transforms):
+            text = f"{transform!r}({text})"
+        return text
+
+
+def _each(change: Callable[[State], State], states: Any) -> Any:
+    """`change` for the state of each lane, in any form that `ensemble` takes or gives."""
+    if isinstance(states, list | tuple):
+        return [change(state) for state in states]
+    if isinstance(states, types.FunctionType | types.MethodType | functools.partial):
+        return lambda seed: change(states(seed))
+    return change(states)
+
+
+def as_step(step: StepFn) -> Step:
+    """`step` as a `Step`; a plain function becomes one without transforms."""
+    if isinstance(step, Step):
+        return step
+    if not callable(step):
+        raise StepError(f"a step is a function (state, batch) -> (state, metrics), not {type(step).__name__}.")
+    return Step(step, (), None)
+
+
+def compose(*transforms: Transform) -> Callable[[StepFn], Step]:
+    """Several transforms as one, outermost first: `compose(a, b)(step)` is `a(b(step))`.
+
+    >>> import lumen as lm
+    >>> def step(state, batch):
+    ...     return state, {}
+    >>> lm.compose(lm.accumulate(2), lm.precision("bf16"))(step)
+    lm.accumulate(2)(lm.precision('bf16')(step))
+    """
+    order.check(transforms)
+
+    def apply(step: StepFn) -> Step:
+        for transform in reversed(transforms):
+            step = transform(step)
+        return as_step(step)
+
+    return apply
+
+
+def slot(state: State, name: str) -> Any:
+    """What the transform `name` keeps in `state`; `SlotError` where it is missing."""
+    slots = getattr(state, "slots", None)
+    if slots is None:
+        raise StateError(
+            f"{name} keeps its memory in state.slots, and {type(state).__name__} has no such field."
+            " Derive the state from lm.TrainState, or add a field `slots: dict` to it."
+        )
+    if name not in slots:
+        raise SlotError(
+            f"{name} has no slot in this state (it has {', '.join(map(repr, slots)) or 'none'})."
+            " Prepare the state once, with the step it is for: state = step.init(state)"
+        )
+    return slots[name]
+
+
+def device_of(state: State) -> torch.device:
+    """Where the state lives: the device of its first tensor."""
+    return next((leaf.device for leaf in tree.tensors(state)), torch.device("cpu"))
+
+
+def field_of(state: State, name: str, transform: str) -> Any:
+    """The field of `state` that `transform` works on; `StateError` where there is none."""
+    if not hasattr(state, name):
+        raise StateError(
+            f"{transform} works on state.{name}, and {type(state).__name__} has no such field."
+            f" Derive the state from lm.TrainState, or add the field."
+        )
+    return getattr(state, name)
+
+
+def with_slot(state: State, name: str, value: Any) -> State:
+    """`state` with `value` as the slot of the transform `name`."""
+    if not hasattr(state, "slots"):
+        slot(state, name)
+    return state.replace(slots={**state.slots, name: value})
+
+
+def add_slot(state: State, name: str, make: Callable[[], Any]) -> State:
+    """`state` with a slot for the transform `name`, made by `make` unless it has one already."""
+    return state if name in getattr(state, "slots", ()) else with_slot(state, name, make())
+
+
+def without_slot(state: State, name: str) -> State:
+    """`state` without the slot of the transform `name`."""
+    return state.replace(slots={key: value for key, value in state.slots.items() if key != name})
+
+
+class _Checked:
+    """The user's function, its answer checked, and on its first call also that it left its input alone."""
+
+    def __init__(self, user: StepFn) -> None:
+        self._user = user
+        self._seen = False
+        self.__name__ = getattr(user, "__name__", type(user).__name__)
+
+    def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        if self._seen:
+            return self._checked(state, self._user(state, batch))
+        before = [] if _wrapped() else [(p, t, t._version) for p, t in tree.named_tensors(state)]
+        spec = tree.structure(state)
+        out = self._user(state, batch)
+        for path, tensor, version in before:
+            if tensor._version != version and not is_retired(state):
+                raise PurityError(
+                    f"the step {self.__name__} changed state.{path} in place. A step must leave its input as it is and"
+                    " return a new state: state.replace(...), state.apply_gradients(grads). For updates in place"
+                    " without copies, use lm.donate()(step)."
+                )
+        new, metrics = self._checked(state, out)
+        found = tree.structure(new)
+        if found != spec:
+            raise StepError(
+                f"the step {self.__name__} returned a state with another structure than it was given: "
+                + "; ".join(tree.differences(spec.unflatten(range(spec.num_leaves)), new)[:6])
+                + ". A state keeps its tree from step to step: add fields and slots before the first step."
+            )
+        self._seen = not rules.is_tracing()
+        return new, metrics
+
+    def _checked(self, state: State, out: Any) -> tuple[State, Metrics]:
+        if type(out) is not tuple or len(out) != 2:
+            got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"one value, {type(out).__name__}"
+            raise StepError(
+                f"the step {self.__name__} must return (state, metrics), but returned {got}."
+                " Write: return state, {} where there is nothing to report."
+            )
+        return out
+
+
+def _wrapped() -> bool:
+    return rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,234 @@
+"""Typed metric values: quantities that merge exactly over microbatches, steps and ranks.
+
+A value travels as what it is made of (a mean as its total and weight), never as a finished number, so merging
+parts gives what the whole would have given. Totals are kept in float32 at least: a bfloat16 counter stops at 256.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.dataclass import state
+from lumen.errors import LossError
+
+
+class Value:
+    """Base of the typed values: `merge` joins two parts, `compute` gives the number."""
+
+    def merge(self, other: Self) -> Self:
+        """The value of both parts together."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """The number, a tensor on the value's device."""
+        raise NotImplementedError
+
+    def psum(self, axis: str) -> Self:
+        """The value over all members of the named axis."""
+        raise NotImplementedError
+
+
+@state
+class Mean(Value):
+    """A weighted mean as `total` and `weight`, both 0-d tensors.
+
+    >>> import lumen as lm, torch
+    >>> a = lm.Mean.of(torch.tensor([1.0, 2.0, 3.0]))
+    >>> b = lm.Mean.of(torch.tensor([7.0, 0.0]), torch.tensor([True, False]))
+    >>> a.merge(b).compute()
+    tensor(3.2500)
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, weight: Tensor | None = None) -> Mean:
+        """The mean of all elements of `values`, each counted once or by `weight` (a mask or weights).
+
+        `weight` broadcasts to the shape of `values`. Elements of weight zero count nothing, even when they are
+        NaN. Booleans and integers are averaged as float32.
+        """
+        if not isinstance(values, Tensor):
+            raise LossError(f"Mean.of takes a tensor, not {type(values).__name__}; use torch.as_tensor(value).")
+        values = _wide(values)
+        if weight is None:
+            return cls(values.sum(), values.new_full((), values.numel()))
+        weights = torch.as_tensor(weight, device=values.device).to(values.dtype).expand_as(values)
+        return cls(torch.where(weights == 0, 0, values * weights).sum(), weights.sum())
+
+    def merge(self, other: Mean) -> Mean:
+        """The mean over the elements of both."""
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def compute(self) -> Tensor:
+        """`total / weight`; NaN where nothing was counted."""
+        return self.total / self.weight
+
+    def psum(self, axis: str) -> Mean:
+        """The mean over the elements of all members of `axis`."""
+        from lumen.core.collectives import psum
+
+        return Mean(*psum((self.total, self.weight), axis))
+
+
+@state
+class Sum(Value):
+    """A sum: of tokens seen, of errors, of anything that adds up.
+
+    >>> import lumen as lm, torch
+    >>> lm.Sum.of(torch.ones(3)).merge(lm.Sum.of(torch.ones(2))).compute()
+    tensor(5.)
+    """
+
+    total: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Sum:
+        """The sum of all elements; integers and booleans add as int64."""
+        return cls(values.sum() if not values.is_floating_point() else _wide(values).sum())
+
+    def merge(self, other: Sum) -> Sum:
+        """The sum of both."""
+        return Sum(self.total + other.total)
+
+    def compute(self) -> Tensor:
+        """The total."""
+        return self.total
+
+    def psum(self, axis: str) -> Sum:
+        """The sum over all members of `axis`."""
+        from lumen.core.collectives import psum
+
+        return Sum(psum(self.total, axis))
+
+
+@state
+class Max(Value):
+    """A maximum.
+
+    >>> import lumen as lm, torch
+    >>> lm.Max.of(torch.tensor([1.0, 4.0])).merge(lm.Max.of(torch.tensor([2.0]))).compute()
+    tensor(4.)
+    """
+
+    value: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Self:
+        """The largest element."""
+        return cls(values.amax())
+
+    def merge(self, other: Max) -> Max:
+        """The larger of both."""
+        return Max(torch.maximum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        """The largest element seen."""
+        return self.value
+
+    def psum(self, axis: str) -> Max:
+        """The largest over all members of `axis`."""
+        from lumen.core.collectives import pmax
+
+        return Max(pmax(self.value, axis))
+
+
+@state
+class Min(Value):
+    """A minimum.
+
+    >>> import lumen as lm, torch
+    >>> lm.Min.of(torch.tensor([3.0, 4.0])).merge(lm.Min.of(torch.tensor([2.0]))).compute()
+    tensor(2.)
+    """
+
+    value: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Self:
+        """The smallest element."""
+        return cls(values.amin())
+
+    def merge(self, other: Min) -> Min:
+        """The smaller of both."""
+        return Min(torch.minimum(self.value, other.value))
+
+    def compute(self) -> Tensor:
+        """The smallest element seen."""
+        return self.value
+
+    def psum(self, axis: str) -> Min:
+        """The smallest over all members of `axis`."""
+        from lumen.core.collectives import pmax
+
+        return Min(-pmax(-self.value, axis))
+
+
+@state
+class Last(Value):
+    """The newest of several values: a learning rate, a loss scale, a picture.
+
+    >>> import lumen as lm, torch
+    >>> lm.Last(torch.tensor(1)).merge(lm.Last(torch.tensor(2))).compute()
+    tensor(2)
+    """
+
+    value: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Self:
+        """The value as it is, of any shape."""
+        return cls(value)
+
+    def merge(self, other: Last) -> Last:
+        """The other, which is the newer."""
+        return other
+
+    def compute(self) -> Tensor:
+        """The newest value."""
+        return self.value
+
+    def psum(self, axis: str) -> Last:
+        """The value as it is: members of an axis have no order in time."""
+        return self
+
+
+def is_value(node: Any) -> bool:
+    """Whether `node` is a typed value; for `is_leaf`."""
+    return isinstance(node, Value)
+
+
+def merge_metrics(metrics: Sequence[Any]) -> Any:
+    """One metrics tree for several steps: typed values merge, plain numbers and tensors are averaged.
+
+    >>> import lumen as lm, torch
+    >>> steps = [{"loss": lm.Mean.of(torch.ones(3)), "scale": 2.0}, {"loss": lm.Mean.of(torch.zeros(1)), "scale": 4.0}]
+    >>> {k: float(v) for k, v in lm.compute_metrics(lm.merge_metrics(steps)).items()}
+    {'loss': 0.75, 'scale': 3.0}
+    """
+    typed = [tree.map(_as_value, each, is_leaf=is_value) for each in metrics]
+    return functools.reduce(lambda a, b: tree.map(lambda x, y: x.merge(y), a, b, is_leaf=is_value), typed)
+
+
+def compute_metrics(metrics: Any) -> Any:
+    """The same tree with each typed value replaced by its number (a tensor)."""
+    return tree.map(lambda v: v.compute() if is_value(v) else v, metrics, is_leaf=is_value)
+
+
+def _as_value(leaf: Any) -> Value:
+    if isinstance(leaf, Value):
+        return leaf
+    tensor = torch.as_tensor(leaf)
+    tensor = _wide(tensor)
+    return Mean(tensor, torch.ones((), dtype=tensor.dtype, device=tensor.device))
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()

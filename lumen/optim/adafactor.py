@@ -1,0 +1,119 @@
+"""Adafactor: second moments of matrices kept as one row and one column."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.dataclass import state
+from lumen.optim.base import Transform
+from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule, check_scalar
+from lumen.optim.numerics import Coefficients, Scalar, time, widen, widened, zip_map
+
+
+@state
+class AdafactorState:
+    """Adafactor's memory: for each leaf its second moments, as `row` and `col` (from two dims) or `full`."""
+
+    count: Tensor
+    nu: Any
+    hparams: HParams
+
+
+def adafactor(
+    lr: ScalarOrSchedule = 1e-2,
+    beta2_decay: float = -0.8,
+    eps: tuple[float | None, Scalar] = (None, 1e-3),
+    clip_threshold: Scalar = 1.0,
+    weight_decay: Scalar = 0.0,
+) -> Transform:
+    """Adafactor (Shazeer & Stern, 2018), with torch's defaults and details.
+
+    With `1 − β₂ = t^beta2_decay`: `R <- lerp(R, mean(g², cols), 1 − β₂)`, `C <- lerp(C, mean(g², rows), 1 −
+    β₂)`, `v = R C / mean(R)`, `u = g / √v`, and `p <- p − lr · weight_decay · p − α · u / max(1, rms(u) /
+    clip_threshold)`, where `α = max(eps₂, rms(p)) · min(lr, 1/√t)`. The last two dims are the matrix; a
+    vector keeps all of `v`.
+
+    Args:
+        lr: the largest relative step size: a number, a 0-d tensor, or a schedule.
+        beta2_decay: the (negative) power of the update's number in `1 − β₂`.
+        eps: the least root of `v` (None: the dtype's resolution), and the least scale of a leaf.
+        clip_threshold: the largest root mean square of an update, at least 1.
+        weight_decay: decay by `lr · weight_decay` at each step.
+
+    Raises:
+        HyperparameterError: a value outside its range.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.adafactor(0.1)
+    >>> opt_state = tx.init({"w": torch.ones(30, 20), "b": torch.ones(20)})
+    >>> lm.tree.map(lambda leaf: tuple(leaf.shape), opt_state.nu)
+    {'w': {'row': (30, 1), 'col': (1, 20)}, 'b': {'full': (20,)}}
+    """
+    eps1, eps2 = eps
+    check_scalar("beta2_decay", beta2_decay, low=-float("inf"), high=0.0, schedule=False)
+    check_scalar("clip_threshold", clip_threshold, low=1.0, schedule=False)
+    if eps1 is not None:
+        check_scalar("eps[0]", eps1, schedule=False)
+    hyper = Hyper(lr, eps2=eps2, clip_threshold=clip_threshold, weight_decay=weight_decay)
+    decays = not hyper.is_zero("weight_decay")
+
+    def init(params: Any) -> AdafactorState:
+        count, hparams = hyper.init(params)
+        return AdafactorState(count, tree.map(_zeros, params), hparams)
+
+    def update(grads: Any, state: AdafactorState, params: Any) -> tuple[Any, AdafactorState]:
+        eps2, threshold, decay = hyper.values(state.hparams)
+        rate, hparams = hyper.lr(state.count, state.hparams)
+        count = state.count + 1
+        t = time(count)
+        scalars = Coefficients(t**beta2_decay, torch.minimum(rate, t**-0.5), rate, eps2, threshold, decay)
+
+        def leaf(p: Tensor, g: Tensor, v: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            g, wide_p = widened(g, p)
+            new, rho, rate, eps2, threshold, decay = scalars.like(g)
+            least = torch.finfo(p.dtype).eps if eps1 is None else eps1
+            scale = rho * _at_least(_rms(wide_p), eps2)
+            variance, kept = _second_moment(g, v, new, least)
+            u = g * torch.rsqrt(torch.clamp(variance, min=least * least))
+            u = -scale * u / torch.clamp(_rms(u) / threshold, min=1.0)
+            return u - rate * decay * wide_p if decays else u, kept
+
+        updates, nu = zip_map(leaf, params, grads, state.nu)
+        return updates, AdafactorState(count, nu, hparams)
+
+    return Transform(init, update)
+
+
+def _zeros(p: Tensor) -> dict[str, Tensor]:
+    if p.dim() < 2:
+        return {"full": torch.zeros_like(p)}
+    return {"row": torch.zeros_like(p[..., :1]), "col": torch.zeros_like(p[..., :1, :])}
+
+
+def _second_moment(g: Tensor, v: dict[str, Tensor], new: Any, least: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The estimate of g², and the new moments in their own dtypes."""
+    square = g * g
+    if "full" in v:
+        wide = widen(v["full"])
+        wide = wide + new * (square - wide)
+        return wide, {"full": wide.to(v["full"].dtype)}
+    row, col = widen(v["row"]), widen(v["col"])
+    row = row + new * (square.mean(-1, keepdim=True) - row)
+    col = col + new * (square.mean(-2, keepdim=True) - col)
+    estimate = row * col / torch.clamp(row.mean(-2, keepdim=True), min=least)
+    return estimate, {"row": row.to(v["row"].dtype), "col": col.to(v["col"].dtype)}
+
+
+def _rms(leaf: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(leaf)
+    return norm / math.sqrt(leaf.numel())
+
+
+def _at_least(value: Tensor, least: Scalar) -> Tensor:
+    floor = least if isinstance(least, Tensor) else value.new_tensor(least)
+    return torch.maximum(value, floor)

@@ -1,0 +1,90 @@
+"""Bounds on gradients: by their global norm, or entry by entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.optim import kernels
+from lumen.optim.base import Transform
+from lumen.optim.hyper import Hyper
+from lumen.optim.numerics import Coefficients, Scalar, widen
+
+
+def global_norm(grads: Any) -> Tensor:
+    """The L2 norm of all leaves together, in float32 (float64 when a leaf is).
+
+    >>> import torch, lumen as lm
+    >>> lm.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    leaves = tree.leaves(grads)
+    if not leaves:
+        return torch.zeros(())
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    if kernels.allowed(leaves) and len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1:
+        norms = list(torch._foreach_norm(leaves, 2, dtype))
+    else:
+        norms = [torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def clip_by_global_norm(max_norm: Scalar) -> Transform:
+    """Scale all grads by `min(1, max_norm / (global_norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Raises:
+        HyperparameterError: `max_norm` is negative or not finite.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.clip_by_global_norm(1.0)
+    >>> grads = {"w": torch.tensor([3.0, 4.0])}
+    >>> tx.update(grads, tx.init(grads), grads)[0]["w"]
+    tensor([0.6000, 0.8000])
+    """
+    hyper = Hyper(None, max_norm=max_norm)
+
+    def update(grads: Any, state: Any, _params: Any) -> tuple[Any, Any]:
+        bound = hyper("max_norm", hyper.unpack(state))
+        factor = torch.clamp(bound / (global_norm(grads) + 1e-6), max=1.0)
+        return scaled(grads, factor), state
+
+    return Transform(hyper.pack, update)
+
+
+def clip_by_value(max_value: Scalar) -> Transform:
+    """Cut every entry of the grads to [−max_value, max_value], as `torch.nn.utils.clip_grad_value_` does.
+
+    Raises:
+        HyperparameterError: `max_value` is negative or not finite.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.clip_by_value(1.0)
+    >>> grads = {"w": torch.tensor([3.0, -0.5])}
+    >>> tx.update(grads, tx.init(grads), grads)[0]["w"]
+    tensor([ 1.0000, -0.5000])
+    """
+    hyper = Hyper(None, max_value=max_value)
+
+    def update(grads: Any, state: Any, _params: Any) -> tuple[Any, Any]:
+        bound = hyper("max_value", hyper.unpack(state))
+        if isinstance(bound, Tensor):
+            return tree.map(lambda g: torch.clamp(g, -bound.to(g.dtype), bound.to(g.dtype)), grads), state
+        return tree.map(lambda g: torch.clamp(g, -bound, bound), grads), state
+
+    return Transform(hyper.pack, update)
+
+
+def scaled(values: Any, factor: Tensor) -> Any:
+    """Every leaf times a 0-d tensor, in the leaf's dtype; the product is rounded once."""
+    leaves, spec = tree.flatten(values)
+    if kernels.allowed(leaves) and {(t.dtype, t.device) for t in leaves} == {(factor.dtype, factor.device)}:
+        return tree.unflatten(spec, list(torch._foreach_mul(leaves, factor)))
+    by = Coefficients(factor)
+    wide = [widen(leaf) for leaf in leaves]
+    return tree.unflatten(spec, [(w * by.like(w)[0]).to(t.dtype) for w, t in zip(wide, leaves, strict=True)])

@@ -1,0 +1,149 @@
+"""What torch's list kernels need: leaves as aligned lists, of one dtype and device, in dense memory.
+
+The fused CPU kernels walk memory from `data_ptr` and trust that every tensor of a leaf has the same
+strides; on a transposed gradient they are silently wrong and on an expanded one they read past its end
+(torch 2.13). So gradients are made contiguous here, and where params or moments are not, a rule takes its
+plain lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.errors import ParamsError
+from lumen.optim.hyper import HParams, Hyper
+from lumen.optim.numerics import absent
+
+
+def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
+    """The leaves of `params` and of each other tree in the same order; an empty tuple gives an empty list."""
+    if type(params) is dict and {*map(type, params.values())} == {Tensor}:  # several times faster than optree
+        keys = [*params]
+        found = [[*params.values()]]
+        for other in trees:
+            if type(other) is dict and [*other] == keys:
+                found.append([*other.values()])
+            elif absent(other):
+                found.append([])
+            else:
+                break
+        else:
+            return found
+    leaves, spec = tree.flatten(params)
+    try:
+        return [leaves, *[[] if absent(other) else spec.flatten_up_to(other) for other in trees]]
+    except ValueError:
+        lines = [line for other in trees if not absent(other) for line in tree.differences(params, other)]
+        raise ParamsError(f"params and grads (or the optimizer's state) do not match: {'; '.join(lines)}.") from None
+
+
+def allowed(leaves: list[Any]) -> bool:
+    """Whether list kernels may run here: in eager mode, outside transforms and differentiation."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and {*map(type, leaves)} == {Tensor}
+        and True not in [leaf.requires_grad for leaf in leaves]
+    )
+
+
+def usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
+    """Whether a fused kernel may run on these lists; if not, the caller takes its plain lowering."""
+    if not params:
+        return False
+    first = params[0]
+    if not first.is_cpu and (not first.is_cuda or hyper.has_tensors):  # tensors as a kernel's floats would sync
+        return False
+    if True in [value.requires_grad for value in hparams.values()]:
+        return False
+    if not all(map(Tensor.is_contiguous, params)):
+        return False
+    dtypes, sizes = [p.dtype for p in params], [*map(Tensor.numel, params)]
+    for column in moments:
+        if column and not (
+            all(map(Tensor.is_contiguous, column))
+            and [m.dtype for m in column] == dtypes
+            and [*map(Tensor.numel, column)] == sizes
+        ):
+            return False
+    return True
+
+
+def foreach_usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
+    """Whether an in-place foreach lowering may run and pays: on the CPU, in float32 or float64.
+
+    It takes its scalars as Python numbers, which elsewhere would wait for the device, and rounds after each
+    of its operations, which half types would feel.
+    """
+    return (
+        usable(hyper, hparams, params, *moments)
+        and params[0].is_cpu
+        and {p.dtype for p in params} <= {torch.float32, torch.float64}
+    )
+
+
+def contiguous(grads: list[Tensor]) -> list[Tensor]:
+    """The same gradients, in memory that a kernel may walk."""
+    return grads if all(map(Tensor.is_contiguous, grads)) else [g.contiguous() for g in grads]
+
+
+def batches(
+    lists: Sequence[list[Tensor]], labels: Hashable | list[Any] = None
+) -> Iterator[tuple[Any, Sequence[list[Tensor]]]]:
+    """`lists` cut into batches of one label, dtype and device of the first list, as `(label, lists)`.
+
+    `labels` is one label for all, or a list of one for each leaf.
+    """
+    first = lists[0]
+    keys: list[Hashable] = [(leaf.dtype, leaf.get_device()) for leaf in first]
+    if isinstance(labels, list):
+        keys = list(zip(keys, labels, strict=True))
+    elif keys.count(keys[0]) == len(keys):
+        yield labels, lists
+        return
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        label = labels[indices[0]] if isinstance(labels, list) else labels
+        yield label, [[column[i] for i in indices] if column else [] for column in lists]
+
+
+def advance(count: Tensor, skip: Tensor | None) -> Tensor:
+    """Count one update in place, unless skipped; the count as the float32 scalar that the kernels read."""
+    if skip is not None:
+        count.add_(~skip)
+    elif count.is_cpu:
+        number = int(count) + 1
+        count.fill_(number)  # a third of the time of add_
+        return torch.scalar_tensor(number, dtype=torch.float32)
+    else:
+        count.add_(1)
+    return count.to(torch.float32)
+
+
+def scalars(leaf: Tensor, lr: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`(lr, found_inf)` as the kernels read them beside `leaf`: on its device, and in float32.
+
+    On the CPU they take a learning rate in float64. Where `found_inf` is 1 they leave everything as it is.
+    """
+    if leaf.is_cpu:
+        return lr, None if skip is None else skip.to(torch.float32)
+    device = leaf.device
+    return lr.to(device, torch.float32), None if skip is None else skip.to(device, torch.float32)
+
+
+def steps(leaves: list[Tensor], count: Tensor) -> list[Tensor]:
+    """The number of the update once for each leaf, as the kernels read it."""
+    return [count if count.is_cpu and leaves[0].is_cpu else count.to(leaves[0].device)] * len(leaves)
+
+
+def kept(old: HParams, new: HParams, skip: Tensor | None) -> HParams:
+    """`new` hyperparameters, or `old` where skipped."""
+    return new if skip is None or new is old else tree.select(skip, old, new)

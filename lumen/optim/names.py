@@ -1,0 +1,87 @@
+"""Parameters by name: glob patterns, regular expressions and predicates on dotted names."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from lumen import tree
+from lumen.errors import PatternError
+
+Pattern = str | re.Pattern[str]
+Predicate = Callable[[str, Tensor], bool]
+Selector = Pattern | Sequence[Pattern] | Predicate
+
+
+def dotted_names(params: Any) -> list[str]:
+    """A dotted name for each leaf: keys, indices and field names, joined.
+
+    >>> dotted_names({"encoder": {"weight": 0}, "heads": [1, 2]})
+    ['encoder.weight', 'heads.0', 'heads.1']
+    """
+    if type(params) is dict and all(type(leaf) is Tensor for leaf in params.values()):
+        return list(map(str, params))
+    accessors = optree.tree_accessors(params, namespace=tree.NAMESPACE)
+    return [".".join(str(entry.entry) for entry in accessor) for accessor in accessors]
+
+
+def matrices(_name: str, leaf: Tensor) -> bool:
+    """Selects leaves with two or more dims: the weights of layers, but not biases and norms.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.adamw(3e-4, weight_decay=0.1, decay_mask=lm.optim.matrices)
+    """
+    return leaf.dim() >= 2
+
+
+def selected(selector: Selector | None, params: Any) -> list[bool]:
+    """Whether each leaf of `params` is selected; None selects every leaf.
+
+    A string is a glob over the whole name, in which `*` also crosses dots; a compiled regular expression is
+    searched for anywhere in the name; of several patterns one must match. A predicate gets the name and the
+    leaf and may look at shape and dtype, not at values.
+
+    Raises:
+        PatternError: a pattern matches no name.
+    """
+    names = dotted_names(params)
+    if selector is None:
+        return [True] * len(names)
+    if callable(selector):
+        return [bool(selector(name, leaf)) for name, leaf in zip(names, tree.leaves(params), strict=True)]
+    patterns = (selector,) if isinstance(selector, str | re.Pattern) else tuple(selector)
+    return list(_any_match(patterns, tuple(names)))
+
+
+def matching(pattern: Pattern, names: Sequence[str]) -> list[bool]:
+    """Whether each name matches `pattern`; PatternError with the nearest names when none does."""
+    if isinstance(pattern, re.Pattern):
+        found = [pattern.search(name) is not None for name in names]
+    else:
+        found = [fnmatch.fnmatchcase(name, pattern) for name in names]
+    if not any(found):
+        raise PatternError(_no_match(pattern, names))
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _any_match(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[bool, ...]:
+    return tuple(any(row) for row in zip(*(matching(pattern, names) for pattern in patterns), strict=True))
+
+
+def _no_match(pattern: Pattern, names: Sequence[str]) -> str:
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    bare = re.sub(r"[^\w.]", "", text)
+    near = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or list(names[:5])
+    kind = "regular expression" if isinstance(pattern, re.Pattern) else "pattern"
+    return (
+        f"the {kind} {text!r} matches none of the {len(names)} parameter names. Near names: {', '.join(near)}."
+        " A glob must match the whole name ('*.bias', 'encoder.*'); a compiled regex may match anywhere in it."
+    )

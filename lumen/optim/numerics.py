@@ -1,0 +1,96 @@
+"""Scalars and leaves: the arithmetic that every rule here shares.
+
+A rule computes in its leaf's dtype, half types in float32, as torch's fused kernels do; only what it keeps is
+rounded. Scalars (learning rates, bias corrections) are 0-d float64 tensors until they meet a leaf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+
+Scalar = float | Tensor
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def time(count: Tensor) -> Tensor:
+    """A count as a floating scalar: an integer tensor times a Python float would be float32."""
+    return count.to(scalar_dtype(count.device))
+
+
+def widen(leaf: Tensor) -> Tensor:
+    """`leaf` in at least float32."""
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+
+
+def widened(*leaves: Tensor | None) -> Any:
+    """The leaves in the dtype that their update is computed in: their common one, and at least float32."""
+    dtype = torch.float32
+    for leaf in leaves:
+        if leaf is not None:
+            dtype = torch.promote_types(dtype, leaf.dtype)
+    return [None if leaf is None else leaf.to(dtype) for leaf in leaves]
+
+
+class Coefficients:
+    """Scalars of one update, cast once for each dtype and device that asks for them."""
+
+    def __init__(self, *scalars: Scalar) -> None:
+        self._scalars = scalars
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Scalar, ...]] = {}
+
+    def like(self, leaf: Tensor) -> tuple[Scalar, ...]:
+        """The scalars in the dtype and on the device of `leaf`: a 0-d leaf would be promoted otherwise."""
+        key = (leaf.dtype, leaf.device)
+        if key not in self._cast:
+            self._cast[key] = tuple(
+                s.to(device=leaf.device, dtype=leaf.dtype) if isinstance(s, Tensor) else s for s in self._scalars
+            )
+        return self._cast[key]
+
+
+def one_minus_power(base: Scalar, count: Tensor) -> Tensor:
+    """`1 - base**count` as `-expm1(count * log(base))`, which keeps its digits when `base` is close to 1."""
+    t = time(count)
+    if isinstance(base, Tensor):
+        return -torch.expm1(t * torch.log(base))
+    return -torch.expm1(t * (math.log(base) if base > 0 else -math.inf))
+
+
+def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
+    """Zeros in the shapes of `params`, in `dtype` or else the params' own dtypes."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype or p.dtype), params)
+
+
+def as_tree(values: Any, params: Any) -> Any:
+    """A list of one value for each leaf, or one value for all, in the structure of `params`."""
+    spec = tree.structure(params)
+    return tree.unflatten(spec, values if isinstance(values, list) else [values] * spec.num_leaves)
+
+
+def absent(values: Any) -> bool:
+    """Whether `values` is the empty tuple, which stands for a tree that a configuration does without."""
+    return type(values) is tuple and not values
+
+
+def zip_map(fn: Callable[..., tuple[Any, ...]], first: Any, *rest: Any) -> tuple[Any, ...]:
+    """Like `tree.map`, for a function of several results: one tree for each of them.
+
+    An empty tuple among `rest` stands for a tree that this configuration does without: `fn` gets None for it.
+    """
+    leaves, spec = tree.flatten(first)
+    columns = [[None] * len(leaves) if absent(other) else spec.flatten_up_to(other) for other in rest]
+    rows = [fn(*each) for each in zip(leaves, *columns, strict=True)]
+    return tuple(
+        () if column and column[0] is None else tree.unflatten(spec, column) for column in zip(*rows, strict=True)
+    )

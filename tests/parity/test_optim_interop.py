@@ -1,0 +1,156 @@
+"""`from_torch`: any torch optimizer, its memory in the pytree, bitwise."""
+
+import functools
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import lumen as lm
+from lumen import optim
+from lumen.errors import HyperparameterError, PurityError
+
+SHAPES = {"a": (5, 3), "b": (4, 6)}
+
+CASES = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "SGD dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    "Adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01}),
+    "AdamW fused": (torch.optim.AdamW, {"fused": True}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Adamax": (torch.optim.Adamax, {}),
+    "ASGD": (torch.optim.ASGD, {"t0": 3, "lambd": 1e-2}),
+    "Rprop": (torch.optim.Rprop, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "Muon": (torch.optim.Muon, {}),
+}
+
+
+def tensors(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+class IntegerSteps(torch.optim.Optimizer):
+    """As older optimizers outside torch: the number of steps is a Python number."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                memory = self.state[p]
+                memory["step"] = memory.get("step", 0) + 1
+                memory["factor"] = memory.get("factor", 1.0) / 2
+                p.sub_(p.grad, alpha=group["lr"] * memory["step"] * memory["factor"])
+
+
+class GroupMemory(IntegerSteps):
+    """Keeps its count where `from_torch` cannot see it."""
+
+    def step(self):
+        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+
+
+@pytest.mark.parametrize("case", [*CASES, "third party"])
+def test_from_torch_is_bitwise_torch(case):
+    cls, kwargs = CASES.get(case, (IntegerSteps, {}))
+    tx = optim.from_torch(cls, **kwargs)
+    params = tensors(0)
+    theirs = {name: p.clone().requires_grad_() for name, p in params.items()}
+    optimizer = cls(list(theirs.values()), **kwargs)
+    opt_state = tx.init(params)
+    spec = lm.tree.structure(opt_state)
+    for step in range(50):
+        grads = tensors(step + 1)
+        before = lm.tree.map(torch.clone, (params, opt_state))
+        new_params, new_state = tx.apply(grads, opt_state, params)
+        assert_same((params, opt_state), before)  # without donation nothing changes
+        params, opt_state = new_params, new_state
+        assert lm.tree.structure(opt_state) == spec
+        for name, p in theirs.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        assert all(torch.equal(params[name], p) for name, p in theirs.items())
+
+
+def assert_same(left, right):
+    assert all(torch.equal(a, b) for a, b in zip(lm.tree.leaves(left), lm.tree.leaves(right), strict=True))
+
+
+def test_learning_rate_is_in_the_state_and_may_be_scheduled():
+    grads = tensors(1)
+    tx = optim.from_torch(torch.optim.SGD, lr=optim.linear(0.1, 0.0, 10))
+    params, opt_state = tensors(0), tx.init(tensors(0))
+    for step in range(3):
+        params, opt_state = tx.apply(grads, opt_state, params)
+        assert optim.learning_rate(opt_state).item() == pytest.approx(0.1 * (1 - step / 10))
+    expected = tensors(0)["a"] - (0.1 + 0.09 + 0.08) * grads["a"]
+    torch.testing.assert_close(params["a"], expected)
+
+    tx = optim.from_torch(torch.optim.SGD, lr=0.1)
+    opt_state = tx.init(params)
+    changed = opt_state.replace(hparams={"lr": torch.tensor(0.5, dtype=torch.float64)})
+    found, _ = tx.apply(grads, changed, params)
+    torch.testing.assert_close(found["a"], params["a"] - 0.5 * grads["a"])
+
+
+def test_skip_and_donate():
+    tx = optim.from_torch(torch.optim.AdamW)
+    params, opt_state = tensors(0), tx.init(tensors(0))
+    params, opt_state = tx.apply(tensors(1), opt_state, params)
+    skipped = tx.apply(tensors(2), opt_state, params, skip=torch.tensor(True))
+    assert_same(skipped, (params, opt_state))
+    kept = tx.apply(tensors(2), opt_state, params)
+    given = lm.tree.map(torch.clone, params)
+    donated = tx.apply(tensors(2), lm.tree.map(torch.clone, opt_state), given, donate=True)
+    assert donated[0] is given
+    assert_same(kept, donated)
+
+
+def test_update_gives_the_difference():
+    tx = optim.from_torch(torch.optim.Adamax)
+    params, opt_state = tensors(0), tx.init(tensors(0))
+    updates, _ = tx.update(tensors(1), opt_state, params)
+    moved, _ = tx.apply(tensors(1), opt_state, params)
+    torch.testing.assert_close(optim.apply_updates(params, updates), moved)
+
+
+def test_tracing_vmap_and_differentiation_are_refused():
+    tx = optim.from_torch(torch.optim.SGD, lr=0.1)
+    params, grads = {"w": torch.randn(3)}, {"w": torch.randn(3)}
+    opt_state = tx.init(params)
+    run = functools.partial(tx.apply, grads, opt_state)
+    with pytest.raises(PurityError, match="eager mode only"):
+        torch.func.vmap(lambda w: run({"w": w})[0])(torch.randn(2, 3))
+    with pytest.raises(PurityError, match="eager mode only"):
+        make_fx(lambda w: run({"w": w})[0]["w"])(params["w"])
+    with pytest.raises(PurityError, match="eager mode only"):
+        run({"w": params["w"].requires_grad_()})
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        (torch.optim.SGD, {"lr": -1.0}, "lr=-1.0"),
+        (torch.optim.SGD, {"lr": float("nan")}, "lr=nan"),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": -1.0}, "momentum"),
+        (torch.optim.SGD, {"rate": 0.1}, "rate"),
+        (torch.optim.LBFGS, {}, "closure"),
+    ],
+)
+def test_bad_arguments_are_refused(cls, kwargs, message):
+    with pytest.raises(HyperparameterError, match=message):
+        optim.from_torch(cls, **kwargs)
+
+
+def test_memory_in_param_groups_is_refused():
+    with pytest.raises(HyperparameterError, match="param_groups"):
+        optim.from_torch(GroupMemory).init({"w": torch.zeros(2)})

@@ -1,0 +1,284 @@
+"""Laws that every optimizer keeps, in both of its lowerings."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import lumen as lm
+from lumen import optim
+
+SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (3, 4)}
+
+
+def rates(count):
+    return 0.01 / (1 + count.double())
+
+
+def make(lr=0.01):
+    """Every optimizer and combinator, by name."""
+    tensor = torch.tensor(0.1, dtype=torch.float64)
+    matrices = optim.muon(lr, dtype=torch.float64)
+    return {
+        "adamw": optim.adamw(lr),
+        "adamw amsgrad": optim.adamw(lr, amsgrad=True),
+        "adamw masked": optim.adamw(lr, weight_decay=0.1, decay_mask="*.weight"),
+        "adamw schedule": optim.adamw(rates),
+        "adamw tensors": optim.adamw(lr, (tensor + 0.8, tensor + 0.8), tensor / 10, tensor),
+        "adamw eps_root": optim.adamw(lr, eps_root=1e-4),
+        "adamw wide moments": optim.adamw(lr, moment_dtype=torch.float64),
+        "adam": optim.adam(lr, weight_decay=0.1),
+        "sgd": optim.sgd(lr),
+        "sgd dampening": optim.sgd(lr, 0.9, dampening=0.3, weight_decay=0.1, decay_mask=optim.matrices),
+        "sgd nesterov": optim.sgd(lr, 0.9, nesterov=True),
+        "sgd tensors": optim.sgd(rates, tensor, dampening=tensor, weight_decay=tensor),
+        "lion": optim.lion(lr, weight_decay=0.1, decay_mask=re.compile("weight")),
+        "lion schedule": optim.lion(rates),
+        "rmsprop": optim.rmsprop(lr, momentum=0.9, centered=True, weight_decay=0.1),
+        "rmsprop schedule": optim.rmsprop(rates),
+        "adagrad": optim.adagrad(lr, lr_decay=0.1, initial_accumulator=0.1),
+        "adagrad schedule": optim.adagrad(rates, weight_decay=0.1),
+        "adafactor": optim.adafactor(lr, weight_decay=0.1),
+        "nadam": optim.nadam(lr, weight_decay=0.1),
+        "radam": optim.radam(lr, (0.9, 0.6)),
+        "lamb": optim.lamb(lr, weight_decay=0.1, decay_mask="*.weight"),
+        "muon": optim.partition({"*.weight": matrices}, optim.adamw(lr)),
+        "lookahead": optim.lookahead(optim.adamw(lr), period=3),
+        "schedule_free": optim.schedule_free(optim.sgd(lr)),
+        "clipped": optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(lr)),
+        "traced": optim.chain(optim.trace(0.9), optim.sgd(lr)),
+        "plateau": optim.chain(optim.adamw(lr), optim.reduce_on_plateau()),
+        "partition": optim.partition({"*.bias": optim.sgd(lr, 0.9)}, optim.adamw(lr)),
+        "freeze": optim.freeze("a.*", optim.adamw(lr)),
+        "finite": optim.apply_if_finite(optim.adamw(lr), 3),
+    }
+
+
+ALL = list(make())
+FUSED = [name for name, tx in make().items() if tx.fused_fn is not None]
+
+
+def tensors(seed, dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()}
+
+
+def plain(tx):
+    return optim.Transform(tx.init_fn, tx.update_fn)
+
+
+def run(tx, steps=8, dtype=torch.float32, **kwargs):
+    params = tensors(0, dtype)
+    opt_state = tx.init(params)
+    for step in range(steps):
+        params, opt_state = tx.apply(tensors(step + 1, dtype), opt_state, params, **kwargs)
+    return params, opt_state
+
+
+def assert_same(left, right):
+    """Equal structures and equal bits."""
+    assert lm.tree.structure(left) == lm.tree.structure(right)
+    for path, a, b in zip(lm.tree.paths(left), lm.tree.leaves(left), lm.tree.leaves(right), strict=True):
+        assert a.dtype is b.dtype, path
+        assert torch.equal(a, b), path
+
+
+def assert_close(left, right, tolerance):
+    assert lm.tree.structure(left) == lm.tree.structure(right)
+    for a, b in zip(lm.tree.leaves(left), lm.tree.leaves(right), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("name", FUSED)
+def test_both_lowerings_give_the_same_numbers(name, dtype, tolerance):
+    tx = make()[name]
+    assert_close(run(tx, dtype=dtype), run(plain(tx), dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_both_lowerings_agree_in_bfloat16(name):
+    tx = make()[name]
+    params, opt_state = run(tx, 3, torch.bfloat16)
+    expected, expected_state = run(plain(tx), 3, torch.bfloat16)
+    assert lm.tree.structure(opt_state) == lm.tree.structure(expected_state)
+    for leaf, other in zip(params.values(), expected.values(), strict=True):
+        assert leaf.dtype is torch.bfloat16
+        torch.testing.assert_close(leaf, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_donation_changes_where_and_not_what(name):
+    tx = make()[name]
+    params = tensors(0)
+    opt_state = tx.init(params)
+    for step in range(4):
+        grads = tensors(step + 1)
+        before = lm.tree.map(torch.clone, (params, opt_state, grads))
+        kept = tx.apply(grads, opt_state, params)
+        assert_same((params, opt_state, grads), before)
+        given = lm.tree.map(torch.clone, params)
+        memory = [p.data_ptr() for p in given.values()]
+        donated = tx.apply(grads, lm.tree.map(torch.clone, opt_state), given, donate=True)
+        assert donated[0] is given
+        assert [p.data_ptr() for p in given.values()] == memory
+        assert_same(donated, kept)
+        params, opt_state = kept
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("lower", [lambda tx: tx, plain], ids=["fused", "plain"])
+@pytest.mark.parametrize("name", ALL)
+def test_skip_changes_nothing(name, lower, donate):
+    tx = lower(make()[name])
+    params, opt_state = run(tx, 3)
+    params["a.bias"][0] = -0.0
+    bad = tensors(9)
+    bad["a.weight"][0, 0] = math.nan
+    before = lm.tree.map(torch.clone, (params, opt_state))
+    skipped = tx.apply(bad, opt_state, params, skip=torch.tensor(True), donate=donate)
+    assert_same(skipped, before)
+    assert math.copysign(1, skipped[0]["a.bias"][0].item()) == -1
+    assert_same(
+        tx.apply(tensors(9), opt_state, params, skip=torch.tensor(False)),
+        tx.apply(tensors(9), opt_state, params),
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_keeps_its_structure_dtypes_and_shapes(name):
+    tx = make()[name]
+    start = tx.init(tensors(0))
+    for lowering in (tx, plain(tx)):
+        _, opt_state = run(lowering, 2)
+        assert lm.tree.structure(opt_state) == lm.tree.structure(start)
+        for a, b in zip(lm.tree.leaves(opt_state), lm.tree.leaves(start), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_owns_its_memory(name):
+    """So that it can be donated with the params, leaf by leaf."""
+    params = tensors(0)
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    opt_state = make(lr)[name].init(params)
+    leaves = [*lm.tree.tensors(opt_state), *params.values(), lr]
+    assert len({leaf.data_ptr() for leaf in leaves}) == len(leaves)
+    assert all(isinstance(leaf, torch.Tensor) for leaf in lm.tree.leaves(opt_state))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "schedule" not in name or name == "schedule_free"])
+def test_lanes_of_vmap_are_their_own_runs(name):
+    """Params and learning rates differ by lane; float64 to 1e-10."""
+    lrs = torch.tensor([0.003, 0.01, 0.03], dtype=torch.float64)
+    lanes = [{key: p * (1 + i) for key, p in tensors(0, torch.float64).items()} for i in range(3)]
+    stacked = lm.tree.map(lambda *leaves: torch.stack(leaves), *lanes)
+    all_grads = [tensors(step + 1, torch.float64) for step in range(4)]
+
+    def train(params, lr):
+        tx = make(lr)[name]
+        opt_state = tx.init(params)
+        for grads in all_grads:
+            params, opt_state = tx.apply(grads, opt_state, params)
+        return params
+
+    together = torch.func.vmap(train)(stacked, lrs)
+    for i, lane in enumerate(lanes):
+        alone = train(lane, lrs[i])
+        assert_close({key: value[i] for key, value in together.items()}, alone, 1e-10)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_traced_update_is_the_plain_lowering(name):
+    tx = make()[name]
+    params, opt_state = run(tx, 2)
+    traced = make_fx(lambda *args: tx.apply(*args), tracing_mode="fake")(tensors(7), opt_state, params)
+    assert not any("fused" in str(node.target) or "foreach" in str(node.target) for node in traced.graph.nodes)
+    assert_same(traced(tensors(8), opt_state, params), plain(tx).apply(tensors(8), opt_state, params))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd dampening", "lion", "adafactor", "muon", "lookahead", "plateau"])
+def test_params_may_be_any_tree(name):
+    flat = tensors(0)
+    nested = {"a": {"weight": flat["a.weight"], "bias": flat["a.bias"]}, "b": {"weight": flat["b.weight"]}}
+    grads = tensors(1)
+    nested_grads = {"a": {"bias": grads["a.bias"], "weight": grads["a.weight"]}, "b": {"weight": grads["b.weight"]}}
+    tx = make()[name]
+    expected, _ = tx.apply(grads, tx.init(flat), flat)
+    for lowering in (tx, plain(tx)):
+        found, _ = lowering.apply(nested_grads, tx.init(nested), nested)
+        assert_close(list(lm.tree.leaves(found)), list(expected.values()), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd nesterov", "lion schedule", "adafactor", "nadam", "lookahead"])
+def test_params_may_be_one_tensor(name):
+    tx = make()[name]
+    params = torch.randn(3)
+    for lowering in (tx, plain(tx)):
+        found, _ = lowering.apply(torch.ones(3), lowering.init(params), params)
+        assert found.shape == params.shape
+        assert not torch.equal(found, params)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "muon"])
+def test_grads_are_matched_by_name_not_by_position(name):
+    tx = make()[name]
+    params, grads = tensors(0), tensors(1)
+    shuffled = {key: grads[key] for key in reversed(grads)}
+    for lowering in (tx, plain(tx)):
+        assert_same(
+            lowering.apply(shuffled, lowering.init(params), params)[0],
+            lowering.apply(grads, lowering.init(params), params)[0],
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("adamw wide moments", "muon")])
+def test_params_of_several_dtypes(name):
+    """Each leaf is updated as if the others were not there."""
+    tx = make()[name]
+    if name in ("clipped", "partition", "freeze", "finite"):
+        return
+    dtypes = {"a.weight": torch.float64, "a.bias": torch.float32, "b.weight": torch.bfloat16}
+    params = {key: p.to(dtypes[key]) for key, p in tensors(0).items()}
+    grads = {key: g.to(dtypes[key]) for key, g in tensors(1).items()}
+    found, opt_state = tx.apply(grads, tx.init(params), params)
+    expected, _ = plain(tx).apply(grads, tx.init(params), params)
+    for key, dtype in dtypes.items():
+        assert found[key].dtype is dtype
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(found[key], expected[key], rtol=tolerance, atol=tolerance)
+
+
+def test_scalar_params_keep_their_dtype():
+    """A 0-d leaf would be promoted by the float64 scalars of the state."""
+    params, grads = {"s": torch.tensor(1.0)}, {"s": torch.tensor(0.5)}
+    for name in ("adamw", "sgd nesterov", "lion", "rmsprop", "adagrad", "adafactor", "nadam", "radam"):
+        tx = make()[name] if name != "lion" else optim.lion(0.1)
+        updates, opt_state = tx.update_fn(grads, tx.init(params), params)
+        assert updates["s"].dtype is torch.float32, name
+        assert all(leaf.dtype is not torch.float16 for leaf in lm.tree.leaves(opt_state))
+
+
+def test_moments_in_another_dtype():
+    params = {key: p.bfloat16() for key, p in tensors(0).items()}
+    grads = {key: g.bfloat16() for key, g in tensors(1).items()}
+    tx = optim.adamw(0.01, moment_dtype=torch.float32)
+    for lowering in (tx, plain(tx)):
+        new, opt_state = lowering.apply(grads, lowering.init(params), params)
+        assert {leaf.dtype for leaf in lm.tree.leaves((opt_state.mu, opt_state.nu))} == {torch.float32}
+        assert {leaf.dtype for leaf in new.values()} == {torch.bfloat16}
+
+
+def test_bias_correction_keeps_its_digits():
+    """`1 - 0.9999999**t` by subtraction has lost half of them in float32, and seven even in float64."""
+    from lumen.optim.numerics import one_minus_power
+
+    beta, t = 1 - 1e-7, 3
+    exact = 3e-7 - 3e-14 + 1e-21  # 1 - (1 - x)^3, written out
+    found = one_minus_power(beta, torch.tensor(t)).item()
+    assert found == pytest.approx(exact, rel=1e-8)
+    assert one_minus_power(0.0, torch.tensor(t)).item() == 1.0
+    by_tensor = one_minus_power(torch.tensor(0.9, dtype=torch.float64), torch.tensor(t)).item()
+    assert by_tensor == pytest.approx(1 - 0.9**3, rel=1e-14)
