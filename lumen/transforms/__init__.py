@@ -1,0 +1,1 @@
+"""Step transforms, one file each."""

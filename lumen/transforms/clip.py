@@ -1,0 +1,55 @@
+"""`lm.clip`: bound the gradient before the update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumen.core import rules
+from lumen.core.primitives import UpdateCall
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, Transform
+from lumen.errors import HyperparameterError
+from lumen.optim.clip import clip_by_global_norm, clip_by_value
+
+
+class clip(Transform):
+    """Scale each update's grads down to a global L2 `norm`, or cut every entry to [-value, value].
+
+    The norm is that of all leaves together, after accumulation and loss scaling. Declared change: grads above the
+    bound. With a norm, grads are multiplied by `min(1, norm / (global_norm + 1e-6))`, as
+    `torch.nn.utils.clip_grad_norm_` does.
+
+    >>> import lumen as lm
+    >>> lm.clip(1.0), lm.clip(value=0.5)
+    (lm.clip(1.0), lm.clip(value=0.5))
+    """
+
+    name = "clip"
+    level = "clip"
+    reason = "clip bounds the grads that ema and donate then see the result of"
+
+    def __init__(self, norm: float | None = None, *, value: float | None = None) -> None:
+        if (norm is None) == (value is None):
+            raise HyperparameterError(
+                f"clip takes a norm or a value, got norm={norm!r}, value={value!r}."
+                " Write lm.clip(1.0), or lm.clip(value=0.5)."
+            )
+        self.norm = norm
+        self.value = value
+        self._transform = clip_by_global_norm(norm) if norm is not None else clip_by_value(value)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"lm.clip({self.norm})" if self.norm is not None else f"lm.clip(value={self.value})"
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with its grads bounded."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            with rules.install({Primitive.UPDATE: self._rule}):
+                return step(state, batch)
+
+        return run
+
+    def _rule(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        grads, _ = self._transform.update_fn(call.grads, (), call.params)
+        return next(call.replace(grads=grads))  # type: ignore[no-any-return]

@@ -1,0 +1,302 @@
+"""`lm.compile`: the whole step, gradient and optimizer included, as one compiled region.
+
+The step is traced once for each structure, shape and dtype of its input, as `jax.jit` does, by `make_fx` over fake
+tensors, and the graph is compiled by TorchInductor. Nothing of Python is left in the region: entering it costs a
+flatten and a dictionary look-up, where `torch.compile` evaluates guards on every module and dict that the step touches.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rules
+from lumen.core.donation import check_unmoved, hand_over
+from lumen.core.step import Step, StepFn, Transform, as_step
+from lumen.errors import GraphBreakWarning, HyperparameterError, InexactWarning
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_MANY = 8
+
+
+class compile(Transform):
+    """Compile the whole step into one region by TorchInductor.
+
+    `mode` and `options` are those of `torch.compile`; "reduce-overhead" uses CUDA graphs on a GPU. `backend="eager"`
+    runs the traced graph without compiling it, to look for a fault.
+
+    As with `jax.jit`, the step's Python runs when it is traced: on the first call, and again when structure, shape
+    or dtype of its input change, or a Python value that the step's function reads from its closure or its globals.
+    Values behind attributes (`config.alpha`) are constants. Where the step needs a tensor's value in Python (`.item()`,
+    `if loss > 3`), it cannot be compiled: one `GraphBreakWarning` names the line, and the step runs uncompiled.
+
+    With `lm.donate()` inside, new values are written into the memory of the old state.
+
+    Law: `compile()(step) == step`, to the tolerance of fused arithmetic. Dropout draws other numbers than in eager
+    mode, unless `options={"fallback_random": True}`.
+
+    >>> import lumen as lm
+    >>> lm.compile(mode="reduce-overhead")
+    lm.compile(mode='reduce-overhead')
+    """
+
+    name = "compile"
+    level = "compile"
+    reason = "the region that is compiled is the whole step"
+
+    def __init__(
+        self, *, mode: str = "default", options: Mapping[str, Any] | None = None, backend: str = "inductor"
+    ) -> None:
+        if mode not in _MODES:
+            raise HyperparameterError(f"compile mode {mode!r} is unknown; give one of {', '.join(map(repr, _MODES))}.")
+        if backend not in ("inductor", "eager"):
+            raise HyperparameterError(f"compile backend {backend!r} is unknown; give 'inductor' or 'eager'.")
+        self.mode = mode
+        self.options = dict(options or {})
+        self.backend = backend
+
+    def __repr__(self) -> str:
+        said = [f"mode={self.mode!r}"] * (self.mode != "default")
+        said += [f"options={self.options!r}"] * bool(self.options) + [f"backend={self.backend!r}"] * (
+            self.backend != "inductor"
+        )
+        return f"lm.compile({', '.join(said)})"
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The compiled step, with the host-side work of the transforms inside it around it."""
+        inner = as_step(step)
+        return inner.hosted(_Compiled(inner, self))
+
+
+class _Compiled:
+    """The compiled forms of one step, by the signature of their input."""
+
+    def __init__(self, step: Step, settings: compile) -> None:
+        self._step = step
+        self._settings = settings
+        self._donates = any(t.donates for t in step.transforms)
+        self._reads = _python_reads(step.user)
+        self._regions: dict[Any, _Region] = {}
+        self._broken = False
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        if self._broken:
+            return self._uncompiled(state, batch)
+        held, state_spec = tree.flatten(state)
+        given, batch_spec = tree.flatten(batch)
+        key = (
+            state_spec,
+            batch_spec,
+            tuple([(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in held]),
+            tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in given]),
+            tuple([read() for read in self._reads]),
+        )
+        region = self._regions.get(key)
+        if region is None:
+            try:
+                region = self._trace(held, state_spec, given, batch_spec)
+            except _breaks() as error:
+                self._broken = True
+                _warn_break(self._step, error)
+                return self._uncompiled(state, batch)
+            self._regions[key] = region
+            self._warn_many()
+        return region(held, given)
+
+    def _trace(self, held: list[Any], state_spec: tree.Spec, given: list[Any], batch_spec: tree.Spec) -> _Region:
+        return _Region(self._step, held, state_spec, given, batch_spec, self._donates, self._settings)
+
+    def _uncompiled(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        inner = self._step.inner
+        return self._step._traceable(state, batch) if inner is not None else self._step(state, batch)
+
+    def _warn_many(self) -> None:
+        if len(self._regions) == _MANY:
+            warnings.warn(
+                f"{self._step.__name__} has been compiled {_MANY} times, each time for other shapes, dtypes or Python"
+                " values. Make what changes a tensor (a learning rate, a coefficient), and keep batch shapes to a few.",
+                InexactWarning,
+                stacklevel=3,
+            )
+
+
+class _Region:
+    """One compiled region: flat tensors in, flat tensors out."""
+
+    def __init__(
+        self,
+        step: Step,
+        held: list[Any],
+        state_spec: tree.Spec,
+        given: list[Any],
+        batch_spec: tree.Spec,
+        donates: bool,
+        settings: compile,
+    ) -> None:
+        leaves = [*held, *given]
+        self._inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._donates = donates
+        example = [leaves[i] for i in self._inputs]
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            filled = list(leaves)
+            for i, tensor in zip(self._inputs, tensors, strict=True):
+                filled[i] = tensor
+            old = filled[: len(held)]
+            state, batch = tree.unflatten(state_spec, old), tree.unflatten(batch_spec, filled[len(held) :])
+            with rules.tracing:
+                out = step(state, batch)
+            return self._plan(old, filled, out)
+
+        self._run = _compiled(flat, example, settings)
+
+    def _plan(self, old: list[Any], inputs: list[Any], out: tuple[Any, Any]) -> list[Tensor]:
+        """What the graph must return, and where each leaf of the answer comes from at run time."""
+        new_state, metrics = out
+        new, self._state_spec = tree.flatten(new_state)
+        shown, self._metrics_spec = tree.flatten(metrics)
+        self._states = len(new)
+        place = {id(t): i for i, t in enumerate(inputs) if isinstance(t, Tensor)}
+        if self._donates:
+            check_unmoved(old, new, tree.paths(new_state))
+            # A metric that is an old leaf would change when its memory is overwritten.
+            shown = [leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in place else leaf for leaf in shown]
+            hand_over([o for o in old if isinstance(o, Tensor)], [n for n in new if isinstance(n, Tensor)])
+            new = old
+        outputs: list[Tensor] = []
+        self._sources: list[tuple[str, Any]] = []
+        for leaf in [*new, *shown]:
+            if not isinstance(leaf, Tensor):
+                self._sources.append(("constant", leaf))
+            elif id(leaf) in place:
+                self._sources.append(("input", place[id(leaf)]))
+            else:
+                self._sources.append(("output", len(outputs)))
+                outputs.append(leaf)
+        return outputs
+
+    def __call__(self, held: list[Any], given: list[Any]) -> tuple[Any, Any]:
+        leaves = held + given
+        made = self._run([leaves[i] for i in self._inputs])
+        answer = [
+            made[at] if source == "output" else leaves[at] if source == "input" else at for source, at in self._sources
+        ]
+        return (
+            self._state_spec.unflatten(answer[: self._states]),
+            self._metrics_spec.unflatten(answer[self._states :]),
+        )
+
+
+def _compiled(
+    flat: Callable[..., list[Tensor]], example: list[Tensor], settings: compile
+) -> Callable[[list[Tensor]], Any]:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        if settings.backend == "eager":
+            return lambda tensors: graph(*tensors)
+        import torch._inductor as inductor
+
+        options = {**inductor.list_mode_options(settings.mode), **settings.options}
+        compiled = inductor.compile(graph, [*example], options=options)
+
+    def run(tensors: list[Tensor]) -> Any:
+        with torch.no_grad():
+            return compiled(*tensors)
+
+    return run
+
+
+def _breaks() -> tuple[type[BaseException], ...]:
+    from torch._subclasses import fake_tensor
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        GuardOnDataDependentSymNode,
+    )
+
+
+def _warn_break(step: Step, error: BaseException) -> None:
+    where = _user_line(error)
+    warnings.warn(
+        f"{step.__name__} cannot be compiled: {where} needs the value of a tensor in Python"
+        f" ({type(error).__name__}). The step runs uncompiled. Keep the value on the device: torch.where for `if`,"
+        " tensor arithmetic for .item(); or report the tensor as a metric and look at it outside the step.",
+        GraphBreakWarning,
+        stacklevel=5,
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the user's own code in the traceback."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    trace, line = error.__traceback__, "a line of it"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(ours):
+            line = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name},"
+        trace = trace.tb_next
+    return line
+
+
+def _python_reads(fn: Any) -> list[Callable[[], Any]]:
+    """Readers of what a function takes from its closure and globals: scalars by value, anything else by identity."""
+    readers: list[Callable[[], Any]] = []
+    seen: set[int] = set()
+    todo = [fn]
+    while todo:
+        each = todo.pop()
+        each = getattr(each, "__func__", each)
+        if not isinstance(each, types.FunctionType) or id(each) in seen or _is_library(each):
+            continue
+        seen.add(id(each))
+        for cell in each.__closure__ or ():
+            readers.append(_cell_reader(cell))
+            todo.append(_cell_value(cell))
+        for name in _global_names(each.__code__):
+            if name in each.__globals__:
+                readers.append(_global_reader(each.__globals__, name))
+                todo.append(each.__globals__[name])
+    return readers
+
+
+def _is_library(fn: types.FunctionType) -> bool:
+    return (fn.__module__ or "").partition(".")[0] in ("torch", "lumen", "numpy", "optree")
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _global_names(constant)
+    return names
+
+
+def _cell_value(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _cell_reader(cell: types.CellType) -> Callable[[], Any]:
+    return lambda: _mark(_cell_value(cell))
+
+
+def _global_reader(table: dict[str, Any], name: str) -> Callable[[], Any]:
+    return lambda: _mark(table.get(name))
+
+
+def _mark(value: Any) -> Any:
+    return (type(value), value) if isinstance(value, bool | int | float | str) else id(value)

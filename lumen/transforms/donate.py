@@ -1,0 +1,69 @@
+"""`lm.donate`: update in place, in the memory of the state that is handed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumen.core import rules
+from lumen.core.donation import check_successor, check_unaliased, is_retired, release, retire
+from lumen.core.primitives import UpdateCall
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, Transform
+from lumen.optim.base import clone
+
+
+class donate(Transform):
+    """Hand the state's memory over to its successor: no copy of params and optimizer state is made.
+
+    In eager mode the optimizer's fused kernel works on the state's own tensors; under `lm.compile` the new values are
+    written back into them. The state that was handed in is dead: any further use raises `DonatedError`, inside the
+    step too, once `apply_gradients` has run.
+
+    Law: `donate()(step) == step`; bitwise in eager mode for optimizers with a fused kernel.
+
+    `init` copies the state once, so that the module it came from keeps its own params. Raises `DonatedError` where two
+    leaves share memory (a target network set without a copy, say).
+
+    >>> import lumen as lm
+    >>> lm.donate()
+    lm.donate()
+    """
+
+    name = "donate"
+    level = "donate"
+    reason = "donate replaces the update itself, so whatever changes grads or watches the update must be outside it"
+    donates = True
+
+    def init(self, state: Any) -> Any:
+        """A copy of the state that owns its memory."""
+        return clone(state)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with its updates in place."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            with rules.install({Primitive.UPDATE: _in_place}):
+                return step(state, batch)
+
+        return run
+
+    def host(self, step: StepFn) -> StepFn:
+        """Check that memory is shared by no two leaves, and retire the old state."""
+        checked = False
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal checked
+            if not checked:
+                check_unaliased(state)
+                checked = True
+            new, metrics = step(state, batch)
+            metrics = release(metrics, check_successor(new) if hasattr(new, "_fields_") else check_unaliased(new))
+            if new is not state and not is_retired(state):
+                retire(state)
+            return new, metrics
+
+        return run
+
+
+def _in_place(next: Next, call: UpdateCall) -> tuple[Any, Any]:
+    return next(call.replace(donate=True))  # type: ignore[no-any-return]

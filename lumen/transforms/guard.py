@@ -1,0 +1,157 @@
+"""`lm.guard`: do not let a non-finite loss or gradient into the params."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rules
+from lumen.core.dataclass import state as state_class
+from lumen.core.primitives import Gradient, GradientCall, UpdateCall
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
+from lumen.core.values import Mean
+from lumen.errors import HyperparameterError, NonFiniteError
+
+Mode = Literal["skip", "raise"]
+
+
+@state_class
+class GuardState:
+    """The slot of `guard`: how many updates were `skipped`, and the leaf that was `bad` in the last step or -1."""
+
+    skipped: Tensor
+    bad: Tensor
+
+
+class guard(Transform):
+    """Check loss and grads; where one is not finite, leave params, optimizer state and buffers as they were.
+
+    `on_nonfinite="skip"` goes on, and counts in `state.slots["guard"].skipped`; it never waits for the device.
+    `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
+    after each step.
+
+    Declared change: updates that would have been non-finite. Every other step is bitwise the step without it.
+
+    >>> import lumen as lm
+    >>> lm.guard("raise")
+    lm.guard('raise')
+    """
+
+    name = "guard"
+    level = "guard"
+    reason = "guard decides whether the update happens at all"
+
+    def __init__(self, on_nonfinite: Mode = "skip") -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise HyperparameterError(f"guard takes 'skip' or 'raise', got {on_nonfinite!r}.")
+        self.on_nonfinite = on_nonfinite
+        self._names: list[str] = []  # of the checked leaves, the same each time a step is run or traced
+
+    def __repr__(self) -> str:
+        return f"lm.guard({self.on_nonfinite!r})"
+
+    def init(self, state: Any) -> Any:
+        """Add the slot."""
+        zero = torch.zeros((), dtype=torch.int64, device=device_of(state))
+        return add_slot(state, self.name, lambda: GuardState(zero, zero - 1))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with non-finite updates left out."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            old: GuardState = slot(state, self.name)
+            buffers = getattr(state, "buffers", None)
+            watch = _Watch()
+            with rules.install({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
+                new, metrics = step(state, batch)
+            self._names = watch.names
+            bad = watch.first_bad(old.bad)
+            skip = bad >= 0
+            if self.on_nonfinite == "raise":  # the host may look only after several steps: keep the first
+                bad = torch.where(old.bad >= 0, old.bad, bad)
+            if buffers:
+                new = new.replace(buffers=tree.select(skip, buffers, new.buffers))
+            return with_slot(new, self.name, GuardState(old.skipped + skip, bad)), metrics
+
+        return run
+
+    def host(self, step: StepFn) -> StepFn:
+        """Raise where that is asked for."""
+        if self.on_nonfinite == "skip":
+            return step
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            module = getattr(getattr(state, "apply_fn", None), "module", None)
+            number = getattr(state, "step", None)
+            new, metrics = step(state, batch)
+            bad = int(slot(new, self.name).bad.max())
+            if bad >= 0:
+                raise NonFiniteError(
+                    _message(self._names[bad], module, number if number is None else int(number.max()))
+                )
+            return new, metrics
+
+        return run
+
+
+class _Watch:
+    """The finiteness of everything seen in one step."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.flags: list[Tensor] = []
+
+    def gradient(self, next: Next, call: GradientCall) -> Gradient:
+        answer: Gradient = next(call)
+        loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
+        self._note({"loss": loss})
+        self._note(answer.grads)
+        return answer
+
+    def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        if not self.flags:
+            self._note(call.grads)
+        bad = ~torch.cat(self.flags).all()
+        return next(call.replace(skip=bad if call.skip is None else bad | call.skip))  # type: ignore[no-any-return]
+
+    def first_bad(self, like: Tensor) -> Tensor:
+        """The index of the first non-finite leaf, -1 where there is none."""
+        if not self.flags:
+            return torch.full_like(like, -1)
+        bad = ~torch.cat(self.flags)
+        return torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
+
+    def _note(self, values: Any) -> None:
+        self.names += tree.paths(values)
+        self.flags.append(finite_leaves(tree.leaves(values)))
+
+
+def finite_leaves(leaves: list[Tensor]) -> Tensor:
+    """For each tensor whether it is finite throughout: a boolean vector."""
+    if torch._C._functorch.peek_interpreter_stack() is None and not rules.is_tracing():
+        return torch.stack([n.float() for n in torch._foreach_norm(leaves, float("inf"))]).isfinite()
+    return torch.stack([leaf.isfinite().all() for leaf in leaves])
+
+
+def _message(name: str, module: Any, step: int | None) -> str:
+    at = "" if step is None else f" at step {step}"
+    if name == "loss":
+        return (
+            f"the loss is not finite{at}. The update was left out. Look at the batch and at the outputs of"
+            " the model for it; lm.clip(1.0), a lower learning rate, or a warm-up help where it grew."
+        )
+    owner = ""
+    if module is not None:
+        prefix = name.rpartition(".")[0]
+        modules = dict(module.named_modules())
+        if prefix in modules:
+            owner = f" (module {prefix or 'root'!r}, {type(modules[prefix]).__name__})"
+    return f"the gradient of params[{name!r}]{owner} is not finite{at}. The update was left out."

@@ -1,0 +1,169 @@
+"""`lm.private`: differentially private SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lumen import random, tree
+from lumen.core import rows, rules
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
+from lumen.core.values import Mean
+from lumen.errors import HyperparameterError, PurityError
+
+_SALT = 0x6470  # keeps the noise apart from what a step draws from state.key itself
+
+
+class private(Transform):
+    """DP-SGD: clip the gradient of every row to L2 norm `clip`, add Gaussian noise, average over the rows.
+
+    The noise of an update has standard deviation `noise * clip` on the sum of the clipped gradients, drawn from
+    `lm.random` with the state's seed and step. `epsilon(...)` accounts for what was spent (the `[private]` extra).
+
+    Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
+    With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
+
+    Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, and `HyperparameterError` for
+    settings out of range. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
+
+    >>> import lumen as lm
+    >>> lm.private(clip=1.0, noise=1.1)
+    lm.private(clip=1.0, noise=1.1)
+    """
+
+    name = "private"
+    level = "private"
+    reason = "each row's gradient is clipped by itself, before anything is summed over microbatches or ranks"
+
+    def __init__(self, clip: float, noise: float, *, chunk: int | None = None) -> None:
+        if not clip > 0.0:
+            raise HyperparameterError(f"private takes a positive clip (an L2 norm), got {clip!r}.")
+        if not noise >= 0.0:
+            raise HyperparameterError(f"private takes a noise multiplier of at least 0, got {noise!r}.")
+        self.clip = clip
+        self.noise = noise
+        self.chunk = chunk
+
+    def __repr__(self) -> str:
+        return f"lm.private(clip={self.clip}, noise={self.noise})"
+
+    def init(self, state: Any) -> Any:
+        """Add the slot: the number of noisy updates made (int64 scalar)."""
+        return add_slot(state, self.name, lambda: torch.zeros((), dtype=torch.int64, device=device_of(state)))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name)
+
+    def epsilon(self, state: Any, *, delta: float, sample_rate: float) -> float:
+        """The epsilon spent so far, by Rényi accounting of a Poisson-subsampled Gaussian mechanism.
+
+        `sample_rate` is the batch size over the size of the data set. Needs the `[private]` extra.
+        """
+        try:
+            from dp_accounting import dp_event, rdp
+        except ImportError as error:
+            raise ImportError("epsilon needs an accountant: pip install 'lumen-torch[private]'") from error
+        steps = int(slot(state, self.name))
+        if steps == 0:
+            return 0.0
+        event = dp_event.PoissonSampledDpEvent(sample_rate, dp_event.GaussianDpEvent(self.noise))
+        accountant = rdp.RdpAccountant()
+        accountant.compose(event, steps)
+        return float(accountant.get_epsilon(delta))
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with private gradients."""
+        for inner in as_step(step).transforms:
+            if getattr(getattr(inner, "policy", None), "loss_scale", None) is not None:
+                raise HyperparameterError(
+                    f"{inner!r} scales the loss and must see each gradient overflow, which private({self.clip})"
+                    ' computes and clips row by row. Write lm.precision("bf16"), or a policy with loss_scale=None.'
+                )
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            spent = slot(state, self.name)
+            key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
+            update = _Update(self, key)
+            handlers: dict[Primitive, Rule] = {
+                Primitive.APPLY: _refuse_batchnorm,
+                Primitive.GRADIENT: update.gradient,
+                Primitive.UPDATE: update.add_noise,
+            }
+            with rules.install(handlers):
+                new, metrics = step(state, batch)
+            return with_slot(new, self.name, spent + update.count), metrics
+
+        return run
+
+
+class _Update:
+    """The private gradients of one step, and the noise that its updates owe."""
+
+    def __init__(self, settings: private, key: Tensor) -> None:
+        self.settings = settings
+        self.key = key
+        self.rows = 0
+        self.count = 0
+
+    def gradient(self, next: Next, call: GradientCall) -> Gradient:
+        """The sum of the clipped gradients of all rows; their mean unless the call asks for the sum."""
+        size = rows.count(call.batch)
+        self.rows += size
+
+        def one_row(row: Any) -> tuple[Any, Any, Any]:
+            single = tree.map(lambda x: x.unsqueeze(0), row)
+            answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
+            kept["answer"] = answer.replace(loss=None, grads=None, aux=None)
+            return _clipped(answer.grads, self.settings.clip), answer.loss, () if answer.aux is None else answer.aux
+
+        kept: dict[str, Gradient] = {}
+        mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
+        grads, losses, aux = mapped(call.batch)
+        grads = tree.map(lambda g: g.sum(0), grads)
+        loss = Mean(losses.total.sum(), losses.weight.sum())
+        if not call.summed:
+            grads = tree.map(lambda g: g / size, grads)
+        scalar = kept["answer"].scalar
+        shown = loss.compute() if scalar and not call.summed else loss
+        parts = [tree.map(lambda x, i=i: x[i], aux) for i in range(size)] if aux != () else [None]
+        return Gradient(
+            # A private gradient is a mean over rows whatever the loss's own weights are, so they must not divide it.
+            Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else shown,
+            grads,
+            rows.merge_aux(parts, [1] * len(parts)),
+            scalar,
+            size,
+        )
+
+    def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        """Noise on the mean gradient: once for an update, however many parts it was computed in."""
+        std = self.settings.noise * self.settings.clip / max(self.rows, 1)
+        leaves, spec = tree.flatten(call.grads)
+        if std:
+            base = random.fold_in(self.key, self.count)
+            keys = random.split(base, len(leaves))
+            leaves = [g + std * random.normal(k, g.shape, g.dtype) for g, k in zip(leaves, keys, strict=True)]
+        self.count += 1
+        self.rows = 0
+        return next(call.replace(grads=tree.unflatten(spec, leaves)))  # type: ignore[no-any-return]
+
+
+def _clipped(grads: Any, bound: float) -> Any:
+    norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+    factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return tree.map(lambda g: g * factor.to(g.dtype), grads)
+
+
+def _refuse_batchnorm(next: Next, call: ApplyCall) -> Any:
+    for name, module in call.target.module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise PurityError(
+                f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so no"
+                " row has a gradient of its own to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."
+            )
+    return next(call)

@@ -1,0 +1,129 @@
+"""`accumulate`: the gradient of a whole batch from uneven parts, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lumen as lm
+
+from .models import STEADY, Job, assert_same, jobs, learned, train
+
+
+@settings(max_examples=40)
+@given(job=jobs(rows=(1, 11)), data=st.data())
+def test_any_number_of_parts(job: Job, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, job.rows))
+    state, metrics = lm.accumulate(k)(job.step)(job.state(), job.batch())
+    expected, numbers = job.step(job.state(), job.batch())
+    assert_same((learned(state), metrics), (learned(expected), numbers))
+
+
+@settings(max_examples=40)
+@given(job=jobs(rows=(1, 11)), size=st.integers(1, 13))
+def test_any_size_of_part(job: Job, size: int) -> None:
+    state, metrics = lm.accumulate(microbatch=size)(job.step)(job.state(), job.batch())
+    expected, numbers = job.step(job.state(), job.batch())
+    assert_same((learned(state), metrics), (learned(expected), numbers))
+
+
+def test_parts_without_a_counted_row() -> None:
+    """A masked loss whose first microbatch counts nothing: a mean of means would be NaN."""
+    job = Job(loss="masked", form="tuple", rows=6)
+    x, y, _ = job.batch()
+    batch = (x, y, torch.tensor([False, False, False, True, False, True]))
+    state, metrics = lm.accumulate(3)(job.step)(job.state(), batch)
+    expected, numbers = job.step(job.state(), batch)
+    assert_same((learned(state), metrics), (learned(expected), numbers))
+
+
+@given(job=jobs(STEADY, rows=(3, 8)))
+@settings(max_examples=10)
+def test_one_part_is_the_step_itself(job: Job) -> None:
+    assert_same(lm.accumulate(1)(job.step)(job.state(), job.batch()), job.step(job.state(), job.batch()))
+
+
+def test_batchnorm_statistics_are_the_mean_of_the_parts_by_rows() -> None:
+    job = Job(model="conv_bn_train", form="tuple", rows=7)
+    state = job.state()
+    x, _, _ = job.batch()
+    new, _ = lm.accumulate(3)(job.step)(state, job.batch())
+    parts = [(state.apply(state.params, part)[1], len(part)) for part in torch.tensor_split(x, 3)]
+    for name in ("1.running_mean", "1.running_var"):
+        by_hand = sum(buffers[name] * rows for buffers, rows in parts) / len(x)
+        torch.testing.assert_close(new.buffers[name], by_hand, rtol=1e-12, atol=1e-12)
+    assert int(new.buffers["1.num_batches_tracked"]) == 1
+
+
+def test_batchnorm_gradient_is_the_mean_of_the_parts_by_rows() -> None:
+    job = Job(model="conv_bn_train", form="tuple", rows=7, loss="scalar", optimizer="sgd")
+    state = job.state()
+    x, y, mask = job.batch()
+    new, _ = lm.accumulate(2)(job.step)(state, (x, y, mask))
+    cut = [(x[:4], y[:4], mask[:4]), (x[4:], y[4:], mask[4:])]
+    grads = [lm.value_and_grad(job.loss_fn(state), has_aux=True)(state.params, part)[1] for part in cut]
+    mean = lm.tree.map(lambda a, b: (4 * a + 3 * b) / 7, *grads)
+    assert_same(new.params, state.apply_gradients(mean).params)
+
+
+@settings(max_examples=10)
+@given(rows=st.integers(3, 8))
+def test_an_inner_gradient_sees_its_own_microbatch(rows: int) -> None:
+    """A loss with a gradient penalty per row: the inner `value_and_grad` belongs to the loss, and is not split."""
+    job = Job(form="tuple", rows=rows, optimizer="sgd")
+    state, (x, y, mask) = job.state(), job.batch()
+
+    def step(
+        state: lm.TrainState, batch: tuple[torch.Tensor, ...]
+    ) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
+        def loss_fn(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, ...]) -> lm.Mean:
+            def total(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+                return state.apply(params, x)[0].square().sum()
+
+            _, slope = lm.value_and_grad(total)(batch[0], batch[0])
+            return lm.Mean.of(slope.square().sum(-1))
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    assert_same(lm.accumulate(3)(step)(state, (x, y, mask)), step(state, (x, y, mask)))
+
+
+def test_two_gradients_in_one_step() -> None:
+    """Alternating updates of one state: each gradient call is split, none is counted twice."""
+    job = Job(optimizer="sgd", rows=5)
+
+    def step(state: lm.TrainState, batch: object) -> tuple[lm.TrainState, dict[str, object]]:
+        state, first = job.step(state, batch)
+        state, second = job.step(state, batch)
+        return state, {"first": first["loss"], "second": second["loss"]}
+
+    assert_same(lm.accumulate(2)(step)(job.state(), job.batch()), step(job.state(), job.batch()))
+
+
+def test_a_step_of_several_batches_trains_as_without() -> None:
+    job = Job(model="attention", loss="masked", rows=7)
+    assert_same(
+        train(lm.accumulate(4)(job.step), job.state(), job.batches(5)),
+        train(job.step, job.state(), job.batches(5)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_grads_are_summed_wide(dtype: torch.dtype) -> None:
+    """1,000 rows of gradient 1: a 16-bit sum of microbatches would stop at 256 or 2,048."""
+
+    def step(state: lm.TrainState, batch: torch.Tensor) -> tuple[lm.TrainState, dict[str, object]]:
+        def loss_fn(params: dict[str, torch.Tensor], batch: torch.Tensor) -> lm.Mean:
+            out, _ = state.apply(params, batch)
+            return lm.Mean.of(out)
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"grad": lm.Last(grads["weight"])}
+
+    state = lm.TrainState.create(nn.Linear(1, 1, bias=False).to(dtype), lm.optim.sgd(0.1))
+    _, metrics = lm.accumulate(microbatch=1)(step)(state, torch.ones(4000, 1, dtype=dtype))
+    assert metrics["grad"].compute().item() == 1.0

@@ -1,0 +1,196 @@
+"""`compile`: the same numbers from one region, traced anew exactly when it must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import lumen as lm
+
+from .models import STEADY, Job, assert_same, jobs, train
+
+SCALE = 1.0
+
+
+def traced(*inner: lm.Transform) -> Any:
+    return lm.compose(lm.compile(backend="eager"), *inner)
+
+
+@settings(max_examples=12)
+@given(job=jobs(STEADY))
+def test_the_traced_step_is_the_step(job: Job) -> None:
+    fast = traced()(job.step)
+    assert_same(train(fast, job.state(), job.batches(2)), train(job.step, job.state(), job.batches(2)))
+
+
+@pytest.mark.parametrize(("model", "loss"), [("conv_bn_train", "scalar"), ("attention", "masked")])
+def test_the_compiled_step_is_the_step(model: str, loss: str) -> None:
+    job = Job(model=model, loss=loss, optimizer="sgd")
+    assert_same(
+        train(lm.compile()(job.step), job.state(), job.batches(2)),
+        train(job.step, job.state(), job.batches(2)),
+    )
+
+
+def test_a_compiled_stack_is_the_step() -> None:
+    job = Job(model="linear", loss="masked", rows=4)
+    stack = (lm.unroll(2), lm.guard("raise"), lm.clip(1e9), lm.ema(0.9), lm.donate(), lm.accumulate(2))
+    fast = lm.compose(lm.compile(), *stack)(job.step)
+    state, metrics = train(fast, fast.init(job.state()), [lm.stack(job.batches(2))])
+    assert_same((fast.export(state), metrics), train(job.step, job.state(), job.batches(2)))
+
+
+def counted(job: Job) -> tuple[Any, list[int]]:
+    """The job's step, and a list that grows each time its Python runs."""
+    runs: list[int] = []
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        runs.append(1)
+        return job.step(state, batch)
+
+    return step, runs
+
+
+def test_python_runs_once_for_each_signature() -> None:
+    job = Job()
+    step, runs = counted(job)
+    fast = traced()(step)
+    state, _ = train(fast, job.state(), job.batches(4))
+    assert len(runs) == 1
+    state, _ = fast(state, job.batch(rows=3))
+    assert len(runs) == 2
+    fast(state, job.batch(rows=job.rows))
+    assert len(runs) == 2
+
+
+def test_a_changed_learning_rate_is_no_new_signature() -> None:
+    job = Job(optimizer="sgd")
+    step, runs = counted(job)
+    fast = traced()(step)
+    state = job.state()
+    fast(state, job.batch())
+    slower = state.replace(
+        opt_state=state.opt_state.replace(hparams={"lr": torch.zeros((), dtype=torch.float64)})
+    )
+    new, _ = fast(slower, job.batch())
+    assert len(runs) == 1
+    assert_same(new.params, state.params, exact=True)
+
+
+def scaled(job: Job, read: Any) -> Any:
+    """A step whose metric depends on a Python value."""
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        return state, {"scaled": state.params["0.bias"].sum() * read()}
+
+    return step
+
+
+def test_a_changed_global_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job()
+    fast = traced()(scaled(job, lambda: SCALE))
+    _, one = fast(job.state(), job.batch())
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    _, three = fast(job.state(), job.batch())
+    torch.testing.assert_close(three["scaled"], 3 * one["scaled"])
+
+
+def test_a_changed_closure_value_is_seen() -> None:
+    job = Job()
+    scale = 1.0
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        return state, {"scaled": state.params["0.bias"].sum() * scale}
+
+    fast = traced()(step)
+    _, one = fast(job.state(), job.batch())
+    scale = 3.0
+    _, three = fast(job.state(), job.batch())
+    torch.testing.assert_close(three["scaled"], 3 * one["scaled"])
+
+
+def test_evaluation_mode_is_another_signature() -> None:
+    job = Job(model="conv_bn_train", loss="scalar")
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        loss, _ = job.loss_fn(state)(state.params, batch)
+        return state, {"loss": loss}
+
+    fast = traced()(step)
+    for state in (job.state(), job.state().eval(), job.state()):
+        torch.testing.assert_close(fast(state, job.batch())[1]["loss"], step(state, job.batch())[1]["loss"])
+
+
+def test_an_item_breaks_the_graph_once_and_is_right() -> None:
+    job = Job()
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        new, metrics = job.step(state, batch)
+        size = float(metrics["loss"].compute().item())  # the line to be named
+        return new, {**metrics, "seen": size}
+
+    line = step.__code__.co_firstlineno + 2
+    fast = lm.compile()(step)
+    with pytest.warns(lm.GraphBreakWarning) as caught:
+        first = fast(job.state(), job.batch())
+    assert len(caught) == 1
+    assert f"{__file__}:{line}" in str(caught[0].message)
+    assert_same(first, step(job.state(), job.batch()), exact=True)
+    second = fast(job.state(), job.batch(1))  # a second warning would be an error here
+    assert_same(second, step(job.state(), job.batch(1)), exact=True)
+
+
+@pytest.mark.parametrize("inner", [(lm.donate(),), (lm.guard(), lm.ema(0.9), lm.donate(), lm.accumulate(2))])
+def test_a_broken_graph_still_runs_all_transforms(inner: tuple[lm.Transform, ...]) -> None:
+    job = Job()
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        new, metrics = job.step(state, batch)
+        return new, {**metrics, "seen": float(metrics["loss"].compute())}
+
+    fast = traced(*inner)(step)
+    with pytest.warns(lm.GraphBreakWarning):
+        state, _ = fast(fast.init(job.state()), job.batch())
+    assert_same(fast.export(state), job.step(job.state(), job.batch())[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_donated_memory_is_written_again(backend: str) -> None:
+    job = Job(rows=4)
+    fast = lm.compose(lm.compile(backend=backend), lm.donate())(job.step)
+    state = fast.init(job.state())
+    before = [t.data_ptr() for t in lm.tree.leaves(state)]
+    new, _ = train(fast, state, job.batches(2))
+    assert [t.data_ptr() for t in lm.tree.leaves(new)] == before
+    assert_same(new, train(job.step, job.state(), job.batches(2))[0])
+
+
+def test_without_donation_the_old_state_is_kept() -> None:
+    job = Job(model="conv_bn_train")
+    fast = traced()(job.step)
+    state = job.state()
+    fast(state, job.batch())
+    assert_same(state, job.state(), exact=True)
+
+
+def test_many_signatures_are_said_once() -> None:
+    job = Job(model="linear", optimizer="sgd", loss="scalar")
+    fast = traced()(job.step)
+    with pytest.warns(lm.InexactWarning, match="has been compiled 8 times") as caught:
+        for rows in range(1, 10):
+            fast(job.state(), job.batch(rows=rows))
+    assert len(caught) == 1
+
+
+def test_python_numbers_in_the_state_are_part_of_the_signature() -> None:
+    def step(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], Any]:
+        return {**state, "x": state["x"] * state["power"]}, {}
+
+    fast = traced()(step)
+    for power in (2, 3, 2):
+        state, _ = fast({"x": torch.tensor(5.0), "power": power}, torch.zeros(1))
+        assert float(state["x"]) == 5.0 * power
+        assert state["power"] == power

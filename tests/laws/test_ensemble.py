@@ -1,0 +1,148 @@
+"""`ensemble` and `sweep`: each lane is its own run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lumen as lm
+from lumen import random
+
+from .models import STEADY, Job, assert_same, jobs, train
+
+STACKS = {
+    "plain": lambda lanes: lanes,
+    "traced": lambda lanes: lm.compose(lm.compile(backend="eager"), lanes),
+    "donated": lambda lanes: lm.compose(lanes, lm.donate()),
+    "traced and donated": lambda lanes: lm.compose(lm.compile(backend="eager"), lanes, lm.donate()),
+    "averaged": lambda lanes: lm.compose(lanes, lm.guard(), lm.ema(0.5)),
+}
+
+
+def starts(job: Job, count: int) -> list[lm.TrainState]:
+    """States of one model and optimizer with params of their own."""
+    template = job.state()
+    return [template.replace(params=replace(job, seed=job.seed + i).state().params) for i in range(count)]
+
+
+def lanes_of(stack: Any, init: Any, job: Job, steps: int = 3) -> list[lm.TrainState]:
+    step = stack(job.step)
+    state, _ = train(step, step.init(init), job.batches(steps))
+    return step.export(state)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@settings(max_examples=4)
+@given(job=jobs(STEADY, rows=(2, 6)))
+def test_each_lane_is_its_own_run(stack: str, job: Job) -> None:
+    own = starts(job, 3)
+    lanes = lanes_of(STACKS[stack](lm.ensemble(3)), own, job)
+    for lane, state in zip(lanes, own, strict=True):
+        assert_same(lane, train(job.step, state, job.batches(3))[0])
+
+
+def test_lanes_from_a_function_of_the_seed() -> None:
+    job = Job()
+    template = job.state()
+
+    def start(seed: int) -> lm.TrainState:
+        return template.replace(params=replace(job, seed=seed).state().params)
+
+    for stack in (lm.ensemble(2), lm.compose(lm.ensemble(2), lm.ema(0.9))):
+        lanes = lanes_of(stack, start, job)
+        for seed, lane in enumerate(lanes):
+            assert_same(lane, train(job.step, start(seed), job.batches(3))[0])
+
+
+def test_lanes_from_one_state_have_seeds_of_their_own() -> None:
+    state = lm.ensemble(5).init(Job().state())
+    assert len(set(state.seed.tolist())) == 5
+
+
+def test_each_lane_may_have_its_own_batch() -> None:
+    job = Job()
+    lanes = lm.ensemble(3, batch_dim=0)
+    step = lanes(job.step)
+    state, _ = step(step.init(job.state()), lm.stack(job.batches(3)))
+    for i, lane in enumerate(step.export(state)):
+        assert_same(lane, job.step(job.state(), job.batch(i))[0])
+
+
+@settings(max_examples=6)
+@given(job=jobs(), rates=st.lists(st.floats(1e-4, 0.3), min_size=1, max_size=4))
+def test_sweep_of_the_learning_rate(job: Job, rates: list[float]) -> None:
+    lanes = lanes_of(lm.sweep(lr=rates), job.state(), job)
+    for lane, rate in zip(lanes, rates, strict=True):
+        tx = {"sgd": lambda lr: lm.optim.sgd(lr, momentum=0.9), "adamw": lm.optim.adamw}[job.optimizer](rate)
+        own = lm.TrainState.create(job.module(), tx, seed=job.seed)
+        assert_same(lane, train(job.step, own, job.batches(3))[0])
+
+
+def test_sweep_of_weight_decay_given_as_a_tensor() -> None:
+    job = Job()
+
+    def start(decay: Any) -> lm.TrainState:
+        tx = lm.optim.adamw(1e-2, weight_decay=decay)
+        return lm.TrainState.create(job.module(), tx, seed=0)
+
+    decays = [0.0, 0.1, 0.5]
+    lanes = lanes_of(lm.sweep(weight_decay=decays), start(torch.tensor(0.01, dtype=torch.float64)), job)
+    for lane, decay in zip(lanes, decays, strict=True):
+        own, _ = train(job.step, start(decay), job.batches(3))
+        assert_same(lane.params, own.params)
+
+
+def test_sweep_of_seeds_reaches_explicit_keys() -> None:
+    job = Job(optimizer="sgd")
+
+    def step(state: lm.TrainState, batch: Any) -> tuple[lm.TrainState, dict[str, Any]]:
+        noise = random.normal(state.key, (3,), torch.float64)
+        params = {**state.params, "2.bias": state.params["2.bias"] + noise}
+        return state.replace(params=params, step=state.step + 1), {}
+
+    seeds = [3, 1, 4]
+    swept = lm.sweep(seed=seeds)(step)
+    state = swept.init(job.state())
+    for _ in range(2):
+        state, _ = swept(state, job.batch())
+    for lane, seed in zip(swept.export(state), seeds, strict=True):
+        own = job.state().replace(seed=torch.tensor(seed))
+        for _ in range(2):
+            own, _ = step(own, job.batch())
+        assert_same(lane.params, own.params, exact=True)
+
+
+def test_sweep_of_any_leaf_by_its_path() -> None:
+    job = Job()
+    swept = lm.sweep(**{"params[2.bias]": [[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]})
+    assert [lane.params["2.bias"].tolist() for lane in swept.export(swept.init(job.state()))] == [
+        [0.0, 0.0, 0.0],
+        [1.0, 2.0, 3.0],
+    ]
+
+
+def test_metrics_have_one_entry_for_each_lane() -> None:
+    job = Job()
+    step = lm.sweep(lr=[0.1, 0.01, 0.001])(job.step)
+    _, metrics = step(step.init(job.state()), job.batch())
+    assert metrics["loss"].compute().shape == (3,)
+
+
+def test_a_mean_over_lanes_couples_them() -> None:
+    job = Job(optimizer="sgd")
+
+    def step(state: lm.TrainState, batch: Any) -> tuple[lm.TrainState, dict[str, Any]]:
+        new, metrics = job.step(state, batch)
+        return new.replace(params=lm.pmean(new.params, "lanes")), metrics
+
+    step_of_all = lm.ensemble(3)(step)
+    state, _ = step_of_all(step_of_all.init(starts(job, 3)), job.batch())
+    own = [job.step(start, job.batch())[0].params for start in starts(job, 3)]
+    mean = lm.tree.map(lambda *ps: torch.stack(ps).mean(0), *own)
+    for lane in step_of_all.export(state):
+        assert_same(lane.params, mean)

@@ -1,0 +1,144 @@
+"""`lm.pure(module)` is the module: the same outputs, gradients and buffers, and the module is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+import lumen as lm
+
+from .models import MODELS, Attention, Job, Tied, assert_same, jobs
+
+
+class Biased(nn.Module):
+    """A buffer that is trained on beside frozen and shared parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = self.one
+        self.register_buffer("seen", torch.zeros(()))
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.sum().detach()
+        return self.two(self.one(x).tanh()) * self.frozen
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x, x, x)
+
+
+def _rows() -> Tensor:
+    return torch.randn(5, 4, dtype=torch.float64)
+
+
+def _sequence() -> Tensor:
+    return torch.randn(3, 6, 4, dtype=torch.float64)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2, batch_first=True, bidirectional=True), _sequence),
+    "gru": (lambda: nn.GRU(4, 3, batch_first=True), _sequence),
+    "multihead attention": (SelfAttention, _sequence),
+    "transformer layer": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        _sequence,
+    ),
+    "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 2)), _rows),
+    "spectral norm": (lambda: spectral_norm(nn.Linear(4, 4)), _rows),
+    "orthogonal": (lambda: orthogonal(nn.Linear(4, 4)), _rows),
+    "batch norm": (lambda: nn.BatchNorm1d(4), _rows),
+    "batch norm with momentum None": (lambda: nn.BatchNorm1d(4, momentum=None), _rows),
+    "instance norm": (lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True), _sequence),
+    "shared and frozen": (Biased, _rows),
+    "attention": (Attention, lambda: MODELS["attention"].inputs(3)),
+    "tied": (Tied, lambda: MODELS["tied"].inputs(5)),
+}
+
+
+def total(out: Any) -> Tensor:
+    return sum(t.square().sum() for t in lm.tree.tensors(out))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_pure_is_the_module(case: str, training: bool) -> None:
+    make, inputs = CASES[case]
+    module = make().double().train(training)
+    model = lm.pure(module)
+    params, buffers = lm.tree.map(torch.clone, (model.params, model.buffers))
+    x = inputs()
+
+    def loss_fn(params: Any, x: Tensor) -> Any:
+        out, new = model.apply(params, buffers, x)
+        return total(out), lm.Aux(buffers=new, metrics={"out": out})
+
+    (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(params, x)
+    untouched = {**params, **buffers}
+    out = module(x)
+    total(out).backward()
+    assert_same(aux.metrics["out"], lm.tree.map(torch.Tensor.detach, out), tolerance=1e-12)
+    torch.testing.assert_close(loss, total(out).detach())
+    # The module itself has now run once: its buffers are what the pure one returned.
+    own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    assert_same(dict(aux.buffers), {name: own[name].detach() for name in aux.buffers}, tolerance=1e-12)
+    assert_same(grads, {n: p.grad for n, p in module.named_parameters() if p.requires_grad}, tolerance=1e-12)
+    assert_same(untouched, {**params, **buffers}, exact=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_module_is_left_alone(case: str) -> None:
+    make, inputs = CASES[case]
+    module = make().double()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    model = lm.pure(module)
+    with torch.no_grad():
+        model.apply(*model[1:], inputs())
+    assert_same(dict(module.state_dict()), before, exact=True)
+
+
+@settings(max_examples=15)
+@given(job=jobs(tuple(MODELS)))
+def test_names_are_those_of_the_module(job: Job) -> None:
+    module = job.module()
+    model = lm.pure(module)
+    assert list(model.params) == [name for name, _ in module.named_parameters()]
+    assert set(model.buffers) == {name for name, _ in module.named_buffers()}
+
+
+def test_later_changes_of_the_module_do_not_reach_it() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    model = lm.pure(module.eval())
+    x = torch.randn(2, 4)
+    expected, _ = model.apply(model.params, {}, x)
+    module.train()
+    module[1].p = 1.0
+    found, _ = model.apply(model.params, {}, x)
+    assert torch.equal(found, expected)
+
+
+def test_eval_and_train_are_the_two_modes() -> None:
+    model = lm.pure(nn.Dropout(1.0))
+    x = torch.ones(3)
+    for apply, expected in ((model.apply, 0.0), (model.apply.eval(), 1.0), (model.apply.eval().train(), 0.0)):
+        assert apply({}, {}, x)[0].tolist() == [expected] * 3
+    assert model.apply.eval().train() is model.apply
+
+
+def test_an_error_in_forward_leaves_the_function_usable() -> None:
+    model = lm.pure(nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="shapes"):
+        model.apply(model.params, {}, torch.ones(3, 5))
+    out, _ = model.apply(model.params, {}, torch.ones(3, 4))
+    assert out.device.type == "cpu"

@@ -1,0 +1,123 @@
+"""States and steps: what they hold, and how they are changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lumen as lm
+from lumen.core.inspect import human_bytes
+from lumen.core.step import add_slot, slot, with_slot, without_slot
+
+
+def plain(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    return state, {}
+
+
+def make_state(**kwargs: Any) -> lm.TrainState:
+    return lm.TrainState.create(nn.Linear(2, 1), lm.optim.sgd(0.1), **kwargs)
+
+
+def test_create_starts_at_zero() -> None:
+    state = make_state(seed=7)
+    assert (int(state.step), int(state.seed), state.slots) == (0, 7, {})
+    assert state.step.dtype == state.seed.dtype == torch.int64
+
+
+def test_apply_gradients_counts_and_takes_further_changes() -> None:
+    state = make_state()
+    new = state.apply_gradients(
+        {k: torch.zeros_like(p) for k, p in state.params.items()}, seed=torch.tensor(5)
+    )
+    assert (int(new.step), int(new.seed), int(state.step)) == (1, 5, 0)
+
+
+def test_empty_buffers_keep_the_old() -> None:
+    state = lm.TrainState.create(nn.BatchNorm1d(2), lm.optim.sgd(0.1))
+    grads = {k: torch.zeros_like(p) for k, p in state.params.items()}
+    assert state.apply_gradients(grads, buffers={}).buffers is state.buffers
+
+
+def test_key_differs_by_step_and_seed() -> None:
+    keys = {
+        tuple(s.key.tolist())
+        for s in (make_state(), make_state(seed=1), make_state().replace(step=torch.tensor(1)))
+    }
+    assert len(keys) == 3
+
+
+def test_replace_leaves_the_original() -> None:
+    state = make_state()
+    new = state.replace(step=torch.tensor(9))
+    assert (int(state.step), int(new.step)) == (0, 9)
+    assert new.params is state.params
+
+
+def test_a_decorated_subclass_has_fields_of_its_own() -> None:
+    @lm.state
+    class Gan(lm.TrainState):
+        critic: Any = None
+        name: str = lm.static(default="gan", kw_only=True)
+
+    state = Gan.create(nn.Linear(2, 1), lm.optim.sgd(0.1), critic={"w": torch.ones(1)})
+    assert "critic[w]" in lm.tree.paths(state)
+    assert type(state.replace(step=torch.tensor(1))) is Gan
+    assert type(lm.tree.map(lambda x: x, state)) is Gan
+
+
+def test_eval_and_train_change_the_function_only() -> None:
+    state = lm.TrainState.create(nn.Sequential(nn.Linear(2, 2), nn.Dropout(1.0)), lm.optim.sgd(0.1))
+    x = torch.ones(1, 2)
+    assert state.apply(state.params, x)[0].abs().sum() == 0
+    assert state.eval().apply(state.params, x)[0].abs().sum() > 0
+    assert lm.tree.structure(state.eval().train()) == lm.tree.structure(state)
+
+
+def test_slots() -> None:
+    state = with_slot(make_state(), "a", torch.tensor(1))
+    assert int(slot(state, "a")) == 1
+    assert without_slot(state, "a").slots == {}
+
+
+def test_a_slot_is_not_made_twice() -> None:
+    state = add_slot(make_state(), "a", lambda: torch.tensor(1))
+    assert int(slot(add_slot(state, "a", lambda: torch.tensor(2)), "a")) == 1
+
+
+def test_a_step_reads_as_it_was_written() -> None:
+    step = lm.compile()(lm.guard()(lm.accumulate(microbatch=2)(plain)))
+    assert repr(step) == "lm.compile()(lm.guard('skip')(lm.accumulate(microbatch=2)(plain)))"
+    assert step.__name__ == "plain"
+
+
+def test_compose_is_nesting() -> None:
+    composed = lm.compose(lm.accumulate(2), lm.precision("bf16"))(plain)
+    nested = lm.accumulate(2)(lm.precision("bf16")(plain))
+    assert repr(composed) == repr(nested)
+
+
+def test_compose_of_nothing_still_checks_the_answer() -> None:
+    with pytest.raises(lm.LumenError, match="must return"):
+        lm.compose()(lambda state, batch: state)(make_state(), None)
+
+
+def test_inspect_lists_leaves_and_stack(capsys: pytest.CaptureFixture[str]) -> None:
+    text = lm.inspect(lm.accumulate(2)(plain), make_state(), {"x": torch.zeros(4, 2)})
+    assert capsys.readouterr().out == text + "\n"
+    assert text.startswith("lm.accumulate(2)(plain)\nstate: ")
+    for line in ("params[weight]", "float32", "[1, 2]", "batch: 1 tensor, 32 B"):
+        assert line in text
+
+
+def test_check_purity_accepts_a_pure_step() -> None:
+    lm.check_purity(plain, make_state(), torch.tensor([torch.nan]))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (2**20, "1.0 MiB"), (2**43, "8.0 TiB")]
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
