@@ -1,0 +1,216 @@
+"""From row numbers to a batch: whole columns indexed at once, or samples read one by one and collated."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, TensorDataset, default_collate, get_worker_info
+
+from lumen import tree
+from lumen.data import order
+from lumen.errors import BatchError
+
+Collate = Callable[[list[Any]], Any]
+Column = Tensor | np.ndarray[Any, Any]
+
+
+class Rows(NamedTuple):
+    """One rank's part of a global batch: the positions `start` … `stop` - 1 of an epoch's order."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class Source(Protocol):
+    """What batches are read from."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def read(self, rows: order.Indices, seed: int) -> Any:
+        """The batch of these rows, in this order; whatever is random in it is a function of `seed`."""
+
+
+class Fetch:
+    """Batches by their rows: a pure function that worker processes get a copy of."""
+
+    def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
+        self._source, self._seed, self._shuffle = source, seed, shuffle
+        self._length = len(source)
+
+    def __getitem__(self, key: Rows) -> Any:
+        rows = order.rows(self._length, self._seed if self._shuffle else None, *key)
+        # The first position, and not the batch's number, so that ranks draw different numbers.
+        return self._source.read(rows, order.hash64(self._seed, key.epoch, key.start))
+
+
+class Columns:
+    """Equally long tensors and arrays: a batch takes one indexing operation for each."""
+
+    def __init__(self, columns: Any) -> None:
+        leaves, self._spec = tree.flatten(columns)
+        names = tree.paths(columns)
+        self._leaves = [_column(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
+        lengths = [len(leaf) for leaf in self._leaves]
+        if len(set(lengths)) > 1:
+            found = ", ".join(f"{name}: {length}" for name, length in zip(names, lengths, strict=True))
+            raise BatchError(f"Columns of a data set must be equally long; found {found}. Cut or repeat some.")
+        self._length = lengths[0] if lengths else 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        """One row, for a `collate` that takes samples."""
+        return tree.unflatten(self._spec, [torch.as_tensor(leaf[index]) for leaf in self._leaves])
+
+    def read(self, rows: order.Indices, seed: int) -> Any:
+        """The rows of each column; nothing here is random."""
+        index = torch.from_numpy(rows)
+        return tree.unflatten(self._spec, [_take(leaf, rows, index) for leaf in self._leaves])
+
+
+class Samples:
+    """A map-style data set, or a list: samples are read one by one and collated."""
+
+    def __init__(self, dataset: Any, collate: Collate | None) -> None:
+        self._dataset, self._collate = dataset, collate or _stack
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, rows: order.Indices, seed: int) -> Any:
+        """The collated samples; an exception gets a note that names the row."""
+        with seeded(seed):
+            if not len(rows):  # a rank without a part of this batch: the shapes are those of any sample
+                return tree.map(_empty, self._batch([0]))
+            return self._batch(rows.tolist())
+
+    def _batch(self, indices: list[int]) -> Any:
+        if hasattr(self._dataset, "__getitems__"):
+            with _noted(f"rows {indices}"):
+                samples = list(self._dataset.__getitems__(indices))
+        else:
+            samples = self._each(indices)
+        with _noted(f"the batch of rows {indices}"):
+            return self._collate(samples)
+
+    def _each(self, indices: list[int]) -> list[Any]:
+        samples: list[Any] = []
+        try:
+            for index in indices:
+                samples.append(self._dataset[index])  # noqa: PERF401 (their number tells which one failed)
+        except Exception as error:
+            _note(error, f"row {indices[len(samples)]}")
+            raise
+        return samples
+
+
+def source(dataset: Any, collate: Collate | None) -> Source:
+    """What reads `dataset`; raises BatchError for what has no length or no rows."""
+    found: Source
+    if type(dataset) is TensorDataset and collate is None:  # a subclass may read its rows in another way
+        found = Columns(tuple(dataset.tensors))
+    elif isinstance(dataset, Tensor | np.ndarray) or _is_tree(dataset):
+        columns = Columns(dataset)
+        found = columns if collate is None else Samples(columns, collate)
+    elif _is_map(dataset):
+        found = Samples(dataset, collate)
+    else:
+        raise BatchError(
+            f"Loader got a {type(dataset).__name__}, which has no length or no row numbers. It takes a"
+            " data set with __len__ and __getitem__, a list of samples, or a tree of equally long tensors or"
+            " arrays. An iterable of batches needs no Loader: pass it to Runner.fit directly."
+        )
+    if len(found) == 0:
+        raise BatchError("Loader got a data set without rows; it takes at least one. Check where they get lost.")
+    return found
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's (CPU), NumPy's and Python's global generators, seeded inside and after it as they were.
+
+    In a worker process they are only seeded: nobody else uses them there, and NumPy's takes 0.1 ms to save.
+    """
+    if get_worker_info() is not None:
+        _seed(seed)
+        yield
+        return
+    found = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (data sets use it)
+    _seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(found[0])
+        np.random.set_state(found[1])  # noqa: NPY002
+        random.setstate(found[2])
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
+@contextmanager
+def _noted(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _note(error, what)
+        raise
+
+
+def _note(error: Exception, what: str) -> None:
+    error.add_note(f"Raised while the Loader read {what} of its data set.")
+
+
+def _is_tree(dataset: Any) -> bool:
+    return not isinstance(dataset, list) and not tree.structure(dataset).is_leaf()
+
+
+def _is_map(dataset: Any) -> bool:
+    if isinstance(dataset, IterableDataset):
+        return False
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _column(leaf: Any, name: str) -> Column:
+    where = f"Column {name} of the data set" if name else "The data set"
+    if not isinstance(leaf, Tensor | np.ndarray):
+        raise BatchError(
+            f"{where} is a {type(leaf).__name__}; columns are tensors or numpy arrays: convert it with"
+            " torch.tensor(...), or pass a list of samples."
+        )
+    if leaf.ndim == 0:
+        raise BatchError(f"{where} is 0-d and has no rows; expand it to one value a row, or leave it out.")
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    try:
+        torch.from_numpy(np.empty(0, leaf.dtype))
+    except TypeError as error:
+        raise BatchError(f"{where} is of {leaf.dtype}, unknown to torch; convert it with .astype.") from error
+    return np.asarray(leaf)  # a memory map stays one: rows are read from the file as they are needed
+
+
+def _take(column: Column, rows: order.Indices, index: Tensor) -> Tensor:
+    if isinstance(column, Tensor):
+        return column.index_select(0, index.to(column.device))
+    return torch.from_numpy(column.take(rows, axis=0))
+
+
+def _stack(samples: Sequence[Any]) -> Any:
+    """Torch's collation leaf by leaf, so that samples may be any trees, and tuples stay tuples."""
+    return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
+
+
+def _empty(leaf: Any) -> Any:
+    return leaf[:0] if isinstance(leaf, Tensor) and leaf.ndim else leaf

@@ -1,0 +1,218 @@
+"""`Loader`: batches in an order that (seed, epoch) alone determines, from any position, on any world."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.data.check import SEEDS, integer
+from lumen.data.fetch import Collate, Fetch, Rows, source
+from lumen.data.workers import Workers
+from lumen.errors import BatchError
+
+VERSION = 1  # of the order and of the state_dict
+
+
+class Cursor(NamedTuple):
+    """Where the next batch is: the epoch, and how many of its batches come before."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+class Loader:
+    """Batches of a data set, in a new order each epoch, and a cursor that is plain data.
+
+    Each pass (`for batch in loader`) is the rest of the cursor's epoch, so the next pass is the next epoch.
+    `epoch` and `stream` read from any place and leave the cursor where it is. Live iterators do not disturb
+    each other; the cursor follows the pass that handed out a batch last.
+
+    Args:
+        dataset: columns, that is a tensor, an array, a `TensorDataset` or a tree (tuple, dict, …) of equally
+            long tensors and arrays, which are indexed whole; or samples, that is a list or any data set with
+            `__len__` and `__getitem__`, which are read one by one and collated.
+        batch_size: rows of one optimizer step over all ranks. The last batch of an epoch may be smaller; it
+            is never padded.
+        seed: together with the epoch it determines the order, and together with the position what a data set
+            draws from the global generators of torch (CPU), NumPy and Python. The caller's are left as found.
+        shuffle: whether to reorder the rows.
+        workers: processes that prepare batches ahead; the batches do not depend on their number.
+        drop_last: whether to leave out a smaller last batch.
+        collate: makes a batch of a list of samples; by default torch's `default_collate`, leaf by leaf.
+        device: where to put the batches.
+        rank: which part of each global batch to read. Parts are contiguous and as even as possible (the rule
+            of `torch.tensor_split`), so that all of them in order are the batch; some may have 0 rows. By
+            default that of `torch.distributed` where it is initialised, else 0 of 1.
+        world: how many parts there are; give both or neither.
+        prefetch: batches that each worker prepares ahead.
+
+    Raises:
+        BatchError: a data set without length or rows, columns that differ in length, arguments out of range.
+
+    >>> import lumen as lm
+    >>> import torch
+    >>> loader = lm.Loader({"x": torch.arange(5)}, batch_size=2, seed=0)
+    >>> [batch["x"].tolist() for batch in loader]
+    [[3, 4], [0, 2], [1]]
+    >>> loader.cursor
+    Cursor(epoch=1, position=0)
+    >>> [batch["x"].tolist() for batch in loader.epoch(0, start=1)]
+    [[0, 2], [1]]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        workers: int = 0,
+        drop_last: bool = False,
+        collate: Collate | None = None,
+        device: torch.device | str | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = integer("batch_size", batch_size, 1)
+        self.seed = integer("seed", seed, *SEEDS)
+        found = source(dataset, collate)
+        self._rows = len(found)
+        self._batches = self._rows // self.batch_size if drop_last else -(-self._rows // self.batch_size)
+        if not self._batches:
+            raise BatchError(
+                f"batch_size is {self.batch_size} and the data set has {self._rows} rows, so drop_last"
+                f" leaves no batch; use a batch_size of at most {self._rows}, or drop_last=False."
+            )
+        self._share = _share(rank, world)
+        self._device = device
+        self._fetch = _fetcher(Fetch(found, self.seed, shuffle), workers, prefetch)
+        self._cursor = Cursor()
+        self._order = {
+            "version": VERSION,
+            "seed": self.seed,
+            "shuffle": bool(shuffle),
+            "rows": self._rows,
+            "batch_size": self.batch_size,
+            "drop_last": bool(drop_last),
+        }
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on each rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the cursor's epoch; the cursor moves as a batch is handed out, not when it is read."""
+        return self._continue(self._walk(self._cursor, endless=False))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from position `start`, without reading those before.
+
+        Raises BatchError for a negative epoch or a start outside [0, len(loader)].
+        """
+        return (batch for batch, _ in self._walk(self._check(epoch, start), endless=False))
+
+    def stream(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[Any, Cursor]]:
+        """Batches without end, epoch after epoch, each with the cursor that follows it.
+
+        Raises BatchError as `epoch` does.
+
+        >>> import lumen as lm
+        >>> import torch
+        >>> stream = lm.Loader(torch.arange(4), batch_size=2).stream(epoch=7)
+        >>> next(stream)[1], next(stream)[1]
+        (Cursor(epoch=7, position=1), Cursor(epoch=8, position=0))
+        """
+        return self._walk(self._check(epoch, position), endless=True)
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the next pass starts."""
+        return self._cursor
+
+    def state_dict(self, cursor: Cursor | None = None) -> dict[str, int]:
+        """The cursor, or another one such as `stream` gives, and all that the order depends on."""
+        return {**(self._cursor if cursor is None else cursor)._asdict(), **self._order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Move the cursor to where `state_dict` was taken, on any number of ranks and workers.
+
+        Raises BatchError if the state is that of another order; the cursor then stays.
+        """
+        missing = [name for name in (*Cursor._fields, *self._order) if name not in state]
+        if missing:
+            raise BatchError(f"The state lacks {', '.join(missing)}; pass what Loader.state_dict returned.")
+        other = [f"{name}={state[name]} (here {own})" for name, own in self._order.items() if state[name] != own]
+        if other:
+            raise BatchError(
+                f"The state is that of another order: {', '.join(other)}. To continue it, make the Loader"
+                " with the same values; to start over, do not load the state."
+            )
+        self._cursor = self._check(state["epoch"], state["position"])
+
+    def _continue(self, walk: Iterator[tuple[Any, Cursor]]) -> Iterator[Any]:
+        for batch, after in walk:
+            self._cursor = after
+            yield batch
+
+    def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
+        rank, world = self._share or _distributed()
+        pending: deque[Cursor] = deque()  # workers run ahead of what is handed out
+
+        def keys() -> Generator[Rows]:
+            for epoch in itertools.count(start.epoch) if endless else (start.epoch,):
+                for position in range(start.position if epoch == start.epoch else 0, self._batches):
+                    last = position + 1 == self._batches
+                    pending.append(Cursor(epoch + 1) if last else Cursor(epoch, position + 1))
+                    yield self._part(epoch, position, rank, world)
+
+        # Closed at once: worker processes that wait for the next pass would else keep this loader alive.
+        with closing(keys()) as wanted:
+            for batch in self._fetch(wanted):
+                yield self._placed(batch), pending.popleft()
+
+    def _part(self, epoch: int, position: int, rank: int, world: int) -> Rows:
+        first = position * self.batch_size
+        size, extra = divmod(min(self.batch_size, self._rows - first), world)
+        start = first + rank * size + min(rank, extra)
+        return Rows(epoch, start, start + size + (rank < extra))
+
+    def _placed(self, batch: Any) -> Any:
+        if self._device is None:
+            return batch
+        return tree.map(
+            lambda leaf: leaf.to(self._device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
+        )
+
+    def _check(self, epoch: int, position: int) -> Cursor:
+        return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._batches + 1))
+
+
+def _fetcher(fetch: Fetch, workers: int, prefetch: int) -> Callable[[Iterable[Rows]], Iterator[Any]]:
+    count, ahead = integer("workers", workers, 0), integer("prefetch", prefetch, 1)
+    return Workers(fetch, count, ahead).map if count else lambda keys: map(fetch.__getitem__, keys)
+
+
+def _share(rank: int | None, world: int | None) -> tuple[int, int] | None:
+    if rank is None and world is None:
+        return None
+    if rank is None or world is None:
+        raise BatchError(f"Loader got rank={rank} and world={world}; give both or neither.")
+    world = integer("world", world, 1)
+    return integer("rank", rank, 0, world), world
+
+
+def _distributed() -> tuple[int, int]:
+    """Asked for at each pass, as a loader may be made before `torch.distributed` is initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

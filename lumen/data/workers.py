@@ -1,0 +1,98 @@
+"""Processes that fetch whole batches, in order: torch's DataLoader, with the order and the seeds ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from lumen.data.fetch import Fetch, Rows
+
+
+class Workers:
+    """`count` processes for each live iterator; one set of them waits for the next iterator.
+
+    They start as the start method says (`torch.multiprocessing.set_start_method`), each with its copy of the
+    data set.
+    """
+
+    def __init__(self, fetch: Fetch, count: int, prefetch: int) -> None:
+        self._fetch, self._count, self._prefetch = fetch, count, prefetch
+        self._idle: DataLoader[Any] | None = None
+
+    def map(self, keys: Iterable[Rows]) -> Iterator[Any]:
+        """The batch of each key, in order. Raises RuntimeError with the process id of a worker that died."""
+        loader = self._start() if self._idle is None else self._idle
+        self._idle = None
+        loader.sampler.keys = keys  # type: ignore[attr-defined]
+        try:
+            yield from loader
+        except GeneratorExit:  # the consumer stopped early: the next pass drops what was prefetched
+            self._keep(loader)
+            raise
+        except BaseException as error:
+            # A worker dies in the midst of handing over: what is first seen may be a broken connection.
+            try:
+                dead = _dead(loader, patience=0.2 if isinstance(error, OSError | EOFError) else 0)
+            finally:  # torch's signal handler may raise its own error for the same death, here or anywhere
+                _end(loader)
+            if dead:
+                raise RuntimeError(
+                    f"Loader: worker process {dead}. If it ran out of memory, use fewer workers, or smaller prefetch;"
+                    " with workers=0 the data set fails in this process, where it can be debugged."
+                ) from error
+            raise
+        self._keep(loader)
+
+    def _keep(self, loader: DataLoader[Any]) -> None:
+        if _dead(loader):
+            _end(loader)
+        else:
+            self._idle = loader
+
+    def _start(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._fetch,  # type: ignore[arg-type]
+            batch_size=None,  # a key is that of a whole batch
+            sampler=_Keys(),
+            collate_fn=_as_fetched,
+            num_workers=self._count,
+            prefetch_factor=self._prefetch,
+            persistent_workers=True,
+            generator=torch.Generator(),  # else each pass would draw from the global one
+        )
+
+
+def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
+    """The first worker that is gone and how it ended, or nothing."""
+    for worker in _workers(loader):
+        worker.join(patience)
+        if worker.exitcode is not None:
+            return f"{worker.pid} died with exit code {worker.exitcode}"
+    return ""
+
+
+def _end(loader: DataLoader[Any]) -> None:
+    """Stop the processes now: an exception's traceback may hold them, and a dead one raises at every chance."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _workers(loader: DataLoader[Any]) -> list[BaseProcess]:
+    return [] if loader._iterator is None else loader._iterator._workers  # type: ignore[attr-defined]
+
+
+class _Keys:
+    keys: Iterable[Rows] = ()
+
+    def __iter__(self) -> Iterator[Rows]:
+        return iter(self.keys)
+
+
+def _as_fetched(batch: Any) -> Any:
+    return batch
