@@ -1,0 +1,1 @@
+"""The Runner, and what it is told: when to stop, when to validate, what to show."""

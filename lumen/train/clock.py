@@ -1,0 +1,184 @@
+"""The clock of a run, when it ends (`Steps`, `Epochs`, `Seconds`), and what happens `Every` so often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lumen.errors import HyperparameterError
+
+NEVER = 2**62
+
+
+@dataclass
+class Clock:
+    """How far a run is: optimizer `step`s, whole `epoch`s, `batch`es of this epoch, `seconds` of running time.
+
+    `step` and `epoch` count from the beginning of training, also when a run goes on from a checkpoint.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+
+
+class Until:
+    """When a run ends; `a | b` ends at whichever comes first."""
+
+    def __or__(self, other: Until) -> Until:
+        return _First((*_members(self), *_members(other)))
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether the run is over."""
+        raise NotImplementedError
+
+    def steps(self) -> int | None:
+        """The number of steps at which it ends, where that is known."""
+        return None
+
+    def epochs(self) -> int | None:
+        """The number of epochs at which it ends, where that is known."""
+        return None
+
+
+@dataclass(frozen=True)
+class Steps(Until):
+    """End after so many optimizer steps.
+
+    >>> import lumen as lm
+    >>> lm.Steps(100) | lm.Epochs(2)
+    Steps(100) | Epochs(2)
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _positive("Steps", self.n)
+
+    def __repr__(self) -> str:
+        return f"Steps({self.n})"
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether that many steps have been made."""
+        return clock.step >= self.n
+
+    def steps(self) -> int | None:
+        """`n`."""
+        return self.n
+
+
+@dataclass(frozen=True)
+class Epochs(Until):
+    """End after so many passes over the data."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _positive("Epochs", self.n)
+
+    def __repr__(self) -> str:
+        return f"Epochs({self.n})"
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether that many epochs are complete."""
+        return clock.epoch >= self.n
+
+    def epochs(self) -> int | None:
+        """`n`."""
+        return self.n
+
+
+@dataclass(frozen=True)
+class Seconds(Until):
+    """End at the first step that is complete after so many seconds of running time."""
+
+    n: float
+
+    def __post_init__(self) -> None:
+        _positive("Seconds", self.n)
+
+    def __repr__(self) -> str:
+        return f"Seconds({self.n})"
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether that much time has passed."""
+        return clock.seconds >= self.n
+
+
+@dataclass(frozen=True)
+class _First(Until):
+    members: tuple[Until, ...]
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.members))
+
+    def reached(self, clock: Clock) -> bool:
+        return any(member.reached(clock) for member in self.members)
+
+    def steps(self) -> int | None:
+        return min((n for member in self.members if (n := member.steps()) is not None), default=None)
+
+    def epochs(self) -> int | None:
+        return min((n for member in self.members if (n := member.epochs()) is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Every:
+    """So often: each `steps` steps, `epochs` epochs or `seconds` seconds; several mean whichever comes first.
+
+    >>> import lumen as lm
+    >>> lm.Every(steps=500)
+    Every(steps=500)
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in self._given().items() if v is not None}
+        if not given:
+            raise HyperparameterError("Every takes steps, epochs or seconds: lm.Every(steps=500)")
+        for name, value in given.items():
+            _positive(f"Every({name}=…)", value)
+
+    def __repr__(self) -> str:
+        return f"Every({', '.join(f'{k}={v}' for k, v in self._given().items() if v is not None)})"
+
+    def _given(self) -> dict[str, float | None]:
+        return {"steps": self.steps, "epochs": self.epochs, "seconds": self.seconds}
+
+
+class Timer:
+    """Tells when something that happens `Every` so often is due, counting from `clock`."""
+
+    def __init__(self, every: Every, clock: Clock) -> None:
+        self.every = every
+        self.restart(clock)
+
+    def restart(self, clock: Clock) -> None:
+        """Count from here."""
+        self._epoch, self._seconds = clock.epoch, clock.seconds
+        steps = self.every.steps
+        self.next_step = NEVER if steps is None else (clock.step // steps + 1) * steps
+
+    def due(self, clock: Clock) -> bool:
+        """Whether it is due; where it is, count anew from here."""
+        every = self.every
+        due = (
+            clock.step >= self.next_step
+            or (every.epochs is not None and clock.epoch // every.epochs > self._epoch // every.epochs)
+            or (every.seconds is not None and clock.seconds - self._seconds >= every.seconds)
+        )
+        if due:
+            self.restart(clock)
+        return due
+
+
+def _members(until: Until) -> tuple[Until, ...]:
+    return until.members if isinstance(until, _First) else (until,)
+
+
+def _positive(what: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise HyperparameterError(f"{what} takes a positive number, got {value!r}.")

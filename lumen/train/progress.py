@@ -1,0 +1,133 @@
+"""Progress of a run: a rich bar on a terminal or in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from lumen.train.clock import Clock
+
+_REFRESH = 0.1  # seconds between two redrawings
+
+
+class Progress(Protocol):
+    """What the Runner tells a display."""
+
+    def start(self, total: int | None, begin: int) -> None:
+        """A run of `total` steps (None: unknown) begins at step `begin`."""
+
+    def tick(self, clock: Clock) -> None:
+        """Steps were made; called after each, so it must be cheap."""
+
+    def show(self, clock: Clock, values: Mapping[str, float]) -> None:
+        """New numbers."""
+
+    def stop(self) -> None:
+        """The run is over."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, total: int | None, begin: int) -> None:
+        """Nothing."""
+
+    def tick(self, clock: Clock) -> None:
+        """Nothing."""
+
+    def show(self, clock: Clock, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """One line for each logging point: for files, pipes and CI."""
+
+    def __init__(self, write: Callable[[str], Any] | None = None) -> None:
+        self._write = write or (lambda line: print(line, flush=True))
+        self._total: int | None = None
+
+    def start(self, total: int | None, begin: int) -> None:
+        """Remember how long the run is."""
+        self._total = total
+
+    def tick(self, clock: Clock) -> None:
+        """Nothing: lines come with numbers."""
+
+    def show(self, clock: Clock, values: Mapping[str, float]) -> None:
+        """Print one line."""
+        of = f"/{self._total}" if self._total else ""
+        self._write(f"step {clock.step}{of}  epoch {clock.epoch}  {clock.seconds:.1f}s  {_numbers(values)}")
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class Bar:
+    """A rich progress bar, redrawn at most ten times a second."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            Remaining(),
+            TextColumn("{task.fields[numbers]}"),
+            auto_refresh=False,
+        )
+        self._task: Any = None
+        self._numbers = ""
+        self._due = 0.0
+
+    def start(self, total: int | None, begin: int) -> None:
+        """Draw the empty bar."""
+        self._bar.start()
+        self._task = self._bar.add_task("fit", total=total, completed=begin, epoch=0, numbers="")
+
+    def tick(self, clock: Clock) -> None:
+        """Redraw, where it is time."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _REFRESH
+            self._draw(clock)
+
+    def show(self, clock: Clock, values: Mapping[str, float]) -> None:
+        """Redraw with new numbers."""
+        self._numbers = _numbers(values)
+        self._draw(clock)
+
+    def stop(self) -> None:
+        """Leave the last drawing on the screen."""
+        self._bar.stop()
+
+    def _draw(self, clock: Clock) -> None:
+        self._bar.update(self._task, completed=clock.step, epoch=clock.epoch, numbers=self._numbers)
+        self._bar.refresh()
+
+
+def make_progress(kind: bool | str) -> Progress:
+    """The display for `kind`: True or "auto" (a bar where there is a terminal or notebook), "bar", "lines", False."""
+    if kind is False:
+        return Silent()
+    if kind == "bar" or (kind in (True, "auto") and (sys.stdout.isatty() or "ipykernel" in sys.modules)):
+        return Bar()
+    return Lines()
+
+
+def _numbers(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name.removeprefix('train/')} {_short(value)}" for name, value in values.items())
+
+
+def _short(value: float) -> str:
+    if value == int(value) and abs(value) < 1e6 if abs(value) < 1e300 else False:
+        return str(int(value))
+    return f"{value:.4g}"
