@@ -1,0 +1,230 @@
+"""How a variant is timed: fresh state, warm-up, a collected heap, and the raw loop right beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import DISTINCT, Batch, Task
+
+WARM_UP = 8
+Run = Callable[[list[Any]], Any]
+Measure = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: `build(task)` gives a function that trains for n steps from the start: seconds per step."""
+
+    name: str
+    label: str
+    build: Callable[[Task], Measure]
+
+
+@dataclass
+class Row:
+    """What was measured of one variant; `missing` says why it was not."""
+
+    name: str
+    label: str
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    missing: str | None = None
+
+
+class NotTheSameError(AssertionError):
+    """A variant that computes something else than the raw loop."""
+
+
+def looped(task: Task, fresh: Callable[[], Run], pack: Callable[[list[Batch]], list[Any]] | None = None) -> Measure:
+    """A measure for a loop that the caller writes: `fresh()` gives `run(batches)`, which returns the last loss.
+
+    `pack` turns batches into what `run` takes, outside of the timed section.
+    """
+    packed = pack(task.batches) if pack else task.batches
+    per_call = DISTINCT // len(packed)
+
+    def measure(steps: int) -> float:
+        run = fresh()
+        data = [packed[i % len(packed)] for i in range(-(-steps // per_call))]
+        run(data[: max(1, WARM_UP // per_call)])
+        gc.collect()
+        start = time.perf_counter()
+        run(data)
+        return (time.perf_counter() - start) / (len(data) * per_call)
+
+    measure.loss = lambda: fresh()(packed[: 16 // per_call])  # type: ignore[attr-defined]
+    return measure
+
+
+class Marked:
+    """Batches for a `fit` that loops by itself. Start-up is left out: the clock runs over the last `steps` steps."""
+
+    def __init__(self, task: Task, steps: int) -> None:
+        self.lead = max(WARM_UP, -(-steps // 4))
+        self.steps = steps
+        self.batches = task.data(self.lead + steps + 1)  # the last batch only marks the end
+        self.marks: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, batch in enumerate(self.batches):
+            if i == self.lead:
+                gc.collect()
+                self.marks.append(time.perf_counter())
+            elif i == self.lead + self.steps:
+                self.marks.append(time.perf_counter())
+            yield batch
+
+    def per_step(self) -> float:
+        """Seconds per step."""
+        start, end = self.marks
+        return (end - start) / self.steps
+
+
+def compare(task: Task, variants: list[Variant], *, rounds: int, steps: int, progress: Callable[[str], None]) -> list[Row]:
+    """Time every variant in `rounds` interleaved rounds, each right after the raw loop, which is `variants[0]`.
+
+    A row's ratios are those of such neighbours, so what slows the machine for a while slows both.
+    """
+    rows = [Row(variant.name, variant.label) for variant in variants]
+    measures: list[Measure | None] = []
+    wanted = None
+    for row, variant in zip(rows, variants, strict=True):
+        progress(f"{task.name}: building {variant.name}")
+        measure = _built(task, row, variant, wanted)
+        measures.append(measure)
+        if wanted is None and measure is not None:
+            wanted = float(measure.loss())  # type: ignore[attr-defined]
+    raw = measures[0]
+    if raw is None:
+        raise RuntimeError(f"the raw loop failed: {rows[0].missing}")
+    gc.collect()
+    gc.freeze()  # what was imported and built is not walked again by each later collection
+    for index in range(rounds):
+        progress(f"{task.name}: round {index + 1} of {rounds}")
+        for at in range(len(rows)):
+            at = (at + index) % len(rows)  # no variant always follows the same one
+            row, measure = rows[at], measures[at]
+            if measure is None:
+                continue
+            beside = raw(steps)
+            taken = measure(steps)
+            row.times.append(taken)
+            row.ratios.append(taken / beside)
+            if at:
+                rows[0].times.append(beside)
+    gc.unfreeze()
+    return rows
+
+
+def _built(task: Task, row: Row, variant: Variant, wanted: float | None) -> Measure | None:
+    try:
+        with quiet():
+            measure = variant.build(task)
+            measure(WARM_UP)
+            loss = measure.loss() if hasattr(measure, "loss") else None
+            if loss is not None and wanted is not None and abs(float(loss) - wanted) > 1e-3 * abs(wanted):
+                raise NotTheSameError(f"after 16 steps the loss is {float(loss):.5f}, that of the raw loop {wanted:.5f}")
+    except ImportError as error:
+        row.missing = f"not installed: {error}"
+    except Exception as error:
+        if os.environ.get("BENCH_TRACEBACK"):
+            traceback.print_exc()
+        row.missing = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    else:
+        return measure
+    return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the peers' remarks on standard output."""
+    if os.environ.get("BENCH_TRACEBACK"):
+        yield
+        return
+    with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
+
+
+def hold_threads(count: int) -> None:
+    """`count` threads and cores for torch, XLA and everything else; call it before any of them computes."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[:count])
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    torch.set_num_threads(count)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {}
+    for name in ("torch", "lumen-torch", "lightning", "accelerate", "jax", "optax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": load,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def summary(row: Row, best: float) -> dict[str, Any]:
+    """A row as JSON holds it; `best` is the shortest time of the raw loop."""
+    if row.missing is not None or not row.ratios:
+        return {"name": row.name, "label": row.label, "missing": row.missing or "not measured"}
+    low, middle, high = quartiles(row.ratios)
+    return {
+        "name": row.name,
+        "label": row.label,
+        "us_per_step": statistics.median(row.times) * 1e6,
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+        "ratio_of_best": min(row.times) / best,
+        "ratios": row.ratios,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path`, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
