@@ -22,7 +22,17 @@ from typing import Any
 
 import timing
 
-HEAVY = ("jax", "orbax", "tensorboardX", "torchmetrics", "rich", "deepspeed", "lightning", "torch._inductor", "torch._dynamo")
+HEAVY = (
+    "jax",
+    "orbax",
+    "tensorboardX",
+    "torchmetrics",
+    "rich",
+    "deepspeed",
+    "lightning",
+    "torch._inductor",
+    "torch._dynamo",
+)
 BOTH = f"""
 import sys, time
 t0 = time.perf_counter()
@@ -66,7 +76,9 @@ def main() -> None:
     print(f"import torch                       {report['torch_s']:.3f} s")
     print(f"import lumen after it              {middle:.3f} s   (quartiles {low:.3f} – {high:.3f})")
     print(f"difference in wall time            {report['difference_in_wall_time_s']:.3f} s")
-    print(f"modules it adds                    {report['new_modules']}, heavy ones: {', '.join(report['heavy']) or 'none'}")
+    print(
+        f"modules it adds                    {report['new_modules']}, heavy ones: {', '.join(report['heavy']) or 'none'}"
+    )
     if options.slowest:
         print(slowest(options.slowest))
     if options.json:

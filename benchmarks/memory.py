@@ -216,10 +216,14 @@ def table(report: dict[str, Any]) -> Table:
         cells = [row["label"]]
         for method in ("resident", "allocated"):
             got = row[method]
-            cells += [f"{got['bytes'] / 1e6:.0f}", f"{got.get('ratio', float('nan')):.3f}"] if "bytes" in got else [
-                "–",
-                got["missing"],
-            ]
+            cells += (
+                [f"{got['bytes'] / 1e6:.0f}", f"{got.get('ratio', float('nan')):.3f}"]
+                if "bytes" in got
+                else [
+                    "–",
+                    got["missing"],
+                ]
+            )
         found.add_row(*cells)
     return found
 

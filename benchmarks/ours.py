@@ -116,7 +116,9 @@ VARIANTS = [
     Variant("lumen-compile", "Lumen: compile", called(lm.compile)),
     Variant("lumen-compile-donate", "Lumen: compile, donate", called(lm.compile, lm.donate)),
     Variant("lumen-unroll", "Lumen: compile, unroll(8), donate", unrolled(stacked_before=True)),
-    Variant("lumen-unroll-stack", "Lumen: compile, unroll(8), donate, lm.stack timed too", unrolled(stacked_before=False)),
+    Variant(
+        "lumen-unroll-stack", "Lumen: compile, unroll(8), donate, lm.stack timed too", unrolled(stacked_before=False)
+    ),
     Variant("runner-donate", "Lumen Runner.fit: donate, JSONL each 50 steps", driven(lm.donate)),
     Variant(
         "runner-compile-donate", "Lumen Runner.fit: compile, donate, JSONL each 50 steps", driven(lm.compile, lm.donate)

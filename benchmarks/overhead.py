@@ -68,9 +68,13 @@ def parsed() -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=("mlp", "gpt", "both"), default="both")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of variants, or globs; the raw loop always runs")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="names of variants, or globs; the raw loop always runs"
+    )
     parser.add_argument("--rounds", type=int, help="interleaved rounds (15; 5 with --quick)")
-    parser.add_argument("--steps", type=int, help="steps in one timed section (mlp 200, gpt 32; a quarter with --quick)")
+    parser.add_argument(
+        "--steps", type=int, help="steps in one timed section (mlp 200, gpt 32; a quarter with --quick)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the figures")
     parser.add_argument("--quick", action="store_true", help="fewer rounds of fewer steps")
@@ -103,7 +107,13 @@ def described(machine: dict) -> str:
 def table(model: dict) -> Table:
     """One model's rows."""
     found = Table(title=f"{model['title']}: ratio to the raw loop", title_justify="left")
-    for name, justify in (("variant", "left"), ("µs/step", "right"), ("ratio", "right"), ("quartiles", "right"), ("best", "right")):
+    for name, justify in (
+        ("variant", "left"),
+        ("µs/step", "right"),
+        ("ratio", "right"),
+        ("quartiles", "right"),
+        ("best", "right"),
+    ):
         found.add_column(name, justify=justify)
     for row in model["rows"]:
         if "missing" in row:

@@ -161,7 +161,8 @@ def jax(task: Task) -> Measure:
 
     forward = _jax_mlp if task.name == "mlp" else _jax_gpt
     weights = {
-        name: value.detach().numpy().T if name.endswith("weight") and value.ndim == 2 and "embed" not in name
+        name: value.detach().numpy().T
+        if name.endswith("weight") and value.ndim == 2 and "embed" not in name
         else value.detach().numpy()
         for name, value in task.fresh().named_parameters()
     }

@@ -97,7 +97,9 @@ class Marked:
         return (end - start) / self.steps
 
 
-def compare(task: Task, variants: list[Variant], *, rounds: int, steps: int, progress: Callable[[str], None]) -> list[Row]:
+def compare(
+    task: Task, variants: list[Variant], *, rounds: int, steps: int, progress: Callable[[str], None]
+) -> list[Row]:
     """Time every variant in `rounds` interleaved rounds, each right after the raw loop, which is `variants[0]`.
 
     A row's ratios are those of such neighbours, so what slows the machine for a while slows both.
@@ -140,13 +142,17 @@ def _built(task: Task, row: Row, variant: Variant, wanted: float | None) -> Meas
             measure(WARM_UP)
             loss = measure.loss() if hasattr(measure, "loss") else None
             if loss is not None and wanted is not None and abs(float(loss) - wanted) > 1e-3 * abs(wanted):
-                raise NotTheSameError(f"after 16 steps the loss is {float(loss):.5f}, that of the raw loop {wanted:.5f}")
+                raise NotTheSameError(
+                    f"after 16 steps the loss is {float(loss):.5f}, that of the raw loop {wanted:.5f}"
+                )
     except ImportError as error:
         row.missing = f"not installed: {error}"
     except Exception as error:
         if os.environ.get("BENCH_TRACEBACK"):
             traceback.print_exc()
-        row.missing = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        row.missing = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
+            :200
+        ]
     else:
         return measure
     return None

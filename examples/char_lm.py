@@ -170,7 +170,7 @@ def main(config: Config) -> lm.Result:
     schedule = lm.optim.warmup_cosine(config.lr, warmup=max(config.steps // 20, 1), steps=config.steps)
     tx = lm.optim.chain(
         lm.optim.clip_by_global_norm(1.0),
-        lm.optim.adamw(schedule, b2=0.95, weight_decay=0.1, decay_mask=lm.optim.matrices),
+        lm.optim.adamw(schedule, betas=(0.9, 0.95), weight_decay=0.1, decay_mask=lm.optim.matrices),
     )
     state = lm.TrainState.create(GPT(len(vocabulary), config), tx, seed=config.seed)
     runner = lm.Runner(

@@ -18,6 +18,7 @@ from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
 _STATIC = "lumen_static"
+SIGNATURE = "_signature"  # what `lm.compile` notes on a state that it made; it does not outlive a change
 
 
 def static(**kwargs: Any) -> Any:
@@ -83,9 +84,16 @@ def _replace(self: Any, **changes: Any) -> Any:
             f"{type(self).__name__} has no field {', '.join(map(repr, unknown))};"
             f" its fields are {', '.join(sorted(self._fields_))}."
         )
-    new = object.__new__(type(self))
-    new.__dict__.update(self.__dict__)
+    new = copy_of(self)
     new.__dict__.update(changes)
+    new.__dict__.pop(SIGNATURE, None)
+    return new
+
+
+def copy_of(node: Any) -> Any:
+    """Another object with the same fields."""
+    new: Any = object.__new__(type(node))
+    new.__dict__.update(node.__dict__)
     return new
 
 

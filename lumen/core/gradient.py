@@ -211,12 +211,13 @@ _nested: set[CodeType] = set()
 def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[Tensor]) -> bool:
     """Whether the loss depends on tensors outside params that require grad, found once for each loss function.
 
-    Walking the graph costs as much as a small step, so it is done on a function's first call only.
+    Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
+    closure holds a tensor that requires grad.
     """
     code = getattr(loss_fn, "__code__", None)
     if code is None or rules.is_tracing():
         return False
-    if code not in _examined:
+    if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
         _examined.add(code)
         own = {id(leaf) for leaf in live}
         reached = _graph_leaves(objective)
@@ -238,6 +239,17 @@ def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[
                 stacklevel=2,
             )
     return code in _nested
+
+
+def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
+    for cell in getattr(loss_fn, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 def _graph_leaves(root: Tensor) -> list[Tensor]:

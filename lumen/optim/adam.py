@@ -198,7 +198,7 @@ class _Adam:
         if not kernels.usable(hyper, state.hparams, lists[0], *lists[2:]):
             return plain_in_place(self.update, grads, state, params, skip)
         beta1, beta2, eps, decay, _ = hyper.numbers(state.hparams)
-        lr, hparams = hyper.lr(state.count, state.hparams)
+        lr, hparams = hyper.eager_lr(state.count, state.hparams)
         count = kernels.advance(state.count, skip)
         for decays, (ps, gs, mus, nus, maxima) in kernels.batches(lists, self._decays(params)):
             kernel_lr, found_inf = kernels.scalars(ps[0], lr, skip)

@@ -132,7 +132,7 @@ class _RMSprop:
         if skip is not None and bool(skip):  # on the CPU: nothing waits for it
             return state
         alpha, eps, momentum, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.lr(state.count, state.hparams)
+        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
         minus_lr = -lr.item()
         for _, (ps, gs, nus, mus, traces) in kernels.batches(lists):
             if decay:
@@ -228,7 +228,7 @@ class _Adagrad:
         if not kernels.usable(self.hyper, state.hparams, lists[0], lists[2]):
             return plain_in_place(self.update, grads, state, params, skip)
         eps, lr_decay, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.lr(state.count, state.hparams)
+        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
         count = kernels.advance(state.count, skip)
         for _, (ps, gs, totals) in kernels.batches(lists):
             kernel_lr, found_inf = kernels.scalars(ps[0], lr, skip)

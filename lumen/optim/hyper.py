@@ -110,6 +110,14 @@ class Hyper:
         lr = torch.as_tensor(self.schedule(count), dtype=scalar_dtype(count.device), device=count.device)
         return lr, {**hparams, "scheduled_lr": lr}
 
+    def eager_lr(self, count: Tensor, hparams: HParams) -> tuple[Tensor, HParams]:
+        """As `lr`, for a fused lowering: Lumen's own schedules are evaluated as numbers where that costs no sync."""
+        at = getattr(self.schedule, "at", None)
+        if at is None or not count.is_cpu:
+            return self.lr(count, hparams)
+        lr = torch.as_tensor(at(int(count)), dtype=torch.float64)
+        return lr, {**hparams, "scheduled_lr": lr}
+
     def minus_lr(self, count: Tensor, hparams: HParams) -> tuple[Scalar, HParams]:
         """What a direction is multiplied by: minus the learning rate, or 1 for a transform without one."""
         if not self.has_lr:

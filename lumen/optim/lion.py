@@ -97,7 +97,7 @@ class _Lion:
         if skip is not None and bool(skip):  # on the CPU: nothing waits for it
             return state
         beta1, beta2, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.lr(state.count, state.hparams)
+        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
         rate = lr.item()
         for decays, (ps, gs, mus) in kernels.batches(lists, self._decays(params)):
             directions = torch._foreach_lerp(mus, gs, 1 - beta1)

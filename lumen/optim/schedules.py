@@ -1,15 +1,17 @@
 """Schedules: pure functions from the step (an integer scalar tensor, 0 at first) to a scalar tensor.
 
 They contain no Python branch on a value, so they run under `vmap` and in traced programs. Pass one wherever
-an optimizer takes a learning rate. Beyond its last step, a schedule keeps its last value.
+an optimizer takes a learning rate. Beyond its last step, a schedule keeps its last value. Any function of the
+step will do as well; mind that an integer tensor over a number is float32, and write `step.double()`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +23,66 @@ from lumen.optim.numerics import Scalar, scalar_dtype, time
 Anneal = Literal["cos", "linear"]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A schedule by its formula `(step, mathematics) -> value`, for tensors and for numbers alike.
+
+    A fused update on the CPU evaluates it in Python numbers, at a tenth of the time of twenty scalar tensors.
+    """
+
+    formula: Callable[[Any, Any], Any]
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The value at `step`, by tensor operations."""
+        return _tensor(self.formula(time(step), _Tensors), step)
+
+    def at(self, step: int) -> Any:
+        """The value at `step`, a number where the schedule is made of numbers."""
+        return self.formula(float(step), _Numbers)
+
+
+class _Tensors:
+    """The functions that formulas are made of, for tensors."""
+
+    cos = torch.cos
+    floor = torch.floor
+
+    @staticmethod
+    def clamp(x: Tensor, low: float, high: float) -> Tensor:
+        return torch.clamp(x, low, high)
+
+    @staticmethod
+    def where(condition: Tensor, yes: Scalar, no: Scalar) -> Tensor:
+        return torch.where(condition, _tensor(yes, condition), _tensor(no, condition))
+
+    @staticmethod
+    def largest(x: Tensor, y: Scalar) -> Tensor:
+        return torch.maximum(x, _tensor(y, x))
+
+
+class _Numbers:
+    """The same for Python numbers."""
+
+    cos = math.cos
+    floor = math.floor
+    largest = max
+
+    @staticmethod
+    def clamp(x: float, low: float, high: float) -> float:
+        return min(max(x, low), high)
+
+    @staticmethod
+    def where(condition: bool, yes: Scalar, no: Scalar) -> Scalar:
+        return yes if condition else no
+
+
+def _tensor(value: Scalar, like: Tensor) -> Tensor:
+    """`value` as a tensor on the device of `like`: two numbers in `torch.where` would be float32."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full_like(like, value, dtype=scalar_dtype(like.device))
+
+
 def constant(value: Scalar) -> Schedule:
     """The same value at every step.
 
@@ -29,7 +91,7 @@ def constant(value: Scalar) -> Schedule:
     0.1
     """
     check_scalar("value", value, schedule=False)
-    return lambda step: _ones(step) * value
+    return Curve(lambda t, m: value)
 
 
 def linear(start: Scalar, stop: Scalar, steps: int) -> Schedule:
@@ -39,7 +101,10 @@ def linear(start: Scalar, stop: Scalar, steps: int) -> Schedule:
     >>> lm.optim.linear(0.0, 1.0, steps=4)(torch.tensor(1)).item()
     0.25
     """
-    return polynomial(start, stop, steps, power=1.0)
+    check_scalar("start", start, schedule=False)
+    check_scalar("stop", stop, schedule=False)
+    check_count("steps", steps, low=1)
+    return Curve(lambda t, m: _line(start, stop, _progress(t, 0, steps, m), m))
 
 
 def polynomial(start: Scalar, stop: Scalar, steps: int, power: Scalar = 1.0) -> Schedule:
@@ -53,7 +118,7 @@ def polynomial(start: Scalar, stop: Scalar, steps: int, power: Scalar = 1.0) -> 
     check_scalar("stop", stop, schedule=False)
     check_scalar("power", power, schedule=False)
     check_count("steps", steps, low=1)
-    return lambda step: stop + (start - stop) * (1 - _progress(step, 0, steps)) ** power
+    return Curve(lambda t, m: stop + (start - stop) * (1 - _progress(t, 0, steps, m)) ** power)
 
 
 def cosine(start: Scalar, steps: int, stop: Scalar = 0.0) -> Schedule:
@@ -68,7 +133,7 @@ def cosine(start: Scalar, steps: int, stop: Scalar = 0.0) -> Schedule:
     check_scalar("start", start, schedule=False)
     check_scalar("stop", stop, schedule=False)
     check_count("steps", steps, low=1)
-    return lambda step: _half_wave(start, stop, _progress(step, 0, steps))
+    return Curve(lambda t, m: _half_wave(start, stop, _progress(t, 0, steps, m), m))
 
 
 def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0, stop: Scalar = 0.0) -> Schedule:
@@ -99,12 +164,11 @@ def exponential(
     check_scalar("stop", stop, schedule=False)
     check_count("every", every, low=1)
 
-    def schedule(step: Tensor) -> Tensor:
-        periods = time(step) / every
-        value = start * _ones(step) * rate ** (torch.floor(periods) if staircase else periods)
-        return torch.maximum(value, stop * _ones(step))
+    def formula(t: Any, m: Any) -> Any:
+        periods = t / every
+        return m.largest(start * rate ** (m.floor(periods) if staircase else periods), stop)
 
-    return schedule
+    return Curve(formula)
 
 
 def step_decay(start: Scalar, factor: Scalar, every: int) -> Schedule:
@@ -129,13 +193,13 @@ def piecewise(start: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
     for boundary, factor in factors.items():
         check_scalar(f"factors[{boundary}]", factor, schedule=False)
 
-    def schedule(step: Tensor) -> Tensor:
-        value = start * _ones(step)
+    def formula(t: Any, m: Any) -> Any:
+        value = start
         for boundary, factor in factors.items():
-            value = torch.where(step >= boundary, value * factor, value)
+            value = m.where(t >= boundary, value * factor, value)
         return value
 
-    return schedule
+    return Curve(formula)
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
@@ -154,13 +218,19 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     if any(left >= right for left, right in pairwise([0, *boundaries])):
         raise HyperparameterError(f"boundaries={list(boundaries)} must be positive and increase.")
 
-    def schedule(step: Tensor) -> Tensor:
-        value = schedules[0](step)
-        for boundary, later in zip(boundaries, schedules[1:], strict=True):
-            value = torch.where(step < boundary, value, later(torch.clamp(step - boundary, min=0)))
-        return value
+    curves = [schedule for schedule in schedules if isinstance(schedule, Curve)]
+    if len(curves) < len(schedules):  # a function of the user's own among them
+        return lambda step: _joined(schedules, boundaries, step, _Tensors, lambda later, x: later(x))
+    return Curve(lambda t, m: _joined(curves, boundaries, t, m, lambda later, x: later.formula(x, m)))
 
-    return schedule
+
+def _joined(
+    schedules: Sequence[Any], boundaries: Sequence[int], t: Any, m: Any, value_of: Callable[[Any, Any], Any]
+) -> Any:
+    value = value_of(schedules[0], t)
+    for boundary, later in zip(boundaries, schedules[1:], strict=True):
+        value = m.where(t < boundary, value, value_of(later, m.clamp(t - boundary, 0, math.inf)))
+    return value
 
 
 def one_cycle(
@@ -191,7 +261,7 @@ def one_cycle(
     check_count("steps", steps, low=1)
     if anneal not in ("cos", "linear"):
         raise HyperparameterError(f"anneal={anneal!r} is not allowed: give 'cos' or 'linear'.")
-    curve: Callable[[Scalar, Scalar, Tensor], Tensor] = _half_wave if anneal == "cos" else _line
+    curve: Callable[[Any, Any, Any, Any], Any] = _half_wave if anneal == "cos" else _line
     start = peak / start_divisor
     up = (
         warmup_fraction * steps - 1
@@ -199,31 +269,26 @@ def one_cycle(
     ends = [up, 2 * warmup_fraction * steps - 2, steps - 1] if three_phase else [up, steps - 1]
     values = [start, peak, start, start / stop_divisor] if three_phase else [start, peak, start / stop_divisor]
 
-    def schedule(step: Tensor) -> Tensor:
-        value = curve(values[-2], values[-1], _progress(step, ends[-2], ends[-1]))
+    def formula(t: Any, m: Any) -> Any:
+        value = curve(values[-2], values[-1], _progress(t, ends[-2], ends[-1], m), m)
         for i in reversed(range(len(ends) - 1)):
             begin = ends[i - 1] if i else 0.0
-            value = torch.where(
-                step <= ends[i], curve(values[i], values[i + 1], _progress(step, begin, ends[i])), value
-            )
+            phase = curve(values[i], values[i + 1], _progress(t, begin, ends[i], m), m)
+            value = m.where(t <= ends[i], phase, value)
         return value
 
-    return schedule
+    return Curve(formula)
 
 
-def _ones(step: Tensor) -> Tensor:
-    return torch.ones_like(step, dtype=scalar_dtype(step.device))
-
-
-def _progress(step: Tensor, begin: float, end: float) -> Tensor:
-    """How much of the way from `begin` to `end` is done at `step`, from 0 to 1."""
+def _progress(t: Any, begin: float, end: float, m: Any) -> Any:
+    """How much of the way from `begin` to `end` is done at `t`, from 0 to 1."""
     span = end - begin
-    return torch.clamp((time(step) - begin) / (span if span > 0 else 1.0), 0.0, 1.0)
+    return m.clamp((t - begin if begin else t) / (span if span > 0 else 1.0), 0.0, 1.0)
 
 
-def _line(start: Scalar, stop: Scalar, progress: Tensor) -> Tensor:
+def _line(start: Scalar, stop: Scalar, progress: Any, _m: Any) -> Any:
     return start + (stop - start) * progress
 
 
-def _half_wave(start: Scalar, stop: Scalar, progress: Tensor) -> Tensor:
-    return stop + (start - stop) / 2 * (1 + torch.cos(math.pi * progress))
+def _half_wave(start: Scalar, stop: Scalar, progress: Any, m: Any) -> Any:
+    return stop + (start - stop) / 2 * (1 + m.cos(math.pi * progress))

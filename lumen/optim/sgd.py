@@ -121,7 +121,7 @@ class _SGD:
         if syncs or not kernels.usable(hyper, state.hparams, lists[0], lists[2]):
             return plain_in_place(self.update, grads, state, params, skip)
         momentum, dampening, decay = hyper.numbers(state.hparams)
-        lr, hparams = hyper.lr(state.count, state.hparams)
+        lr, hparams = hyper.eager_lr(state.count, state.hparams)
         is_first_step = self.dampened and int(state.count) == 0
         kernels.advance(state.count, skip)
         for decays, (ps, gs, traces) in kernels.batches(lists, self._decays(params)):

@@ -93,7 +93,7 @@ class Runner:
         self.sinks = tuple(sinks)
         self.log_every = Every(steps=log_every)
         self.progress = progress
-        self._user = step
+        self._single, self._unrolled = _without_unroll(self.step)
         self._callbacks = Callbacks(tuple(callbacks))
         self._now = clock
 
@@ -190,7 +190,7 @@ class _Fit:
 
     def _calls(self, batches: Iterator[Any]) -> Iterator[tuple[StepFn, Any, int]]:
         """`(step, batch, how many optimizer steps)`: one by one, or stacked in groups where the step unrolls."""
-        single, size = _without_unroll(self.runner)
+        single, size = self.runner._single, self.runner._unrolled
         if size == 1:
             for batch in batches:
                 yield single, batch, 1
@@ -329,13 +329,13 @@ def _alike(group: list[Any]) -> bool:
     return shapes[0] == shapes[1]
 
 
-def _without_unroll(runner: Runner) -> tuple[StepFn, int]:
-    """The run's step without its `unroll`, and by how many it unrolls."""
-    unrolls = [t for t in runner.step.transforms if isinstance(t, unroll)]
+def _without_unroll(step: Step) -> tuple[StepFn, int]:
+    """The step without its `unroll`, for what does not fill a group, and by how many it unrolls."""
+    unrolls = [t for t in step.transforms if isinstance(t, unroll)]
     if not unrolls:
-        return runner.step, 1
-    others = [t for t in runner.step.transforms if not isinstance(t, unroll)]
-    return compose(*others)(runner.step.user), unrolls[0].k
+        return step, 1
+    others = [t for t in step.transforms if not isinstance(t, unroll)]
+    return compose(*others)(step.user), unrolls[0].k
 
 
 def _step_of(state: Any) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.dataclass import SIGNATURE, copy_of
 from lumen.core.donation import check_unmoved, hand_over
 from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import GraphBreakWarning, HyperparameterError, InexactWarning
@@ -89,29 +90,20 @@ class _Compiled:
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         if self._broken:
             return self._uncompiled(state, batch)
-        held, state_spec = tree.flatten(state)
-        given, batch_spec = tree.flatten(batch)
-        key = (
-            state_spec,
-            batch_spec,
-            tuple([(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in held]),
-            tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in given]),
-            tuple([read() for read in self._reads]),
-        )
+        held, signature = _sign_state(state)
+        given, batch_key = _sign_batch(batch)
+        key = (signature, batch_key, tuple([read() for read in self._reads]))
         region = self._regions.get(key)
         if region is None:
             try:
-                region = self._trace(held, state_spec, given, batch_spec)
+                region = _Region(self._step, state, batch, self._donates, self._settings)
             except _breaks() as error:
                 self._broken = True
                 _warn_break(self._step, error)
                 return self._uncompiled(state, batch)
             self._regions[key] = region
             self._warn_many()
-        return region(held, given)
-
-    def _trace(self, held: list[Any], state_spec: tree.Spec, given: list[Any], batch_spec: tree.Spec) -> _Region:
-        return _Region(self._step, held, state_spec, given, batch_spec, self._donates, self._settings)
+        return region(state, held, given)
 
     def _uncompiled(self, state: Any, batch: Any) -> tuple[Any, Any]:
         inner = self._step.inner
@@ -127,19 +119,56 @@ class _Compiled:
             )
 
 
+class _Signature:
+    """Structure, shapes and dtypes of a state, hashed once; `size` is its number of tensors, or -1 with other leaves.
+
+    A state that a region returns carries its signature, so that the next call need not work it out again.
+    """
+
+    __slots__ = ("_hash", "_value", "size")
+
+    def __init__(self, leaves: list[Any], spec: tree.Spec) -> None:
+        self._value = (spec, _kinds(leaves))
+        self._hash = hash(self._value)
+        self.size = len(leaves) if all(isinstance(leaf, Tensor) for leaf in leaves) else -1
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Signature) and self._value == other._value)
+
+
+def _sign_state(state: Any) -> tuple[list[Any], _Signature]:
+    if hasattr(type(state), "_fields_"):
+        noted: _Signature | None = state.__dict__.get(SIGNATURE)
+        if noted is not None:
+            held = tree.tensors(state)
+            if len(held) == noted.size:
+                return held, noted
+    leaves, spec = tree.flatten(state)
+    return leaves, _Signature(leaves, spec)
+
+
+def _sign_batch(batch: Any) -> tuple[list[Any], Any]:
+    if type(batch) is dict and all(type(leaf) is Tensor for leaf in batch.values()):
+        leaves: list[Any] = [*batch.values()]
+        form: Any = tuple(batch)
+    else:
+        leaves, form = tree.flatten(batch)
+    return leaves, (form, _kinds(leaves))
+
+
+def _kinds(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in leaves])
+
+
 class _Region:
     """One compiled region: flat tensors in, flat tensors out."""
 
-    def __init__(
-        self,
-        step: Step,
-        held: list[Any],
-        state_spec: tree.Spec,
-        given: list[Any],
-        batch_spec: tree.Spec,
-        donates: bool,
-        settings: compile,
-    ) -> None:
+    def __init__(self, step: Step, state: Any, batch: Any, donates: bool, settings: compile) -> None:
+        held, self._given_spec = tree.flatten(state)
+        given, batch_spec = tree.flatten(batch)
         leaves = [*held, *given]
         self._inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._donates = donates
@@ -150,9 +179,9 @@ class _Region:
             for i, tensor in zip(self._inputs, tensors, strict=True):
                 filled[i] = tensor
             old = filled[: len(held)]
-            state, batch = tree.unflatten(state_spec, old), tree.unflatten(batch_spec, filled[len(held) :])
+            given_state = tree.unflatten(self._given_spec, old)
             with rules.tracing:
-                out = step(state, batch)
+                out = step(given_state, tree.unflatten(batch_spec, filled[len(held) :]))
             return self._plan(old, filled, out)
 
         self._run = _compiled(flat, example, settings)
@@ -162,7 +191,7 @@ class _Region:
         new_state, metrics = out
         new, self._state_spec = tree.flatten(new_state)
         shown, self._metrics_spec = tree.flatten(metrics)
-        self._states = len(new)
+        self._signature = _Signature(new, self._state_spec)
         place = {id(t): i for i, t in enumerate(inputs) if isinstance(t, Tensor)}
         if self._donates:
             check_unmoved(old, new, tree.paths(new_state))
@@ -171,27 +200,36 @@ class _Region:
             hand_over([o for o in old if isinstance(o, Tensor)], [n for n in new if isinstance(n, Tensor)])
             new = old
         outputs: list[Tensor] = []
-        self._sources: list[tuple[str, Any]] = []
-        for leaf in [*new, *shown]:
+
+        def source(leaf: Any) -> tuple[str, Any]:
             if not isinstance(leaf, Tensor):
-                self._sources.append(("constant", leaf))
-            elif id(leaf) in place:
-                self._sources.append(("input", place[id(leaf)]))
-            else:
-                self._sources.append(("output", len(outputs)))
-                outputs.append(leaf)
+                return "constant", leaf
+            if id(leaf) in place:
+                return "input", place[id(leaf)]
+            outputs.append(leaf)
+            return "output", len(outputs) - 1
+
+        self._state_sources = [source(leaf) for leaf in new]
+        self._metric_sources = [source(leaf) for leaf in shown]
+        # A donated state keeps every tensor where it was, so its successor has the very same fields.
+        self._same_fields = self._donates and self._state_spec == self._given_spec and self._signature.size >= 0
         return outputs
 
-    def __call__(self, held: list[Any], given: list[Any]) -> tuple[Any, Any]:
+    def __call__(self, state: Any, held: list[Any], given: list[Any]) -> tuple[Any, Any]:
         leaves = held + given
-        made = self._run([leaves[i] for i in self._inputs])
-        answer = [
-            made[at] if source == "output" else leaves[at] if source == "input" else at for source, at in self._sources
-        ]
-        return (
-            self._state_spec.unflatten(answer[: self._states]),
-            self._metrics_spec.unflatten(answer[self._states :]),
-        )
+        made = self._run(leaves if len(leaves) == len(self._inputs) else [leaves[i] for i in self._inputs])
+        metrics = self._metrics_spec.unflatten(_gather(self._metric_sources, leaves, made))
+        if self._same_fields and hasattr(type(state), "_fields_"):
+            new = copy_of(state)
+        else:
+            new = self._state_spec.unflatten(_gather(self._state_sources, leaves, made))
+        if hasattr(type(new), "_fields_"):
+            new.__dict__[SIGNATURE] = self._signature
+        return new, metrics
+
+
+def _gather(sources: list[tuple[str, Any]], inputs: list[Any], outputs: Any) -> list[Any]:
+    return [outputs[at] if kind == "output" else inputs[at] if kind == "input" else at for kind, at in sources]
 
 
 def _compiled(
@@ -205,7 +243,8 @@ def _compiled(
             return lambda tensors: graph(*tensors)
         import torch._inductor as inductor
 
-        options = {**inductor.list_mode_options(settings.mode), **settings.options}
+        # Shapes and strides are part of the signature: the region need not assert them again.
+        options = {"size_asserts": False, **inductor.list_mode_options(settings.mode), **settings.options}
         compiled = inductor.compile(graph, [*example], options=options)
 
     def run(tensors: list[Tensor]) -> Any:

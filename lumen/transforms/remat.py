@@ -103,7 +103,7 @@ class _Checkpointed:
 
     def __init__(self, module: nn.Module) -> None:
         self._forward = module.forward
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str, bool]] = [
             (table, key, table is sub._buffers)
             for sub in module.modules()
             for table in (sub._parameters, sub._buffers)

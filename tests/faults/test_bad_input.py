@@ -1,4 +1,4 @@
-"""Bad input: a clear error at the earliest point, which says what was found, what is allowed, and what to write."""
+"""Bad input: a clear error at the earliest point: what was found, what is allowed, and what to write."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_state_whose_tree_changes(transform: str | None) -> None:
 
 
 def test_a_step_that_is_no_function() -> None:
-    with pytest.raises(errors.StepError, match="not Linear|not int"):
+    with pytest.raises(errors.StepError, match=r"not Linear|not int"):
         lm.accumulate(2)(3)
 
 
@@ -132,7 +132,7 @@ def test_assigning_to_a_state() -> None:
 
 
 def test_replacing_an_unknown_field() -> None:
-    with pytest.raises(errors.StateError, match="no field 'parms'; its fields are .*params"):
+    with pytest.raises(errors.StateError, match=r"no field 'parms'; its fields are .*params"):
         make_state().replace(parms={})
 
 
@@ -425,7 +425,7 @@ def test_a_state_without_slots() -> None:
         params: Any
         step: Any
 
-    with pytest.raises(errors.StateError, match="Bare has no such field.*slots: dict"):
+    with pytest.raises(errors.StateError, match=r"Bare has no such field.*slots: dict"):
         lm.ema(0.9).init(Bare({"w": torch.ones(1)}, torch.tensor(0)))
 
 
@@ -462,7 +462,7 @@ def test_sweep_of_an_unknown_name() -> None:
 
 
 def test_sweep_of_unequally_many_values() -> None:
-    with pytest.raises(errors.PatternError, match="equally many.*'lr': 2, 'seed': 3"):
+    with pytest.raises(errors.PatternError, match=r"equally many.*'lr': 2, 'seed': 3"):
         lm.sweep(lr=[1, 2], seed=[1, 2, 3])
 
 
@@ -473,7 +473,7 @@ def test_ensemble_of_another_number_of_states(count: int) -> None:
 
 
 def test_ensemble_of_different_models() -> None:
-    with pytest.raises(errors.StateError, match="lane 1 has another structure.*state.replace"):
+    with pytest.raises(errors.StateError, match=r"lane 1 has another structure.*state.replace"):
         lm.ensemble(2).init([make_state(), make_state(nn.Linear(4, 2, bias=False))])
 
 
@@ -521,7 +521,7 @@ def test_tx_update_by_hand_under_a_transform_that_must_see_it() -> None:
         return state.replace(params=params, opt_state=opt_state), {"loss": loss}
 
     by_hand(make_state(), make_batch())
-    with pytest.raises(errors.UpdateInterceptedError, match="lm.apply_updates"):
+    with pytest.raises(errors.UpdateInterceptedError, match=r"lm.apply_updates"):
         lm.clip(1.0)(by_hand)(make_state(), make_batch())
 
 

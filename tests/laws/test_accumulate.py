@@ -72,7 +72,7 @@ def test_batchnorm_gradient_is_the_mean_of_the_parts_by_rows() -> None:
 @settings(max_examples=10)
 @given(rows=st.integers(3, 8))
 def test_an_inner_gradient_sees_its_own_microbatch(rows: int) -> None:
-    """A loss with a gradient penalty per row: the inner `value_and_grad` belongs to the loss, and is not split."""
+    """A gradient penalty per row: the inner `value_and_grad` belongs to the loss, and is not split."""
     job = Job(form="tuple", rows=rows, optimizer="sgd")
     state, (x, y, mask) = job.state(), job.batch()
 
@@ -121,7 +121,7 @@ def test_narrow_grads_are_summed_wide(dtype: torch.dtype) -> None:
             out, _ = state.apply(params, batch)
             return lm.Mean.of(out)
 
-        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        _, grads = lm.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads), {"grad": lm.Last(grads["weight"])}
 
     state = lm.TrainState.create(nn.Linear(1, 1, bias=False).to(dtype), lm.optim.sgd(0.1))

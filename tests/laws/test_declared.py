@@ -286,7 +286,7 @@ def test_fp16_finds_a_scale_that_holds() -> None:
         def loss_fn(params: Any, x: torch.Tensor) -> torch.Tensor:
             return state.apply(params, x)[0].mean() * 100.0
 
-        loss, grads = lm.value_and_grad(loss_fn)(state.params, x)
+        _, grads = lm.value_and_grad(loss_fn)(state.params, x)
         return state.apply_gradients(grads), {"grad": grads["bias"]}
 
     half = lm.precision("fp16")(step)
@@ -346,7 +346,7 @@ def test_private_reports_the_unclipped_loss() -> None:
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_private_noise_is_that_of_one_update(parts: int) -> None:
-    """However many parts the gradient was computed in, noise of deviation noise·clip is added to the sum once."""
+    """However many parts there are, noise of deviation noise·clip is added to the sum once."""
     net = torch.nn.Linear(400, 50, bias=False).double()
 
     def step(state: lm.TrainState, x: torch.Tensor) -> tuple[lm.TrainState, dict[str, Any]]:

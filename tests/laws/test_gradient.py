@@ -123,6 +123,23 @@ def test_maml_through_several_inner_updates_of_an_optimizer() -> None:
     assert_same(grads, expected, tolerance=1e-7)
 
 
+def test_an_inner_gradient_stays_differentiable_in_what_its_closure_holds() -> None:
+    """The inner params are constants and the outer ones come in by the closure: only the nesting tells."""
+    start = {"v": torch.tensor([0.5, -1.0], dtype=torch.float64)}
+    batch = torch.tensor([1.0, 3.0], dtype=torch.float64)
+
+    def loss_fn(params: Params, batch: Tensor) -> Tensor:
+        def inner(v: Params, batch: Tensor) -> Tensor:
+            return (v["v"].square() * params["w"].exp() * batch).sum()
+
+        _, grads = lm.value_and_grad(inner)(start, batch)
+        return grads["v"].square().sum()
+
+    params = {"w": torch.tensor([0.1, 0.2], dtype=torch.float64)}
+    _, grads = lm.value_and_grad(loss_fn)(params, batch)
+    assert_same(grads, by_differences(lambda p: loss_fn(p, batch), params), tolerance=1e-7)
+
+
 def test_second_order_through_params_that_require_grad() -> None:
     """torch's own autograd outside: the params already require grad, so the answer stays differentiable."""
     state = Job(model="linear").state()
@@ -174,6 +191,24 @@ def test_hypergradient_through_a_closure_warns_and_is_right() -> None:
     (grad,) = torch.autograd.grad(value, decay["decay"])
     expected = by_differences(tuned, {"decay": decay["decay"].detach()})
     torch.testing.assert_close(grad, expected["decay"], rtol=1e-7, atol=1e-7)
+
+
+def test_a_hypergradient_is_right_after_the_same_function_ran_without() -> None:
+    """The graph is searched once for a function, and again when its closure holds a live tensor."""
+    params, batch = {"w": torch.tensor([1.0, 2.0])}, torch.ones(2)
+
+    def slope(scale: Tensor) -> Tensor:
+        _, grads = lm.value_and_grad(lambda params, batch: (params["w"] ** 3 * batch).sum() * scale)(
+            params, batch
+        )
+        return grads["w"].sum()
+
+    assert float(slope(torch.tensor(2.0))) == 30.0
+    scale = torch.tensor(2.0, requires_grad=True)
+    with pytest.warns(lm.InexactWarning, match="not part of params"):
+        value = slope(scale)
+    value.backward()
+    assert float(scale.grad) == 15.0
 
 
 def test_under_torch_func_the_answer_is_differentiable() -> None:

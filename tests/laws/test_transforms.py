@@ -1,4 +1,4 @@
-"""The law: `T(step)(state, batch) == step(state, batch)`, for every transform and every pair that may stand together."""
+"""The law, `T(step)(state, batch) == step(state, batch)`: for every transform and every lawful pair."""
 
 from __future__ import annotations
 

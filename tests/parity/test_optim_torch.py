@@ -72,7 +72,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("case", FUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_fused_lowering_is_bitwise_torch_fused(case, dtype):
     tx, make = FUSED[case]
     assert largest_difference(tx, partial(make, fused=True), dtype=dtype) == 0.0
@@ -183,8 +183,8 @@ def test_fused_lowering_works_on_gradients_of_any_layout():
 def test_fused_lowering_gives_way_for_params_of_another_layout():
     base = torch.randn(3, 4)
     grads = {"w": torch.randn(4, 3)}
-    tx = optim.adamw(0.1)
-    found, opt_state = tx.apply(grads, tx.init({"w": base.t()}), {"w": base.t()})
-    expected, _ = tx.apply(grads, tx.init({"w": base.t().contiguous()}), {"w": base.t().contiguous()})
-    torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
-    assert lm.tree.structure(opt_state) == lm.tree.structure(tx.init({"w": base}))
+    for tx in (optim.adamw(0.1), optim.sgd(0.1), optim.rmsprop(0.1)):
+        found, opt_state = tx.apply(grads, tx.init({"w": base.t()}), {"w": base.t()})
+        expected, _ = tx.apply(grads, tx.init({"w": base.t().contiguous()}), {"w": base.t().contiguous()})
+        torch.testing.assert_close(found["w"], expected["w"], rtol=1e-6, atol=1e-6)
+        assert lm.tree.structure(opt_state) == lm.tree.structure(tx.init({"w": base}))

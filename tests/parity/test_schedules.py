@@ -93,6 +93,23 @@ def test_schedule_is_torch_scheduler(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_schedule_of_numbers_is_the_schedule_of_tensors(case):
+    """A fused update on the CPU evaluates schedules in Python numbers."""
+    schedule, _ = CASES[case]
+    numbers = torch.tensor([schedule.at(step) for step in range(STEPS + 5)], dtype=torch.float64)
+    torch.testing.assert_close(numbers, our_table(schedule, STEPS + 5), rtol=1e-14, atol=1e-16)
+
+
+def test_join_takes_any_function():
+    schedule = optim.join([optim.constant(1.0), lambda step: step.double() * 2], [5])
+    assert our_table(schedule, 8).tolist() == [1.0] * 5 + [0.0, 2.0, 4.0]
+    params = {"w": torch.ones(1)}
+    for tx in (optim.sgd(schedule), optim.sgd(lambda step: 0.5)):
+        params, _ = tx.apply({"w": torch.ones(1)}, tx.init(params), params)
+    assert params["w"].item() == -0.5
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_schedule_is_a_tensor_program(case):
     schedule, _ = CASES[case]
     table = our_table(schedule)

@@ -8,6 +8,7 @@ import torch
 import lumen as lm
 from lumen import optim
 from lumen.errors import PatternError, StateError
+from lumen.optim.names import selected
 
 SHAPES = {"encoder.fc.weight": (4, 3), "encoder.fc.bias": (4,), "norm.weight": (4,), "head.weight": (2, 4)}
 
@@ -87,6 +88,23 @@ class TestDecayMask:
     def test_error_lists_near_names(self):
         with pytest.raises(PatternError, match=re.escape("encoder.fc.weight")):
             optim.freeze("encoder.fc.weigth").init(tensors(0))
+
+
+def test_globs_match_whole_names_and_regular_expressions_any_part():
+    params = {"Fc.weight": torch.ones(1), "fc.weight": torch.ones(1), "fc.inner.weight_norm": torch.ones(1)}
+    for selector, expected in {
+        "fc.*": [False, True, True],
+        "*.weight": [True, True, False],
+        "?c.weight": [True, True, False],
+        "[F]c.*": [True, False, False],
+        "fc.*.weight*": [False, False, True],
+        re.compile("weight"): [True, True, True],
+        re.compile("weight$"): [True, True, False],
+    }.items():
+        assert selected(selector, params) == expected, selector
+    for nothing in ("weight", "FC.*", re.compile("^weight")):
+        with pytest.raises(PatternError):
+            selected(nothing, params)
 
 
 class TestPartition:

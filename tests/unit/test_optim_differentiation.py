@@ -63,7 +63,14 @@ def test_meta_gradient_is_the_finite_difference(name, engine):
 def test_learning_rate_alone_can_be_differentiated():
     """Neither params nor grads ask for gradients here, so only the state tells that the fused kernels must not run."""
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    for tx in (optim.adamw(lr), optim.sgd(lr, 0.9), optim.adagrad(lr), optim.lion(lr), optim.rmsprop(lr)):
+    for tx in (
+        optim.adamw(lr),
+        optim.sgd(lr, 0.9),
+        optim.adagrad(lr),
+        optim.lion(lr),
+        optim.rmsprop(lr),
+        optim.sgd(optim.cosine(lr, 9)),
+    ):
         params = {"w": torch.ones(3, dtype=torch.float64)}
         new, _ = tx.apply({"w": torch.ones(3, dtype=torch.float64)}, tx.init(params), params)
         (slope,) = torch.autograd.grad(new["w"].sum(), lr)

@@ -88,6 +88,25 @@ def test_remat_does_not_repeat_what_the_forward_did_to_buffers() -> None:
     assert int(new.buffers["1.num_batches_tracked"]) == 1
 
 
+def test_remat_recomputes_with_the_buffers_of_the_call() -> None:
+    """The output depends on a buffer that the forward itself counts up."""
+
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.add_(1.0)
+            return super().forward(x).tanh() * self.calls.clone()
+
+    state, batch = make_state(nn.Sequential(Counting(), nn.Linear(4, 2))), torch.randn(3, 4)
+    new, _ = lm.remat(Counting)(step)(state, batch)
+    expected, _ = step(state, batch)
+    for path, (found, want) in enumerate(zip(lm.tree.leaves(new), lm.tree.leaves(expected), strict=True)):
+        assert torch.equal(found, want), lm.tree.paths(new)[path]
+
+
 def test_donate_writes_into_the_same_memory() -> None:
     donated = lm.donate()(step)
     state = donated.init(make_state())
