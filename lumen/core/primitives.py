@@ -52,7 +52,7 @@ class _Call:
 
     def replace(self, **changes: Any) -> Self:
         """A changed copy."""
-        names: tuple[str, ...] = self.__slots__  # type: ignore[assignment]
+        names: tuple[str, ...] = self.__slots__
         return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
 
 

@@ -167,6 +167,7 @@ class _Scaling:
                 loss = loss * self.scale
             return (loss, aux) if call.has_aux else loss
 
+        scaled_loss.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
         scaled_loss.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
         answer: Gradient = next(call.replace(loss_fn=scaled_loss))
         inverse = 1.0 / self.scale

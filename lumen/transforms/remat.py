@@ -66,7 +66,7 @@ class remat(Transform):
             names = [name for name, _ in module.named_modules() if name]
             raise PatternError(
                 f"remat({self.pattern!r}) matches no module of {type(module).__name__};"
-                f" its modules are {', '.join(names[:8])}{' …' if len(names) > 8 else ''}."
+                f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
             )
         for each in chosen:
             each.forward = _Checkpointed(each)
