@@ -100,7 +100,7 @@ class Marked:
 def compare(
     task: Task, variants: list[Variant], *, rounds: int, steps: int, progress: Callable[[str], None]
 ) -> list[Row]:
-    """Time every variant in `rounds` interleaved rounds, each right after the raw loop, which is `variants[0]`.
+    """Time every variant in `rounds` interleaved rounds, each next to the raw loop, which is `variants[0]`.
 
     A row's ratios are those of such neighbours, so what slows the machine for a while slows both.
     """
@@ -125,8 +125,10 @@ def compare(
             row, measure = rows[at], measures[at]
             if measure is None:
                 continue
-            beside = raw(steps)
-            taken = measure(steps)
+            if index % 2:  # what runs second may find warmer caches
+                taken, beside = measure(steps), raw(steps)
+            else:
+                beside, taken = raw(steps), measure(steps)
             row.times.append(taken)
             row.ratios.append(taken / beside)
             if at:

@@ -59,9 +59,7 @@ def test_a_step_that_returns_one_value(transform: str | None) -> None:
         return step(state, batch)[0]
 
     run = ACROSS[transform](only_state) if transform else lm.compose()(only_state)
-    with pytest.raises(
-        errors.StepError, match=r"only_state must return \(state, metrics\).*one value, TrainState"
-    ):
+    with pytest.raises(errors.StepError, match=r"only_state must return \(state, metrics\).*one value, TrainState"):
         run(run.init(make_state()), make_batch())
 
 
@@ -77,9 +75,7 @@ def test_a_state_whose_tree_changes(transform: str | None) -> None:
         return new.replace(slots={**new.slots, "mine": torch.zeros(())}), metrics
 
     run = ACROSS[transform](grows) if transform else lm.compose()(grows)
-    with pytest.raises(
-        errors.StepError, match=r"grows returned a state with another structure.*slots\[mine\]"
-    ):
+    with pytest.raises(errors.StepError, match=r"grows returned a state with another structure.*slots\[mine\]"):
         run(run.init(make_state()), make_batch())
 
 
@@ -95,9 +91,7 @@ def test_params_changed_in_place(transform: str | None) -> None:
         return step(state, batch)
 
     run = ACROSS[transform](mutates) if transform else lm.compose()(mutates)
-    with pytest.raises(
-        errors.PurityError, match=r"mutates changed state.params\[weight\] in place.*state.replace"
-    ):
+    with pytest.raises(errors.PurityError, match=r"mutates changed state.params\[weight\] in place.*state.replace"):
         run(run.init(make_state()), make_batch())
 
 
@@ -125,9 +119,7 @@ def test_check_purity_names_what_differs() -> None:
 
 
 def test_assigning_to_a_state() -> None:
-    with pytest.raises(
-        errors.StateError, match=r"params cannot be assigned.*state = state.replace\(params=\.\.\.\)"
-    ):
+    with pytest.raises(errors.StateError, match=r"params cannot be assigned.*state = state.replace\(params=\.\.\.\)"):
         make_state().params = {}
 
 
@@ -166,9 +158,7 @@ def test_grads_of_other_params() -> None:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(
-    "transform", [lm.accumulate(2), lm.accumulate(microbatch=2), lm.private(1.0, 0.0)], ids=repr
-)
+@pytest.mark.parametrize("transform", [lm.accumulate(2), lm.accumulate(microbatch=2), lm.private(1.0, 0.0)], ids=repr)
 def test_leaves_with_different_leading_sizes(transform: lm.Transform) -> None:
     batch = {"x": torch.zeros(6, 4), "y": torch.zeros(5, dtype=torch.int64)}
     run = transform(step)
@@ -179,9 +169,7 @@ def test_leaves_with_different_leading_sizes(transform: lm.Transform) -> None:
 
 
 def test_accumulate_more_parts_than_rows() -> None:
-    with pytest.raises(
-        errors.BatchError, match=r"accumulate\(8\) cannot cut a batch of 6 rows.*lm.accumulate\(6\)"
-    ):
+    with pytest.raises(errors.BatchError, match=r"accumulate\(8\) cannot cut a batch of 6 rows.*lm.accumulate\(6\)"):
         lm.accumulate(8)(step)(make_state(), make_batch(6))
 
 
@@ -332,9 +320,7 @@ def test_lazy_parameters(net: nn.Module) -> None:
 
 def test_params_of_another_model() -> None:
     state = make_state()
-    with pytest.raises(
-        errors.ParamsError, match=r"missing \['bias'\], unexpected \['biases'\].*state.params"
-    ):
+    with pytest.raises(errors.ParamsError, match=r"missing \['bias'\], unexpected \['biases'\].*state.params"):
         state.apply({"weight": state.params["weight"], "biases": state.params["bias"]}, torch.ones(1, 4))
 
 
@@ -455,9 +441,7 @@ def test_decay_mask_with_an_unknown_pattern() -> None:
 
 
 def test_sweep_of_an_unknown_name() -> None:
-    with pytest.raises(
-        errors.PatternError, match=r"sweep found no 'momentum'.*hyperparameters are lr.*as a tensor"
-    ):
+    with pytest.raises(errors.PatternError, match=r"sweep found no 'momentum'.*hyperparameters are lr.*as a tensor"):
         lm.sweep(momentum=[0.1, 0.9]).init(make_state())
 
 

@@ -55,9 +55,7 @@ def _mlp(*middle: nn.Module) -> nn.Module:
 
 def _conv() -> nn.Module:
     # No bias in front of BatchNorm: its gradient is rounding noise.
-    return nn.Sequential(
-        nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, C)
-    )
+    return nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, C))
 
 
 @dataclass(frozen=True)

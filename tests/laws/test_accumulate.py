@@ -76,9 +76,7 @@ def test_an_inner_gradient_sees_its_own_microbatch(rows: int) -> None:
     job = Job(form="tuple", rows=rows, optimizer="sgd")
     state, (x, y, mask) = job.state(), job.batch()
 
-    def step(
-        state: lm.TrainState, batch: tuple[torch.Tensor, ...]
-    ) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
+    def step(state: lm.TrainState, batch: tuple[torch.Tensor, ...]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
         def loss_fn(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, ...]) -> lm.Mean:
             def total(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
                 return state.apply(params, x)[0].square().sum()

@@ -72,9 +72,7 @@ def test_a_changed_learning_rate_is_no_new_signature() -> None:
     fast = traced()(step)
     state = job.state()
     fast(state, job.batch())
-    slower = state.replace(
-        opt_state=state.opt_state.replace(hparams={"lr": torch.zeros((), dtype=torch.float64)})
-    )
+    slower = state.replace(opt_state=state.opt_state.replace(hparams={"lr": torch.zeros((), dtype=torch.float64)}))
     new, _ = fast(slower, job.batch())
     assert len(runs) == 1
     assert_same(new.params, state.params, exact=True)

@@ -26,9 +26,7 @@ def assert_plain_again(stack: Any, job: Job) -> None:
         assert lm.tree.structure(lane) == lm.tree.structure(state)
         assert not [
             path
-            for (path, a), (_, b) in zip(
-                lm.tree.named_tensors(lane), lm.tree.named_tensors(expected), strict=True
-            )
+            for (path, a), (_, b) in zip(lm.tree.named_tensors(lane), lm.tree.named_tensors(expected), strict=True)
             if not torch.equal(a, b) or a.dtype != b.dtype
         ]
 

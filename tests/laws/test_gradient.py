@@ -198,9 +198,7 @@ def test_a_hypergradient_is_right_after_the_same_function_ran_without() -> None:
     params, batch = {"w": torch.tensor([1.0, 2.0])}, torch.ones(2)
 
     def slope(scale: Tensor) -> Tensor:
-        _, grads = lm.value_and_grad(lambda params, batch: (params["w"] ** 3 * batch).sum() * scale)(
-            params, batch
-        )
+        _, grads = lm.value_and_grad(lambda params, batch: (params["w"] ** 3 * batch).sum() * scale)(params, batch)
         return grads["w"].sum()
 
     assert float(slope(torch.tensor(2.0))) == 30.0

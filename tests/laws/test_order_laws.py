@@ -49,9 +49,7 @@ def test_each_position_is_computed_alone(n, seed, epoch, data):
 def test_rows_are_a_slice_of_the_order(n, seed, epoch, data):
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
-    assert np.array_equal(
-        order.rows(n, seed, epoch, start, stop), permute(n, seed, epoch, np.arange(start, stop))
-    )
+    assert np.array_equal(order.rows(n, seed, epoch, start, stop), permute(n, seed, epoch, np.arange(start, stop)))
     assert np.array_equal(order.rows(n, None, epoch, start, stop), np.arange(start, stop))
 
 

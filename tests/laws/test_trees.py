@@ -36,9 +36,7 @@ def registered() -> list[type]:
         for info in pkgutil.iter_modules(package.__path__):
             module = importlib.import_module(f"{package.__name__}.{info.name}")
             found.update(
-                (cls, None)
-                for cls in vars(module).values()
-                if isinstance(cls, type) and "_fields_" in vars(cls)
+                (cls, None) for cls in vars(module).values() if isinstance(cls, type) and "_fields_" in vars(cls)
             )
     return list(found)
 
@@ -56,9 +54,7 @@ def trees(nodes: Any = None) -> st.SearchStrategy[Any]:
             st.lists(inner, max_size=3),
             st.tuples(inner, inner),
             st.dictionaries(st.sampled_from("zbayx"), inner, max_size=3),
-            st.builds(
-                Mixed, first=inner, name=st.sampled_from(["a", "b"]), second=inner, power=st.integers(0, 3)
-            ),
+            st.builds(Mixed, first=inner, name=st.sampled_from(["a", "b"]), second=inner, power=st.integers(0, 3)),
             st.builds(lm.Mean, total=inner, weight=inner),
         ),
         max_leaves=8,

@@ -29,9 +29,7 @@ def test_create_starts_at_zero() -> None:
 
 def test_apply_gradients_counts_and_takes_further_changes() -> None:
     state = make_state()
-    new = state.apply_gradients(
-        {k: torch.zeros_like(p) for k, p in state.params.items()}, seed=torch.tensor(5)
-    )
+    new = state.apply_gradients({k: torch.zeros_like(p) for k, p in state.params.items()}, seed=torch.tensor(5))
     assert (int(new.step), int(new.seed), int(state.step)) == (1, 5, 0)
 
 
@@ -43,8 +41,7 @@ def test_empty_buffers_keep_the_old() -> None:
 
 def test_key_differs_by_step_and_seed() -> None:
     keys = {
-        tuple(s.key.tolist())
-        for s in (make_state(), make_state(seed=1), make_state().replace(step=torch.tensor(1)))
+        tuple(s.key.tolist()) for s in (make_state(), make_state(seed=1), make_state().replace(step=torch.tensor(1)))
     }
     assert len(keys) == 3
 
@@ -116,8 +113,6 @@ def test_check_purity_accepts_a_pure_step() -> None:
     lm.check_purity(plain, make_state(), torch.tensor([torch.nan]))
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (2**20, "1.0 MiB"), (2**43, "8.0 TiB")]
-)
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (2**20, "1.0 MiB"), (2**43, "8.0 TiB")])
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
