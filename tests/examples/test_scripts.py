@@ -30,8 +30,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def final(path: Path, name: str) -> float:
-    values = [row["values"] for row in rows(path)]
-    return [v[name] for v in values if name in v][-1]
+    return [row[name] for row in rows(path) if name in row][-1]
 
 
 @pytest.mark.slow
