@@ -76,9 +76,8 @@ def main() -> None:
     print(f"import torch                       {report['torch_s']:.3f} s")
     print(f"import lumen after it              {middle:.3f} s   (quartiles {low:.3f} – {high:.3f})")
     print(f"difference in wall time            {report['difference_in_wall_time_s']:.3f} s")
-    print(
-        f"modules it adds                    {report['new_modules']}, heavy ones: {', '.join(report['heavy']) or 'none'}"
-    )
+    heavy = ", ".join(report["heavy"]) or "none"
+    print(f"modules it adds                    {report['new_modules']}, heavy ones: {heavy}")
     if options.slowest:
         print(slowest(options.slowest))
     if options.json:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -59,7 +60,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(child(*options.child)))
         return
-    parameters = sum((a + 1) * b for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+    parameters = sum((a + 1) * b for a, b in itertools.pairwise(WIDTHS))
     report: dict[str, Any] = {
         "machine": timing.machine(),
         "state_bytes": 3 * 4 * parameters,

@@ -1,11 +1,11 @@
 """The cost of one optimizer step, as a ratio to a raw PyTorch loop with fused AdamW.
 
-    make bench                                                      # everything: about ten minutes on two cores
-    python benchmarks/overhead.py --quick                           # a first look: about three minutes
+    make bench                                                      # everything
+    python benchmarks/overhead.py --quick                           # a first look
     python benchmarks/overhead.py --model mlp --only 'lumen*' jax   # some of the variants (globs)
 
 Two models are timed on two threads: an MLP whose step is mostly overhead (about 0.3 ms), and a small GPT whose step is
-mostly arithmetic (about 15 ms). All variants run in one process, in interleaved rounds. Each timed section starts from
+mostly arithmetic (tens of ms). All variants run in one process, in interleaved rounds. Each timed section starts from
 the same fresh state, after warm-up steps and a garbage collection, next to a section of the raw loop; a ratio is
 the median over rounds of such pairs, and the range beside it the quartiles. The row of the raw loop itself is such a
 pair too, so it shows the noise of the measurement: expect 1.00, within 0.02 on a quiet machine. The last column
