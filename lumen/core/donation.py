@@ -58,27 +58,35 @@ def check_successor(state: Any) -> Addresses:
     What was found is kept with the state object, and each field's entry holds for that very field alone.
     """
     fields = state.__dict__
-    known: dict[str, tuple[Any, set[int]]] = fields.get(_KNOWN, {})
-    changed = [name for name in type(state)._fields_ if name not in known or known[name][0] is not fields[name]]
-    if not known:
+    known: dict[str, tuple[Any, set[int]]] | None = fields.get(_KNOWN)
+    if known is None:
         check_unaliased(state)
-    found = {**known, **{name: (fields[name], _addresses(fields[name])) for name in changed}}
-    for name in changed if known else ():
-        if any(not found[name][1].isdisjoint(found[other][1]) for other in found if other != name):
-            check_unaliased(state)
-    fields[_KNOWN] = found
-    return [addresses for _, addresses in found.values()]
+        known = fields[_KNOWN] = {name: (fields[name], set(_pointers(fields[name]))) for name in _tree_fields(state)}
+    for name, (value, _) in known.items():
+        if value is not fields[name]:
+            pointers = _pointers(fields[name])
+            found = set(pointers)
+            if len(found) != len(pointers) or any(
+                other != name and not found.isdisjoint(each) for other, (_, each) in known.items()
+            ):
+                check_unaliased(state)
+            # The predecessor, which had this table too, is retired: it can be changed in place.
+            known[name] = (fields[name], found)
+    return [addresses for _, addresses in known.values()]
 
 
-def _addresses(values: Any) -> set[int]:
+def _tree_fields(state: Any) -> list[str]:
+    return [name for name in type(state)._fields_ if tree.tensors(state.__dict__[name])]
+
+
+def _pointers(values: Any) -> list[int]:
     found = [values] if isinstance(values, Tensor) else tree.tensors(values)
-    return {t.data_ptr() for t in found if t.numel()}
+    return [t.data_ptr() for t in found if t.numel()]
 
 
 def check_unaliased(state: Any) -> Addresses:
     """Raise `DonatedError`, naming both, where two leaves of `state` share memory; return all their addresses."""
-    found = tree.tensors(state)
-    pointers = [t.data_ptr() for t in found if t.numel()]
+    pointers = _pointers(state)
     distinct = set(pointers)
     if len(distinct) == len(pointers):
         return [distinct]

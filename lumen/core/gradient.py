@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def _flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any]) -> Gradient:
     live = [leaf.detach().requires_grad_() for leaf in leaves]
-    with torch.enable_grad(), rules.inside_loss:
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), rules.inside_loss:
         objective, loss, aux, scalar = _objective(call, rebuild(live))
         if not objective.requires_grad:
             raise _independent(call)

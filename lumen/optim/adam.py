@@ -194,9 +194,11 @@ class _Adam:
 
     def fused(self, grads: Any, state: AdamState, params: Any, skip: Tensor | None) -> Any:
         hyper = self.hyper
-        lists = kernels.columns(params, grads, state.mu, state.nu, state.nu_max)
-        if not kernels.usable(hyper, state.hparams, lists[0], *lists[2:]):
+        held = kernels.Held.of(hyper, state, params, state.mu, state.nu, state.nu_max)
+        if held is None or any(value.requires_grad for value in state.hparams.values()):
             return plain_in_place(self.update, grads, state, params, skip)
+        ps, *moments = held.lists
+        lists = [ps, kernels.aligned(params, grads), *moments]
         beta1, beta2, eps, decay, _ = hyper.numbers(state.hparams)
         lr, hparams = hyper.eager_lr(state.count, state.hparams)
         count = kernels.advance(state.count, skip)
@@ -204,7 +206,7 @@ class _Adam:
             kernel_lr, found_inf = kernels.scalars(ps[0], lr, skip)
             self.kernel(
                 ps,
-                kernels.contiguous(gs),
+                gs,
                 mus,
                 nus,
                 maxima,

@@ -13,7 +13,7 @@ from lumen import tree
 from lumen.core import rules
 from lumen.errors import ParamsError, UpdateInterceptedError
 from lumen.optim.hyper import check_scalar as check_scalar
-from lumen.optim.kernels import allowed, columns
+from lumen.optim.kernels import alike, allowed, columns, eager
 
 Params = Any
 State = Any
@@ -70,8 +70,8 @@ class Transform:
         outside differentiation. Without `donate` that lowering runs on copies.
         """
         with rules.inside_update:
-            leaves = matched(params, grads)
-            if self.fused_fn is not None and not rules.is_tracing() and can_fuse(*leaves):
+            may_fuse = can_fuse(params, grads)
+            if may_fuse and self.fused_fn is not None and not rules.is_tracing():
                 if not donate:
                     params, state = clone((params, state))
                 return params, self.fused_fn(grads, state, params, skip)
@@ -85,7 +85,7 @@ class Transform:
 
     def in_place(self, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
         """Change `params` in place, by the fused lowering if possible: for transforms made of others."""
-        if self.fused_fn is not None and can_fuse(*matched(params, grads)):
+        if can_fuse(params, grads) and self.fused_fn is not None:
             return self.fused_fn(grads, state, params, skip)
         return plain_in_place(self.update_fn, grads, state, params, skip)
 
@@ -138,6 +138,9 @@ def matched(params: Params, grads: Any) -> list[list[Tensor]]:
     return [ps, gs]
 
 
-def can_fuse(params: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether fused in-place kernels may be used on these leaves here and now."""
-    return allowed(params + grads) and [p.dtype for p in params] == [g.dtype for g in grads]
+def can_fuse(params: Params, grads: Any) -> bool:
+    """Whether fused in-place kernels may be used on these trees here and now; ParamsError where they do not match."""
+    if alike(params, grads):
+        return eager()
+    ps, gs = matched(params, grads)
+    return allowed(ps + gs) and [p.dtype for p in ps] == [g.dtype for g in gs]

@@ -9,6 +9,7 @@ plain lowering.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -44,13 +45,36 @@ def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
 
 def allowed(leaves: list[Any]) -> bool:
     """Whether list kernels may run here: in eager mode, outside transforms and differentiation."""
+    return eager() and {*map(type, leaves)} == {Tensor} and True not in [leaf.requires_grad for leaf in leaves]
+
+
+def eager() -> bool:
+    """Whether operations run as they are called: outside `torch.func`, `torch.compile` and `make_fx`."""
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and not torch.compiler.is_compiling()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
-        and {*map(type, leaves)} == {Tensor}
-        and True not in [leaf.requires_grad for leaf in leaves]
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
+
+
+def alike(params: Any, grads: Any) -> bool:
+    """Whether both are flat dicts of plain tensors that agree leaf by leaf, none to be differentiated.
+
+    This is the common case, seen in one pass; anything else is looked at thoroughly.
+    """
+    if type(params) is not dict or type(grads) is not dict or len(params) != len(grads):
+        return False
+    for (name, p), (other, g) in zip(params.items(), grads.items(), strict=True):
+        if (
+            name != other
+            or not (type(p) is type(g) is Tensor)
+            or p.dtype != g.dtype
+            or p.shape != g.shape
+            or p.requires_grad
+            or g.requires_grad
+        ):
+            return False
+    return True
 
 
 def usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
@@ -88,6 +112,47 @@ def foreach_usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moment
     )
 
 
+class Held:
+    """The params and moments of one state as lists that a kernel may use, remembered with that state.
+
+    A donated state keeps its dicts and tensors from step to step. Looking at all of them again would cost as much as a
+    small kernel; that each is still the same object is seen at once.
+    """
+
+    __slots__ = ("_flat", "lists")
+    _KEY = "_held"
+
+    def __init__(self, lists: list[list[Tensor]]) -> None:
+        self.lists = lists
+        self._flat = [leaf for column in lists for leaf in column]
+
+    @classmethod
+    def of(cls, hyper: Hyper, state: Any, params: Any, *moments: Any) -> Held | None:
+        """What `state` remembers if it still holds, else what is found now; None where no kernel may run."""
+        remembered: Held | None = state.__dict__.get(cls._KEY)
+        if remembered is not None and remembered._holds(params, *moments):
+            return remembered
+        lists = columns(params, *moments)
+        if not usable(hyper, state.hparams, *lists):
+            return None
+        held = state.__dict__[cls._KEY] = cls(lists)
+        return held
+
+    def _holds(self, *trees: Any) -> bool:
+        found: list[Tensor] = []
+        for each in trees:
+            if type(each) is dict:
+                found += each.values()
+            elif not absent(each):
+                return False
+        return len(found) == len(self._flat) and all(map(is_, found, self._flat))
+
+
+def aligned(params: Any, grads: Any) -> list[Tensor]:
+    """The gradients in the order of the params, in memory that a kernel may walk."""
+    return contiguous(columns(params, grads)[1])
+
+
 def contiguous(grads: list[Tensor]) -> list[Tensor]:
     """The same gradients, in memory that a kernel may walk."""
     return grads if all(map(Tensor.is_contiguous, grads)) else [g.contiguous() for g in grads]
@@ -116,16 +181,14 @@ def batches(
 
 
 def advance(count: Tensor, skip: Tensor | None) -> Tensor:
-    """Count one update in place, unless skipped; the count as the float32 scalar that the kernels read."""
+    """Count one update in place, unless skipped; the count as a scalar that the kernels read (any dtype on the CPU)."""
     if skip is not None:
         count.add_(~skip)
     elif count.is_cpu:
-        number = int(count) + 1
-        count.fill_(number)  # a third of the time of add_
-        return torch.scalar_tensor(number, dtype=torch.float32)
+        count.fill_(int(count) + 1)  # a third of the time of add_
     else:
         count.add_(1)
-    return count.to(torch.float32)
+    return count if count.is_cpu else count.to(torch.float32)
 
 
 def scalars(leaf: Tensor, lr: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -141,7 +204,9 @@ def scalars(leaf: Tensor, lr: Tensor, skip: Tensor | None) -> tuple[Tensor, Tens
 
 def steps(leaves: list[Tensor], count: Tensor) -> list[Tensor]:
     """The number of the update once for each leaf, as the kernels read it."""
-    return [count if count.is_cpu and leaves[0].is_cpu else count.to(leaves[0].device)] * len(leaves)
+    if not leaves[0].is_cpu:
+        count = count.to(leaves[0].device, torch.float32)
+    return [count] * len(leaves)
 
 
 def kept(old: HParams, new: HParams, skip: Tensor | None) -> HParams:

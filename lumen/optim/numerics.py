@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import rules
 
 Scalar = float | Tensor
 
@@ -53,10 +54,24 @@ class Coefficients:
         """The scalars in the dtype and on the device of `leaf`: a 0-d leaf would be promoted otherwise."""
         key = (leaf.dtype, leaf.device)
         if key not in self._cast:
-            self._cast[key] = tuple(
-                s.to(device=leaf.device, dtype=leaf.dtype) if isinstance(s, Tensor) else s for s in self._scalars
-            )
+            cast = [s.to(device=leaf.device, dtype=leaf.dtype) if isinstance(s, Tensor) else s for s in self._scalars]
+            self._cast[key] = tuple(_in_one_buffer(cast) if rules.is_tracing() else cast)
         return self._cast[key]
+
+
+def _in_one_buffer(scalars: list[Scalar]) -> list[Scalar]:
+    """The same scalars, the tensors among them computed once and kept.
+
+    Inductor would fuse their computation into the loop over every leaf: the exponentials of a bias correction, once for
+    each few elements, took two thirds of a compiled Adam update.
+    """
+    at = [i for i, scalar in enumerate(scalars) if isinstance(scalar, Tensor)]
+    if len(at) < 2:
+        return scalars
+    kept = list(scalars)
+    for i, scalar in zip(at, torch.stack([scalars[i] for i in at]).unbind(), strict=True):  # type: ignore[misc]
+        kept[i] = scalar
+    return kept
 
 
 def one_minus_power(base: Scalar, count: Tensor) -> Tensor:
