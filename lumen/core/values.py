@@ -213,8 +213,29 @@ def merge_metrics(metrics: Sequence[Any]) -> Any:
     >>> {k: float(v) for k, v in lm.compute_metrics(lm.merge_metrics(steps)).items()}
     {'loss': 0.75, 'scale': 3.0}
     """
-    typed = [tree.map(_as_value, each, is_leaf=is_value) for each in metrics]
+    first = metrics[0]
+    if type(first) is dict and all(type(each) is dict and each.keys() == first.keys() for each in metrics):
+        return {name: _merge_column([each[name] for each in metrics]) for name in first}
+    return _merge_column(metrics)
+
+
+def _merge_column(parts: Sequence[Any]) -> Any:
+    """The merged value of one metric; all parts at once where they are means or scalars, which nearly all are."""
+    kind = type(parts[0])
+    if len(parts) > 1 and all(type(part) is kind for part in parts):
+        if kind is Mean:
+            return Mean(_total([part.total for part in parts]), _total([part.weight for part in parts]))
+        if kind is Sum:
+            return Sum(_total([part.total for part in parts]))
+        if kind is Tensor:
+            total = _total([_wide(part) for part in parts])
+            return Mean(total, total.new_full((), len(parts)))
+    typed = [tree.map(_as_value, each, is_leaf=is_value) for each in parts]
     return functools.reduce(lambda a, b: tree.map(lambda x, y: x.merge(y), a, b, is_leaf=is_value), typed)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
 
 
 def compute_metrics(metrics: Any) -> Any:

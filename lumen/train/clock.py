@@ -40,6 +40,10 @@ class Until:
         """The number of epochs at which it ends, where that is known."""
         return None
 
+    def only_steps(self) -> bool:
+        """Whether it can only be reached at the step that `steps` gives, or at the end of an epoch."""
+        return False
+
 
 @dataclass(frozen=True)
 class Steps(Until):
@@ -66,6 +70,10 @@ class Steps(Until):
         """`n`."""
         return self.n
 
+    def only_steps(self) -> bool:
+        """Yes."""
+        return True
+
 
 @dataclass(frozen=True)
 class Epochs(Until):
@@ -86,6 +94,10 @@ class Epochs(Until):
     def epochs(self) -> int | None:
         """`n`."""
         return self.n
+
+    def only_steps(self) -> bool:
+        """Yes: it is looked at when an epoch ends."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,9 @@ class _First(Until):
 
     def epochs(self) -> int | None:
         return min((n for member in self.members if (n := member.epochs()) is not None), default=None)
+
+    def only_steps(self) -> bool:
+        return all(member.only_steps() for member in self.members)
 
 
 @dataclass(frozen=True)

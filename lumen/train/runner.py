@@ -22,7 +22,7 @@ from lumen.optim import learning_rate
 from lumen.train.callbacks import Callback, Callbacks, View
 from lumen.train.clock import NEVER, Clock, Every, Timer, Until
 from lumen.train.meter import Meter
-from lumen.train.progress import make_progress
+from lumen.train.progress import Silent, make_progress
 from lumen.train.validate import Validate, evaluate, params_for
 from lumen.transforms.unroll import stack, unroll
 
@@ -144,6 +144,10 @@ class _Fit:
         self._timers = [Timer(validate.every, self.clock) for validate in validations]
         self._last_log = (self.clock.step, self.clock.seconds)
         self._listens = runner._callbacks.listens("on_step")
+        # Something looks at every step: a display, a callback, or a limit that is not a number of steps.
+        timed = any(validate.every.seconds is not None for validate in validations)
+        self._watched = self._listens or timed or not isinstance(self.progress, Silent) or not until.only_steps()
+        self._wake = self._next_event()
 
     def run(self) -> Result:
         callbacks = self.runner._callbacks
@@ -174,6 +178,7 @@ class _Fit:
                 return
             self.clock.epoch += 1
             self.clock.batch = 0
+            self.clock.seconds = self.runner._now() - self._began
             self._events()
 
     def _epoch(self) -> None:
@@ -182,6 +187,8 @@ class _Fit:
             self.meter.add(metrics)
             self.clock.step += count
             self.clock.batch += count
+            if self.clock.step < self._wake and not self._watched:
+                continue
             if self._listens:
                 self.runner._callbacks.call("on_step", self._view(metrics))
             self._tick()
@@ -208,6 +215,7 @@ class _Fit:
         self.clock.seconds = self.runner._now() - self._began
         self.progress.tick(self.clock)
         self._events(epoch_end=False)
+        self._wake = self._next_event()
 
     def _events(self, epoch_end: bool = True) -> None:
         if self._log_timer.due(self.clock):
@@ -263,6 +271,10 @@ class _Fit:
 
     def _view(self, metrics: Any) -> View:
         return View(self.clock, self.state, metrics, self._stop)
+
+    def _next_event(self) -> int:
+        """The step before which nothing but steps happens."""
+        return min(self._log_timer.next_step, *(timer.next_step for timer in self._timers), self.until.steps() or NEVER)
 
     def _steps_left(self) -> int:
         """Steps until the next event that must not be passed over."""
