@@ -66,9 +66,8 @@ def check_successor(state: Any) -> Addresses:
         if value is not fields[name]:
             pointers = _pointers(fields[name])
             found = set(pointers)
-            if len(found) != len(pointers) or any(
-                other != name and not found.isdisjoint(each) for other, (_, each) in known.items()
-            ):
+            shared = [other for other, (_, each) in known.items() if other != name and not found.isdisjoint(each)]
+            if shared or len(found) != len(pointers):
                 check_unaliased(state)
             # The predecessor, which had this table too, is retired: it can be changed in place.
             known[name] = (fields[name], found)
@@ -106,7 +105,7 @@ def check_unaliased(state: Any) -> Addresses:
 def release(metrics: Any, addresses: Addresses) -> Any:
     """`metrics` with a copy of each tensor that lies in the state's own memory, which the next step overwrites."""
     held = {t.data_ptr() for t in tree.tensors(metrics)}
-    if all(held.isdisjoint(each) for each in addresses):
+    if True not in [not held.isdisjoint(each) for each in addresses]:
         return metrics
     shared = held & set().union(*addresses)
     return tree.map(lambda x: x.clone() if isinstance(x, Tensor) and x.data_ptr() in shared else x, metrics)

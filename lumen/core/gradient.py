@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from types import CodeType
 from typing import Any, Literal
 
@@ -76,10 +75,15 @@ def value_and_grad(
 def differentiate(call: GradientCall) -> Gradient:
     """The base rule of P1."""
     leaves, rebuild = _flat(call.params)
-    _check_params(leaves, call.params)
+    if {*map(type, leaves)} != {Tensor}:
+        _check_params(leaves, call.params)
     if _must_stay_differentiable(call, leaves):
+        _check_params(leaves, call.params)
         return _by_func(call)
-    return _by_autograd(call, leaves, rebuild)
+    if torch.is_grad_enabled():
+        return _by_autograd(call, leaves, rebuild)
+    with torch.enable_grad():
+        return _by_autograd(call, leaves, rebuild)
 
 
 def normalized(total: Gradient) -> Gradient:
@@ -92,22 +96,26 @@ def normalized(total: Gradient) -> Gradient:
 
 def _flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves, and what makes a tree like `params` of others; a flat dict goes by a shorter way."""
-    if type(params) is dict and all(type(leaf) is Tensor for leaf in params.values()):
+    if type(params) is dict and {*map(type, params.values())} == {Tensor}:
         return [*params.values()], lambda leaves: dict(zip(params, leaves, strict=True))
     leaves, spec = tree.flatten(params)
     return leaves, spec.unflatten
 
 
 def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any]) -> Gradient:
-    live = [leaf.detach().requires_grad_() for leaf in leaves]
-    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad(), rules.inside_loss:
+    try:
+        live = [leaf.detach().requires_grad_() for leaf in leaves]
+    except RuntimeError:  # torch's own words for an integer leaf
+        _check_params(leaves, call.params)
+        raise
+    with rules.inside_loss:
         objective, loss, aux, scalar = _objective(call, rebuild(live))
         if not objective.requires_grad:
             raise _independent(call)
         if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
             return _by_func(call)
         grads = torch.autograd.grad(objective, live, allow_unused=True)
-    if any(g is None for g in grads):
+    if type(None) in map(type, grads):
         if all(g is None for g in grads):
             raise _independent(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
@@ -200,9 +208,8 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    return any(leaf.requires_grad for leaf in leaves) or any(
-        leaf.requires_grad for leaf in tree.tensors((call.batch, call.extras))
-    )
+    given = tree.tensors(call.batch) if not call.extras else tree.tensors((call.batch, call.extras))
+    return True in [leaf.requires_grad for leaf in leaves] or True in [leaf.requires_grad for leaf in given]
 
 
 _examined: set[CodeType] = set()

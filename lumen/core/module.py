@@ -98,7 +98,9 @@ class Apply:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run the module with these tensors in place of its own, past all rules."""
-        given = {**params, **{k: b if k in self.frozen else b.clone() for k, b in buffers.items()}}
+        given = params
+        if buffers:
+            given = {**params, **{k: b if k in self.frozen else b.clone() for k, b in buffers.items()}}
         if given.keys() != self._names:
             raise self._mismatch(given)
         before = [table[key] for table, key, _ in self._places]
