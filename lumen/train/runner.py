@@ -171,7 +171,7 @@ class _Fit:
         while not self._over():
             before = self.clock.step
             self._epoch()
-            if self.reason:
+            if self.reason and self.clock.batch != self.feed.length:
                 return
             if self.clock.step == before:
                 self._no_batch()

@@ -151,6 +151,14 @@ def test_validation_by_epochs_and_under_two_names():
     assert list(sink["b/loss"][0]) == [6, 12]
 
 
+def test_a_limit_in_steps_at_the_end_of_an_epoch_still_ends_the_epoch():
+    sink = lm.sinks.Memory()
+    loader = lm.Loader(make_data(5), batch_size=5)
+    result = fit(validate=lm.Validate(eval_step, loader), sinks=[sink], until=lm.Steps(6))
+    assert list(sink["val/loss"][0]) == [3, 6]
+    assert (result.clock.epoch, result.reason) == (2, "Steps(6)")
+
+
 def test_validation_of_averaged_params():
     loader = lm.Loader(make_data(5), batch_size=5)
     result = fit(transforms=[lm.ema(0.5)], validate=lm.Validate(eval_step, loader, use="ema"))
