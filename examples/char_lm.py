@@ -3,8 +3,8 @@
     python examples/char_lm.py                                        # about a minute on 2 cores
     python examples/char_lm.py --transforms accumulate bf16 compile ema
 
-Expected: the validation loss falls from 4.6 (log of the vocabulary) to below 2.0 nats per character in 400 steps,
-and the sample at the end looks like Python.
+Expected: the validation loss falls from 4.6 (log of the vocabulary) to about 2.1 nats per character in 800 steps, and
+the sample at the end has the shape of Python.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ ORDER = ("compile", "guard", "ema", "donate", "seeded", "accumulate", "bf16", "r
 class Config:
     """Settings of the run."""
 
-    steps: int = 400
+    steps: int = 800
     batch_size: int = 16
     context: int = 64
     layers: int = 4
     heads: int = 4
     width: int = 128
-    lr: float = 2e-3
+    lr: float = 4e-3
     seed: int = 0
     transforms: tuple[Literal["accumulate", "bf16", "compile", "donate", "ema", "guard", "remat"], ...] = ("donate",)
     logdir: Path = Path("runs/char_lm")
