@@ -11,9 +11,9 @@ layer. Every variant runs in fresh processes, and is measured in two ways:
   is memory in use. What compiling leaves behind is in the baseline, since the step has run once before.
 - allocated: the peak of what torch's own allocator had handed out in those steps, from the profiler's memory events.
 
-Both include params, moments, gradients and activations; but the grads that a donated warm-up step leaves behind are in the
-baseline of the resident figure, which is low by their size. To be expected: donate at most 1.05 of the raw loop, the plain
-step and compile alone about 1.6 (they hold the old state and the new one), compile with donate 1.03.
+Both include params, moments, gradients and activations; but the grads that a donated warm-up step leaves behind are
+in the baseline of the resident figure, which is low by their size. To be expected: donate at most 1.05 of the raw
+loop, the plain step and compile alone about 1.6 (they hold the old state and the new one), compile with donate 1.03.
 """
 
 from __future__ import annotations
