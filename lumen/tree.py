@@ -8,13 +8,12 @@ process lives: a spec made under one order and used under the other would silent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
 Spec = optree.PyTreeSpec
 
 NAMESPACE = "lumen"
@@ -69,13 +68,6 @@ def paths(tree: Any, is_leaf: IsLeaf | None = None) -> list[str]:
     """
     accessors = optree.tree_accessors(tree, is_leaf, namespace=NAMESPACE)
     return [_path(accessor) for accessor in accessors]
-
-
-def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = None) -> Any:
-    """Like `map`, with the leaf's dotted path as the first argument of `fn`."""
-    found, spec = flatten(tree, is_leaf)
-    others = [spec.flatten_up_to(other) for other in rest]
-    return unflatten(spec, [fn(*each) for each in zip(paths(tree, is_leaf), found, *others, strict=True)])
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -27,13 +27,6 @@ class Aux:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Applicable(Protocol):
-    """A module as a function: see `lumen.core.module.Apply`."""
-
-    def call(self, call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:
-        """Run the module on the call's params and buffers."""
-
-
 class Optimizer(Protocol):
     """What P2 needs of an optimizer: see `lumen.optim.Transform`."""
 
@@ -112,6 +105,10 @@ class UpdateCall(_Call):
     params: Any
     skip: Tensor | None = None
     donate: bool = False
+
+    def skipping(self, bad: Tensor) -> Self:
+        """The call skipped where `bad` is true as well as where it was."""
+        return self.replace(skip=bad if self.skip is None else bad | self.skip)
 
 
 def apply_updates(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:

@@ -76,6 +76,16 @@ class install:  # noqa: N801
             _stack.rules[primitive.value].pop()
 
 
+def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`step` with `handlers` installed for as long as it runs: all that a transform without memory does."""
+
+    def run(state: Any, batch: Any) -> Any:
+        with install(handlers):
+            return step(state, batch)
+
+    return run
+
+
 class _Inside:
     """A reentrant marker on the stack, cheaper than a generator-based context manager in the hot path."""
 

@@ -53,12 +53,7 @@ class accumulate(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients taken part by part."""
-
-        def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            with rules.install({Primitive.GRADIENT: self._rule}):
-                return step(state, batch)
-
-        return run
+        return rules.under({Primitive.GRADIENT: self._rule}, step)
 
     def _rule(self, next: Next, call: GradientCall) -> Gradient:
         parts = []

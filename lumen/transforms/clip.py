@@ -43,12 +43,7 @@ class clip(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its grads bounded."""
-
-        def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            with rules.install({Primitive.UPDATE: self._rule}):
-                return step(state, batch)
-
-        return run
+        return rules.under({Primitive.UPDATE: self._rule}, step)
 
     def _rule(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         grads, _ = self._transform.update_fn(call.grads, (), call.params)

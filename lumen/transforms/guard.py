@@ -120,7 +120,7 @@ class _Watch:
         if not self.flags:
             self._note(call.grads)
         bad = ~torch.cat(self.flags).all()
-        return next(call.replace(skip=bad if call.skip is None else bad | call.skip))  # type: ignore[no-any-return]
+        return next(call.skipping(bad))  # type: ignore[no-any-return]
 
     def first_bad(self, like: Tensor) -> Tensor:
         """The index of the first non-finite leaf, -1 where there is none."""

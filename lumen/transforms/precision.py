@@ -112,12 +112,7 @@ class precision(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its model run under the policy."""
         if self.policy.loss_scale is None:
-
-            def cast(state: Any, batch: Any) -> tuple[Any, Any]:
-                with rules.install({Primitive.APPLY: self._apply}):
-                    return step(state, batch)
-
-            return cast
+            return rules.under({Primitive.APPLY: self._apply}, step)
 
         def scaled(state: Any, batch: Any) -> tuple[Any, Any]:
             old: LossScale = slot(state, self.name)
@@ -184,7 +179,7 @@ class _Scaling:
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         bad = ~self.finite()
-        return next(call.replace(skip=bad if call.skip is None else bad | call.skip))  # type: ignore[no-any-return]
+        return next(call.skipping(bad))  # type: ignore[no-any-return]
 
     def finite(self) -> Tensor:
         """Whether all gradients of this step were finite so far."""

@@ -47,12 +47,7 @@ class remat(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its matching modules recomputed."""
-
-        def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            with rules.install({Primitive.APPLY: self._rule}):
-                return step(state, batch)
-
-        return run
+        return rules.under({Primitive.APPLY: self._rule}, step)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
