@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.values import compute_metrics, merge_metrics
+from lumen.errors import InexactWarning
 
 _MERGE_AFTER = 256  # bounds what is held between two readings
 _MANY = 64
@@ -48,6 +50,13 @@ def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
             flat[name] = value
         elif value.numel() <= _MANY:
             flat.update({f"{name}/{i}": each for i, each in enumerate(value.flatten())})
+        else:
+            warnings.warn(
+                f"the metric {name!r} has {value.numel()} numbers, more than the {_MANY} that are logged one by one,"
+                " so it is left out. Reduce it in the step, to a mean or its quantiles, say.",
+                InexactWarning,
+                stacklevel=2,
+            )
     if not flat:
         return {}
     numbers = torch.stack([value.to(torch.float64) for value in flat.values()]).tolist()

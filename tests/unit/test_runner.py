@@ -302,3 +302,13 @@ def test_numbers_of_nested_and_numpy_metrics_have_names():
 
     lm.Runner(nested, progress=False, sinks=[sink]).fit(make_state(), [make_data()], until=lm.Steps(1))
     assert [sink[f"train/{name}"][1] for name in ("by/a/0", "by/a/1", "by/b", "n")] == [[1.0], [2.0], [3.0], [4.0]]
+
+
+def test_a_metric_too_long_to_log_is_not_dropped_in_silence():
+    def wide(state, batch):
+        return step(state, batch)[0], {"loss": torch.tensor(1.0), "rows": torch.zeros(100)}
+
+    sink = lm.sinks.Memory()
+    with pytest.warns(lm.InexactWarning, match="'train/rows' has 100 numbers"):
+        lm.Runner(wide, progress=False, sinks=[sink]).fit(make_state(), [make_data()], until=lm.Steps(1))
+    assert sink["train/loss"][1] == [1.0]
