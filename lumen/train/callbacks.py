@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lumen.errors import StateError
 from lumen.train.clock import Clock
+
+
+def _ignore(*_args: Any) -> None:
+    """What a view made by hand does where nobody listens."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a callback sees: the run's `clock`, its current `state`, `metrics`, and a way to `stop` it.
+    """What a callback sees: the run's `clock`, its current `state`, `metrics` and `batch`, and what it may ask for.
 
-    `metrics` are the step's own, on the device, in `on_step`; the merged numbers in `on_validate` and `on_end`. A view
-    is for reading: what should change training is a transform. With `lm.donate()` the state is valid until the next
-    step.
+    `metrics` are the step's own, on the device, in `on_step`; the numbers just published in `on_log`; the newest of
+    all numbers elsewhere. `stop(reason)` ends the run after this step, `log({"name": value})` sends values to the
+    sinks. A view is for reading: what should change training is a transform. With `lm.donate()` the state is valid
+    until the next step.
     """
 
     clock: Clock
     state: Any
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    stop: Callable[[str], None] = print
+    batch: Any = None
+    stop: Callable[[str], None] = _ignore
+    log: Callable[[Mapping[str, Any]], None] = _ignore
 
 
 class Callback:
     """Base of callbacks; override the points that matter, the others cost nothing.
+
+    A callback with memory gives it as plain data in `state_dict`: it is kept in checkpoints, and handed to
+    `load_state_dict` when a run goes on.
 
     >>> import lumen as lm
     >>> class StopAt(lm.Callback):
@@ -40,11 +51,14 @@ class Callback:
     def on_step(self, view: View) -> None:
         """After each step (after each k with `unroll(k)`)."""
 
+    def on_log(self, view: View) -> None:
+        """After numbers were published: those of training, or of a validation."""
+
     def on_validate(self, view: View) -> None:
         """After each validation."""
 
     def on_checkpoint(self, view: View) -> None:
-        """After each checkpoint is complete."""
+        """After each checkpoint was taken; it may still be on its way to the disk."""
 
     def on_exception(self, view: View, error: BaseException) -> None:
         """When the run is about to end with `error`."""
@@ -52,14 +66,22 @@ class Callback:
     def on_end(self, view: View) -> None:
         """After the last step of a run that ended without an exception."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it must remember when the run goes on from a checkpoint: numbers, strings, lists and dicts of them."""
+        return {}
 
-POINTS = ("on_start", "on_step", "on_validate", "on_checkpoint", "on_exception", "on_end")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+
+
+POINTS = ("on_start", "on_step", "on_log", "on_validate", "on_checkpoint", "on_exception", "on_end")
 
 
 class Callbacks:
     """Several callbacks as one; a point that none overrides is an empty list."""
 
-    def __init__(self, callbacks: tuple[Callback, ...]) -> None:
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._all = tuple(callbacks)
         self._at = {point: [getattr(c, point) for c in callbacks if _overrides(c, point)] for point in POINTS}
 
     def listens(self, point: str) -> bool:
@@ -70,6 +92,26 @@ class Callbacks:
         """Run all callbacks at `point`, in the order they were given."""
         for fn in self._at[point]:
             fn(view, *args)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The memory of each, with its class, in their order."""
+        return [{"kind": type(c).__name__, "state": _memory(c)} for c in self._all]
+
+    def load_state_dict(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Hand each its memory; raises `StateError` where the callbacks are others than those saved."""
+        kinds = [each["kind"] for each in saved if each["state"]]
+        mine = [c for c in self._all if _memory(c)]
+        if kinds != [type(c).__name__ for c in mine]:
+            raise StateError(
+                f"the checkpoint holds the memory of the callbacks [{', '.join(kinds)}], but this run has"
+                f" [{', '.join(type(c).__name__ for c in mine)}]. Give the Runner the same ones, in the same order."
+            )
+        for callback, each in zip(mine, (each for each in saved if each["state"]), strict=True):
+            callback.load_state_dict(each["state"])
+
+
+def _memory(callback: Any) -> dict[str, Any]:
+    return callback.state_dict() if hasattr(callback, "state_dict") else {}
 
 
 def _overrides(callback: Any, point: str) -> bool:

@@ -270,7 +270,7 @@ class _Fit:
         self.reason = f"the data ended after {self.clock.epoch} epochs"
 
     def _view(self, metrics: Any) -> View:
-        return View(self.clock, self.state, metrics, self._stop)
+        return View(self.clock, self.state, metrics, stop=self._stop, log=self._publish)
 
     def _next_event(self) -> int:
         """The step before which nothing but steps happens."""
