@@ -5,26 +5,27 @@ from __future__ import annotations
 import csv
 import itertools
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TextIO
 
+from lumen.sinks.errors import SinkError
 from lumen.sinks.jsonl import stamped
-from lumen.sinks.lines import open_lines
+from lumen.sinks.lines import RowFile, open_lines
+from lumen.sinks.media import split
 
 _OWN = ["step", "time"]
 
 
-class CSV:
+class CSV(RowFile):
     """Appends one row for each `log`: `step`, `time` (seconds since the epoch) and a column for each name.
 
     A name that appears later becomes a new last column: the file is then written anew beside the old one and
     put in its place, so that a reader finds either. Cells without a value are empty; NaN and infinity are
-    `nan` and `inf`. Each row is flushed. A file that exists is continued; a last row that an earlier run left
-    unfinished is cut off.
+    `nan` and `inf`. Cells are numbers: histograms, images and texts are left out. Each row is flushed. A file that
+    exists is continued; a last row that an earlier run left unfinished is cut off, and so are the rows after a
+    checkpoint that a run is resumed from. The configuration goes to `NAME.config.json` beside it.
 
-    Raises OSError where the file cannot be written, and ValueError for a value named `step` or `time` and for
+    Raises OSError where the file cannot be written, and SinkError for a value named `step` or `time` and for
     a file that is another table.
 
     >>> import lumen as lm, tempfile, pathlib
@@ -39,27 +40,18 @@ class CSV:
     1,12.5,0.25,0.75
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        self.path = Path(path)
-        self._clock = clock
-        self._file: TextIO | None = None
-        self._columns: list[str] = []
+    _columns: Sequence[str] = ()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one row."""
-        record = stamped(step, self._clock(), values)
+        record = stamped(step, self._clock(), split(values)[0])
         file = self._opened()
         added = [name for name in record if name not in self._columns]
         if added:
             file = self._widened(file, [*self._columns, *added])
         _write(file, [[record.get(name, "") for name in self._columns]])
         file.flush()
-
-    def close(self) -> None:
-        """Close the file; a later `log` opens it again."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+        self._rows += 1
 
     def _opened(self) -> TextIO:
         if self._file is None:
@@ -67,9 +59,10 @@ class CSV:
             self._file.seek(0)
             self._columns = next(csv.reader(self._file), [])
             self._file.seek(0, os.SEEK_END)
+            self._rows = self._count()
         if self._columns and self._columns[:2] != _OWN:
             self.close()
-            raise ValueError(
+            raise SinkError(
                 f"{self.path} is a table with the columns {', '.join(self._columns)}; CSV continues"
                 f" files that begin with {', '.join(_OWN)}: choose another path, or move the file away."
             )
@@ -87,6 +80,20 @@ class CSV:
         self.close()
         beside.replace(self.path)
         return self._opened()
+
+    @staticmethod
+    def _row_ends(file: BinaryIO) -> Iterator[int]:
+        end = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal end
+            for line in file:
+                if line.endswith(b"\n"):
+                    end += len(line)
+                    yield line.decode()
+
+        for _ in csv.reader(lines()):  # takes as many lines as a row has: a column's name may hold line ends
+            yield end
 
 
 def _write(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:

@@ -3,66 +3,77 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
-from lumen.sinks.base import Number, scalars
-from lumen.sinks.lines import open_lines
+from lumen.sinks.base import Number
+from lumen.sinks.config import plain_number
+from lumen.sinks.errors import SinkError
+from lumen.sinks.lines import RowFile, open_lines
+from lumen.sinks.media import Histogram, Media, Text, split
 
 
-class JSONL:
+class JSONL(RowFile):
     """Appends one line for each `log`: an object of `step`, `time` (seconds since the epoch) and the values.
 
     Each line is written whole and flushed, so that other programs can follow the file. JSON has no NaN or
     infinity: they are the strings "NaN", "Infinity" and "-Infinity", which `float` and JavaScript's `Number`
-    read back. A file that exists is continued; a last line that an earlier run left unfinished is cut off.
+    read back. A `Text` is a string, a `Histogram` an object of `edges`, `counts` and, where there are such numbers,
+    `nonfinite`; images are left out. A file that exists is continued; a last line that an earlier run left
+    unfinished is cut off, and so are the rows after a checkpoint that a run is resumed from. The configuration goes
+    to `NAME.config.json` beside it.
 
-    Raises OSError where the file cannot be written, and ValueError for a value named `step` or `time`.
+    Raises OSError where the file cannot be written, and SinkError for a value named `step` or `time`.
 
     >>> import lumen as lm, tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
     >>> sink = lm.sinks.JSONL(path, clock=lambda: 12.5)
-    >>> sink.log(3, {"loss": 0.25, "norm": float("inf")})
+    >>> sink.log(3, {"loss": 0.25, "norm": float("inf"), "sample": lm.sinks.Text("to be")})
     >>> sink.close()
     >>> print(path.read_text())
-    {"step": 3, "time": 12.5, "loss": 0.25, "norm": "Infinity"}
+    {"step": 3, "time": 12.5, "loss": 0.25, "norm": "Infinity", "sample": "to be"}
     """
-
-    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        self.path = Path(path)
-        self._clock = clock
-        self._file: TextIO | None = None
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line."""
-        record = stamped(step, self._clock(), values)
-        line = json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False)
+        numbers, media = split(values)
+        record = {name: plain_number(value) for name, value in stamped(step, self._clock(), numbers).items()}
+        others = {name: _written(value) for name, value in media.items() if isinstance(value, Histogram | Text)}
+        check_names(others)
+        line = json.dumps({**record, **others}, allow_nan=False)
         if self._file is None:
             self._file = open_lines(self.path)
+            self._rows = self._count()
         self._file.write(line + "\n")
         self._file.flush()
+        self._rows += 1
 
-    def close(self) -> None:
-        """Close the file; a later `log` opens it again."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+    @staticmethod
+    def _row_ends(file: BinaryIO) -> Iterator[int]:
+        end = 0
+        yield end
+        for line in file:
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield end
 
 
-def stamped(step: int, now: float, values: Mapping[str, Any]) -> dict[str, Number]:
-    """One flat record of the step, the time and the values; raises ValueError where a value has their name."""
-    flat = scalars(values)
-    taken = [name for name in ("step", "time") if name in flat]
+def stamped(step: int, now: float, numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """One flat record of the step, the time and the numbers; raises SinkError where one has their name."""
+    check_names(numbers)
+    return {"step": int(step), "time": now, **numbers}
+
+
+def check_names(values: Mapping[str, Any]) -> None:
+    """Raise SinkError where a value is named as what each row begins with."""
+    taken = [name for name in ("step", "time") if name in values]
     if taken:
-        raise ValueError(f"A value is named {taken[0]!r}, as the sink's own: rename it.")
-    return {"step": int(step), "time": now, **flat}
+        raise SinkError(f"A value is named {taken[0]!r}, as the sink's own: rename it.")
 
 
-def _plain(value: Number) -> Number | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _written(value: Media) -> Any:
+    if isinstance(value, Text):
+        return value.text
+    assert isinstance(value, Histogram)
+    record: dict[str, Any] = {"edges": value.edges, "counts": value.counts}
+    return {**record, "nonfinite": value.nonfinite} if value.nonfinite else record

@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
+
+from lumen.sinks.config import write_beside
 
 _CHUNK = 1 << 16
+
+
+class RowFile(ABC):
+    """What JSONL and CSV share: a file of rows that is opened late, continued, counted and cut."""
+
+    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+        self.path = Path(path)
+        self._clock = clock
+        self._file: TextIO | None = None
+        self._rows = 0  # in the file, as long as it is open
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Write `values` to `NAME.config.json` beside the file, in one go."""
+        write_beside(self.path, values)
+
+    def position(self) -> int:
+        """The number of rows, all of them on disk."""
+        if self._file is None:
+            return self._count()
+        os.fsync(self._file.fileno())  # the checkpoint must not outlive rows that it has counted
+        return self._rows
+
+    def rewind(self, position: int) -> None:
+        """Cut off all but the first `position` rows; a file with fewer, or none, stays as it is."""
+        self.close()
+        end = next(itertools.islice(self._ends(), position, None), None)
+        if end is not None:
+            os.truncate(self.path, end)
+
+    def close(self) -> None:
+        """Close the file; a later `log` opens it again."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def _count(self) -> int:
+        return max(0, sum(1 for _ in self._ends()) - 1)
+
+    def _ends(self) -> Iterator[int]:
+        """Where no row, one row, two rows, … end, in bytes."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                yield from self._row_ends(file)
+
+    @staticmethod
+    @abstractmethod
+    def _row_ends(file: BinaryIO) -> Iterator[int]:
+        """The same of an open file: rows that were not ended are none."""
 
 
 def open_lines(path: Path) -> TextIO:

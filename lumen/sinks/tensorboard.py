@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from lumen.sinks.base import scalars
+from lumen.sinks.config import as_json, flatten
+from lumen.sinks.media import Histogram, Image, Media, split
 
 _numbers = itertools.count()
+_OTHER = re.compile(r"[^-/\w.]")
 
 
 class TensorBoard:
-    """Writes scalars to an event file of its own in `logdir`; `a/b` groups `b` under `a`.
+    """Writes to an event file of its own in `logdir`; `a/b` groups `b` under `a`.
 
-    Each `log` is flushed. The entries of an array are scalars, named by their indices. Values become float32.
+    Numbers are scalars (float32), histograms, images and texts what TensorBoard has under these names. The entries of
+    an array are scalars, named by their indices. Characters that TensorBoard has not in names become `_`. Each `log`
+    is flushed. The configuration is shown under HPARAMS, beside all the run's scalars, and whole as the text `config`.
+
+    Event files only grow. A run that is resumed from a checkpoint begins a file with a mark at which TensorBoard drops
+    what was logged at later steps.
 
     Raises ImportError where tensorboardX is missing, and OSError where the file cannot be written.
 
-    >>> import lumen as lm, tempfile
+    >>> import lumen as lm, tempfile, torch
     >>> sink = lm.sinks.TensorBoard(tempfile.mkdtemp())
-    >>> sink.log(0, {"train/loss": 0.5})
+    >>> sink.log(0, {"train/loss": 0.5, "grads": lm.sinks.Histogram(torch.randn(100))})
     >>> sink.close()
     """
 
@@ -32,20 +42,39 @@ class TensorBoard:
         self.logdir = Path(logdir)
         self._clock = clock
         self._writer: Any = None
+        self._last: int | None = None  # step
+        self._restart: int | None = None  # the first step to drop
+        self._config: dict[str, Any] | None = None
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Write the configuration, with the next `log`."""
+        self._config = as_json(values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one event that holds all values."""
-        files, summary, protocol = _library()
-        found = [summary.scalar(name, value).value[0] for name, value in scalars(values).items()]
-        event = protocol.Event(wall_time=self._clock(), step=int(step))
-        event.summary.value.extend(found)
-        if self._writer is None:
-            self.logdir.mkdir(parents=True, exist_ok=True)
-            # Two files of one second would have the same name, and the later would empty the earlier.
-            suffix = f".{os.getpid()}.{next(_numbers)}"
-            self._writer = files.EventsWriter(str(self.logdir / "events"), suffix)
-        self._writer.write_event(event)
-        self._writer.flush()
+        protocol = _library()
+        numbers, media = split(values)
+        found = [protocol.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+        found += [_media_value(name, value) for name, value in media.items()]
+        writer = self._opened()
+        if self._config is not None:
+            self._write(writer, 0, summary=protocol.Summary(value=_config_values(self._config)))
+            self._config = None
+        self._write(writer, int(step), summary=protocol.Summary(value=found))
+        writer.flush()
+        self._last = int(step)
+
+    def position(self) -> int | None:
+        """The last step that was logged; -1 before the first, but None where the files are of an earlier run."""
+        if self._last is None and not any(self.logdir.glob("*.tfevents.*")):
+            return -1
+        return self._last
+
+    def rewind(self, position: int) -> None:
+        """Let TensorBoard drop what was logged after the step `position`, from the next `log` on."""
+        self.close()
+        self._last = position
+        self._restart = position + 1
 
     def close(self) -> None:
         """Close the event file; a later `log` begins another one."""
@@ -53,14 +82,94 @@ class TensorBoard:
             writer, self._writer = self._writer, None
             writer.close()
 
+    def _opened(self) -> Any:
+        if self._writer is None:
+            protocol = _library()
+            self.logdir.mkdir(parents=True, exist_ok=True)
+            # Two files of one second would have the same name, and the later would empty the earlier.
+            suffix = f".{os.getpid()}.{next(_numbers):04d}"  # in order of time, as TensorBoard reads them
+            self._writer = protocol.EventsWriter(str(self.logdir / "events"), suffix)
+            if self._restart is not None:
+                started = protocol.SessionLog(status=protocol.SessionLog.START)
+                self._write(self._writer, self._restart, session_log=started)
+                self._restart = None
+        return self._writer
 
-def _library() -> tuple[Any, Any, Any]:
+    def _write(self, writer: Any, step: int, **what: Any) -> None:
+        writer.write_event(_library().Event(wall_time=self._clock(), step=step, **what))
+
+
+def _media_value(name: str, value: Media) -> Any:
+    protocol = _library()
+    if isinstance(value, Histogram):
+        histogram = protocol.HistogramProto(
+            min=value.edges[0],
+            max=value.edges[-1],
+            num=sum(value.counts),
+            sum=value.total,
+            sum_squares=value.squares,
+            bucket_limit=value.edges,
+            bucket=[0, *value.counts],  # a bucket has its right limit alone: this one's is the first edge
+        )
+        return protocol.Value(tag=_tag(name), histo=histogram)
+    if isinstance(value, Image):
+        height, width, channels = value.pixels.shape
+        image = protocol.Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=value.png()
+        )
+        return protocol.Value(tag=_tag(name), image=image)
+    return _text(_tag(name), value.text)
+
+
+def _text(tag: str, text: str) -> Any:
+    return _library().text(tag, text).value[0]
+
+
+def _config_values(values: Mapping[str, Any]) -> list[Any]:
+    """The configuration for HPARAMS, and as a text.
+
+    An "experiment" that names the metrics is left out on purpose: without it TensorBoard shows every scalar of the run.
+    """
+    protocol = _library()
+    start = protocol.SessionStartInfo()
+    for name, value in flatten(values).items():
+        if isinstance(value, bool):
+            start.hparams[name].bool_value = value
+        elif isinstance(value, int | float):
+            start.hparams[name].number_value = value
+        elif value is not None:
+            start.hparams[name].string_value = value
+    content = protocol.HParamsPluginData(session_start_info=start, version=0).SerializeToString()
+    plugin = protocol.SummaryMetadata.PluginData(plugin_name="hparams", content=content)
+    hparams = protocol.Value(tag="_hparams_/session_start_info", metadata=protocol.SummaryMetadata(plugin_data=plugin))
+    whole = json.dumps(values, indent=2, ensure_ascii=False)
+    return [hparams, _text("config", "\n".join("    " + line for line in whole.splitlines()))]
+
+
+def _tag(name: str) -> str:
+    return _OTHER.sub("_", name).lstrip("/")
+
+
+def _library() -> Any:
     """What lies under tensorboardX's SummaryWriter, whose thread loses errors and then blocks the run."""
     try:
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
+        from tensorboardX.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
     except ImportError as error:
         raise ImportError(
             "TensorBoard needs tensorboardX, which is not installed: pip install 'tensorboardX>=2.6.2'"
         ) from error
-    return event_file_writer, summary, event_pb2
+    return SimpleNamespace(
+        Event=Event,
+        EventsWriter=event_file_writer.EventsWriter,
+        HParamsPluginData=HParamsPluginData,
+        HistogramProto=HistogramProto,
+        SessionLog=SessionLog,
+        SessionStartInfo=SessionStartInfo,
+        Summary=Summary,
+        SummaryMetadata=SummaryMetadata,
+        Value=Summary.Value,
+        text=summary.text,
+    )

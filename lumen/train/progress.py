@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from lumen.sinks.format import numbers
 from lumen.train.clock import Clock
 
 _REFRESH = 0.1  # seconds between two redrawings
@@ -61,7 +62,7 @@ class Lines:
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """Print one line."""
         of = f"/{self._total}" if self._total else ""
-        self._write(f"step {clock.step}{of}  epoch {clock.epoch}  {clock.seconds:.1f}s  {_numbers(values)}")
+        self._write(f"step {clock.step}{of}  epoch {clock.epoch}  {clock.seconds:.1f}s  {numbers(values)}")
 
     def stop(self) -> None:
         """Nothing."""
@@ -73,6 +74,7 @@ class Bar:
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
+        from rich.table import Column
 
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -81,8 +83,10 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("eta"),
             Remaining(),
-            TextColumn("{task.fields[numbers]}"),
+            # It alone gives way where the terminal is narrow.
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             auto_refresh=False,
+            expand=True,
         )
         self._task: Any = None
         self._numbers = ""
@@ -102,7 +106,7 @@ class Bar:
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """Redraw with new numbers."""
-        self._numbers = _numbers(values)
+        self._numbers = numbers(values)
         self._draw(clock)
 
     def stop(self) -> None:
@@ -121,13 +125,3 @@ def make_progress(kind: bool | str) -> Progress:
     if kind == "bar" or (kind in (True, "auto") and (sys.stdout.isatty() or "ipykernel" in sys.modules)):
         return Bar()
     return Lines()
-
-
-def _numbers(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name.removeprefix('train/')} {_short(value)}" for name, value in values.items())
-
-
-def _short(value: float) -> str:
-    if value == int(value) and abs(value) < 1e6 if abs(value) < 1e300 else False:
-        return str(int(value))
-    return f"{value:.4g}"

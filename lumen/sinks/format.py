@@ -1,0 +1,35 @@
+"""Numbers as short text, for people to read on a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lumen.sinks.media import Media
+
+
+def short(value: float) -> str:
+    """Four digits, or all of a whole number below a million.
+
+    >>> from lumen.sinks.format import short
+    >>> short(0.123456), short(50.0), short(float("nan"))
+    ('0.1235', '50', 'nan')
+    """
+    if abs(value) < 1e6 and value == int(value):
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+    """All numbers with their names on one line; histograms, images and texts are left out.
+
+    >>> from lumen.sinks.format import numbers
+    >>> numbers({"train/loss": 0.25, "lr": 1e-3})
+    'loss 0.25  lr 0.001'
+    """
+    shown = ((name, value) for name, value in values.items() if not isinstance(value, Media))
+    return "  ".join(f"{_short_name(name)} {short(value)}" for name, value in shown)
+
+
+def _short_name(name: str) -> str:
+    return name.removeprefix("train/").replace("_per_second", "/s")

@@ -1,0 +1,80 @@
+"""What a run ran with: versions, the commit of the user's code and the command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_SECONDS = 5.0  # a work tree on a slow disk must not hold up the run
+
+
+def run_info(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Versions, git commit and command line of this process, as JSON has them.
+
+    `git` is the `commit` of the repository that holds `directory` (unless given, the one of the running script, or
+    the working directory in a notebook) and whether tracked files were changed since (`dirty`); None without git or a
+    repository. No name of the machine or the user is in it, and no path but those of the command line.
+
+    >>> import lumen as lm
+    >>> info = lm.sinks.run_info()
+    >>> sorted(info), sorted(info["versions"])
+    (['command', 'git', 'versions'], ['cuda', 'lumen', 'numpy', 'python', 'torch'])
+    """
+    return {
+        "versions": {
+            "lumen": _version("lumen-torch"),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+        "git": _git_state(Path(directory) if directory is not None else _script_directory()),
+        "command": list(sys.argv),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        return None
+
+
+def _script_directory() -> Path:
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Path(script).absolute().parent if script else Path.cwd()
+
+
+def _git_state(directory: Path) -> dict[str, Any] | None:
+    commit = _git(directory, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    # Status would else refresh the index, under a lock that the user's own git may want.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
