@@ -58,12 +58,48 @@ class NonFiniteError(LumenError, FloatingPointError):
     """A loss, gradient or parameter that is not finite."""
 
 
+class MetricError(LumenError, TypeError):
+    """A metric that cannot be a typed value, or values of different metrics that cannot merge."""
+
+
 class AxisError(LumenError, RuntimeError):
     """A collective over an axis that cannot run where it was called."""
 
 
 class UpdateInterceptedError(LumenError, RuntimeError):
     """`tx.update` was called by hand where a transform must see the whole update."""
+
+
+class CheckpointError(LumenError, RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+class CheckpointLeafError(CheckpointError, TypeError):
+    """A tree with a leaf, or a name, that no checkpoint holds."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no complete checkpoint where one was asked for."""
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """There is something already where a checkpoint, or an export, was to be written."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint whose files are damaged, incomplete or lead elsewhere."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A checkpoint whose leaves are not those of the tree that it is to fill."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A checkpoint in a format that this version does not read."""
+
+
+class CheckpointLockedError(CheckpointError):
+    """A directory that another run writes its checkpoints to."""
 
 
 class GraphBreakWarning(UserWarning):

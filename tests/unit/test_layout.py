@@ -27,6 +27,7 @@ HEAVY = (
     "orbax",
     "pandas",
     "rich",
+    "safetensors",
     "scipy",
     "sklearn",
     "sympy",

@@ -1,0 +1,104 @@
+"""The one place that imports Orbax and JAX.
+
+Orbax asks JAX for the number of processes, which makes JAX look for devices, and on a GPU JAX takes three quarters of
+the memory for itself. So where nobody has imported JAX before us or set JAX_PLATFORMS, it starts on the CPU alone;
+the environment and `jax.config` are then as they were. What remains: JAX looks for devices once in a process, so a
+program that uses JAX on a GPU itself must import it, and use it, before its first checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+loaded_here = False  # JAX was first imported by this module
+_importing = threading.Lock()
+
+
+def load() -> ModuleType:
+    """`orbax.checkpoint`, imported on the first call; that takes about a second."""
+    with _importing:
+        return _load()
+
+
+@cache
+def _load() -> ModuleType:
+    global loaded_here
+    loaded_here = "jax" not in sys.modules
+    if loaded_here and "JAX_PLATFORMS" not in os.environ:
+        _start_on_cpu()
+    import orbax.checkpoint as ocp
+
+    return ocp  # type: ignore[no-any-return]
+
+
+def _start_on_cpu() -> None:
+    import jax
+
+    config: Any = jax.config  # its options come at run time
+    before = config.jax_platforms
+    config.update("jax_platforms", "cpu")
+    try:
+        jax.devices()
+    finally:
+        config.update("jax_platforms", before)
+
+
+def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarray[Any, Any]]) -> None:
+    """Write a composite checkpoint: each item's arrays as a nested dict, and the item `meta`, an empty object."""
+    ocp = load()
+    items: dict[str, Any] = {"meta": ocp.args.JsonSave({})}
+    # One without arrays is left out: Orbax takes no empty tree.
+    items |= {item: ocp.args.PyTreeSave(nested) for item, nested in _nested(arrays).items()}
+    with _quiet():
+        handlers = {item: ocp.JsonCheckpointHandler() if item == "meta" else _tree_handler(ocp) for item in items}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.Composite(**items))
+
+
+def _tree_handler(ocp: ModuleType) -> Any:
+    """One plain file for each array, which Orbax does not copy first: nobody changes it."""
+    types = ocp.type_handlers
+    numpy = types.NumpyHandler(deepcopy_host_arrays=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        use_compression=False,
+        type_handler_registry=types.create_type_handler_registry((np.ndarray, numpy)),
+    )
+
+
+def _nested(arrays: Mapping[tuple[str, tuple[str, ...]], Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for (item, keys), value in arrays.items():
+        node = result.setdefault(item, {})
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = value
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Orbax warns of in this thread, such as that there is no OCDBT checkpoint to merge."""
+    thread = threading.get_ident()
+
+    def audible(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != thread or "orbax" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(audible)
+    try:
+        yield
+    finally:
+        logger.removeFilter(audible)

@@ -1,0 +1,152 @@
+"""The header of a checkpoint: what is in it, as JSON, with a digest of every file and of itself.
+
+It is the item `meta` of the Orbax checkpoint, so that Orbax reads it too. Nothing in it is trusted: it may come from a
+stranger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from lumen.checkpoint import dtypes
+from lumen.checkpoint.host import Row
+from lumen.checkpoint.leaves import ARRAYS, decode
+from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
+
+FORMAT = 1
+FILE = "meta/metadata"
+ITEMS = ("state", "extra")  # trees: what `like` describes, and what is read as it is
+
+Files = dict[str, tuple[int, int]]  # size and CRC-32 by path
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a checkpoint, checked."""
+
+    fields: dict[str, Any]  # everything as it stands in the file
+    rows: list[Row]
+    files: Files
+
+
+def dump(rows: list[Row], files: Files, **fields: Any) -> str:
+    """The text of a header."""
+    content = {
+        "format": FORMAT,
+        **fields,
+        "leaves": [_row_to_json(row) for row in rows],
+        "files": {path: list(entry) for path, entry in files.items()},
+    }
+    return _canonical({**content, "digest": _digest(content)})
+
+
+def check_json(value: Any, what: str) -> Any:
+    """`value` as it will be read back; raises `CheckpointError` where JSON would lose something of it."""
+    try:
+        text = json.dumps(value)
+        same = json.dumps(_strict(value)) == text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} must be JSON: {error}. Tensors belong into the tree.") from error
+    if not same:
+        raise CheckpointError(f"{what} must be JSON, whose keys are strings: {value!r}. Write {{str(key): ...}}")
+    return json.loads(text)
+
+
+def load(text: bytes, where: str) -> Header:
+    """The header in `text`; raises `CorruptCheckpointError` for one that was not written by `dump`."""
+    try:
+        content = json.loads(text)
+        fields = dict(content)
+        digest = fields.pop("digest", None)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _corrupt(where, f"it is not JSON ({error})") from error
+    version = fields.get("format")
+    if type(version) is int and version > FORMAT:
+        raise CheckpointFormatError(
+            f"{where} was written by format {version}, this Lumen reads up to {FORMAT}: upgrade with"
+            " pip install --upgrade lumen-torch."
+        )
+    if digest != _digest(fields):
+        raise _corrupt(where, "its digest does not match")
+    try:
+        return Header(fields, [_row_from_json(row) for row in fields["leaves"]], _files(fields["files"]))
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise _corrupt(where, f"its table of leaves is not sound ({error})") from error
+
+
+def _corrupt(where: str, why: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"the header {where}/{FILE} is damaged: {why}. Restore another checkpoint.")
+
+
+def _strict(value: Any) -> Any:
+    """`value`, where a key that is no string, which JSON would make one, is made something else."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else f"<{key!r}>": _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return value
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- rows
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    entry: dict[str, Any] = {"item": row.item, "path": list(row.path), "kind": row.kind}
+    if row.kind in ARRAYS:
+        return {**entry, "dtype": row.dtype, "shape": list(row.shape), "array": row.array}
+    return {**entry, "value": row.value}
+
+
+def _row_from_json(entry: dict[str, Any]) -> Row:
+    path = tuple(entry["path"])
+    _demand(all(type(part) in (str, int) for part in path), "a path")
+    item, kind = entry["item"], entry["kind"]
+    _demand(item in ITEMS, f"the item {item!r}")
+    if kind not in ARRAYS:
+        value = entry["value"]
+        if kind == "empty":
+            _demand(value in ("dict", "tuple"), "a container")
+        else:
+            decode(kind, value)
+        return Row(item, path, kind, value=value)
+    shape = tuple(entry["shape"])
+    _demand(all(type(size) is int and 0 <= size < 2**63 for size in shape), "a shape")
+    row = Row(item, path, kind, entry["dtype"], shape, entry["array"])
+    _demand(row.dtype in dtypes.TORCH, f"the dtype {row.dtype!r}")
+    if kind != "tensor":
+        dtypes.numpy_dtype(row.dtype)
+    _demand((row.array is None) == (row.nbytes == 0), "an array")
+    if row.array is not None:
+        _demand(len(PurePosixPath(row.array).parts) == 1, f"the name {row.array!r}")
+        check_path(row.array)
+    return row
+
+
+def _files(table: Any) -> Files:
+    for path, (size, crc) in table.items():
+        check_path(path)
+        _demand(type(size) is int and type(crc) is int, "a file")
+    return {path: (entry[0], entry[1]) for path, entry in cast("dict[str, list[int]]", table).items()}
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError for a path that is not one below the checkpoint."""
+    parts = path.split("/")
+    _demand(not any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts), f"the path {path!r}")
+
+
+def _demand(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{what} is not allowed")

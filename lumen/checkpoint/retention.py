@@ -1,0 +1,55 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lumen.errors import HyperparameterError
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The newest `keep` (None: all), the best `keep_best` by a metric, and each step that `keep_every` divides.
+
+    A tie goes to the later step, which has seen more data (Lightning keeps the earlier one). NaN is never best.
+
+    >>> values = {0: 10, 1: 9, 2: 2.8, 3: 5, 4: 2.5}
+    >>> Retention(best=("loss", "min"), keep_best=2).kept({step: {"loss": x} for step, x in values.items()})
+    {2, 4}
+    """
+
+    keep: int | None = 1
+    best: tuple[str, str] | None = None
+    keep_best: int = 1
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "keep_best", "keep_every"):
+            value = getattr(self, name)
+            if not (value is None and name != "keep_best") and (type(value) is not int or value < 1):
+                raise HyperparameterError(f"{name} takes an int from 1 up, got {value!r}.")
+        if self.best is not None and not _is_best(self.best):
+            raise HyperparameterError(f'best takes a metric and "min" or "max", ("val/loss", "min"); got {self.best!r}')
+
+    def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """The steps that stay, of those saved with these metrics; the newest always does."""
+        steps = sorted(saved)
+        newest = steps if self.keep is None else steps[-self.keep :]
+        regular = [step for step in steps if self.keep_every and step % self.keep_every == 0]
+        return {*newest, *regular, *self.ranked(saved)[: self.keep_best]}
+
+    def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """The steps that have the metric, the best first."""
+        if self.best is None:
+            return []
+        metric, mode = self.best
+        sign = 1 if mode == "min" else -1
+        values = {step: metrics[metric] for step, metrics in saved.items() if metric in metrics}
+        candidates = [step for step, value in values.items() if not math.isnan(value)]
+        return sorted(candidates, key=lambda step: (sign * values[step], -step))
+
+
+def _is_best(best: object) -> bool:
+    return isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("min", "max")

@@ -1,0 +1,82 @@
+"""The global random generators as a tree, for a run that goes on exactly as if it had not stopped."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumen.errors import CheckpointError, InexactWarning
+
+
+def capture() -> dict[str, Any]:
+    """The states of torch's generator on the CPU and on each CUDA device in use, of numpy's global one and Python's.
+
+    >>> import lumen as lm, torch
+    >>> before = lm.checkpoint.rng.capture()
+    >>> first = torch.rand(3)
+    >>> lm.checkpoint.rng.restore(before)
+    >>> torch.equal(torch.rand(3), first)
+    True
+    """
+    kind, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (it is the one to be captured)
+    version, state, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": {str(i): state for i, state in enumerate(_cuda_states())},
+        "numpy": {
+            "kind": str(kind),
+            "words": torch.from_numpy(np.array(words, dtype=np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+        "python": {"version": version, "state": torch.tensor(state, dtype=torch.int64), "gauss": next_gauss},
+    }
+
+
+def _cuda_states() -> list[torch.Tensor]:
+    # Asking would initialise CUDA, which a process that forks workers must not do by the way.
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def restore(tree: Mapping[str, Any]) -> None:
+    """Put back what `capture` gave, also as `lm.checkpoint.load` gives it.
+
+    A CUDA device that is not here is passed over, with an `InexactWarning`. Raises `CheckpointError` for a tree that is
+    no such state; then nothing has been changed.
+    """
+    try:
+        numpy, python = tree["numpy"], tree["python"]
+        words = numpy["words"].numpy().astype(np.uint32)
+        numpy_state = (numpy["kind"], words, numpy["position"], numpy["has_gauss"], numpy["gauss"])
+        python_state = (python["version"], tuple(python["state"].tolist()), python["gauss"])
+        np.random.RandomState().set_state(numpy_state)
+        random.Random().setstate(python_state)
+        torch.Generator().set_state(tree["torch"])
+        cuda = dict(tree["cuda"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"this is not what lm.checkpoint.rng.capture() gave: {error!r}") from error
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    random.setstate(python_state)
+    torch.set_rng_state(tree["torch"])
+    _restore_cuda(cuda)
+
+
+def _restore_cuda(states: Mapping[Any, torch.Tensor]) -> None:
+    count = torch.cuda.device_count() if states else 0
+    absent = sorted(str(name) for name in states if int(name) >= count)
+    for name, state in states.items():
+        if int(name) < count:
+            torch.cuda.set_rng_state(state, int(name))
+    if absent:
+        warnings.warn(
+            f"the generators of the CUDA devices {', '.join(absent)} were not restored: there are {count} here. Random"
+            " numbers drawn there, such as dropout, will differ.",
+            InexactWarning,
+            stacklevel=3,
+        )

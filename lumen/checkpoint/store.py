@@ -1,0 +1,393 @@
+"""`Store`: the checkpoints of one run, written in the background while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from lumen.checkpoint import _orbax, header, matching, reading, writing
+from lumen.checkpoint.host import HostMemory, Snapshot, snapshot
+from lumen.checkpoint.lock import Lock
+from lumen.checkpoint.retention import Retention
+from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+
+_REPLACED = re.compile(rf"\.([0-9]+){re.escape(writing.REPLACED)}")
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_LEFT = re.compile(rf"\.[0-9]+(\.[0-9]+)?({re.escape(writing.TEMPORARY)}|{re.escape(writing.DELETED)})(\..*)?")
+
+
+class Store:
+    """The checkpoints in `directory`, each in a directory named by its step.
+
+    `save` returns when the tree has been copied to the memory of the host; a thread writes it to disk from there. The
+    copy keeps its memory from one save to the next.
+
+    The newest `keep` are kept (None: all); besides, with `best=("val/loss", "min")` or "max", the best `keep_best` by
+    that metric (a tie goes to the later, NaN is never best, one saved without the metric does not count), and each
+    step that `keep_every` divides. An old one is deleted when the new one is on disk.
+
+    To save, a store must be open: `with lm.checkpoint.Store("runs/a") as store`. Reading needs no opening, and works
+    beside a run that writes.
+
+    >>> import lumen as lm, torch, tempfile
+    >>> with lm.checkpoint.Store(tempfile.mkdtemp(), keep=2) as store:
+    ...     for step in range(5):
+    ...         store.save(step, {"weight": torch.full((2,), float(step))})
+    ...     store.wait()
+    ...     store.steps(), store.restore(store.latest(), {"weight": torch.zeros(2)})
+    ([3, 4], {'weight': tensor([4., 4.])})
+    """
+
+    blocked: float  # seconds that saves have blocked so far
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = 1,
+        best: tuple[str, str] | None = None,
+        keep_best: int = 1,
+        keep_every: int | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.blocked = 0.0
+        self._retention = Retention(keep, best, keep_best, keep_every)
+        self._memory = HostMemory()
+        self._lock: Lock | None = None
+        self._owner = 0  # the process that opened it
+        self._job = _Job()
+        self._metrics: dict[int, dict[str, float]] = {}  # of the checkpoints that were looked at
+
+    def __repr__(self) -> str:
+        return f"lm.checkpoint.Store({str(self.directory)!r})"
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def open(self) -> Self:
+        """Make the directory, lock it, remove what a run that died has left, and load Orbax.
+
+        Raises `CheckpointLockedError` where another run has it, and `CheckpointError` where it cannot be written to.
+        """
+        if self._lock is not None:
+            raise CheckpointError(f"{self!r} is open already.")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.directory)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"checkpoints cannot be written to {self.directory}: {error.strerror}. Give a directory that this user"
+                " may write to."
+            ) from error
+        try:
+            self._tidy()
+            _orbax.load()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock, self._owner = lock, os.getpid()
+        return self
+
+    def close(self) -> None:
+        """Wait for the save being written, unlock the directory, give the memory back; raises what the save raised."""
+        if self._lock is None:
+            return
+        try:
+            self.wait()
+        finally:
+            if not self._job.running():  # interrupted while waiting: the writer still needs both
+                self._lock.release()
+                self._lock = None
+                self._memory.release()
+
+    def __enter__(self) -> Self:
+        return self if self._lock is not None else self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as failed:  # the first error is the one to see
+            error.add_note(f"besides, {failed}")
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        *,
+        extra: Any = None,
+        meta: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `tree` as the checkpoint of `step`; returns when it is copied.
+
+        It waits for an earlier save that is still being written, and raises what that one failed with. A step that
+        was saved before is replaced. `extra` is a second tree, and `meta` any JSON: see `lm.checkpoint.save`;
+        `metrics` are numbers or 0-d tensors, for `best`.
+        """
+        began = time.perf_counter()
+        try:
+            self._check_open()
+            self.wait()
+            if type(step) is not int or step < 0:
+                raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
+            if os.path.lexists(self.path(step)) and step not in self.steps():
+                raise CheckpointExistsError(f"{self.path(step)} is there, and is no checkpoint: move it away.")
+            numbers = _numbers(metrics or {})
+            fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": _json(numbers)}
+            taken = snapshot({"state": tree, "extra": {} if extra is None else extra}, self._memory)
+            self._job.start(partial(self._write, step, taken, fields, numbers), f"step {step}")
+        finally:
+            self.blocked += time.perf_counter() - began
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename a checkpoint of this store that is damaged, so that it is none of its steps; returns the new path."""
+        self._check_open()
+        self.wait()
+        count = 0
+        while os.path.lexists(new := path.with_name(f"damaged-{path.name}" + (f"-{count}" if count else ""))):
+            count += 1
+        os.rename(path, new)
+        writing.sync_directory(self.directory)
+        self._metrics.pop(int(path.name), None)
+        return new
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if a save has failed in the background; an error is raised once."""
+        error = self._job.failure()
+        if error is not None:
+            raise CheckpointError(
+                f"saving {self._job.what} to {self.directory} failed: {error}. Complete checkpoints there:"
+                f" {self.steps() or 'none'}."
+            ) from error
+
+    def wait(self) -> None:
+        """Return when what was saved is on disk; raises `CheckpointError` if it failed."""
+        if self._owner == os.getpid():  # a forked child has the object, not the thread
+            self._job.join()
+            self.check()
+
+    def _check_open(self) -> None:
+        if self._lock is None:
+            raise CheckpointError(f"{self!r} is not open. Write: with {self!r} as store: store.save(...)")
+        if self._owner != os.getpid():
+            raise CheckpointError(f"{self!r} was opened in process {self._owner}, which alone can save to it.")
+
+    def _tidy(self) -> None:
+        """Remove what a run that died has left, and put back what it was about to replace."""
+        for path in list(self.directory.iterdir()):
+            found = _REPLACED.fullmatch(path.name)
+            if found and not os.path.lexists(self.path(int(found[1]))):
+                os.rename(path, self.path(int(found[1])))
+            elif found or _LEFT.fullmatch(path.name):
+                _remove(path)
+
+    def _write(self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float]) -> None:
+        final = self.path(step)
+        writing.write(final, self.directory / f".{step}{writing.TEMPORARY}", taken, fields, replace=True)
+        self._metrics[step] = metrics
+        saved = self._saved()
+        for old in sorted(saved.keys() - self._retention.kept(saved) - {step}):
+            try:
+                writing.delete(self.path(old))
+            except OSError as error:
+                raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
+            self._metrics.pop(old, None)
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, ascending."""
+        try:
+            with os.scandir(self.directory) as entries:
+                names = [each.name for each in entries if _STEP.fullmatch(each.name) and not each.is_symlink()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if (self.directory / name / header.FILE).is_file())
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The best step by the metric of `best=`, or None where there is no metric or no checkpoint that has it."""
+        return next(iter(self._retention.ranked(self._saved())), None)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self.directory / str(step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that the checkpoint of `step` was saved with."""
+        return dict(self._saved().get(step, {}))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """See `lm.checkpoint.metadata`."""
+        return reading.metadata(self._existing(step))
+
+    def load(self, step: int, *, item: str = "state", under: str = "") -> Any:
+        """See `lm.checkpoint.load`."""
+        return reading.load(self._existing(step), item=item, under=under)
+
+    def restore(
+        self,
+        step: int,
+        like: Any,
+        *,
+        strict: bool = True,
+        cast: bool = False,
+        rename: matching.Rename | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """See `lm.checkpoint.restore`."""
+        path = self._existing(step)
+        return matching.restore(path, like, strict=strict, cast=cast, rename=rename, device=device)
+
+    def _existing(self, step: int) -> Path:
+        steps = self.steps()
+        if step not in steps:
+            raise CheckpointNotFoundError(
+                f"{self.directory} has no checkpoint of step {step}; it has {steps or 'none'}."
+            )
+        return self.path(step)
+
+    def _saved(self) -> dict[int, dict[str, float]]:
+        """The metrics of each checkpoint."""
+        found = {}
+        for step in self.steps():
+            if step not in self._metrics:
+                # One that is damaged, or deleted just now, has no metrics, and is nobody's best.
+                with contextlib.suppress(CheckpointError):
+                    self._metrics[step] = _from_json(reading.read_header(self.path(step)).fields.get("metrics"))
+            found[step] = self._metrics.get(step, {})
+        return found
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# ----------------------------------------------------------------------------------------------- metrics
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"metrics must be numbers: {error}. Write: metrics=lm.compute_metrics(metrics), or float(value) for each."
+        ) from error
+
+
+def _json(numbers: dict[str, float]) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+
+
+def _from_json(metrics: Any) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError, AttributeError):
+        return {}
+
+
+# -------------------------------------------------------------------------------------------- background
+
+
+class _Job:
+    """One function at a time, in a thread; what it raises is kept.
+
+    It waits for an event, not for the thread: an interrupted `Thread.join` takes the thread for ended (Python 3.11).
+    """
+
+    def __init__(self) -> None:
+        self.what = ""
+        self._process = 0
+        self._done = threading.Event()
+        self._done.set()
+        self._error: BaseException | None = None
+
+    def start(self, run: Callable[[], None], what: str) -> None:
+        self.what = what
+        self._process = os.getpid()
+        self._error = None
+        self._done = threading.Event()
+        thread = threading.Thread(target=self._run, args=(run,), name=f"lumen checkpoint {what}", daemon=False)
+        _unfinished.add(self)
+        _wait_at_exit()
+        thread.start()
+
+    def _run(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def running(self) -> bool:
+        """Whether it is at work: in a forked child it never is."""
+        return self._process == os.getpid() and not self._done.is_set()
+
+    def join(self) -> None:
+        if self.running():
+            self._done.wait()
+
+    def failure(self) -> BaseException | None:
+        """What it raised, once."""
+        if self.running():
+            return None
+        _unfinished.discard(self)
+        error, self._error = self._error, None
+        return error
+
+
+_unfinished: weakref.WeakSet[_Job] = weakref.WeakSet()
+_registered: set[int] = set()
+
+
+def _wait_at_exit() -> None:
+    """Let a process that ends finish its save.
+
+    Python waits for the thread too, but before that, and long before `atexit`, it forbids new work in thread pools,
+    which Orbax uses. What is registered here runs in reverse order, thus before what `concurrent.futures` registered.
+    """
+    if os.getpid() not in _registered:
+        _registered.add(os.getpid())
+        threading._register_atexit(_finish, os.getpid())  # type: ignore[attr-defined]
+
+
+def _finish(process: int) -> None:
+    if process == os.getpid():
+        for job in list(_unfinished):
+            job.join()
+            error = job.failure()
+            if error is not None:
+                _report(job.what, error)
+
+
+def _report(what: str, error: BaseException) -> None:
+    """Say that a save failed when nobody is left to catch it."""
+    threading.excepthook(
+        threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
+    )
