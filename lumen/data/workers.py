@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+
+from lumen.data.forks import quiet_forks
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -31,7 +35,9 @@ class Workers:
         self._idle = None
         loader.sampler.keys = keys  # type: ignore[attr-defined]
         try:
-            yield from loader
+            with quiet_forks():
+                batches = iter(loader)
+            yield from batches
         except GeneratorExit:  # the consumer stopped early: the next pass drops what was prefetched
             self._keep(loader)
             raise
@@ -56,6 +62,13 @@ class Workers:
             self._idle = loader
 
     def _start(self) -> DataLoader[Any]:
+        loader = self._made()
+        # Python collects what is part of a cycle in an order in which torch's own clean-up finds its queues closed, and
+        # then waits five seconds for each worker. This holds the loader until its workers have ended.
+        weakref.finalize(self, _end_in, os.getpid(), loader)
+        return loader
+
+    def _made(self) -> DataLoader[Any]:
         return DataLoader(
             self._fetch,  # type: ignore[arg-type]
             batch_size=None,  # a key is that of a whole batch
@@ -81,6 +94,12 @@ def _end(loader: DataLoader[Any]) -> None:
     """Stop the processes now: an exception's traceback may hold them, and a dead one raises at every chance."""
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _end_in(process: int, loader: DataLoader[Any]) -> None:
+    """`_end`, in the process that started them: a fork has copies of all objects."""
+    if os.getpid() == process:
+        _end(loader)
 
 
 def _workers(loader: DataLoader[Any]) -> list[BaseProcess]:

@@ -1,11 +1,16 @@
 """Loader: batches are a function of (seed, epoch, position), whatever the workers, the world and the past."""
 
+import gc
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -402,3 +407,37 @@ class Endless(IterableDataset):
 def test_bad_arguments_are_named_at_once(make, message):
     with pytest.raises(BatchError, match=message):
         make()
+
+
+def test_workers_start_in_silence_after_a_checkpoint_has_loaded_jax(tmp_path):
+    script = """
+    import warnings, torch, lumen as lm, lumen.data.feed
+    lm.checkpoint.save(PATH, {"a": torch.ones(2)})
+    warnings.simplefilter("error")
+    loader = lm.Loader(list(range(8)), batch_size=4, workers=1)
+    assert sum(len(batch) for batch in loader) == 8
+    plain = torch.utils.data.DataLoader(list(range(8)), batch_size=4, num_workers=1)
+    assert sum(len(batch) for batch in lm.data.feed.feed(plain).epoch(0)) == 8
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(plain)
+    assert any("os.fork() was called" in str(w.message) for w in caught)  # the program's own forks still warn
+    """
+    code = textwrap.dedent(script).replace("PATH", repr(str(tmp_path / "one")))
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_workers_of_a_loader_in_a_reference_cycle_end_at_once():
+    loader = Loader(list(range(8)), batch_size=4, workers=2)
+    list(loader.epoch(0))
+    started = multiprocessing.active_children()
+    cycle = {"loader": loader}
+    cycle["itself"] = cycle
+    del loader, cycle
+    began = time.monotonic()
+    gc.collect()
+    assert all(child.exitcode == 0 for child in started)  # terminated by torch, after five seconds, it would be -15
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - began < 60
