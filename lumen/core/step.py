@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Transform:
     level: str = ""
     reason: str = ""
     donates: bool = False
+    within: Step | None = None  # the outermost step that it is part of, for messages and records
 
     def init(self, state: State) -> State:
         """The state this transform needs, from a plain one."""
@@ -54,6 +55,11 @@ class Transform:
     def export(self, state: State) -> State:
         """The plain state again."""
         return state
+
+    @property
+    def key(self) -> Hashable:
+        """What, besides the step's input, decides how it is computed; a compiled step is made anew when it changes."""
+        return None
 
     def __call__(self, step: StepFn) -> Step:
         """The step under this transform, after those it already has."""
@@ -81,6 +87,8 @@ class Step:
         else:
             self._traceable = transforms[0].wrap(inner)
             self._run = transforms[0].host(self._traceable)
+            for transform in transforms:
+                transform.within = self
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:

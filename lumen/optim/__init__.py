@@ -47,4 +47,5 @@ from lumen.optim.schedules import piecewise as piecewise
 from lumen.optim.schedules import polynomial as polynomial
 from lumen.optim.schedules import step_decay as step_decay
 from lumen.optim.schedules import warmup_cosine as warmup_cosine
+from lumen.optim.set_lr import with_learning_rate as with_learning_rate
 from lumen.optim.sgd import sgd as sgd

@@ -2,58 +2,142 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from typing import Any
+import warnings
+from collections.abc import Hashable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lumen import tree
 from lumen.core import gradient, rows, rules
-from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.dataclass import state as state_class
+from lumen.core.donation import is_retired, retire
+from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive
-from lumen.core.step import StepFn, Transform
-from lumen.errors import BatchError
+from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, without_slot
+from lumen.errors import BatchError, InexactWarning, LumenError
 
 _NARROW = (torch.float16, torch.bfloat16)
+
+
+@state_class
+class Parts:
+    """The slot of `accumulate("auto")`: into how many `parts` batches are cut (int64 scalar, on the host)."""
+
+    parts: Tensor
 
 
 class accumulate(Transform):
     """Compute the gradient of a batch in `k` parts, or in parts of `microbatch` rows, and update once.
 
     The batch handed to the step stays the full batch of one optimizer step; only the memory for activations shrinks.
+    `"auto"` begins with the whole batch, and after running out of memory cuts it into twice as many parts and does the
+    step again, with one warning each time; the number is kept in a slot, so a run that goes on has it.
 
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
     (losses travel as totals and weights). BatchNorm in training mode sees one microbatch at a time, as it must:
     its running statistics are the mean of the parts' by rows, its counter advances once. Gradients of 16-bit params
     are summed in float32.
 
-    Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes.
+    Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
+    the error of running out of memory comes through where single rows do not fit, or the step failed while it was
+    changing a donated state.
 
     >>> import lumen as lm
-    >>> lm.accumulate(4), lm.accumulate(microbatch=8)
-    (lm.accumulate(4), lm.accumulate(microbatch=8))
+    >>> lm.accumulate(4), lm.accumulate(microbatch=8), lm.accumulate("auto")
+    (lm.accumulate(4), lm.accumulate(microbatch=8), lm.accumulate('auto'))
     """
 
     name = "accumulate"
     level = "accumulate"
     reason = "each microbatch must meet the transforms inside it, and those outside must see the whole batch once"
 
-    def __init__(self, k: int | None = None, *, microbatch: int | None = None) -> None:
+    def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
         given = [n for n in (k, microbatch) if n is not None]
-        if len(given) != 1 or not isinstance(given[0], int) or isinstance(given[0], bool) or given[0] < 1:
+        if k != "auto" and (len(given) != 1 or type(given[0]) is not int or given[0] < 1):
             raise BatchError(
                 f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
-                " Write lm.accumulate(4) for four parts, or lm.accumulate(microbatch=8) for parts of 8 rows."
+                " Write lm.accumulate(4) for four parts, lm.accumulate(microbatch=8) for parts of 8 rows, or"
+                ' lm.accumulate("auto") for as few parts as fit into memory.'
             )
-        self.k = k
+        self.auto = k == "auto"
+        self.k = 1 if k == "auto" else k
         self.microbatch = microbatch
+        self._rows = 0  # of the batch that was cut last
+        self._updating = False
 
     def __repr__(self) -> str:
+        if self.auto:
+            return "lm.accumulate('auto')"
         return f"lm.accumulate({self.k})" if self.k else f"lm.accumulate(microbatch={self.microbatch})"
+
+    @property
+    def key(self) -> Hashable:
+        """The number of parts: a compiled step has them written out."""
+        return self.k
+
+    def init(self, state: Any) -> Any:
+        """Add the slot, where the number of parts is found on the way."""
+        if not self.auto:
+            return state
+        return add_slot(state, self.name, lambda: Parts(torch.ones((), dtype=torch.int64)))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name) if self.auto else state
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients taken part by part."""
-        return rules.under({Primitive.GRADIENT: self._rule}, step)
+        found: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: self._rule}
+        if self.auto:
+            found[Primitive.UPDATE] = self._update
+        return rules.under(found, step)
+
+    def host(self, step: StepFn) -> StepFn:
+        """With "auto": after running out of memory, again in more parts."""
+        if not self.auto:
+            return step
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            given = state
+            parts = slot(state, self.name).parts
+            self.k = count = int(parts.max())
+            while (out := self._attempt(step, state, batch, count)) is None:
+                self.k = count = 2 * count
+                # Said outside the handler of the error, whose traceback holds the activations that did not fit.
+                warnings.warn(
+                    f"out of memory: batches of {self._rows} rows are now computed in {self.k} parts."
+                    f" Write lm.accumulate({self.k}) to begin with that.",
+                    InexactWarning,
+                    stacklevel=2,
+                )
+                state = with_slot(state, self.name, Parts(torch.full_like(parts, self.k)))
+                _free()
+            if state is not given and is_retired(state) and not is_retired(given):
+                retire(given)
+            return out
+
+        return run
+
+    def _attempt(self, step: StepFn, state: Any, batch: Any, parts: int) -> tuple[Any, Any] | None:
+        """The step's answer, or None where it ran out of memory and may be tried again."""
+        self._updating = False
+        try:
+            return step(state, batch)
+        except (RuntimeError, MemoryError) as error:
+            # What failed during an update may have changed a donated state already.
+            if not _is_out_of_memory(error) or self._updating or is_retired(state) or parts >= self._rows:
+                raise
+            return None
+
+    def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        self._updating = True
+        answer: tuple[Any, Any] = next(call)
+        self._updating = False
+        return answer
 
     def _rule(self, next: Next, call: GradientCall) -> Gradient:
         parts = []
@@ -66,7 +150,7 @@ class accumulate(Transform):
         return total if call.summed else gradient.normalized(total)
 
     def _split(self, batch: Any) -> list[Any]:
-        size = rows.count(batch)
+        self._rows = size = rows.count(batch)
         if self.k is None:
             assert self.microbatch is not None
             leaves, spec = tree.flatten(batch)
@@ -76,6 +160,8 @@ class accumulate(Transform):
             if None not in cut:
                 return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
             return rows.split(batch, math.ceil(size / self.microbatch))
+        if self.auto:  # a smaller last batch
+            return rows.split(batch, max(1, min(self.k, size)))
         if self.k > size:
             raise BatchError(
                 f"accumulate({self.k}) cannot cut a batch of {size} rows into {self.k} parts of at least one row."
@@ -102,3 +188,20 @@ def _add(sums: Any, grads: Any, own: bool) -> Any:
 
 def _like(grads: Any, params: Any) -> Any:
     return tree.map(lambda g, p: g.to(p.dtype), grads, params)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory, on a device or on the host, where torch has no error type of its own."""
+    if isinstance(error, LumenError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "out of memory" in text
+
+
+def _free() -> None:
+    """Give back what the failed attempt left behind: cycles through tracebacks, and blocks of the wrong sizes."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

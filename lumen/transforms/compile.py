@@ -21,10 +21,15 @@ from lumen.core import rules
 from lumen.core.dataclass import SIGNATURE, copy_of
 from lumen.core.donation import check_unmoved, hand_over
 from lumen.core.step import Step, StepFn, Transform, as_step
-from lumen.errors import GraphBreakWarning, HyperparameterError, InexactWarning
+from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _MANY = 8
+_HALF_DONE = (
+    "a compiled step ran out of memory while it was writing into a donated state, some of which may be that of the next"
+    " step. Go on from a checkpoint: fit(…, resume='auto'). To find a number of parts that fits, run the first step"
+    " without lm.compile(), with lm.accumulate('auto')."
+)
 
 
 class compile(Transform):
@@ -83,7 +88,7 @@ class _Compiled:
         self._step = step
         self._settings = settings
         self._donates = any(t.donates for t in step.transforms)
-        self._reads = _python_reads(step.user)
+        self._reads = [*_python_reads(step.user), *_keys(step.transforms)]
         self._regions: dict[Any, _Region] = {}
         self._broken = False
 
@@ -103,7 +108,12 @@ class _Compiled:
                 return self._uncompiled(state, batch)
             self._regions[key] = region
             self._warn_many()
-        return region(state, held, given)
+        if not self._donates:
+            return region(state, held, given)
+        try:
+            return region(state, held, given)
+        except torch.OutOfMemoryError as error:
+            raise DonatedError(_HALF_DONE) from error
 
     def _uncompiled(self, state: Any, batch: Any) -> tuple[Any, Any]:
         inner = self._step.inner
@@ -287,6 +297,15 @@ def _user_line(error: BaseException) -> str:
             line = f"{code.co_filename}:{trace.tb_lineno}, in {code.co_name},"
         trace = trace.tb_next
     return line
+
+
+def _keys(transforms: tuple[Transform, ...]) -> list[Callable[[], Any]]:
+    """Readers of the keys of those transforms that have one."""
+    return [_key_reader(t) for t in transforms if type(t).key is not Transform.key]
+
+
+def _key_reader(transform: Transform) -> Callable[[], Any]:
+    return lambda: transform.key
 
 
 def _python_reads(fn: Any) -> list[Callable[[], Any]]:
