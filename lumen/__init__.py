@@ -3,6 +3,8 @@
 Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, or let a `Runner` drive it.
 """
 
+from lumen import checkpoint as checkpoint
+from lumen import metrics as metrics
 from lumen import optim as optim
 from lumen import random as random
 from lumen import sinks as sinks
@@ -39,12 +41,26 @@ from lumen.errors import InexactWarning as InexactWarning
 from lumen.errors import LumenError as LumenError
 from lumen.errors import NonFiniteError as NonFiniteError
 from lumen.train.callbacks import Callback as Callback
+from lumen.train.callbacks import View as View
+from lumen.train.checkpointer import Checkpointer as Checkpointer
 from lumen.train.clock import Epochs as Epochs
 from lumen.train.clock import Every as Every
 from lumen.train.clock import Seconds as Seconds
 from lumen.train.clock import Steps as Steps
-from lumen.train.runner import Result as Result
+from lumen.train.clock import Tokens as Tokens
+from lumen.train.early_stop import EarlyStop as EarlyStop
+from lumen.train.fit import Result as Result
+from lumen.train.flops import flops_of as flops_of
+from lumen.train.flops import peak_flops as peak_flops
+from lumen.train.lr_find import Finding as Finding
+from lumen.train.lr_find import lr_find as lr_find
+from lumen.train.predict import predictions as predictions
+from lumen.train.profile import Profile as Profile
+from lumen.train.replay import replay as replay
 from lumen.train.runner import Runner as Runner
+from lumen.train.signals import Interrupted as Interrupted
+from lumen.train.summary import Summary as Summary
+from lumen.train.summary import summary as summary
 from lumen.train.validate import Validate as Validate
 from lumen.train.validate import evaluate as evaluate
 from lumen.transforms.accumulate import accumulate as accumulate

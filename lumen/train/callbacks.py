@@ -61,7 +61,7 @@ class Callback:
         """After each checkpoint was taken; it may still be on its way to the disk."""
 
     def on_exception(self, view: View, error: BaseException) -> None:
-        """When the run is about to end with `error`."""
+        """When the run is about to end with `error`, which is an `lm.Interrupted` where a signal asked it to."""
 
     def on_end(self, view: View) -> None:
         """After the last step of a run that ended without an exception."""

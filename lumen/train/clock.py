@@ -1,8 +1,10 @@
-"""The clock of a run, when it ends (`Steps`, `Epochs`, `Seconds`), and what happens `Every` so often."""
+"""The clock of a run, when it ends (`Steps`, `Epochs`, `Tokens`, `Seconds`), and what happens `Every` so often."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lumen.errors import HyperparameterError
 
@@ -11,15 +13,27 @@ NEVER = 2**62
 
 @dataclass
 class Clock:
-    """How far a run is: optimizer `step`s, whole `epoch`s, `batch`es of this epoch, `seconds` of running time.
+    """How far a run is: optimizer `step`s, whole `epoch`s, `batch`es of this epoch, `rows`, `tokens`, `seconds`.
 
-    `step` and `epoch` count from the beginning of training, also when a run goes on from a checkpoint.
+    All count from the beginning of training, also when a run goes on from a checkpoint. `seconds` is running time:
+    that between two runs is not in it. `tokens` are counted where something asks for them.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    rows: int = 0
+    tokens: int = 0
     seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fields by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set all fields."""
+        for name in asdict(self):
+            setattr(self, name, state[name])
 
 
 class Until:
@@ -42,6 +56,10 @@ class Until:
 
     def only_steps(self) -> bool:
         """Whether it can only be reached at the step that `steps` gives, or at the end of an epoch."""
+        return False
+
+    def needs_tokens(self) -> bool:
+        """Whether tokens must be counted for it."""
         return False
 
 
@@ -101,6 +119,35 @@ class Epochs(Until):
 
 
 @dataclass(frozen=True)
+class Tokens(Until):
+    """End at the first step that is complete after so many tokens.
+
+    The Runner's `tokens` says how to count those of a batch; by default each element of the batch's first tensor of
+    integers is one.
+
+    >>> import lumen as lm
+    >>> lm.Tokens(10**9) | lm.Seconds(3600)
+    Tokens(1000000000) | Seconds(3600)
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _positive("Tokens", self.n)
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.n})"
+
+    def reached(self, clock: Clock) -> bool:
+        """Whether that many tokens have been seen."""
+        return clock.tokens >= self.n
+
+    def needs_tokens(self) -> bool:
+        """Yes."""
+        return True
+
+
+@dataclass(frozen=True)
 class Seconds(Until):
     """End at the first step that is complete after so many seconds of running time."""
 
@@ -135,6 +182,9 @@ class _First(Until):
 
     def only_steps(self) -> bool:
         return all(member.only_steps() for member in self.members)
+
+    def needs_tokens(self) -> bool:
+        return any(member.needs_tokens() for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -172,22 +222,27 @@ class Timer:
         self.restart(clock)
 
     def restart(self, clock: Clock) -> None:
-        """Count from here."""
-        self._epoch, self._seconds = clock.epoch, clock.seconds
+        """Count from here: what was due is done."""
+        self._since = {"step": clock.step, "epoch": clock.epoch, "seconds": clock.seconds}
         steps = self.every.steps
         self.next_step = NEVER if steps is None else (clock.step // steps + 1) * steps
 
     def due(self, clock: Clock) -> bool:
-        """Whether it is due; where it is, count anew from here."""
+        """Whether it is due; it stays so until `restart`."""
         every = self.every
-        due = (
+        return (
             clock.step >= self.next_step
-            or (every.epochs is not None and clock.epoch // every.epochs > self._epoch // every.epochs)
-            or (every.seconds is not None and clock.seconds - self._seconds >= every.seconds)
+            or (every.epochs is not None and clock.epoch // every.epochs > self._since["epoch"] // every.epochs)
+            or (every.seconds is not None and clock.seconds - self._since["seconds"] >= every.seconds)
         )
-        if due:
-            self.restart(clock)
-        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time from which it counts."""
+        return dict(self._since)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count from the time that `state_dict` gave."""
+        self.restart(Clock(**state))
 
 
 def _members(until: Until) -> tuple[Until, ...]:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core.values import compute_metrics, merge_metrics
+from lumen.checkpoint import listed
+from lumen.core.values import compute_metrics, is_value, merge_metrics
 from lumen.errors import InexactWarning
+from lumen.metrics.torchmetrics import MetricValue
+
+Entry = Mapping[str, Mapping[str, Tensor]]
 
 _MERGE_AFTER = 256  # bounds what is held between two readings
 _MANY = 64
@@ -22,9 +26,13 @@ class Meter:
 
     def __init__(self) -> None:
         self._held: list[Any] = []
+        self._saved: list[Entry] = []
 
     def add(self, metrics: Any) -> None:
         """Take in one step's metrics; nothing is computed."""
+        if self._saved:  # of what form they were shows only now
+            self._held = [_rebuilt(each, metrics) for each in self._saved]
+            self._saved = []
         self._held.append(metrics)
         if len(self._held) >= _MERGE_AFTER:
             self._held = [merge_metrics(self._held)]
@@ -39,6 +47,30 @@ class Meter:
         """
         held, self._held = self._held, []
         return to_floats(compute_metrics(merge_metrics(held)), prefix) if held else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, unmerged: sums of floats depend on their order, and going on must not change it."""
+        entries = self._saved or [_parts(each) for each in self._held]
+        if not entries:
+            return {}
+        if any(_shapes(each) != _shapes(entries[0]) for each in entries):
+            return {"entries": entries}
+        columns = {
+            name: {key: torch.stack([each[name][key] for each in entries]) for key in parts}
+            for name, parts in entries[0].items()
+        }
+        return {"columns": columns}  # few arrays rather than one for each number: each is a file
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold again what `state_dict` gave, also as `lm.checkpoint.load` gives it."""
+        self._held = []
+        self._saved = listed(state.get("entries", ()))
+        columns: Mapping[str, Mapping[str, Tensor]] = state.get("columns", {})
+        count = next((len(part) for parts in columns.values() for part in parts.values()), 0)
+        self._saved += [
+            {name: {key: part[i] for key, part in parts.items()} for name, parts in columns.items()}
+            for i in range(count)
+        ]
 
 
 def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
@@ -61,6 +93,37 @@ def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
         return {}
     numbers = torch.stack([value.to(torch.float64) for value in flat.values()]).tolist()
     return dict(zip(flat, numbers, strict=True))
+
+
+def _parts(metrics: Any) -> Entry:
+    """The tensors that each metric is made of, by its name."""
+    found = zip(tree.paths(metrics, is_leaf=is_value), tree.leaves(metrics, is_leaf=is_value), strict=True)
+    return {name or "value": _taken_apart(value) for name, value in found}
+
+
+def _taken_apart(value: Any) -> dict[str, Tensor]:
+    if isinstance(value, MetricValue):
+        return dict(value.metric.pack(value))
+    return {str(i): torch.as_tensor(leaf) for i, leaf in enumerate(tree.leaves(value))}
+
+
+def _rebuilt(saved: Entry, like: Any) -> Any:
+    """The metrics that `_parts` took apart, in the form of `like`."""
+    names = iter(tree.paths(like, is_leaf=is_value))
+
+    def rebuild(value: Any) -> Any:
+        parts = saved[next(names) or "value"]
+        device = next((leaf.device for leaf in tree.tensors(value)), None)
+        placed = {key: part.to(device) for key, part in parts.items()}
+        if isinstance(value, MetricValue):
+            return value.metric.unpack(placed)
+        return tree.unflatten(tree.structure(value), [placed[str(i)] for i in range(len(placed))])
+
+    return tree.map(rebuild, like, is_leaf=is_value)
+
+
+def _shapes(entry: Entry) -> Any:
+    return {name: {k: (part.shape, part.dtype) for k, part in parts.items()} for name, parts in entry.items()}
 
 
 def _named(metrics: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -1,67 +1,50 @@
-"""`lm.Runner`: drives a step over data until it is told to end.
-
-Between two logging points the loop does nothing but fetch a batch, call the step and count: no number leaves the
-device, nothing is synchronised.
-"""
+"""`lm.Runner`: drives a step over data until it is told to end."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from lumen import tree
-from lumen.core.step import Step, StepFn, Transform, as_step, compose
-from lumen.errors import BatchError, StepError
-from lumen.optim import learning_rate
-from lumen.train.callbacks import Callback, Callbacks, View
-from lumen.train.clock import NEVER, Clock, Every, Timer, Until
-from lumen.train.meter import Meter
-from lumen.train.progress import Silent, make_progress
-from lumen.train.validate import Validate, evaluate, params_for
-from lumen.transforms.unroll import stack, unroll
-
-
-class Sink(Protocol):
-    """Where numbers go: see `lm.sinks`."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of one point in time."""
-
-    def close(self) -> None:
-        """Write out what is held."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: its last `state`, the newest of each of its `metrics`, its `clock`, and the `reason`.
-
-    The state still has the slots of the run's transforms (`lm.ema.params(result.state)`), and can be given to
-    `Runner.fit` again; `export()` gives the plain one.
-    """
-
-    state: Any
-    metrics: dict[str, float]
-    clock: Clock
-    reason: str
-    step: Step = field(repr=False)
-
-    def export(self) -> Any:
-        """The plain state, without slots and in ordinary places."""
-        return self.step.export(self.state)
+from lumen.core.step import Transform, as_step, compose
+from lumen.data.feed import feed
+from lumen.errors import StepError
+from lumen.sinks import Sink, run_info
+from lumen.train.callbacks import Callback, Callbacks
+from lumen.train.checkpointer import Checkpointer
+from lumen.train.clock import Every, Steps, Until
+from lumen.train.counts import TokenCount
+from lumen.train.fit import Fit, Result, without_unroll
+from lumen.train.flops import peak_flops
+from lumen.train.lr_find import Finding, lr_find
+from lumen.train.place import Placed
+from lumen.train.plateau import check_plateau
+from lumen.train.predict import joined, predictions
+from lumen.train.validate import Validate, check_limit, evaluate
+from lumen.transforms.precision import precision
 
 
 class Runner:
-    """Runs `step` under `transforms` (outermost first) over data, with validation, logging and progress.
+    """Runs `step` under `transforms` (outermost first) over data, with validation, checkpoints, logging and progress.
 
-    `sinks` get the merged numbers each `log_every` steps: metrics as `train/…`, those of validation under its name, the
-    learning rate and the steps per second. `progress` is True (a bar on a terminal or in a notebook, lines elsewhere),
-    "bar", "lines" or False. `clock` gives seconds, for tests.
+    Args:
+        step: the training step, `(state, batch) -> (state, metrics)`.
+        transforms: what it runs under.
+        checkpoint: when to save, and where; see `lm.Checkpointer`.
+        sinks: get the merged numbers each `log_every` steps: metrics as `train/…`, those of validation under its name,
+            the learning rate, and the throughput.
+        callbacks: watch the run; see `lm.Callback`.
+        plateau: the validation metric that `lm.optim.reduce_on_plateau` is told, such as "val/loss".
+        config: what the run was made with, a mapping or a dataclass: logged, and kept in checkpoints.
+        log_every: steps between two logging points.
+        tokens: counts the tokens of a batch, for `lm.Tokens` and the throughput.
+        mfu: log the model FLOPs utilisation: True takes the published peak of the GPU, a number is the peak in FLOP/s.
+        progress: True (a bar on a terminal or in a notebook, lines elsewhere), "bar", "lines" or False.
+        clock: gives seconds, for tests.
 
     >>> import lumen as lm, torch
     >>> def step(state, batch):
@@ -79,23 +62,32 @@ class Runner:
 
     def __init__(
         self,
-        step: StepFn,
+        step: Callable[[Any, Any], tuple[Any, Any]],
         *,
         transforms: Sequence[Transform] = (),
+        checkpoint: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
         callbacks: Sequence[Callback] = (),
+        plateau: str | None = None,
+        config: Any = None,
         log_every: int = 50,
+        tokens: TokenCount | None = None,
+        mfu: bool | float = False,
         progress: bool | str = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.transforms = tuple(transforms)
-        self.step = as_step(compose(*transforms)(step)) if transforms else as_step(step)
+        self.step = compose(*transforms)(step) if transforms else as_step(step)
+        self.checkpoint = checkpoint
         self.sinks = tuple(sinks)
+        self.callbacks = Callbacks(callbacks)
+        self.plateau = plateau
         self.log_every = Every(steps=log_every)
+        self.tokens = tokens
         self.progress = progress
-        self._single, self._unrolled = _without_unroll(self.step)
-        self._callbacks = Callbacks(tuple(callbacks))
-        self._now = clock
+        self.now = clock
+        self.mfu = mfu
+        self._config = _mapping(config)
 
     def fit(
         self,
@@ -104,252 +96,131 @@ class Runner:
         *,
         until: Until,
         validate: Validate | Sequence[Validate] | None = None,
+        limit: int | None = None,
+        resume: str | os.PathLike[str] = "never",
     ) -> Result:
         """Train from `state` on `data` until told to end, and return the `Result`.
 
-        `data` is an `lm.Loader`, or any iterable of batches; it is iterated anew for each epoch. A one-shot iterator
-        is one epoch. Numpy batches become tensors; batches are moved to the state's device.
+        `data` is an `lm.Loader`, or any iterable of batches; it is iterated anew for each epoch, of which `limit`
+        bounds the batches. A one-shot iterator is one epoch. Numpy batches become tensors; batches are moved to the
+        state's device.
 
-        Raises `BatchError` where the data is empty. What the step raises comes through as it is, with a note that says
-        at which step and batch.
+        `resume="auto"` goes on from the newest whole checkpoint of the run's directory, if there is one; a path goes
+        on from that checkpoint; "never" begins anew, in a directory without checkpoints. What follows is bitwise what
+        would have followed without the interruption, with an `lm.Loader` at any place; other data says once where
+        it cannot promise that.
+
+        SIGTERM and SIGINT end the run after its step, with a checkpoint: `lm.Interrupted` is raised, a `SystemExit`
+        with code 75 that has the `result`; at a prompt and in a notebook Ctrl-C returns the result instead. A second
+        signal ends it at once.
+
+        Raises `BatchError` where the data is empty, `CheckpointError` where there is nothing to go on from or no way
+        to save. What the step raises comes through as it is, with a note that says at which step and batch.
         """
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
+        check_limit(limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
-        return _Fit(self, self.step.init(state), data, until, validations).run()
+        check_plateau(state, self.plateau, [name for each in validations for name, _ in each.loaders()])
+        return Fit(self, self.step.init(state), data, until, validations, limit).run(resume)
 
-    def evaluate(self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any]) -> dict[str, float]:
+    def evaluate(
+        self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
+    ) -> dict[str, float]:
         """The merged metrics of `step(state, batch) -> metrics` over all of `data`, in evaluation mode."""
-        return evaluate(step, state, _Feed(data, state).epoch(0), self.step.transforms)
+        check_limit(limit)
+        return evaluate(step, state, Placed(feed(data), state), self.step.transforms, limit=limit)
+
+    def predict(
+        self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
+    ) -> Any:
+        """What `step(state, batch) -> outputs` gives for all of `data`, in evaluation mode, as one tree on the CPU.
+
+        Tensors are joined along their first dim, lists are appended, in the order of the data; anything else comes as
+        a list with an entry for each batch. For more than fits into memory use `lm.predictions`, which yields batch by
+        batch.
+
+        >>> import lumen as lm, torch
+        >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
+        >>> def predict_step(state, batch):
+        ...     return {"y": state.apply(state.params, batch)[0]}
+        >>> data = lm.Loader(torch.ones(5, 2), batch_size=2, shuffle=False)
+        >>> lm.Runner(lambda state, batch: (state, {})).predict(predict_step, state, data)["y"].shape
+        torch.Size([5, 1])
+        """
+        check_limit(limit)
+        return joined(predictions(step, state, data, self.step.transforms, limit=limit))
+
+    def smoke(
+        self, state: Any, data: Iterable[Any], *, validate: Validate | Sequence[Validate] | None = None
+    ) -> Result:
+        """One batch of everything: a training step, each validation, a checkpoint saved and read back.
+
+        Nothing is logged, no callback is called, and the run's own directory is not touched. The state given is left
+        as it is.
+        """
+        validations = [validate] if isinstance(validate, Validate) else list(validate or ())
+        brief = [dataclasses.replace(each, limit=1, every=Every(steps=1)) for each in validations]
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint = Checkpointer(directory, every=Every(steps=1))
+            trial = self._with(checkpoint=checkpoint, plateau=self.plateau)
+            trial.fit(state, data, until=Steps(1), validate=brief, limit=1)
+            return trial.fit(state, data, until=Steps(1), validate=brief, limit=1, resume="auto")
+
+    def overfit(self, state: Any, data: Iterable[Any], *, batches: int = 1, until: Until | None = None) -> Result:
+        """Train on the first few batches again and again: a model that works brings their loss to nearly nothing.
+
+        `until` is 100 steps unless given. Metrics go to the display and the result, not to the sinks, and nothing is
+        saved. The state given is left as it is.
+        """
+        check_limit(batches)
+        source = Placed(feed(data), state)
+        few = [batch for batch, _ in zip(source, range(batches), strict=False)]
+        return self._with(progress=self.progress).fit(state, few, until=until or Steps(100))
+
+    def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> Finding:
+        """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.
+
+        The state given is left as it is.
+        """
+        single, _ = without_unroll(self.step)
+        return lr_find(single, self.step.init(state), Placed(feed(data), state), **options)
+
+    def description(self) -> dict[str, Any]:
+        """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
+        return {"config": self._config, "step": repr(self.step), **run_info()}
+
+    def peak(self, state: Any) -> float | None:
+        """The peak FLOP/s that `mfu` is measured by."""
+        if self.mfu is True:
+            leaf = next((t for t in tree.tensors(getattr(state, "params", state)) if t.is_floating_point()), None)
+            computed = [t.policy.compute for t in self.transforms if isinstance(t, precision)]
+            return None if leaf is None else peak_flops(leaf.device, *computed or [leaf.dtype])
+        return float(self.mfu) or None
+
+    def _with(self, **changes: Any) -> Runner:
+        """A Runner of the same step that leaves no traces."""
+        quiet = {"progress": False, "log_every": 10**9, "clock": self.now, "tokens": self.tokens}
+        return Runner(self.step, **{**quiet, **changes})
 
 
-class _Fit:
-    """One call of `fit`."""
-
-    def __init__(
-        self, runner: Runner, state: Any, data: Iterable[Any], until: Until, validations: list[Validate]
-    ) -> None:
-        self.runner = runner
-        self.state = state
-        self.until = until
-        self.validations = validations
-        self.feed = _Feed(data, state)
-        self.clock = Clock(step=_step_of(state))
-        self.reason = ""
-        self.metrics: dict[str, float] = {}
-        self.meter = Meter()
-        self.progress = make_progress(runner.progress)
-        self._began = runner._now() - self.clock.seconds
-        self._log_timer = Timer(runner.log_every, self.clock)
-        self._timers = [Timer(validate.every, self.clock) for validate in validations]
-        self._last_log = (self.clock.step, self.clock.seconds)
-        self._listens = runner._callbacks.listens("on_step")
-        # Something looks at every step: a display, a callback, or a limit that is not a number of steps.
-        timed = any(validate.every.seconds is not None for validate in validations)
-        self._watched = self._listens or timed or not isinstance(self.progress, Silent) or not until.only_steps()
-        self._wake = self._next_event()
-
-    def run(self) -> Result:
-        callbacks = self.runner._callbacks
-        self.progress.start(self._total(), self.clock.step)
-        try:
-            callbacks.call("on_start", self._view({}))
-            self._epochs()
-            self._log()
-            callbacks.call("on_end", self._view(self.metrics))
-        except BaseException as error:
-            error.add_note(f"raised in step {self.clock.step + 1} (epoch {self.clock.epoch}, batch {self.clock.batch})")
-            callbacks.call("on_exception", self._view(self.metrics), error)
-            raise
-        finally:
-            self.progress.stop()
-            for sink in self.runner.sinks:
-                sink.close()
-        return Result(self.state, self.metrics, self.clock, self.reason, self.runner.step)
-
-    def _epochs(self) -> None:
-        while not self._over():
-            before = self.clock.step
-            self._epoch()
-            if self.reason and self.clock.batch != self.feed.length:
-                return
-            if self.clock.step == before:
-                self._no_batch()
-                return
-            self.clock.epoch += 1
-            self.clock.batch = 0
-            self.clock.seconds = self.runner._now() - self._began
-            self._events()
-
-    def _epoch(self) -> None:
-        for run, batch, count in self._calls(self.feed.epoch(self.clock.epoch)):
-            self.state, metrics = run(self.state, batch)
-            self.meter.add(metrics)
-            self.clock.step += count
-            self.clock.batch += count
-            if self.clock.step < self._wake and not self._watched:
-                continue
-            if self._listens:
-                self.runner._callbacks.call("on_step", self._view(metrics))
-            self._tick()
-            if self.reason or self._over():
-                return
-
-    def _calls(self, batches: Iterator[Any]) -> Iterator[tuple[StepFn, Any, int]]:
-        """`(step, batch, how many optimizer steps)`: one by one, or stacked in groups where the step unrolls."""
-        single, size = self.runner._single, self.runner._unrolled
-        if size == 1:
-            for batch in batches:
-                yield single, batch, 1
-            return
-        group: list[Any] = []
-        for batch in batches:
-            group.append(batch)
-            if len(group) < min(size, self._steps_left()):
-                continue
-            yield from _stacked(group, size, self.runner.step, single)
-            group = []
-        yield from _stacked(group, size, self.runner.step, single)
-
-    def _tick(self) -> None:
-        self.clock.seconds = self.runner._now() - self._began
-        self.progress.tick(self.clock)
-        self._events(epoch_end=False)
-        self._wake = self._next_event()
-
-    def _events(self, epoch_end: bool = True) -> None:
-        if self._log_timer.due(self.clock):
-            self._log()
-        for validate, timer in zip(self.validations, self._timers, strict=True):
-            if (epoch_end or validate.every.epochs is None) and timer.due(self.clock):
-                self._validate(validate)
-
-    def _validate(self, validate: Validate) -> None:
-        self._log()
-        feed = _Feed(validate.data, self.state).epoch(0)
-        state = params_for(validate, self.state)
-        values = evaluate(validate.step, state, feed, self.runner.step.transforms)
-        values = {f"{validate.name}/{name}": value for name, value in values.items()}
-        self._publish(values)
-        self.runner._callbacks.call("on_validate", self._view(self.metrics))
-        self._last_log = (self.clock.step, self.runner._now() - self._began)  # throughput is that of training alone
-
-    def _log(self) -> None:
-        if not self.meter:
-            return
-        values = self.meter.read("train/")
-        steps, seconds = self.clock.step - self._last_log[0], self.clock.seconds - self._last_log[1]
-        if steps and seconds > 0:
-            values["steps_per_second"] = steps / seconds
-        self._last_log = (self.clock.step, self.clock.seconds)
-        lr = learning_rate(getattr(self.state, "opt_state", None))
-        if lr is not None and lr.dim() == 0:
-            values["lr"] = float(lr)
-        self._publish(values)
-
-    def _publish(self, values: dict[str, float]) -> None:
-        self.metrics.update(values)
-        for sink in self.runner.sinks:
-            sink.log(self.clock.step, {"epoch": self.clock.epoch, **values})
-        self.progress.show(self.clock, values)
-
-    def _over(self) -> bool:
-        if self.until.reached(self.clock):
-            self.reason = repr(self.until)
-        return bool(self.reason)
-
-    def _stop(self, reason: str) -> None:
-        self.reason = reason
-
-    def _no_batch(self) -> None:
-        if self.clock.epoch == 0:
-            raise BatchError(
-                "the data is empty: it gave no batch. Check the dataset's length, and that batch_size with"
-                " drop_last=True is not larger than it; a generator that was used before is empty too."
-            )
-        self.reason = f"the data ended after {self.clock.epoch} epochs"
-
-    def _view(self, metrics: Any) -> View:
-        return View(self.clock, self.state, metrics, stop=self._stop, log=self._publish)
-
-    def _next_event(self) -> int:
-        """The step before which nothing but steps happens."""
-        return min(self._log_timer.next_step, *(timer.next_step for timer in self._timers), self.until.steps() or NEVER)
-
-    def _steps_left(self) -> int:
-        """Steps until the next event that must not be passed over."""
-        due = [timer.next_step for timer in self._timers] + [self.until.steps() or NEVER]
-        return max(1, min(due) - self.clock.step)
-
-    def _total(self) -> int | None:
-        ends = [self.until.steps()]
-        epochs = self.until.epochs()
-        if epochs is not None and self.feed.length is not None:
-            ends.append(epochs * self.feed.length)
-        return min((n for n in ends if n is not None), default=None)
+def _mapping(config: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    elif hasattr(config, "__dict__") and not isinstance(config, Mapping):
+        config = vars(config)
+    if config is not None and not isinstance(config, Mapping):
+        raise StepError(f"config={config!r} must be a mapping or a dataclass: config={{'lr': 3e-4}}")
+    return {str(key): _jsonable(each) for key, each in (config or {}).items()}
 
 
-class _Feed:
-    """Batches from whatever the user has, on the state's device."""
-
-    def __init__(self, data: Iterable[Any], state: Any) -> None:
-        if not hasattr(data, "__iter__") and not hasattr(data, "epoch"):
-            raise BatchError(f"the data must be an lm.Loader or an iterable of batches, not {type(data).__name__}.")
-        self._data = data
-        tensors = tree.tensors(state)
-        self._device = tensors[0].device if tensors else torch.device("cpu")
-        self.length = len(data) if isinstance(data, Sized) else None
-
-    def epoch(self, number: int) -> Iterator[Any]:
-        """The batches of one epoch."""
-        batches = self._data.epoch(number) if hasattr(self._data, "epoch") else iter(self._data)
-        first = next(batches, None)
-        if first is None:
-            return iter(())
-        chained = _chain(first, batches)
-        return map(self._place, chained) if self._must_place(first) else chained
-
-    def _must_place(self, batch: Any) -> bool:
-        leaves = tree.leaves(batch)
-        return any(isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves)
-
-    def _place(self, batch: Any) -> Any:
-        def place(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor | np.ndarray):
-                return torch.as_tensor(leaf).to(self._device, non_blocking=True)
-            return leaf
-
-        return tree.map(place, batch)
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-def _stacked(group: list[Any], size: int, step: StepFn, single: StepFn) -> Iterator[tuple[StepFn, Any, int]]:
-    """The group in one call where it is complete and its batches are alike, else one by one."""
-    if len(group) == size and _alike(group):
-        yield step, stack(group), size
-        return
-    for batch in group:
-        yield single, batch, 1
-
-
-def _alike(group: list[Any]) -> bool:
-    shapes = [[leaf.shape for leaf in tree.tensors(batch)] for batch in (group[0], group[-1])]
-    return shapes[0] == shapes[1]
-
-
-def _without_unroll(step: Step) -> tuple[StepFn, int]:
-    """The step without its `unroll`, for what does not fill a group, and by how many it unrolls."""
-    unrolls = [t for t in step.transforms if isinstance(t, unroll)]
-    if not unrolls:
-        return step, 1
-    others = [t for t in step.transforms if not isinstance(t, unroll)]
-    return compose(*others)(step.user), unrolls[0].k
-
-
-def _step_of(state: Any) -> int:
-    step = getattr(state, "step", None)
-    return int(step.max()) if isinstance(step, Tensor) else 0
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_jsonable(each) for each in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else repr(value)
+    return str(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ class Validate:
     """Run `step(state, batch) -> metrics` over all of `data` every so often, and merge its metrics.
 
     The state comes in evaluation mode, without gradients. Metrics merge by type, so uneven last batches count by their
-    rows. `use="ema"` evaluates the averaged params that `lm.ema` keeps. Names are prefixed with `name` and a slash.
+    rows. `use="ema"` evaluates the averaged params that `lm.ema` keeps. `limit` bounds the batches. Names are prefixed
+    with `name` and a slash; `data` may be a dict of several sets, whose names follow: `val/clean/loss`.
 
     >>> import lumen as lm
     >>> lm.Validate(lambda state, batch: {}, [], every=lm.Every(steps=100)).name
@@ -33,34 +35,81 @@ class Validate:
     """
 
     step: EvalStep
-    data: Iterable[Any]
+    data: Iterable[Any] | Mapping[str, Iterable[Any]]
     every: Every = field(default_factory=lambda: Every(epochs=1))
     name: str = "val"
     use: str = "params"
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.use not in ("params", "ema"):
             raise StepError(f"Validate(use={self.use!r}) is unknown; give 'params' or 'ema'.")
+        check_limit(self.limit)
+        if isinstance(self.data, Mapping) and not self.data:
+            raise BatchError("Validate got an empty dict of data; give it one set, or several by their names.")
+
+    def loaders(self) -> list[tuple[str, Iterable[Any]]]:
+        """Each set of data with the name that its metrics are under."""
+        if isinstance(self.data, Mapping):
+            return [(f"{self.name}/{name}", data) for name, data in self.data.items()]
+        return [(self.name, self.data)]
 
 
 def evaluate(
-    step: EvalStep, state: Any, data: Iterable[Any], transforms: tuple[Transform, ...] = ()
+    step: EvalStep,
+    state: Any,
+    data: Iterable[Any],
+    transforms: tuple[Transform, ...] = (),
+    *,
+    limit: int | None = None,
 ) -> dict[str, float]:
-    """The merged metrics of `step(state, batch) -> metrics` over all batches of `data`.
+    """The merged metrics of `step(state, batch) -> metrics` over all batches of `data`, or the first `limit`.
 
     Raises `BatchError` where there is no batch, `StepError` where the step returns no dict.
     """
+    found = evaluate_until(step, state, data, transforms, limit=limit, stop=lambda: False)
+    assert found is not None
+    return found
+
+
+def evaluate_until(
+    step: EvalStep,
+    state: Any,
+    data: Iterable[Any],
+    transforms: tuple[Transform, ...],
+    *,
+    limit: int | None,
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """`evaluate`, or None where `stop` became true on the way."""
     run = _as_step(step, transforms)
-    if hasattr(state, "eval"):
-        state = state.eval()
     meter = Meter()
     with torch.no_grad():
-        for batch in data:
+        state = evaluated(state)
+        for batch in itertools.islice(data, limit):
+            if stop():
+                return None
             _, metrics = run(state, batch)
             meter.add(metrics)
     if not meter:
         raise BatchError("the data to evaluate on is empty: it gave no batch.")
     return meter.read()
+
+
+def evaluated(state: Any) -> Any:
+    """The state in evaluation mode, where it knows of one."""
+    return state.eval() if hasattr(state, "eval") else state
+
+
+def needed(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
+    """Those transforms without which a step cannot read the state."""
+    return tuple(t for t in transforms if t.level in _NEEDED)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise `BatchError` for what is not a number of batches."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise BatchError(f"limit={limit!r} must be a number of batches, at least 1, or None for all.")
 
 
 def params_for(validate: Validate, state: Any) -> Any:
@@ -78,4 +127,4 @@ def _as_step(step: EvalStep, transforms: tuple[Transform, ...]) -> StepFn:
             )
         return state, metrics
 
-    return compose(*(t for t in transforms if t.level in _NEEDED))(adapted)
+    return compose(*needed(transforms))(adapted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.dataclass import state as state_class
+from lumen.core.donation import is_retired
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError, NonFiniteError
+from lumen.transforms.dump import Before, Seen, Taking
 
-Mode = Literal["skip", "raise"]
+Mode = Literal["skip", "raise", "dump"]
 
 
 @state_class
@@ -32,7 +35,8 @@ class guard(Transform):
 
     `on_nonfinite="skip"` goes on, and counts in `state.slots["guard"].skipped`; it never waits for the device.
     `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
-    after each step.
+    after each step. `"dump"` raises as well, after it has written the state before the step, the batch, the random
+    generators and the transforms to `directory/step-N`: `lumen replay` (or `lm.replay`) does that step again, alone.
 
     Declared change: updates that would have been non-finite. Every other step is bitwise the step without it.
 
@@ -45,11 +49,13 @@ class guard(Transform):
     level = "guard"
     reason = "guard decides whether the update happens at all"
 
-    def __init__(self, on_nonfinite: Mode = "skip") -> None:
-        if on_nonfinite not in ("skip", "raise"):
-            raise HyperparameterError(f"guard takes 'skip' or 'raise', got {on_nonfinite!r}.")
+    def __init__(self, on_nonfinite: Mode = "skip", directory: str | os.PathLike[str] = "dumps") -> None:
+        if on_nonfinite not in ("skip", "raise", "dump"):
+            raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
         self.on_nonfinite = on_nonfinite
+        self.directory = os.fspath(directory)
         self._names: list[str] = []  # of the checked leaves, the same each time a step is run or traced
+        self._seen = Seen()
 
     def __repr__(self) -> str:
         return f"lm.guard({self.on_nonfinite!r})"
@@ -73,9 +79,10 @@ class guard(Transform):
             with rules.install({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
                 new, metrics = step(state, batch)
             self._names = watch.names
+            self._seen = self._seen.more(watch.updates, rules.is_tracing())
             bad = watch.first_bad(old.bad)
             skip = bad >= 0
-            if self.on_nonfinite == "raise":  # the host may look only after several steps: keep the first
+            if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
                 bad = torch.where(old.bad >= 0, old.bad, bad)
             if buffers:
                 new = new.replace(buffers=tree.select(skip, buffers, new.buffers))
@@ -88,15 +95,23 @@ class guard(Transform):
         if self.on_nonfinite == "skip":
             return step
 
+        taking = Taking()
+
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal taking
             module = getattr(getattr(state, "apply_fn", None), "module", None)
             number = getattr(state, "step", None)
+            number = None if number is None else int(number.max())
+            before = Before.of(state, taking) if self.on_nonfinite == "dump" else None
+            self._seen = Seen()
             new, metrics = step(state, batch)
+            taking = taking.after(self._seen, is_retired(state))
             bad = int(slot(new, self.name).bad.max())
             if bad >= 0:
-                raise NonFiniteError(
-                    _message(self._names[bad], module, number if number is None else int(number.max()))
-                )
+                message = _message(self._names[bad], module, number)
+                if before is not None:
+                    message += before.written(self.directory, self.within, taking.steps, number, batch, message)
+                raise NonFiniteError(message)
             return new, metrics
 
         return run
@@ -108,6 +123,7 @@ class _Watch:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.flags: list[Tensor] = []
+        self.updates = 0
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
@@ -117,6 +133,7 @@ class _Watch:
         return answer
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        self.updates += 1
         if not self.flags:
             self._note(call.grads)
         bad = ~torch.cat(self.flags).all()

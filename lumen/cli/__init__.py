@@ -1,0 +1,1 @@
+"""The command line: `lumen inspect`, `lumen export` and `lumen replay`."""

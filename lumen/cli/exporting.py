@@ -1,0 +1,45 @@
+"""`lumen export`: the tensors of a checkpoint as a file that other programs read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lumen import checkpoint
+from lumen.cli import places, show
+from lumen.core.inspect import human_bytes
+from lumen.errors import CheckpointError
+
+_SUFFIX = {"safetensors": ".safetensors", "torch": ".pt"}
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write tensors of a checkpoint to a file",
+        description="Write tensors of a checkpoint, or of the newest of a run, to a file: one flat dict by name.",
+    )
+    parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
+    parser.add_argument("--to", choices=tuple(_SUFFIX), required=True, help="the format")
+    parser.add_argument("--what", choices=("params", "ema", "buffers", "state"), default="params", help="which tensors")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the file; by default WHAT.safetensors or .pt"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export; returns the exit code."""
+    path = places.one(options.path)
+    target = options.output or Path(options.what + _SUFFIX[options.to])
+    try:
+        written = checkpoint.export(path, target, format=options.to, what=options.what)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"--to {options.to} needs a package: pip install {error.name}. Or write --to torch."
+        ) from error
+    size = human_bytes(written.stat().st_size)
+    print(show.readable(f"{options.what} of {path} are in {written} ({size})"))
+    return 0

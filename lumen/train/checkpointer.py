@@ -1,0 +1,153 @@
+"""`Checkpointer`: when a run saves, what it keeps, and from where it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lumen.checkpoint import Store
+from lumen.errors import CheckpointError, CorruptCheckpointError, InexactWarning
+from lumen.train.clock import Every
+
+Best = tuple[str, Literal["min", "max"]]
+
+
+class Checkpointer:
+    """Saves a run in `directory/checkpoints`, so that it can go on after anything.
+
+    A checkpoint holds all that the rest of the run depends on: the state with its slots, the random generators, the
+    place in the data, the clock, half-merged metrics, and the memory of callbacks. Saving blocks the run for a copy to
+    host memory; the rest happens beside it. The Runner saves also at the end, when a signal ends the run, and, where
+    the state is whole, when an exception does.
+
+    Args:
+        directory: the run's directory; made where it is missing. Only one run at a time may write to it.
+        every: how often to save.
+        keep: how many of the newest to keep; None keeps all.
+        best: a metric and whether it is to be small or large, `("val/loss", "min")`: the `keep_best` best are kept
+            besides, and a validation that makes one of them is saved even when nothing else is due.
+        keep_best: how many.
+        keep_every: keep each checkpoint whose step is divisible by this.
+
+    >>> import lumen as lm, tempfile
+    >>> checkpoint = lm.Checkpointer(tempfile.mkdtemp(), every=lm.Every(steps=500), keep=3, best=("val/loss", "min"))
+    >>> checkpoint.latest() is None
+    True
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: Every | None = None,
+        keep: int | None = 1,
+        best: Best | None = None,
+        keep_best: int = 1,
+        keep_every: int | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.every = every or Every(epochs=1)
+        self._best = best
+        self._keep_best = keep_best
+        self.store = Store(
+            self.directory / "checkpoints", keep=keep, best=best, keep_best=keep_best, keep_every=keep_every
+        )
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        step = self.store.latest()
+        return None if step is None else self.store.path(step)
+
+    def best(self) -> Path | None:
+        """The best one by the metric."""
+        step = self.store.best()
+        return None if step is None else self.store.path(step)
+
+    def begin(self, resume: str | os.PathLike[str], positions: list[int | None]) -> list[int | None]:
+        """Note where the sinks are as a run begins; gives where they were, if this one takes the place of another.
+
+        That is one that died before its first checkpoint: what it logged is not to stay beside what is logged now.
+        """
+        note = self.directory / "begun.json"
+        if resume == "auto" and note.exists():
+            found: list[int | None] = json.loads(note.read_text())["sinks"]
+            return found
+        beside = note.with_suffix(".new")
+        beside.write_text(json.dumps({"sinks": positions}))
+        beside.replace(note)
+        return positions
+
+    def wants(self, fresh: Mapping[str, float]) -> bool:
+        """Whether these numbers make a checkpoint that is among the best."""
+        if self._best is None or self._best[0] not in fresh:
+            return False
+        name, mode = self._best
+        value = fresh[name]
+        if math.isnan(value):
+            return False
+        self.store.wait()  # what is on its way counts too
+        kept = [metrics[name] for step in self.store.steps() if name in (metrics := self.store.metrics(step))]
+        kept = sorted((each for each in kept if not math.isnan(each)), reverse=mode == "max")
+        return len(kept) < self._keep_best or (value <= kept[self._keep_best - 1]) == (mode == "min")
+
+
+def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
+    """Checkpoints to go on from, the first choice first, and whether another may be taken where it is damaged.
+
+    Raises `CheckpointError` where `resume` asks for what is not there, or "never" would mix two runs.
+    """
+    if resume == "auto":
+        if checkpointer is None:
+            raise CheckpointError(
+                'resume="auto" needs to know where the checkpoints are: write'
+                ' lm.Runner(step, checkpoint=lm.Checkpointer("runs/a"))'
+            )
+        for step in reversed(checkpointer.store.steps()):
+            yield checkpointer.store.path(step), True
+        return
+    if resume == "never":
+        if checkpointer is not None and (last := checkpointer.store.latest()) is not None:
+            raise CheckpointError(
+                f"{checkpointer.directory} holds the checkpoints of a run, up to step {last}, and a new run would"
+                ' mix with them. To go on from there, fit(…, resume="auto"); to start over, choose another directory'
+                " or remove that one."
+            )
+        return
+    path = Path(resume)
+    store = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    newest = None if store is None else store.latest()
+    yield (path if store is None or newest is None else store.path(newest)), False
+
+
+def first_whole(
+    paths: Iterator[tuple[Path, bool]], read: Callable[[Path], Any], set_aside: Callable[[Path], Any]
+) -> Any:
+    """What `read` gives for the first checkpoint that is not damaged, None where there is none at all.
+
+    Damaged ones before it are set aside, with a warning; where all are damaged, the first one's error is raised.
+    """
+    damaged: list[tuple[Path, CorruptCheckpointError]] = []
+    for path, optional in list(paths):
+        try:
+            found = read(path)
+        except CorruptCheckpointError as error:
+            if not optional:
+                raise
+            damaged.append((path, error))
+            continue
+        for each, why in damaged:
+            set_aside(each)
+            warnings.warn(
+                f"the checkpoint {each.name} is damaged and was set aside; the run goes on from {path.name}: {why}",
+                InexactWarning,
+                stacklevel=2,
+            )
+        return found
+    if damaged:
+        raise damaged[0][1]
+    return None

@@ -1,0 +1,157 @@
+"""`lm.EarlyStop`: end a run when a number has stopped improving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lumen.errors import HyperparameterError, StepError
+from lumen.optim.hyper import check_count, check_scalar
+from lumen.train.callbacks import Callback, View
+
+
+class EarlyStop(Callback):
+    """Ends the run once `metric` has not improved for `patience` of its reports.
+
+    It reads each number that is published under the name `metric` ("val/loss", "train/loss"). A report is an
+    improvement where it is better than the best so far by more than `min_delta`. The other conditions end the run at
+    once, and are looked at first. The decisions are those of Lightning's `EarlyStopping`. What it remembers is kept in
+    checkpoints; a run that begins at step 0 begins without memory.
+
+    Args:
+        metric: the name of the number, as it is published.
+        mode: whether smaller ("min") or larger ("max") is better.
+        patience: how many reports without improvement end the run.
+        min_delta: by how much a report must be better than the best to count as an improvement.
+        threshold: end the run as soon as the metric is better than this.
+        divergence: end the run as soon as the metric is worse than this.
+        check_finite: end the run as soon as the metric is NaN or infinite. Without it, NaN is no improvement.
+
+    Raises:
+        HyperparameterError: a value outside its range.
+        StepError: there is no number of that name among those that are published.
+
+    >>> import lumen as lm
+    >>> stop = lm.EarlyStop("val/loss", patience=2)
+    >>> for loss in (1.0, 0.5, 0.6, 0.5):
+    ...     stop.on_log(lm.train.callbacks.View(lm.train.clock.Clock(), None, {"val/loss": loss}, stop=print))
+    val/loss has not improved on 0.5 for 2 reports
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        mode: Literal["min", "max"] = "min",
+        *,
+        patience: int = 3,
+        min_delta: float = 0.0,
+        threshold: float | None = None,
+        divergence: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise HyperparameterError(f"mode={mode!r} is unknown; give 'min' or 'max'.")
+        check_count("patience", patience, low=1)
+        check_scalar("min_delta", min_delta, schedule=False)
+        for name, value in (("threshold", threshold), ("divergence", divergence)):
+            if value is not None:
+                check_scalar(name, value, low=-math.inf, schedule=False)
+        self.metric = metric
+        self.mode = mode
+        self.patience = patience
+        self.min_delta = min_delta
+        self.threshold = threshold
+        self.divergence = divergence
+        self.check_finite = check_finite
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"lm.EarlyStop({self.metric!r}, {self.mode!r}, patience={self.patience})"
+
+    def on_start(self, view: View) -> None:
+        """A new run begins without memory; one that goes on keeps it."""
+        if view.clock.step == 0:
+            self._forget()
+        self._stopped = False
+        self._published.clear()
+
+    def on_log(self, view: View) -> None:
+        """Take in a report of the metric."""
+        if self.metric in view.metrics:
+            if not self._stopped:  # what is published while the run winds up decides nothing
+                self._report(float(view.metrics[self.metric]), view)
+            return
+        # Only a name's second report: another callback may publish the metric between two of them.
+        if not self._reports and any(self._alike(name) for name in self._published & view.metrics.keys()):
+            raise self._missing()
+        self._published.update(view.metrics)
+
+    def on_validate(self, view: View) -> None:
+        """A validation that should have given the metric did."""
+        self._published.update(view.metrics)
+        if not self._reports and any(map(self._alike, self._published)):
+            raise self._missing()
+
+    def on_end(self, view: View) -> None:
+        """A metric that was never published is a mistake that would otherwise go unseen."""
+        if not self._reports:
+            raise self._missing()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best report, the number of reports without improvement since, and of all."""
+        best = self._best if math.isfinite(self._best) else str(self._best)  # JSON has no infinity
+        return {"best": best, "bad": self._bad, "reports": self._reports}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._best, self._bad, self._reports = float(state["best"]), state["bad"], state["reports"]
+
+    def _forget(self) -> None:
+        self._best = math.inf if self.mode == "min" else -math.inf
+        self._bad = 0
+        self._reports = 0
+        self._stopped = False
+        self._published: set[str] = set()
+
+    def _report(self, value: float, view: View) -> None:
+        self._reports += 1
+        reason = self._at_once(value) or self._patience(value)
+        if reason:
+            self._stopped = True
+            view.stop(reason)
+
+    def _at_once(self, value: float) -> str:
+        if self.check_finite and not math.isfinite(value):
+            return f"{self.metric} is {value}, not finite; the best was {self._best:g}"
+        if self.threshold is not None and self._better(value, self.threshold):
+            return f"{self.metric} is {value:g}, better than the threshold {self.threshold:g}"
+        if self.divergence is not None and self._better(self.divergence, value):
+            return f"{self.metric} is {value:g}, worse than {self.divergence:g}: it diverges"
+        return ""
+
+    def _patience(self, value: float) -> str:
+        margin = self.min_delta if self.mode == "min" else -self.min_delta
+        if self._better(value + margin, self._best):
+            self._best, self._bad = value, 0
+            return ""
+        self._bad += 1
+        if self._bad < self.patience:
+            return ""
+        return f"{self.metric} has not improved on {self._best:g} for {self._bad} report{'s' * (self._bad != 1)}"
+
+    def _better(self, value: float, other: float) -> bool:
+        return value < other if self.mode == "min" else value > other
+
+    def _alike(self, name: str) -> bool:
+        """Whether `name` is published together with the metric: "val/accuracy" with "val/loss", a lane's too."""
+        group = self.metric.rpartition("/")[0]
+        return name.startswith(f"{self.metric}/") or (group != "" and name.rpartition("/")[0] == group)
+
+    def _missing(self) -> StepError:
+        published = ", ".join(map(repr, sorted(self._published))) or "nothing"
+        return StepError(
+            f"EarlyStop waits for {self.metric!r}, which was never published. What was: {published}. Give it one of"
+            " these names, return the metric from the step, or let the Runner validate:"
+            " runner.fit(..., validate=lm.Validate(eval_step, data))"
+        )

@@ -1,0 +1,436 @@
+"""One call of `Runner.fit`: the loop, and what happens between its steps.
+
+Between two logging points the loop does nothing but fetch a batch, call the step and count: no number leaves the
+device, nothing is synchronised.
+
+At a step where several things are due they happen in one order: log, validate, save. Each counts as done only when it
+is, so a run that is interrupted in the middle of them, and goes on from there, does the rest first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lumen import checkpoint, tree
+from lumen.checkpoint import rng
+from lumen.core.donation import is_retired
+from lumen.core.step import Step, StepFn, compose
+from lumen.data.feed import feed
+from lumen.errors import BatchError, CheckpointError
+from lumen.sinks import configure
+from lumen.train.callbacks import View
+from lumen.train.checkpointer import candidates, first_whole
+from lumen.train.clock import NEVER, Clock, Timer, Until
+from lumen.train.counts import count_rows, count_tokens
+from lumen.train.flops import flops_of
+from lumen.train.journal import Journal
+from lumen.train.place import Placed
+from lumen.train.plateau import fed
+from lumen.train.progress import Silent, make_progress
+from lumen.train.signals import Interrupted, Signals, interactive
+from lumen.train.validate import Validate, evaluate_until, params_for
+from lumen.transforms.unroll import stack, unroll
+
+if TYPE_CHECKING:
+    from lumen.train.runner import Runner
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: its last `state`, the newest of each of its `metrics`, its `clock`, and the `reason`.
+
+    The state still has the slots of the run's transforms (`lm.ema.params(result.state)`), and can be given to
+    `Runner.fit` again; `export()` gives the plain one.
+    """
+
+    state: Any
+    metrics: dict[str, float]
+    clock: Clock
+    reason: str
+    step: Step = field(repr=False)
+
+    def export(self) -> Any:
+        """The plain state, without slots and in ordinary places."""
+        return self.step.export(self.state)
+
+
+class Fit:
+    """One run."""
+
+    def __init__(
+        self, runner: Runner, state: Any, data: Any, until: Until, validations: list[Validate], limit: int | None
+    ) -> None:
+        self.runner = runner
+        self.state = state
+        self.until = until
+        self.validations = validations
+        self.clock = Clock(step=_step_of(state))
+        self.reason = ""
+        self._feed = Placed(feed(data), state)
+        self._limit = limit
+        self._progress = make_progress(runner.progress)
+        self._journal = Journal(runner.sinks, self._progress, self.clock, runner.peak(state))
+        self._signals = Signals(self._wake_up)
+        self._single, self._unrolled = without_unroll(runner.step)
+        self._count_tokens = runner.tokens or (count_tokens if until.needs_tokens() else None)
+        self._log_timer = Timer(runner.log_every, self.clock)
+        self._timers = [Timer(validate.every, self.clock) for validate in validations]
+        self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
+        self._saved_at: tuple[int, ...] = ()
+        self._training = False
+        self._in_step = False
+        self._counted: Any = None  # the state that the clock speaks of
+        self._listens = runner.callbacks.listens("on_step")
+        self._began = runner.now()
+        # Something looks at every step: a display, a callback, or a limit that is not a number of steps.
+        timed = any(timer.every.seconds is not None for timer in self._all_timers())
+        self._watched = self._listens or timed or not isinstance(self._progress, Silent) or not until.only_steps()
+        self._wake = 0
+
+    def run(self, resume: str | os.PathLike[str]) -> Result:
+        """Train until the end, and clean up however it comes."""
+        store = self.runner.checkpoint.store if self.runner.checkpoint is not None else None
+        try:
+            if store is not None:
+                store.open()
+            self._go_on(resume)
+            with self._signals:
+                self._progress.start(self._total(), self.clock.step)
+                self._train()
+                if store is not None:
+                    store.wait()
+        except BaseException as error:
+            self._failed(error)
+            raise
+        finally:
+            self._close()
+        result = self._result()
+        if self.reason == self._signals.received and not (self.reason == "SIGINT" and interactive()):
+            raise Interrupted(result)
+        return result
+
+    # ---------------------------------------------------------------------------------------- the loop
+
+    def _train(self) -> None:
+        callbacks = self.runner.callbacks
+        self._training = True
+        self._counted = self.state
+        for sink in self.runner.sinks:
+            configure(sink, self.runner.description())
+        callbacks.call("on_start", self._view(self._journal.newest))
+        self._wake = self._next_event()
+        if self.clock.step:  # what was due, and not done, when the checkpoint was made
+            self._events(epoch_end=self.clock.batch == 0)
+        while not self._over():
+            self._epoch()
+            if self.reason and self.clock.batch != self._epoch_length():
+                break
+            if self.clock.batch == 0:
+                self._no_batch()
+                break
+            self.clock.epoch += 1
+            self.clock.batch = 0
+            self._tick(epoch_end=True)
+        if self.reason == self._signals.received:
+            self._save()
+            callbacks.call("on_exception", self._view(self._journal.newest), Interrupted(self._result()))
+            return
+        self._log()
+        self._save()
+        callbacks.call("on_end", self._view(self._journal.newest))
+
+    def _epoch(self) -> None:
+        clock, meter = self.clock, self._journal.meter
+        for run, batch, count in self._calls(self._batches()):
+            self._in_step = True
+            self.state, metrics = run(self.state, batch)
+            meter.add(metrics)
+            clock.step += count
+            clock.batch += count
+            clock.rows += count_rows(batch, count > 1)
+            if self._count_tokens is not None:
+                clock.tokens += self._count_tokens(batch)
+            self._counted, self._in_step = self.state, False
+            if clock.step < self._wake and not self._watched:
+                continue
+            if self._listens:
+                self.runner.callbacks.call("on_step", self._view(metrics, batch))
+            self._tick()
+            if self._over():
+                return
+
+    def _batches(self) -> Iterator[Any]:
+        batches = self._feed.epoch(self.clock.epoch, self.clock.batch)
+        if self.runner.mfu and self._journal.flops_per_step is None:
+            batches = self._measured(batches)
+        if self._limit is None:
+            return batches
+        return itertools.islice(batches, self._limit - self.clock.batch)
+
+    def _measured(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, after the FLOPs of a step on the first one were counted."""
+        for batch in batches:
+            self._journal.flops_per_step = flops_of(self.runner.step, self.state, batch)
+            return itertools.chain([batch], batches)
+        return iter(())
+
+    def _calls(self, batches: Iterator[Any]) -> Iterator[tuple[StepFn, Any, int]]:
+        """`(step, batch, how many optimizer steps)`: one by one, or stacked in groups where the step unrolls."""
+        single, size = self._single, self._unrolled
+        if size == 1:
+            for batch in batches:
+                yield single, batch, 1
+            return
+        group: list[Any] = []
+        for batch in batches:
+            group.append(batch)
+            if len(group) < min(size, self._steps_left()):
+                continue
+            yield from _stacked(group, size, self.runner.step, single)
+            group = []
+        yield from _stacked(group, size, self.runner.step, single)
+
+    def _tick(self, epoch_end: bool = False) -> None:
+        self.clock.seconds = self.runner.now() - self._began
+        self._progress.tick(self.clock)
+        self._events(epoch_end)
+        self._wake = self._next_event()
+
+    def _over(self) -> bool:
+        if self._signals.received and not self.reason:
+            self.reason = self._signals.received
+        elif self.until.reached(self.clock) and not self.reason:
+            self.reason = repr(self.until)
+        return bool(self.reason)
+
+    # ---------------------------------------------------------------------------------------- events
+
+    def _events(self, epoch_end: bool) -> None:
+        if self._log_timer.due(self.clock):
+            self._log()
+        save = False
+        for validate, timer in zip(self.validations, self._timers, strict=True):
+            if (epoch_end or validate.every.epochs is None) and timer.due(self.clock):
+                if not self._validate(validate):
+                    return  # a signal: what is left is done when the run goes on
+                timer.restart(self.clock)
+                save = save or self._makes_best()
+        if save or (self._save_timer is not None and self._save_due(self._save_timer, epoch_end)):
+            self._save(again=save)
+
+    def _makes_best(self) -> bool:
+        """Whether what was just measured is among the best, and so is to be kept."""
+        return self.runner.checkpoint is not None and self.runner.checkpoint.wants(self._journal.fresh)
+
+    def _save_due(self, timer: Timer, epoch_end: bool) -> bool:
+        return (epoch_end or timer.every.epochs is None) and timer.due(self.clock)
+
+    def _log(self) -> None:
+        self._log_timer.restart(self.clock)
+        if self.runner.checkpoint is not None:
+            self.runner.checkpoint.store.check()
+        values = self._journal.training(self.state)
+        if values:
+            self._publish(values)
+
+    def _validate(self, validate: Validate) -> bool:
+        """Whether it was done, rather than cut off by a signal."""
+        self._log()
+        state = params_for(validate, self.state)
+        found: dict[str, float] = {}
+        for name, data in validate.loaders():
+            values = evaluate_until(
+                validate.step,
+                state,
+                Placed(feed(data), self.state).epoch(0),
+                self.runner.step.transforms,
+                limit=validate.limit,
+                stop=lambda: self._signals.received is not None,
+            )
+            if values is None:
+                return False
+            found.update({f"{name}/{key}": value for key, value in values.items()})
+        self._publish(found)
+        if self.runner.plateau in found or f"{self.runner.plateau}/0" in found:
+            self.state = fed(self.state, str(self.runner.plateau), found)
+        self.runner.callbacks.call("on_validate", self._view(self._journal.newest))
+        self.clock.seconds = self.runner.now() - self._began
+        self._journal.mark()  # throughput is that of training alone
+        return True
+
+    def _publish(self, values: Mapping[str, Any]) -> None:
+        self._journal.publish(values)
+        if self.runner.callbacks.listens("on_log"):
+            self.runner.callbacks.call("on_log", self._view(values))
+
+    # ---------------------------------------------------------------------------------------- saving
+
+    def _save(self, again: bool = False) -> None:
+        """A checkpoint of this very moment, unless there is one already that knows as much."""
+        place = (self.clock.step, self.clock.epoch, self.clock.batch)
+        if self.runner.checkpoint is None or self._save_timer is None or (self._saved_at == place and not again):
+            return
+        self._save_timer.restart(self.clock)
+        self.runner.checkpoint.store.save(
+            self.clock.step,
+            self.state,
+            extra={
+                "rng": rng.capture(),
+                "meter": self._journal.meter.state_dict(),
+                "feed": self._feed.state_dict(self.clock.epoch, self.clock.batch),
+            },
+            meta=self._memory(),
+            metrics=self._journal.fresh,
+        )
+        self._saved_at = place
+        self.runner.callbacks.call("on_checkpoint", self._view(self._journal.newest))
+
+    def _memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: plain data."""
+        return {
+            "clock": self.clock.state_dict(),
+            "timers": [timer.state_dict() for timer in self._all_timers()],
+            "journal": self._journal.state_dict(),
+            "callbacks": self.runner.callbacks.state_dict(),
+            **self.runner.description(),
+        }
+
+    def _go_on(self, resume: str | os.PathLike[str]) -> None:
+        """Take up the run where the checkpoint left it, if there is one."""
+        checkpointer = self.runner.checkpoint
+
+        def set_aside(path: Path) -> None:
+            assert checkpointer is not None
+            checkpointer.store.set_aside(path)
+
+        found = first_whole(candidates(checkpointer, resume), self._read, set_aside)
+        if found is None:
+            if checkpointer is not None:
+                self._journal.rewind(checkpointer.begin(resume, self._journal.positions()))
+            return
+        self.state, extra, meta = found
+        self.clock.load_state_dict(meta["clock"])
+        self._began = self.runner.now() - self.clock.seconds
+        for timer, saved in zip(self._all_timers(), meta["timers"], strict=False):
+            timer.load_state_dict(saved)
+        self._journal.load_state_dict(meta["journal"])
+        self._journal.meter.load_state_dict(extra.get("meter", {}))
+        self.runner.callbacks.load_state_dict(meta["callbacks"])
+        self._feed.load_state_dict(extra.get("feed", {}))
+        self._saved_at = (self.clock.step, self.clock.epoch, self.clock.batch)
+        rng.restore(extra["rng"])
+
+    def _read(self, path: Path) -> tuple[Any, Any, Any]:
+        meta = checkpoint.metadata(path)["meta"]
+        return checkpoint.restore(path, self.state), checkpoint.load(path, item="extra"), meta
+
+    # ---------------------------------------------------------------------------------------- endings
+
+    def _failed(self, error: BaseException) -> None:
+        """Say where it failed, and save what is whole."""
+        clock = self.clock
+        if not self._training:
+            return
+        error.add_note(f"raised in step {clock.step + 1} (epoch {clock.epoch}, batch {clock.batch})")
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError) and self._is_whole():
+            try:
+                self._save()
+            except Exception as second:  # the first error is the one to show
+                error.add_note(f"and no checkpoint could be made of step {clock.step}: {second}")
+        self.runner.callbacks.call("on_exception", self._view(self._journal.newest), error)
+
+    def _is_whole(self) -> bool:
+        """Whether the state is that of the clock's step: an error may come at any moment, as from a signal handler."""
+        donating = any(transform.donates for transform in self.runner.step.transforms)
+        half_done = self._in_step and (donating or self.state is not self._counted)
+        return self.clock.step > 0 and not is_retired(self.state) and not half_done
+
+    def _close(self) -> None:
+        self._progress.stop()
+        for sink in self.runner.sinks:
+            sink.close()
+        if self.runner.checkpoint is not None:
+            self.runner.checkpoint.store.close()
+
+    def _result(self) -> Result:
+        return Result(self.state, self._journal.newest, self.clock, self.reason, self.runner.step)
+
+    def _no_batch(self) -> None:
+        if self.clock.epoch == 0:
+            raise BatchError(
+                "the data is empty: it gave no batch. Check the dataset's length, and that batch_size with"
+                " drop_last=True is not larger than it; a generator that was used before is empty too."
+            )
+        self.reason = f"the data ended after {self.clock.epoch} epochs"
+
+    def _stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def _wake_up(self) -> None:
+        self._wake = 0
+
+    def _view(self, metrics: Any, batch: Any = None) -> View:
+        return View(self.clock, self.state, metrics, batch, stop=self._stop, log=self._publish)
+
+    # ---------------------------------------------------------------------------------------- when
+
+    def _all_timers(self) -> list[Timer]:
+        saving = [] if self._save_timer is None else [self._save_timer]
+        return [self._log_timer, *saving, *self._timers]
+
+    def _next_event(self) -> int:
+        """The step before which nothing but steps happens."""
+        if self._signals.received:
+            return 0
+        return min(*(timer.next_step for timer in self._all_timers()), self.until.steps() or NEVER)
+
+    def _steps_left(self) -> int:
+        """Steps until the next event that must not be passed over."""
+        due = [timer.next_step for timer in self._all_timers() if timer is not self._log_timer]
+        return max(1, min([*due, self.until.steps() or NEVER]) - self.clock.step)
+
+    def _epoch_length(self) -> int | None:
+        length = self._feed.length
+        return min((n for n in (length, self._limit) if n is not None), default=None)
+
+    def _total(self) -> int | None:
+        ends = [self.until.steps()]
+        epochs, length = self.until.epochs(), self._epoch_length()
+        if epochs is not None and length is not None:
+            ends.append(epochs * length)
+        return min((n for n in ends if n is not None), default=None)
+
+
+def _stacked(group: list[Any], size: int, step: StepFn, single: StepFn) -> Iterator[tuple[StepFn, Any, int]]:
+    """The group in one call where it is complete and its batches are alike, else one by one."""
+    if len(group) == size and _alike(group):
+        yield step, stack(group), size
+        return
+    for batch in group:
+        yield single, batch, 1
+
+
+def _alike(group: list[Any]) -> bool:
+    shapes = [[leaf.shape for leaf in tree.tensors(batch)] for batch in (group[0], group[-1])]
+    return shapes[0] == shapes[1]
+
+
+def without_unroll(step: Step) -> tuple[StepFn, int]:
+    """The step without its `unroll`, for what does not fill a group, and by how many it unrolls."""
+    unrolls = [t for t in step.transforms if isinstance(t, unroll)]
+    if not unrolls:
+        return step, 1
+    others = [t for t in step.transforms if not isinstance(t, unroll)]
+    return compose(*others)(step.user), unrolls[0].k
+
+
+def _step_of(state: Any) -> int:
+    step = getattr(state, "step", None)
+    return int(step.max()) if isinstance(step, Tensor) else 0

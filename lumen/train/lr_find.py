@@ -1,0 +1,223 @@
+"""`lm.lr_find`: Smith's range test for a learning rate."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lumen.core.step import StepFn, device_of
+from lumen.core.values import compute_metrics
+from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepError
+from lumen.optim.base import clone
+from lumen.optim.hyper import check_count, check_scalar
+from lumen.optim.set_lr import with_learning_rate
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `lm.lr_find` measured: the loss at each of the `lrs`, its running mean, and what they suggest.
+
+    `index` is the place of the `suggestion` among them; both are None where the loss never fell, or the search ended
+    too soon to tell. `reason` says why it ended where it did.
+    """
+
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    index: int | None
+    reason: str
+
+    @property
+    def suggestion(self) -> float | None:
+        """The learning rate at which the loss fell fastest."""
+        return None if self.index is None else self.lrs[self.index]
+
+    def __repr__(self) -> str:
+        lr = "None" if self.suggestion is None else f"{self.suggestion:.3g}"
+        return f"Finding(suggestion={lr}, {len(self.lrs)} points, {self.reason!r})"
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the curve as an image, with the suggestion marked."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # no pyplot: the user's backend stays as it is
+        axes = figure.add_subplot()
+        axes.plot(self.lrs, self.losses, alpha=0.3, label="loss")
+        axes.plot(self.lrs, self.smoothed, label="running mean")
+        if self.suggestion is not None:
+            axes.axvline(self.suggestion, linestyle=":", label=f"suggestion: {self.suggestion:.2g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.legend()
+        figure.savefig(path)
+
+
+def lr_find(
+    step: StepFn,
+    state: Any,
+    batches: Iterable[Any],
+    *,
+    low: float = 1e-7,
+    high: float = 10.0,
+    steps: int = 100,
+    smoothing: float = 0.98,
+    diverge: float | None = 4.0,
+    metric: str = "loss",
+    plot: str | os.PathLike[str] | None = None,
+) -> Finding:
+    """Train for a few steps while the learning rate grows from `low` to `high`, and suggest one to train with.
+
+    This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186). The
+    suggestion is where the loss falls fastest against the logarithm of the learning rate, before it is at its lowest:
+    where a line through the losses of a fifth of the points is steepest. The learning rate is set in the optimizer's
+    state, so a warm-up or another schedule must be left out for the search. The given state and torch's random
+    generators stay as they were.
+
+    Args:
+        step: the training step, with its transforms.
+        state: the state that `step` takes (`step.init(state)`).
+        batches: where batches come from; it is iterated again where it is shorter than `steps`.
+        low: the first learning rate.
+        high: the last one.
+        steps: how many there are, each a constant factor from the next.
+        smoothing: the share of the past in the running mean of losses, in [0, 1).
+        diverge: stop where the running mean is so many times the best one; None to go on to the end.
+        metric: which of the step's metrics is the loss.
+        plot: where to write the curve as an image, "lr.png" say.
+
+    Raises:
+        HyperparameterError: a value outside its range, or an optimizer whose learning rate is a schedule.
+        BatchError: there is no batch.
+        StepError: the step's metrics have no such number.
+        ImportError: `plot` was given, and matplotlib is missing.
+
+    >>> import lumen as lm, torch
+    >>> def step(state, batch):
+    ...     def loss_fn(params, batch):
+    ...         out, _ = state.apply(params, batch)
+    ...         return (out - 1).square().mean()
+    ...     loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    ...     return state.apply_gradients(grads), {"loss": loss}
+    >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(1e-3))
+    >>> found = lm.lr_find(step, state, [torch.ones(4, 2)])
+    >>> 0.01 < found.suggestion < 1
+    True
+    """
+    _check(low, high, steps, smoothing, diverge)
+    lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+    curve = _Curve(smoothing, diverge)
+    device = device_of(state)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        reason = _sweep(step, state, zip(lrs, _endless(batches), strict=False), metric, curve)
+    if not reason:
+        reason = f"all {steps} steps were made" if len(curve.lrs) == steps else "the batches ended"
+    index = _steepest(curve.losses, curve.smoothed, reach=max(1, steps // 10))
+    found = Finding(tuple(curve.lrs), tuple(curve.losses), tuple(curve.smoothed), index, reason)
+    if plot is not None:
+        found.plot(plot)
+    return found
+
+
+class _Curve:
+    """The losses so far with their running mean, and whether to go on."""
+
+    def __init__(self, smoothing: float, diverge: float | None) -> None:
+        self.lrs: list[float] = []
+        self.losses: list[float] = []
+        self.smoothed: list[float] = []
+        self._smoothing = smoothing
+        self._diverge = diverge
+        self._mean = 0.0
+        self._best = math.inf
+
+    def add(self, lr: float, loss: float) -> str:
+        """Take in a loss; what became of it where the search is to end, else nothing."""
+        if not math.isfinite(loss):
+            return "was not finite"
+        self._mean = self._smoothing * self._mean + (1 - self._smoothing) * loss
+        # The running mean began at zero, and would stay too small for a long time.
+        smoothed = self._mean / (1 - self._smoothing ** (len(self.losses) + 1))
+        self.lrs.append(lr)
+        self.losses.append(loss)
+        self.smoothed.append(smoothed)
+        # For a positive loss `diverge` times the best; a negative one must rise by as much.
+        if self._diverge is not None and smoothed > self._best + (self._diverge - 1) * abs(self._best):
+            return "diverged"
+        self._best = min(self._best, smoothed)
+        return ""
+
+
+def _sweep(step: StepFn, state: Any, points: Iterable[tuple[float, Any]], metric: str, curve: _Curve) -> str:
+    """Make the steps; why they ended early, or nothing."""
+    state = clone(state)  # a step may donate it
+    lr = None
+    for lr, batch in points:
+        try:
+            state, metrics = step(with_learning_rate(state, lr), batch)
+            ended = curve.add(lr, _number(metrics, metric))
+        except NonFiniteError:  # what `lm.guard` raises is an answer too
+            ended = "was not finite"
+        if ended:
+            return f"the loss {ended} at a learning rate of {lr:.3g}"
+    if lr is None:
+        raise BatchError("there is no batch to search on. A generator that was used before is empty: make a new one.")
+    return ""
+
+
+def _steepest(losses: Sequence[float], smoothed: Sequence[float], reach: int) -> int | None:
+    """Where the loss falls fastest: the centre of the line through 2·reach + 1 losses that falls fastest.
+
+    It is the losses themselves that are fitted. Their running mean lags behind: it falls fastest where the loss is
+    about to rise. Beyond the lowest running mean nothing counts, since a loss that has blown up may fall again.
+    """
+    if len(losses) <= 2 * reach:
+        return None
+    windows = torch.tensor(losses, dtype=torch.float64).unfold(0, 2 * reach + 1, 1)
+    slopes = windows @ torch.arange(-reach, reach + 1, dtype=torch.float64)  # of equal steps of the logarithm
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    slopes = slopes[: max(1, lowest - reach + 1)]
+    return reach + int(slopes.argmin()) if slopes.min() < 0 else None
+
+
+def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches again and again, where they can be iterated more than once."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            return
+
+
+def _number(metrics: Any, name: str) -> float:
+    if not isinstance(metrics, Mapping) or name not in metrics:
+        known = ", ".join(map(repr, metrics)) if isinstance(metrics, Mapping) else type(metrics).__name__
+        raise StepError(
+            f"lr_find looks for {name!r} among the step's metrics, which are {known or 'none'}. Return it from the"
+            " step, or name another: lm.lr_find(..., metric='loss')."
+        )
+    value = torch.as_tensor(compute_metrics(metrics[name]))
+    if value.numel() != 1:
+        raise StepError(
+            f"lr_find needs one number for {name!r}, not {list(value.shape)}. Search for one lane of an ensemble alone,"
+            " or return the mean from the step."
+        )
+    return float(value)
+
+
+def _check(low: float, high: float, steps: int, smoothing: float, diverge: float | None) -> None:
+    for name, value, least in (("low", low, 0.0), ("high", high, low)):
+        check_scalar(name, value, low=least, schedule=False)
+        if value == least:
+            raise HyperparameterError(f"{name}={value!r} is not allowed: give a number above {least:g}.")
+    check_count("steps", steps, low=10)
+    check_scalar("smoothing", smoothing, high=1.0, open_high=True, schedule=False)
+    if diverge is not None and not (isinstance(diverge, int | float) and diverge > 1):
+        raise HyperparameterError(f"diverge={diverge!r} is not allowed: give a number above 1, or None.")

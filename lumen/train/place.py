@@ -1,0 +1,56 @@
+"""`Placed`: a feed's batches as tensors on the state's device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.step import device_of
+from lumen.data.feed import Feed
+
+
+class Placed:
+    """Moves what is elsewhere, and makes tensors of numpy arrays; batches that need neither pass through untouched."""
+
+    def __init__(self, feed: Feed, state: Any) -> None:
+        self.length = feed.length
+        self.state_dict = feed.state_dict
+        self.load_state_dict = feed.load_state_dict
+        self._feed = feed
+        self._device = device_of(state)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the first epoch, for what needs no more than some."""
+        return self.epoch(0)
+
+    def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
+        """The batches of epoch `number` from `position`."""
+        batches = self._feed.epoch(number, position)
+        first = next(batches, None)
+        if first is None:
+            return iter(())
+        chained = itertools.chain([first], batches)
+        return map(self._place, chained) if self._must_place(first) else chained
+
+    def _must_place(self, batch: Any) -> bool:
+        leaves = tree.leaves(batch)
+        return any(isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves)
+
+    def _place(self, batch: Any) -> Any:
+        def place(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor | np.ndarray):
+                return torch.as_tensor(leaf).to(self._device, non_blocking=True)
+            return leaf
+
+        return tree.map(place, batch)
+
+
+def placed(batch: Mapping[str, Any] | Any, state: Any) -> Any:
+    """One batch, on the state's device."""
+    return next(Placed(Feed([batch]), state).epoch(0))

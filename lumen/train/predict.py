@@ -1,0 +1,70 @@
+"""Predictions: the outputs of a step over data, batch by batch or joined."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.step import Transform, compose
+from lumen.data.feed import feed
+from lumen.errors import BatchError
+from lumen.train.place import Placed
+from lumen.train.validate import evaluated, needed
+
+
+def predictions(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    data: Iterable[Any],
+    transforms: tuple[Transform, ...] = (),
+    *,
+    limit: int | None = None,
+) -> Iterator[Any]:
+    """The outputs of `step(state, batch)` for each batch of `data`, on the CPU, in evaluation mode.
+
+    >>> import lumen as lm, torch
+    >>> [len(out) for out in lm.predictions(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
+    [2, 1]
+    """
+    run = compose(*needed(transforms))(lambda state, batch: (state, step(state, batch)))
+    with torch.no_grad():
+        state = evaluated(state)
+    for batch in itertools.islice(Placed(feed(data), state).epoch(0), limit):
+        with torch.no_grad():
+            _, outputs = run(state, batch)
+        yield tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def joined(outputs: Iterable[Any]) -> Any:
+    """Outputs of several batches as one tree: tensors joined along their first dim, lists appended.
+
+    Raises `BatchError` where there are none, or where they differ in structure.
+    """
+    parts = list(outputs)
+    if not parts:
+        raise BatchError("there is nothing to predict on: the data gave no batch.")
+    spec = tree.structure(parts[0], is_leaf=_is_list)
+    for number, part in enumerate(parts):
+        if tree.structure(part, is_leaf=_is_list) != spec:
+            raise BatchError(
+                f"the outputs of batch {number} have another structure than the first: "
+                + "; ".join(tree.differences(parts[0], part))
+            )
+    return tree.map(lambda *leaves: _join(leaves), *parts, is_leaf=_is_list)
+
+
+def _join(leaves: tuple[Any, ...]) -> Any:
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return torch.cat([leaf if leaf.dim() else leaf[None] for leaf in leaves])
+    if all(isinstance(leaf, list) for leaf in leaves):
+        return list(itertools.chain.from_iterable(leaves))
+    return list(leaves)
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)

@@ -1,0 +1,150 @@
+"""`lm.Profile`: traces of a few steps of a run, for TensorBoard, Perfetto or Chrome."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from lumen.errors import HyperparameterError
+from lumen.optim.hyper import check_count
+from lumen.train.callbacks import Callback, View
+
+_ROWS = 30  # of the table
+
+
+class Profile(Callback):
+    """Profiles a few steps of a run on the CPU and, where there is one, the accelerator.
+
+    Each cycle lets `wait` steps pass, warms the profiler up for `warmup` and records `active` of them; then it writes
+    two files into `directory`: `*.pt.trace.json`, which TensorBoard's profiler plugin, ui.perfetto.dev and
+    chrome://tracing open, and `*.txt` with the operators that took longest. After the last cycle the profiler is off
+    and costs nothing. With `unroll(k)` a step is a call of k steps. A run that ends or raises while steps are being
+    recorded writes what there is.
+
+    Args:
+        directory: where the files go; made where it is missing.
+        wait: how many steps of each cycle pass unseen: those of the first are slow for reasons of their own.
+        warmup: how many steps run under the profiler but are thrown away.
+        active: how many steps are recorded.
+        repeat: how many cycles there are.
+        memory: record allocations too.
+        stacks: record the Python lines that called each operator; that makes recorded steps much slower.
+        trace: write the trace, which may be large; without it, the table alone.
+
+    Raises:
+        HyperparameterError: a count outside its range.
+
+    >>> import lumen as lm
+    >>> lm.Profile("runs/a/profile", wait=10, active=5)
+    lm.Profile('runs/a/profile', the last 5 of 17 steps)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        wait: int = 5,
+        warmup: int = 2,
+        active: int = 3,
+        repeat: int = 1,
+        memory: bool = False,
+        stacks: bool = False,
+        trace: bool = True,
+    ) -> None:
+        for name, value, low in (("wait", wait, 0), ("active", active, 1), ("repeat", repeat, 1)):
+            check_count(name, value, low=low)
+        if not isinstance(warmup, int) or warmup < 1:
+            raise HyperparameterError(
+                f"warmup={warmup!r} is not allowed: give a whole number from 1, since the first step under the profiler"
+                " carries its own start."
+            )
+        self.directory = Path(directory)
+        self._schedule = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
+        self._active = active
+        self._length = wait + warmup + active
+        self._repeat = repeat
+        self._memory = memory
+        self._stacks = stacks
+        self._trace = trace
+        self._profiler: profile | None = None
+        self._cycles = 0
+        self._left = 0
+
+    def __repr__(self) -> str:
+        each = f", {self._repeat} times" if self._repeat > 1 else ""
+        return f"lm.Profile({str(self.directory)!r}, the last {self._active} of {self._length} steps{each})"
+
+    def on_start(self, view: View) -> None:
+        """Begin the first cycle."""
+        self._stop()  # what a run that never ended may have left
+        self._cycles = self._repeat
+        self._begin()
+
+    def on_step(self, view: View) -> None:
+        """Count a step."""
+        profiler = self._profiler
+        if profiler is None:
+            return
+        profiler.step()
+        self._left -= 1
+        if self._left == 0:
+            self._stop()
+            if self._cycles:
+                self._begin()
+
+    def on_exception(self, view: View, error: BaseException) -> None:
+        """Stop, without standing in the way of the error."""
+        try:
+            self._stop()
+        except Exception as failure:
+            error.add_note(f"the profile was lost too: {failure!r}")
+
+    def on_end(self, view: View) -> None:
+        """Stop, where the run was shorter than the profile."""
+        self._stop()
+
+    def _begin(self) -> None:
+        # A profiler of its own for each cycle: torch's would gather the events of all of them.
+        self._cycles -= 1
+        self._left = self._length
+        self._profiler = profile(
+            activities=_activities(),
+            schedule=self._schedule,
+            on_trace_ready=self._write,
+            profile_memory=self._memory,
+            with_stack=self._stacks,
+        )
+        self._profiler.start()
+
+    def _stop(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+
+    def _write(self, profiler: profile) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # The plugin's own naming: a worker, a span and the ending.
+        stem = f"{socket.gethostname()}_{os.getpid()}.{time.time_ns()}"
+        if self._trace:
+            profiler.export_chrome_trace(str(self.directory / f"{stem}.pt.trace.json"))
+        on_device = len(_activities()) > 1
+        table = profiler.key_averages().table(
+            sort_by="self_device_time_total" if on_device else "self_cpu_time_total",
+            row_limit=_ROWS,
+            max_name_column_width=80,
+        )
+        (self.directory / f"{stem}.txt").write_text(table, encoding="utf-8")
+
+
+def _activities() -> list[ProfilerActivity]:
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    if torch.xpu.is_available():
+        activities.append(ProfilerActivity.XPU)
+    return activities
