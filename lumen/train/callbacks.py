@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumen.errors import StateError
+from lumen.errors import InexactWarning
 from lumen.train.clock import Clock
 
 
@@ -98,16 +99,23 @@ class Callbacks:
         return [{"kind": type(c).__name__, "state": _memory(c)} for c in self._all]
 
     def load_state_dict(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Hand each its memory; raises `StateError` where the callbacks are others than those saved."""
-        kinds = [each["kind"] for each in saved if each["state"]]
-        mine = [c for c in self._all if _memory(c)]
-        if kinds != [type(c).__name__ for c in mine]:
-            raise StateError(
-                f"the checkpoint holds the memory of the callbacks [{', '.join(kinds)}], but this run has"
-                f" [{', '.join(type(c).__name__ for c in mine)}]. Give the Runner the same ones, in the same order."
-            )
-        for callback, each in zip(mine, (each for each in saved if each["state"]), strict=True):
-            callback.load_state_dict(each["state"])
+        """Hand each its memory: that of the same class, in their order.
+
+        One that is new to the run begins without; memory that nobody takes is lost, with an `InexactWarning`.
+        """
+        waiting = list(self._all)
+        for each in saved:
+            found = next((c for c in waiting if type(c).__name__ == each["kind"]), None)
+            if found is not None:
+                waiting.remove(found)
+                if each["state"]:
+                    found.load_state_dict(each["state"])
+            elif each["state"]:
+                warnings.warn(
+                    f"the checkpoint holds the memory of a callback {each['kind']}, which this run does not have.",
+                    InexactWarning,
+                    stacklevel=2,
+                )
 
 
 def _memory(callback: Any) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Runner:
         check_limit(batches)
         source = Placed(feed(data), state)
         few = [batch for batch, _ in zip(source, range(batches), strict=False)]
-        return self._with(progress=self.progress).fit(state, few, until=until or Steps(100))
+        return self._with(progress=self.progress, log_every=10).fit(state, few, until=until or Steps(100))
 
     def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> Finding:
         """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.

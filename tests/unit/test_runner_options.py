@@ -1,0 +1,601 @@
+"""What a Runner can be asked besides `fit`, and what `fit` can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lumen as lm
+from lumen.errors import BatchError, CheckpointError, CheckpointMismatchError, StepError
+
+
+def step(state, batch):
+    def loss_fn(params, batch):
+        out, _ = state.apply(params, batch["x"])
+        return lm.Mean.of((out - batch["y"]) ** 2)
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def eval_step(state, batch):
+    out, _ = state.apply(state.params, batch["x"])
+    return {"loss": lm.Mean.of((out - batch["y"]) ** 2)}
+
+
+def make_state(tx=None, seed=0):
+    torch.manual_seed(seed)
+    return lm.TrainState.create(torch.nn.Linear(3, 1), tx or lm.optim.sgd(0.05))
+
+
+def make_data(rows=12):
+    generator = torch.Generator().manual_seed(1)
+    return {"x": torch.randn(rows, 3, generator=generator), "y": torch.randn(rows, 1, generator=generator)}
+
+
+def loader(rows=12, batch_size=4):
+    return lm.Loader(make_data(rows), batch_size=batch_size, seed=0)
+
+
+def runner(**options):
+    return lm.Runner(step, **{"progress": False, **options})
+
+
+def same(a, b):
+    return all(torch.equal(a.params[name], b.params[name]) for name in a.params)
+
+
+class Recorded:
+    """A validation metric that takes these values, one for each validation."""
+
+    def __init__(self, values):
+        self.values = iter(values)
+
+    def __call__(self, state, batch):
+        return {"loss": torch.tensor(next(self.values))}
+
+    def validate(self, **options):
+        return lm.Validate(self, [make_data(2)], **options)
+
+
+# ------------------------------------------------------------------------------------------- asked
+
+
+def test_predictions_come_in_the_order_of_the_data():
+    data = make_data(7)
+    state = make_state()
+    rows = lm.Loader(data, batch_size=3, shuffle=False)
+
+    def predict_step(state, batch):
+        out, _ = state.apply(state.params, batch["x"])
+        return {"y": out, "mean": out.mean(), "names": [f"row {x:.3f}" for x in batch["x"][:, 0].tolist()]}
+
+    found = runner().predict(predict_step, state, rows)
+    torch.testing.assert_close(found["y"], state.apply(state.params, data["x"])[0])
+    assert found["mean"].shape == (3,)
+    assert found["names"] == [f"row {x:.3f}" for x in data["x"][:, 0].tolist()]
+    assert not found["y"].requires_grad
+    assert runner().predict(predict_step, state, rows, limit=1)["y"].shape == (3, 1)
+
+
+def test_predictions_one_by_one_hold_nothing_back():
+    read = []
+
+    def batches():
+        for i in range(5):
+            read.append(i)
+            yield torch.full((2,), float(i))
+
+    stream = lm.predictions(lambda state, batch: batch + 1, {}, batches())
+    assert next(stream).tolist() == [1.0, 1.0]
+    assert len(read) <= 2
+    assert len(list(stream)) == 4
+
+
+def test_prediction_runs_in_evaluation_mode_and_under_precision():
+    net = torch.nn.Sequential(torch.nn.Dropout(0.9), torch.nn.Linear(3, 1))
+    state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+    dtypes = []
+
+    def predict_step(state, batch):
+        out, _ = state.apply(state.params, batch["x"])
+        dtypes.append(torch.is_grad_enabled())
+        return out
+
+    first = lm.Runner(step, transforms=[lm.precision("bf16")]).predict(predict_step, state, loader())
+    again = lm.Runner(step, transforms=[lm.precision("bf16")]).predict(predict_step, state, loader())
+    plain = lm.Runner(step).predict(predict_step, state, loader())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, plain)
+    assert not any(dtypes)
+
+
+def test_predictions_that_do_not_fit_together():
+    outputs = iter([{"a": torch.ones(1)}, {"b": torch.ones(1)}])
+    with pytest.raises(BatchError, match="missing a; unexpected b"):
+        runner().predict(lambda state, batch: next(outputs), {}, [torch.ones(1)] * 2)
+    with pytest.raises(BatchError, match="no batch"):
+        runner().predict(lambda state, batch: batch, {}, [])
+
+
+def test_smoke_runs_one_batch_of_everything_and_leaves_no_trace(tmp_path):
+    called, sink = [], lm.sinks.Memory()
+
+    class Watch(lm.Callback):
+        def on_start(self, view):
+            called.append(view)
+
+    seen = []
+
+    def counting(state, batch):
+        seen.append(len(batch["x"]))
+        return eval_step(state, batch)
+
+    state = make_state(lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()))
+    before = lm.tree.map(torch.clone, state)
+    job = runner(
+        transforms=[lm.ema(0.9), lm.donate()],
+        checkpoint=lm.Checkpointer(tmp_path / "run"),
+        sinks=[sink],
+        callbacks=[Watch()],
+        plateau="val/loss",
+    )
+    validate = [lm.Validate(counting, loader()), lm.Validate(counting, loader(), name="other", use="ema")]
+    result = job.smoke(state, loader(), validate=validate)
+    assert result.clock.step == 1
+    assert len(seen) == 2
+    assert {"train/loss", "val/loss", "other/loss"} <= result.metrics.keys()
+    assert (sink.rows, called) == ([], [])
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(a, b) for a, b in zip(lm.tree.tensors(before), lm.tree.tensors(state), strict=True))
+
+
+def test_smoke_finds_what_would_fail_hours_later():
+    def broken(state, batch):
+        return {"loss": batch["z"]}
+
+    with pytest.raises(KeyError, match="z"):
+        runner().smoke(make_state(), loader(), validate=lm.Validate(broken, loader(), every=lm.Every(epochs=100)))
+
+    class Opaque:
+        pass
+
+    @lm.state
+    class Odd(lm.TrainState):
+        extra: object = None
+
+    with pytest.raises(CheckpointError, match="extra"):
+        runner().smoke(Odd.create(torch.nn.Linear(3, 1), lm.optim.sgd(0.1), extra=Opaque()), loader())
+
+
+def test_overfitting_a_batch_brings_its_loss_to_nothing():
+    state = make_state(lm.optim.adam(0.1))
+    result = runner(transforms=[lm.donate()]).overfit(state, loader(batch_size=3), until=lm.Steps(400))
+    assert result.metrics["train/loss"] < 1e-4
+    assert int(state.step) == 0
+    assert runner().overfit(state, loader(), batches=2).clock.epoch == 50  # 100 steps over the same two
+
+
+@pytest.mark.parametrize("transforms", [(), (lm.unroll(2), lm.donate())], ids=str)
+def test_lr_find_through_the_runner(tmp_path, transforms):
+    found = runner(transforms=transforms).lr_find(make_state(), loader(), steps=30, plot=tmp_path / "lr.png")
+    assert 1e-6 < found.suggestion < 10
+    assert (tmp_path / "lr.png").stat().st_size > 1000
+
+
+def test_evaluate_with_a_limit():
+    data = loader(12)
+    whole, first = (runner().evaluate(eval_step, make_state(), data, limit=limit)["loss"] for limit in (None, 1))
+    assert whole != first
+    with pytest.raises(BatchError, match="limit=0"):
+        runner().evaluate(eval_step, make_state(), data, limit=0)
+
+
+# ------------------------------------------------------------------------------------------- told
+
+
+def test_a_limit_bounds_each_epoch_and_goes_on_exactly(tmp_path):
+    sink = lm.sinks.Memory()
+    validate = lm.Validate(eval_step, loader(), limit=1)
+    result = runner(sinks=[sink]).fit(make_state(), loader(), until=lm.Epochs(3), limit=2, validate=validate)
+    assert (result.clock.step, result.clock.rows) == (6, 24)
+    assert sink["val/loss"][0] == [2, 4, 6]
+    options = {"checkpoint": lm.Checkpointer(tmp_path, every=lm.Every(steps=1))}
+    runner(**options).fit(make_state(), loader(), until=lm.Steps(3), limit=2)
+    again = runner(**options).fit(make_state(seed=9), loader(), until=lm.Epochs(3), limit=2, resume="auto")
+    assert same(again.state, result.state)
+
+
+def test_ends_after_so_many_tokens():
+    batches = [{"mask": torch.ones(2, 5), "ids": torch.zeros(2, 5, dtype=torch.int64)}] * 7
+
+    def noop(state, batch):
+        return state.replace(step=state.step + 1), {}
+
+    result = lm.Runner(noop, progress=False).fit(make_state(), batches, until=lm.Tokens(35) | lm.Epochs(9))
+    assert (result.clock.tokens, result.clock.step, result.reason) == (40, 4, "Tokens(35) | Epochs(9)")
+    result = lm.Runner(noop, progress=False, tokens=lambda batch: 100).fit(make_state(), batches, until=lm.Tokens(250))
+    assert result.clock.step == 3
+    with pytest.raises(BatchError, match="tokens=lambda"):
+        runner().fit(make_state(), loader(), until=lm.Tokens(5))
+
+
+def test_tokens_rows_and_throughput_are_logged():
+    now = itertools.count().__next__
+    sink = lm.sinks.Memory()
+    batches = [{"x": torch.ones(2, 3), "y": torch.zeros(2, 1)}] * 8
+    job = runner(
+        sinks=[sink],
+        log_every=4,
+        tokens=lambda batch: 10 * len(batch["x"]),
+        mfu=1000.0,
+        clock=lambda: float(now()),
+        callbacks=[lm.Callback()],
+    )
+    job.fit(make_state(), batches, until=lm.Epochs(1) | lm.Seconds(1000))
+    values = dict(sink.rows[-1][1])
+    assert values["rows_per_second"] == pytest.approx(2 * values["steps_per_second"])
+    assert values["tokens_per_second"] == pytest.approx(20 * values["steps_per_second"])
+    flops = lm.flops_of(step, make_state(), batches[0])
+    assert values["mfu"] == pytest.approx(flops * values["steps_per_second"] / 1000.0)
+
+
+@pytest.mark.parametrize("transforms", [(), (lm.unroll(4),)], ids=str)
+def test_rows_are_counted_from_shapes(transforms):
+    result = runner(transforms=transforms).fit(make_state(), loader(10), until=lm.Epochs(2))
+    assert result.clock.rows == 20
+
+
+def test_validation_over_several_sets_by_name():
+    data = {"near": loader(), "far": lm.Loader(make_data(4), batch_size=2)}
+    result = runner().fit(make_state(), loader(), until=lm.Epochs(1), validate=lm.Validate(eval_step, data))
+    assert {"val/near/loss", "val/far/loss"} <= result.metrics.keys()
+    expected = lm.evaluate(eval_step, result.state, data["far"])["loss"]
+    assert result.metrics["val/far/loss"] == pytest.approx(expected)
+    with pytest.raises(BatchError, match="empty dict"):
+        lm.Validate(eval_step, {})
+
+
+def test_seconds_between_validations_are_those_of_the_clock():
+    now = itertools.count(step=7).__next__
+    sink = lm.sinks.Memory()
+    validate = lm.Validate(eval_step, loader(), every=lm.Every(seconds=60))
+    runner(sinks=[sink], clock=lambda: float(now())).fit(
+        make_state(), [make_data(4)] * 40, until=lm.Epochs(1), validate=validate
+    )
+    assert len(sink["val/loss"][0]) >= 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_plateau_is_fed_as_torch_feeds_its_scheduler(seed, mode):
+    generator = torch.Generator().manual_seed(seed)
+    series = torch.rand(25, generator=generator).round(decimals=1).tolist()
+    settings = {"factor": 0.5, "patience": seed % 3, "cooldown": seed % 2, "mode": mode}
+    sink = lm.sinks.Memory()
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(**settings))
+    validate = Recorded(series).validate(every=lm.Every(steps=1))
+    job = runner(sinks=[sink], plateau="val/loss", log_every=1)
+    job.fit(make_state(tx), [make_data(4)] * 25, until=lm.Epochs(1), validate=validate)
+    # The rate at step n is that after the n-1 reports before it.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, eps=1e-9, **settings)
+    expected = []
+    for value in series:
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(value)
+    assert sink["lr"][1] == pytest.approx(expected)
+
+
+def test_plateau_in_a_sweep_is_fed_lane_by_lane():
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(patience=0, factor=0.5, threshold=0.5))
+    job = runner(transforms=[lm.sweep(lr=[1e-9, 0.05])], plateau="val/loss")
+    validate = lm.Validate(eval_step, loader(), every=lm.Every(steps=1))
+    result = job.fit(make_state(tx), loader(), until=lm.Steps(3), validate=validate)
+    scales = [leaf for path, leaf in lm.tree.named_tensors(result.state.opt_state) if path.endswith("scale")]
+    assert scales[0][0] < 1  # hardly learns at all
+
+
+@pytest.mark.parametrize(
+    ("plateau", "tx", "says"),
+    [
+        (None, lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()), 'plateau="val/loss"'),
+        ("val/loss", None, "no reduce_on_plateau"),
+        ("test/loss", lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()), "are called val"),
+    ],
+)
+def test_a_plateau_that_nothing_feeds(plateau, tx, says):
+    with pytest.raises(StepError, match=says):
+        runner(plateau=plateau).fit(
+            make_state(tx), loader(), until=lm.Steps(1), validate=lm.Validate(eval_step, loader())
+        )
+
+
+@pytest.mark.parametrize(
+    ("series", "patience", "epochs"), [([6, 5, 5, 5, 5, 5], 3, 5), ([6, 5, 4, 4, 3, 3], 1, 4), ([3, 2, 1], 1, 3)]
+)
+def test_early_stopping_ends_after_the_epoch_that_lightning_ends_after(series, patience, epochs):
+    validate = Recorded(map(float, series)).validate()
+    job = runner(callbacks=[lm.EarlyStop("val/loss", patience=patience)])
+    result = job.fit(make_state(), loader(), until=lm.Epochs(len(series)), validate=validate)
+    assert result.clock.epoch == epochs
+    assert ("has not improved" in result.reason) == (epochs < len(series))
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(tmp_path):
+    series = [6.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+
+    def job():
+        return runner(callbacks=[lm.EarlyStop("val/loss", patience=3)], checkpoint=lm.Checkpointer(tmp_path))
+
+    job().fit(make_state(), loader(), until=lm.Epochs(3), validate=Recorded(series[:3]).validate())
+    result = job().fit(
+        make_state(), loader(), until=lm.Epochs(6), validate=Recorded(series[3:]).validate(), resume="auto"
+    )
+    assert result.clock.epoch == 5
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(("k", "kept"), [(2, {2, 4}), (3, {2, 3, 4})])
+def test_the_best_k_are_those_that_lightning_keeps(tmp_path, k, kept):
+    checkpoint = lm.Checkpointer(tmp_path, best=("val/loss", "min"), keep_best=k)
+    validate = Recorded([10, 9, 2.8, 5, 2.5]).validate()
+    runner(checkpoint=checkpoint).fit(make_state(), [make_data(4)], until=lm.Epochs(5), validate=validate)
+    assert {step - 1 for step in checkpoint.store.steps()} == kept  # one step an epoch
+    assert checkpoint.best().name == "5"
+
+
+def test_a_best_validation_is_kept_though_no_save_was_due(tmp_path):
+    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=1000), best=("val/loss", "min"))
+    validate = Recorded([3.0, 1.0, 2.0, float("nan")]).validate(every=lm.Every(steps=3))
+    runner(checkpoint=checkpoint).fit(make_state(), loader(), until=lm.Steps(12), validate=validate)
+    assert checkpoint.store.steps() == [6, 12]
+    assert checkpoint.best().name == "6"
+
+
+def test_a_save_each_60_seconds_of_7_second_batches(tmp_path):
+    seconds = [0.0]
+
+    def slow(state, batch):
+        seconds[0] += 7.0
+        return step(state, batch)
+
+    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(seconds=60), keep=None)
+    saved = []
+
+    class Count(lm.Callback):
+        def on_checkpoint(self, view):
+            saved.append(view.clock.step)
+
+        def on_step(self, view):
+            if view.clock.step == 128:
+                assert len(saved) == 14  # without the one at the end of the run
+
+    job = lm.Runner(slow, progress=False, checkpoint=checkpoint, callbacks=[Count()], clock=lambda: seconds[0])
+    job.fit(make_state(), [make_data(4)] * 128, until=lm.Epochs(1))
+    assert saved == [9 * i for i in range(1, 15)] + [128]
+    assert checkpoint.store.steps() == saved
+
+
+def test_keep_last_and_every_nth(tmp_path):
+    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=2), keep=2, keep_every=6)
+    runner(checkpoint=checkpoint).fit(make_state(), loader(), until=lm.Steps(15))
+    assert checkpoint.store.steps() == [6, 12, 14, 15]
+
+
+def test_a_directory_with_checkpoints_is_not_begun_anew(tmp_path):
+    options = {"checkpoint": lm.Checkpointer(tmp_path)}
+    runner(**options).fit(make_state(), loader(), until=lm.Epochs(1))
+    with pytest.raises(CheckpointError, match=r"up to step 3.*resume=\"auto\""):
+        runner(**options).fit(make_state(), loader(), until=lm.Epochs(2))
+    again = runner(**options).fit(make_state(), loader(), until=lm.Epochs(1), resume="auto")
+    assert (again.clock.step, again.reason) == (3, "Epochs(1)")  # it was through already
+
+
+def test_going_on_from_a_path_into_another_directory(tmp_path):
+    whole = runner(checkpoint=lm.Checkpointer(tmp_path / "a", every=lm.Every(steps=2), keep=None))
+    expected = whole.fit(make_state(), loader(), until=lm.Epochs(2))
+    for path in (tmp_path / "a", tmp_path / "a" / "checkpoints" / "4"):
+        other = lm.Checkpointer(tmp_path / f"from-{path.name}")
+        result = runner(checkpoint=other).fit(make_state(seed=3), loader(), until=lm.Epochs(2), resume=path)
+        assert same(result.state, expected.state)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        runner().fit(make_state(), loader(), until=lm.Epochs(2), resume=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="Checkpointer"):
+        runner().fit(make_state(), loader(), until=lm.Epochs(2), resume="auto")
+
+
+def test_going_on_with_another_model_or_other_data_says_what_differs(tmp_path):
+    runner(checkpoint=lm.Checkpointer(tmp_path)).fit(make_state(), loader(), until=lm.Epochs(1))
+    wide = lm.TrainState.create(torch.nn.Linear(3, 2), lm.optim.adam(0.1))
+    job = runner(checkpoint=lm.Checkpointer(tmp_path))
+    with pytest.raises(CheckpointMismatchError, match="params/weight"):
+        job.fit(wide, loader(), until=lm.Epochs(2), resume="auto")
+    with pytest.raises(BatchError, match=r"batch_size=4 \(here 6\)"):
+        job.fit(make_state(), loader(batch_size=6), until=lm.Epochs(2), resume="auto")
+
+
+def test_callbacks_may_join_and_leave_between_two_parts_of_a_run(tmp_path):
+    def part(epochs, *callbacks):
+        job = runner(checkpoint=lm.Checkpointer(tmp_path), callbacks=callbacks)
+        validate = lm.Validate(eval_step, loader())
+        return job.fit(make_state(), loader(), until=lm.Epochs(epochs), resume="auto", validate=validate)
+
+    part(1)
+    first, second = lm.EarlyStop("val/loss", patience=50), lm.EarlyStop("train/loss", patience=60)
+    part(2, first, second)
+    again = lm.EarlyStop("val/loss", patience=50), lm.EarlyStop("train/loss", patience=60)
+    part(2, _Fail(at=-1), *again)
+    assert [each.state_dict() for each in again] == [first.state_dict(), second.state_dict()]
+    with pytest.warns(lm.InexactWarning, match="memory of a callback EarlyStop") as caught:
+        part(3)
+    assert len(caught) == 2
+
+
+def test_what_is_logged_beside_the_numbers(tmp_path):
+    @dataclasses.dataclass
+    class Config:
+        lr: float = 0.05
+        layers: tuple[int, ...] = (3, 1)
+        rate: float = math.inf
+
+    sink = lm.sinks.Memory()
+    checkpoint = lm.Checkpointer(tmp_path / "run")
+    job = runner(
+        transforms=[lm.ema(0.9)],
+        config=Config(),
+        sinks=[sink, lm.sinks.JSONL(tmp_path / "metrics.jsonl")],
+        checkpoint=checkpoint,
+    )
+    job.fit(make_state(), loader(), until=lm.Epochs(1))
+    for found in (
+        sink.configuration,
+        json.loads((tmp_path / "metrics.config.json").read_text()),
+        lm.checkpoint.metadata(checkpoint.latest())["meta"],
+    ):
+        assert found["config"] == {"lr": 0.05, "layers": [3, 1], "rate": "inf"}
+        assert found["step"] == "lm.ema(0.9)(step)"
+        assert found["versions"]["torch"] == torch.__version__
+        assert "git" in found
+    with pytest.raises(StepError, match="mapping or a dataclass"):
+        runner(config=3)
+
+
+def test_half_merged_torchmetrics_survive_an_interruption(tmp_path):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    auroc = lm.metrics.from_torchmetrics(torchmetrics.classification.BinaryAUROC())
+
+    def scored(state, batch):
+        state, metrics = step(state, batch)
+        scores = batch["x"][:, 0].sigmoid()
+        return state, {**metrics, "auroc": auroc.of(scores, (batch["y"][:, 0] > 0).long())}
+
+    def run(directory, until, resume="never"):
+        sink = lm.sinks.Memory()
+        job = lm.Runner(
+            scored,
+            progress=False,
+            sinks=[sink],
+            log_every=5,
+            checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=3)),
+        )
+        job.fit(make_state(), loader(10), until=until, resume=resume)
+        return sink
+
+    whole = run(tmp_path / "whole", lm.Steps(10))
+    first = lm.Runner(
+        scored,
+        progress=False,
+        log_every=5,
+        checkpoint=lm.Checkpointer(tmp_path / "parts", every=lm.Every(steps=3)),
+        callbacks=[_Fail(at=8)],
+    )
+    with pytest.raises(RuntimeError, match="a fault"):
+        first.fit(make_state(), loader(10), until=lm.Steps(10))
+    again = run(tmp_path / "parts", lm.Steps(10), resume="auto")
+    assert again["train/auroc"][1] == whole["train/auroc"][1][1:]
+    assert again["train/loss"][1] == whole["train/loss"][1][1:]
+
+
+class _Fail(lm.Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step(self, view):
+        if view.clock.step == self.at:
+            raise RuntimeError("a fault")
+
+
+def test_an_exception_saves_what_is_whole(tmp_path):
+    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=100))
+    with pytest.raises(RuntimeError, match="a fault"):
+        runner(checkpoint=checkpoint, callbacks=[_Fail(at=5)]).fit(make_state(), loader(), until=lm.Epochs(3))
+    assert checkpoint.store.steps() == [5]
+
+    def failing(state, batch):
+        if int(state.step) == 7:
+            raise ZeroDivisionError
+        return step(state, batch)
+
+    for name, transforms, kept in (("pure", [], [7]), ("donated", [lm.donate()], [])):
+        checkpoint = lm.Checkpointer(tmp_path / name, every=lm.Every(steps=100))
+        job = lm.Runner(failing, progress=False, transforms=transforms, checkpoint=checkpoint)
+        with pytest.raises(ZeroDivisionError):
+            job.fit(make_state(), loader(), until=lm.Epochs(3))
+        assert checkpoint.store.steps() == kept  # a donated state may have been half-way
+
+
+def test_callbacks_log_to_the_sinks_and_hear_what_is_published():
+    heard, sink = [], lm.sinks.Memory()
+
+    class Note(lm.Callback):
+        def on_step(self, view):
+            if view.clock.step == 2:
+                view.log({"note": 1.5, "text": lm.sinks.Text("two"), "rows": float(len(view.batch["x"]))})
+
+        def on_log(self, view):
+            heard.append(sorted(view.metrics))
+
+    runner(sinks=[sink], callbacks=[Note()], log_every=3).fit(make_state(), loader(), until=lm.Epochs(1))
+    assert sink["note"] == ([2], [1.5])
+    assert sink["rows"][1] == [4.0]
+    assert heard[0] == ["note", "rows", "text"]
+    assert "train/loss" in heard[1]
+
+
+def test_a_thousand_bf16_ones_sum_to_a_thousand():
+    def ones(state, batch):
+        return state.replace(step=state.step + 1), {"n": lm.Sum.of(batch), "mean": lm.Mean.of(batch)}
+
+    sink = lm.sinks.Memory()
+    batches = [torch.ones(1, dtype=torch.bfloat16)] * 1000
+    lm.Runner(ones, progress=False, sinks=[sink], log_every=10**6).fit(make_state(), batches, until=lm.Epochs(1))
+    assert sink["train/n"][1] == [1000.0]
+    assert sink["train/mean"][1] == [1.0]
+
+
+def test_nothing_waits_for_the_device_between_two_logging_points(tmp_path, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _f=original, _n=name, **k: waits.append(_n) or _f(self, *a, **k)
+        )
+    at = []
+
+    class Watch(lm.Callback):
+        def on_step(self, view):
+            at.append(len(waits))
+
+    job = runner(
+        transforms=[lm.guard("skip"), lm.ema(0.9), lm.donate(), lm.accumulate(2)],
+        callbacks=[Watch()],
+        checkpoint=lm.Checkpointer(tmp_path, every=lm.Every(steps=1000)),
+        sinks=[lm.sinks.JSONL(tmp_path / "m.jsonl")],
+        log_every=20,
+    )
+    job.fit(make_state(lm.optim.adamw(0.01)), [make_data(4)] * 39, until=lm.Epochs(1))
+    assert at[0] <= at[18] == at[1]  # the first step may look at its input
+    assert at[38] == at[20]
+
+
+def test_classification_metrics_in_a_validation():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    metric = lm.metrics.from_torchmetrics(
+        torchmetrics.MetricCollection([torchmetrics.classification.MulticlassAccuracy(3, average=None)])
+    )
+
+    def scored(state, batch):
+        logits = F.pad(batch["x"], (0, 0))
+        return {"by": metric.of(logits, batch["y"][:, 0].abs().round().clamp(max=2).long())}
+
+    result = runner().fit(make_state(), loader(), until=lm.Epochs(1), validate=lm.Validate(scored, loader()))
+    assert {f"val/by/MulticlassAccuracy/{i}" for i in range(3)} <= result.metrics.keys()
