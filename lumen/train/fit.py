@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,7 @@ class Fit:
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
         self._saved_at: tuple[int, ...] = ()
         self._training = False
-        self._in_step = False
-        self._counted: Any = None  # the state that the clock speaks of
+        self._before: Any = None  # the state that the step was given which is being made
         self._listens = runner.callbacks.listens("on_step")
         self._began = runner.now()
         # Something looks at every step: a display, a callback, or a limit that is not a number of steps.
@@ -96,21 +96,22 @@ class Fit:
 
     def run(self, resume: str | os.PathLike[str]) -> Result:
         """Train until the end, and clean up however it comes."""
-        store = self.runner.checkpoint.store if self.runner.checkpoint is not None else None
-        try:
-            if store is not None:
-                store.open()
-            self._go_on(resume)
-            with self._signals:
-                self._progress.start(self._total(), self.clock.step)
-                self._train()
-                if store is not None:
-                    store.wait()
-        except BaseException as error:
-            self._failed(error)
-            raise
-        finally:
-            self._close()
+        checkpointer = self.runner.checkpoint
+        store: AbstractContextManager[Any] = nullcontext() if checkpointer is None else checkpointer.store
+        # The store is the last to close: it tells its own failure only where there was no other.
+        with store:
+            try:
+                self._go_on(resume)
+                with self._signals:
+                    self._progress.start(self._total(), self.clock.step)
+                    self._train()
+                    if checkpointer is not None:
+                        checkpointer.store.wait()
+            except BaseException as error:
+                self._failed(error)
+                raise
+            finally:
+                self._close()
         result = self._result()
         if self.reason == self._signals.received and not (self.reason == "SIGINT" and interactive()):
             raise Interrupted(result)
@@ -121,7 +122,6 @@ class Fit:
     def _train(self) -> None:
         callbacks = self.runner.callbacks
         self._training = True
-        self._counted = self.state
         for sink in self.runner.sinks:
             configure(sink, self.runner.description())
         callbacks.call("on_start", self._view(self._journal.newest))
@@ -149,7 +149,7 @@ class Fit:
     def _epoch(self) -> None:
         clock, meter = self.clock, self._journal.meter
         for run, batch, count in self._calls(self._batches()):
-            self._in_step = True
+            self._before = self.state
             self.state, metrics = run(self.state, batch)
             meter.add(metrics)
             clock.step += count
@@ -157,7 +157,7 @@ class Fit:
             clock.rows += count_rows(batch, count > 1)
             if self._count_tokens is not None:
                 clock.tokens += self._count_tokens(batch)
-            self._counted, self._in_step = self.state, False
+            self._before = None
             if clock.step < self._wake and not self._watched:
                 continue
             if self._listens:
@@ -338,7 +338,8 @@ class Fit:
         clock = self.clock
         if not self._training:
             return
-        error.add_note(f"raised in step {clock.step + 1} (epoch {clock.epoch}, batch {clock.batch})")
+        where = f"after step {clock.step}" if self._before is None else f"in step {clock.step + 1}"
+        error.add_note(f"raised {where} (epoch {clock.epoch}, batch {clock.batch})")
         if isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError) and self._is_whole():
             try:
                 self._save()
@@ -349,15 +350,13 @@ class Fit:
     def _is_whole(self) -> bool:
         """Whether the state is that of the clock's step: an error may come at any moment, as from a signal handler."""
         donating = any(transform.donates for transform in self.runner.step.transforms)
-        half_done = self._in_step and (donating or self.state is not self._counted)
+        half_done = self._before is not None and (donating or self.state is not self._before)
         return self.clock.step > 0 and not is_retired(self.state) and not half_done
 
     def _close(self) -> None:
         self._progress.stop()
         for sink in self.runner.sinks:
             sink.close()
-        if self.runner.checkpoint is not None:
-            self.runner.checkpoint.store.close()
 
     def _result(self) -> Result:
         return Result(self.state, self._journal.newest, self.clock, self.reason, self.runner.step)

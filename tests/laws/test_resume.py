@@ -72,13 +72,13 @@ class Job:
     """All that a run is made of, made anew each time, as in another process."""
 
     def __init__(
-        self, directory, *, transforms=(), workers=0, plateau=False, stop=None, stop_in_validation=None, **fit
+        self, directory, *, transforms=(), workers=0, plateau=False, stop=None, stop_in_validation=None, load=None
     ):
         torch.manual_seed(0)
         adamw = lm.optim.adamw(lm.optim.warmup_cosine(0.05, 40, 4)) if not plateau else lm.optim.adamw(0.05)
         tx = lm.optim.chain(adamw, lm.optim.reduce_on_plateau(patience=0, factor=0.5)) if plateau else adamw
         self.state = lm.TrainState.create(Net(), tx, seed=3)
-        self.loader = lm.Loader(Samples(), batch_size=8, seed=2, workers=workers)
+        self.loader = load() if load else lm.Loader(Samples(), batch_size=8, seed=2, workers=workers)
         self.sinks = [lm.sinks.JSONL(directory / "metrics.jsonl"), lm.sinks.CSV(directory / "metrics.csv")]
         self.validated = 0
         self.stop_in_validation = stop_in_validation
@@ -157,6 +157,7 @@ SETTINGS = {
     "unroll": {"transforms": [lambda: lm.unroll(3)]},
     "plateau": {"plateau": True},
     "workers": {"workers": 2},
+    "torch loader": {"load": lambda: torch.utils.data.DataLoader(Samples(), batch_size=8, shuffle=True)},
     "compiled": {"transforms": [lambda: lm.compile(backend="eager"), lm.donate]},
 }
 
