@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lumen.errors import HyperparameterError, StepError
+from lumen.errors import HyperparameterError, InexactWarning, StepError
 from lumen.optim.hyper import check_count, check_scalar
 from lumen.train.callbacks import Callback, View
 
@@ -30,7 +31,8 @@ class EarlyStop(Callback):
 
     Raises:
         HyperparameterError: a value outside its range.
-        StepError: there is no number of that name among those that are published.
+        StepError: there is no number of that name among those that are published. Where a run ends before there could
+            be one, it is an `InexactWarning`.
 
     >>> import lumen as lm
     >>> stop = lm.EarlyStop("val/loss", patience=2)
@@ -94,9 +96,9 @@ class EarlyStop(Callback):
             raise self._missing()
 
     def on_end(self, view: View) -> None:
-        """A metric that was never published is a mistake that would otherwise go unseen."""
+        """Say that the metric was never published; the run's result is not to be lost for it."""
         if not self._reports:
-            raise self._missing()
+            warnings.warn(str(self._missing()), InexactWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """The best report, the number of reports without improvement since, and of all."""
