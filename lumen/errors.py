@@ -70,6 +70,14 @@ class UpdateInterceptedError(LumenError, RuntimeError):
     """`tx.update` was called by hand where a transform must see the whole update."""
 
 
+class ValueKindError(LumenError, TypeError):
+    """A value that no sink can write, or an image or configuration that is not one."""
+
+
+class SinkError(LumenError, ValueError):
+    """A file that is another table, or a value that takes the name of a sink's own column."""
+
+
 class CheckpointError(LumenError, RuntimeError):
     """A checkpoint that cannot be written or read."""
 

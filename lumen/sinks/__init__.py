@@ -7,8 +7,6 @@ from lumen.sinks.base import Sink as Sink
 from lumen.sinks.base import scalars as scalars
 from lumen.sinks.console import Console as Console
 from lumen.sinks.csv import CSV as CSV
-from lumen.sinks.errors import SinkError as SinkError
-from lumen.sinks.errors import ValueKindError as ValueKindError
 from lumen.sinks.info import run_info as run_info
 from lumen.sinks.jsonl import JSONL as JSONL
 from lumen.sinks.media import Histogram as Histogram

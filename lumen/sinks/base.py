@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lumen.sinks.errors import ValueKindError
+from lumen.errors import ValueKindError
 
 Number = int | float
 

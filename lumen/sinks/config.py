@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lumen.sinks.errors import ValueKindError
+from lumen.errors import ValueKindError
 
 Leaf = str | int | float | bool | None
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
-from lumen.sinks.errors import SinkError
+from lumen.errors import SinkError
 from lumen.sinks.jsonl import stamped
 from lumen.sinks.lines import RowFile, open_lines
 from lumen.sinks.media import split

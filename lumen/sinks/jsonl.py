@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from lumen.errors import SinkError
 from lumen.sinks.base import Number
 from lumen.sinks.config import plain_number
-from lumen.sinks.errors import SinkError
 from lumen.sinks.lines import RowFile, open_lines
 from lumen.sinks.media import Histogram, Media, Text, split
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lumen.errors import ValueKindError
 from lumen.sinks.base import Number, scalars
-from lumen.sinks.errors import ValueKindError
 from lumen.sinks.png import encode_png
 
 

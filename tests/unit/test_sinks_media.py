@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
-from lumen.errors import LumenError
-from lumen.sinks import CSV, JSONL, Histogram, Image, Memory, TensorBoard, Text, ValueKindError, figure
+from lumen.errors import LumenError, ValueKindError
+from lumen.sinks import CSV, JSONL, Histogram, Image, Memory, TensorBoard, Text, figure
 from lumen.sinks.png import encode_png
 
 values = st.lists(st.floats(width=64), max_size=30)

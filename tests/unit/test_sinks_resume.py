@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from lumen.sinks import CSV, JSONL, Console, Memory, TensorBoard, Text, ValueKindError, configure, position, rewind
+from lumen.errors import ValueKindError
+from lumen.sinks import CSV, JSONL, Console, Memory, TensorBoard, Text, configure, position, rewind
 
 FILES = [(JSONL, "metrics.jsonl"), (CSV, "metrics.csv")]
 names = st.sampled_from(["loss", "val/loss", "a,b", 'q"', "two\nlines"])
