@@ -23,6 +23,7 @@ import numpy as np
 
 loaded_here = False  # JAX was first imported by this module
 _importing = threading.Lock()
+_saving = threading.Lock()
 
 
 def load() -> ModuleType:
@@ -60,7 +61,8 @@ def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarr
     items: dict[str, Any] = {"meta": ocp.args.JsonSave({})}
     # One without arrays is left out: Orbax takes no empty tree.
     items |= {item: ocp.args.PyTreeSave(nested) for item, nested in _nested(arrays).items()}
-    with _quiet():
+    # Orbax numbers the saves of a process, and two at once take each other's signals that a directory is there.
+    with _saving, _quiet():
         handlers = {item: ocp.JsonCheckpointHandler() if item == "meta" else _tree_handler(ocp) for item in items}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.Composite(**items))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lumen import checkpoint
 from lumen.checkpoint import dtypes, header
+from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.reading import Reader
 from lumen.cli import places, show
 from lumen.core.inspect import human_bytes
@@ -22,6 +23,9 @@ from lumen.errors import CheckpointError
 
 _HIDDEN = ("timers", "journal", "callbacks", "batch", "kind")  # of use to a program: see --json
 _ARRAY = "shape"
+_PACKED = {
+    getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)
+}  # torch has no operations on them
 
 
 def add(commands: Any) -> None:
@@ -102,9 +106,9 @@ def _checkpoint(path: Path, as_json: bool, verify: bool) -> int:
 
 def summary(found: Mapping[str, Any]) -> dict[str, str]:
     """What is to be said of a checkpoint besides its leaves."""
-    by = ", ".join(f"{name} {show.one_line(found[name])}" for name in ("lumen", "torch", "orbax") if name in found)
+    versions = {name: found[name] for name in ("lumen", "torch", "orbax") if found.get(name) not in (None, "unknown")}
     lines = {
-        "written": f"{_time(found.get('time'))} by {by}",
+        "written": f"{_time(found.get('time'))} by {show.one_line(versions)}",
         "size": f"{human_bytes(found['bytes'])} in {found['files']} files",
     }
     if found.get("verified"):
@@ -113,10 +117,11 @@ def summary(found: Mapping[str, Any]) -> dict[str, str]:
         lines["metrics"] = show.one_line(found["metrics"])
     meta = found.get("meta")
     journal = meta.get("journal") if isinstance(meta, dict) else None
-    if isinstance(journal, dict) and journal.get("metrics"):
+    if isinstance(journal, dict) and journal.get("metrics") not in (None, {}, found.get("metrics")):
         lines["newest metrics"] = show.one_line(journal["metrics"])
     if isinstance(meta, dict):
-        lines |= {name: show.one_line(value) for name, value in meta.items() if name not in _HIDDEN}
+        told = {name: value for name, value in meta.items() if name not in _HIDDEN and value not in (None, {}, [])}
+        lines |= {name: show.one_line(value) for name, value in told.items()}
     return lines
 
 
@@ -154,6 +159,15 @@ def verified(path: Path) -> None:
     for item in header.ITEMS:
         reader = Reader(path, item)
         reader.read(reader.rows, lambda row, value: None)
+
+
+def not_finite(path: Path) -> dict[str, str]:
+    """How many elements of which leaves of the state are no numbers, or infinite; those that have none are left out."""
+    reader = Reader(path)
+    rows = [row for row in reader.rows if row.kind in ARRAYS]
+    counts = reader.read(rows, lambda row, value: int((~_wide(value).isfinite()).sum()))
+    bad = {name_of(row.path): (count, math.prod(row.shape)) for row, count in zip(rows, counts, strict=True) if count}
+    return {name: f"{count} of {size}" for name, (count, size) in bad.items()}
 
 
 # -------------------------------------------------------------------------------------------------- a run
@@ -202,7 +216,7 @@ def _remark(row: Mapping[str, Any]) -> str:
 
 
 def _values(path: Path, name: str, as_json: bool) -> int:
-    found = _flat(checkpoint.load(path, under=name), name)
+    found = {full: _bytes(value) for full, value in _flat(checkpoint.load(path, under=name), name).items()}
     if as_json:
         show.as_json(found)
         return 0
@@ -229,11 +243,22 @@ def _as_tensor(value: Any) -> Tensor:
         return torch.from_numpy(np.array(value, dtype=np.float32))
 
 
+def _bytes(value: Any) -> Any:
+    """A packed tensor as its bytes, anything else as it is."""
+    return value.view(torch.uint8) if isinstance(value, Tensor) and value.dtype in _PACKED else value
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The numbers in a dtype that has every operation."""
+    tensor = _bytes(tensor)
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
+
+
 def _range(tensor: Tensor) -> str:
     text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     if tensor.is_complex() or not tensor.numel():
         return text
-    wide = tensor.double().flatten()
+    wide = _wide(tensor).flatten()
     finite = wide[wide.isfinite()]
     if finite.numel():
         text += f", from {finite.min():.6g} to {finite.max():.6g}, mean {finite.mean():.6g}"

@@ -63,7 +63,8 @@ def _below(place: Path) -> str:
     if not place.is_dir():
         return "A checkpoint is a directory."
     levels = [each for pattern in ("*/checkpoints/*", "*/*") for each in place.glob(f"{pattern}/{FILE}")]
-    found = sorted({each.parents[2] for each in levels if not each.parents[1].name.startswith(".")})
+    holders = {each.parents[2] for each in levels if not each.parents[1].name.startswith(".")}
+    found = sorted({each.parent if each.name == "checkpoints" else each for each in holders})
     return f"There are some in {_listed(found)}." if found else "A run's directory or one of its checkpoints is wanted."
 
 

@@ -96,6 +96,7 @@ def _shown(path: Path, told: Mapping[str, Any]) -> int:
             "function": show.one_line(told["function"]),
             "transforms": show.one_line(", ".join(told["transforms"])),
             "batch": "plain data" if told["batch"] is not None else "of a type of its own: return it as well",
+            "not finite": show.one_line(inspecting.not_finite(path)),
             **inspecting.summary({**found, "meta": None}),
         }
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import world as processes
 from lumen.data.check import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
 from lumen.data.workers import Workers
@@ -165,7 +166,8 @@ class Loader:
             yield batch
 
     def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
-        rank, world = self._share or _distributed()
+        # Asked for at each pass, as a loader may be made before the processes have found each other.
+        rank, world = self._share or (processes.rank(), processes.world_size())
         pending: deque[Cursor] = deque()  # workers run ahead of what is handed out
 
         def keys() -> Generator[Rows]:
@@ -209,10 +211,3 @@ def _share(rank: int | None, world: int | None) -> tuple[int, int] | None:
         raise BatchError(f"Loader got rank={rank} and world={world}; give both or neither.")
     world = integer("world", world, 1)
     return integer("rank", rank, 0, world), world
-
-
-def _distributed() -> tuple[int, int]:
-    """Asked for at each pass, as a loader may be made before `torch.distributed` is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

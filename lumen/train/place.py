@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,3 @@ class Placed:
             return leaf
 
         return tree.map(place, batch)
-
-
-def placed(batch: Mapping[str, Any] | Any, state: Any) -> Any:
-    """One batch, on the state's device."""
-    return next(Placed(Feed([batch]), state).epoch(0))

@@ -8,6 +8,7 @@ import torch
 
 from lumen import random
 from lumen.core.step import StepFn, Transform, device_of, field_of
+from lumen.core.world import rank
 
 
 class seeded(Transform):
@@ -49,9 +50,6 @@ class seeded(Transform):
 def _seed_of(state: Any) -> int:
     # The lanes of an ensemble share one stream: torch gives each lane numbers of its own from it.
     seed, step = (int(t.flatten()[0]) for t in (field_of(state, "seed", "seeded"), field_of(state, "step", "seeded")))
-    rank = (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )
-    key = random.fold_in(random.fold_in(random.key(seed), step), rank)
+    key = random.fold_in(random.fold_in(random.key(seed), step), rank())
     high, low = key.tolist()
     return int(high << 31) ^ int(low)

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from lumen.checkpoint import Store, host, save, writing
+from lumen.checkpoint import Store, host, load, save, writing
 from lumen.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -329,3 +329,23 @@ def test_the_users_logging_is_as_it_was(tmp_path, caplog):
     save(tmp_path / "x", tree())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert (list(logger.filters), list(logger.handlers), logger.level, list(logging.getLogger().handlers)) == before
+
+
+def test_saves_of_several_threads_do_not_disturb_each_other(tmp_path):
+    """A failing step is dumped while the last checkpoint is still on its way."""
+    failed = []
+
+    def save(number):
+        try:
+            for i in range(8):
+                save(tmp_path / f"{number}-{i}", {"a": torch.full((3,), float(number))})
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert all(load(tmp_path / f"{n}-{i}")["a"].eq(n).all() for n in range(3) for i in range(8))
