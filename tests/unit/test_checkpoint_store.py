@@ -335,14 +335,14 @@ def test_saves_of_several_threads_do_not_disturb_each_other(tmp_path):
     """A failing step is dumped while the last checkpoint is still on its way."""
     failed = []
 
-    def save(number):
+    def work(number):
         try:
             for i in range(8):
                 save(tmp_path / f"{number}-{i}", {"a": torch.full((3,), float(number))})
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=save, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
