@@ -6,6 +6,7 @@ Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, 
 from lumen import checkpoint as checkpoint
 from lumen import metrics as metrics
 from lumen import optim as optim
+from lumen import parallel as parallel
 from lumen import random as random
 from lumen import sinks as sinks
 from lumen import tree as tree
@@ -40,6 +41,7 @@ from lumen.errors import GraphBreakWarning as GraphBreakWarning
 from lumen.errors import InexactWarning as InexactWarning
 from lumen.errors import LumenError as LumenError
 from lumen.errors import NonFiniteError as NonFiniteError
+from lumen.parallel.mesh import mesh as mesh
 from lumen.train.callbacks import Callback as Callback
 from lumen.train.callbacks import View as View
 from lumen.train.checkpointer import Checkpointer as Checkpointer

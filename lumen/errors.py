@@ -62,6 +62,10 @@ class MetricError(LumenError, TypeError):
     """A metric that cannot be a typed value, or values of different metrics that cannot merge."""
 
 
+class WorldError(LumenError, RuntimeError):
+    """Processes, a mesh of them, or what they hold, that do not fit together."""
+
+
 class AxisError(LumenError, RuntimeError):
     """A collective over an axis that cannot run where it was called."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any
 
@@ -120,15 +120,22 @@ def intercepts_updates() -> bool:
 
 
 @contextmanager
-def bound_axis(name: str, axis: Any) -> Iterator[None]:
-    """Bind the axis `name` for collectives that run inside."""
-    if name in _stack.axes:
-        raise ValueError(f"axis {name!r} is already bound by an enclosing transform; give this one another name.")
-    _stack.axes[name] = axis
+def bound_axes(axes: Mapping[str, Any]) -> Iterator[None]:
+    """Bind each axis to its name for collectives that run inside."""
+    for name in axes:
+        if name in _stack.axes:
+            raise ValueError(f"axis {name!r} is already bound by an enclosing transform; give this one another name.")
+    _stack.axes.update(axes)
     try:
         yield
     finally:
-        del _stack.axes[name]
+        for name in axes:
+            del _stack.axes[name]
+
+
+def bound_axis(name: str, axis: Any) -> AbstractContextManager[None]:
+    """Bind one axis."""
+    return bound_axes({name: axis})
 
 
 def axis(name: str) -> Any | None:

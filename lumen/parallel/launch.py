@@ -1,0 +1,74 @@
+"""Joining the processes that `torchrun` started, and leaving them again."""
+
+from __future__ import annotations
+
+import atexit
+import datetime as dt
+import os
+
+import torch
+import torch.distributed as dist
+
+from lumen.core import world
+from lumen.errors import WorldError
+
+TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
+_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether something like torchrun started this process as one of several."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> torch.device:
+    """Make this process one of its world, once, and give its device.
+
+    Processes with a GPU each talk over NCCL (and Gloo for what lies on the host), others over Gloo. Alone, without
+    torchrun, there is nothing to join.
+
+    Raises `WorldError` where the environment is incomplete, or asks for GPUs that are not there.
+    """
+    found = _device(device)
+    if world.is_distributed() or not launched():
+        return found
+    missing = [name for name in _NAMES if name not in os.environ]
+    if missing:
+        raise WorldError(
+            f"this process is one of WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set."
+            " Start it as: torchrun --nproc-per-node=2 train.py"
+        )
+    backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    dist.init_process_group(
+        backend,
+        timeout=dt.timedelta(seconds=timeout),
+        device_id=found if found.type == "cuda" else None,
+    )
+    atexit.register(leave)
+    return found
+
+
+def leave() -> None:
+    """Leave the world; doing so again does nothing."""
+    if world.is_distributed():
+        dist.destroy_process_group()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise WorldError('device="cuda" was asked for, and torch sees no GPU here. Write lm.mesh(device="cpu").')
+    if kind != "cuda":
+        return torch.device(kind)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise WorldError(
+            f"this process has LOCAL_RANK={local}, and there are {count} GPUs here: start one process for each GPU,"
+            f" torchrun --nproc-per-node={count}"
+        )
+    return torch.device("cuda", local)

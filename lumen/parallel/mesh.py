@@ -1,0 +1,154 @@
+"""`lm.mesh`: the processes of a run as a grid with named axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lumen.core import rules, world
+from lumen.errors import WorldError
+from lumen.parallel.launch import TIMEOUT, join
+
+AXES = ("data", "shard", "tensor")
+
+
+class Mesh:
+    """Processes in a grid: `data` replicates, `shard` cuts params and state, `tensor` cuts single matrices.
+
+    The rows of a batch are spread over `data` and `shard` together. Every axis exists; one that was not asked for has
+    size 1. `device` is where this process computes.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device, torch_mesh: DeviceMesh | None) -> None:
+        self.sizes = dict(sizes)
+        self.device = device
+        self.torch = torch_mesh
+
+    def __repr__(self) -> str:
+        return f"lm.mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items() if size > 1)})"
+
+    def size(self, *axes: str) -> int:
+        """How many processes there are along `axes` together, by default all."""
+        return math.prod(self.sizes[name] for name in axes or AXES)
+
+    def index(self, axis: str) -> int:
+        """This process's place along `axis`."""
+        return 0 if self.torch is None else self.torch.get_local_rank(axis)
+
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
+        """The processes that differ from this one in their place along `axes` only; None where it is alone there."""
+        wide = [name for name in axes if self.sizes[name] > 1]
+        if not wide or self.torch is None:
+            return None
+        if len(wide) == 1:
+            return self.torch.get_group(wide[0])
+        flat = "_".join(wide)
+        return self.torch[tuple(wide)]._flatten(flat).get_group()
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """With every axis bound for `lm.psum` and its kin."""
+        with rules.bound_axes({name: ProcessAxis(self, name) for name in AXES}):
+            yield
+
+
+class ProcessAxis:
+    """An axis of a mesh, for collectives by its name."""
+
+    process = True
+
+    def __init__(self, mesh: Mesh, name: str) -> None:
+        self.size = mesh.size(name)
+        self._mesh, self._name = mesh, name
+
+    def index(self) -> Tensor:
+        """This process's place."""
+        return torch.tensor(self._mesh.index(self._name), device=self._mesh.device)
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """The sum or maximum over the axis; the gradient of every member reaches every member."""
+        group = self._mesh.group(self._name)
+        return x if group is None else _Reduce.apply(x, op, group)  # type: ignore[no-untyped-call]
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+        ctx.op, ctx.group = op, group
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, out = ctx.saved_tensors
+        total = _Reduce.apply(grad, "sum", ctx.group)  # type: ignore[no-untyped-call]
+        if ctx.op == "sum":
+            return total, None, None
+        winners = (x == out).to(grad.dtype)
+        return total * winners / _Reduce.apply(winners, "sum", ctx.group), None, None  # type: ignore[no-untyped-call]
+
+
+def mesh(
+    *,
+    data: int | None = None,
+    shard: int | None = None,
+    tensor: int | None = None,
+    device: torch.device | str | None = None,
+    timeout: float = TIMEOUT,
+) -> Mesh:
+    """The processes that torchrun started, as a grid of `data` × `shard` × `tensor`; alone, a grid of one.
+
+    An axis that is left out is 1; where none is given, all processes are along `data`. One may be -1: what the others
+    leave of the world. The first call joins the processes; `timeout` is how many seconds a collective waits.
+
+    Raises `WorldError` where the axes do not make up the world.
+
+    >>> import lumen as lm
+    >>> lm.parallel.mesh().size()
+    1
+    """
+    found = join(device, timeout)
+    sizes = _sizes({"data": data, "shard": shard, "tensor": tensor}, world.world_size())
+    if not world.is_distributed():
+        return Mesh(sizes, found, None)
+    grid = init_device_mesh(found.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return Mesh(sizes, found, grid)
+
+
+def _sizes(asked: Mapping[str, int | None], processes: int) -> dict[str, int]:
+    for name, size in asked.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1)):
+            raise WorldError(f"mesh({name}={size!r}) must be a positive number of processes, or -1 for what is left.")
+    free = [name for name, size in asked.items() if size == -1]
+    if all(size is None for size in asked.values()):
+        free = ["data"]
+    sizes = {name: 1 if size in (None, -1) else int(size or 1) for name, size in asked.items()}
+    product = math.prod(sizes.values())
+    if len(free) == 1 and processes % product == 0:
+        sizes[free[0]] = processes // product
+        return sizes
+    if not free and product == processes:
+        return sizes
+    said = ", ".join(f"{name}={size}" for name, size in asked.items() if size is not None)
+    raise WorldError(
+        f"mesh({said}) does not make up the world, which has {processes} processes"
+        + (": only one axis can be -1." if len(free) > 1 else f", but {product}.")
+        + _advice(sizes, processes)
+    )
+
+
+def _advice(sizes: Mapping[str, int], processes: int) -> str:
+    others = math.prod(size for name, size in sizes.items() if name != "data")
+    if processes % others == 0:
+        named = "".join(f", {name}={size}" for name, size in sizes.items() if name != "data" and size > 1)
+        return f" Write lm.mesh(data={processes // others}{named}), or start {math.prod(sizes.values())} processes."
+    return f" Start {math.prod(sizes.values())} processes: torchrun --nproc-per-node={math.prod(sizes.values())}"

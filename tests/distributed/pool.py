@@ -1,0 +1,128 @@
+"""A world of real processes for tests: started once, asked many times, ended whatever happens."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+LIMIT = 60.0  # seconds that one task may take in all its processes
+
+
+class TaskError(AssertionError):
+    """A task that raised, or did not end, in some process."""
+
+    def __init__(self, message, errors=()):
+        super().__init__(message)
+        self.errors = list(errors)  # (rank, type name, message) in the order in which they came
+
+
+class World:
+    """`size` processes joined over Gloo; `run(function, *args)` calls `function` in each and gives what they return.
+
+    `function` is a top-level function of a test module; arguments and results travel as pickles between processes of
+    one test run. After a task that failed, or took longer than its limit, the processes are ended and started anew for
+    the next.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        self._processes, self._pipes = [], []
+
+    def run(self, function, *args, limit=LIMIT):
+        """The results by rank; raises `TaskError` with every process's error."""
+        if not self._processes:
+            self._start()
+        task = (function.__code__.co_filename, function.__name__, args)
+        for pipe in self._pipes:
+            pipe.send(task)
+        try:
+            answers = self._answers(limit)
+        except BaseException:
+            self.close()
+            raise
+        errors = sorted((when, rank, *what) for rank, (when, ok, what) in enumerate(answers) if not ok)
+        if errors:
+            self.close()
+            text = "\n".join(f"--- rank {rank}:\n{trace}" for _, rank, _, _, trace in errors)
+            raise TaskError(text, [(rank, kind, message) for _, rank, kind, message, _ in errors])
+        return [what for _, _, what in answers]
+
+    def close(self):
+        """End the processes, those that hang too."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(0.5)
+            if process.is_alive():
+                process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self):
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(rank, self.size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def _answers(self, limit):
+        deadline = time.monotonic() + limit
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                waiting = [r for r in range(rank, self.size) if not self._pipes[r].poll(0)]
+                raise TaskError(f"ranks {waiting} had not answered after {limit} s")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                code = self._processes[rank].exitcode
+                raise TaskError(f"rank {rank} died with exit code {code}") from None
+        return answers
+
+
+def serve(rank, size, port, pipe):
+    """What each process does: join, then one task after the other until the pipe closes."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from lumen.parallel.launch import join, leave
+
+    join("cpu", timeout=LIMIT / 2)
+    while True:
+        try:
+            path, name, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = (time.monotonic(), True, getattr(_module(path), name)(*args))
+        except BaseException as error:
+            answer = (time.monotonic(), False, (type(error).__name__, str(error), traceback.format_exc()))
+        pipe.send(answer)
+    leave()
+
+
+def _module(path):
+    """The test module at `path`, loaded once; test folders are no packages."""
+    name = f"task_{Path(path).stem}"
+    if name not in sys.modules:
+        sys.path[:0] = [str(Path(path).parent)]
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
