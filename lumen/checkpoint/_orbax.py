@@ -92,11 +92,10 @@ def _nested(arrays: Mapping[tuple[str, tuple[str, ...]], Any]) -> dict[str, Any]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Orbax warns of in this thread, such as that there is no OCDBT checkpoint to merge."""
-    thread = threading.get_ident()
+    """Without what Orbax warns of meanwhile, in whichever thread: that there is no OCDBT checkpoint to merge, say."""
 
     def audible(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or record.thread != thread or "orbax" not in record.pathname
+        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
 
     logger = logging.getLogger("absl")
     logger.addFilter(audible)

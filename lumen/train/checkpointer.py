@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lumen.checkpoint import Store
 from lumen.errors import CheckpointError, CorruptCheckpointError, InexactWarning
 from lumen.train.clock import Every
+from lumen.train.journal import Positions
 
 Best = tuple[str, Literal["min", "max"]]
 
@@ -68,14 +69,14 @@ class Checkpointer:
         step = self.store.best()
         return None if step is None else self.store.path(step)
 
-    def begin(self, resume: str | os.PathLike[str], positions: list[int | None]) -> list[int | None]:
+    def begin(self, resume: str | os.PathLike[str], positions: Positions) -> Positions:
         """Note where the sinks are as a run begins; gives where they were, if this one takes the place of another.
 
         That is one that died before its first checkpoint: what it logged is not to stay beside what is logged now.
         """
         note = self.directory / "begun.json"
         if resume == "auto" and note.exists():
-            found: list[int | None] = json.loads(note.read_text())["sinks"]
+            found: Positions = json.loads(note.read_text())["sinks"]
             return found
         beside = note.with_suffix(".new")
         beside.write_text(json.dumps({"sinks": positions}))

@@ -84,7 +84,8 @@ class Fit:
         self._log_timer = Timer(runner.log_every, self.clock)
         self._timers = [Timer(validate.every, self.clock) for validate in validations]
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
-        self._saved_at: tuple[int, ...] = ()
+        self._saved_at: tuple[Any, ...] = ()
+        self._stopped = ""  # why a callback ended the run
         self._training = False
         self._before: Any = None  # the state that the step was given which is being made
         self._listens = runner.callbacks.listens("on_step")
@@ -274,7 +275,7 @@ class Fit:
 
     def _save(self, again: bool = False) -> None:
         """A checkpoint of this very moment, unless there is one already that knows as much."""
-        place = (self.clock.step, self.clock.epoch, self.clock.batch)
+        place = self._place()
         if self.runner.checkpoint is None or self._save_timer is None or (self._saved_at == place and not again):
             return
         self._save_timer.restart(self.clock)
@@ -299,6 +300,7 @@ class Fit:
             "timers": [timer.state_dict() for timer in self._all_timers()],
             "journal": self._journal.state_dict(),
             "callbacks": self.runner.callbacks.state_dict(),
+            "stopped": self._stopped,
             **self.runner.description(),
         }
 
@@ -324,7 +326,9 @@ class Fit:
         self._journal.meter.load_state_dict(extra.get("meter", {}))
         self.runner.callbacks.load_state_dict(meta["callbacks"])
         self._feed.load_state_dict(extra.get("feed", {}))
-        self._saved_at = (self.clock.step, self.clock.epoch, self.clock.batch)
+        if resume == "auto":  # a run that a callback ended is over
+            self.reason = self._stopped = meta["stopped"]
+        self._saved_at = self._place()
         rng.restore(extra["rng"])
 
     def _read(self, path: Path) -> tuple[Any, Any, Any]:
@@ -370,7 +374,11 @@ class Fit:
         self.reason = f"the data ended after {self.clock.epoch} epochs"
 
     def _stop(self, reason: str) -> None:
-        self.reason = self.reason or reason
+        self.reason = self._stopped = self.reason or reason
+
+    def _place(self) -> tuple[Any, ...]:
+        """What tells two checkpoints apart."""
+        return self.clock.step, self.clock.epoch, self.clock.batch, self._stopped
 
     def _wake_up(self) -> None:
         self._wake = 0

@@ -11,6 +11,8 @@ from lumen.train.clock import Clock
 from lumen.train.meter import Meter
 from lumen.train.progress import Progress
 
+Positions = list[dict[str, Any]]
+
 
 class Journal:
     """Keeps the metrics of steps until they are logged, and the newest number of each name.
@@ -73,14 +75,18 @@ class Journal:
         self.rewind(state["sinks"])
         self.mark()
 
-    def positions(self) -> list[int | None]:
+    def positions(self) -> Positions:
         """Where each sink is."""
-        return [position(sink) for sink in self._sinks]
+        return [{"kind": type(sink).__name__, "position": position(sink)} for sink in self._sinks]
 
-    def rewind(self, positions: Sequence[int | None]) -> None:
-        """Cut off what the sinks took in after that."""
-        for sink, place in zip(self._sinks, positions, strict=False):
-            rewind(sink, place)
+    def rewind(self, positions: Positions) -> None:
+        """Cut off what the sinks took in after that: those of a class in their order, as some may have come or gone."""
+        waiting = list(self._sinks)
+        for each in positions:
+            sink = next((sink for sink in waiting if type(sink).__name__ == each["kind"]), None)
+            if sink is not None:
+                waiting.remove(sink)
+                rewind(sink, each["position"])
 
     def _now(self) -> tuple[int, int, int, float]:
         return self._clock.step, self._clock.rows, self._clock.tokens, self._clock.seconds

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, in one session."""
+"""Every Python block of the README, and of the pages that say so, runs: in order, in one session for each."""
 
 import re
 from pathlib import Path
@@ -11,17 +11,60 @@ import lumen as lm
 README = Path(__file__).parents[2] / "README.md"
 
 
+def run_blocks(page: Path) -> dict:
+    """The names that the blocks of a page leave behind."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    session: dict = {}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), session)
+    return session
+
+
 @pytest.mark.timeout(240)
 def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    session: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), session)
+    session = run_blocks(README)
     assert session["result"].metrics["val/accuracy"] > 0.8
     assert session["metrics"]["loss"].compute().shape == torch.Size([8])
     assert (tmp_path / "runs/readme/metrics.jsonl").exists()
+
+
+@pytest.mark.timeout(240)
+def test_runner_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/runner.md")
+    assert session["result"].metrics["val/clean/accuracy"] > 0.7
+    assert session["stopped"].reason.startswith("val/loss has not improved")
+    assert session["best"].best > 0.7
+    assert session["one_batch"].metrics["train/loss"] < 0.01
+    assert session["probabilities"].shape == (112, 3)
+    assert (tmp_path / "lr.png").exists()
+    assert list((tmp_path / "profile").glob("*.pt.trace.json"))
+
+
+@pytest.mark.timeout(240)
+def test_checkpoints_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/checkpoints.md")
+    assert (session["first"].clock.step, session["second"].clock.step) == (16, 32)
+    assert session["half"]["0.weight"].dtype == torch.bfloat16
+    weight = session["params"]["0.weight"]
+    assert torch.equal(session["moved"]["backbone"]["0.weight"], weight)
+    assert (session["arrays"]["params"]["0.weight"] == weight.numpy()).all()
+    assert Path(session["dump"]).is_dir()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.timeout(240)
+def test_metrics_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/metrics.md")
+    assert session["merged"] == {"loss": 4.0, "longest": 7}
+    assert session["found"].keys() == {"auroc", "scores/accuracy", "scores/f1"}
+    assert session["steps"] == [2, 4, 6, 8]
+    assert session["losses"][-1] < session["losses"][0]
+    assert len(session["memory"]["weight"][1]) == 2
 
 
 def test_the_transform_of_the_docs_scales_grads() -> None:
@@ -40,3 +83,14 @@ def test_the_transform_of_the_docs_scales_grads() -> None:
     scaled, _ = lm.compose(session["scale_grads"](3.0), lm.donate())(step)(lm.donate().init(state), batch)
     for name, before in state.params.items():
         torch.testing.assert_close(scaled.params[name] - before, 3.0 * (plain.params[name] - before))
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """A submodule with the name of what it holds would hide it from `::: lumen.optim`."""
+    pages = set(re.findall(r"^::: (\S+)$", (README.parent / "docs/api.md").read_text(), flags=re.MULTILINE))
+    for package in (lm.checkpoint, lm.metrics, lm.optim, lm.sinks):
+        assert package.__name__ in pages
+        folder = Path(str(package.__file__)).parent
+        hidden = {path.stem for path in folder.glob("*.py")} & {n for n, v in vars(package).items() if callable(v)}
+        for name in sorted(hidden):
+            assert f"{package.__name__}.{name}.{name}" in pages

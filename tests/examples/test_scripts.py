@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -39,6 +43,11 @@ def test_digits_reach_their_accuracy(tmp_path: Path) -> None:
     assert "val/accuracy" in out
     assert final(tmp_path / "runs/digits/metrics.jsonl", "val/accuracy") >= 0.98
     assert list((tmp_path / "runs/digits").glob("events.out.tfevents.*"))
+    best = Path(re.search(r"best checkpoint, accuracy [\d.]+: (\S+)", out)[1])
+    assert (tmp_path / best / "meta/metadata").exists()
+    before = rows(tmp_path / "runs/digits/metrics.jsonl")
+    assert str(best) in run("digits.py", cwd=tmp_path)  # it is through: nothing is trained again
+    assert rows(tmp_path / "runs/digits/metrics.jsonl") == before
 
 
 @pytest.mark.slow
@@ -46,6 +55,41 @@ def test_digits_with_every_transform(tmp_path: Path) -> None:
     names = ("accumulate", "ema", "bf16", "guard", "donate")
     run("digits.py", "--epochs", "6", "--transforms", *names, cwd=tmp_path)
     assert final(tmp_path / "runs/digits/metrics.jsonl", "val/accuracy") >= 0.85
+
+
+@pytest.mark.slow
+def test_resume_proves_itself(tmp_path: Path) -> None:
+    out = run("resume.py", "--prove", cwd=tmp_path)
+    assert out.count("SIGKILL") == 3
+    assert out.count("SIGTERM") == 1
+    tensors, equal = re.search(r"(\d+) tensors, (\d+) of them bitwise", out).groups()
+    assert int(tensors) == int(equal) > 40
+    rows, same, wanted = re.search(r"(\d+) rows, (\d+) of the (\d+)", out).groups()
+    assert int(rows) == int(same) == int(wanted) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_resume_goes_on_after_a_signal(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "resume.py"), "--epochs", "12"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "runs/resume/metrics.jsonl"
+    while job.poll() is None and not (log.exists() and len(rows(log)) > 4):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate()
+    assert job.returncode == 75
+    saved = int(re.search(r"saved at step (\d+): start me again", said)[1])
+    assert (tmp_path / f"runs/resume/checkpoints/{saved}").is_dir()
+    out = run("resume.py", "--epochs", "12", cwd=tmp_path)
+    assert "Epochs(12), after 276 steps" in out
+    # The steps before are not made again: the file has each of them once.
+    trained = [row["step"] for row in rows(log) if "train/loss" in row]
+    assert trained == sorted(set(trained))
+    assert final(log, "val/accuracy") >= 0.95
+    exported = safetensors.torch.load_file(tmp_path / "runs/resume/best.safetensors")
+    assert exported["10.weight"].shape == (10, 256)
 
 
 @pytest.mark.slow

@@ -328,6 +328,22 @@ def test_early_stopping_ends_after_the_epoch_that_lightning_ends_after(series, p
     assert ("has not improved" in result.reason) == (epochs < len(series))
 
 
+def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
+    def job():
+        stop = lm.EarlyStop("val/loss", patience=1)
+        return runner(callbacks=[stop], checkpoint=lm.Checkpointer(tmp_path, every=lm.Every(steps=2)))
+
+    def fit(**options):
+        validate = Recorded([1.0] * 9).validate(every=lm.Every(steps=2))
+        return job().fit(make_state(), loader(), until=lm.Epochs(9), validate=validate, **options)
+
+    first = fit()
+    again = fit(resume="auto")
+    assert again.clock.step == first.clock.step == 4
+    assert again.reason == first.reason == "val/loss has not improved on 1 for 1 report"
+    assert same(again.state, first.state)
+
+
 def test_early_stopping_goes_on_counting_after_an_interruption(tmp_path):
     series = [6.0, 5.0, 5.0, 5.0, 5.0, 5.0]
 
