@@ -103,7 +103,7 @@ def assert_same(directory, whole):
 @pytest.mark.filterwarnings("default:the moments are")
 def test_killed_at_random_moments(tmp_path, whole):
     """Wherever the moment falls: in a step, in a save, in the deletion of an old checkpoint."""
-    seed = random.SystemRandom().randrange(10**6)
+    seed = int(os.environ.get("LUMEN_FAULT_SEED", random.SystemRandom().randrange(10**6)))
     moments = random.Random(seed)
     warnings.warn(f"the moments are those of seed {seed}", stacklevel=1)  # shown, also where it passes
     kills = 0
