@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# A shell that starts a job in the background lets it ignore Ctrl-C, and tests of interrupts inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Sums in one order on every machine, and no threads that fight over few cores.
 torch.set_num_threads(1)
