@@ -41,6 +41,8 @@ from lumen.errors import GraphBreakWarning as GraphBreakWarning
 from lumen.errors import InexactWarning as InexactWarning
 from lumen.errors import LumenError as LumenError
 from lumen.errors import NonFiniteError as NonFiniteError
+from lumen.parallel.ddp import ddp as ddp
+from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.mesh import mesh as mesh
 from lumen.train.callbacks import Callback as Callback
 from lumen.train.callbacks import View as View

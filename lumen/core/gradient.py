@@ -110,16 +110,29 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         raise
     with rules.inside_loss:
         objective, loss, aux, scalar = _objective(call, rebuild(live))
-        if not objective.requires_grad:
-            raise _independent(call)
-        if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
-            return _by_func(call)
-        grads = torch.autograd.grad(objective, live, allow_unused=True)
+        grads: tuple[Tensor | None, ...] = (None,) * len(live)
+        if objective.requires_grad:
+            if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
+                return _by_func(call)
+            if call.reduction is not None:
+                call.reduction.watch(live)
+            grads = torch.autograd.grad(objective, live, allow_unused=True)
+    independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
-            raise _independent(call)
+            independent = _independent(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
-    return Gradient(_detach(loss), rebuild(grads), _detach(aux), scalar, _rows(call))
+    answer = Gradient(_detach(loss), rebuild(grads), _detach(aux), scalar, _rows(call))
+    return _finished(call, answer, independent)
+
+
+def _finished(call: GradientCall, answer: Gradient, independent: LossError | None = None) -> Gradient:
+    """The answer of all processes where there are several; only together can they be independent of the params."""
+    if call.reduction is not None:
+        return call.reduction.finish(answer, independent)
+    if independent is not None:
+        raise independent
+    return answer
 
 
 def _by_func(call: GradientCall) -> Gradient:
@@ -137,7 +150,7 @@ def _by_func(call: GradientCall) -> Gradient:
     tensors = iter(found)
     leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
     loss, aux = tree.unflatten(kept["spec"], leaves)
-    return Gradient(loss, grads, aux, kept["scalar"], _rows(call))
+    return _finished(call, Gradient(loss, grads, aux, kept["scalar"], _rows(call)))
 
 
 def _objective(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, bool]:

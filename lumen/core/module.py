@@ -64,7 +64,7 @@ class Apply:
     def __init__(self, skeleton: nn.Module, frozen: frozenset[str] = frozenset()) -> None:
         self.module = skeleton
         self.frozen = frozen
-        self._places = _places(skeleton)
+        self._places = places_of(skeleton)
         self._names = {name for _, _, name in self._places}
         self._modes: dict[bool, Apply] = {}
         self._variants: dict[Any, Apply] = {}
@@ -150,7 +150,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _places(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     """Each table and key where a tensor must stand for a call, with the one name that tied tensors share."""
     first: dict[int, str] = {}
     places = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -14,6 +14,7 @@ from lumen.core.rules import Primitive
 
 if TYPE_CHECKING:
     from lumen.core.values import Mean
+    from lumen.errors import LossError
 
 
 @state
@@ -37,6 +38,23 @@ class Optimizer(Protocol):
         self, grads: Any, state: Any, params: Any, *, skip: Tensor | None = None, donate: bool = False
     ) -> tuple[Any, Any]:
         """The next params and optimizer state."""
+
+
+class Reduction(Protocol):
+    """How a parallel transform joins the gradients of several processes, where the engine has just made them.
+
+    Whoever computes one answer from several calls takes it out of these calls (`reduction=None`), and finishes the
+    sum itself: then the processes meet once for an update.
+    """
+
+    def watch(self, live: Sequence[Tensor]) -> None:
+        """Called before the backward pass with the leaves that are differentiated, in the order of params."""
+
+    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
+        """The summed answer of all processes, from this one's.
+
+        `independent` is raised, on every process, where no process's loss depends on the params.
+        """
 
 
 @dataclass(slots=True)
@@ -65,7 +83,8 @@ class GradientCall(_Call):
     """P1: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
 
     With `summed`, the answer's loss and grads are sums over the batch, with the loss's weight beside them, so that
-    the answers for parts of a batch add up to the answer for the whole.
+    the answers for parts of a batch add up to the answer for the whole. A `reduction` makes the answer that of all
+    processes before anyone outside the engine sees it, and comes with `summed` only.
     """
 
     loss_fn: Callable[..., Any]
@@ -75,6 +94,7 @@ class GradientCall(_Call):
     has_aux: bool = False
     summed: bool = False
     engine: str = "auto"
+    reduction: Reduction | None = None
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import sharding
 from lumen.optim import kernels
 from lumen.optim.base import Transform
 from lumen.optim.hyper import Hyper
@@ -15,7 +16,7 @@ from lumen.optim.numerics import Coefficients, Scalar, widen
 
 
 def global_norm(grads: Any) -> Tensor:
-    """The L2 norm of all leaves together, in float32 (float64 when a leaf is).
+    """The L2 norm of all leaves together, in float32 (float64 when a leaf is); of all processes' parts under `fsdp`.
 
     >>> import torch, lumen as lm
     >>> lm.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
@@ -31,8 +32,7 @@ def global_norm(grads: Any) -> Tensor:
         norms = list(torch._foreach_norm(leaves, 2, dtype))
     else:
         norms = [torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
+    return sharding.norm(torch.stack(norms), leaves)
 
 
 def clip_by_global_norm(max_norm: Scalar) -> Transform:

@@ -40,7 +40,7 @@ class accumulate(Transform):
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
     (losses travel as totals and weights). BatchNorm in training mode sees one microbatch at a time, as it must:
     its running statistics are the mean of the parts' by rows, its counter advances once. Gradients of 16-bit params
-    are summed in float32.
+    are summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one.
 
     Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
     the error of running out of memory comes through where single rows do not fit, or the step failed while it was
@@ -142,14 +142,16 @@ class accumulate(Transform):
     def _rule(self, next: Next, call: GradientCall) -> Gradient:
         parts = []
         sums = None
-        for microbatch in self._split(call.batch):
-            part: Gradient = next(call.replace(batch=microbatch, summed=True))
+        for microbatch in self._split(call.batch, shared=call.reduction is not None):
+            part: Gradient = next(call.replace(batch=microbatch, summed=True, reduction=None))
             sums = _widen(part.grads) if sums is None else _add(sums, part.grads, own=len(parts) > 1)
             parts.append(part.replace(grads=None))
         total = rows.add_gradients(parts).replace(grads=_like(sums, call.params))
+        if call.reduction is not None:
+            total = call.reduction.finish(total)
         return total if call.summed else gradient.normalized(total)
 
-    def _split(self, batch: Any) -> list[Any]:
+    def _split(self, batch: Any, shared: bool = False) -> list[Any]:
         self._rows = size = rows.count(batch)
         if self.k is None:
             assert self.microbatch is not None
@@ -160,7 +162,7 @@ class accumulate(Transform):
             if None not in cut:
                 return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
             return rows.split(batch, math.ceil(size / self.microbatch))
-        if self.auto:  # a smaller last batch
+        if self.auto or shared:  # a smaller last batch, or the smaller part of a process
             return rows.split(batch, max(1, min(self.k, size)))
         if self.k > size:
             raise BatchError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import rules, sharding
 from lumen.core.dataclass import state as state_class
 from lumen.core.donation import is_retired
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
@@ -152,7 +152,9 @@ class _Watch:
 
 
 def finite_leaves(leaves: list[Tensor]) -> Tensor:
-    """For each tensor whether it is finite throughout: a boolean vector."""
+    """For each tensor whether it is finite throughout, on every process that holds a part: a boolean vector."""
+    if sharding.is_bound():  # parts may be empty, which foreach norms refuse
+        return sharding.everywhere(torch.stack([leaf.isfinite().all() for leaf in leaves]))
     if torch._C._functorch.peek_interpreter_stack() is None and not rules.is_tracing():
         return torch.stack([n.float() for n in torch._foreach_norm(leaves, float("inf"))]).isfinite()
     return torch.stack([leaf.isfinite().all() for leaf in leaves])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import socket
@@ -117,12 +117,8 @@ def serve(rank, size, port, pipe):
 
 
 def _module(path):
-    """The test module at `path`, loaded once; test folders are no packages."""
-    name = f"task_{Path(path).stem}"
-    if name not in sys.modules:
-        sys.path[:0] = [str(Path(path).parent)]
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    """The test module at `path`, by its name from the root of the repository."""
+    root = Path(__file__).parents[2]
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(".".join(Path(path).relative_to(root).with_suffix("").parts))

@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
-from pool import TaskError
 
 import lumen as lm
 from lumen.core import rules, world
 from lumen.errors import AxisError, WorldError
 from lumen.parallel import mesh
 from lumen.parallel.mesh import _sizes
+from tests.distributed.pool import TaskError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 

@@ -1,0 +1,209 @@
+"""Summing many tensors over processes: in flat buckets, launched in one strict order, while the gradient is computed.
+
+A process may have its gradients ready in another order than its neighbour (a branch that only it takes), but a group's
+collectives must be called in the same order everywhere. So bucket i is launched once it is full and all before it are
+on their way, and what a loss does not reach travels as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen.core import rules
+from lumen.parallel.agree import check_alike
+
+_flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
+_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
+
+Arrived = Callable[[], Tensor]  # waits, and gives the sum
+
+
+class Wire:
+    """Sums over the processes of a group, and counts the bytes that were handed to it."""
+
+    def __init__(self, group: dist.ProcessGroup, compress: str | None = None) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.compress = compress
+        self.sent = 0
+
+    def __deepcopy__(self, _memo: Any) -> Wire:
+        return self  # a module that sums over it may be copied, the processes may not
+
+    def launch(self, flat: Tensor, op: str = "sum", exact: bool = False) -> Arrived:
+        """Send `flat`; what is returned waits for the sum (or maximum), which may lie in the memory of `flat`."""
+        self.sent += flat.numel() * flat.element_size()
+        if self.compress and not exact and flat.dtype == torch.float32:
+            summed = self._in_bfloat16(flat)
+            return lambda: summed
+        if rules.is_tracing():
+            from torch.distributed import _functional_collectives as functional
+
+            pending = functional.all_reduce(flat, op, self.group)
+            return lambda: functional.wait_tensor(pending)
+        reduce = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        work = dist.all_reduce(flat, reduce, self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return flat
+
+        return arrived
+
+    def _in_bfloat16(self, flat: Tensor) -> Tensor:
+        """The sum of the parts rounded to bfloat16, added up in float32 and rounded once more: each process adds a
+        slice of its own, and all gather the slices. Both halves send two bytes for a number."""
+        padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size)).to(torch.bfloat16)
+        self.sent -= flat.numel() * flat.element_size() // 2
+        mine = self._swapped(padded).view(self.size, -1).float().sum(0).to(torch.bfloat16)
+        return self._swapped(mine.repeat(self.size))[: flat.numel()].float()
+
+    def _swapped(self, flat: Tensor) -> Tensor:
+        """From each process the slice of its tensor that is meant for this one, in their order."""
+        if rules.is_tracing():
+            from torch.distributed import _functional_collectives as functional
+
+            each = [flat.numel() // self.size] * self.size
+            swapped: Tensor = functional.wait_tensor(functional.all_to_all_single(flat, each, each, self.group))
+            return swapped
+        out = torch.empty_like(flat)
+        dist.all_to_all_single(out, flat, group=self.group)
+        return out
+
+
+class Layout(NamedTuple):
+    """Which leaves, by their places, make up each bucket, and the bucket of each leaf."""
+
+    buckets: list[list[int]]
+    owner: list[int]
+
+
+def lay_out(leaves: Sequence[Tensor], order: Sequence[int], limit: float) -> Layout:
+    """Buckets of one dtype and at most `limit` bytes (or one leaf), filled in `order`."""
+    buckets: list[list[int]] = []
+    is_open: dict[torch.dtype, tuple[int, int]] = {}
+    owner = [0] * len(leaves)
+    for place in order:
+        leaf = leaves[place]
+        size = leaf.numel() * leaf.element_size()
+        at, held = is_open.get(leaf.dtype, (-1, 0))
+        if at < 0 or held + size > limit:
+            at, held = len(buckets), 0
+            buckets.append([])
+        buckets[at].append(place)
+        owner[place] = at
+        is_open[leaf.dtype] = at, held + size
+    return Layout(buckets, owner)
+
+
+class Layouts:
+    """The layout of each kind of gradient that was met: by the shapes and dtypes of its leaves.
+
+    The first time, the leaves' order of readiness is recorded, and that of the group's first process is taken by all.
+    """
+
+    def __init__(self, wire: Wire, limit: float) -> None:
+        self._wire = wire
+        self._limit = limit
+        self._known: dict[Any, Layout] = {}
+
+    def find(self, leaves: Sequence[Tensor]) -> Layout | None:
+        """What is known for leaves like these."""
+        return self._known.get(_kind(leaves))
+
+    def learn(self, leaves: Sequence[Tensor], ready: Sequence[int]) -> Layout:
+        """Agree on a layout for leaves like these, whose gradients were `ready` in this order here."""
+        seen = set(ready)
+        order = [*ready, *(place for place in reversed(range(len(leaves))) if place not in seen)]
+        if not rules.is_tracing():
+            device = leaves[0].device
+            lines = [f"gradient {i} of shape {tuple(leaf.shape)}, {leaf.dtype}" for i, leaf in enumerate(leaves)]
+            check_alike(lines, self._wire.group, device, "the gradients of this step")
+            agreed = torch.tensor(order, device=device)
+            dist.broadcast(agreed, group=self._wire.group, group_src=0)
+            order = agreed.tolist()
+        found = lay_out(leaves, order, self._limit)
+        self._known[_kind(leaves)] = found
+        return found
+
+
+def _kind(leaves: Sequence[Tensor]) -> Any:
+    return tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+
+
+class Buckets:
+    """The buckets of one gradient on their way."""
+
+    def __init__(self, wire: Wire, layouts: Layouts, overlap: bool) -> None:
+        self._wire = wire
+        self._layouts = layouts
+        self._overlap = overlap
+        self._layout: Layout | None = None
+        self._ready: list[int] = []
+        self._grads: list[Tensor | None] = []
+        self._missing: list[int] = []
+        self._flying: list[tuple[Arrived, list[Tensor]]] = []
+        self.flat: list[Tensor] = []
+
+    def watch(self, live: Sequence[Tensor]) -> None:
+        """Launch each bucket as soon as the backward pass has filled it, or record the order to do so next time."""
+        if not self._overlap:
+            return
+        self._layout = self._layouts.find(live)
+        if self._layout is None:
+            for place, leaf in enumerate(live):
+                leaf.register_hook(partial(self._record, place))
+            return
+        if len(self._layout.buckets) == 1:  # the last waits for `finish`
+            return
+        self._grads = [None] * len(live)
+        self._missing = [len(bucket) for bucket in self._layout.buckets]
+        for place, leaf in enumerate(live):
+            leaf.register_hook(partial(self._filled, place))
+
+    def _record(self, place: int, _grad: Tensor) -> None:
+        self._ready.append(place)
+
+    def _filled(self, place: int, grad: Tensor) -> None:
+        assert self._layout is not None
+        at = self._layout.owner[place]
+        self._grads[place] = grad
+        self._missing[at] -= 1
+        if self._missing[at] or at != len(self._flying):
+            return
+        last = len(self._layout.buckets) - 1  # `finish` has more to put into it
+        while len(self._flying) < last and not self._missing[len(self._flying)]:
+            self._launch([self._grads[i] for i in self._layout.buckets[len(self._flying)]])  # type: ignore[misc]
+
+    def _launch(self, grads: list[Tensor]) -> None:
+        self._flying.append((self._wire.launch(_flatten(grads)), grads))
+
+    def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`.
+
+        `tail` is one small vector that travels in the last bucket where it can.
+        """
+        layout = self._layout or self._layouts.find(leaves) or self._layouts.learn(leaves, self._ready)
+        *rest, last = layout.buckets
+        for bucket in rest[len(self._flying) :]:
+            self._launch([leaves[place] for place in bucket])
+        grads = [leaves[place] for place in last]
+        joined = tail.dtype == grads[0].dtype and self._wire.compress is None
+        if joined:
+            grads.append(tail)
+        self._launch(grads)
+        alone = None if joined else self._wire.launch(tail, exact=True)
+        out: list[Tensor] = list(leaves)
+        for (arrived, parts), bucket in zip(self._flying, layout.buckets, strict=True):
+            flat = arrived()
+            self.flat.append(flat)
+            views = _unflatten(flat, parts)
+            for place, view in zip(bucket, views, strict=False):  # the tail comes after them
+                out[place] = view
+        return out, (views[-1] if alone is None else alone())

@@ -1,0 +1,160 @@
+"""`lm.ddp`: the same params on every process, each with its own rows of the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lumen.core import rules
+from lumen.core.rules import Primitive, Rule
+from lumen.core.step import StepFn, Transform, as_step, device_of
+from lumen.errors import HyperparameterError, OrderError
+from lumen.parallel import agree
+from lumen.parallel.buckets import Layouts, Wire
+from lumen.parallel.exchange import Buffers, RowsRule
+from lumen.parallel.mesh import Mesh
+from lumen.parallel.mesh import mesh as make_mesh
+
+
+class ddp(Transform):
+    """Spread the rows of each batch over processes; gradients are summed over them while they are computed.
+
+    The batch that each process hands to the step is its part of the global batch; parts may be of different sizes,
+    or empty. Params are the same everywhere: `init` checks that all processes hold the same tree and takes the values
+    of the first.
+
+    Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating
+    sums, since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some
+    processes only. The loss that `lm.value_and_grad` returns is that of the global batch, as are plain scalars in
+    `lm.Aux`; typed values stay this process's own, and merge when they are logged. An inner loop inside the loss (MAML)
+    sees this process's rows alone.
+
+    `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" they are averaged over processes by
+    rows, as `accumulate` does over microbatches (integers take their largest); with "local" each process keeps its own.
+    BatchNorm in training mode then normalises by the statistics of each process's own rows; with "sync" by those of
+    all rows, as one process does, at the cost of two more sums for each layer and of the overlap below.
+
+    `compress="bf16"` sends float32 gradients in half the bytes. Declared change: each process's part and the sum are
+    rounded to bfloat16 (the sum is taken in float32). `check_every=n` compares the params of all processes every n
+    steps, see `lm.parallel.check_equal`. Buckets of `bucket_mb` MiB are launched while the backward pass goes on.
+
+    A process without rows runs the loss on two rows of zeros that weigh nothing, so that it takes part in every
+    collective. Processes must call `lm.value_and_grad` equally often and on the same params: the first call of each
+    kind is compared, later ones that are missing run into the mesh's timeout, and `TORCH_DISTRIBUTED_DEBUG=DETAIL`
+    finds them at once.
+
+    Raises `WorldError` on every process where their states, versions or steps differ, and `OrderError` for what cannot
+    stand inside it.
+
+    >>> import lumen as lm
+    >>> lm.ddp(compress="bf16")
+    lm.ddp(compress='bf16')
+    """
+
+    name = "ddp"
+    level = "parallel"
+    reason = "processes are joined once for an update, after everything that computes the gradient of their own rows"
+
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        buffers: Buffers = "merge",
+        compress: Literal["bf16"] | None = None,
+        bucket_mb: float = 25.0,
+        check_every: int | None = None,
+    ) -> None:
+        if buffers not in ("merge", "local", "sync"):
+            raise HyperparameterError(f"ddp(buffers={buffers!r}) is unknown; give 'merge', 'local' or 'sync'.")
+        if compress not in (None, "bf16"):
+            raise HyperparameterError(f"ddp(compress={compress!r}) is unknown; give 'bf16' or None.")
+        if not bucket_mb > 0:
+            raise HyperparameterError(f"ddp takes buckets of a positive size, got bucket_mb={bucket_mb!r}.")
+        if check_every is not None and (type(check_every) is not int or check_every < 1):
+            raise HyperparameterError(f"ddp(check_every={check_every!r}) must be a positive number of steps, or None.")
+        self.buffers = buffers
+        self.compress = compress
+        self.bucket_mb = bucket_mb
+        self.check_every = check_every
+        self._given = mesh
+
+    def __repr__(self) -> str:
+        said = [repr(self._given)] if self._given is not None else []
+        defaults = {"buffers": "merge", "compress": None, "bucket_mb": 25.0, "check_every": None}
+        said += [f"{name}={getattr(self, name)!r}" for name, usual in defaults.items() if getattr(self, name) != usual]
+        return f"lm.ddp({', '.join(said)})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `data`."""
+        return self._given if self._given is not None else make_mesh()
+
+    @functools.cached_property
+    def wire(self) -> Wire | None:
+        """The way to the processes that hold other rows; None where there are none."""
+        group = self.mesh.group("data", "shard")
+        return None if group is None else Wire(group, self.compress)
+
+    def init(self, state: Any) -> Any:
+        """The first process's state, after checking that all have the same."""
+        if self.wire is None:
+            return state
+        lines = agree.describe(state, self.within)
+        agree.check_alike(lines, self.wire.group, device_of(state), "the processes of lm.ddp")
+        return agree.broadcast(state, self.wire.group)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with gradients summed over processes."""
+        self._check_inside(as_step(step).transforms)
+        layouts: Layouts | None = None
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal layouts
+            handlers: dict[Primitive, Rule] = {}
+            if self.wire is not None:
+                layouts = layouts or Layouts(self.wire, self.bucket_mb * 2**20)
+                rule = RowsRule(self.wire, layouts, self.buffers, state)
+                handlers[Primitive.GRADIENT] = rule
+                if self.buffers == "sync":
+                    handlers[Primitive.APPLY] = rule.apply
+            with self.mesh.bound(), rules.install(handlers):
+                return step(state, batch)
+
+        return run
+
+    def host(self, step: StepFn) -> StepFn:
+        """Compare the params of all processes, where that is asked for."""
+        every = self.check_every
+        if every is None:
+            return step
+        done = 0
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal done
+            new, metrics = step(state, batch)
+            done += 1
+            if done % every == 0:
+                agree.check_equal(new, self.mesh)
+            return new, metrics
+
+        return run
+
+    def _check_inside(self, transforms: Sequence[Transform]) -> None:
+        for inner in transforms:
+            if inner.level == "private":
+                raise OrderError(
+                    f"{inner!r} under lm.ddp would add its noise for the rows of one process, and account for them"
+                    " alone. Train it in one process, with lm.accumulate for large batches."
+                )
+            if inner.level == "accumulate" and self.buffers == "sync":
+                raise OrderError(
+                    f"{inner!r} shows BatchNorm a microbatch at a time, of which processes with fewer rows have fewer,"
+                    f' so {self!r} cannot join their statistics. Write lm.ddp(buffers="merge"), or leave one out.'
+                )
+        scaled = [t for t in transforms if getattr(getattr(t, "policy", None), "loss_scale", None) is not None]
+        if scaled and any(t.level == "accumulate" for t in transforms):
+            raise OrderError(
+                f"{scaled[0]!r} inside lm.accumulate sees the gradients of one process, so processes would disagree"
+                ' about which updates to leave out. Write lm.precision("bf16"), or leave out lm.accumulate.'
+            )

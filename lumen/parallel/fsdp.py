@@ -1,0 +1,416 @@
+"""`lm.fsdp`: params, gradients and optimizer state spread over processes, which each compute on their own rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import gradient, rows, rules, sharding
+from lumen.core.dataclass import state as state_class
+from lumen.core.dataclass import static
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
+from lumen.core.values import Mean
+from lumen.errors import AxisError, BatchError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
+from lumen.parallel import agree
+from lumen.parallel.buckets import Buckets, Layouts, Wire
+from lumen.parallel.exchange import STAND_IN, Exchange, RowsRule, weightless
+from lumen.parallel.fsdp_optim import check_optimizer
+from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
+from lumen.parallel.mesh import Mesh
+from lumen.parallel.mesh import mesh as make_mesh
+from lumen.parallel.shards import Cut, cut_tree, gather, reduce_scatter, whole_tree
+from lumen.parallel.units import Units, find
+
+Shapes = Mapping[str, torch.Size]
+
+
+@state_class
+class Sharding:
+    """The slot of `fsdp`, all static: each param's whole `shapes`, over how many processes they are cut, and the level.
+
+    A leaf anywhere in the state that stands under a param's name, and has the shape of this process's part of it, is
+    such a part. At levels 1 and 2 that is so in the optimizer state alone.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = static()
+    size: int = static()
+    level: int = static()
+
+
+class fsdp(Transform):
+    """Spread params, gradients and optimizer state over processes; each computes the rows it is handed.
+
+    `level=1` spreads the optimizer state alone, 2 the gradients too, 3 the params as well. `init` cuts each tensor
+    along its first dim (the layout of DTensor's `Shard(0)`; the last parts may be shorter, or empty) and takes the
+    values of the first process; tensors without dims stay whole. Inside the step, params and grads of level 3 are this
+    process's parts, plain tensors, on which the optimizer runs; `export` gathers the whole state on every process.
+
+    A model meets its params whole: those of a unit are gathered when it runs, let go afterwards, gathered again for its
+    backward pass, and their gradients are summed as they come, each process keeping its part. `units` are patterns of
+    module names, by default the repeated blocks of the model's lists and sequences; the rest is one more unit, which
+    stays from the start of the forward pass to the end of the backward pass. `prefetch` is how many units are sent for
+    ahead of time. A param that the loss function, or a module outside the unit, reads is gathered there and then.
+    `gather="bf16"` sends float32 params in half the bytes. Declared change: their rounding; gradients are summed in
+    float32.
+
+    The mesh's `shard` axis cuts; a `data` axis beside it (HSDP) holds copies, whose gradients are summed as well.
+
+    Law: with any parts of the batch, also empty ones, params and loss are those of one process on the global batch, up
+    to the order of floating sums. Under bf16 compute, a gradient's sum is taken in float32 and rounded to bfloat16.
+    Losses and `lm.Aux` are as under `lm.ddp`. At level 3 all processes must run the same units in the same order, and
+    apply the model equally often; a unit that some processes pass over counts as run where the order is that of the
+    module. There `lm.accumulate` inside
+    needs equally many microbatches everywhere.
+
+    Raises, on every process: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
+    that need whole tensors (muon, adafactor, lamb …); `PatternError` for units that match nothing; `BatchError` where
+    the processes' rows make different numbers of microbatches; `OrderError` for what cannot stand around it.
+
+    >>> import lumen as lm
+    >>> lm.fsdp(level=2), lm.fsdp(units="blocks.*")
+    (lm.fsdp(level=2), lm.fsdp(units='blocks.*'))
+    """
+
+    name = "fsdp"
+    level = "parallel"
+    reason = "what is inside computes the gradient of this process's rows; params and grads are joined around it"
+    sharded: int
+    units: str | Sequence[str] | None
+    gather: str | None
+    prefetch: int
+    _given: Mesh | None
+
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        level: Literal[1, 2, 3] = 3,
+        units: str | Sequence[str] | None = None,
+        gather: Literal["bf16"] | None = None,
+        prefetch: int = 1,
+    ) -> None:
+        if type(level) is not int or level not in (1, 2, 3):
+            raise HyperparameterError(
+                f"fsdp(level={level!r}) is unknown; give 1 (optimizer state), 2 (and gradients) or 3 (and params)."
+            )
+        if gather not in (None, "bf16"):
+            raise HyperparameterError(f"fsdp(gather={gather!r}) is unknown; give 'bf16' or None.")
+        if type(prefetch) is not int or prefetch < 0:
+            raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, from 0.")
+        if level < 3 and (units is not None or gather is not None):
+            raise HyperparameterError(f"fsdp(level={level}) gathers no units: leave units and gather out, or use 3.")
+        self.sharded = level
+        self.units = units
+        self.gather = gather
+        self.prefetch = prefetch
+        self._given = mesh
+        self._found: dict[Any, Units] = {}
+        self._passes: list[Pass] = []
+
+    def __repr__(self) -> str:
+        said = [repr(self._given)] if self._given is not None else []
+        usual = {"level": 3, "units": None, "gather": None, "prefetch": 1}
+        values = {"level": self.sharded, "units": self.units, "gather": self.gather, "prefetch": self.prefetch}
+        said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
+        return f"lm.fsdp({', '.join(said)})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `shard`."""
+        return self._given if self._given is not None else make_mesh(shard=-1)
+
+    @functools.cached_property
+    def cut(self) -> Cut | None:
+        """How this process's parts lie in the whole; None where nothing is cut."""
+        group, everyone = self.mesh.group("shard"), self.mesh.group("data", "shard")
+        if group is None or everyone is None:
+            if everyone is not None:
+                raise WorldError(
+                    f"{self!r} has no processes along shard to cut params over. Write lm.mesh(shard=-1), or use"
+                    " lm.ddp() to copy them everywhere."
+                )
+            return None
+        return Cut(group, self.mesh.group("data"), everyone)
+
+    def init(self, state: Any) -> Any:
+        """This process's parts of the first process's state, after checking that all have the same."""
+        cut = self.cut
+        if cut is None:
+            return state
+        params = getattr(state, "params", None)
+        if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
+            raise ParamsError(
+                "lm.fsdp cuts state.params, a flat dict of tensors by name, as lm.TrainState has it;"
+                f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
+            )
+        check_optimizer(state.tx)
+        lines = agree.describe(state, self.within)
+        agree.check_alike(lines, cut.everyone, device_of(state), "the processes of lm.fsdp")
+        shapes = {name: p.shape for name, p in params.items()}
+        state = agree.broadcast(state, cut.everyone)
+        if self.sharded == 3:
+            self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
+            state = cut_tree(cut, state, shapes)
+        else:
+            state = state.replace(opt_state=cut_tree(cut, state.opt_state, shapes))
+        record = tuple((name, tuple(shape)) for name, shape in shapes.items())
+        return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, level=self.sharded))
+
+    def export(self, state: Any) -> Any:
+        """The whole state, on every process."""
+        if self.cut is None:
+            return state
+        shapes = self._shapes(state)
+        state = without_slot(state, self.name)
+        if self.sharded == 3:
+            return whole_tree(self.cut, state, shapes)
+        return state.replace(opt_state=whole_tree(self.cut, state.opt_state, shapes))
+
+    def _shapes(self, state: Any) -> Shapes:
+        record: Sharding = slot(state, self.name)
+        return {name: torch.Size(shape) for name, shape in record.shapes}
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with params gathered as they are used, and gradients summed over processes."""
+        inside = as_step(step).transforms
+        _check_inside(inside)
+        layouts: Layouts | None = None
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal layouts
+            cut = self.cut
+            if cut is None:
+                with self.mesh.bound():
+                    return step(state, batch)
+            if rules.is_tracing():
+                raise OrderError("lm.compile cannot trace lm.fsdp, which runs eagerly. Leave lm.compile out.")
+            wire = Wire(cut.everyone)
+            layouts = layouts or Layouts(wire, 25 * 2**20)
+            shapes = self._shapes(state)
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: _Rule(self, cut, wire, layouts, state, inside)}
+            if self.sharded == 3:
+                handlers[Primitive.APPLY] = functools.partial(self._apply, shapes)
+            else:
+                handlers[Primitive.UPDATE] = functools.partial(_update, cut, self.sharded)
+            with self.mesh.bound(), rules.install(handlers):
+                if self.sharded == 1:
+                    return step(state, batch)
+                with sharding.bound(cut):
+                    return step(state, batch)
+
+        return run
+
+    def session(self, shapes: Shapes) -> Session:
+        """A new chain of gathers."""
+        assert self.cut is not None
+        return Session(self.cut, shapes, torch.bfloat16 if self.gather else None, self.prefetch)
+
+    def _units(self, apply: Any, shapes: Shapes) -> Units:
+        if apply not in self._found:
+            patterns = [self.units] if isinstance(self.units, str) else self.units
+            self._found[apply] = find(apply.module, patterns, [*shapes])
+        return self._found[apply]
+
+    def _apply(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
+        """P0: give the model its params' parts, and gather them where they are used."""
+        if call.params.keys() != shapes.keys():  # another model than the one that was cut
+            return next(call.replace(params={k: _loose(p) for k, p in call.params.items()}))
+        cut = self.cut
+        assert cut is not None
+        lazy = _session_of(call.params)
+        session = lazy if lazy is not None else self.session(shapes)
+        whole = _whole_names(call.params, shapes, cut)
+        units = self._units(call.target, shapes)
+        target = call.target.variant((self.name, id(self)), hooked(lambda: self._passes[-1], units))
+        params = {name: p.part if isinstance(p, Lazy) else p for name, p in call.params.items()}
+        self._passes.append(Pass(session, units, whole))
+        try:
+            return next(call.replace(target=target, params=params))
+        finally:
+            self._passes.pop()
+
+
+def _session_of(params: Mapping[str, Any]) -> Session | None:
+    """The session that these params belong to, None for those from outside a loss function."""
+    return next((p.session for p in params.values() if isinstance(p, Lazy)), None)
+
+
+def _loose(param: Any) -> Any:
+    return param.session.whole(param.key, param.part) if isinstance(param, Lazy) else param
+
+
+def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: Cut) -> frozenset[str]:
+    """Which params are whole already: computed from others in the loss function, say."""
+    if all(isinstance(p, Lazy) for p in params.values()):
+        return frozenset()
+    plain = {name: p for name, p in params.items() if not isinstance(p, Lazy)}
+    certain = [name for name, p in plain.items() if p.shape == shapes[name] != cut.shape(shapes[name])]
+    return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()
+
+
+def _update(cut: Cut, level: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+    """P2 of levels 1 and 2: update this process's rows, and give them to all."""
+    parts = {name: cut.part(p) for name, p in call.params.items()}
+    grads = {name: cut.part(g) for name, g in call.grads.items()} if level == 1 else call.grads
+    inner = call.replace(params=parts, grads=grads)
+    if level == 1:
+        with sharding.bound(cut):
+            new, opt_state = next(inner)
+    else:
+        new, opt_state = next(inner)
+    wholes = gather(cut, [*new.values()], [p.shape for p in call.params.values()])
+    if new is parts:  # a donated state: its own memory goes on
+        torch._foreach_copy_([*call.params.values()], wholes)
+        return call.params, opt_state
+    return dict(zip(new, wholes, strict=True)), opt_state
+
+
+def _check_inside(transforms: Sequence[Transform]) -> None:
+    for inner in transforms:
+        if inner.level == "private":
+            raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
+        if getattr(inner, "auto", False):
+            raise OrderError(
+                f"{inner!r} under lm.fsdp would retry on the process that ran out of memory alone."
+                " Give a number: lm.accumulate(2)."
+            )
+    scaled = [t for t in transforms if getattr(getattr(t, "policy", None), "loss_scale", None) is not None]
+    if scaled and any(t.level == "accumulate" for t in transforms):
+        raise OrderError(
+            f"{scaled[0]!r} inside lm.accumulate sees the gradients of one process, so processes would disagree"
+            ' about which updates to leave out. Write lm.precision("bf16"), or leave out lm.accumulate.'
+        )
+
+
+class _Rule(RowsRule):
+    """What fsdp makes of each P1 call of one step."""
+
+    def __init__(
+        self, transform: fsdp, cut: Cut, wire: Wire, layouts: Layouts, state: Any, inside: Sequence[Transform]
+    ) -> None:
+        super().__init__(wire, layouts, "merge", state)
+        self._transform, self._cut, self._shapes = transform, cut, transform._shapes(state)
+        self._splitter: Any = next((t for t in inside if t.level == "accumulate"), None)
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+            raise AxisError(
+                "lm.fsdp gathers params and sums gradients over processes, which torch cannot do inside vmap or"
+                ' torch.func.grad. Leave out lm.ensemble and engine="func".'
+            )
+        size = rows.count(call.batch)
+        stand_in = max(STAND_IN, self._check_parts(size))
+        exchange = self._exchange(size)
+        if not size:
+            batch = tree.map(functools.partial(_zeros, stand_in), call.batch)
+            call = call.replace(batch=batch, loss_fn=weightless(call.loss_fn, call.has_aux))
+        answer = self._differentiate(next, call.replace(summed=True, reduction=exchange))
+        if not size:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        return answer if call.summed else gradient.normalized(answer)
+
+    def _differentiate(self, next: Next, call: GradientCall) -> Gradient:
+        if self._transform.sharded < 3:
+            return next(call)  # type: ignore[no-any-return]
+        _check_params(call.params, self._shapes)
+        shapes = self._shapes
+
+        def loss_fn(params: Any, *rest: Any) -> Any:
+            session = self._transform.session(shapes)
+            try:
+                out = call.loss_fn({k: Lazy.of(session, k, p) for k, p in params.items()}, *rest)
+                return _tied(session, out, call.has_aux)
+            finally:
+                session.close()
+
+        loss_fn.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
+        loss_fn.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
+        return next(call.replace(loss_fn=loss_fn))  # type: ignore[no-any-return]
+
+    def _exchange(self, size: int) -> Exchange:
+        if self._transform.sharded == 1:
+            return Exchange(self._wire, Buckets(self._wire, self._layouts, size > 0), size, self._kept)
+        kind: Any = _Summed if self._transform.sharded == 3 else Exchange
+        return kind(self._wire, _Parts(self._cut), size, self._kept)  # type: ignore[no-any-return]
+
+    def _check_parts(self, size: int) -> int:
+        """How many rows stand in for none, so that microbatches are as many as elsewhere.
+
+        Raises `BatchError`, on every process, where those with rows do not agree.
+        """
+        splitter = self._splitter
+        if splitter is None or self._transform.sharded < 3:
+            return 0
+        each = splitter.microbatch
+        parts = math.ceil(size / each) if each else min(splitter.k, size)
+        bounds = torch.tensor([parts, -parts if size else -(2**31)], device=self._transform.mesh.device)
+        most, least = self._cut.reduce(bounds, "max").tolist()
+        if most != -least:
+            raise BatchError(
+                f"under lm.fsdp every process must take equally many microbatches, and {splitter!r} makes between"
+                f" {-least} and {most} of the processes' rows. Give each process at least as many rows, or use"
+                f" lm.accumulate({max(-least, 1)})."
+            )
+        if each:
+            return int(most) * int(each)
+        return int(most) * (STAND_IN if most == splitter.k else 1)
+
+
+def _zeros(size: int, leaf: Any) -> Any:
+    return leaf.new_zeros((size, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+
+
+def _check_params(params: Any, shapes: Shapes) -> None:
+    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
+        raise ParamsError(
+            "under lm.fsdp(level=3) a loss is differentiated in the state's own params, whose parts and shapes are"
+            " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(level=2)."
+        )
+
+
+def _tied(session: Session, out: Any, has_aux: bool) -> Any:
+    """The loss with the whole chain behind it, so that every process goes back through all of it."""
+    loss, aux = out if has_aux and type(out) is tuple and len(out) == 2 else (out, None)
+    if isinstance(loss, Mean):
+        loss = Mean(session.finish(loss.total), loss.weight)
+    elif isinstance(loss, Tensor):
+        loss = session.finish(loss)
+    return (loss, aux) if has_aux else loss
+
+
+class _Summed(Exchange):
+    """The reduction of one gradient at level 3, whose grads have been summed where they were made."""
+
+    _buckets: Any
+
+    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
+        """The answer of all processes."""
+        self._buckets.summed = tree.leaves(answer.grads)
+        return super().finish(answer, independent)
+
+
+class _Parts:
+    """In place of buckets: this process's parts of the sums."""
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+        self.flat: list[Tensor] = []
+        self.summed: list[Tensor] | None = None  # at level 3, where even a process without rows holds sums
+
+    def watch(self, live: Sequence[Tensor]) -> None:
+        """Nothing to launch ahead of time."""
+
+    def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The parts, and the sum of `tail`."""
+        parts = reduce_scatter(self._cut, leaves) if self.summed is None else self.summed
+        dist.all_reduce(tail, group=self._cut.everyone)
+        return parts, tail

@@ -1,0 +1,281 @@
+"""Params that come when a unit runs and go when it has run, forward and backward.
+
+All communication hangs on one chain of tokens: each gather takes the token of the one before it and gives its own, so
+that autograd meets the gathers in exactly the reverse order on every process, also those whose params a process did
+not use. That is what keeps the processes' collectives in step.
+
+    forward    gather root -> gather 1, run 1, let go 1 -> gather 2, run 2, let go 2 -> …
+    backward   … gather 2 again, back through 2, reduce 2 -> gather 1 again, back through 1, reduce 1 -> reduce root
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as torch_pytree
+
+from lumen.core.module import places_of
+from lumen.parallel.shards import Cut, Gathering, alias, reduce_scatter
+from lumen.parallel.units import Units
+
+Places = list[tuple[dict[str, Any], str, str]]
+
+
+class Lazy(Tensor):
+    """A param that is here in part only, and is gathered by whatever torch function it is given to."""
+
+    part: Tensor
+    key: str
+    session: Session
+
+    @classmethod
+    def of(cls, session: Session, name: str, part: Tensor) -> Lazy:
+        """The param `name` as the loss function, or a module outside of its unit, is to see it."""
+        shell = torch.empty(session.shapes[name], dtype=part.dtype, device="meta")
+        lazy: Lazy = torch.Tensor._make_subclass(cls, shell, False)
+        lazy.part, lazy.key, lazy.session = part, name, session
+        return lazy
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = torch_pytree.tree_map(_whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Lazy({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+_METADATA = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+}
+
+
+def _whole(value: Any) -> Any:
+    return value.session.whole(value.key, value.part) if isinstance(value, Lazy) else value
+
+
+class Session:
+    """The gathers of one gradient, or of one application of a model outside of any."""
+
+    def __init__(self, cut: Cut, shapes: Mapping[str, torch.Size], wire: torch.dtype | None, prefetch: int) -> None:
+        self.cut, self.shapes, self.wire, self.prefetch = cut, shapes, wire, prefetch
+        self.token = torch.zeros(())
+        self._direct: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The param `name`, gathered by itself, once."""
+        known = self._direct.get(name)
+        if known is None or known[0] is not part:
+            (whole,) = self.gather(Held(self, [name]), [part])
+            self._direct[name] = known = part, whole
+        return known[1]
+
+    def gather(self, held: Held, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The whole params of `parts`, on the chain."""
+        self.token, *wholes = _Gather.apply(held, self.token, *parts)  # type: ignore[no-untyped-call]
+        return wholes  # type: ignore[no-any-return]
+
+    def tie(self, out: Any, held: Held) -> Any:
+        """The output of a unit, with `held` gathered again before the backward pass goes through the unit."""
+        if not self.token.requires_grad or not torch.is_grad_enabled():
+            return out
+        leaves, spec = torch_pytree.tree_flatten(out)
+        live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        self.token, *tied = _Tie.apply(held, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
+        for i, leaf in zip(live, tied, strict=True):
+            leaves[i] = leaf
+        return torch_pytree.tree_unflatten(leaves, spec)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """`loss` with the whole chain behind it, so that its gradient goes back through every gather."""
+        if not self.token.requires_grad:
+            return loss
+        _, tied = _Tie.apply(None, self.token, loss)  # type: ignore[no-untyped-call]
+        return tied  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let go of the graph, which knows this session: nobody else would break the circle before the next gc."""
+        self.token = torch.zeros(())
+        self._direct.clear()
+
+
+class Held:
+    """The memory of some params that are whole for now. It knows buffers only, and no tensor that autograd tracks."""
+
+    def __init__(self, session: Session, names: Sequence[str]) -> None:
+        self.session = session
+        self.shapes = [session.shapes[name] for name in names]
+        self.parts: list[Tensor] = []
+        self.room: list[Tensor] = []
+        self.going: Gathering | None = None
+        self.before: Held | None = None
+
+    def launch(self, parts: Sequence[Tensor] | None = None) -> None:
+        """Send for the params, unless that has been done."""
+        if parts is not None:
+            self.parts = [part.detach() for part in parts]
+        if self.going is None:
+            self.going = Gathering(self.session.cut, self.parts, self.shapes, self.session.wire)
+
+    def fetch(self) -> list[Tensor]:
+        """The whole params, in memory of their own."""
+        self.launch()
+        assert self.going is not None
+        if not self.room:
+            self.room = self.going.room()
+        for flat in self.room:
+            flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+        self.going.into(self.room)
+        self.going = None
+        return [alias(flat, shape) for flat, shape in zip(self.room, self.shapes, strict=True)]
+
+    def free(self) -> None:
+        """Give the memory back; who holds the tensors holds empty shells until the next `fetch`."""
+        for flat in self.room:
+            flat.untyped_storage().resize_(0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: Held, token: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        held.launch(parts)
+        ctx.held = held
+        return (token.clone(), *held.fetch())
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
+        held: Held = ctx.held
+        held.free()
+        return (None, token, *reduce_scatter(held.session.cut, grads))
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: Held | None, token: Tensor, *outs: Tensor) -> tuple[Tensor, ...]:
+        ctx.held = held
+        return (token.clone(), *(out.view_as(out) for out in outs))
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
+        held: Held | None = ctx.held
+        if held is not None:
+            held.fetch()
+            if held.before is not None and held.session.prefetch:
+                held.before.launch()
+        return (None, token, *grads)
+
+
+class Pass:
+    """One application of a model: which units have been gathered, and what comes next."""
+
+    def __init__(self, session: Session, units: Units, whole: frozenset[str]) -> None:
+        self.session, self.units, self.whole = session, units, whole
+        self._next = 0
+        self._parts: dict[str, Tensor] = {}
+        self._places: dict[int, Places] = {}
+        self._ahead: dict[int, Held] = {}
+        self._running: dict[int, Held] = {}
+        self._last: Held | None = None
+
+    def begin(self, places: Places) -> None:
+        """Take the parts out of the module and gather the root's."""
+        for place in places:
+            table, key, name = place
+            if name in self.units.owner and name not in self.whole:
+                self._places.setdefault(self.units.owner[name], []).append(place)
+                self._parts[name] = table[key]
+        for unit in self._places:
+            self._hide(unit)
+        self.enter(0)
+
+    def enter(self, unit: int) -> None:
+        """Put the whole params of a unit in their places, after those of the units that were passed over."""
+        self._pass_over(unit)
+        self._next = max(self._next, unit + 1)
+        for (table, key, _), tensor in self._gather(unit):
+            table[key] = tensor
+
+    def leave(self, unit: int, out: Any) -> Any:
+        """Take them away again; the unit's output knows to bring them back."""
+        held = self._running.pop(unit, None)
+        if held is None:
+            return out
+        self._hide(unit)
+        if not unit:
+            return out
+        out = self.session.tie(out, held)
+        held.before, self._last = self._last, held
+        held.free()
+        return out
+
+    def end(self, out: Any) -> Any:
+        """Pass over the units that did not run, so that all processes have gathered the same."""
+        self._pass_over(len(self.units.names))
+        return self.leave(0, out)
+
+    def _pass_over(self, unit: int) -> None:
+        while self._next < unit:
+            skipped = self._next
+            self._next += 1
+            if self._gather(skipped):
+                self.leave(skipped, None)
+
+    def _gather(self, unit: int) -> list[tuple[tuple[dict[str, Any], str, str], Tensor]]:
+        places = self._places.get(unit, [])
+        names = list(dict.fromkeys(name for _, _, name in places))
+        if not names:
+            return []
+        held = self._ahead.pop(unit, None) or Held(self.session, names)
+        held.launch([self._parts[name] for name in names])
+        self._launch_ahead(unit)
+        wholes = dict(zip(names, self.session.gather(held, [self._parts[name] for name in names]), strict=True))
+        self._running[unit] = held
+        return [(place, wholes[place[2]]) for place in places]
+
+    def _launch_ahead(self, unit: int) -> None:
+        for other in range(self._next, min(self._next + self.session.prefetch, len(self.units.names))):
+            names = list(dict.fromkeys(name for _, _, name in self._places.get(other, [])))
+            if names and other not in self._ahead and other > unit:
+                self._ahead[other] = held = Held(self.session, names)
+                held.launch([self._parts[name] for name in names])
+
+    def _hide(self, unit: int) -> None:
+        for table, key, name in self._places[unit]:
+            table[key] = Lazy.of(self.session, name, self._parts[name])
+
+
+def hooked(current: Callable[[], Pass], units: Units) -> Callable[[nn.Module], None]:
+    """What makes a skeleton tell the current pass which of its units runs."""
+
+    def change(module: nn.Module) -> None:
+        for unit, name in enumerate(units.names[1:], 1):
+            each = module.get_submodule(name)
+            each.register_forward_pre_hook(_entering(current, unit))
+            each.register_forward_hook(_leaving(current, unit))
+        module.register_forward_pre_hook(lambda root, args: current().begin(places_of(root)))
+        module.register_forward_hook(lambda root, args, out: current().end(out))
+
+    return change
+
+
+# Functions and not objects: a skeleton's copies must lead to the same pass.
+def _entering(current: Callable[[], Pass], unit: int) -> Callable[..., None]:
+    return lambda module, args: current().enter(unit)
+
+
+def _leaving(current: Callable[[], Pass], unit: int) -> Callable[..., Any]:
+    return lambda module, args, out: current().leave(unit, out)

@@ -1,0 +1,205 @@
+"""Cutting tensors along their first dim into the rows of each process, and putting them together again.
+
+With `W` processes and `n` rows each process has `⌈n / W⌉` rows, the last ones fewer or none: the layout of DTensor's
+`Shard(0)`. A tensor without dims stays whole everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen import tree
+
+# Their names before torch 2.13, which warns of these.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class Cut:
+    """How one process's parts lie in the whole: its place among `size`, and the processes themselves.
+
+    `group` holds the parts of one copy, `replicas` the same part of other copies, and `everyone` is both together.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: dist.ProcessGroup
+    ) -> None:
+        self.group = group
+        self.replicas = replicas
+        self.everyone = everyone
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+
+    def rows(self, whole: Sequence[int]) -> tuple[int, int]:
+        """The first row of this process's part of a tensor of shape `whole`, and the row after its last."""
+        each = -(-whole[0] // self.size)
+        return min(self.index * each, whole[0]), min((self.index + 1) * each, whole[0])
+
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """The shape of this process's part."""
+        if not whole:
+            return whole
+        start, stop = self.rows(whole)
+        return torch.Size((stop - start, *whole[1:]))
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This process's part of a whole tensor, a view."""
+        if not tensor.dim():
+            return tensor
+        start, stop = self.rows(tensor.shape)
+        return tensor[start:stop]
+
+    def padded(self, whole: torch.Size) -> int:
+        """How many entries each process sends of a tensor of shape `whole`."""
+        return -(-whole[0] // self.size) * math.prod(whole[1:]) if whole else 1
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """The sum over the parts of one copy, or the maximum over all processes; a new tensor."""
+        out = x.clone()
+        if op == "sum":
+            dist.all_reduce(out, group=self.group)
+        else:
+            dist.all_reduce(out, dist.ReduceOp.MAX, group=self.everyone)
+        return out
+
+
+class Gathering:
+    """Whole tensors on their way from the parts of all processes: one message for each dtype."""
+
+    def __init__(
+        self, cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size], wire: torch.dtype | None
+    ) -> None:
+        self._cut, self._shapes = cut, shapes
+        self._dtypes = [part.dtype for part in parts]
+        self._sent: list[tuple[list[int], Tensor, Any]] = []
+        kinds: dict[torch.dtype, list[int]] = {}
+        for place, part in enumerate(parts):
+            kinds.setdefault(part.dtype, []).append(place)
+        for dtype, places in kinds.items():
+            narrow = wire if wire is not None and dtype == torch.float32 else dtype
+            sizes = [cut.padded(shapes[place]) for place in places]
+            flat = torch.zeros(sum(sizes), dtype=narrow, device=parts[places[0]].device)
+            for piece, place in zip(flat.split(sizes), places, strict=True):
+                piece[: parts[place].numel()].copy_(parts[place].detach().reshape(-1))
+            out = flat.new_empty(cut.size * flat.numel())
+            work = _all_gather(out, flat, group=cut.group, async_op=True)
+            self._sent.append((places, out, work))
+
+    def into(self, wholes: Sequence[Tensor]) -> None:
+        """Wait, and fill the flat tensors `wholes`, each padded to equal parts."""
+        for places, out, work in self._sent:
+            work.wait()
+            sizes = [self._cut.padded(self._shapes[place]) for place in places]
+            columns = out.view(self._cut.size, -1).split(sizes, 1)
+            for place, column in zip(places, columns, strict=True):
+                if self._shapes[place]:
+                    wholes[place].view(self._cut.size, -1).copy_(column)
+                else:
+                    wholes[place].copy_(column[0])
+
+    def room(self) -> list[Tensor]:
+        """Flat tensors to gather into."""
+        return [
+            out.new_empty(self._cut.padded(shape) * (self._cut.size if shape else 1), dtype=dtype)
+            for shape, dtype, out in zip(self._shapes, self._dtypes, self._outs(), strict=True)
+        ]
+
+    def _outs(self) -> list[Tensor]:
+        found: dict[int, Tensor] = {place: out for places, out, _ in self._sent for place in places}
+        return [found[place] for place in range(len(self._shapes))]
+
+
+def alias(flat: Tensor, shape: torch.Size) -> Tensor:
+    """The first entries of `flat` in another shape: the same memory, but no view that autograd knows of."""
+    strides = torch.empty(shape, device="meta").stride()
+    return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
+
+
+def gather(cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The whole tensors of shapes `shapes`, from each process's parts."""
+    if not parts:
+        return []
+    going = Gathering(cut, parts, shapes, None)
+    room = going.room()
+    going.into(room)
+    return [alias(flat, shape) for flat, shape in zip(room, shapes, strict=True)]
+
+
+def reduce_scatter(cut: Cut, wholes: Sequence[Tensor]) -> list[Tensor]:
+    """This process's parts of the sum of `wholes` over all processes, 16-bit ones summed in float32."""
+    out: list[Tensor] = list(wholes)
+    kinds: dict[torch.dtype, list[int]] = {}
+    for place, whole in enumerate(wholes):
+        kinds.setdefault(whole.dtype, []).append(place)
+    for dtype, places in kinds.items():
+        wide = torch.float32 if dtype in _NARROW else dtype
+        for place, summed in zip(places, _summed(cut, [wholes[p] for p in places], wide), strict=True):
+            out[place] = summed.to(dtype)
+    return out
+
+
+def _summed(cut: Cut, wholes: Sequence[Tensor], wide: torch.dtype) -> list[Tensor]:
+    sizes = [cut.padded(whole.shape) for whole in wholes]
+    flat = wholes[0].new_empty((cut.size, sum(sizes)), dtype=wide)
+    for column, whole in zip(flat.split(sizes, 1), wholes, strict=True):
+        _spread(column, whole)
+    mine = flat.new_empty(flat.shape[1])
+    _reduce_scatter(mine, flat.view(-1), group=cut.group)
+    if cut.replicas is not None:
+        dist.all_reduce(mine, group=cut.replicas)
+    shapes = [cut.shape(whole.shape) for whole in wholes]
+    pieces = mine.split(sizes)
+    return [piece[: math.prod(shape)].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _spread(column: Tensor, whole: Tensor) -> None:
+    """Write `whole` into the rows of `column`, one for each process, with zeros at the end."""
+    if not whole.dim():
+        column.copy_(whole)
+        return
+    flat, each = whole.reshape(-1), column.shape[1]
+    full = flat.numel() // each if each else 0
+    column[:full].copy_(flat[: full * each].view(full, each))
+    if full < column.shape[0]:
+        rest = flat[full * each :]
+        column[full:].zero_()
+        column[full, : rest.numel()].copy_(rest)
+
+
+def places_of(values: Any, shapes: Mapping[str, torch.Size], cut: Cut | None = None) -> list[tuple[int, str]]:
+    """The leaves of `values`, by place, that stand under a param's name and have its shape: whole, or `cut`."""
+    found = []
+    for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
+        names = [name for name in re.findall(r"\[([^\]]+)\]", path) if name in shapes]
+        if not names or not isinstance(leaf, Tensor):
+            continue
+        whole = shapes[names[-1]]
+        if leaf.shape == (cut.shape(whole) if cut is not None else whole):
+            found.append((place, names[-1]))
+    return found
+
+
+def cut_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size]) -> Any:
+    """`values` with this process's part, in memory of its own, of each leaf that has a param's name and shape."""
+    leaves, spec = tree.flatten(values)
+    for place, _ in places_of(values, shapes):
+        leaves[place] = cut.part(leaves[place]).clone()
+    return spec.unflatten(leaves)
+
+
+def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size]) -> Any:
+    """The inverse of `cut_tree`."""
+    leaves, spec = tree.flatten(values)
+    places = places_of(values, shapes, cut)
+    wholes = gather(cut, [leaves[place] for place, _ in places], [shapes[name] for _, name in places])
+    for (place, _), whole in zip(places, wholes, strict=True):
+        leaves[place] = whole
+    return spec.unflatten(leaves)

@@ -1,0 +1,62 @@
+"""Units: the modules whose params are gathered, used and let go together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from lumen.errors import PatternError
+
+
+class Units(NamedTuple):
+    """The chosen modules by name, in order; the first is the root, `""`. `owner` is the unit of each param."""
+
+    names: tuple[str, ...]
+    owner: dict[str, int]
+
+
+def find(module: nn.Module, patterns: Sequence[str] | None, params: Sequence[str]) -> Units:
+    """The units of `module`: what matches a pattern, by default the repeated blocks.
+
+    A param belongs to the unit around all the places where it stands, and to the root where these are several units
+    (tied weights) or none. Units do not nest: the outermost match counts.
+
+    Raises `PatternError` for a pattern that matches nothing.
+    """
+    chosen = _repeated(module) if patterns is None else _matching(module, patterns)
+    outer = [name for name in chosen if not any(name.startswith(f"{other}.") for other in chosen)]
+    names = ("", *outer)
+    owner: dict[str, int] = {}
+    canonical = {id(p): name for name, p in module.named_parameters()}
+    for place, parameter in module.named_parameters(remove_duplicate=False):
+        name = canonical[id(parameter)]
+        unit = next((i for i, each in enumerate(names) if each and place.startswith(f"{each}.")), 0)
+        owner[name] = unit if owner.get(name, unit) == unit else 0
+    return Units(names, {name: owner[name] for name in params})
+
+
+def _repeated(module: nn.Module) -> list[str]:
+    """Children of lists and sequences whose class occurs there more than once, and which have params."""
+    found = []
+    for name, each in module.named_modules():
+        if isinstance(each, nn.ModuleList | nn.Sequential):
+            counts = Counter(type(child) for child in each.children())
+            for key, child in each.named_children():
+                if counts[type(child)] > 1 and next(child.parameters(), None) is not None:
+                    found.append(f"{name}.{key}" if name else key)
+    return [name for name in found if callable(getattr(module.get_submodule(name), "forward", None))]
+
+
+def _matching(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+    names = [name for name, _ in module.named_modules() if name]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PatternError(
+                f"fsdp(units=[{pattern!r}]) matches no module of {type(module).__name__};"
+                f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

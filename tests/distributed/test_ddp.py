@@ -1,0 +1,524 @@
+"""ddp: on parts of a batch it is one process on the whole, whatever the parts and whatever stands around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lumen as lm
+from lumen.core import gradient, rows, rules, world
+from lumen.core.rules import Primitive
+from lumen.core.step import Transform
+from lumen.errors import HyperparameterError, LossError, OrderError, WorldError
+from lumen.parallel.agree import check_equal
+from lumen.parallel.buckets import Buckets, Layouts, Wire, lay_out
+from lumen.parallel.ddp import ddp
+from lumen.parallel.mesh import mesh
+from tests.distributed.models import (
+    WIDTH,
+    bare,
+    batches,
+    furthest,
+    make_state,
+    part,
+    plain_step,
+    step,
+    train,
+    transforms,
+)
+from tests.distributed.pool import TaskError
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+STEPS = 20
+EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
+STEP = {"step": step, "plain": plain_step}
+
+
+class cut(Transform):  # noqa: N801
+    """One process that takes the parts of a batch one after the other, as the processes of a world do."""
+
+    name = "cut"
+    level = "accumulate"
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def wrap(self, step):
+        def rule(next, call):
+            parts = [part(call.batch, self.sizes, place) for place in range(len(self.sizes)) if self.sizes[place]]
+            answers = [next(call.replace(batch=each, summed=True)) for each in parts]
+            total = rows.add_gradients(answers)
+            grads = lm.tree.map(lambda *each: sum(each), *(answer.grads for answer in answers))
+            return gradient.normalized(total.replace(grads=grads))
+
+        return rules.under({Primitive.GRADIENT: rule}, step)
+
+
+def law(cases, options=None, dtype=torch.float64, steps=STEPS, parts=False):
+    """For each case how far ddp on parts is from one process on all rows: the losses, and the furthest leaf."""
+    found = []
+    for model, around, sizes, name in cases:
+        around = transforms(around)
+        wrapped = lm.compose(ddp(**options or {}), *around)(STEP[name])
+        whole = batches(steps, sum(sizes), dtype)
+        if name == "plain":
+            whole = [{key: leaf for key, leaf in batch.items() if key != "mask"} for batch in whole]
+        losses, state = train(wrapped, make_state(model, dtype), [part(batch, sizes, world.rank()) for batch in whole])
+        check_equal(state)
+        beside = lm.compose(*[cut(sizes)] * parts, *around)(STEP[name])
+        wanted, other = train(beside, make_state(model, dtype), whole)
+        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
+    return found
+
+
+def check_law(world, cases, *settings, tolerance=1e-10):
+    cases = [(*case, "step")[:4] for case in cases]
+    for found in world.run(law, cases, *settings):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)
+
+
+AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard", "clip", "ema", "donate"]]
+
+
+@pytest.mark.parametrize("model", ["mlp", "gpt", "outside", "routed"])
+def test_parts_on_two_processes_are_the_whole(model, world2):
+    check_law(world2, [(model, around, sizes) for around in AROUND for sizes in (EVEN, UNEVEN, EMPTY)])
+
+
+def test_parts_on_four_processes_in_many_buckets_are_the_whole(world4):
+    cases = [(model, [], sizes) for model in ("gpt", "routed", "outside") for sizes in ([2, 2, 2, 2], [4, 0, 3, 1])]
+    check_law(world4, cases, {"bucket_mb": 2e-4})
+
+
+def test_a_plain_loss_weighs_by_its_rows(world2):
+    check_law(world2, [("mlp", [], sizes, "plain") for sizes in (EVEN, UNEVEN, EMPTY)])
+
+
+def test_in_float32(world2):
+    cases = [
+        (model, around, UNEVEN) for model in ("mlp", "gpt", "outside") for around in ([], ["donate", "clip"][::-1])
+    ]
+    check_law(world2, cases, None, torch.float32, tolerance=1e-6)
+
+
+def test_in_bfloat16(world2):
+    """The parts of a batch are rounded as the whole is, except where sums over rows are taken in bfloat16."""
+    cases = [(model, ["bf16"], sizes) for model in ("mlp", "gpt", "outside") for sizes in (UNEVEN, EMPTY)]
+    check_law(world2, cases, None, torch.float32, 5, tolerance=3e-2)
+
+
+def test_buffers_are_merged_as_over_microbatches(world2):
+    cases = [
+        ("conv", around, sizes)
+        for around in ([], ["guard", "clip", "ema", "donate"])
+        for sizes in (EVEN, UNEVEN, EMPTY)
+    ]
+    check_law(world2, cases, None, torch.float64, STEPS, True)
+
+
+def test_synchronised_batchnorm_is_that_of_the_whole_batch(world2):
+    check_law(world2, [("conv", [], sizes) for sizes in (EVEN, UNEVEN, EMPTY)], {"buffers": "sync"})
+
+
+def test_gradients_sent_in_bfloat16(world2):
+    cases = [(model, [], sizes) for model in ("mlp", "outside") for sizes in (UNEVEN, EMPTY)]
+    check_law(world2, cases, {"compress": "bf16"}, torch.float32, 5, tolerance=2e-2)
+
+
+def compiled(cases):
+    found = []
+    for model, around, sizes, backend, options in cases:
+        dtype = torch.float32 if "compress" in options else torch.float64
+        wrapped = lm.compose(lm.compile(backend=backend), ddp(bucket_mb=2e-4, **options), *transforms(around))(step)
+        data = [part(batch, sizes, world.rank()) for batch in batches(5, sum(sizes), dtype)]
+        losses, state = train(wrapped, make_state(model, dtype), data)
+        eager = lm.compose(ddp(bucket_mb=2e-4, **options), *transforms(around))(step)
+        wanted, other = train(eager, make_state(model, dtype), data)
+        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_is_eager(backend, world2):
+    cases = [
+        ("mlp", ["donate"], UNEVEN, backend, {}),
+        ("conv", [], UNEVEN, backend, {}),
+        ("outside", ["accumulate"], EMPTY, backend, {}),
+        ("mlp", [], UNEVEN, backend, {"compress": "bf16"}),
+        ("conv", [], UNEVEN, backend, {"buffers": "sync"}),
+    ]
+    for found in world2.run(compiled, cases):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            tolerance = 1e-3 if "compress" in case[-1] else 1e-10
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)
+
+
+def bytes_sent(compress):
+    wrapped = ddp(compress=compress)(step)
+    train(
+        wrapped, make_state("mlp", torch.float32), [part(b, EVEN, world.rank()) for b in batches(2, 8, torch.float32)]
+    )
+    return wrapped.transforms[0].wire.sent
+
+
+def test_compression_halves_the_bytes(world2):
+    plain, small = (world2.run(bytes_sent, compress)[0] for compress in (None, "bf16"))
+    numbers = 2 * sum(p.numel() for p in make_state("mlp").params.values())
+    assert plain == 4 * (numbers + 2 * 4)  # the loss's total and weight, rows, and a mark
+    assert small == pytest.approx(plain - 2 * numbers, abs=8)
+
+
+def launched_while_computing():
+    """What was on its way when the gradient of the first layer, the last to be computed, was ready."""
+    seen = []
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            out = self.layer(x)
+            if out.requires_grad:
+                out.register_hook(lambda _: seen.append(wrapped.transforms[0].wire.sent))
+            return out
+
+    torch.manual_seed(0)
+    state = lm.TrainState.create(nn.Sequential(First(), *mlp_layers()), lm.optim.sgd(0.1))
+    wrapped = ddp(bucket_mb=1e-4)(step)
+    train(wrapped, state, [part(b, EVEN, world.rank()) for b in batches(3, 8, torch.float32)])
+    return seen, wrapped.transforms[0].wire.sent
+
+
+def mlp_layers():
+    return [nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 3)]
+
+
+def test_buckets_are_launched_while_the_gradient_is_computed(world2):
+    for seen, sent in world2.run(launched_while_computing):
+        assert seen[0] == 0  # the first step records the order
+        per_step = sent / 3
+        assert seen[1] > per_step + 0.4 * per_step
+        assert seen[2] > 2 * per_step + 0.4 * per_step
+
+
+def launch_order():
+    """Two processes whose gradients are ready in opposite orders."""
+    wire = Wire(mesh(device="cpu").group("data"))
+    layouts, sums = Layouts(wire, 1), []
+    for _ in range(3):
+        leaves = [
+            torch.zeros(3, requires_grad=True),
+            torch.zeros(2, requires_grad=True),
+            torch.zeros(4, requires_grad=True),
+        ]
+        buckets = Buckets(wire, layouts, overlap=True)
+        buckets.watch(leaves)
+        order = [0, 1] if world.rank() else [2, 1]  # each leaves one out
+        for place in order:
+            (leaves[place].sum() * (place + 1)).backward()
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        out, tail = buckets.finish(grads, torch.ones(1))
+        sums.append([float(each.mean()) for each in out] + [float(tail)])
+    return sums, layouts.find(leaves).buckets
+
+
+def test_collectives_keep_one_order_whatever_is_ready_first(world2):
+    for sums, buckets in world2.run(launch_order):
+        assert sums == [[1.0, 4.0, 3.0, 2.0]] * 3
+        assert buckets == [[2], [1], [0]]  # as rank 0's were ready
+
+
+def test_a_layout_by_dtype_and_size():
+    leaves = [torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(2), torch.zeros(100)]
+    found = lay_out(leaves, [3, 2, 1, 0], 16)
+    assert found.buckets == [[3], [2, 0], [1]]
+    assert found.owner == [1, 2, 1, 0]
+
+
+def test_alone_it_is_the_step_itself():
+    losses, state = train(ddp()(step), make_state("conv"), batches(3, 8))
+    wanted, other = train(lm.compose()(step), make_state("conv"), batches(3, 8))
+    assert torch.equal(losses, wanted)
+    assert furthest(bare(state), bare(other))[0] == 0.0
+
+
+def first_state():
+    torch.manual_seed(world.rank())
+    state = lm.TrainState.create(models_of_all_kinds(), lm.optim.adam(0.1))
+    given = bare(state)
+    out = ddp()(step).init(state)
+    assert lm.tree.structure(out) == lm.tree.structure(state)
+    return given, bare(out), furthest(bare(state), given)[0]
+
+
+def models_of_all_kinds():
+    net = nn.Sequential(nn.Linear(2, 2).double(), nn.BatchNorm1d(2), nn.Linear(2, 2).bfloat16())
+    net.register_buffer("flags", torch.rand(5) > 0.5)
+    net.register_buffer("one", torch.rand(()))
+    net.register_buffer("none", torch.rand(0, 3))
+    return net
+
+
+def test_all_begin_with_the_first_processs_state(world2):
+    (given, first, _), (other, second, changed) = world2.run(first_state)
+    assert furthest_of_any(other, given)
+    assert not furthest_of_any(first, given)
+    assert not furthest_of_any(second, given)
+    assert changed == 0.0  # what was handed in stays as it was
+
+
+def furthest_of_any(found, wanted):
+    return any(not torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def begin_differently(what):
+    rank = world.rank()
+    state = make_state("mlp")
+    if what == "shape":
+        state = lm.TrainState.create(nn.Linear(2, 3 + rank), lm.optim.sgd(0.1))
+    elif what == "dtype":
+        state = make_state("mlp", torch.float64 if rank else torch.float32)
+    elif what == "tree":
+        state = make_state("outside" if rank else "mlp")
+    elif what == "seed":
+        state = state.replace(seed=state.seed + rank)
+    elif what == "step":
+        state = state.replace(step=state.step + rank)
+    user = plain_step if what == "code" and rank else step
+    around = [lm.clip(1.0)] if what == "transforms" and rank else []
+    lm.compose(ddp(), *around)(user).init(state)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("shape", r"rank 0 has params\[weight\] of shape \(3, 2\).*rank 1 has params\[weight\] of shape \(4, 2\)"),
+        ("dtype", r"rank 0 has params.*float32; rank 1 has.*float64"),
+        ("tree", "rank 1 has params"),
+        ("seed", "rank 0 has seed = 0; rank 1 has seed = 1"),
+        ("step", "rank 0 has step = 0; rank 1 has step = 1"),
+        ("code", "rank 1 has the step"),
+        ("transforms", r"lm\.clip\(1\.0\)"),
+    ],
+)
+def test_processes_that_begin_differently_are_told_so(what, says, world2):
+    errors = refused(world2, begin_differently, what)
+    assert {kind for _, kind, _ in errors} == {WorldError.__name__}
+    assert len({message for _, _, message in errors}) == 1
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(errors[0][2].replace("\n", " "))
+
+
+def refused(world, *task):
+    with pytest.raises(TaskError) as caught:
+        world.run(*task)
+    assert len(caught.value.errors) == world.size
+    return caught.value.errors
+
+
+def come_apart():
+    wrapped = ddp(check_every=2)(step)
+    state = wrapped.init(make_state("mlp"))
+    for number, batch in enumerate(batches(6, 8)):
+        if number == 2 and world.rank() == 1:
+            params = {name: p + 1e-12 * (name == "2.bias") for name, p in state.params.items()}
+            state = state.replace(params=params)
+        try:
+            state, _ = wrapped(state, part(batch, EVEN, world.rank()))
+        except WorldError as error:
+            return number, str(error)
+    return None
+
+
+def test_params_that_come_apart_are_noticed(world2):
+    found = world2.run(come_apart)
+    assert [number for number, _ in found] == [3, 3]
+    assert all("params have come apart: " in text and "on rank 1" in text for _, text in found)
+
+
+def overflow(around):
+    """A batch in which one row of the last process is not finite."""
+    wrapped = lm.compose(*transforms(around[0]), ddp(), *transforms(around[1]))(step)
+    state = wrapped.init(make_state("mlp", torch.float32))
+    whole = batches(4, 8, torch.float32)
+    whole[1]["x"][7] = float("inf")
+    whole[1]["mask"][7] = True
+    for batch in whole:
+        state, _ = wrapped(state, part(batch, UNEVEN, world.rank()))
+    check_equal(state)
+    slots = state.slots
+    return (
+        int(slots["guard"].skipped) if "guard" in slots else None,
+        float(slots["precision"].scale) if "precision" in slots else None,
+        all(bool(p.isfinite().all()) for p in state.params.values()),
+    )
+
+
+def test_all_processes_decide_alike_about_an_update(world2):
+    assert world2.run(overflow, ([], ["guard", "clip"])) == [(1, None, True)] * 2
+    assert world2.run(overflow, (["guard"], [])) == [(1, None, True)] * 2
+    first, second = world2.run(overflow, ([], ["fp16"]))
+    assert first == second
+    assert first[1:] == (first[1], True)
+    assert first[1] < 2.0**16
+
+
+def metrics_of_no_rows():
+    values = lm.metrics.from_torchmetrics(accuracy())
+
+    def with_metrics(state, batch):
+        def loss_fn(params, batch):
+            logits, _ = state.apply(params, batch["x"])
+            losses = F.cross_entropy(logits, batch["y"], reduction="none")
+            shown = {
+                "sum": lm.Sum.of(losses.detach()),
+                "max": lm.Max.of(losses.detach()),
+                "min": lm.Min.of(losses.detach()),
+                "mean": losses.detach().mean(),
+                "rows": losses.detach(),
+                "torchmetrics": values.of(logits.detach(), batch["y"]),
+            }
+            return lm.Mean.of(losses), lm.Aux(metrics=shown)
+
+        (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss, **aux.metrics}
+
+    (whole,) = batches(1, 8)
+    state = make_state("mlp")
+    _, mine = ddp()(with_metrics)(state, part(whole, EMPTY, world.rank()))
+    _, wanted = with_metrics(state, whole)
+    mine["torchmetrics"] = values.pack(mine["torchmetrics"])
+    wanted["torchmetrics"] = float(wanted["torchmetrics"].compute())
+    return mine, wanted
+
+
+def accuracy():
+    import torchmetrics
+
+    return torchmetrics.classification.MulticlassAccuracy(num_classes=3, average="micro")
+
+
+def test_metrics_of_a_process_without_rows_count_nothing(world2):
+    (first, wanted), (second, _) = world2.run(metrics_of_no_rows)
+    values = lm.metrics.from_torchmetrics(accuracy())
+    seen = [values.unpack(each["torchmetrics"]) for each in (first, second)]
+    assert float(values.merge(*seen).compute()) == pytest.approx(wanted["torchmetrics"])
+    for name in ("sum", "max", "min"):
+        assert float(first[name].merge(second[name]).compute()) == pytest.approx(float(wanted[name].compute())), name
+    assert float(first["mean"]) == float(second["mean"]) == pytest.approx(float(wanted["mean"]))
+    assert [len(each["rows"]) for each in (first, second)] == [8, 0]
+
+
+def unclear():
+    def bad(state, batch):
+        def loss_fn(params, batch):
+            logits, _ = state.apply(params, batch["x"])
+            return logits.square().mean(), {"what": torch.zeros(3, 3)}
+
+        (loss, _), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    ddp()(bad)(make_state("mlp"), part(batches(1, 8)[0], EVEN, world.rank()))
+
+
+def test_an_aux_that_is_not_clear_is_refused(world2):
+    errors = refused(world2, unclear)
+    assert {kind for _, kind, _ in errors} == {LossError.__name__}
+    assert "lm.Aux(buffers=...)" in errors[0][2]
+
+
+def independent(everywhere):
+    def stray(state, batch):
+        def loss_fn(params, batch):
+            if everywhere or world.rank() == 1:
+                return (batch["x"] * 2).mean()
+            return state.apply(params, batch["x"])[0].square().mean()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.replace(params=grads), {"loss": loss}
+
+    state, _ = ddp()(stray)(make_state("mlp"), part(batches(1, 8)[0], EVEN, world.rank()))
+    check_equal(state)
+    return float(state.params["2.bias"].abs().max())
+
+
+def test_a_loss_that_depends_on_params_on_one_process_only(world2):
+    first, second = world2.run(independent, False)
+    assert first == second > 0
+    errors = refused(world2, independent, True)
+    assert {kind for _, kind, _ in errors} == {LossError.__name__}
+
+
+def other_gradients():
+    """A step that differentiates more params on one process than on the other."""
+
+    def uneven(state, batch):
+        chosen = {name: p for name, p in state.params.items() if world.rank() or name != "0.bias"}
+
+        def loss_fn(params, batch):
+            return state.apply({**state.params, **params}, batch["x"])[0].square().mean()
+
+        loss, _ = lm.value_and_grad(loss_fn)(chosen, batch)
+        return state, {"loss": loss}
+
+    ddp()(uneven)(make_state("mlp"), part(batches(1, 8)[0], EVEN, world.rank()))
+
+
+def test_different_gradients_are_told_apart(world2):
+    errors = refused(world2, other_gradients)
+    assert {kind for _, kind, _ in errors} == {WorldError.__name__}
+    assert "the gradients of this step differ" in errors[0][2]
+
+
+def by_func():
+    def twice(state, batch):
+        def inner(params, rows):
+            return state.apply(params, rows["x"])[0].square().mean()
+
+        def loss_fn(params, batch):
+            return inner(params, batch)
+
+        loss, grads = lm.value_and_grad(loss_fn, engine="func")(state.params, batch)
+        second, more = lm.value_and_grad(inner)(state.params, batch)
+        grads = lm.tree.map(lambda a, b: a + b, grads, more)
+        return state.apply_gradients(grads), {"loss": loss, "second": second}
+
+    whole = batches(4, 8)
+    losses, state = train(ddp()(twice), make_state("mlp"), [part(b, UNEVEN, world.rank()) for b in whole])
+    wanted, other = train(lm.compose()(twice), make_state("mlp"), whole)
+    return float((losses - wanted).abs().max()), furthest(bare(state), bare(other))[0]
+
+
+def test_under_torch_func_and_with_two_gradients_in_a_step(world2):
+    for losses, worst in world2.run(by_func):
+        assert losses < 1e-12
+        assert worst < 1e-10
+
+
+def test_what_cannot_stand_inside_is_refused():
+    with pytest.raises(OrderError, match="noise"):
+        lm.compose(ddp(), lm.private(1.0, 1.0))(step)
+    with pytest.raises(OrderError, match='buffers="merge"'):
+        lm.compose(ddp(buffers="sync"), lm.accumulate(2))(step)
+    with pytest.raises(OrderError, match="disagree"):
+        lm.compose(ddp(), lm.accumulate(2), lm.precision("fp16"))(step)
+
+
+@pytest.mark.parametrize(
+    "options", [{"buffers": "none"}, {"compress": "fp8"}, {"bucket_mb": 0}, {"check_every": 0}, {"check_every": True}]
+)
+def test_settings_out_of_range(options):
+    with pytest.raises(HyperparameterError, match=next(iter(options))):
+        ddp(**options)
+
+
+def test_it_is_written_as_it_was_called():
+    assert repr(ddp()) == "lm.ddp()"
+    assert repr(ddp(buffers="sync", check_every=10)) == "lm.ddp(buffers='sync', check_every=10)"

@@ -1,0 +1,420 @@
+"""fsdp: on parts of a batch, with parts of the params, it is one process on the whole."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import lumen as lm
+from lumen.core import world
+from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
+from lumen.parallel import fsdp_run
+from lumen.parallel.fsdp import fsdp
+from lumen.parallel.mesh import mesh
+from lumen.parallel.units import find
+from tests.distributed import fsdp_models
+from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
+from tests.distributed.pool import TaskError
+from tests.distributed.test_ddp import cut
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+STEPS = 20
+EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
+STEP = {"step": step, "plain": plain_step}
+OPTIMIZERS = {
+    "adam": lambda: lm.optim.adam(1e-2, eps=1e-4),
+    "chain": lambda: lm.optim.chain(lm.optim.clip_by_global_norm(0.05), lm.optim.adamw(1e-2, eps=1e-4)),
+    "sgd": lambda: lm.optim.sgd(0.1, momentum=0.9),
+    "lion": lambda: lm.optim.lion(1e-3),
+    "torch": lambda: lm.optim.from_torch(torch.optim.Adamax, lr=1e-2, eps=1e-4),
+    "partition": lambda: lm.optim.partition({"*.bias": lm.optim.sgd(0.1)}, default=lm.optim.adam(1e-2, eps=1e-4)),
+}
+
+
+def law(cases, options=None, dtype=torch.float64, steps=STEPS, tx="adam", parts=False):
+    """For each case how far fsdp on parts is from one process on all rows: the losses, and the furthest leaf."""
+    found = []
+    options = dict(options or {})
+    grid = mesh(**options.pop("mesh", {"shard": -1}), device="cpu")
+    for model, around, sizes, name in cases:
+        around = transforms(around)
+        wrapped = lm.compose(fsdp(grid, **options), *around)(STEP[name])
+        whole = batches(steps, sum(sizes), dtype)
+        if name == "plain":
+            whole = [{key: leaf for key, leaf in batch.items() if key != "mask"} for batch in whole]
+        data = [part(batch, sizes, world.rank()) for batch in whole]
+        losses, state = train(wrapped, make_state(model, dtype, OPTIMIZERS[tx]()), data)
+        beside = lm.compose(*[cut(sizes)] * parts, *around)(STEP[name])
+        wanted, other = train(beside, make_state(model, dtype, OPTIMIZERS[tx]()), whole)
+        found.append((float((losses - wanted).abs().max()), *furthest(whole_of(wrapped, state), bare(other))))
+    return found
+
+
+def whole_of(wrapped, state):
+    """The leaves of a state that was gathered, slots of the transforms inside still in place."""
+    return bare(wrapped.transforms[0].export(state))
+
+
+def check_law(world, cases, *settings, tolerance=1e-10):
+    cases = [(*case, "step")[:4] for case in cases]
+    for found in world.run(law, cases, *settings):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)
+
+
+AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard", "clip", "ema", "donate"]]
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("model", ["mlp", "deep", "outside", "routed"])
+def test_parts_on_two_processes_are_the_whole(model, level, world2):
+    cases = [(model, around, UNEVEN) for around in AROUND]
+    cases += [(model, around, sizes) for around in ([], ["accumulate", "clip", "donate"]) for sizes in (EVEN, EMPTY)]
+    check_law(world2, cases, {"level": level})
+
+
+def test_what_is_used_outside_its_unit_twice_or_never(world2):
+    check_law(world2, [("reaching", around, sizes) for around in ([], ["clip"]) for sizes in (EVEN, UNEVEN, EMPTY)])
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_parts_on_four_processes_are_the_whole(level, world4):
+    cases = [(model, [], sizes) for model in ("deep", "routed", "outside") for sizes in ([2, 2, 2, 2], [4, 0, 3, 1])]
+    check_law(world4, cases, {"level": level})
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_copies_of_parts_are_the_whole(level, world4):
+    cases = [
+        (model, around, sizes)
+        for model in ("deep", "outside")
+        for around in ([], ["guard", "clip", "ema", "donate"])
+        for sizes in ([2, 2, 2, 2], [4, 0, 3, 1])
+    ]
+    check_law(world4, cases, {"level": level, "mesh": {"data": 2, "shard": 2}})
+
+
+def test_units_that_one_process_passes_over(world2):
+    check_law(world2, [("routed", [], sizes) for sizes in (EVEN, UNEVEN, EMPTY)], {"units": ["one", "other"]})
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_prefetch_changes_no_number(prefetch, world2):
+    check_law(world2, [("deep", around, UNEVEN) for around in ([], ["accumulate"])], {"prefetch": prefetch})
+
+
+@pytest.mark.parametrize("level", [1, 3])
+def test_a_plain_loss_weighs_by_its_rows(level, world2):
+    check_law(world2, [("mlp", [], sizes, "plain") for sizes in (EVEN, UNEVEN, EMPTY)], {"level": level})
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS)
+def test_optimizers_that_run_on_parts(tx, world2):
+    for level in (1, 3):
+        check_law(world2, [("deep", [], UNEVEN), ("deep", ["donate"], UNEVEN)], {"level": level}, torch.float64, 10, tx)
+
+
+def test_in_float32(world2):
+    cases = [(model, around, UNEVEN) for model in ("mlp", "deep") for around in ([], ["clip", "donate"])]
+    check_law(world2, cases, {}, torch.float32, tolerance=1e-5)
+
+
+def test_in_16_bits(world2):
+    """A gradient is rounded to the computation's dtype, on each process and once more as a sum."""
+    cases = [("deep", around, sizes) for around in (["bf16"], ["accumulate", "bf16"]) for sizes in (UNEVEN, EMPTY)]
+    check_law(world2, cases, {}, torch.float32, 5, "sgd", tolerance=5e-2)
+
+
+def scaled(level):
+    """A loss scale that is far too large at first: sums over all rows overflow where means may not."""
+    wrapped = lm.compose(fsdp(level=level), lm.precision("fp16"))(step)
+    whole = batches(1, 8, torch.float32) * 30
+    losses, state = train(
+        wrapped, make_state("mlp", torch.float32), [part(each, UNEVEN, world.rank()) for each in whole]
+    )
+    return losses.tolist(), float(state.slots["precision"].scale), int(state.opt_state.count)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_processes_agree_about_the_loss_scale(level, world2):
+    first, second = world2.run(scaled, level)
+    assert first == second
+    losses, scale, updates = first
+    assert 2.0**10 <= scale <= 2.0**16
+    assert 20 <= updates < 30 or scale == 2.0**16
+    assert losses[-1] < losses[0]
+
+
+def test_params_gathered_in_bfloat16(world2):
+    check_law(world2, [("deep", [], UNEVEN)], {"gather": "bf16"}, torch.float32, 5, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_buffers_are_merged_as_over_microbatches(level, world2):
+    cases = [("stack", around, sizes) for around in ([], ["guard", "clip"]) for sizes in (EVEN, UNEVEN, EMPTY)]
+    check_law(world2, cases, {"level": level}, torch.float64, STEPS, "adam", True)
+
+
+def most_at_once(prefetch):
+    """How many units at once have their params whole, over one step."""
+    whole, most = set(), [0]
+    fetch, free = fsdp_run.Held.fetch, fsdp_run.Held.free
+
+    def fetched(held):
+        whole.add(id(held))
+        most[0] = max(most[0], len(whole))
+        return fetch(held)
+
+    def freed(held):
+        free(held)
+        assert all(flat.untyped_storage().nbytes() == 0 for flat in held.room)
+        whole.discard(id(held))
+
+    wrapped = fsdp(prefetch=prefetch)(step)
+    state = wrapped.init(make_state("deep"))
+    fsdp_run.Held.fetch, fsdp_run.Held.free = fetched, freed
+    try:
+        wrapped(state, part(batches(1, 8)[0], UNEVEN, world.rank()))
+    finally:
+        fsdp_run.Held.fetch, fsdp_run.Held.free = fetch, free
+    return most[0], len(whole)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_only_the_root_and_one_unit_are_whole_at_once(prefetch, world2):
+    assert world2.run(most_at_once, prefetch) == [(2, 0)] * 2
+
+
+def test_nothing_waits_for_the_garbage_collector(world2):
+    assert world2.run(left_over) == [0, 0]
+
+
+def left_over():
+    wrapped = fsdp()(step)
+    state = wrapped.init(make_state("deep"))
+    gc.collect()
+    gc.disable()
+    try:
+        wrapped(state, part(batches(1, 8)[0], UNEVEN, world.rank()))
+        kinds = (fsdp_run.Held, fsdp_run.Session, fsdp_run.Pass)
+        return sum(type(each) in kinds for each in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_units_are_the_repeated_blocks_and_tied_params_are_the_roots():
+    net = fsdp_models.DeepGPT()
+    names = [name for name, _ in net.named_parameters()]
+    found = find(net, None, names)
+    assert found.names == ("", "blocks.0", "blocks.1", "blocks.2")
+    assert {name: unit for name, unit in found.owner.items() if "blocks" not in name} == dict.fromkeys(
+        ["place", "gain", "embed.weight", "mix.weight", "mix.bias"], 0
+    )
+    assert found.owner["blocks.1.up.weight"] == 2
+    chosen = find(net, ["blocks.*", "embed", "head"], names)
+    assert chosen.names == ("", "embed", "blocks.0", "blocks.1", "blocks.2", "head")
+    assert chosen.owner["embed.weight"] == 0  # tied between two units
+    assert find(net, ["blocks"], names).names == ("", "blocks")
+
+
+def test_recomputed_units(world2):
+    assert max(worst for found in world2.run(law_with_remat) for worst in found) < 1e-10
+
+
+def law_with_remat():
+    whole = batches(5, 8)
+    wrapped = lm.compose(fsdp(), lm.remat())(step)
+    losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+    wanted, other = train(step_of(step), make_state("deep"), whole)
+    return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0]
+
+
+def step_of(function):
+    return lm.compose()(function)
+
+
+def at_rest(level):
+    wrapped = fsdp(level=level)(step)
+    state = wrapped.init(make_state("deep"))
+    whole = make_state("deep")
+    back = wrapped.export(state)
+    same = all(torch.equal(a, b) for a, b in zip(lm.tree.tensors(back), lm.tree.tensors(whole), strict=True))
+    plain = {type(leaf) for leaf in lm.tree.leaves(state)}
+    return lm.tree.nbytes(state.params), lm.tree.nbytes(state.opt_state), lm.tree.nbytes(whole.params), same, plain
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_at_rest_a_state_is_cut_and_comes_back_bitwise(level, world4):
+    found = world4.run(at_rest, level)
+    whole = found[0][2]
+    assert all(same and plain == {torch.Tensor} for *_, same, plain in found)
+    params = [each[0] for each in found]
+    assert max(params) < 0.35 * whole if level == 3 else params == [whole] * 4
+    assert max(each[1] for each in found) < 0.35 * 2 * whole + 64
+
+
+def evaluated():
+    wrapped = fsdp()(step)
+    state = wrapped.init(make_state("deep"))
+    x = batches(1, 4)[0]["x"]
+
+    def evaluate(state, batch):
+        with torch.no_grad():
+            return state, {"out": state.eval().apply(state.params, batch)[0]}
+
+    found = fsdp()(evaluate)(state, x)[1]["out"]
+    whole = make_state("deep")
+    return torch.equal(found, whole.apply(whole.params, x)[0])
+
+
+def test_a_model_is_evaluated_on_parts(world2):
+    assert world2.run(evaluated) == [True, True]
+
+
+def penalised(level):
+    """A loss that reads params itself, by name and as a tree."""
+
+    def penal(state, batch):
+        def loss_fn(params, batch):
+            losses = state.apply(params, batch["x"])[0].square().sum(-1)
+            penalty = sum(p.square().sum() for p in params.values()) + params["0.weight"].T[0].abs().sum()
+            doubled = {name: p * 2 for name, p in params.items()}
+            losses = losses + state.apply(doubled, batch["x"])[0].square().sum(-1) + 0.1 * penalty
+            return lm.Mean.of(losses)
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    whole = batches(10, 8)
+    wrapped = fsdp(level=level)(penal)
+    losses, state = train(wrapped, make_state("mlp"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+    wanted, other = train(step_of(penal), make_state("mlp"), whole)
+    return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0]
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_loss_that_reads_params_itself(level, world2):
+    assert max(worst for found in world2.run(penalised, level) for worst in found) < 1e-10
+
+
+def not_finite(level):
+    """A NaN in the rows of one process is left out by all of them."""
+    wrapped = lm.compose(fsdp(level=level), lm.guard())(step)
+    start = wrapped.init(make_state("deep"))
+    batch = part(batches(1, 8)[0], UNEVEN, world.rank())
+    assert int(wrapped(start, batch)[0].slots["guard"].skipped) == 0
+    new, _ = lm.compose(fsdp(level=level), lm.guard())(nan_step)(start, batch)
+    same = all(torch.equal(a, b) for a, b in zip(new.params.values(), start.params.values(), strict=True))
+    return int(new.slots["guard"].skipped), same
+
+
+def nan_step(state, batch):
+    def loss_fn(params, batch):
+        out = state.apply(params, batch["x"])[0]
+        factor = torch.where(torch.arange(len(out)) == 0, torch.nan if world.rank() == 1 else 1.0, 1.0)
+        return lm.Mean.of(out.sum(-1) * factor)
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_guard_leaves_an_update_out_everywhere(level, world2):
+    assert world2.run(not_finite, level) == [(1, True), (1, True)]
+
+
+def refuse(tx):
+    fsdp()(step).init(make_state("mlp", tx=REFUSED[tx]()))
+
+
+REFUSED = {
+    "muon": lambda: lm.optim.partition({"*.weight": lm.optim.muon(0.02)}, default=lm.optim.adamw(1e-3)),
+    "adafactor": lambda: lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adafactor()),
+    "scale_by_trust_ratio": lambda: lm.optim.lamb(0.1),
+    "apply_if_finite": lambda: lm.optim.apply_if_finite(lm.optim.adam(0.1), 3),
+    "from_torch(Adafactor)": lambda: lm.optim.from_torch(torch.optim.Adafactor, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("tx", REFUSED)
+def test_optimizers_that_need_whole_tensors_are_refused_by_name(tx, world2):
+    with pytest.raises(TaskError) as caught:
+        world2.run(refuse, tx)
+    assert {kind for _, kind, _ in caught.value.errors} == {HyperparameterError.__name__}
+    assert all(tx in message for *_, message in caught.value.errors)
+
+
+def bad_units():
+    fsdp(units="layers.*")(step).init(make_state("mlp"))
+
+
+def too_few_rows():
+    wrapped = lm.compose(fsdp(), lm.accumulate(3))(step)
+    state = wrapped.init(make_state("mlp"))
+    wrapped(state, part(batches(1, 8)[0], [6, 2], world.rank()))
+
+
+def no_shard_axis():
+    fsdp(mesh(data=-1, device="cpu"))(step).init(make_state("mlp"))
+
+
+def other_params():
+    def odd_step(state, batch):
+        lm.value_and_grad(lambda params, batch: params["w"].sum())({"w": torch.ones(2)}, batch)
+
+    wrapped = fsdp()(odd_step)
+    wrapped(wrapped.init(make_state("mlp")), batches(1, 4)[0])
+
+
+def other_states():
+    fsdp()(step).init(make_state("mlp" if world.rank() else "deep"))
+
+
+def with_func():
+    def func_step(state, batch):
+        lm.value_and_grad(lambda params, batch: params["0.bias"].sum(), engine="func")(state.params, batch)
+
+    wrapped = fsdp()(func_step)
+    wrapped(wrapped.init(make_state("mlp")), batches(1, 4)[0])
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "says"),
+    [
+        (bad_units, PatternError, "matches no module"),
+        (too_few_rows, BatchError, r"lm\.accumulate\(2\)"),
+        (other_states, WorldError, "differ"),
+        (no_shard_axis, WorldError, r"lm\.mesh\(shard=-1\)"),
+        (other_params, ParamsError, r"lm\.fsdp\(level=2\)"),
+        (with_func, AxisError, "torch.func"),
+    ],
+)
+def test_bad_input_is_told_on_every_process(task, error, says, world2):
+    with pytest.raises(TaskError, match=says) as caught:
+        world2.run(task, limit=20)
+    assert [kind for _, kind, _ in caught.value.errors] == [error.__name__] * 2
+
+
+def test_alone_it_is_the_identity():
+    wrapped = fsdp()(step)
+    whole = batches(3, 4)
+    losses, state = train(wrapped, make_state("deep"), whole)
+    wanted, other = train(step_of(step), make_state("deep"), whole)
+    assert torch.equal(losses, wanted)
+    assert furthest(bare(wrapped.export(state)), bare(other))[0] == 0.0
+    assert "fsdp" not in state.slots
+
+
+@pytest.mark.parametrize("options", [{"level": 4}, {"gather": "fp8"}, {"prefetch": -1}, {"level": 1, "units": "0"}])
+def test_options_that_are_not(options):
+    with pytest.raises(HyperparameterError):
+        fsdp(**options)
+
+
+def test_what_cannot_stand_inside():
+    with pytest.raises(OrderError, match="accumulate"):
+        lm.compose(fsdp(), lm.accumulate("auto"))(step)
