@@ -3,6 +3,9 @@
 Between two logging points the loop does nothing but fetch a batch, call the step and count: no number leaves the
 device, nothing is synchronised.
 
+Under several processes each runs this loop, and `Everyone` keeps them together: the first one writes, and decides about
+the time; what one alone knows becomes known at a meeting, between two steps.
+
 At a step where several things are due they happen in one order: log, validate, save. Each counts as done only when it
 is, so a run that is interrupted in the middle of them, and goes on from there, does the rest first.
 """
@@ -13,7 +16,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
 from lumen.train.clock import NEVER, Clock, Timer, Until
 from lumen.train.counts import count_rows, count_tokens
+from lumen.train.everyone import Everyone
 from lumen.train.flops import flops_of
 from lumen.train.journal import Journal
 from lumen.train.place import Placed
@@ -76,9 +80,16 @@ class Fit:
         self.reason = ""
         self._feed = Placed(feed(data), state)
         self._limit = limit
-        self._progress = make_progress(runner.progress)
-        self._journal = Journal(runner.sinks, self._progress, self.clock, runner.peak(state))
-        self._signals = Signals(self._wake_up)
+        self._everyone = Everyone(state)
+        # What is done once, whatever the number of processes.
+        self._sinks = runner.sinks if self._everyone.first else ()
+        self._store = None if runner.checkpoint is None or not self._everyone.first else runner.checkpoint.store
+        self._progress = make_progress(runner.progress and self._everyone.first and runner.progress)
+        self._journal = Journal(self._sinks, self._progress, self.clock, runner.peak(state), self._everyone)
+        self._signals = Signals(self._wake_up, self._everyone.rank)
+        self._agreed_signal: str | None = None
+        self._wish = ""  # why a callback of this process would end the run
+        self._gathers = True  # whether all processes come to this very place
         self._single, self._unrolled = without_unroll(runner.step)
         self._count_tokens = runner.tokens or (count_tokens if until.needs_tokens() else None)
         self._log_timer = Timer(runner.log_every, self.clock)
@@ -97,24 +108,28 @@ class Fit:
 
     def run(self, resume: str | os.PathLike[str]) -> Result:
         """Train until the end, and clean up however it comes."""
-        checkpointer = self.runner.checkpoint
-        store: AbstractContextManager[Any] = nullcontext() if checkpointer is None else checkpointer.store
+        store: AbstractContextManager[Any] = nullcontext() if self._store is None else self._store
         # The store is the last to close: it tells its own failure only where there was no other.
-        with store:
+        with self._everyone, store:
             try:
+                self._everyone.check_alike(self._epoch_length())
                 self._go_on(resume)
                 with self._signals:
                     self._progress.start(self._total(), self.clock.step)
                     self._train()
-                    if checkpointer is not None:
-                        checkpointer.store.wait()
+                    if self._store is not None:
+                        self._store.wait()
+                    self._everyone.wait()
             except BaseException as error:
-                self._failed(error)
+                first = self._everyone.failed(error, self._where())
+                self._failed(first)
+                if first is not error:
+                    raise first from error
                 raise
             finally:
                 self._close()
         result = self._result()
-        if self.reason == self._signals.received and not (self.reason == "SIGINT" and interactive()):
+        if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
             raise Interrupted(result)
         return result
 
@@ -123,9 +138,10 @@ class Fit:
     def _train(self) -> None:
         callbacks = self.runner.callbacks
         self._training = True
-        for sink in self.runner.sinks:
+        for sink in self._sinks:
             configure(sink, self.runner.description())
         callbacks.call("on_start", self._view(self._journal.newest))
+        self._agree()
         self._wake = self._next_event()
         if self.clock.step:  # what was due, and not done, when the checkpoint was made
             self._events(epoch_end=self.clock.batch == 0)
@@ -133,13 +149,14 @@ class Fit:
             self._epoch()
             if self.reason and self.clock.batch != self._epoch_length():
                 break
+            self._everyone.end_epoch(self.clock.epoch, self.clock.step)
             if self.clock.batch == 0:
                 self._no_batch()
                 break
             self.clock.epoch += 1
             self.clock.batch = 0
             self._tick(epoch_end=True)
-        if self.reason == self._signals.received:
+        if self.reason == self._signal:
             self._save()
             callbacks.call("on_exception", self._view(self._journal.newest), Interrupted(self._result()))
             return
@@ -148,10 +165,14 @@ class Fit:
         callbacks.call("on_end", self._view(self._journal.newest))
 
     def _epoch(self) -> None:
-        clock, meter = self.clock, self._journal.meter
+        clock, meter, everyone = self.clock, self._journal.meter, self._everyone
+        if self._meets():
+            return
         for run, batch, count in self._calls(self._batches()):
             self._before = self.state
+            everyone.begins(clock.step)
             self.state, metrics = run(self.state, batch)
+            everyone.ends()
             meter.add(metrics)
             clock.step += count
             clock.batch += count
@@ -159,12 +180,15 @@ class Fit:
             if self._count_tokens is not None:
                 clock.tokens += self._count_tokens(batch)
             self._before = None
-            if clock.step < self._wake and not self._watched:
-                continue
-            if self._listens:
-                self.runner.callbacks.call("on_step", self._view(metrics, batch))
-            self._tick()
-            if self._over():
+            if clock.step >= self._wake or self._watched:
+                if self._listens:
+                    self._gathers = False
+                    self.runner.callbacks.call("on_step", self._view(metrics, batch))
+                    self._gathers = True
+                self._tick()
+                if self._over():
+                    return
+            if self._meets():
                 return
 
     def _batches(self) -> Iterator[Any]:
@@ -199,14 +223,52 @@ class Fit:
         yield from _stacked(group, size, self.runner.step, single)
 
     def _tick(self, epoch_end: bool = False) -> None:
-        self.clock.seconds = self.runner.now() - self._began
+        if self._everyone.size == 1 or epoch_end:
+            self._read_clock()
+        elif self._is_time():
+            self._everyone.call()
         self._progress.tick(self.clock)
         self._events(epoch_end)
         self._wake = self._next_event()
 
+    def _meets(self) -> bool:
+        """Meet the other processes, where somebody has asked for it; whether the run is over."""
+        if not self._everyone.meets(self.clock.step):
+            return False
+        self._read_clock()
+        self._agreed_signal = self._everyone.agreed(self._signals.received or "") or None
+        self._agree()
+        self._events(epoch_end=False)
+        self._wake = self._next_event()
+        return self._over()
+
+    def _agree(self) -> None:
+        """End the run where a callback of any process wants it; all come here."""
+        wish, self._wish = self._everyone.agreed(self._wish), ""
+        if wish:
+            self.reason = self._stopped = self.reason or wish
+
+    def _read_clock(self) -> None:
+        """Set the time; under several processes that of the first, so that all find the same things due."""
+        seconds = self.runner.now() - self._began
+        self.clock.seconds = seconds if self._everyone.size == 1 else self._everyone.number_of_first(seconds)
+
+    def _is_time(self) -> bool:
+        """Whether something is due by the time of the first process, which the others do not know."""
+        if not self._everyone.first:
+            return False
+        now = replace(self.clock, seconds=self.runner.now() - self._began)
+        timers = [t for t in self._all_timers() if t.every.seconds is not None and t.every.epochs is None]
+        return self.until.reached(now) or any(timer.due(now) for timer in timers)
+
+    @property
+    def _signal(self) -> str | None:
+        """The signal that ends the run."""
+        return self._signals.received if self._everyone.size == 1 else self._agreed_signal
+
     def _over(self) -> bool:
-        if self._signals.received and not self.reason:
-            self.reason = self._signals.received
+        if self._signal and not self.reason:
+            self.reason = self._signal
         elif self.until.reached(self.clock) and not self.reason:
             self.reason = repr(self.until)
         return bool(self.reason)
@@ -228,18 +290,24 @@ class Fit:
 
     def _makes_best(self) -> bool:
         """Whether what was just measured is among the best, and so is to be kept."""
-        return self.runner.checkpoint is not None and self.runner.checkpoint.wants(self._journal.fresh)
+        checkpointer = self.runner.checkpoint
+        if checkpointer is None:
+            return False
+        return bool(self._everyone.from_first(self._everyone.first and checkpointer.wants(self._journal.fresh)))
 
     def _save_due(self, timer: Timer, epoch_end: bool) -> bool:
         return (epoch_end or timer.every.epochs is None) and timer.due(self.clock)
 
     def _log(self) -> None:
+        if self._everyone.size > 1:
+            self._read_clock()
         self._log_timer.restart(self.clock)
-        if self.runner.checkpoint is not None:
-            self.runner.checkpoint.store.check()
+        if self._store is not None:
+            self._store.check()
         values = self._journal.training(self.state)
         if values:
             self._publish(values)
+            self._agree()
 
     def _validate(self, validate: Validate) -> bool:
         """Whether it was done, rather than cut off by a signal."""
@@ -252,8 +320,11 @@ class Fit:
                 state,
                 Placed(feed(data), self.state).epoch(0),
                 self.runner.step.transforms,
+                self._everyone,
                 limit=validate.limit,
-                stop=lambda: self._signals.received is not None,
+                # Several processes finish it: none can leave the collectives of an evaluation by itself.
+                stop=lambda: self._signal is not None,
+                place=name,
             )
             if values is None:
                 return False
@@ -262,7 +333,8 @@ class Fit:
         if self.runner.plateau in found or f"{self.runner.plateau}/0" in found:
             self.state = fed(self.state, str(self.runner.plateau), found)
         self.runner.callbacks.call("on_validate", self._view(self._journal.newest))
-        self.clock.seconds = self.runner.now() - self._began
+        self._agree()
+        self._read_clock()
         self._journal.mark()  # throughput is that of training alone
         return True
 
@@ -279,19 +351,19 @@ class Fit:
         if self.runner.checkpoint is None or self._save_timer is None or (self._saved_at == place and not again):
             return
         self._save_timer.restart(self.clock)
-        self.runner.checkpoint.store.save(
-            self.clock.step,
-            self.state,
-            extra={
+        extra = self._everyone.gathered(
+            {
                 "rng": rng.capture(),
                 "meter": self._journal.meter.state_dict(),
                 "feed": self._feed.state_dict(self.clock.epoch, self.clock.batch),
-            },
-            meta=self._memory(),
-            metrics=self._journal.fresh,
+            }
         )
+        if self._store is not None:  # the state is the same everywhere, so one writes it
+            meta, metrics = self._memory(), self._journal.fresh
+            self._store.save(self.clock.step, self.state, extra=extra, meta=meta, metrics=metrics)
         self._saved_at = place
         self.runner.callbacks.call("on_checkpoint", self._view(self._journal.newest))
+        self._agree()
 
     def _memory(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain data."""
@@ -301,39 +373,50 @@ class Fit:
             "journal": self._journal.state_dict(),
             "callbacks": self.runner.callbacks.state_dict(),
             "stopped": self._stopped,
+            "processes": self._everyone.size,
             **self.runner.description(),
         }
 
     def _go_on(self, resume: str | os.PathLike[str]) -> None:
         """Take up the run where the checkpoint left it, if there is one."""
-        checkpointer = self.runner.checkpoint
-
-        def set_aside(path: Path) -> None:
-            assert checkpointer is not None
-            checkpointer.store.set_aside(path)
-
-        found = first_whole(candidates(checkpointer, resume), self._read, set_aside)
+        found = self._find(resume)
         if found is None:
-            if checkpointer is not None:
-                self._journal.rewind(checkpointer.begin(resume, self._journal.positions()))
+            if self.runner.checkpoint is not None and self._everyone.first:
+                self._journal.rewind(self.runner.checkpoint.begin(resume, self._journal.positions()))
             return
-        self.state, extra, meta = found
+        self.state, extra, meta, _ = found
+        own, meters = self._everyone.own(extra, meta.get("processes", 1))
         self.clock.load_state_dict(meta["clock"])
         self._began = self.runner.now() - self.clock.seconds
         for timer, saved in zip(self._all_timers(), meta["timers"], strict=False):
             timer.load_state_dict(saved)
         self._journal.load_state_dict(meta["journal"])
-        self._journal.meter.load_state_dict(extra.get("meter", {}))
+        self._journal.meter.load_state_dict(*meters)
         self.runner.callbacks.load_state_dict(meta["callbacks"])
-        self._feed.load_state_dict(extra.get("feed", {}))
+        self._feed.load_state_dict(own.get("feed", {}))
         if resume == "auto":  # a run that a callback ended is over
             self.reason = self._stopped = meta["stopped"]
         self._saved_at = self._place()
-        rng.restore(extra["rng"])
+        self._everyone.restore_random(own, extra)
 
-    def _read(self, path: Path) -> tuple[Any, Any, Any]:
+    def _find(self, resume: str | os.PathLike[str]) -> tuple[Any, Any, Any, Path] | None:
+        """What to go on from: the first process chooses, the others read what it has chosen."""
+
+        def set_aside(path: Path) -> None:
+            assert self._store is not None
+            self._store.set_aside(path)
+
+        found = None
+        if self._everyone.first:
+            found = first_whole(candidates(self.runner.checkpoint, resume), self._read, set_aside)
+        path = self._everyone.from_first(None if found is None else str(found[-1]))
+        if self._everyone.first or path is None:
+            return found
+        return self._read(Path(path))
+
+    def _read(self, path: Path) -> tuple[Any, Any, Any, Path]:
         meta = checkpoint.metadata(path)["meta"]
-        return checkpoint.restore(path, self.state), checkpoint.load(path, item="extra"), meta
+        return checkpoint.restore(path, self.state), checkpoint.load(path, item="extra"), meta, path
 
     # ---------------------------------------------------------------------------------------- endings
 
@@ -342,14 +425,21 @@ class Fit:
         clock = self.clock
         if not self._training:
             return
-        where = f"after step {clock.step}" if self._before is None else f"in step {clock.step + 1}"
-        error.add_note(f"raised {where} (epoch {clock.epoch}, batch {clock.batch})")
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError) and self._is_whole():
+        error.add_note(f"raised {self._where()} (epoch {clock.epoch}, batch {clock.batch})")
+        # Several processes make a checkpoint together, for which it is too late.
+        alone = self._everyone.size == 1
+        savable = isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError)
+        if alone and savable and self._is_whole():
             try:
                 self._save()
             except Exception as second:  # the first error is the one to show
                 error.add_note(f"and no checkpoint could be made of step {clock.step}: {second}")
         self.runner.callbacks.call("on_exception", self._view(self._journal.newest), error)
+
+    def _where(self) -> str:
+        if not self._training:
+            return "before its first step"
+        return f"after step {self.clock.step}" if self._before is None else f"in step {self.clock.step + 1}"
 
     def _is_whole(self) -> bool:
         """Whether the state is that of the clock's step: an error may come at any moment, as from a signal handler."""
@@ -359,7 +449,7 @@ class Fit:
 
     def _close(self) -> None:
         self._progress.stop()
-        for sink in self.runner.sinks:
+        for sink in self._sinks:
             sink.close()
 
     def _result(self) -> Result:
@@ -374,7 +464,12 @@ class Fit:
         self.reason = f"the data ended after {self.clock.epoch} epochs"
 
     def _stop(self, reason: str) -> None:
-        self.reason = self._stopped = self.reason or reason
+        if self._everyone.size == 1:
+            self.reason = self._stopped = self.reason or reason
+            return
+        self._wish = self._wish or reason
+        if not self._gathers:
+            self._everyone.call()
 
     def _place(self) -> tuple[Any, ...]:
         """What tells two checkpoints apart."""
@@ -382,6 +477,7 @@ class Fit:
 
     def _wake_up(self) -> None:
         self._wake = 0
+        self._everyone.call()
 
     def _view(self, metrics: Any, batch: Any = None) -> View:
         return View(self.clock, self.state, metrics, batch, stop=self._stop, log=self._publish)
@@ -394,7 +490,7 @@ class Fit:
 
     def _next_event(self) -> int:
         """The step before which nothing but steps happens."""
-        if self._signals.received:
+        if self._signal:
             return 0
         return min(*(timer.next_step for timer in self._all_timers()), self.until.steps() or NEVER)
 

@@ -8,6 +8,7 @@ from typing import Any
 from lumen.optim import learning_rate
 from lumen.sinks import Sink, position, rewind
 from lumen.train.clock import Clock
+from lumen.train.everyone import Everyone
 from lumen.train.meter import Meter
 from lumen.train.progress import Progress
 
@@ -20,7 +21,9 @@ class Journal:
     `newest` holds all numbers by name, `fresh` those that were published at the clock's present step.
     """
 
-    def __init__(self, sinks: Sequence[Sink], progress: Progress, clock: Clock, peak: float | None) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], progress: Progress, clock: Clock, peak: float | None, everyone: Everyone
+    ) -> None:
         self.meter = Meter()
         self.newest: dict[str, float] = {}
         self.flops_per_step: float | None = None
@@ -28,6 +31,7 @@ class Journal:
         self._progress = progress
         self._clock = clock
         self._peak = peak
+        self._everyone = everyone
         self._fresh: tuple[int, dict[str, float]] = (-1, {})
         self.mark()
 
@@ -45,7 +49,7 @@ class Journal:
         """The merged metrics of the steps since the last call, with throughput and learning rate."""
         if not self.meter:
             return {}
-        values = self.meter.read("train/")
+        values = self.meter.read("train/", self._everyone)
         values.update(self._throughput())
         self.mark()
         lr = learning_rate(getattr(state, "opt_state", None))

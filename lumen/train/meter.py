@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from lumen.checkpoint import listed
 from lumen.core.values import compute_metrics, is_value, merge_metrics
 from lumen.errors import InexactWarning
 from lumen.metrics.torchmetrics import MetricValue
+
+if TYPE_CHECKING:
+    from lumen.train.everyone import Everyone
 
 Entry = Mapping[str, Mapping[str, Tensor]]
 
@@ -31,7 +34,7 @@ class Meter:
     def add(self, metrics: Any) -> None:
         """Take in one step's metrics; nothing is computed."""
         if self._saved:  # of what form they were shows only now
-            self._held = [_rebuilt(each, metrics) for each in self._saved]
+            self._held = [rebuilt(each, metrics) for each in self._saved]
             self._saved = []
         self._held.append(metrics)
         if len(self._held) >= _MERGE_AFTER:
@@ -40,37 +43,49 @@ class Meter:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def read(self, prefix: str = "") -> dict[str, float]:
-        """The merged numbers by name, and start anew.
+    def read(self, prefix: str = "", everyone: Everyone | None = None, place: str = "") -> dict[str, float]:
+        """The merged numbers by name, those of all processes with `everyone`, and start anew.
+
+        `place` is what they are called among processes, by default `prefix`.
 
         A metric that is a vector (one entry for each lane of an ensemble) becomes `name/0`, `name/1`, …
         """
         held, self._held = self._held, []
-        return to_floats(compute_metrics(merge_metrics(held)), prefix) if held else {}
+        merged = merge_metrics(held) if held else None
+
+        def numbers(metrics: Any) -> dict[str, float]:
+            return to_floats(compute_metrics(metrics), prefix)
+
+        if everyone is not None:
+            return everyone.merged(place or prefix, merged, numbers)
+        return {} if merged is None else numbers(merged)
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, unmerged: sums of floats depend on their order, and going on must not change it."""
-        entries = self._saved or [_parts(each) for each in self._held]
+        entries = self._saved or [parts(each) for each in self._held]
         if not entries:
             return {}
         if any(_shapes(each) != _shapes(entries[0]) for each in entries):
             return {"entries": entries}
         columns = {
-            name: {key: torch.stack([each[name][key] for each in entries]) for key in parts}
-            for name, parts in entries[0].items()
+            name: {key: torch.stack([each[name][key] for each in entries]) for key in held}
+            for name, held in entries[0].items()
         }
         return {"columns": columns}  # few arrays rather than one for each number: each is a file
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hold again what `state_dict` gave, also as `lm.checkpoint.load` gives it."""
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Hold again what `state_dict` gave, or several gave, also as `lm.checkpoint.load` gives it."""
         self._held = []
-        self._saved = listed(state.get("entries", ()))
-        columns: Mapping[str, Mapping[str, Tensor]] = state.get("columns", {})
-        count = next((len(part) for parts in columns.values() for part in parts.values()), 0)
-        self._saved += [
-            {name: {key: part[i] for key, part in parts.items()} for name, parts in columns.items()}
-            for i in range(count)
-        ]
+        self._saved = [entry for state in states for entry in _unstacked(state)]
+
+
+def _unstacked(state: Mapping[str, Any]) -> list[Entry]:
+    columns: Mapping[str, Mapping[str, Tensor]] = state.get("columns", {})
+    count = next((len(part) for held in columns.values() for part in held.values()), 0)
+    rows = [
+        {name: {key: part[i] for key, part in held.items()} for name, held in columns.items()} for i in range(count)
+    ]
+    return [*listed(state.get("entries", ())), *rows]
 
 
 def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
@@ -95,7 +110,7 @@ def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
     return dict(zip(flat, numbers, strict=True))
 
 
-def _parts(metrics: Any) -> Entry:
+def parts(metrics: Any) -> Entry:
     """The tensors that each metric is made of, by its name."""
     found = zip(tree.paths(metrics, is_leaf=is_value), tree.leaves(metrics, is_leaf=is_value), strict=True)
     return {name or "value": _taken_apart(value) for name, value in found}
@@ -107,14 +122,14 @@ def _taken_apart(value: Any) -> dict[str, Tensor]:
     return {str(i): torch.as_tensor(leaf) for i, leaf in enumerate(tree.leaves(value))}
 
 
-def _rebuilt(saved: Entry, like: Any) -> Any:
-    """The metrics that `_parts` took apart, in the form of `like`."""
+def rebuilt(saved: Entry, like: Any) -> Any:
+    """The metrics that `parts` took apart, in the form of `like`."""
     names = iter(tree.paths(like, is_leaf=is_value))
 
     def rebuild(value: Any) -> Any:
-        parts = saved[next(names) or "value"]
+        held = saved[next(names) or "value"]
         device = next((leaf.device for leaf in tree.tensors(value)), None)
-        placed = {key: part.to(device) for key, part in parts.items()}
+        placed = {key: part.to(device) for key, part in held.items()}
         if isinstance(value, MetricValue):
             return value.metric.unpack(placed)
         return tree.unflatten(tree.structure(value), [placed[str(i)] for i in range(len(placed))])
@@ -123,7 +138,7 @@ def _rebuilt(saved: Entry, like: Any) -> Any:
 
 
 def _shapes(entry: Entry) -> Any:
-    return {name: {k: (part.shape, part.dtype) for k, part in parts.items()} for name, parts in entry.items()}
+    return {name: {k: (part.shape, part.dtype) for k, part in held.items()} for name, held in entry.items()}
 
 
 def _named(metrics: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every, Steps, Until
 from lumen.train.counts import TokenCount
+from lumen.train.everyone import check_world
 from lumen.train.fit import Fit, Result, without_unroll
 from lumen.train.flops import peak_flops
 from lumen.train.lr_find import Finding, lr_find
@@ -114,7 +115,13 @@ class Runner:
         with code 75 that has the `result`; at a prompt and in a notebook Ctrl-C returns the result instead. A second
         signal ends it at once.
 
-        Raises `BatchError` where the data is empty, `CheckpointError` where there is nothing to go on from or no way
+        Under torchrun each process calls this. The first one writes checkpoints (the others read them: the directory
+        is to be shared), sinks and the display, and its time counts; numbers are those of all. A signal to any process
+        ends all after the same step, and so does an error: the others raise `WorldError` with the first. Then nothing
+        is saved; the last checkpoint stands.
+
+        Raises `BatchError` where the data is empty, or processes have different numbers of batches, `WorldError` where
+        another process failed, hangs or is gone, `CheckpointError` where there is nothing to go on from or no way
         to save. What the step raises comes through as it is, with a note that says at which step and batch.
         """
         if not isinstance(until, Until):
@@ -122,7 +129,9 @@ class Runner:
         check_limit(limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         check_plateau(state, self.plateau, [name for each in validations for name, _ in each.loaders()])
-        return Fit(self, self.step.init(state), data, until, validations, limit).run(resume)
+        state = self.step.init(state)  # where the processes of a parallel transform join
+        check_world(self.step.transforms)
+        return Fit(self, state, data, until, validations, limit).run(resume)
 
     def evaluate(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None

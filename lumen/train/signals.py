@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from typing import Any, Self
 EXIT_CODE = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO = 2.0  # seconds within which torchrun passes a signal on
 
 
 class Interrupted(SystemExit):
@@ -35,12 +37,15 @@ class Interrupted(SystemExit):
 class Signals:
     """While open, notes the first SIGTERM or SIGINT in `received` and calls `wake`; the second acts as it always does.
 
-    Python lets only the main thread handle signals; elsewhere this does nothing.
+    Python lets only the main thread handle signals; elsewhere this does nothing. Under torchrun a signal that comes at
+    once after another is the same one: Ctrl-C reaches its processes from the terminal, and again from torchrun.
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], rank: int = 0) -> None:
         self.received: str | None = None
         self._wake = wake
+        self._who = f"[rank {rank}] " if rank else ""
+        self._since = 0.0
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
@@ -58,10 +63,17 @@ class Signals:
         if os.getpid() != self._owner:
             self._handle_in_child(number)
             return
+        if self.received is not None:
+            if time.monotonic() - self._since > _ECHO:
+                self._restore()
+                os.kill(self._owner, number)
+            return
         self.received = signal.Signals(number).name
-        self._restore()
+        self._since = time.monotonic()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
         # Not print: a handler may run in the middle of another write to the same stream.
-        os.write(2, f"{self.received}: ending after this step. Send it again to end at once.\n".encode())
+        os.write(2, f"{self._who}{self.received}: ending after this step. Send it again to end at once.\n".encode())
         self._wake()
 
     def _handle_in_child(self, number: int) -> None:

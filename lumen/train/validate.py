@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from lumen import tree
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
 from lumen.train.clock import Every
+from lumen.train.everyone import Everyone
 from lumen.train.meter import Meter
 from lumen.transforms.ema import ema
 
@@ -65,9 +67,11 @@ def evaluate(
 ) -> dict[str, float]:
     """The merged metrics of `step(state, batch) -> metrics` over all batches of `data`, or the first `limit`.
 
+    In a world of several processes each gives its part of the data, which may be nothing, and gets the numbers of all.
+    A batch without rows is passed over, unless the step runs under a transform that gathers params for it.
     Raises `BatchError` where there is no batch, `StepError` where the step returns no dict.
     """
-    found = evaluate_until(step, state, data, transforms, limit=limit, stop=lambda: False)
+    found = evaluate_until(step, state, data, transforms, Everyone(state), limit=limit, stop=lambda: False)
     assert found is not None
     return found
 
@@ -77,23 +81,30 @@ def evaluate_until(
     state: Any,
     data: Iterable[Any],
     transforms: tuple[Transform, ...],
+    everyone: Everyone,
     *,
     limit: int | None,
     stop: Callable[[], bool],
+    place: str = "",
 ) -> dict[str, float] | None:
-    """`evaluate`, or None where `stop` became true on the way."""
+    """`evaluate`, or None where `stop` became true on the way; `place` tells apart what is evaluated in one run."""
     run = _as_step(step, transforms)
     meter = Meter()
+    skips = everyone.size > 1 and not any(t.level == "parallel" and t.name != "ddp" for t in transforms)
     with torch.no_grad():
         state = evaluated(state)
         for batch in itertools.islice(data, limit):
             if stop():
                 return None
+            if skips and _is_empty(batch):  # this process's part of a small batch: there is nothing to measure
+                continue
             _, metrics = run(state, batch)
             meter.add(metrics)
-    if not meter:
+    given = bool(meter)
+    found = meter.read("", everyone, place)
+    if not found and not everyone.any(given):
         raise BatchError("the data to evaluate on is empty: it gave no batch.")
-    return meter.read()
+    return found
 
 
 def evaluated(state: Any) -> Any:
@@ -115,6 +126,11 @@ def check_limit(limit: int | None) -> None:
 def params_for(validate: Validate, state: Any) -> Any:
     """The state to evaluate: as it is, or with its averaged params."""
     return state.replace(params=ema.params(state)) if validate.use == "ema" else state
+
+
+def _is_empty(batch: Any) -> bool:
+    first = next(iter(tree.tensors(batch)), None)
+    return first is not None and first.dim() > 0 and not len(first)
 
 
 def _as_step(step: EvalStep, transforms: tuple[Transform, ...]) -> StepFn:

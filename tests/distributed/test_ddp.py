@@ -30,7 +30,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.pool import TaskError
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS = 20
 EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]

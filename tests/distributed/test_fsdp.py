@@ -19,7 +19,7 @@ from tests.distributed.models import bare, batches, furthest, make_state, part, 
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS = 20
 EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]

@@ -15,7 +15,7 @@ from lumen.parallel import mesh
 from lumen.parallel.mesh import _sizes
 from tests.distributed.pool import TaskError
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def describe(**sizes):

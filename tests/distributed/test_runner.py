@@ -1,0 +1,373 @@
+"""The Runner in a world of several processes: one run, whatever one of them sees, and whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lumen as lm
+from lumen.core import world
+from lumen.parallel.ddp import ddp
+from tests.distributed import jobs
+from tests.distributed.pool import TaskError
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+ROWS, CLASSES = 23, 3  # batches of 5 over 2 processes: 3 + 2 rows, and a last one of 2 + 1
+TIMED = ("time", "steps_per_second", "rows_per_second")
+
+
+def columns(rows=ROWS, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randint(CLASSES, (rows,), generator=generator)}
+
+
+def make_state(dropout=0.0):
+    torch.manual_seed(0)
+    head = [torch.nn.Dropout(dropout)] if dropout else []
+    net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), *head, torch.nn.Linear(8, CLASSES)).double()
+    return lm.TrainState.create(net, lm.optim.adam(0.02), seed=3)
+
+
+def step(state, batch):
+    def loss_fn(params, batch):
+        logits, _ = state.apply(params, batch["x"])
+        loss = lm.Mean.of(F.cross_entropy(logits, batch["y"], reduction="none"))
+        return loss, lm.Aux(metrics=values(batch, logits))
+
+    (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss, **aux.metrics}
+
+
+def values(batch, logits):
+    """One of each kind."""
+    return {
+        "hits": lm.Mean.of(logits.argmax(-1) == batch["y"]),
+        "rows": lm.Sum.of(torch.ones_like(batch["y"])),
+        "largest": lm.Max.of(batch["x"]),
+        "smallest": lm.Min.of(batch["x"]),
+    }
+
+
+def eval_step(state, batch):
+    logits, _ = state.apply(state.params, batch["x"])
+    loss = lm.Mean.of(F.cross_entropy(logits, batch["y"], reduction="none"))
+    return {"loss": loss, **values(batch, logits)}
+
+
+def logged(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in lines]
+
+
+def close(found, wanted):
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for have, want in zip(found, wanted, strict=True):
+        assert have == pytest.approx(want, rel=1e-10)
+
+
+def plain(state):
+    return {path: leaf.clone() for path, leaf in lm.tree.named_tensors(state)}
+
+
+def make_runner(directory, *, callbacks=(), **options):
+    return lm.Runner(
+        step,
+        transforms=[ddp(lm.mesh(device="cpu"))],
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=4), keep=2, best=("val/loss", "min")),
+        sinks=[lm.sinks.JSONL(directory / "metrics.jsonl")],
+        callbacks=callbacks,
+        log_every=3,
+        progress=False,
+        **options,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- the law
+
+
+def whole_run(directory):
+    held_out = lm.Loader(columns(7, seed=2), batch_size=3, shuffle=False)
+    stop = lm.EarlyStop("val/loss", patience=2, min_delta=0.03)
+    result = make_runner(directory, callbacks=[stop]).fit(
+        make_state(),
+        lm.Loader(columns(), batch_size=5, seed=2),
+        until=lm.Epochs(20),
+        validate=lm.Validate(eval_step, held_out, every=lm.Every(steps=4)),
+    )
+    return plain(result.state), result.reason, result.clock.step, result.metrics
+
+
+def test_a_run_of_two_is_a_run_of_one(world2, tmp_path):
+    wanted, reason, steps, _ = whole_run(tmp_path / "one")
+    assert reason.startswith("val/loss has not improved"), "the early stop is part of the law"
+    found = world2.run(whole_run, tmp_path / "two")
+    for state, why, at, _ in found:
+        assert (why[:20], at) == (reason[:20], steps)
+        for name, leaf in wanted.items():
+            torch.testing.assert_close(state[name], leaf, rtol=1e-9, atol=1e-11)
+    assert found[0][3].keys() == found[1][3].keys()
+    timeless = [{k: v for k, v in each[3].items() if k not in TIMED} for each in found]
+    assert timeless[0] == timeless[1], "to the bit, as they decide"
+    close(logged(tmp_path / "two"), logged(tmp_path / "one"))
+
+
+# ----------------------------------------------------------------------------------------------- metrics
+
+
+def evaluate_parts(sizes, with_lists):
+    """Each process has its own number of batches, of its own sizes."""
+    import torchmetrics
+
+    auroc = lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAUROC(CLASSES))
+
+    def measure(state, batch):
+        logits, _ = state.apply(state.params, batch["x"])
+        extra = {"auroc": auroc.of(logits.float(), batch["y"])} if with_lists else {}
+        return {**eval_step(state, batch), **extra}
+
+    rows = columns(sum(map(sum, sizes)), seed=4)
+    mine = sizes[world.rank()] if world.world_size() > 1 else [n for each in sizes for n in each]
+    before = sum(map(sum, sizes[: world.rank()]))
+    parts = {name: leaf[before : before + sum(mine)].split(mine) if mine else () for name, leaf in rows.items()}
+    batches = [{name: part[i] for name, part in parts.items()} for i in range(len(mine))]
+    return lm.Runner(step, progress=False).evaluate(measure, make_state(), batches)
+
+
+@pytest.mark.parametrize("with_lists", [False, True])
+@pytest.mark.parametrize("sizes", [[[4, 4], [4, 3]], [[5], [1, 2, 3]], [[], [6, 2]], [[6, 2], []]])
+def test_evaluation_over_uneven_parts_is_that_of_the_whole(sizes, with_lists, world2):
+    wanted = evaluate_parts(sizes, with_lists)
+    found = world2.run(evaluate_parts, sizes, with_lists)
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(wanted, rel=1e-10)
+
+
+def merge_changing():
+    """The same place, with values of another form, and last ones and plain numbers, from time to time."""
+    from lumen.train.everyone import Everyone
+    from lumen.train.meter import Meter
+
+    rank = world.rank()
+    everyone, meter, found = Everyone(make_state()), Meter(), []
+    forms = [
+        {"a": lm.Mean.of(torch.tensor([1.0 + rank]))},
+        {"a": lm.Mean.of(torch.tensor([2.0 + rank, 5.0]))},
+        {"a": lm.Sum.of(torch.tensor(rank + 1)), "b": lm.Last(torch.tensor(float(rank + 7))), "c": float(rank)},
+        {"a": lm.Mean.of(torch.tensor([3.0 + rank]))},
+        None,
+    ]
+    for form in forms:
+        if form is not None and not (form is forms[3] and rank == 0):  # once the first process has none
+            meter.add(form)
+        found.append(meter.read("m/", everyone))
+    return found
+
+
+def test_values_of_changing_forms(world2):
+    found = world2.run(merge_changing)
+    assert found[0] == found[1]
+    assert found[0] == [{"m/a": 1.5}, {"m/a": 3.75}, {"m/a": 3.0, "m/b": 7.0, "m/c": 0.5}, {"m/a": 4.0}, {}]
+
+
+# ----------------------------------------------------------------------------------------------- decisions
+
+
+class SignalAt(lm.Callback):
+    """One process gets a signal after a step."""
+
+    def __init__(self, at, rank):
+        self.at, self.rank = at, rank
+
+    def on_step(self, view):
+        time.sleep(0.01)
+        if view.clock.step == self.at and world.rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_with_dropout(directory, stop=None, epochs=12):
+    torch.manual_seed(100 + world.rank())  # each process draws its own masks
+    runner = make_runner(directory, callbacks=[SignalAt(*stop)] if stop else [])
+    held_out = lm.Loader(columns(7, seed=2), batch_size=3, shuffle=False)
+    validate = lm.Validate(eval_step, held_out, every=lm.Every(steps=7))
+    data = lm.Loader(columns(), batch_size=5, seed=2)
+    try:
+        result = runner.fit(make_state(0.3), data, until=lm.Epochs(epochs), validate=validate, resume="auto")
+    except lm.Interrupted as interrupted:
+        return interrupted.code, interrupted.result.clock.step, interrupted.result.reason
+    return 0, result.clock.step, plain(result.state)
+
+
+def test_a_signal_to_one_ends_all_after_the_same_step_and_the_run_goes_on_bitwise(world2, tmp_path):
+    wanted = world2.run(run_with_dropout, tmp_path / "whole")
+    stopped = world2.run(run_with_dropout, tmp_path / "parts", (11, 1))
+    assert stopped[0] == stopped[1]
+    assert stopped[0][0] == 75
+    assert 11 <= stopped[0][1] < 60
+    found = world2.run(run_with_dropout, tmp_path / "parts")
+    for (code, steps, state), (_, _, expected) in zip(found, wanted, strict=True):
+        assert (code, steps) == (0, 60)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+def run_for_seconds(directory):
+    """Each process's clock goes at its own pace."""
+    ticks = iter(range(10**9))
+    runner = make_runner(directory, clock=lambda: next(ticks) * (0.5 + 2 * world.rank()), callbacks=[SignalAt(0, 9)])
+    saved = []
+
+    class Note(lm.Callback):
+        def on_checkpoint(self, view):
+            saved.append(view.clock.step)
+
+    runner.callbacks = type(runner.callbacks)([SignalAt(0, 9), Note()])
+    runner.checkpoint.every = lm.Every(seconds=15)
+    data = lm.Loader(columns(), batch_size=5, seed=2)
+    result = runner.fit(make_state(), data, until=lm.Steps(10**6) | lm.Seconds(60))
+    return result.clock.step, result.clock.seconds, saved
+
+
+def test_the_first_process_has_the_time(world2, tmp_path):
+    first, second = world2.run(run_for_seconds, tmp_path)
+    assert first == second
+    assert first[1] >= 60
+    assert len(first[2]) >= 3
+
+
+class StopOne(lm.Callback):
+    def on_step(self, view):
+        time.sleep(0.01)
+        if view.clock.step == 6 and world.rank() == 1:
+            view.stop("rank 1 has seen enough")
+
+
+def run_until_one_stops(directory):
+    data = lm.Loader(columns(), batch_size=5, seed=2)
+    result = make_runner(directory, callbacks=[StopOne()]).fit(make_state(), data, until=lm.Steps(10**6))
+    return result.clock.step, result.reason
+
+
+def test_a_callback_of_one_process_ends_all(world2, tmp_path):
+    first, second = world2.run(run_until_one_stops, tmp_path)
+    assert first == second
+    assert first[1] == "rank 1 has seen enough"
+
+
+def run_on_lists(directory):
+    data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + world.rank()]
+    make_runner(directory).fit(make_state(), data, until=lm.Epochs(1))
+
+
+def test_lists_of_different_lengths(world2, tmp_path):
+    with pytest.raises(TaskError, match=r"different numbers of batches in an epoch: \[3, 4\]"):
+        world2.run(run_on_lists, tmp_path)
+
+
+def run_unjoined(directory):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = lm.Loader(columns(), batch_size=5, seed=2)
+        lm.Runner(step, progress=False).fit(make_state(), data, until=lm.Steps(2))
+    return [str(each.message) for each in caught if each.category is lm.InexactWarning]
+
+
+def test_nothing_joins_the_processes(world2, tmp_path, monkeypatch):
+    first, second = world2.run(run_unjoined, tmp_path)
+    assert "lm.ddp()" in first[0]
+    assert not second
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(lm.LumenError, match="one of 4"):
+        lm.Runner(step, progress=False).fit(make_state(), lm.Loader(columns(), batch_size=5), until=lm.Steps(2))
+
+
+# ----------------------------------------------------------------------------------------------- faults
+
+
+def torchrun(directory, processes, *, restarts=0, limit=120, **options):
+    """The exit code and what was said."""
+    directory.mkdir(parents=True, exist_ok=True)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", jobs.__file__, str(directory), json.dumps(options)]
+    # torchrun's own store outlives a restart, with the addresses of the dead in it: it is not to be shared.
+    alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, **alone, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = process.communicate(timeout=limit)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_error_of_one_is_that_of_all(plain, tmp_path):
+    code, said = torchrun(tmp_path, 2, what="raise", at=6, plain=plain, steps=10**5)
+    assert code == 1
+    assert "ValueError: a row that cannot be read" in said
+    assert said.index("ValueError: a row") < said.find("ChildFailedError")
+    assert sorted(lm.Checkpointer(tmp_path).store.steps()) == [4], "only what was whole everywhere"
+
+
+def test_a_process_that_hangs_is_named_with_its_step(tmp_path):
+    code, said = torchrun(tmp_path, 3, what="hang", at=6, timeout=6.0, steps=10**5)
+    assert code == 1
+    assert "rank 1 hangs in step 6" in said
+
+
+def test_data_that_ends_early_for_one(tmp_path):
+    code, said = torchrun(tmp_path, 2, what="end", at=7, steps=10**5)
+    assert code == 1
+    assert "the data of rank 1 ended after step 7, and that of rank 0 did not" in said
+
+
+def rows_by_step(directory, processes):
+    """The rows of each global batch, from the last time that its step was made."""
+    found = {}
+    for rank in range(processes):
+        for line in (directory / f"rows-{rank}.jsonl").read_text().splitlines():
+            at, rows = json.loads(line)
+            found.setdefault(at, {})[rank] = rows
+    return {at: sorted(row for rows in parts.values() for row in rows) for at, parts in found.items()}
+
+
+def test_a_killed_process_and_fewer_processes(tmp_path):
+    alone = lm.Runner(jobs.step, progress=False).fit(
+        jobs.make_state(), loader := lm.Loader(jobs.columns(), batch_size=jobs.SIZE, seed=2), until=lm.Steps(15)
+    )
+    stream = loader.stream()
+    order = [sorted(next(stream)[0]["row"].tolist()) for _ in range(15)]
+
+    code, said = torchrun(tmp_path, 4, restarts=1, what="kill", at=7, rank=2, steps=8)
+    assert code == 0, said[-3000:]
+    assert (tmp_path / "happened").exists()
+    assert [rows_by_step(tmp_path, 4)[at] for at in range(8)] == order[:8]
+    for processes, begin, end in ((3, 8, 12), (2, 12, 15)):
+        for rows in tmp_path.glob("rows-*.jsonl"):
+            rows.unlink()
+        shutil.rmtree(tmp_path / "final")
+        code, said = torchrun(tmp_path, processes, steps=end)
+        assert code == 0, said[-3000:]
+        assert said.count(f"goes on with {processes} processes") == 1
+        assert rows_by_step(tmp_path, processes) == dict(enumerate(order[begin:end], begin))
+    final = lm.checkpoint.restore(tmp_path / "final", jobs.make_state())
+    for name, leaf in alone.state.params.items():
+        torch.testing.assert_close(final.params[name], leaf, rtol=1e-6, atol=1e-9)
