@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ from torch import Tensor
 from lumen.checkpoint.reading import listed
 
 _SCALARS = (str, int, float, bool, type(None))
+
+
+def number(value: float) -> float | str:
+    """`value` for JSON, which has no NaN and no infinity; `float` reads both forms.
+
+    >>> from lumen.checkpoint import plain
+    >>> plain.number(0.5), plain.number(float("-inf"))
+    (0.5, '-inf')
+    """
+    return value if math.isfinite(value) else str(value)
 
 
 def pack(value: Any) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Retention:
         candidates = [step for step, value in values.items() if not math.isnan(value)]
         return sorted(candidates, key=lambda step: (sign * values[step], -step))
 
+    def takes(self, saved: Mapping[int, Mapping[str, float]], metrics: Mapping[str, float]) -> bool:
+        """Whether one more step, with these metrics, would be among the best."""
+        newest = max(saved, default=-1) + 1
+        return newest in self.ranked({**saved, newest: metrics})[: self.keep_best]
+
 
 def _is_best(best: object) -> bool:
     return isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("min", "max")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from lumen.checkpoint import _orbax, header, matching, reading, writing
+from lumen.checkpoint import _orbax, header, matching, plain, reading, writing
 from lumen.checkpoint.host import HostMemory, Snapshot, snapshot
 from lumen.checkpoint.lock import Lock
 from lumen.checkpoint.retention import Retention
@@ -231,6 +230,11 @@ class Store:
         """The best step by the metric of `best=`, or None where there is no metric or no checkpoint that has it."""
         return next(iter(self._retention.ranked(self._saved())), None)
 
+    def would_keep(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these metrics would be among the best; what is being written counts too."""
+        self.wait()
+        return self._retention.takes(self._saved(), metrics)
+
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""
         return self.directory / str(step)
@@ -301,7 +305,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _json(numbers: dict[str, float]) -> dict[str, float | str]:
-    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+    return {name: plain.number(value) for name, value in numbers.items()}
 
 
 def _from_json(metrics: Any) -> dict[str, float]:

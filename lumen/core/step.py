@@ -38,6 +38,7 @@ class Transform:
     level: str = ""
     reason: str = ""
     donates: bool = False
+    shards: bool = False  # whether each process holds a part of the state only
     within: Step | None = None  # the outermost step that it is part of, for messages and records
 
     def init(self, state: State) -> State:

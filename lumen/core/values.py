@@ -243,7 +243,7 @@ def _merge_column(parts: Sequence[Any]) -> Any:
         if kind is Tensor:
             total = _total([_wide(part) for part in parts])
             return Mean(total, total.new_full((), len(parts)))
-    typed = [tree.map(_as_value, each, is_leaf=is_value) for each in parts]
+    typed = [tree.map(as_value, each, is_leaf=is_value) for each in parts]
     return tree.map(lambda *values: type(values[0]).merge_all(values), *typed, is_leaf=is_value)
 
 
@@ -256,7 +256,8 @@ def compute_metrics(metrics: Any) -> Any:
     return tree.map(lambda v: v.compute() if is_value(v) else v, metrics, is_leaf=is_value)
 
 
-def _as_value(leaf: Any) -> Value:
+def as_value(leaf: Any) -> Value:
+    """A typed value as it is; a plain number or tensor as a mean of one, which is how several of them merge."""
     if isinstance(leaf, Value):
         return leaf
     tensor = torch.as_tensor(leaf)

@@ -82,6 +82,7 @@ class fsdp(Transform):
 
     name = "fsdp"
     level = "parallel"
+    shards = True
     reason = "what is inside computes the gradient of this process's rows; params and grads are joined around it"
     sharded: int
     units: str | Sequence[str] | None

@@ -103,19 +103,30 @@ class Callbacks:
 
         One that is new to the run begins without; memory that nobody takes is lost, with an `InexactWarning`.
         """
-        waiting = list(self._all)
-        for each in saved:
-            found = next((c for c in waiting if type(c).__name__ == each["kind"]), None)
+        for each, found in by_class(saved, self._all):
+            if not each["state"]:
+                continue
             if found is not None:
-                waiting.remove(found)
-                if each["state"]:
-                    found.load_state_dict(each["state"])
-            elif each["state"]:
+                found.load_state_dict(each["state"])
+            else:
                 warnings.warn(
                     f"the checkpoint holds the memory of a callback {each['kind']}, which this run does not have.",
                     InexactWarning,
                     stacklevel=2,
                 )
+
+
+def by_class(saved: Sequence[Mapping[str, Any]], present: Sequence[Any]) -> list[tuple[Mapping[str, Any], Any]]:
+    """What was saved of each object, by its `kind`, with the object of that class now; None where there is none.
+
+    Those of a class go by their order, as others may have come or gone.
+    """
+    waiting = list(present)
+    pairs = []
+    for each in saved:
+        found = next((i for i, one in enumerate(waiting) if type(one).__name__ == each["kind"]), None)
+        pairs.append((each, None if found is None else waiting.pop(found)))
+    return pairs
 
 
 def _memory(callback: Any) -> dict[str, Any]:

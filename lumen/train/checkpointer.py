@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -53,8 +52,7 @@ class Checkpointer:
     ) -> None:
         self.directory = Path(directory)
         self.every = every or Every(epochs=1)
-        self._best = best
-        self._keep_best = keep_best
+        self._metric = None if best is None else best[0]
         self.store = Store(
             self.directory / "checkpoints", keep=keep, best=best, keep_best=keep_best, keep_every=keep_every
         )
@@ -85,16 +83,7 @@ class Checkpointer:
 
     def wants(self, fresh: Mapping[str, float]) -> bool:
         """Whether these numbers make a checkpoint that is among the best."""
-        if self._best is None or self._best[0] not in fresh:
-            return False
-        name, mode = self._best
-        value = fresh[name]
-        if math.isnan(value):
-            return False
-        self.store.wait()  # what is on its way counts too
-        kept = [metrics[name] for step in self.store.steps() if name in (metrics := self.store.metrics(step))]
-        kept = sorted((each for each in kept if not math.isnan(each)), reverse=mode == "max")
-        return len(kept) < self._keep_best or (value <= kept[self._keep_best - 1]) == (mode == "min")
+        return self._metric in fresh and self.store.would_keep(fresh)
 
 
 def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lumen.checkpoint import plain
 from lumen.errors import HyperparameterError, InexactWarning, StepError
 from lumen.optim.hyper import check_count, check_scalar
 from lumen.train.callbacks import Callback, View
@@ -102,8 +103,7 @@ class EarlyStop(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best report, the number of reports without improvement since, and of all."""
-        best = self._best if math.isfinite(self._best) else str(self._best)  # JSON has no infinity
-        return {"best": best, "bad": self._bad, "reports": self._reports}
+        return {"best": plain.number(self._best), "bad": self._bad, "reports": self._reports}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""

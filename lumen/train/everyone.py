@@ -28,8 +28,8 @@ from lumen import tree
 from lumen.checkpoint import plain, rng
 from lumen.core import world
 from lumen.core.step import Transform, device_of
-from lumen.core.values import Mean, is_value, merge_metrics
-from lumen.errors import BatchError, InexactWarning, MetricError, WorldError
+from lumen.core.values import as_value, is_value, merge_metrics
+from lumen.errors import BatchError, CheckpointError, InexactWarning, MetricError, WorldError
 from lumen.parallel.launch import launched
 from lumen.parallel.ranks import Watch
 from lumen.train.meter import Entry, parts, rebuilt
@@ -208,7 +208,7 @@ class Everyone:
         """
         if self.size == 1:
             return {} if metrics is None else finish(metrics)
-        metrics = None if metrics is None else tree.map(_typed, metrics, is_leaf=is_value)
+        metrics = None if metrics is None else tree.map(as_value, metrics, is_leaf=is_value)
         entries = self._entries(place, None if metrics is None else parts(metrics))
         holders = [rank for rank, entry in enumerate(entries) if entry is not None]
         if not holders:
@@ -252,9 +252,20 @@ class Everyone:
         return [_entry(layout, row[1:].split(sizes)) for row in rows]
 
 
-def check_world(transforms: Sequence[Transform]) -> None:
-    """Raise `WorldError` where torchrun started several processes that would all make the same run, each by itself."""
+def check_world(transforms: Sequence[Transform], saves: bool = False) -> None:
+    """Raise `WorldError` where torchrun started several processes that would all make the same run, each by itself.
+
+    Raises `CheckpointError` where one of several is to write what each has only a part of. Both can be told only once
+    the transforms have joined the processes.
+    """
     if world.world_size() > 1:
+        cut = [transform for transform in transforms if transform.shards]
+        if cut and saves:
+            raise CheckpointError(
+                f"each process has a part of the state under {cut[0]!r}, and a Checkpointer cannot write parts yet."
+                " Leave it out, and save the whole at the end: whole = result.export(), on every process, then"
+                " lm.checkpoint.save(path, whole) on the first; or train under lm.ddp()."
+            )
         if not any(transform.level == "parallel" for transform in transforms) and world.rank() == 0:
             warnings.warn(
                 f"{world.world_size()} processes make this run, and no transform joins what they learn: each trains on"
@@ -320,15 +331,6 @@ def _entry(layout: Layout, pieces: Sequence[Tensor]) -> dict[str, dict[str, Tens
 
 def _on_host(entry: Entry) -> dict[str, dict[str, Tensor]]:
     return {name: {key: t.detach().cpu() for key, t in held.items()} for name, held in entry.items()}
-
-
-def _typed(leaf: Any) -> Any:
-    """Plain numbers are averaged over processes, as they are over steps."""
-    if is_value(leaf):
-        return leaf
-    tensor = torch.as_tensor(leaf).detach()
-    tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    return Mean(tensor, tensor.new_ones(()))
 
 
 def _check_names(entries: Sequence[Any]) -> None:

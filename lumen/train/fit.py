@@ -78,13 +78,14 @@ class Fit:
         self.validations = validations
         self.clock = Clock(step=_step_of(state))
         self.reason = ""
+        self._description = runner.description()  # once: it asks git
         self._feed = Placed(feed(data), state)
         self._limit = limit
         self._everyone = Everyone(state)
         # What is done once, whatever the number of processes.
         self._sinks = runner.sinks if self._everyone.first else ()
         self._store = None if runner.checkpoint is None or not self._everyone.first else runner.checkpoint.store
-        self._progress = make_progress(runner.progress and self._everyone.first and runner.progress)
+        self._progress = make_progress(runner.progress if self._everyone.first else False)
         self._journal = Journal(self._sinks, self._progress, self.clock, runner.peak(state), self._everyone)
         self._signals = Signals(self._wake_up, self._everyone.rank)
         self._agreed_signal: str | None = None
@@ -139,7 +140,7 @@ class Fit:
         callbacks = self.runner.callbacks
         self._training = True
         for sink in self._sinks:
-            configure(sink, self.runner.description())
+            configure(sink, self._description)
         callbacks.call("on_start", self._view(self._journal.newest))
         self._agree()
         self._wake = self._next_event()
@@ -374,7 +375,7 @@ class Fit:
             "callbacks": self.runner.callbacks.state_dict(),
             "stopped": self._stopped,
             "processes": self._everyone.size,
-            **self.runner.description(),
+            **self._description,
         }
 
     def _go_on(self, resume: str | os.PathLike[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lumen.checkpoint import plain
 from lumen.optim import learning_rate
 from lumen.sinks import Sink, position, rewind
+from lumen.train.callbacks import by_class
 from lumen.train.clock import Clock
 from lumen.train.everyone import Everyone
 from lumen.train.meter import Meter
@@ -69,7 +71,7 @@ class Journal:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the meter: plain data."""
         return {
-            "metrics": {name: _plain(value) for name, value in self.newest.items()},
+            "metrics": {name: plain.number(value) for name, value in self.newest.items()},
             "sinks": self.positions(),
         }
 
@@ -84,12 +86,9 @@ class Journal:
         return [{"kind": type(sink).__name__, "position": position(sink)} for sink in self._sinks]
 
     def rewind(self, positions: Positions) -> None:
-        """Cut off what the sinks took in after that: those of a class in their order, as some may have come or gone."""
-        waiting = list(self._sinks)
-        for each in positions:
-            sink = next((sink for sink in waiting if type(sink).__name__ == each["kind"]), None)
+        """Cut off what the sinks took in after that."""
+        for each, sink in by_class(positions, self._sinks):
             if sink is not None:
-                waiting.remove(sink)
                 rewind(sink, each["position"])
 
     def _now(self) -> tuple[int, int, int, float]:
@@ -107,7 +106,3 @@ class Journal:
         if self.flops_per_step and self._peak:
             found["mfu"] = self.flops_per_step * steps / seconds / self._peak
         return found
-
-
-def _plain(value: float) -> float | str:
-    return value if abs(value) < float("inf") else repr(value)  # JSON has no NaN and no infinity

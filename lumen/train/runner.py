@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lumen import tree
-from lumen.core import world
+from lumen.checkpoint import plain
 from lumen.core.step import Transform, as_step, compose
 from lumen.data.feed import feed
-from lumen.errors import CheckpointError, StepError
+from lumen.errors import StepError
 from lumen.sinks import Sink, run_info
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
@@ -128,11 +128,10 @@ class Runner:
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
-        self._check_whole()
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         check_plateau(state, self.plateau, [name for each in validations for name, _ in each.loaders()])
         state = self.step.init(state)  # where the processes of a parallel transform join
-        check_world(self.step.transforms)
+        check_world(self.step.transforms, saves=self.checkpoint is not None)
         return Fit(self, state, data, until, validations, limit).run(resume)
 
     def evaluate(
@@ -197,16 +196,6 @@ class Runner:
         single, _ = without_unroll(self.step)
         return lr_find(single, self.step.init(state), Placed(feed(data), state), **options)
 
-    def _check_whole(self) -> None:
-        """Refuse to save what one process does not have: it writes alone, as yet."""
-        cut = [t for t in self.step.transforms if t.name == "fsdp"]
-        if cut and self.checkpoint is not None and world.world_size() > 1:
-            raise CheckpointError(
-                f"each process has a part of the state under {cut[0]!r}, and a Checkpointer cannot write parts yet."
-                " Leave it out, and save the whole at the end: whole = result.export(), on every process, then"
-                " lm.checkpoint.save(path, whole) on the first; or train under lm.ddp()."
-            )
-
     def description(self) -> dict[str, Any]:
         """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
         return {"config": self._config, "step": repr(self.step), **run_info()}
@@ -215,7 +204,7 @@ class Runner:
         """The peak FLOP/s that `mfu` is measured by."""
         if self.mfu is True:
             leaf = next((t for t in tree.tensors(getattr(state, "params", state)) if t.is_floating_point()), None)
-            computed = [t.policy.compute for t in self.transforms if isinstance(t, precision)]
+            computed = [t.policy.compute for t in self.step.transforms if isinstance(t, precision)]
             return None if leaf is None else peak_flops(leaf.device, *computed or [leaf.dtype])
         return float(self.mfu) or None
 
@@ -243,5 +232,5 @@ def _jsonable(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        return value if abs(value) < float("inf") else repr(value)
+        return plain.number(value)
     return str(value)

@@ -90,7 +90,7 @@ def evaluate_until(
     """`evaluate`, or None where `stop` became true on the way; `place` tells apart what is evaluated in one run."""
     run = _as_step(step, transforms)
     meter = Meter()
-    skips = everyone.size > 1 and not any(t.level == "parallel" and t.name != "ddp" for t in transforms)
+    skips = everyone.size > 1 and not any(t.shards for t in transforms)
     with torch.no_grad():
         state = evaluated(state)
         for batch in itertools.islice(data, limit):

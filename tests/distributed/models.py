@@ -170,3 +170,15 @@ def furthest(found, wanted):
         else:
             assert torch.equal(have, want), name
     return worst
+
+
+AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard", "clip", "ema", "donate"]]
+
+
+def check_law(law, world, cases, *settings, tolerance=1e-10):
+    """Each case of `law`, on every process: losses and leaves are those of the one process that it compares with."""
+    cases = [(*case, "step")[:4] for case in cases]
+    for found in world.run(law, cases, *settings):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,9 @@ from lumen.parallel.agree import check_equal
 from lumen.parallel.buckets import Buckets, Layouts, Wire, lay_out
 from lumen.parallel.ddp import ddp
 from lumen.parallel.mesh import mesh
+from tests.distributed import models
 from tests.distributed.models import (
+    AROUND,
     WIDTH,
     bare,
     batches,
@@ -74,15 +78,7 @@ def law(cases, options=None, dtype=torch.float64, steps=STEPS, parts=False):
     return found
 
 
-def check_law(world, cases, *settings, tolerance=1e-10):
-    cases = [(*case, "step")[:4] for case in cases]
-    for found in world.run(law, cases, *settings):
-        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            assert losses < tolerance, case
-            assert worst < tolerance, (case, leaf)
-
-
-AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard", "clip", "ema", "donate"]]
+check_law = functools.partial(models.check_law, law)
 
 
 @pytest.mark.parametrize("model", ["mlp", "gpt", "outside", "routed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -14,8 +15,19 @@ from lumen.parallel import fsdp_run
 from lumen.parallel.fsdp import fsdp
 from lumen.parallel.mesh import mesh
 from lumen.parallel.units import find
-from tests.distributed import fsdp_models
-from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
+from tests.distributed import fsdp_models, models
+from tests.distributed.models import (
+    AROUND,
+    bare,
+    batches,
+    furthest,
+    make_state,
+    part,
+    plain_step,
+    step,
+    train,
+    transforms,
+)
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
 
@@ -58,15 +70,7 @@ def whole_of(wrapped, state):
     return bare(wrapped.transforms[0].export(state))
 
 
-def check_law(world, cases, *settings, tolerance=1e-10):
-    cases = [(*case, "step")[:4] for case in cases]
-    for found in world.run(law, cases, *settings):
-        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            assert losses < tolerance, case
-            assert worst < tolerance, (case, leaf)
-
-
-AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard", "clip", "ema", "donate"]]
+check_law = functools.partial(models.check_law, law)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
