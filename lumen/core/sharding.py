@@ -1,13 +1,15 @@
-"""What a parallel transform tells those who look at all params at once: that each process holds a part of them.
+"""What a parallel transform tells others: that each process holds a part of the params, and which part of each leaf.
 
-Leaves with dims are then this process's rows of the whole; a leaf without dims is the same everywhere.
+While its step runs, those who look at all params at once (clip, guard) join what they find over the processes; leaves
+with dims are then this process's part, and a leaf without dims is the same everywhere. Between steps, those who read
+or write the whole state (checkpoints) ask it for a `Piece` of each leaf.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,47 @@ from torch import Tensor
 from lumen.core import rules
 
 _KEY = "<shards>"
+
+
+class Box(NamedTuple):
+    """A block of entries: where it begins in this process's tensor (`here`), in the `whole`, and its `size`."""
+
+    here: tuple[int, ...]
+    whole: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """What a process's tensor is of a whole one of `shape`: the boxes that it consists of, none if it is empty.
+
+    Of the processes that hold the same, one is the `owner`, which writes it.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    owner: bool
+
+
+def composed(inner: Piece, outer: Piece) -> Piece:
+    """The piece that is made by `outer` of what was a piece by `inner` already.
+
+    >>> rows = Piece((8, 2), (Box((0, 0), (4, 0), (4, 2)),), owner=True)
+    >>> half = Piece((4, 2), (Box((0, 0), (2, 0), (2, 2)),), owner=True)
+    >>> composed(rows, half).boxes
+    (Box(here=(0, 0), whole=(6, 0), size=(2, 2)),)
+    """
+    boxes = []
+    for last in outer.boxes:
+        for first in inner.boxes:
+            low = tuple(map(max, last.whole, first.here))
+            high = tuple(
+                min(a + m, b + n) for a, m, b, n in zip(last.whole, last.size, first.here, first.size, strict=True)
+            )
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                here = tuple(h + a - w for h, a, w in zip(last.here, low, last.whole, strict=True))
+                whole = tuple(w + a - h for w, a, h in zip(first.whole, low, first.here, strict=True))
+                boxes.append(Box(here, whole, tuple(b - a for a, b in zip(low, high, strict=True))))
+    return Piece(inner.shape, tuple(boxes), inner.owner and outer.owner)
 
 
 class Shards(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from lumen import tree
 from lumen.core import order, rules
 from lumen.core.donation import is_retired
+from lumen.core.sharding import Piece
 from lumen.errors import PurityError, SlotError, StateError, StepError
 
 State = Any
@@ -38,7 +39,7 @@ class Transform:
     level: str = ""
     reason: str = ""
     donates: bool = False
-    shards: bool = False  # whether each process holds a part of the state only
+    shards: bool = False  # whether each process holds a part of the state only; its slot is then static
     within: Step | None = None  # the outermost step that it is part of, for messages and records
 
     def init(self, state: State) -> State:
@@ -56,6 +57,10 @@ class Transform:
     def export(self, state: State) -> State:
         """The plain state again."""
         return state
+
+    def pieces(self, state: State) -> Mapping[int, Piece]:
+        """What the leaves of a state are that this transform cuts, by their places among `tree.leaves(state)`."""
+        return {}
 
     @property
     def key(self) -> Hashable:

@@ -17,6 +17,7 @@ from lumen.core.dataclass import state as state_class
 from lumen.core.dataclass import static
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.sharding import Piece
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, BatchError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
@@ -27,7 +28,7 @@ from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
-from lumen.parallel.shards import Cut, cut_tree, gather, reduce_scatter, whole_tree
+from lumen.parallel.shards import Cut, cut_tree, gather, places_of, reduce_scatter, whole_tree
 from lumen.parallel.units import Units, find
 
 Shapes = Mapping[str, torch.Size]
@@ -175,6 +176,17 @@ class fsdp(Transform):
         if self.sharded == 3:
             return whole_tree(self.cut, state, shapes)
         return state.replace(opt_state=whole_tree(self.cut, state.opt_state, shapes))
+
+    def pieces(self, state: Any) -> dict[int, Piece]:
+        """This process's rows of each leaf that is cut."""
+        cut = self.cut
+        if cut is None:
+            return {}
+        shapes = self._shapes(state)
+        leaves = tree.leaves(state)
+        chosen = {id(leaf) for leaf in tree.leaves(state if self.sharded == 3 else state.opt_state)}
+        places = [(place, name) for place, name in places_of(state, shapes, cut) if id(leaves[place]) in chosen]
+        return {place: cut.piece(shapes[name]) for place, name in places if shapes[name]}
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)

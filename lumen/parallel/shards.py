@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.sharding import Box, Piece
 
 # Their names before torch 2.13, which warns of these.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -56,6 +57,14 @@ class Cut:
             return tensor
         start, stop = self.rows(tensor.shape)
         return tensor[start:stop]
+
+    def piece(self, whole: torch.Size) -> Piece:
+        """What this process's part is of a tensor of shape `whole`, which has dims."""
+        start, stop = self.rows(whole)
+        rest = tuple(0 for _ in whole[1:])
+        box = Box((0, *rest), (start, *rest), (stop - start, *whole[1:]))
+        owner = self.replicas is None or dist.get_rank(self.replicas) == 0
+        return Piece(tuple(whole), (box,) if stop > start else (), owner)
 
     def padded(self, whole: torch.Size) -> int:
         """How many entries each process sends of a tensor of shape `whole`."""
