@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lumen.core import world
 from lumen.errors import WorldError
+from lumen.parallel.rendezvous import meet
 
 TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -41,9 +42,14 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
     backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
     if found.type == "cuda":
         torch.cuda.set_device(found)
+    limit = dt.timedelta(seconds=timeout)
+    store, rank, size = meet(limit)
     dist.init_process_group(
         backend,
-        timeout=dt.timedelta(seconds=timeout),
+        timeout=limit,
+        store=store,
+        rank=rank,
+        world_size=size,
         device_id=found if found.type == "cuda" else None,
     )
     atexit.register(leave)
