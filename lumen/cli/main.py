@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
 from lumen.cli import exporting, inspecting, replaying
 from lumen.cli.show import readable
+from lumen.core.versions import own_version
 from lumen.errors import LumenError
 
 
@@ -42,15 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lumen", description="Look into checkpoints, export them, replay steps.")
-    parser.add_argument("--version", action="version", version=f"lumen {_version()}")
+    parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (inspecting, exporting, replaying):
         module.add(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lumen-torch")
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-        return "from a source tree"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import platform
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import world
 from lumen.core.step import device_of
+from lumen.core.versions import own_version
 from lumen.errors import WorldError
 from lumen.parallel.mesh import Mesh
 
@@ -53,10 +55,10 @@ def _named(ranks: Sequence[int]) -> str:
 
 def describe(state: Any, step: Any = None) -> list[str]:
     """What must be the same on every process: versions, the step's code and transforms, and the state's leaves."""
-    lines = [f"torch {torch.__version__}"]
+    lines = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"lumen {own_version()}"]
     if step is not None:
         code = getattr(step.user, "__code__", None)
-        lines += [f"the step {step!r}", f"the step's code {_code_digest(code)}" if code else "a step without code"]
+        lines += [f"the step {step!r}", f"the step's code {_code_digest([code])}" if code else "a step without code"]
     for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
         if not isinstance(leaf, Tensor):
             lines.append(f"{path} = {leaf!r:.60}")
@@ -64,15 +66,30 @@ def describe(state: Any, step: Any = None) -> list[str]:
         lines.append(f"{path} of shape {tuple(leaf.shape)}, {leaf.dtype}")
         if path in _ALIKE and leaf.numel() == 1:
             lines.append(f"{path} = {leaf.item()}")
-    return lines
+    return lines + _models(state)
 
 
-def _code_digest(code: types.CodeType) -> str:
-    found, todo = hashlib.sha256(), [code]
+def _models(state: Any) -> list[str]:
+    """The code of the modules that the state applies."""
+    module = getattr(getattr(state, "apply_fn", None), "module", None)
+    if module is None:
+        return []
+    kinds = {type(each): None for each in module.modules()}
+    codes = {kind: getattr(kind.forward, "__code__", None) for kind in kinds}
+    return [f"the code of {kind.__qualname__} {_code_digest([code])}" for kind, code in codes.items() if code]
+
+
+def _code_digest(todo: list[types.CodeType]) -> str:
+    found = hashlib.sha256()
     while todo:
         each = todo.pop()
         found.update(each.co_code + repr(each.co_names).encode())
-        todo += [constant for constant in each.co_consts if isinstance(constant, types.CodeType)]
+        for constant in each.co_consts:
+            if isinstance(constant, types.CodeType):
+                todo.append(constant)
+            else:  # a set shows its members in an order of its own in each process
+                shown = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+                found.update(repr(shown).encode())
     return found.hexdigest()[:12]
 
 

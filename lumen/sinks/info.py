@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from lumen.core.versions import own_version
 
 _SECONDS = 5.0  # a work tree on a slow disk must not hold up the run
 
@@ -30,7 +31,7 @@ def run_info(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """
     return {
         "versions": {
-            "lumen": _version("lumen-torch"),
+            "lumen": own_version(),
             "torch": str(torch.__version__),
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -39,13 +40,6 @@ def run_info(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "git": _git_state(Path(directory) if directory is not None else _script_directory()),
         "command": list(sys.argv),
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-        return None
 
 
 def _script_directory() -> Path:

@@ -14,6 +14,7 @@ from lumen.core import gradient, rows, rules, world
 from lumen.core.rules import Primitive
 from lumen.core.step import Transform
 from lumen.errors import HyperparameterError, LossError, OrderError, WorldError
+from lumen.parallel import agree
 from lumen.parallel.agree import check_equal
 from lumen.parallel.buckets import Buckets, Layouts, Wire, lay_out
 from lumen.parallel.ddp import ddp
@@ -274,6 +275,14 @@ def furthest_of_any(found, wanted):
     return any(not torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def edited(factor):
+    """A model whose source has `factor` in it."""
+    source = f"class Net(nn.Linear):\n    def forward(self, x):\n        return super().forward(x) * {factor}\n"
+    names = {"nn": nn, "__name__": "edited"}
+    exec(source, names)
+    return names["Net"](2, 3)
+
+
 def begin_differently(what):
     rank = world.rank()
     state = make_state("mlp")
@@ -287,6 +296,10 @@ def begin_differently(what):
         state = state.replace(seed=state.seed + rank)
     elif what == "step":
         state = state.replace(step=state.step + rank)
+    elif what == "model":
+        state = lm.TrainState.create(edited(2.0 + rank), lm.optim.sgd(0.1))
+    elif what == "versions" and rank:
+        agree.own_version = lambda: "0.0.1"  # the world is ended after a task that raises
     user = plain_step if what == "code" and rank else step
     around = [lm.clip(1.0)] if what == "transforms" and rank else []
     lm.compose(ddp(), *around)(user).init(state)
@@ -301,6 +314,8 @@ def begin_differently(what):
         ("seed", "rank 0 has seed = 0; rank 1 has seed = 1"),
         ("step", "rank 0 has step = 0; rank 1 has step = 1"),
         ("code", "rank 1 has the step"),
+        ("model", "rank 0 has the code of Net .*; rank 1 has the code of Net"),
+        ("versions", "rank 1 has lumen 0.0.1"),
         ("transforms", r"lm\.clip\(1\.0\)"),
     ],
 )
