@@ -35,6 +35,8 @@ from lumen.core.values import Min as Min
 from lumen.core.values import Sum as Sum
 from lumen.core.values import compute_metrics as compute_metrics
 from lumen.core.values import merge_metrics as merge_metrics
+from lumen.core.world import rank as rank
+from lumen.core.world import world_size as world_size
 from lumen.data import Loader as Loader
 from lumen.errors import DonatedError as DonatedError
 from lumen.errors import GraphBreakWarning as GraphBreakWarning

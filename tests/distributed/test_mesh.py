@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import time
+import warnings
 
 import pytest
 import torch
@@ -125,3 +129,31 @@ def test_the_pool_itself_notices_a_death_and_recovers(world2):
 
 def both_ranks():
     return world.rank()
+
+
+def say(directory):
+    logger = logging.getLogger("train")
+    with contextlib.redirect_stderr(io.StringIO()) as terminal:
+        lm.parallel.setup_logging(directory)
+        logger.info("begins")
+        logger.debug("too small to tell")
+        logger.warning("odd")
+        warnings.warn("also odd", UserWarning, stacklevel=1)
+        lm.parallel.setup_logging(directory)
+        logger.info("again")
+    logging.captureWarnings(False)
+    return terminal.getvalue(), len(logging.getLogger().handlers)
+
+
+def test_one_process_speaks_and_all_are_written_down(world2, tmp_path):
+    (first, handlers), (second, _) = world2.run(say, tmp_path)
+    assert "train INFO: begins" in first
+    assert "[rank" not in first
+    assert "begins" not in second
+    assert "[rank 1] train WARNING: odd" in second
+    assert "also odd" in second
+    assert handlers == 2
+    for rank in (0, 1):
+        text = (tmp_path / f"rank-{rank}.log").read_text()
+        assert text.count(f"[rank {rank}] train INFO: begins") == text.count("again") == 1
+        assert "too small" not in text

@@ -88,7 +88,7 @@ def test_the_transform_of_the_docs_scales_grads() -> None:
 def test_the_reference_has_every_public_name() -> None:
     """A submodule with the name of what it holds would hide it from `::: lumen.optim`."""
     pages = set(re.findall(r"^::: (\S+)$", (README.parent / "docs/api.md").read_text(), flags=re.MULTILINE))
-    for package in (lm.checkpoint, lm.metrics, lm.optim, lm.sinks):
+    for package in (lm.checkpoint, lm.metrics, lm.optim, lm.parallel, lm.sinks):
         assert package.__name__ in pages
         folder = Path(str(package.__file__)).parent
         hidden = {path.stem for path in folder.glob("*.py")} & {n for n, v in vars(package).items() if callable(v)}
