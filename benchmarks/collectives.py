@@ -1,0 +1,112 @@
+"""Counts what a process hands to collectives, and makes them as slow as a wire of so many bytes per second.
+
+Import it before whatever takes the functions of `torch.distributed` for itself. Bytes are those that a process sends in
+a ring. On an emulated wire a collective ends no earlier than these bytes would have passed, one collective after the
+other; waiting takes no processor, as with a network card, so whatever overlaps the wire with computing is seen to.
+
+What torch's DDP sends goes past Python: `hook` brings it through here.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+KINDS = {
+    "all_reduce": "all-reduce",
+    "broadcast": "broadcast",
+    "all_to_all_single": "all-to-all",
+    "all_gather_single": "all-gather",
+    "reduce_scatter_single": "reduce-scatter",
+}
+
+
+class Wire:
+    """What has been sent, by collective: how often, and bytes. `bandwidth` in bytes per second, None for Gloo's own."""
+
+    def __init__(self) -> None:
+        self.bandwidth: float | None = None
+        self.sent: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        self._free = 0.0
+
+    def carries(self, kind: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make the call `kind` of torch, counted and slowed down."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        whole = max(t.nbytes for t in tensors)
+        size = dist.get_world_size(kwargs.get("group"))
+        moved = int(whole * (size - 1) / size) * (2 if kind == "all-reduce" else 1)
+        self.sent[kind][0] += 1
+        self.sent[kind][1] += moved
+        if self.bandwidth is None:
+            return call(*args, **kwargs)
+        later = kwargs.pop("async_op", False)
+        self._free = max(self._free, time.monotonic()) + moved / self.bandwidth
+        work = Slow(call(*args, async_op=True, **kwargs), self._free, tensors[:1])
+        return work if later else (work.wait(), None)[1]
+
+    @property
+    def bytes(self) -> int:
+        """All that has been sent."""
+        return sum(size for _, size in self.sent.values())
+
+
+class Slow(dist.Work):
+    """A collective that ends when the wire has carried it."""
+
+    def __init__(self, work: Any, ready: float, value: Any) -> None:
+        super().__init__()
+        self._work, self._ready, self._value = work, ready, value
+        self._future: Any = torch.futures.Future()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        self._work.wait()
+        time.sleep(max(0.0, self._ready - time.monotonic()))
+        self._future.set_result(self._value)
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Until it has."""
+        self._future.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether it has."""
+        return bool(self._future.done())
+
+    def get_future(self) -> Any:
+        """The tensors, when it has."""
+        return self._future
+
+
+WIRE = Wire()
+
+
+def hook(size, bucket):  # torch reads annotations, and takes no text for one
+    """For `DistributedDataParallel.register_comm_hook`: the mean of a bucket, through this wire."""
+    flat = bucket.buffer().div_(size)
+    work = dist.all_reduce(flat, async_op=True)
+    future: torch.futures.Future[torch.Tensor] = work.get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def _patched(name: str, kind: str) -> Callable[..., Any]:
+    call = getattr(dist, name)
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return WIRE.carries(kind, call, args, kwargs)
+
+    return run
+
+
+for _name, _kind in KINDS.items():
+    setattr(dist, _name, _patched(_name, _kind))
+dist.all_gather_into_tensor = dist.all_gather_single
+dist.reduce_scatter_tensor = dist.reduce_scatter_single

@@ -1,0 +1,140 @@
+"""Training loops on several processes, torch's and Lumen's, and the worlds that they run in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import collectives  # before what takes them for itself
+import tasks
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ours import state_of, step
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lumen as lm
+
+Loop = Callable[[list[Any]], float]  # trains on these batches, and gives the last loss of all processes
+
+
+def torch_ddp(task: tasks.Task) -> Loop:
+    """The loop that a user of torch's DDP writes."""
+    net = DistributedDataParallel(task.fresh(), gradient_as_bucket_view=True)
+    if collectives.WIRE.bandwidth is not None:
+        net.register_comm_hook(dist.get_world_size(), collectives.hook)
+    return _loop(net, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
+
+
+def torch_fsdp(task: tasks.Task) -> Loop:
+    """The same with `fully_shard` on each block and on the whole."""
+    net = task.fresh()
+    for block in blocks(net):
+        fully_shard(block)
+    fully_shard(net)
+    return _loop(net, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
+
+
+_ADAMW = {"lr": tasks.LEARNING_RATE, "weight_decay": tasks.WEIGHT_DECAY}
+
+
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """What Lumen takes for units by itself."""
+    if isinstance(net, nn.Sequential):
+        return [each for each in net if isinstance(each, nn.Linear)]
+    return [*net.blocks]
+
+
+def _loop(net: Any, optimizer: torch.optim.Optimizer) -> Loop:
+    def run(batches: list[Any]) -> float:
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = tasks.loss_of(net(x), y)
+            loss.backward()
+            optimizer.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)  # Lumen's is the loss of all processes already
+        return float(total) / dist.get_world_size()
+
+    return run
+
+
+def lumen(make: Callable[[], lm.Transform]) -> Callable[[tasks.Task], Loop]:
+    """The same step under one of Lumen's transforms, in place."""
+
+    def build(task: tasks.Task) -> Loop:
+        fast = lm.compose(make(), lm.donate())(step)
+        state = fast.init(state_of(task.fresh()))
+
+        def run(batches: list[Any]) -> float:
+            nonlocal state
+            for batch in batches:
+                state, metrics = fast(state, batch)
+            return float(metrics["loss"])
+
+        return run
+
+    return build
+
+
+STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
+    "ddp": {
+        "torch DDP": torch_ddp,
+        "torch DDP again": torch_ddp,
+        "lumen ddp": lumen(lm.ddp),
+        "lumen ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, compress="bf16")),
+    },
+    "fsdp": {
+        "torch fully_shard": torch_fsdp,
+        "torch fully_shard again": torch_fsdp,
+        "lumen fsdp": lumen(lm.fsdp),
+        "lumen fsdp, level 2": lumen(functools.partial(lm.fsdp, level=2)),
+    },
+}
+
+
+def seen(label: str, task: tasks.Task, counted: int, steps: int) -> float:
+    """The bytes of a step. Those of torch's DDP are not seen from Python, but known: each gradient once, in a ring."""
+    if not label.startswith("torch DDP") or collectives.WIRE.bandwidth is not None:
+        return counted / steps
+    size = dist.get_world_size()
+    return 2 * (size - 1) / size * 4 * sum(p.numel() for p in task.fresh().parameters())
+
+
+def world_of(size: int, serve: Callable[..., Any], *args: Any, bandwidth: float | None = None) -> Any:
+    """What `serve(*args)` gave on rank 0 of a world of `size` processes of one thread each, over Gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_served, (size, port, bandwidth, serve, args, answers), nprocs=size)  # type: ignore[no-untyped-call]
+    return answers.get()
+
+
+def _served(
+    rank: int, size: int, port: int, bandwidth: float | None, serve: Callable[..., Any], args: Any, answers: Any
+) -> None:
+    warnings.filterwarnings("ignore")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    collectives.WIRE.bandwidth = bandwidth
+    lm.mesh(device="cpu")
+    found = serve(*args)
+    if rank == 0:
+        answers.put(found)
+    dist.destroy_process_group()
+
+
+def batches_of(task: tasks.Task, count: int, rows: int | None = None) -> list[Any]:
+    """This process's next `count` batches, or its part of `rows` rows of each batch that all have."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if rows is None:
+        return [task.batches[(i * size + rank) % tasks.DISTINCT] for i in range(count)]
+    each = rows // size
+    return [tuple(t[rank * each : (rank + 1) * each] for t in batch) for batch in task.data(count)]
