@@ -2,14 +2,18 @@
 
     python examples/char_lm.py                                        # about a minute on 2 cores
     python examples/char_lm.py --transforms accumulate bf16 compile ema
+    torchrun --nproc-per-node=2 examples/char_lm.py --strategy fsdp
+    torchrun --nproc-per-node=4 --max-restarts=2 examples/char_lm.py --strategy fsdp-tensor --checkpoint
 
-Expected: the validation loss falls from 4.6 (log of the vocabulary) to about 2.1 nats per character in 800 steps, and
+Strategies: ddp, fsdp, hsdp (copies of parts), tensor, and two of them at once. With --checkpoint the run goes on from
+where it was, also under another strategy and with another number of processes. Expected: the validation loss falls from 4.6 (log of the vocabulary) to about 2.1 nats per character in 800 steps, and
 the sample at the end has the shape of Python.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +40,7 @@ MODULES = (
     "statistics",
     "typing",
 )
-ORDER = ("compile", "guard", "ema", "donate", "seeded", "accumulate", "bf16", "remat")
+ORDER = ("compile", "guard", "ema", "donate", "strategy", "accumulate", "bf16", "remat")
 
 
 @dataclass
@@ -52,6 +56,10 @@ class Config:
     lr: float = 4e-3
     seed: int = 0
     transforms: tuple[Literal["accumulate", "bf16", "compile", "donate", "ema", "guard", "remat"], ...] = ("donate",)
+    strategy: Literal["ddp", "fsdp", "hsdp", "tensor", "ddp-tensor", "fsdp-tensor"] = "ddp"
+    """How several processes share the work; alone, all are the same."""
+    checkpoint: bool = False
+    """Save four times, and go on from there when started again."""
     logdir: Path = Path("runs/char_lm")
     sample: int = 200
     """Characters to sample at the end."""
@@ -62,7 +70,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.norm_attention = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
@@ -71,10 +79,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        # As many heads as there are: under tensor parallelism, some of them.
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(attended.transpose(1, 2).reshape(B, T, C))
+        x = x + self.project(attended.transpose(1, 2).flatten(-2))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -132,18 +140,41 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
     return {"loss": lm.Mean.of(F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), reduction="none"))}
 
 
-def make_transforms(names: tuple[str, ...]) -> list[lm.Transform]:
+AXES = {
+    "ddp": {"data": -1},
+    "fsdp": {"shard": -1},
+    "hsdp": {"data": 2, "shard": -1},
+    "tensor": {"tensor": -1},
+    "ddp-tensor": {"data": -1, "tensor": 2},
+    "fsdp-tensor": {"shard": -1, "tensor": 2},
+}
+
+
+def make_strategy(name: str) -> list[lm.Transform]:
+    """What spreads the step over processes, outermost first."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    mesh = lm.mesh(**({} if alone else AXES[name]))
+    transforms: list[lm.Transform] = []
+    if name != "tensor":
+        transforms.append(lm.ddp(mesh) if name.startswith("ddp") else lm.fsdp(mesh))
+    if "tensor" in name:
+        transforms.append(lm.tensor_parallel(lm.parallel.plans.gpt(), mesh))
+    return transforms
+
+
+def make_transforms(names: tuple[str, ...], strategy: str) -> list[lm.Transform]:
     """The named transforms, in canonical order."""
     known = {
-        "compile": lm.compile(),
-        "guard": lm.guard(),
-        "ema": lm.ema(0.99, warmup=True),
-        "donate": lm.donate(),
-        "accumulate": lm.accumulate(2),
-        "bf16": lm.precision("bf16"),
-        "remat": lm.remat("blocks.*"),
+        "compile": [lm.compile()],
+        "guard": [lm.guard()],
+        "ema": [lm.ema(0.99, warmup=True)],
+        "donate": [lm.donate()],
+        "strategy": make_strategy(strategy),
+        "accumulate": [lm.accumulate(2)],
+        "bf16": [lm.precision("bf16")],
+        "remat": [lm.remat("blocks.*")],
     }
-    return [known[name] for name in ORDER if name in names]
+    return [transform for name in ORDER if name in (*names, "strategy") for transform in known[name]]
 
 
 def generate(state: lm.TrainState, prompt: Tensor, count: int, context: int) -> Iterator[int]:
@@ -173,9 +204,11 @@ def main(config: Config) -> lm.Result:
         lm.optim.adamw(schedule, betas=(0.9, 0.95), weight_decay=0.1, decay_mask=lm.optim.matrices),
     )
     state = lm.TrainState.create(GPT(len(vocabulary), config), tx, seed=config.seed)
+    quarter = lm.Every(steps=max(config.steps // 4, 1))
     runner = lm.Runner(
         step,
-        transforms=make_transforms(config.transforms),
+        transforms=make_transforms(config.transforms, config.strategy),
+        checkpoint=lm.Checkpointer(config.logdir, every=quarter) if config.checkpoint else None,
         sinks=[lm.sinks.TensorBoard(config.logdir), lm.sinks.JSONL(config.logdir / "metrics.jsonl")],
     )
     use = "ema" if "ema" in config.transforms else "params"
@@ -186,16 +219,24 @@ def main(config: Config) -> lm.Result:
         validate=lm.Validate(
             eval_step,
             lm.Loader(val_set, batch_size=64, shuffle=False),
-            every=lm.Every(steps=max(config.steps // 4, 1)),
+            every=quarter,
             use=use,
         ),
+        resume="auto" if config.checkpoint else "never",
     )
+    last = result.state if use == "params" else result.state.replace(params=lm.ema.params(result.state))
+    final = result.step.export(last)  # whole, on every process
+    if lm.rank() == 0:
+        report(result, final, vocabulary, config)
+    return result
+
+
+def report(result: lm.Result, final: lm.TrainState, vocabulary: list[str], config: Config) -> None:
+    """The loss, and a sample of what the model writes."""
     loss = result.metrics["val/loss"]
     print(f"validation loss {loss:.3f} nats per character ({loss / math.log(2):.3f} bits)")
-    final = result.state.replace(params=lm.ema.params(result.state)) if use == "ema" else result.state
-    prompt = torch.tensor([index[char] for char in "def "])
+    prompt = torch.tensor([vocabulary.index(char) for char in "def "])
     print("def " + "".join(vocabulary[i] for i in generate(final, prompt, config.sample, config.context)))
-    return result
 
 
 if __name__ == "__main__":
