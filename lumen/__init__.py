@@ -46,6 +46,7 @@ from lumen.errors import NonFiniteError as NonFiniteError
 from lumen.parallel.ddp import ddp as ddp
 from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.mesh import mesh as mesh
+from lumen.parallel.tensor import tensor_parallel as tensor_parallel
 from lumen.train.callbacks import Callback as Callback
 from lumen.train.callbacks import View as View
 from lumen.train.checkpointer import Checkpointer as Checkpointer

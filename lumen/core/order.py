@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Outermost first. Each chain is checked on its own: a transform of one says nothing about those of the other.
 CHAINS: tuple[tuple[str, ...], ...] = (
-    ("compile", "unroll", "seeded", "ensemble", "parallel", "accumulate", "private", "precision", "remat"),
+    ("compile", "unroll", "seeded", "ensemble", "parallel", "tensor", "accumulate", "private", "precision", "remat"),
     ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),
     ("guard", "private"),
 )
@@ -25,6 +25,12 @@ def check(transforms: Sequence[Transform]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise OrderError(f"{name} is applied twice to one step; apply it once, with the settings you want.")
+    joining = [t for t in transforms if t.level == "parallel"]
+    if len(joining) > 1:
+        raise OrderError(
+            f"{joining[0]!r} and {joining[1]!r} would both join the gradients of all rows. Leave one out; for copies of"
+            " parts write lm.fsdp(lm.mesh(data=..., shard=...))."
+        )
     for chain in CHAINS:
         places = {level: place for place, level in enumerate(chain)}
         members = [t for t in transforms if t.level in places]

@@ -1,22 +1,22 @@
 """What a parallel transform tells others: that each process holds a part of the params, and which part of each leaf.
 
-While its step runs, those who look at all params at once (clip, guard) join what they find over the processes; leaves
-with dims are then this process's part, and a leaf without dims is the same everywhere. Between steps, those who read
-or write the whole state (checkpoints) ask it for a `Piece` of each leaf.
+While its step runs, those who look at all params at once (clip, guard) join what they find over the processes: of one
+transform, or of two, where what is a part by the inner one is cut once more by the outer. Between steps, those who read
+or write the whole state (checkpoints) ask for a `Piece` of each leaf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lumen import tree
 from lumen.core import rules
 
-_KEY = "<shards>"
+_KEYS = ("<shards>", "<shards within>")
 
 
 class Box(NamedTuple):
@@ -63,36 +63,48 @@ def composed(inner: Piece, outer: Piece) -> Piece:
 class Shards(Protocol):
     """The processes that hold the parts."""
 
-    index: int
+    def counts(self, path: str, leaf: Tensor) -> bool:
+        """Whether this process's tensor at `path` of a tree like params adds to a sum over all entries.
+
+        One process adds what several hold alike.
+        """
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """`x` summed (`op="sum"`) or maximised (`op="max"`) over them; a new tensor."""
 
 
-@contextmanager
-def bound(shards: Shards) -> Iterator[None]:
+def bound(shards: Shards) -> AbstractContextManager[None]:
     """While it is entered, trees of params and grads are parts, and `shards` can join what is said about them."""
-    with rules.bound_axis(_KEY, shards):
-        yield
+    free = next(key for key in _KEYS if rules.axis(key) is None)
+    return rules.bound_axis(free, shards)
+
+
+def _bound() -> list[Shards]:
+    return [shards for key in _KEYS if (shards := rules.axis(key)) is not None]
 
 
 def is_bound() -> bool:
     """Whether trees of params and grads are parts."""
-    return rules.axis(_KEY) is not None
+    return bool(_bound())
 
 
-def norm(norms: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of everything, from the norm of each of this process's `leaves`."""
-    shards: Shards | None = rules.axis(_KEY)
-    if shards is not None:
-        if shards.index:  # a whole leaf counts once
-            norms = norms * torch.tensor([leaf.dim() > 0 for leaf in leaves], device=norms.device)
-        return shards.reduce(norms.square().sum(), "sum").sqrt()
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total
+def norm(norms: Tensor, values: Any) -> Tensor:
+    """The L2 norm of everything, from the norm of each of this process's leaves of `values`."""
+    found = _bound()
+    total: Tensor
+    if not found:
+        total = torch.linalg.vector_norm(norms)
+        return total
+    named = list(zip(tree.paths(values), tree.leaves(values), strict=True))
+    counted = [all(shards.counts(path, leaf) for shards in found) for path, leaf in named]
+    total = (norms * torch.tensor(counted, device=norms.device)).square().sum()
+    for shards in found:
+        total = shards.reduce(total, "sum")
+    return total.sqrt()
 
 
 def everywhere(flags: Tensor) -> Tensor:
     """Where each of the boolean `flags` is true on every process."""
-    shards: Shards | None = rules.axis(_KEY)
-    return flags if shards is None else shards.reduce((~flags).float(), "max") == 0
+    for shards in _bound():
+        flags = shards.reduce((~flags).float(), "max") == 0
+    return flags

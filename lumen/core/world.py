@@ -1,4 +1,8 @@
-"""Which of how many processes this is: the one place that asks `torch.distributed`."""
+"""Which of how many processes this is: the one place that asks `torch.distributed`.
+
+Processes that work on one model together (along a mesh's `tensor` axis) are handed the same rows. They are next to each
+other by rank, and count once wherever rows are cut or what was found in them is added up.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +33,26 @@ def world_size() -> int:
     1
     """
     return dist.get_world_size() if is_distributed() else 1
+
+
+_copies = 1
+
+
+def copies() -> int:
+    """How many processes are handed the same rows; 1 where each has rows of its own."""
+    return _copies if is_distributed() else 1
+
+
+def share_rows(processes: int) -> None:
+    """From now on, each `processes` that follow each other by rank are handed the same rows: what a mesh says."""
+    global _copies
+    _copies = processes
+
+
+def rows() -> tuple[int, int]:
+    """Which part of the rows is this process's, and how many parts there are.
+
+    >>> rows()
+    (0, 1)
+    """
+    return rank() // copies(), world_size() // copies()

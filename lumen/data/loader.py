@@ -50,7 +50,8 @@ class Loader:
         device: where to put the batches.
         rank: which part of each global batch to read. Parts are contiguous and as even as possible (the rule
             of `torch.tensor_split`), so that all of them in order are the batch; some may have 0 rows. By
-            default that of `torch.distributed` where it is initialised, else 0 of 1.
+            default what the last `lm.mesh` says, or that of `torch.distributed` where it is initialised, else
+            0 of 1.
         world: how many parts there are; give both or neither.
         prefetch: batches that each worker prepares ahead.
 
@@ -167,7 +168,7 @@ class Loader:
 
     def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
         # Asked for at each pass, as a loader may be made before the processes have found each other.
-        rank, world = self._share or (processes.rank(), processes.world_size())
+        rank, world = self._share or processes.rows()
         pending: deque[Cursor] = deque()  # workers run ahead of what is handed out
 
         def keys() -> Generator[Rows]:

@@ -32,7 +32,7 @@ def global_norm(grads: Any) -> Tensor:
         norms = list(torch._foreach_norm(leaves, 2, dtype))
     else:
         norms = [torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves]
-    return sharding.norm(torch.stack(norms), leaves)
+    return sharding.norm(torch.stack(norms), grads)
 
 
 def clip_by_global_norm(max_norm: Scalar) -> Transform:

@@ -127,7 +127,7 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     if group is None:
         return
     named = tree.named_tensors(getattr(state, "params", state))
-    mine = torch.stack([_checksum(leaf) for _, leaf in named]).to(device_of(state))
+    mine = torch.stack([checksum(leaf) for _, leaf in named]).to(device_of(state))
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     different = torch.stack([(other != found[0]).any(1) for other in found])  # rank × leaf
@@ -143,7 +143,7 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     )
 
 
-def _checksum(leaf: Tensor) -> Tensor:
+def checksum(leaf: Tensor) -> Tensor:
     """Two sums over the bytes, one of them weighted by place: equal for equal bits."""
     values = leaf.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
     place = torch.arange(values.numel(), device=values.device) % 65_521 + 1

@@ -239,6 +239,7 @@ class fsdp(Transform):
             return next(call.replace(params={k: _loose(p) for k, p in call.params.items()}))
         cut = self.cut
         assert cut is not None
+        call = call.replace(params={name: _inside(p) for name, p in call.params.items()})
         lazy = _session_of(call.params)
         session = lazy if lazy is not None else self.session(shapes)
         whole = _whole_names(call.params, shapes, cut)
@@ -252,9 +253,22 @@ class fsdp(Transform):
             self._passes.pop()
 
 
+def _lazy(session: Session, name: str, part: Tensor) -> Lazy:
+    """The param `name` as a loss function sees it; where `lm.tensor_parallel` inside cut it, that gathers it last."""
+    if isinstance(part, Lazy):
+        return Lazy.of(part.session, name, Lazy.of(session, name, part.part))
+    return Lazy.of(session, name, part)
+
+
+def _inside(param: Any) -> Any:
+    """What `lm.tensor_parallel` inside makes whole, as it is there: its own part."""
+    return param.part if isinstance(param, Lazy) and not isinstance(param.session, Session) else param
+
+
 def _session_of(params: Mapping[str, Any]) -> Session | None:
     """The session that these params belong to, None for those from outside a loss function."""
-    return next((p.session for p in params.values() if isinstance(p, Lazy)), None)
+    found = (p.session for p in params.values() if isinstance(p, Lazy))
+    return next((session for session in found if isinstance(session, Session)), None)
 
 
 def _loose(param: Any) -> Any:
@@ -340,7 +354,7 @@ class _Rule(RowsRule):
         def loss_fn(params: Any, *rest: Any) -> Any:
             session = self._transform.session(shapes)
             try:
-                out = call.loss_fn({k: Lazy.of(session, k, p) for k, p in params.items()}, *rest)
+                out = call.loss_fn({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
                 return _tied(session, out, call.has_aux)
             finally:
                 session.close()

@@ -15,7 +15,7 @@ _WHOLE = {
     "muon": "the singular vectors of whole matrices",
     "adafactor": "the rows and columns of whole matrices",
     "scale_by_trust_ratio": "the norm of each whole tensor (lamb is made of it)",
-    "apply_if_finite": "whether all gradients are finite; lm.guard() does that under lm.fsdp",
+    "apply_if_finite": "whether all gradients are finite; lm.guard() does that",
 }
 # Global norms are joined over processes: lumen.core.sharding.
 
@@ -24,7 +24,7 @@ _ELEMENTWISE = (
 )
 
 
-def check_optimizer(tx: Any) -> None:
+def check_optimizer(tx: Any, under: str = "lm.fsdp") -> None:
     """Raise `HyperparameterError`, naming it, where a part of `tx` needs more than its own entries.
 
     >>> import lumen as lm
@@ -32,7 +32,7 @@ def check_optimizer(tx: Any) -> None:
     """
     for name, needs in _refused(tx):
         raise HyperparameterError(
-            f"{name} cannot run under lm.fsdp, where each process updates its own rows: it needs {needs}. Use"
+            f"{name} cannot run under {under}, where each process updates its own part: it needs {needs}. Use"
             " lm.optim.adamw, sgd, lion or another rule for single entries, or train under lm.ddp()."
         )
 

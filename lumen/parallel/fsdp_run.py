@@ -11,7 +11,7 @@ not use. That is what keeps the processes' collectives in step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,26 @@ from lumen.parallel.units import Units
 Places = list[tuple[dict[str, Any], str, str]]
 
 
+class Gathers(Protocol):
+    """Who knows the whole of a param from its part."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of each whole param."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The param `name`, gathered."""
+
+
 class Lazy(Tensor):
     """A param that is here in part only, and is gathered by whatever torch function it is given to."""
 
     part: Tensor
     key: str
-    session: Session
+    session: Gathers
 
     @classmethod
-    def of(cls, session: Session, name: str, part: Tensor) -> Lazy:
+    def of(cls, session: Gathers, name: str, part: Tensor) -> Lazy:
         """The param `name` as the loss function, or a module outside of its unit, is to see it."""
         shell = torch.empty(session.shapes[name], dtype=part.dtype, device="meta")
         lazy: Lazy = torch.Tensor._make_subclass(cls, shell, False)

@@ -22,8 +22,8 @@ AXES = ("data", "shard", "tensor")
 class Mesh:
     """Processes in a grid: `data` replicates, `shard` cuts params and state, `tensor` cuts single matrices.
 
-    The rows of a batch are spread over `data` and `shard` together. Every axis exists; one that was not asked for has
-    size 1. `device` is where this process computes.
+    The rows of a batch are spread over `data` and `shard` together; processes along `tensor` are handed the same ones.
+    Every axis exists; one that was not asked for has size 1. `device` is where this process computes.
     """
 
     def __init__(self, sizes: Mapping[str, int], device: torch.device, torch_mesh: DeviceMesh | None) -> None:
@@ -109,6 +109,7 @@ def mesh(
 
     An axis that is left out is 1; where none is given, all processes are along `data`. One may be -1: what the others
     leave of the world. The first call joins the processes; `timeout` is how many seconds a collective waits.
+    `lm.Loader` cuts batches as the last mesh says: into as many parts as there are processes along data and shard.
 
     Raises `WorldError` where the axes do not make up the world.
 
@@ -118,6 +119,7 @@ def mesh(
     """
     found = join(device, timeout)
     sizes = _sizes({"data": data, "shard": shard, "tensor": tensor}, world.world_size())
+    world.share_rows(sizes["tensor"])
     if not world.is_distributed():
         return Mesh(sizes, found, None)
     grid = init_device_mesh(found.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

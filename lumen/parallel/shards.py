@@ -70,6 +70,10 @@ class Cut:
         """How many entries each process sends of a tensor of shape `whole`."""
         return -(-whole[0] // self.size) * math.prod(whole[1:]) if whole else 1
 
+    def counts(self, path: str, leaf: Tensor) -> bool:
+        """Whether this process adds `leaf` to a sum over all entries: one without dims is whole everywhere."""
+        return self.index == 0 or leaf.dim() > 0
+
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum over the parts of one copy, or the maximum over all processes; a new tensor."""
         out = x.clone()

@@ -162,7 +162,10 @@ class Everyone:
             return dict(mine)
         found: list[Any] | None = [None] * self.size if self.first else None
         dist.gather_object(dict(mine), found, dst=0)
-        return {} if found is None else {**found[0], "ranks": bundle(found[1:])}
+        if found is None:
+            return {}
+        alike = {"copies": world.copies()} if world.copies() > 1 else {}
+        return {**found[0], **alike, "ranks": bundle(found[1:])}
 
     def own(self, extra: Mapping[str, Any], processes: int) -> tuple[Mapping[str, Any], list[Any]]:
         """Of what `gathered` gave in a run of `processes`, this process's part, and the meters it goes on from.
@@ -172,7 +175,8 @@ class Everyone:
         """
         others = unbundled(extra["ranks"]) if "ranks" in extra else []
         every: list[Mapping[str, Any]] = [extra, *others]
-        if processes == self.size:
+        copies = extra.get("copies", 1)
+        if processes == self.size and copies == world.copies():
             mine = every[self.rank]
             return mine, [mine.get("meter", {})]
         if self.first:
@@ -183,7 +187,7 @@ class Everyone:
                 InexactWarning,
                 stacklevel=2,
             )
-        meters = [each.get("meter", {}) for each in every] if self.first else []
+        meters = [each.get("meter", {}) for each in every[::copies]] if self.first else []
         return {**extra, "rng": None}, meters
 
     def restore_random(self, own: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
@@ -191,7 +195,7 @@ class Everyone:
         if own["rng"] is not None:
             rng.restore(own["rng"])
             return
-        text = extra["rng"]["torch"].numpy().tobytes() + f"{self.rank}/{self.size}".encode()
+        text = extra["rng"]["torch"].numpy().tobytes() + "{}/{}".format(*world.rows()).encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8])
         torch.manual_seed(seed)
         random.seed(seed)
@@ -202,6 +206,7 @@ class Everyone:
     def merged(self, place: str, metrics: Any, finish: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         """The numbers that `finish` makes of the metrics of all; None is a process that has none.
 
+        Of processes that are handed the same rows the first counts.
         Parts travel as bytes in one all-gather and are merged by each process in the same order, so that all have
         the same numbers to the bit. Where the parts of a `place` are not all of the form that they had before, they
         travel as objects.
@@ -217,7 +222,8 @@ class Everyone:
         if metrics is not None:
             _check_names(entries)
             # The first process comes last: it is the one whose Last counts.
-            numbers = finish(merge_metrics([rebuilt(entries[rank], metrics) for rank in reversed(holders)]))
+            counted = [rank for rank in holders if rank % world.copies() == 0]
+            numbers = finish(merge_metrics([rebuilt(entries[rank], metrics) for rank in reversed(counted)]))
         if len(holders) < self.size:  # who has none cannot know what they mean
             numbers = self.of_all(numbers)[holders[0]]
         return numbers
@@ -266,7 +272,7 @@ def check_world(transforms: Sequence[Transform], saves: bool = False) -> None:
                 " Leave it out, and save the whole at the end: whole = result.export(), on every process, then"
                 " lm.checkpoint.save(path, whole) on the first; or train under lm.ddp()."
             )
-        if not any(transform.level == "parallel" for transform in transforms) and world.rank() == 0:
+        if not any(transform.level in ("parallel", "tensor") for transform in transforms) and world.rank() == 0:
             warnings.warn(
                 f"{world.world_size()} processes make this run, and no transform joins what they learn: each trains on"
                 " its own rows, and the first one's state is saved. Write lm.Runner(step, transforms=[lm.ddp()]).",

@@ -20,7 +20,7 @@ from lumen.transforms.ema import ema
 EvalStep = Callable[[Any, Any], Any]
 
 # Transforms without which a step cannot even read the state: where params live, in which dtype, in how many lanes.
-_NEEDED = ("ensemble", "parallel", "precision")
+_NEEDED = ("ensemble", "parallel", "tensor", "precision")
 
 
 @dataclass

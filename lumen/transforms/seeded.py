@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from lumen import random
+from lumen.core import world
 from lumen.core.step import StepFn, Transform, device_of, field_of
-from lumen.core.world import rank
 
 
 class seeded(Transform):
     """Seed torch's generators from seed, step and rank before each step, and restore them after.
+
+    Processes that are handed the same rows (along a mesh's `tensor` axis) are seeded alike.
 
     Dropout and `torch.rand` inside the step then depend on nothing but the state: a step can be replayed, and a resumed
     run goes on as if it had not been interrupted. The seeding happens on the host, outside compiled regions, and reads
@@ -50,6 +52,6 @@ class seeded(Transform):
 def _seed_of(state: Any) -> int:
     # The lanes of an ensemble share one stream: torch gives each lane numbers of its own from it.
     seed, step = (int(t.flatten()[0]) for t in (field_of(state, "seed", "seeded"), field_of(state, "step", "seeded")))
-    key = random.fold_in(random.fold_in(random.key(seed), step), rank())
+    key = random.fold_in(random.fold_in(random.key(seed), step), world.rows()[0])
     high, low = key.tolist()
     return int(high << 31) ^ int(low)

@@ -1,0 +1,74 @@
+"""tensor_parallel: processes that compute the same rows together are one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lumen as lm
+from lumen.core import world
+from lumen.parallel.mesh import mesh
+from lumen.parallel.tensor import tensor_parallel
+from tests.distributed.models import AROUND, bare, batches, furthest, make_state, part, step, train, transforms
+from tests.distributed.tensor_models import PLANS
+from tests.distributed.test_fsdp import OPTIMIZERS
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+STEPS = 20
+
+
+def outer(name, grid):
+    """The transform that joins rows, by name."""
+    made = {
+        "ddp": lambda: [lm.ddp(grid)],
+        "fsdp1": lambda: [lm.fsdp(grid, level=1)],
+        "fsdp2": lambda: [lm.fsdp(grid, level=2)],
+        "fsdp3": lambda: [lm.fsdp(grid)],
+        "alone": list,
+    }
+    return made[name]()
+
+
+def law(cases, axes=None, around="alone", dtype=torch.float64, steps=STEPS, tx="adam"):
+    """For each case how far the step on parts is from one process: the losses, and the furthest leaf."""
+    found = []
+    grid = mesh(**(axes or {"tensor": -1}), device="cpu")
+    for model, names, sizes, sequence in cases:
+        inside = transforms(names)
+        parallel = [*outer(around, grid), tensor_parallel(PLANS[model, sequence], grid)]
+        wrapped = lm.compose(*parallel, *inside)(step)
+        whole = batches(steps, sum(sizes), dtype)
+        data = [part(batch, sizes, world.rows()[0]) for batch in whole]
+        losses, state = train(wrapped, make_state(model, dtype, OPTIMIZERS[tx]()), data)
+        for transform in parallel:
+            state = transform.export(state)
+        wanted, other = train(lm.compose(*inside)(step), make_state(model, dtype, OPTIMIZERS[tx]()), whole)
+        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
+    return found
+
+
+def check(world, cases, *settings, tolerance=1e-10):
+    for found in world.run(law, cases, *settings):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)
+
+
+@pytest.mark.parametrize("kind", PLANS, ids=lambda kind: kind[0] + "-sequence" * kind[1])
+def test_two_processes_compute_as_one(kind, world2):
+    model, sequence = kind
+    check(world2, [(model, around, [7], sequence) for around in AROUND])
+
+
+EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
+
+
+@pytest.mark.parametrize("around", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
+@pytest.mark.parametrize("kind", [("tiny", False), ("tiny", True), ("llama", False), ("reading", False)], ids=str)
+def test_rows_and_matrices_are_cut_at_once(kind, around, world4):
+    axes = {"data" if around == "ddp" else "shard": 2, "tensor": 2}
+    model, sequence = kind
+    cases = [(model, [], UNEVEN, sequence), (model, ["guard", "clip", "ema", "donate"], EMPTY, sequence)]
+    cases += [(model, ["accumulate", "clip"], UNEVEN, sequence)]
+    check(world4, cases, axes, around)
