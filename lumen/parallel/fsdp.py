@@ -280,6 +280,13 @@ def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: Cut) -> froz
     if all(isinstance(p, Lazy) for p in params.values()):
         return frozenset()
     plain = {name: p for name, p in params.items() if not isinstance(p, Lazy)}
+    for name, p in plain.items():
+        if p.shape != shapes[name] and p.shape != cut.shape(shapes[name]):
+            raise ParamsError(
+                f"the model was applied to a param {name!r} of shape {tuple(p.shape)}, which is neither this process's"
+                f" part nor the whole of shape {tuple(shapes[name])}. Params that a loss function computes from others"
+                " (an inner step, say) take lm.fsdp(level=2) where lm.tensor_parallel cuts them too."
+            )
     certain = [name for name, p in plain.items() if p.shape == shapes[name] != cut.shape(shapes[name])]
     return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import rules, sharding
@@ -28,6 +28,8 @@ from lumen.parallel.tensor_cut import Layout, Plan, cut_tree, layouts_of, name_i
 from lumen.parallel.tensor_moves import Team
 from lumen.parallel.tensor_run import Outside, Run, cut_modules
 from lumen.parallel.tensor_styles import Style
+
+_MANY = 4  # entries of a plan that messages do not spell out
 
 
 @state_class
@@ -55,9 +57,10 @@ class tensor_parallel(Transform):
     be handed the same rows, as `lm.Loader` does. Rows are spread over the mesh's other axes by `lm.ddp` or `lm.fsdp` on
     the same mesh, which stand outside: `lm.fsdp(mesh)(lm.tensor_parallel(plan, mesh)(step))`.
 
-    Law: params, loss and metrics are those of one process, up to the order of floating sums. Modules that draw random
-    numbers (dropout) need all processes of the axis to draw alike, as they do from equal seeds or under `lm.seeded`;
-    what is cut then repeats each process's numbers in the others' parts.
+    Law: params, loss and metrics are those of one process, up to the order of floating sums. With dropout they are
+    those of other random numbers than one process draws: all processes of the axis draw alike, from the generator of
+    the first (a step of a model with dropout begins with its state), so that what is whole stays the same everywhere,
+    and what is cut (heads, features, parts of a sequence) has the same mask in each part.
 
     Raises, on every process: `PatternError` for a pattern that matches nothing, a module that two match, and tied
     weights cut in two ways; `ParamsError` for sizes that the axis does not divide and layers that cannot be cut;
@@ -89,7 +92,8 @@ class tensor_parallel(Transform):
 
     def __repr__(self) -> str:
         mesh = "" if self._given is None else f", {self._given!r}"
-        return f"lm.tensor_parallel({self.plan!r}{mesh})"
+        plan = repr(self.plan) if len(self.plan) < _MANY else "plan"
+        return f"lm.tensor_parallel({plan}{mesh})"
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -117,13 +121,15 @@ class tensor_parallel(Transform):
                 f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
             )
         team = self.team
+        if team is not None:
+            lines = agree.describe(state, self.within)
+            lines += [f"the plan's {pattern} is {style!r}" for pattern, style in self.plan.items()]
+            agree.check_alike(lines, team.group, device_of(state), "the processes of lm.tensor_parallel")
         layouts = layouts_of(state.apply_fn.module, self._styles_of(state.apply_fn), 1 if team is None else team.size)
         self._check_outside()
         if team is None:
             return state
         check_optimizer(state.tx, "lm.tensor_parallel")
-        lines = agree.describe(state, self.within)
-        agree.check_alike(lines, team.group, device_of(state), "the processes of lm.tensor_parallel")
         state = cut_tree(team, agree.broadcast(state, team.group), layouts)
         return with_slot(state, self.name, Layouts(layouts=tuple(layouts.items()), size=team.size))
 
@@ -173,14 +179,18 @@ class tensor_parallel(Transform):
         return run
 
     def host(self, step: StepFn) -> StepFn:
-        """Check, once, that the processes along `tensor` were handed the same rows."""
+        """Check, once, that the processes along `tensor` were handed the same rows; let them draw alike."""
         checked = False
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal checked
-            if not checked and self.team is not None:
+            if self.team is None:
+                return step(state, batch)
+            if not checked:
                 _check_rows(self.team, batch, device_of(state))
                 checked = True
+            if _draws(state.apply_fn.module):
+                _draw_alike(self.team, device_of(state))
             return step(state, batch)
 
         return run
@@ -319,3 +329,25 @@ def _check_rows(team: Team, batch: Any, device: torch.device) -> None:
             " batches with lm.Loader, made after the mesh, or cut them by lm.parallel.rows(): which part is this"
             " process's, and of how many."
         )
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module in training mode has dropout: a layer, or a number of that name that it hands on."""
+    if not module.training:
+        return False
+    for each in module.modules():
+        if isinstance(each, nn.modules.dropout._DropoutNd) and each.p > 0:
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(each).items()):
+            return True
+    return False
+
+
+def _draw_alike(team: Team, device: torch.device) -> None:
+    """Give every process the generator of the first, as it is on the device that draws."""
+    on_gpu = device.type == "cuda"
+    own = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+    first = own.to(device)
+    dist.broadcast(first, group=team.group, group_src=0)
+    if team.index:
+        torch.cuda.set_rng_state(first.cpu(), device) if on_gpu else torch.set_rng_state(first)

@@ -28,7 +28,8 @@ class Style:
 class Colwise(Style):
     """A linear layer whose output features are cut, or an embedding whose width is.
 
-    `groups` says of how many blocks the output consists, each of which is cut: 3 for a fused query, key and value. With
+    `groups` says of how many blocks the output consists, each of which is cut: 3 for a fused query, key and value. What
+    a `Rowwise` layer then reads must be one block again. With
     `input="sequence"` the input is a part of the sequence and is gathered; with `output="whole"` the output is.
 
     >>> Colwise(groups=3)
