@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lumen.checkpoint.disk import sync_directory, sync_file
 from lumen.checkpoint.host import Row
 from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.reading import Reader
-from lumen.checkpoint.writing import TEMPORARY, sync_directory, sync_file
+from lumen.checkpoint.writing import TEMPORARY
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 
 _PARTS = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}

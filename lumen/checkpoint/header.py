@@ -2,6 +2,10 @@
 
 It is the item `meta` of the Orbax checkpoint, so that Orbax reads it too. Nothing in it is trusted: it may come from a
 stranger.
+
+Format 2 adds arrays in parts, written by several processes. A checkpoint is of the lowest format that can say what it
+holds, so that one without parts is read by versions that know format 1 alone; each version reads all formats before its
+own.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from lumen.checkpoint.host import Row
 from lumen.checkpoint.leaves import ARRAYS, decode
 from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
 
-FORMAT = 1
+FORMAT = 2  # the newest
 FILE = "meta/metadata"
 ITEMS = ("state", "extra")  # trees: what `like` describes, and what is read as it is
 
@@ -36,7 +40,7 @@ class Header:
 def dump(rows: list[Row], files: Files, **fields: Any) -> str:
     """The text of a header."""
     content = {
-        "format": FORMAT,
+        "format": FORMAT if any(row.parts is not None for row in rows) else 1,
         **fields,
         "leaves": [_row_to_json(row) for row in rows],
         "files": {path: list(entry) for path, entry in files.items()},
@@ -105,7 +109,8 @@ def _digest(content: Any) -> str:
 def _row_to_json(row: Row) -> dict[str, Any]:
     entry: dict[str, Any] = {"item": row.item, "path": list(row.path), "kind": row.kind}
     if row.kind in ARRAYS:
-        return {**entry, "dtype": row.dtype, "shape": list(row.shape), "array": row.array}
+        parts = {} if row.parts is None else {"parts": list(row.parts)}
+        return {**entry, "dtype": row.dtype, "shape": list(row.shape), "array": row.array, **parts}
     return {**entry, "value": row.value}
 
 
@@ -123,11 +128,15 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
         return Row(item, path, kind, value=value)
     shape = tuple(entry["shape"])
     _demand(all(type(size) is int and 0 <= size < 2**63 for size in shape), "a shape")
-    row = Row(item, path, kind, entry["dtype"], shape, entry["array"])
+    parts = tuple(entry["parts"]) if "parts" in entry else None
+    row = Row(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
     _demand(row.dtype in dtypes.TORCH, f"the dtype {row.dtype!r}")
     if kind != "tensor":
         dtypes.numpy_dtype(row.dtype)
     _demand((row.array is None) == (row.nbytes == 0), "an array")
+    if parts is not None:
+        _demand(row.array is not None and len(parts) == len(shape), "a number of dims")
+        _demand(all(type(c) is int and 1 <= c <= n for c, n in zip(parts, shape, strict=True)), "a chunk")
     if row.array is not None:
         _demand(len(PurePosixPath(row.array).parts) == 1, f"the name {row.array!r}")
         check_path(row.array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 
 from lumen.checkpoint import dtypes
+from lumen.checkpoint.grid import Array
 from lumen.checkpoint.leaves import ARRAYS, Path, encode, kind_of, named
 from lumen.checkpoint.naming import array_keys, directory_of
+from lumen.checkpoint.spread import by_place
+from lumen.core.sharding import Piece
+
+Key = tuple[str, tuple[str, ...]]  # the item, and the keys in it
 
 _ALIGN = 64
 
@@ -21,8 +27,8 @@ _ALIGN = 64
 class Row:
     """One leaf of the tree `item` as the header of a checkpoint lists it.
 
-    An array has a `dtype`, a `shape` and the name of its directory, `array` (None if it holds no element); a scalar
-    has its `value`, encoded.
+    An array has a `dtype`, a `shape` and the name of its directory, `array` (None if it holds no element), and where
+    several processes wrote it, the shape of its chunks; a scalar has its `value`, encoded.
     """
 
     item: str
@@ -32,27 +38,40 @@ class Row:
     shape: tuple[int, ...] = ()
     array: str | None = None
     value: Any = None
+    parts: tuple[int, ...] | None = None
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """The shape of its chunks."""
+        return self.shape if self.parts is None else self.parts
 
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * dtypes.itemsize(self.dtype)
+        return math.prod(self.shape) * dtypes.itemsize(self.dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one of its chunks."""
+        return math.prod(self.chunk) * dtypes.itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The leaves of trees, and the arrays among them: by item, and by their keys in Orbax."""
+    """The leaves of trees by `rows`; by a row's place its `keys` in Orbax where it is an array with elements.
+
+    `data` is what this process writes: arrays, and of those that are `cut` among processes its parts.
+    """
 
     rows: list[Row]
-    arrays: dict[tuple[str, tuple[str, ...]], np.ndarray[Any, Any]]
+    keys: dict[int, Key]
+    data: dict[int, Array]
+    cut: dict[int, Piece]
 
     @property
-    def stored(self) -> list[Row]:
-        """The rows of the arrays, in their order."""
-        return [row for row in self.rows if row.array is not None]
+    def stored(self) -> list[int]:
+        """The rows, by place, of the arrays that one process writes."""
+        return [place for place in self.keys if place not in self.cut]
 
 
 class HostMemory:
@@ -78,28 +97,50 @@ class HostMemory:
         self._block = None
 
 
-def snapshot(items: Mapping[str, Any], memory: HostMemory | None = None) -> Snapshot:
+def snapshot(
+    items: Mapping[str, Any],
+    memory: HostMemory | None = None,
+    cut: Mapping[int, Piece] | None = None,
+    whole: bool = True,
+) -> Snapshot:
     """The leaves of the trees by name: copied into `memory`, or as they are where no memory is given.
+
+    `cut` says which leaves of the first tree, by their places among `lumen.tree.leaves`, are parts of what. Without
+    `whole`, what this process does not write a part of is listed only.
 
     Raises `CheckpointLeafError` for a leaf that no checkpoint holds.
     """
-    rows: list[Row] = []
-    keys: list[tuple[str, tuple[str, ...]]] = []
-    arrays: list[Tensor] = []
+    taken = Snapshot([], {}, {}, {})
+    arrays: dict[int, Tensor] = {}
     for item, pytree in items.items():
-        paths, values, _ = named(pytree)
-        described = [_described(item, path, value) for path, value in zip(paths, values, strict=True)]
-        filled = [i for i, row in enumerate(described) if row.kind in ARRAYS and row.nbytes]
-        arrays += [_bytes(values[i]) for i in filled]
-        for i, key in zip(filled, array_keys([paths[i] for i in filled]), strict=True):
-            described[i] = replace(described[i], array=directory_of(key))
-            keys.append((item, key))
-        rows += described
-    held = _kept(arrays) if memory is None else _copied(arrays, memory)
-    taken = Snapshot(rows, {})
-    views = (_view(row, data) for row, data in zip(taken.stored, held, strict=True))
-    taken.arrays.update(zip(keys, views, strict=True))
+        first = len(taken.rows)
+        values = _list(taken, item, pytree, cut or {})
+        held = [place for place in taken.keys if place >= first and (whole or place in taken.cut)]
+        arrays |= {place: _bytes(values[place - first]) for place in held if _is_written(taken.cut.get(place))}
+        cut = None
+    flat = _kept([*arrays.values()]) if memory is None else _copied([*arrays.values()], memory)
+    for (place, array), data in zip(arrays.items(), flat, strict=True):
+        taken.data[place] = _view(taken.rows[place].dtype, tuple(array.shape), data)
     return taken
+
+
+def _list(taken: Snapshot, item: str, pytree: Any, cut: Mapping[int, Piece]) -> list[Any]:
+    """Add the rows of one tree, and give its leaves."""
+    paths, values, _ = named(pytree)
+    rows = [_described(item, path, value) for path, value in zip(paths, values, strict=True)]
+    pieces = by_place(cut, [row.kind for row in rows])
+    rows = [replace(row, shape=pieces[i].shape) if i in pieces else row for i, row in enumerate(rows)]
+    filled = [i for i, row in enumerate(rows) if row.kind in ARRAYS and row.nbytes]
+    for i, key in zip(filled, array_keys([paths[i] for i in filled]), strict=True):
+        rows[i] = replace(rows[i], array=directory_of(key))
+        taken.keys[len(taken.rows) + i] = (item, key)
+    taken.cut.update({len(taken.rows) + i: pieces[i] for i in filled if i in pieces})
+    taken.rows.extend(rows)
+    return values
+
+
+def _is_written(piece: Piece | None) -> bool:
+    return piece is None or (piece.owner and bool(piece.boxes))
 
 
 def _described(item: str, path: Path, value: Any) -> Row:
@@ -144,5 +185,5 @@ def _copied(values: Sequence[Tensor], memory: HostMemory) -> list[Tensor]:
     return parts
 
 
-def _view(row: Row, data: Tensor) -> np.ndarray[Any, Any]:
-    return data.numpy().view(dtypes.numpy_dtype(dtypes.carrier(row.dtype))).reshape(row.shape)
+def _view(dtype: str, shape: tuple[int, ...], data: Tensor) -> Array:
+    return data.numpy().view(dtypes.numpy_dtype(dtypes.carrier(dtype))).reshape(shape)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.checkpoint import dtypes
+from lumen.checkpoint import dtypes, spread
 from lumen.checkpoint.host import Row
 from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named
-from lumen.checkpoint.reading import Reader, as_kind
+from lumen.checkpoint.reading import Reader, Wanted, as_kind
+from lumen.core.sharding import Piece
+from lumen.core.step import StepFn
 from lumen.errors import CheckpointError, CheckpointMismatchError, InexactWarning
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
@@ -31,6 +33,7 @@ def restore(
     cast: bool = False,
     rename: Rename | None = None,
     device: torch.device | str | None = None,
+    step: StepFn | None = None,
 ) -> Any:
     """The checkpoint at `path` as a tree like `like`, which gives structure, dtypes and devices and is not changed.
 
@@ -39,6 +42,9 @@ def restore(
     the values. `rename` maps prefixes of saved names to the wanted ones, or is a function of the whole name; None
     leaves a leaf out. Leaves of `like` on the meta device give a shape and a dtype and come to the CPU, or to `device`
     like all others.
+
+    Under a transform that spreads the state over processes, `step` is the step that has it, and `like` this process's
+    state of it: each process reads the parts that it holds, whatever the checkpoint was saved under.
 
     Raises `CheckpointMismatchError` with everything that does not fit, `CorruptCheckpointError` where a file is
     damaged, and `CheckpointNotFoundError` where there is no checkpoint.
@@ -50,10 +56,16 @@ def restore(
     >>> lm.checkpoint.restore(path, like, rename={"body": "backbone", "head": None}, cast=True)
     {'backbone': {'weight': tensor([1., 1.], dtype=torch.float64)}}
     """
+    spread.check(step, like, "lm.checkpoint.restore(path, like, step=step)")
     paths, values, spec = named(like)
     reader = Reader(path)
     saved = renamed(reader.rows, rename)
-    targets = [_Target(name_of(way), kind_of_like(value, way), value) for way, value in zip(paths, values, strict=True)]
+    kinds = [kind_of_like(value, way) for value, way in zip(values, paths, strict=True)]
+    pieces = spread.by_place(spread.pieces(step, like), kinds)
+    targets = [
+        _Target(name_of(way), kind, value, pieces.get(place))
+        for place, (way, kind, value) in enumerate(zip(paths, kinds, values, strict=True))
+    ]
     problems = Problems.between(targets, saved, cast)
     if problems.wrong or (strict and problems.any()):
         raise CheckpointMismatchError(problems.message(str(path)))
@@ -64,6 +76,7 @@ def restore(
     found = reader.read(
         [saved[target.name] for target in filled],
         lambda row, value: by_row[id(row)].place(value, device),
+        {saved[target.name].path: target.wanted for target in filled if target.wanted is not None},
     )
     new = dict(zip((target.name for target in filled), found, strict=True))
     return tree.unflatten(spec, [new.get(target.name, target.value) for target in targets])
@@ -76,6 +89,15 @@ class _Target:
     name: str
     kind: str
     value: Any
+    piece: Piece | None = None  # what it is of a whole leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape) if self.piece is None else self.piece.shape
+
+    @property
+    def wanted(self) -> Wanted | None:
+        return None if self.piece is None else Wanted(tuple(self.value.shape), self.piece.boxes)
 
     @property
     def dtype(self) -> str:
@@ -84,14 +106,14 @@ class _Target:
 
     def described(self) -> str:
         if self.kind in ARRAYS:
-            return _array_text(self.dtype, tuple(self.value.shape))
+            return _array_text(self.dtype, self.shape)
         return f"a Python {self.kind}"
 
     def mismatch(self, row: Row, cast: bool) -> str:
         """How a saved leaf does not fit here, or nothing."""
         if self.kind in ARRAYS and row.kind in ARRAYS:
             same = row.dtype == self.dtype or (cast and _castable(row.dtype, self.dtype))
-            fits = same and row.shape == tuple(self.value.shape)
+            fits = same and row.shape == self.shape
         else:
             fits = row.kind == self.kind
         found = _array_text(row.dtype, row.shape) if row.kind in ARRAYS else f"a Python {row.kind}"

@@ -6,6 +6,7 @@ files really hold.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import zlib
@@ -13,18 +14,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lumen.checkpoint import dtypes, header, zarr
+from lumen.checkpoint import dtypes, grid, header, zarr
+from lumen.checkpoint.grid import Array, Block, Index
 from lumen.checkpoint.host import Row
 from lumen.checkpoint.leaves import ARRAYS, decode, name_of
+from lumen.checkpoint.leaves import Path as Way
+from lumen.core.sharding import Box
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 _PIECE = 1 << 22  # read and summed while it is in the cache
 _ADVICE = "Restore another checkpoint, or a copy of this one."
+
+
+class Wanted(NamedTuple):
+    """What is to be read of an array: the tensor's `shape`, and which of its boxes come from where."""
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
 
 
 class Reader:
@@ -37,45 +49,91 @@ class Reader:
         self.header = read_header(self.path)
         self.rows = [row for row in self.header.rows if row.item == item]
 
-    def read(self, rows: Sequence[Row], place: Callable[[Row, Tensor], Any] | None = None) -> list[Any]:
+    def read(
+        self,
+        rows: Sequence[Row],
+        place: Callable[[Row, Tensor], Any] | None = None,
+        wanted: Mapping[Way, Wanted] | None = None,
+    ) -> list[Any]:
         """The values of these leaves; each array goes through `place` as soon as it is read.
+
+        `wanted` says, by the ways to leaves, of which only a part is to be read; files that hold nothing of it are not
+        opened.
 
         Raises `CorruptCheckpointError`, naming the file and the leaf, where anything is not as it was written.
         """
         self._check_files(rows)
+        parts = wanted or {}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as others:
-            return list(others.map(lambda row: self._value(row, place), rows))
+            return list(others.map(lambda row: self._value(row, place, parts.get(row.path)), rows))
 
-    def _value(self, row: Row, place: Callable[[Row, Tensor], Any] | None) -> Any:
+    def _value(self, row: Row, place: Callable[[Row, Tensor], Any] | None, part: Wanted | None) -> Any:
         if row.kind == "empty":
             return {} if row.value == "dict" else ()
         if row.kind not in ARRAYS:
             return decode(row.kind, row.value)
-        value = self._array(row)
+        value = self._array(row, part or _all_of(row))
         return as_kind(row.kind, value) if place is None else place(row, value)
 
-    def _array(self, row: Row) -> Tensor:
+    def _array(self, row: Row, part: Wanted) -> Tensor:
         dtype = dtypes.TORCH[row.dtype]
         if row.array is None:
-            return torch.empty(row.shape, dtype=dtype)
-        name = zarr.data_file(row)
-        with self._damage(name, row):
+            return torch.empty(part.shape, dtype=dtype)
+        with self._damage(zarr.description(row), row):
             tail_size = zarr.tail_size(self._small(zarr.description(row)), row)
-            size, crc = self.header.files[name]
-            if size != row.nbytes + tail_size:
-                raise ValueError(f"the header gives {size} bytes, shape and dtype {row.nbytes + tail_size}")
+        blocks = [Block(box.whole, box.size) for box in part.boxes]
+        places = sorted({place for block in blocks for place in grid.chunks(block, row.chunk)})
+        for place in places:  # before any memory is taken
+            with self._chunk(row, place, tail_size):
+                pass
+        filled = sum(math.prod(block.size) for block in blocks) == math.prod(part.shape)
+        memory = (torch.empty if filled else torch.zeros)(math.prod(part.shape) * dtype.itemsize, dtype=torch.uint8)
+        array = memory.numpy().view(_carrier(row)).reshape(part.shape)
+        into = [(block, grid.in_box(array, box)) for block, box in zip(blocks, part.boxes, strict=True)]
+        for place in places:
+            with self._chunk(row, place, tail_size) as file:
+                self._read_chunk(row, place, file, into)
+        return memory.view(dtype).view(part.shape)
+
+    @contextmanager
+    def _chunk(self, row: Row, place: Index, tail_size: int) -> Iterator[IO[bytes]]:
+        """The file of a chunk, of the size that it should have."""
+        name = zarr.data_file(row, place)
+        with self._damage(name, row):
+            size, _ = self.header.files[name]
+            if size != row.chunk_bytes + tail_size:
+                raise ValueError(f"the header gives {size} bytes, shape and dtype {row.chunk_bytes + tail_size}")
             with open_file(self.path, name, size) as file:
-                memory = torch.empty(row.nbytes, dtype=torch.uint8)
-                found = _fill(file, memory.numpy().data)
-                tail = file.read(tail_size + 1)
-            if len(tail) != tail_size or zlib.crc32(tail, found) != crc:
-                raise ValueError("its checksum does not match")
-            zarr.check_tail(tail, row)
-        return memory.view(dtype).view(row.shape)
+                yield file
+
+    def _read_chunk(self, row: Row, place: Index, file: IO[bytes], into: Sequence[tuple[Block, Array]]) -> None:
+        """Copy of a chunk what belongs into each of the blocks, and check all of it."""
+        size, crc = self.header.files[zarr.data_file(row, place)]
+        block = grid.block_of(place, row.chunk)
+        direct = _direct(block, into)
+        if direct is not None:
+            found = _fill(file, direct)
+        else:
+            found = 0
+            for slab, values in _slabs(file, block, _carrier(row)):
+                found = zlib.crc32(values.reshape(-1).view(np.uint8).data, found)
+                for target, array in into:
+                    shared = target.meet(slab)
+                    if shared is not None:
+                        array[shared.within(target)] = values[shared.within(slab)]
+        tail = file.read(size - row.chunk_bytes + 1)
+        if len(tail) != size - row.chunk_bytes or zlib.crc32(tail, found) != crc:
+            raise ValueError("its checksum does not match")
+        zarr.check_tail(tail, row)
 
     def _check_files(self, rows: Sequence[Row]) -> None:
         """Everything but the arrays: small files, which Orbax reads and we do not."""
-        arrays = {zarr.data_file(row) for row in self.header.rows if row.array is not None}
+        stored = [row for row in self.header.rows if row.array is not None]
+        for row in stored:
+            with self._damage(zarr.description(row), row):
+                if grid.count(row.shape, row.chunk) > len(self.header.files):
+                    raise ValueError("the header does not list all of its files")
+        arrays = {name for row in stored for name in zarr.data_files(row)}
         wanted = {zarr.description(row) for row in rows if row.array is not None}
         for name in self.header.files:
             described = not name.startswith("meta/") and name.endswith("/zarr.json")
@@ -95,7 +153,8 @@ class Reader:
 
     @contextmanager
     def _damage(self, name: str, row: Row | None = None) -> Iterator[None]:
-        leaf = f", which holds {name_of(row.path)!r}," if row else ""
+        what = "" if row is None else f"{'a part of ' if row.parts else ''}{name_of(row.path)!r}"
+        leaf = f", which holds {what}," if what else ""
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
@@ -209,6 +268,35 @@ def open_file(root: Path, name: str, size: int | None = None) -> Iterator[IO[byt
         if size is not None and found.st_size != size:
             raise ValueError(f"it has {found.st_size} bytes, expected {size}")
         yield file
+
+
+def _all_of(row: Row) -> Wanted:
+    zeros = (0,) * len(row.shape)
+    return Wanted(row.shape, (Box(zeros, zeros, row.shape),) if row.nbytes else ())
+
+
+def _carrier(row: Row) -> np.dtype[Any]:
+    return dtypes.numpy_dtype(dtypes.carrier(row.dtype))
+
+
+def _direct(block: Block, into: Sequence[tuple[Block, Array]]) -> memoryview | None:
+    """The memory where all of a chunk belongs, if it is one piece."""
+    for target, array in into:
+        if target.meet(block) == block:
+            room = grid.view(array, block.within(target))
+            return room.reshape(-1).view(np.uint8).data if room.flags.c_contiguous else None
+    return None
+
+
+def _slabs(file: IO[bytes], block: Block, dtype: np.dtype[Any]) -> Iterator[tuple[Block, Array]]:
+    """The rows of a chunk, a few at a time, so that a part of a large one takes little memory."""
+    rows, rest = (block.size[0], block.size[1:]) if block.size else (1, ())
+    few = max(1, min(rows, _PIECE // max(1, math.prod(rest) * dtype.itemsize)))
+    for start in range(0, rows, few):
+        size = (min(few, rows - start), *rest) if block.size else ()
+        values = np.empty(size, dtype)
+        _fill(file, values.reshape(-1).view(np.uint8).data)
+        yield Block((block.low[0] + start, *block.low[1:]) if block.low else (), size), values
 
 
 def _fill(file: IO[bytes], memory: memoryview) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +18,14 @@ from typing import Any, Self
 
 import torch
 
-from lumen.checkpoint import _orbax, header, matching, plain, reading, writing
+from lumen.checkpoint import _orbax, header, matching, plain, reading, spread, writing
+from lumen.checkpoint.disk import sync_directory
 from lumen.checkpoint.host import HostMemory, Snapshot, snapshot
 from lumen.checkpoint.lock import Lock
 from lumen.checkpoint.retention import Retention
+from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
+from lumen.core import world
+from lumen.core.step import StepFn
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 
 _REPLACED = re.compile(rf"\.([0-9]+){re.escape(writing.REPLACED)}")
@@ -41,6 +46,11 @@ class Store:
     To save, a store must be open: `with lm.checkpoint.Store("runs/a") as store`. Reading needs no opening, and works
     beside a run that writes.
 
+    Where a step's transforms spread its state over processes, all open the store with that step, and save together:
+    `with lm.checkpoint.Store("runs/a").open(step) as store`. Each writes the parts that it holds, the first one all
+    the rest, which alone locks the directory and deletes what is not kept. A process from which nothing is heard for
+    `timeout` seconds counts as hung.
+
     >>> import lumen as lm, torch, tempfile
     >>> with lm.checkpoint.Store(tempfile.mkdtemp(), keep=2) as store:
     ...     for step in range(5):
@@ -60,6 +70,7 @@ class Store:
         best: tuple[str, str] | None = None,
         keep_best: int = 1,
         keep_every: int | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.directory = Path(directory)
         self.blocked = 0.0
@@ -67,6 +78,10 @@ class Store:
         self._memory = HostMemory()
         self._lock: Lock | None = None
         self._owner = 0  # the process that opened it
+        self._timeout = timeout
+        self._step: StepFn | None = None  # whose states it holds
+        self._meeting: Meeting | None = None  # with the other processes
+        self._first = True  # of all processes
         self._job = _Job()
         self._metrics: dict[int, dict[str, float]] = {}  # of the checkpoints that were looked at
 
@@ -75,13 +90,25 @@ class Store:
 
     # ------------------------------------------------------------------------------------------- writing
 
-    def open(self) -> Self:
+    def open(self, step: StepFn | None = None) -> Self:
         """Make the directory, lock it, remove what a run that died has left, and load Orbax.
+
+        With `step`, the states to be saved are that step's, and all processes open the store together.
 
         Raises `CheckpointLockedError` where another run has it, and `CheckpointError` where it cannot be written to.
         """
-        if self._lock is not None:
+        if self._is_open:
             raise CheckpointError(f"{self!r} is open already.")
+        together = step is not None and world.world_size() > 1
+        self._first = not together or world.rank() == 0
+        if self._first:
+            self._lock = self._locked()
+        self._step = step
+        self._meeting = Meeting(self._timeout) if together else None
+        self._owner = os.getpid()
+        return self
+
+    def _locked(self) -> Lock:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.directory)
@@ -98,23 +125,27 @@ class Store:
         except BaseException:
             lock.release()
             raise
-        self._lock, self._owner = lock, os.getpid()
-        return self
+        return lock
+
+    @property
+    def _is_open(self) -> bool:
+        return self._lock is not None or self._meeting is not None
 
     def close(self) -> None:
         """Wait for the save being written, unlock the directory, give the memory back; raises what the save raised."""
-        if self._lock is None:
+        if not self._is_open:
             return
         try:
             self.wait()
         finally:
             if not self._job.running():  # interrupted while waiting: the writer still needs both
-                self._lock.release()
-                self._lock = None
+                if self._lock is not None:
+                    self._lock.release()
+                self._lock = self._meeting = None
                 self._memory.release()
 
     def __enter__(self) -> Self:
-        return self if self._lock is not None else self.open()
+        return self if self._is_open else self.open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -122,6 +153,8 @@ class Store:
         if error is None:
             self.close()
             return
+        if self._meeting is not None:
+            self._meeting.hurry()
         try:
             self.close()
         except CheckpointError as failed:  # the first error is the one to see
@@ -146,16 +179,26 @@ class Store:
         try:
             self._check_open()
             self.wait()
-            if type(step) is not int or step < 0:
-                raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
-            if os.path.lexists(self.path(step)) and step not in self.steps():
-                raise CheckpointExistsError(f"{self.path(step)} is there, and is no checkpoint: move it away.")
-            numbers = _numbers(metrics or {})
-            fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": _json(numbers)}
-            taken = snapshot({"state": tree, "extra": {} if extra is None else extra}, self._memory)
-            self._job.start(partial(self._write, step, taken, fields, numbers), f"step {step}")
+            talk = None if self._meeting is None else self._meeting.next()
+            with nullcontext() if talk is None else talk.failing_together():
+                self._check_free(step)
+                numbers = _numbers(metrics or {})
+                fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": _json(numbers)}
+                taken = self._snapshot(tree, extra)
+                self._job.start(partial(self._write, step, taken, fields, numbers, talk), f"step {step}")
         finally:
             self.blocked += time.perf_counter() - began
+
+    def _check_free(self, step: int) -> None:
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
+        if self._first and os.path.lexists(self.path(step)) and step not in self.steps():
+            raise CheckpointExistsError(f"{self.path(step)} is there, and is no checkpoint: move it away.")
+
+    def _snapshot(self, tree: Any, extra: Any) -> Snapshot:
+        spread.check(self._step, tree, f"with {self!r}.open(step) as store: store.save(...)")
+        items = {"state": spread.bare(self._step, tree), "extra": {} if extra is None else extra}
+        return snapshot(items, self._memory, spread.pieces(self._step, tree), whole=self._first)
 
     def set_aside(self, path: Path) -> Path:
         """Rename a checkpoint of this store that is damaged, so that it is none of its steps; returns the new path."""
@@ -165,7 +208,7 @@ class Store:
         while os.path.lexists(new := path.with_name(f"damaged-{path.name}" + (f"-{count}" if count else ""))):
             count += 1
         os.rename(path, new)
-        writing.sync_directory(self.directory)
+        sync_directory(self.directory)
         self._metrics.pop(int(path.name), None)
         return new
 
@@ -185,7 +228,7 @@ class Store:
             self.check()
 
     def _check_open(self) -> None:
-        if self._lock is None:
+        if not self._is_open:
             raise CheckpointError(f"{self!r} is not open. Write: with {self!r} as store: store.save(...)")
         if self._owner != os.getpid():
             raise CheckpointError(f"{self!r} was opened in process {self._owner}, which alone can save to it.")
@@ -199,9 +242,17 @@ class Store:
             elif found or _LEFT.fullmatch(path.name):
                 _remove(path)
 
-    def _write(self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float]) -> None:
-        final = self.path(step)
-        writing.write(final, self.directory / f".{step}{writing.TEMPORARY}", taken, fields, replace=True)
+    def _write(
+        self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float], talk: Talk | None
+    ) -> None:
+        if talk is None:
+            self._write_first(step, taken, fields)
+        else:
+            with talk.failing_together():
+                if not self._first:
+                    writing.take_part(talk, taken)
+                    return
+                self._write_first(step, taken, fields, talk)
         self._metrics[step] = metrics
         saved = self._saved()
         for old in sorted(saved.keys() - self._retention.kept(saved) - {step}):
@@ -210,6 +261,10 @@ class Store:
             except OSError as error:
                 raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
             self._metrics.pop(old, None)
+
+    def _write_first(self, step: int, taken: Snapshot, fields: dict[str, Any], talk: Talk | None = None) -> None:
+        temporary = self.directory / f".{step}{writing.TEMPORARY}"
+        writing.write(self.path(step), temporary, taken, fields, replace=True, talk=talk)
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -261,9 +316,9 @@ class Store:
         rename: matching.Rename | None = None,
         device: torch.device | str | None = None,
     ) -> Any:
-        """See `lm.checkpoint.restore`."""
+        """See `lm.checkpoint.restore`; the `step` is that with which the store was opened."""
         path = self._existing(step)
-        return matching.restore(path, like, strict=strict, cast=cast, rename=rename, device=device)
+        return matching.restore(path, like, strict=strict, cast=cast, rename=rename, device=device, step=self._step)
 
     def _existing(self, step: int) -> Path:
         steps = self.steps()

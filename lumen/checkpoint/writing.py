@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import glob
 import importlib.metadata
@@ -10,13 +11,18 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumen.checkpoint import _orbax, header, zarr
-from lumen.checkpoint.host import Snapshot, snapshot
+from lumen.checkpoint import _orbax, header, parts, spread, zarr
+from lumen.checkpoint.disk import sync, sync_directory
+from lumen.checkpoint.host import Row, Snapshot, snapshot
+from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
+from lumen.core import world
+from lumen.core.step import StepFn
 from lumen.errors import CheckpointError, CheckpointExistsError
 
 TEMPORARY = ".lumen-tmp"
@@ -25,15 +31,29 @@ REPLACED = ".lumen-replaced"
 _COMMITTED = "commit_success.txt"
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, extra: Any = None, meta: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    extra: Any = None,
+    meta: Mapping[str, Any] | None = None,
+    step: StepFn | None = None,
+    timeout: float = TIMEOUT,
+) -> None:
     """Write `tree` to the new directory `path`, as an Orbax checkpoint.
 
     A tree holds tensors, numpy arrays, Python scalars, strings and None, in any pytree. `extra` is a second one, for
     what is read without a `like`: `load(path, item="extra")`. `meta` is any JSON; see `metadata`. The checkpoint
     appears under its name when it is complete and on disk.
 
+    With `step`, the step whose state `tree` is, all processes of its world call this together: each writes the parts
+    that it holds under transforms such as `lm.fsdp`, and the first one the rest, from its own `tree`, `extra` and
+    `meta`. The directory is the first one's, on a file system that all share. A process from which nothing is heard
+    for `timeout` seconds counts as hung. If one fails, all raise its error.
+
     Raises `CheckpointExistsError` where there is something already, `CheckpointLeafError` for a leaf of another kind,
-    and `CheckpointError` where the disk does not take it.
+    and `CheckpointError` where the disk does not take it, a process hangs, or the tree is one process's part of a state
+    and there is no `step`.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -42,39 +62,99 @@ def save(path: str | os.PathLike[str], tree: Any, *, extra: Any = None, meta: Ma
     {'weight': tensor([1., 1.]), 'epoch': 3}
     """
     final = Path(path)
-    if os.path.lexists(final):
-        raise CheckpointExistsError(f"{final} is there already; a checkpoint is written to a new directory.")
-    fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": {}}
-    taken = snapshot({"state": tree, "extra": {} if extra is None else extra})
-    temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        write(final, temporary, taken, fields)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
+    spread.check(step, tree, "lm.checkpoint.save(path, state, step=step)")
+    talk = Meeting(timeout).next() if step is not None and world.world_size() > 1 else None
+    with nullcontext() if talk is None else talk.failing_together():
+        first = talk is None or talk.first
+        if first and os.path.lexists(final):
+            raise CheckpointExistsError(f"{final} is there already; a checkpoint is written to a new directory.")
+        fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": {}}
+        items = {"state": spread.bare(step, tree), "extra": {} if extra is None else extra}
+        taken = snapshot(items, cut=spread.pieces(step, tree), whole=first)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
+        try:
+            if talk is not None and not first:
+                take_part(talk, taken)
+                return
+            final.parent.mkdir(parents=True, exist_ok=True)
+            write(final, temporary, taken, fields, talk=talk)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
 
 
-def write(final: Path, temporary: Path, taken: Snapshot, fields: dict[str, Any], replace: bool = False) -> None:
+def write(
+    final: Path,
+    temporary: Path,
+    taken: Snapshot,
+    fields: dict[str, Any],
+    replace: bool = False,
+    talk: Talk | None = None,
+) -> None:
     """Write a snapshot to `temporary`, beside `final`, and rename it when all is on disk.
 
-    With `replace`, a checkpoint that has that name goes. What was written is removed where it fails.
+    With `replace`, a checkpoint that has that name goes. With `talk`, this is the first of several processes, of which
+    the others `take_part`. What was written is removed where it fails.
     """
     try:
-        with ThreadPoolExecutor(1) as other:
-            sums = other.submit(_sums, taken)
-            _orbax.write(temporary, taken.arrays)
-            _forget_places(temporary)
-            files = _inspected(temporary, taken, sums.result())
-        text = header.dump(taken.rows, files, **_versions(), **fields)
+        rows, files = _write_alone(temporary, taken) if talk is None else _write_first(temporary, taken, talk)
+        text = header.dump(rows, files, **_versions(), **fields)
         (temporary / header.FILE).write_text(text)
         sync(temporary)
+        if talk is not None:
+            talk.check()
         _commit(temporary, final, replace)
     except BaseException:
         for left in (temporary, *final.parent.glob(f"{glob.escape(temporary.name)}.*")):
             shutil.rmtree(left, ignore_errors=True)
         raise
+    if talk is not None:
+        talk.say("committed")
+        talk.hurry()
+        with contextlib.suppress(CheckpointError):  # the checkpoint is whole, whoever is lost now
+            talk.hear_all("over")
+
+
+def take_part(talk: Talk, taken: Snapshot) -> None:
+    """Write this process's share of a checkpoint that the first process makes; returns when it is complete."""
+    talk.say("layout", parts.layout(taken))
+    plan = parts.Plan.from_json(talk.hear("plan"))
+    talk.say("parts", parts.write(talk, taken, plan))
+    talk.hear("committed")
+    talk.say("over")
+
+
+def _write_alone(temporary: Path, taken: Snapshot) -> tuple[list[Row], header.Files]:
+    with ThreadPoolExecutor(1) as other:
+        sums = other.submit(_sums, taken)
+        _orbax.write(temporary, {taken.keys[place]: taken.data[place] for place in taken.stored})
+        _forget_places(temporary)
+        return taken.rows, _inspected(temporary, taken, sums.result())
+
+
+def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> tuple[list[Row], header.Files]:
+    """The same, with the parts that all write in a folder beside it, and move into it."""
+    folder = temporary.with_name(f"{temporary.name}.parts").absolute()
+    others = talk.hear_all("layout")  # nobody is writing for an earlier save any more
+    shutil.rmtree(folder, ignore_errors=True)
+    plan = parts.plan(taken, others, folder)
+    folder.mkdir()
+    talk.say("plan", plan.to_json())
+    rows = plan.rows(taken.rows)
+    with ThreadPoolExecutor(1) as other:
+        writing = other.submit(parts.write, talk, taken, plan)
+        sums = other.submit(_sums, taken)
+        _orbax.write(
+            temporary, {taken.keys[place]: array for place, array in (taken.data | parts.stand_ins(taken)).items()}
+        )
+        _forget_places(temporary)
+        files = writing.result()
+        for found in talk.hear_all("parts"):
+            files |= {name: (size, crc) for name, (size, crc) in found.items()}
+        parts.collect(plan, rows, files, temporary)
+        shutil.rmtree(folder)
+        return rows, _inspected(temporary, taken, sums.result(), files)
 
 
 def _commit(temporary: Path, final: Path, replace: bool) -> None:
@@ -106,30 +186,8 @@ def delete(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def sync(directory: Path) -> None:
-    """Return when every file below `directory` is on disk."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            sync_file(os.path.join(parent, name))
-        sync_directory(parent)
-
-
-def sync_directory(directory: str | os.PathLike[str]) -> None:
-    """Return when the names in `directory` are on disk."""
-    sync_file(directory)
-
-
-def sync_file(path: str | os.PathLike[str]) -> None:
-    """Return when the file is on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def _sums(taken: Snapshot) -> list[int]:
-    return [zlib.crc32(array.reshape(-1).view(np.uint8).data) for array in taken.arrays.values()]
+    return [zlib.crc32(taken.data[place].reshape(-1).view(np.uint8).data) for place in taken.stored]
 
 
 def _forget_places(directory: Path) -> None:
@@ -138,10 +196,11 @@ def _forget_places(directory: Path) -> None:
         mark.write_text("Checkpoint commit was successful")
 
 
-def _inspected(directory: Path, taken: Snapshot, sums: list[int]) -> header.Files:
+def _inspected(directory: Path, taken: Snapshot, sums: list[int], known: header.Files | None = None) -> header.Files:
     """Size and checksum of each file but the header; raises where an array is not in the form that we read."""
-    files: header.Files = {}
-    for row, crc in zip(taken.stored, sums, strict=True):
+    files: header.Files = dict(known or {})
+    for place, crc in zip(taken.stored, sums, strict=True):
+        row = taken.rows[place]
         tail_size = zarr.tail_size((directory / zarr.description(row)).read_bytes(), row)
         data = directory / zarr.data_file(row)
         with open(data, "rb") as file:

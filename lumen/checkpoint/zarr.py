@@ -1,17 +1,18 @@
-"""The one form in which Orbax writes our arrays: a Zarr array of one chunk, uncompressed.
+"""The one form in which our arrays lie on disk: a Zarr array, uncompressed, of one chunk from Orbax or several of ours.
 
-Reading it needs no library: the file is the array's bytes, and after them the index of the shard. Anything else, such
-as a compressed chunk that would unfold to a terabyte, is refused.
+Reading it needs no library: a file is the bytes of a chunk, and after them, from Orbax, the index of the shard.
+Anything else, such as a compressed chunk that would unfold to a terabyte, is refused.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from lumen.checkpoint import dtypes
+from lumen.checkpoint import dtypes, grid
 from lumen.checkpoint.host import Row
 
 _INDEX = struct.Struct("<QQ")  # where the only chunk of a shard begins, and its length
@@ -25,13 +26,32 @@ def description(row: Row) -> str:
     return f"{row.item}/{row.array}/zarr.json"
 
 
-def data_file(row: Row) -> str:
-    """The file that holds its bytes."""
-    return str(PurePosixPath(row.item, str(row.array), "c", *("0" for _ in row.shape)))
+def data_file(row: Row, place: tuple[int, ...] | None = None) -> str:
+    """The file that holds its bytes, or those of the chunk at `place`."""
+    return str(PurePosixPath(data_folder(row), *map(str, place or (0,) * len(row.shape))))
+
+
+def data_folder(row: Row) -> str:
+    """Where these files are."""
+    return f"{row.item}/{row.array}/c"
+
+
+def data_files(row: Row) -> Iterator[str]:
+    """All of them."""
+    return (data_file(row, place) for place in grid.chunks(grid.whole(row.shape), row.chunk))
+
+
+def of_parts(text: bytes, row: Row) -> str:
+    """What describes the array of `row`, in parts, where `text` describes a single number of its dtype."""
+    description = json.loads(text)
+    description["shape"] = list(row.shape)
+    description["chunk_grid"]["configuration"]["chunk_shape"] = list(row.chunk)
+    description["codecs"] = _BYTES[dtypes.itemsize(row.dtype) == 1]
+    return json.dumps(description, separators=(",", ":"))
 
 
 def tail_size(text: bytes, row: Row) -> int:
-    """How many bytes follow the array's own in its file; raises ValueError where it is not in the form we write."""
+    """How many bytes follow a chunk's own in its file; raises ValueError where it is not in the form we write."""
     try:
         found = json.loads(text)
         wanted = {
@@ -39,7 +59,7 @@ def tail_size(text: bytes, row: Row) -> int:
             "shape": list(row.shape),
             "node_type": "array",
             "zarr_format": 3,
-            "chunk_grid": {"configuration": {"chunk_shape": list(row.shape)}, "name": "regular"},
+            "chunk_grid": {"configuration": {"chunk_shape": list(row.chunk)}, "name": "regular"},
             "chunk_key_encoding": {"name": "default"},
         }
         for name, value in wanted.items():
@@ -54,7 +74,7 @@ def _tail(codecs: list[Any], row: Row) -> int:
     if codecs in _BYTES:
         return 0
     shard = codecs[0]["configuration"]
-    wanted = {"chunk_shape": list(row.shape), "index_codecs": [_ENDIAN, {"name": "crc32c"}]}
+    wanted = {"chunk_shape": list(row.chunk), "index_codecs": [_ENDIAN, {"name": "crc32c"}]}
     plain = shard["codecs"] in _BYTES and shard.get("index_location", "end") == "end"
     if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed" or not plain:
         raise ValueError(f"the codecs are {codecs}")
@@ -66,5 +86,5 @@ def _tail(codecs: list[Any], row: Row) -> int:
 
 def check_tail(tail: bytes, row: Row) -> None:
     """Raise ValueError where the index says that the array is elsewhere than before it."""
-    if tail and _INDEX.unpack_from(tail) != (0, row.nbytes):
-        raise ValueError(f"the index of the shard is {_INDEX.unpack_from(tail)}, expected {(0, row.nbytes)}")
+    if tail and _INDEX.unpack_from(tail) != (0, row.chunk_bytes):
+        raise ValueError(f"the index of the shard is {_INDEX.unpack_from(tail)}, expected {(0, row.chunk_bytes)}")

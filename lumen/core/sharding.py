@@ -60,6 +60,10 @@ def composed(inner: Piece, outer: Piece) -> Piece:
     return Piece(inner.shape, tuple(boxes), inner.owner and outer.owner)
 
 
+class Spread:
+    """Base of the static slots in which transforms keep how they spread a state over processes."""
+
+
 class Shards(Protocol):
     """The processes that hold the parts."""
 

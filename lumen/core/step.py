@@ -20,7 +20,7 @@ import torch
 from lumen import tree
 from lumen.core import order, rules
 from lumen.core.donation import is_retired
-from lumen.core.sharding import Piece
+from lumen.core.sharding import Piece, composed
 from lumen.errors import PurityError, SlotError, StateError, StepError
 
 State = Any
@@ -116,6 +116,14 @@ class Step:
         for place, transform in enumerate(self.transforms):
             state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
         return state
+
+    def pieces(self, state: State) -> dict[int, Piece]:
+        """What the leaves of a state are that transforms cut, by their places among `tree.leaves(state)`."""
+        found: dict[int, Piece] = {}
+        for transform in reversed(self.transforms):
+            for place, piece in transform.pieces(state).items():
+                found[place] = composed(found[place], piece) if place in found else piece
+        return found
 
     def _lanes(self) -> int:
         """The place of `ensemble`, inside which transforms meet one lane's state at a time; -1 without one."""

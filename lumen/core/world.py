@@ -7,6 +7,7 @@ other by rank, and count once wherever rows are cut or what was found in them is
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 
 def is_distributed() -> bool:
@@ -56,3 +57,10 @@ def rows() -> tuple[int, int]:
     (0, 1)
     """
     return rank() // copies(), world_size() // copies()
+
+
+def store(prefix: str) -> Store:
+    """The keys below `prefix` that all processes share, over a connection of its own: its waits hold up no one else."""
+    shared = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+    own: Store = shared.clone()  # type: ignore[attr-defined]
+    return own

@@ -17,7 +17,7 @@ from lumen.core.dataclass import state as state_class
 from lumen.core.dataclass import static
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import Piece
+from lumen.core.sharding import Piece, Spread
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, BatchError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
@@ -35,7 +35,7 @@ Shapes = Mapping[str, torch.Size]
 
 
 @state_class
-class Sharding:
+class Sharding(Spread):
     """The slot of `fsdp`, all static: each param's whole `shapes`, over how many processes they are cut, and the level.
 
     A leaf anywhere in the state that stands under a param's name, and has the shape of this process's part of it, is

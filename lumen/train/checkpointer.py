@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lumen.checkpoint import Store
-from lumen.errors import CheckpointError, CorruptCheckpointError, InexactWarning
+from lumen.errors import CheckpointError, CorruptCheckpointError
 from lumen.train.clock import Every
 from lumen.train.journal import Positions
 
@@ -115,11 +114,14 @@ def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]
 
 
 def first_whole(
-    paths: Iterator[tuple[Path, bool]], read: Callable[[Path], Any], set_aside: Callable[[Path], Any]
+    paths: Iterator[tuple[Path, bool]],
+    read: Callable[[Path], Any],
+    set_aside: Callable[[Path, Path, CorruptCheckpointError], None],
 ) -> Any:
     """What `read` gives for the first checkpoint that is not damaged, None where there is none at all.
 
-    Damaged ones before it are set aside, with a warning; where all are damaged, the first one's error is raised.
+    Of damaged ones before it, `set_aside` is told, with the one that is whole, and what was wrong; where all are
+    damaged, the first one's error is raised.
     """
     damaged: list[tuple[Path, CorruptCheckpointError]] = []
     for path, optional in list(paths):
@@ -131,12 +133,7 @@ def first_whole(
             damaged.append((path, error))
             continue
         for each, why in damaged:
-            set_aside(each)
-            warnings.warn(
-                f"the checkpoint {each.name} is damaged and was set aside; the run goes on from {path.name}: {why}",
-                InexactWarning,
-                stacklevel=2,
-            )
+            set_aside(each, path, why)
         return found
     if damaged:
         raise damaged[0][1]

@@ -29,7 +29,7 @@ from lumen.checkpoint import plain, rng
 from lumen.core import world
 from lumen.core.step import Transform, device_of
 from lumen.core.values import as_value, is_value, merge_metrics
-from lumen.errors import BatchError, CheckpointError, InexactWarning, MetricError, WorldError
+from lumen.errors import BatchError, InexactWarning, MetricError, WorldError
 from lumen.parallel.launch import launched
 from lumen.parallel.ranks import Watch
 from lumen.train.meter import Entry, parts, rebuilt
@@ -258,20 +258,12 @@ class Everyone:
         return [_entry(layout, row[1:].split(sizes)) for row in rows]
 
 
-def check_world(transforms: Sequence[Transform], saves: bool = False) -> None:
+def check_world(transforms: Sequence[Transform]) -> None:
     """Raise `WorldError` where torchrun started several processes that would all make the same run, each by itself.
 
-    Raises `CheckpointError` where one of several is to write what each has only a part of. Both can be told only once
-    the transforms have joined the processes.
+    It can be told only once the transforms have joined the processes.
     """
     if world.world_size() > 1:
-        cut = [transform for transform in transforms if transform.shards]
-        if cut and saves:
-            raise CheckpointError(
-                f"each process has a part of the state under {cut[0]!r}, and a Checkpointer cannot write parts yet."
-                " Leave it out, and save the whole at the end: whole = result.export(), on every process, then"
-                " lm.checkpoint.save(path, whole) on the first; or train under lm.ddp()."
-            )
         if not any(transform.level in ("parallel", "tensor") for transform in transforms) and world.rank() == 0:
             warnings.warn(
                 f"{world.world_size()} processes make this run, and no transform joins what they learn: each trains on"

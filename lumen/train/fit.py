@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from lumen.checkpoint import rng
 from lumen.core.donation import is_retired
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
-from lumen.errors import BatchError, CheckpointError
+from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
 from lumen.sinks import configure
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
@@ -84,7 +85,11 @@ class Fit:
         self._everyone = Everyone(state)
         # What is done once, whatever the number of processes.
         self._sinks = runner.sinks if self._everyone.first else ()
-        self._store = None if runner.checkpoint is None or not self._everyone.first else runner.checkpoint.store
+        # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
+        spread = self._everyone.size > 1 and any(transform.shards for transform in runner.step.transforms)
+        saves = runner.checkpoint is not None and (spread or self._everyone.first)
+        self._store = runner.checkpoint.store if runner.checkpoint is not None and saves else None
+        self._together = runner.step if spread else None
         self._progress = make_progress(runner.progress if self._everyone.first else False)
         self._journal = Journal(self._sinks, self._progress, self.clock, runner.peak(state), self._everyone)
         self._signals = Signals(self._wake_up, self._everyone.rank)
@@ -109,9 +114,8 @@ class Fit:
 
     def run(self, resume: str | os.PathLike[str]) -> Result:
         """Train until the end, and clean up however it comes."""
-        store: AbstractContextManager[Any] = nullcontext() if self._store is None else self._store
         # The store is the last to close: it tells its own failure only where there was no other.
-        with self._everyone, store:
+        with self._everyone, self._opened():
             try:
                 self._everyone.check_alike(self._epoch_length())
                 self._go_on(resume)
@@ -133,6 +137,9 @@ class Fit:
         if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
             raise Interrupted(result)
         return result
+
+    def _opened(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._store is None else self._store.open(self._together)
 
     # ---------------------------------------------------------------------------------------- the loop
 
@@ -359,7 +366,7 @@ class Fit:
                 "feed": self._feed.state_dict(self.clock.epoch, self.clock.batch),
             }
         )
-        if self._store is not None:  # the state is the same everywhere, so one writes it
+        if self._store is not None:
             meta, metrics = self._memory(), self._journal.fresh
             self._store.save(self.clock.step, self.state, extra=extra, meta=meta, metrics=metrics)
         self._saved_at = place
@@ -401,23 +408,42 @@ class Fit:
         self._everyone.restore_random(own, extra)
 
     def _find(self, resume: str | os.PathLike[str]) -> tuple[Any, Any, Any, Path] | None:
-        """What to go on from: the first process chooses, the others read what it has chosen."""
+        """What to go on from: the first process knows what there is, and all read it."""
+        choice = [(str(path), optional) for path, optional in self._candidates(resume)]
+        paths = ((Path(path), optional) for path, optional in self._everyone.from_first(choice))
+        found: tuple[Any, Any, Any, Path] | None = first_whole(paths, self._read_by_all, self._set_aside)
+        return found
 
-        def set_aside(path: Path) -> None:
-            assert self._store is not None
-            self._store.set_aside(path)
+    def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
+        return candidates(self.runner.checkpoint, resume) if self._everyone.first else iter(())
 
-        found = None
-        if self._everyone.first:
-            found = first_whole(candidates(self.runner.checkpoint, resume), self._read, set_aside)
-        path = self._everyone.from_first(None if found is None else str(found[-1]))
-        if self._everyone.first or path is None:
-            return found
-        return self._read(Path(path))
+    def _set_aside(self, path: Path, instead: Path, why: CorruptCheckpointError) -> None:
+        if not self._everyone.first:
+            return
+        assert self._store is not None
+        self._store.set_aside(path)
+        warnings.warn(
+            f"the checkpoint {path.name} is damaged and was set aside; the run goes on from {instead.name}: {why}",
+            InexactWarning,
+            stacklevel=2,
+        )
+
+    def _read_by_all(self, path: Path) -> tuple[Any, Any, Any, Path]:
+        """What each reads of it; raises `CorruptCheckpointError` where what any of them needs is damaged."""
+        found, damage = None, None
+        try:
+            found = self._read(path)
+        except CorruptCheckpointError as error:
+            damage = error
+        first = self._everyone.agreed(str(damage or ""))
+        if first or found is None:
+            raise damage or CorruptCheckpointError(first)
+        return found
 
     def _read(self, path: Path) -> tuple[Any, Any, Any, Path]:
         meta = checkpoint.metadata(path)["meta"]
-        return checkpoint.restore(path, self.state), checkpoint.load(path, item="extra"), meta, path
+        state = checkpoint.restore(path, self.state, step=self.runner.step)
+        return state, checkpoint.load(path, item="extra"), meta, path
 
     # ---------------------------------------------------------------------------------------- endings
 

@@ -116,10 +116,11 @@ class Runner:
         with code 75 that has the `result`; at a prompt and in a notebook Ctrl-C returns the result instead. A second
         signal ends it at once.
 
-        Under torchrun each process calls this. The first one writes checkpoints (the others read them: the directory
-        is to be shared), sinks and the display, and its time counts; numbers are those of all. A signal to any process
-        ends all after the same step, and so does an error: the others raise `WorldError` with the first. Then nothing
-        is saved; the last checkpoint stands.
+        Under torchrun each process calls this. The first one writes checkpoints, sinks and the display, and its time
+        counts; numbers are those of all. Under transforms that spread the state, such as `lm.fsdp`, each process writes
+        its parts of a checkpoint, and reads what it needs: the directory is to be on a file system that all share. A
+        signal to any process ends all after the same step, and so does an error: the others raise `WorldError` with the
+        first. Then nothing is saved; the last checkpoint stands.
 
         Raises `BatchError` where the data is empty, or processes have different numbers of batches, `WorldError` where
         another process failed, hangs or is gone, `CheckpointError` where there is nothing to go on from or no way
@@ -131,7 +132,7 @@ class Runner:
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         check_plateau(state, self.plateau, [name for each in validations for name, _ in each.loaders()])
         state = self.step.init(state)  # where the processes of a parallel transform join
-        check_world(self.step.transforms, saves=self.checkpoint is not None)
+        check_world(self.step.transforms)
         return Fit(self, state, data, until, validations, limit).run(resume)
 
     def evaluate(

@@ -390,8 +390,8 @@ def relisted(path):
 
 
 def test_a_newer_format_says_upgrade(saved):
-    forge(saved, format=lambda _: 2)
-    with pytest.raises(CheckpointFormatError, match="written by format 2, this Lumen reads up to 1: upgrade"):
+    forge(saved, format=lambda _: 3)
+    with pytest.raises(CheckpointFormatError, match="written by format 3, this Lumen reads up to 2: upgrade"):
         checkpoint.metadata(saved)
 
 

@@ -290,10 +290,10 @@ def test_host_memory_is_used_again():
     first = snapshot({"state": tree}, memory)
     block = memory.take(0, pinned=False).data_ptr()
     tree["a"].zero_()  # the step goes on
-    assert all(array.all() for array in first.arrays.values())
+    assert all(array.all() for array in first.data.values())
     second = snapshot({"state": tree}, memory)
     assert memory.take(0, pinned=False).data_ptr() == block
-    addresses = [[array.ctypes.data for array in each.arrays.values()] for each in (first, second)]
+    addresses = [[array.ctypes.data for array in each.data.values()] for each in (first, second)]
     assert addresses[0] == addresses[1]
     snapshot({"state": {"a": torch.ones(5000)}}, memory)  # more than there is
     assert memory.take(0, pinned=False).numel() >= 20000

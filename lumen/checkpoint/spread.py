@@ -1,0 +1,40 @@
+"""States that a step's transforms spread over processes: which leaf of this process is which part of what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lumen.core.sharding import Piece, Spread
+from lumen.core.step import StepFn, as_step, without_slot
+from lumen.errors import CheckpointError
+
+
+def pieces(step: StepFn | None, state: Any) -> Mapping[int, Piece]:
+    """Of the leaves of `state`, by place, those that are parts."""
+    return {} if step is None else as_step(step).pieces(state)
+
+
+def by_place(cut: Mapping[int, Piece], kinds: Sequence[str]) -> dict[int, Piece]:
+    """The same, by place among leaves of these `kinds`: in a checkpoint, None and empty containers are leaves too."""
+    places = [place for place, kind in enumerate(kinds) if kind not in ("none", "empty")] if cut else []
+    return {places[leaf]: piece for leaf, piece in cut.items()}
+
+
+def bare(step: StepFn | None, state: Any) -> Any:
+    """`state` as it would be without what says how it is spread: a checkpoint does not depend on it."""
+    for transform in () if step is None else as_step(step).transforms:
+        if transform.shards and transform.name in getattr(state, "slots", ()):
+            state = without_slot(state, transform.name)
+    return state
+
+
+def check(step: StepFn | None, state: Any, write: str) -> None:
+    """Raise `CheckpointError` where `state` is this process's part of one, and there is no step to say of which."""
+    slots = getattr(state, "slots", None) or {}
+    found = [name for name, slot in slots.items() if isinstance(slot, Spread)]
+    if found and step is None:
+        raise CheckpointError(
+            f"this process has a part of the state under lm.{found[0]}. Write {write} on every process, or give"
+            " step.export(state), the whole state."
+        )
