@@ -44,8 +44,12 @@ class Reduction(Protocol):
     """How a parallel transform joins the gradients of several processes, where the engine has just made them.
 
     Whoever computes one answer from several calls takes it out of these calls (`reduction=None`), and finishes the
-    sum itself: then the processes meet once for an update.
+    sum itself: then the processes meet once for an update. `rows` is how many this process has; where it is 0, its
+    batch only stands in. Where processes meet `within` a call too, all must make equally many.
     """
+
+    rows: int
+    within: bool
 
     def watch(self, live: Sequence[Tensor]) -> None:
         """Called before the backward pass with the leaves that are differentiated, in the order of params."""
@@ -55,6 +59,12 @@ class Reduction(Protocol):
 
         `independent` is raised, on every process, where no process's loss depends on the params.
         """
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the processes give."""
+
+    def idle(self, call: GradientCall) -> GradientCall:
+        """`call` without weight: for a process that has made all of its own while others go on."""
 
 
 @dataclass(slots=True)
@@ -102,7 +112,8 @@ class Gradient(_Call):
     """The answer of P1.
 
     `loss` is what the user's function returned (a `Mean` or a scalar); when summed, always a `Mean` whose total is
-    what `grads` are the gradients of, with `scalar` remembering how the user said it.
+    what `grads` are the gradients of, with `scalar` remembering how the user said it. `joint` marks the answer of all
+    processes; one that is not holds for this process's rows alone.
     """
 
     loss: Mean | Tensor
@@ -110,6 +121,7 @@ class Gradient(_Call):
     aux: Any = None
     scalar: bool = False
     rows: int | None = None
+    joint: bool = False
 
 
 @dataclass(slots=True)

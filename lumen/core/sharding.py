@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.collectives import pmax
 
 _KEYS = ("<shards>", "<shards within>")
 
@@ -107,8 +108,16 @@ def norm(norms: Tensor, values: Any) -> Tensor:
     return total.sqrt()
 
 
-def everywhere(flags: Tensor) -> Tensor:
-    """Where each of the boolean `flags` is true on every process."""
-    for shards in _bound():
-        flags = shards.reduce((~flags).float(), "max") == 0
-    return flags
+def everywhere(flags: Tensor, apart: bool = False) -> Tensor:
+    """Where each of the boolean `flags` is true on every process that holds a part.
+
+    With `apart` they were found on this process's rows alone, and those with other rows are asked too.
+    """
+    bad = (~flags).float()
+    found = _bound()
+    for shards in found:
+        bad = shards.reduce(bad, "max")
+    others = [axis for axis in ("data", "shard") if apart and getattr(rules.axis(axis), "process", False)]
+    for axis in others:
+        bad = pmax(bad, axis)
+    return bad == 0 if found or others else flags

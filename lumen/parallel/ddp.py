@@ -152,9 +152,3 @@ class ddp(Transform):
                     f"{inner!r} shows BatchNorm a microbatch at a time, of which processes with fewer rows have fewer,"
                     f' so {self!r} cannot join their statistics. Write lm.ddp(buffers="merge"), or leave one out.'
                 )
-        scaled = [t for t in transforms if getattr(getattr(t, "policy", None), "loss_scale", None) is not None]
-        if scaled and any(t.level == "accumulate" for t in transforms):
-            raise OrderError(
-                f"{scaled[0]!r} inside lm.accumulate sees the gradients of one process, so processes would disagree"
-                ' about which updates to leave out. Write lm.precision("bf16"), or leave out lm.accumulate.'
-            )

@@ -13,8 +13,9 @@ from lumen import tree
 from lumen.core import gradient, rows, rules
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
+from lumen.core.step import device_of
 from lumen.core.values import Max, Mean, Min, Sum, Value, is_value
-from lumen.errors import AxisError, LossError
+from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.buckets import Arrived, Buckets, Layouts, Wire
 from lumen.parallel.sync_norm import synchronised
 
@@ -34,6 +35,7 @@ class RowsRule:
         self._old = getattr(state, "buffers", None)
         held = state if self._old is None else self._old
         self._held = {id(tensor) for tensor in tree.tensors(held)}
+        self._device = device_of(state)
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of the global batch."""
@@ -45,7 +47,7 @@ class RowsRule:
         size = rows.count(call.batch)
         # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
         overlap = size > 0 and self._buffers != "sync" and not rules.is_tracing()
-        exchange = Exchange(self._wire, Buckets(self._wire, self._layouts, overlap), size, self._kept)
+        exchange = Exchange(self._wire, Buckets(self._wire, self._layouts, overlap), size, self._kept, self._device)
         self._counts = size > 0
         if not size:
             call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
@@ -116,12 +118,30 @@ def _bounds(dtype: torch.dtype) -> tuple[float, float]:
 class Exchange:
     """The reduction of one gradient: `lumen.core.primitives.Reduction`."""
 
-    def __init__(self, wire: Wire, buckets: Buckets, size: int, kept: Callable[[Any], bool]) -> None:
+    within = False
+
+    def __init__(
+        self, wire: Wire, buckets: Buckets, size: int, kept: Callable[[Any], bool], device: torch.device
+    ) -> None:
         self._wire = wire
         self._buckets = buckets
-        self._size = size
+        self.rows = size
         self._kept = kept
+        self._device = device
         self._grads: Any = None
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if rules.is_tracing():
+            raise OrderError(
+                "lm.compile cannot trace a step in which processes ask each other for the number of their microbatches."
+                " Give it: lm.accumulate(2)."
+            )
+        return int(self._wire.launch(torch.tensor(number, device=self._device), "max", exact=True)())
+
+    def idle(self, call: GradientCall) -> GradientCall:
+        """The call with a loss that weighs nothing."""
+        return call.replace(loss_fn=weightless(call.loss_fn, call.has_aux))
 
     def watch(self, live: Sequence[Tensor]) -> None:
         """Let the buckets fill."""
@@ -135,9 +155,9 @@ class Exchange:
                 "under lm.ddp a gradient was asked for that is to be differentiated again outside of a loss function."
                 " Take the inner gradient inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
             )
-        if not self._size:
+        if not self.rows:
             leaves = [torch.zeros_like(leaf) for leaf in leaves]
-        aux = _Shared(answer.aux, self._size or STAND_IN, self._kept)
+        aux = _Shared(answer.aux, self.rows or STAND_IN, self._kept)
         maxima = aux.launch_maxima(self._wire)
         sums, tail = self._buckets.finish(leaves, self._tail(answer, aux.averaged(), independent is None))
         # A copy: a loss that is kept until it is logged would keep its whole bucket.
@@ -151,6 +171,7 @@ class Exchange:
             loss=Mean(total.to(loss.total.dtype), weight.to(loss.weight.dtype)),
             grads=self._grads,
             aux=aux.joined(tail[4:], size, maxima),
+            joint=True,
         )
 
     def _tail(self, answer: Gradient, averaged: Sequence[Tensor], live: bool) -> Tensor:
@@ -159,7 +180,7 @@ class Exchange:
         assert isinstance(loss, Mean)
         dtypes = [loss.total.dtype, *(x.dtype for x in averaged)]
         wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        size = self._size
+        size = self.rows
         if not size:
             return torch.zeros(4 + sum(x.numel() for x in averaged), dtype=wide, device=loss.total.device)
         counts = torch.tensor([size, int(live)], dtype=wide, device=loss.total.device)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,10 +19,10 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Piece, Spread
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
-from lumen.errors import AxisError, BatchError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
 from lumen.parallel import agree
 from lumen.parallel.buckets import Buckets, Layouts, Wire
-from lumen.parallel.exchange import STAND_IN, Exchange, RowsRule, weightless
+from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
 from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
 from lumen.parallel.mesh import Mesh
@@ -69,12 +68,12 @@ class fsdp(Transform):
     to the order of floating sums. Under bf16 compute, a gradient's sum is taken in float32 and rounded to bfloat16.
     Losses and `lm.Aux` are as under `lm.ddp`. At level 3 all processes must run the same units in the same order, and
     apply the model equally often; a unit that some processes pass over counts as run where the order is that of the
-    module. There `lm.accumulate` inside
-    needs equally many microbatches everywhere.
+    module. With `lm.accumulate` inside, gradients are summed once for an update; at level 3 once for a microbatch,
+    where a process with fewer microbatches repeats its last without weight.
 
     Raises, on every process: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
-    that need whole tensors (muon, adafactor, lamb …); `PatternError` for units that match nothing; `BatchError` where
-    the processes' rows make different numbers of microbatches; `OrderError` for what cannot stand around it.
+    that need whole tensors (muon, adafactor, lamb …); `PatternError` for units that match nothing; `OrderError` for
+    what cannot stand around or inside it.
 
     >>> import lumen as lm
     >>> lm.fsdp(level=2), lm.fsdp(units="blocks.*")
@@ -195,7 +194,7 @@ class fsdp(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with params gathered as they are used, and gradients summed over processes."""
         inside = as_step(step).transforms
-        _check_inside(inside)
+        self._check_inside(inside)
         layouts: Layouts | None = None
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -209,7 +208,7 @@ class fsdp(Transform):
             wire = Wire(cut.everyone)
             layouts = layouts or Layouts(wire, 25 * 2**20)
             shapes = self._shapes(state)
-            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: _Rule(self, cut, wire, layouts, state, inside)}
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: _Rule(self, cut, wire, layouts, state)}
             if self.sharded == 3:
                 handlers[Primitive.APPLY] = functools.partial(self._apply, shapes)
             else:
@@ -226,6 +225,17 @@ class fsdp(Transform):
         """A new chain of gathers."""
         assert self.cut is not None
         return Session(self.cut, shapes, torch.bfloat16 if self.gather else None, self.prefetch)
+
+    def _check_inside(self, transforms: Sequence[Transform]) -> None:
+        for inner in transforms:
+            if inner.level == "private":
+                raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
+            if getattr(inner, "auto", False) and self.sharded == 3:
+                raise OrderError(
+                    f"{inner!r} cannot stand in lm.fsdp(level=3): a process that runs out of memory between two gathers"
+                    " would leave the others waiting in the next. Give a number, lm.accumulate(2), or use"
+                    " lm.fsdp(level=2), where processes meet only after each has computed its gradient."
+                )
 
     def _units(self, apply: Any, shapes: Shapes) -> Units:
         if apply not in self._found:
@@ -308,32 +318,12 @@ def _update(cut: Cut, level: int, next: Next, call: UpdateCall) -> tuple[Any, An
     return dict(zip(new, wholes, strict=True)), opt_state
 
 
-def _check_inside(transforms: Sequence[Transform]) -> None:
-    for inner in transforms:
-        if inner.level == "private":
-            raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
-        if getattr(inner, "auto", False):
-            raise OrderError(
-                f"{inner!r} under lm.fsdp would retry on the process that ran out of memory alone."
-                " Give a number: lm.accumulate(2)."
-            )
-    scaled = [t for t in transforms if getattr(getattr(t, "policy", None), "loss_scale", None) is not None]
-    if scaled and any(t.level == "accumulate" for t in transforms):
-        raise OrderError(
-            f"{scaled[0]!r} inside lm.accumulate sees the gradients of one process, so processes would disagree"
-            ' about which updates to leave out. Write lm.precision("bf16"), or leave out lm.accumulate.'
-        )
-
-
 class _Rule(RowsRule):
     """What fsdp makes of each P1 call of one step."""
 
-    def __init__(
-        self, transform: fsdp, cut: Cut, wire: Wire, layouts: Layouts, state: Any, inside: Sequence[Transform]
-    ) -> None:
+    def __init__(self, transform: fsdp, cut: Cut, wire: Wire, layouts: Layouts, state: Any) -> None:
         super().__init__(wire, layouts, "merge", state)
         self._transform, self._cut, self._shapes = transform, cut, transform._shapes(state)
-        self._splitter: Any = next((t for t in inside if t.level == "accumulate"), None)
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
@@ -342,65 +332,41 @@ class _Rule(RowsRule):
                 ' torch.func.grad. Leave out lm.ensemble and engine="func".'
             )
         size = rows.count(call.batch)
-        stand_in = max(STAND_IN, self._check_parts(size))
-        exchange = self._exchange(size)
         if not size:
-            batch = tree.map(functools.partial(_zeros, stand_in), call.batch)
-            call = call.replace(batch=batch, loss_fn=weightless(call.loss_fn, call.has_aux))
-        answer = self._differentiate(next, call.replace(summed=True, reduction=exchange))
+            call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
+        answer: Gradient = next(self._shared(call.replace(summed=True), size))
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))
         return answer if call.summed else gradient.normalized(answer)
 
-    def _differentiate(self, next: Next, call: GradientCall) -> Gradient:
-        if self._transform.sharded < 3:
-            return next(call)  # type: ignore[no-any-return]
+    def _shared(self, call: GradientCall, size: int) -> GradientCall:
+        """The call with its reduction; at level 3 for params that are gathered as they are used."""
+        if self._transform.sharded == 1:
+            buckets = Buckets(self._wire, self._layouts, size > 0)
+            return call.replace(reduction=Exchange(self._wire, buckets, size, self._kept, self._device))
+        parts: Any = _Parts(self._cut)
+        if self._transform.sharded == 2:
+            return call.replace(reduction=Exchange(self._wire, parts, size, self._kept, self._device))
         _check_params(call.params, self._shapes)
-        shapes = self._shapes
+        idle = self._gathering(weightless(call.loss_fn, call.has_aux), call.has_aux, idle=True)
+        exchange = _Summed(self._wire, parts, size, self._kept, self._device, idle)
+        return call.replace(loss_fn=self._gathering(call.loss_fn, call.has_aux, idle=not size), reduction=exchange)
+
+    def _gathering(self, loss: Callable[..., Any], has_aux: bool, idle: bool) -> Callable[..., Any]:
+        """`loss` as a function of parts."""
 
         def loss_fn(params: Any, *rest: Any) -> Any:
-            session = self._transform.session(shapes)
+            session = self._transform.session(self._shapes)
+            session.idle = idle
             try:
-                out = call.loss_fn({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
-                return _tied(session, out, call.has_aux)
+                out = loss({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
+                return _tied(session, out, has_aux)
             finally:
                 session.close()
 
-        loss_fn.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
-        loss_fn.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
-        return next(call.replace(loss_fn=loss_fn))  # type: ignore[no-any-return]
-
-    def _exchange(self, size: int) -> Exchange:
-        if self._transform.sharded == 1:
-            return Exchange(self._wire, Buckets(self._wire, self._layouts, size > 0), size, self._kept)
-        kind: Any = _Summed if self._transform.sharded == 3 else Exchange
-        return kind(self._wire, _Parts(self._cut), size, self._kept)  # type: ignore[no-any-return]
-
-    def _check_parts(self, size: int) -> int:
-        """How many rows stand in for none, so that microbatches are as many as elsewhere.
-
-        Raises `BatchError`, on every process, where those with rows do not agree.
-        """
-        splitter = self._splitter
-        if splitter is None or self._transform.sharded < 3:
-            return 0
-        each = splitter.microbatch
-        parts = math.ceil(size / each) if each else min(splitter.k, size)
-        bounds = torch.tensor([parts, -parts if size else -(2**31)], device=self._transform.mesh.device)
-        most, least = self._cut.reduce(bounds, "max").tolist()
-        if most != -least:
-            raise BatchError(
-                f"under lm.fsdp every process must take equally many microbatches, and {splitter!r} makes between"
-                f" {-least} and {most} of the processes' rows. Give each process at least as many rows, or use"
-                f" lm.accumulate({max(-least, 1)})."
-            )
-        if each:
-            return int(most) * int(each)
-        return int(most) * (STAND_IN if most == splitter.k else 1)
-
-
-def _zeros(size: int, leaf: Any) -> Any:
-    return leaf.new_zeros((size, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+        loss_fn.__wrapped__ = loss  # type: ignore[attr-defined]
+        loss_fn.__qualname__ = getattr(loss, "__qualname__", "loss")
+        return loss_fn
 
 
 def _check_params(params: Any, shapes: Shapes) -> None:
@@ -424,7 +390,16 @@ def _tied(session: Session, out: Any, has_aux: bool) -> Any:
 class _Summed(Exchange):
     """The reduction of one gradient at level 3, whose grads have been summed where they were made."""
 
+    within = True
     _buckets: Any
+
+    def __init__(self, wire: Wire, parts: Any, size: int, kept: Any, device: Any, idle: Callable[..., Any]) -> None:
+        super().__init__(wire, parts, size, kept, device)
+        self._idle = idle
+
+    def idle(self, call: GradientCall) -> GradientCall:
+        """The call with a loss that weighs nothing, and takes part in every gather."""
+        return call.replace(loss_fn=self._idle)
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
         """The answer of all processes."""

@@ -84,6 +84,7 @@ class Session:
 
     def __init__(self, cut: Cut, shapes: Mapping[str, torch.Size], wire: torch.dtype | None, prefetch: int) -> None:
         self.cut, self.shapes, self.wire, self.prefetch = cut, shapes, wire, prefetch
+        self.idle = False  # whether what is computed weighs nothing, whatever its gradients
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -171,6 +172,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         held: Held = ctx.held
         held.free()
+        if held.session.idle:  # 0 times infinity is no zero
+            grads = tuple(torch.zeros_like(grad) for grad in grads)
         return (None, token, *reduce_scatter(held.session.cut, grads))
 
 

@@ -81,8 +81,7 @@ class ProcessAxis:
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
-        out = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+        out = _all_reduce(x.detach(), op, group)
         ctx.op, ctx.group = op, group
         ctx.save_for_backward(x, out)
         return out
@@ -95,6 +94,17 @@ class _Reduce(torch.autograd.Function):
             return total, None, None
         winners = (x == out).to(grad.dtype)
         return total * winners / _Reduce.apply(winners, "sum", ctx.group), None, None  # type: ignore[no-untyped-call]
+
+
+def _all_reduce(x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
+    if rules.is_tracing():
+        from torch.distributed import _functional_collectives as functional
+
+        summed: Tensor = functional.wait_tensor(functional.all_reduce(x, op, group))
+        return summed
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+    return out
 
 
 def mesh(

@@ -18,9 +18,14 @@ from lumen.core.donation import is_retired, retire
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, without_slot
-from lumen.errors import BatchError, InexactWarning, LumenError
+from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
 
 _NARROW = (torch.float16, torch.bfloat16)
+_FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
+
+
+class _Again(torch.OutOfMemoryError):
+    """Every process is about to take its rows in more parts."""
 
 
 @state_class
@@ -40,7 +45,9 @@ class accumulate(Transform):
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
     (losses travel as totals and weights). BatchNorm in training mode sees one microbatch at a time, as it must:
     its running statistics are the mean of the parts' by rows, its counter advances once. Gradients of 16-bit params
-    are summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one.
+    are summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and
+    "auto" cuts finer on all processes once one has run out of memory; not under `lm.fsdp(level=3)`, where the others
+    would wait in the middle of the gradient, and not while `lm.compile` traces.
 
     Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
     the error of running out of memory comes through where single rows do not fit, or the step failed while it was
@@ -128,10 +135,17 @@ class accumulate(Transform):
         try:
             return step(state, batch)
         except (RuntimeError, MemoryError) as error:
+            again = isinstance(error, _Again) or (
+                not self._shared() and _is_out_of_memory(error) and parts < self._rows
+            )
             # What failed during an update may have changed a donated state already.
-            if not _is_out_of_memory(error) or self._updating or is_retired(state) or parts >= self._rows:
+            if not again or self._updating or is_retired(state):
                 raise
             return None
+
+    def _shared(self) -> bool:
+        """Whether other processes would go on while this one tries again by itself."""
+        return self.within is not None and any(t.level == "parallel" for t in self.within.transforms)
 
     def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self._updating = True
@@ -140,19 +154,55 @@ class accumulate(Transform):
         return answer
 
     def _rule(self, next: Next, call: GradientCall) -> Gradient:
-        parts = []
-        sums = None
-        for microbatch in self._split(call.batch, shared=call.reduction is not None):
-            part: Gradient = next(call.replace(batch=microbatch, summed=True, reduction=None))
-            sums = _widen(part.grads) if sums is None else _add(sums, part.grads, own=len(parts) > 1)
-            parts.append(part.replace(grads=None))
-        total = rows.add_gradients(parts).replace(grads=_like(sums, call.params))
+        if self.auto and rules.is_tracing() and call.reduction is not None:
+            raise OrderError(
+                "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where processes ask each"
+                " other whether all have had memory enough. Give a number: lm.accumulate(2)."
+            )
+        total = self._total(next, call) if not self.auto or rules.is_tracing() else self._fitting(next, call)
         if call.reduction is not None:
             total = call.reduction.finish(total)
         return total if call.summed else gradient.normalized(total)
 
-    def _split(self, batch: Any, shared: bool = False) -> list[Any]:
+    def _fitting(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
+        total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
+        try:
+            total = self._total(next, call)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            outcome, said = (_CUT if self.k is not None and self.k < self._rows else _FAILS), str(error)
+        worst = outcome if call.reduction is None else call.reduction.most(outcome)
+        if worst == _CUT:
+            raise _Again(said)
+        if worst == _FAILS:
+            raise torch.OutOfMemoryError(said)
+        assert total is not None
+        return total
+
+    def _total(self, next: Next, call: GradientCall) -> Gradient:
+        alone = call.replace(summed=True, reduction=None)
+        pieces = self._split(call)
+        calls = [alone.replace(batch=piece) for piece in pieces]
+        reduction = call.reduction
+        if reduction is not None and reduction.within:
+            most = self.k or reduction.most(len(pieces))
+            calls += [reduction.idle(calls[-1])] * (most - len(pieces))
+        parts = []
+        sums = None
+        for place, each in enumerate(calls):
+            part: Gradient = next(each)
+            sums = _widen(part.grads) if sums is None else _add(sums, part.grads, own=place > 1)
+            if place < len(pieces):
+                parts.append(part.replace(grads=None))
+        return rows.add_gradients(parts).replace(grads=_like(sums, call.params))
+
+    def _split(self, call: GradientCall) -> list[Any]:
+        batch, reduction = call.batch, call.reduction
         self._rows = size = rows.count(batch)
+        if reduction is not None and not reduction.rows:
+            return [batch]
         if self.k is None:
             assert self.microbatch is not None
             leaves, spec = tree.flatten(batch)
@@ -162,7 +212,7 @@ class accumulate(Transform):
             if None not in cut:
                 return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
             return rows.split(batch, math.ceil(size / self.microbatch))
-        if self.auto or shared:  # a smaller last batch, or the smaller part of a process
+        if self.auto or reduction is not None:  # a smaller last batch, or the smaller part of a process
             return rows.split(batch, max(1, min(self.k, size)))
         if self.k > size:
             raise BatchError(

@@ -118,43 +118,58 @@ class guard(Transform):
 
 
 class _Watch:
-    """The finiteness of everything seen in one step."""
+    """The finiteness of everything seen in one step: of each leaf in all gradients together."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self.flags: list[Tensor] = []
+        self._flags: dict[tuple[str, ...], Tensor] = {}
+        self._apart = False  # whether other processes have other flags
+        self._agreed: Tensor | None = None
         self.updates = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The leaves that were looked at."""
+        return [name for names in self._flags for name in names]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
+        self._apart |= not answer.joint
         self._note({"loss": loss})
         self._note(answer.grads)
         return answer
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self.updates += 1
-        if not self.flags:
+        if not self._flags:
             self._note(call.grads)
-        bad = ~torch.cat(self.flags).all()
+        bad = ~self._finite().all()
         return next(call.skipping(bad))  # type: ignore[no-any-return]
 
     def first_bad(self, like: Tensor) -> Tensor:
         """The index of the first non-finite leaf, -1 where there is none."""
-        if not self.flags:
+        if not self._flags:
             return torch.full_like(like, -1)
-        bad = ~torch.cat(self.flags)
+        bad = ~self._finite()
         return torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
 
+    def _finite(self) -> Tensor:
+        """For each leaf whether it was finite on every process, asked once for all microbatches."""
+        if self._agreed is None:
+            self._agreed = sharding.everywhere(torch.cat([*self._flags.values()]), self._apart)
+        return self._agreed
+
     def _note(self, values: Any) -> None:
-        self.names += tree.paths(values)
-        self.flags.append(finite_leaves(tree.leaves(values)))
+        names = tuple(tree.paths(values))
+        flags = finite_leaves(tree.leaves(values))
+        self._flags[names] = flags & self._flags[names] if names in self._flags else flags
+        self._agreed = None
 
 
 def finite_leaves(leaves: list[Tensor]) -> Tensor:
-    """For each tensor whether it is finite throughout, on every process that holds a part: a boolean vector."""
+    """For each tensor whether it is finite throughout, here: a boolean vector."""
     if sharding.is_bound():  # parts may be empty, which foreach norms refuse
-        return sharding.everywhere(torch.stack([leaf.isfinite().all() for leaf in leaves]))
+        return torch.stack([leaf.isfinite().all() for leaf in leaves])
     if torch._C._functorch.peek_interpreter_stack() is None and not rules.is_tracing():
         return torch.stack([n.float() for n in torch._foreach_norm(leaves, float("inf"))]).isfinite()
     return torch.stack([leaf.isfinite().all() for leaf in leaves])

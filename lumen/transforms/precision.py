@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import rules, sharding
 from lumen.core.dataclass import state as state_class
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -151,6 +151,8 @@ class _Scaling:
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
         self._flags: list[Tensor] = []
+        self._apart = False  # whether other processes have other flags
+        self._agreed: Tensor | None = None
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         def scaled_loss(*args: Any) -> Any:
@@ -169,6 +171,8 @@ class _Scaling:
         grads = tree.map(lambda g: g * inverse.to(g.dtype), answer.grads)
         finite = finite_leaves(tree.leaves(grads)).all()
         self._flags.append(finite)
+        self._apart |= not answer.joint
+        self._agreed = None
         # What still overflows at the smallest scale is no fault of the scale: a guard outside must see it.
         hide = ~finite & (self.scale > 1.0)
         grads = tree.map(lambda g: torch.where(hide, torch.zeros_like(g), g), grads)
@@ -182,10 +186,13 @@ class _Scaling:
         return next(call.skipping(bad))  # type: ignore[no-any-return]
 
     def finite(self) -> Tensor:
-        """Whether all gradients of this step were finite so far."""
+        """Whether all gradients of this step were finite so far, on every process."""
         if not self._flags:
             return torch.ones_like(self.scale, dtype=torch.bool)
-        return torch.stack(self._flags).all()
+        if self._agreed is None:
+            # Once for all microbatches, of which other processes may have more.
+            self._agreed = sharding.everywhere(torch.stack(self._flags).all(), self._apart)
+        return self._agreed
 
 
 def _norm_params(target: Any) -> frozenset[str]:

@@ -10,7 +10,7 @@ import torch
 
 import lumen as lm
 from lumen.core import world
-from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
+from lumen.errors import AxisError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
 from lumen.parallel import fsdp_run
 from lumen.parallel.fsdp import fsdp
 from lumen.parallel.mesh import mesh
@@ -356,12 +356,6 @@ def bad_units():
     fsdp(units="layers.*")(step).init(make_state("mlp"))
 
 
-def too_few_rows():
-    wrapped = lm.compose(fsdp(), lm.accumulate(3))(step)
-    state = wrapped.init(make_state("mlp"))
-    wrapped(state, part(batches(1, 8)[0], [6, 2], world.rank()))
-
-
 def no_shard_axis():
     fsdp(mesh(data=-1, device="cpu"))(step).init(make_state("mlp"))
 
@@ -390,7 +384,6 @@ def with_func():
     ("task", "error", "says"),
     [
         (bad_units, PatternError, "matches no module"),
-        (too_few_rows, BatchError, r"lm\.accumulate\(2\)"),
         (other_states, WorldError, "differ"),
         (no_shard_axis, WorldError, r"lm\.mesh\(shard=-1\)"),
         (other_params, ParamsError, r"lm\.fsdp\(level=2\)"),
@@ -420,5 +413,5 @@ def test_options_that_are_not(options):
 
 
 def test_what_cannot_stand_inside():
-    with pytest.raises(OrderError, match="accumulate"):
-        lm.compose(fsdp(), lm.accumulate("auto"))(step)
+    with pytest.raises(OrderError, match="noise"):
+        lm.compose(fsdp(), lm.private(1.0, 1.0))(step)
