@@ -7,6 +7,7 @@ or write the whole state (checkpoints) ask for a `Piece` of each leaf.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from lumen.core import rules
 from lumen.core.collectives import pmax
 
 _KEYS = ("<shards>", "<shards within>")
+_WHOLES = "<wholes>"
 
 
 class Box(NamedTuple):
@@ -78,14 +80,32 @@ class Shards(Protocol):
         """`x` summed (`op="sum"`) or maximised (`op="max"`) over them; a new tensor."""
 
 
-def bound(shards: Shards) -> AbstractContextManager[None]:
+class Wholes(Protocol):
+    """What makes parts whole, for rules that need it; on every process in the same order."""
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the whole param `name`."""
+
+    def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> Sequence[Tensor]:
+        """Whole tensors of this shape from their parts, in memory of their own."""
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part, a view."""
+
+
+def bound(shards: Shards, wholes: Wholes | None = None) -> AbstractContextManager[None]:
     """While it is entered, trees of params and grads are parts, and `shards` can join what is said about them."""
     free = next(key for key in _KEYS if rules.axis(key) is None)
-    return rules.bound_axis(free, shards)
+    return rules.bound_axes({free: shards} if wholes is None else {free: shards, _WHOLES: wholes})
 
 
 def _bound() -> list[Shards]:
     return [shards for key in _KEYS if (shards := rules.axis(key)) is not None]
+
+
+def wholes() -> Wholes | None:
+    """What makes parts whole here, None where nothing is cut."""
+    return rules.axis(_WHOLES)
 
 
 def is_bound() -> bool:

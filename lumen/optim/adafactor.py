@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen import tree
 from lumen.core.dataclass import state
 from lumen.optim.base import Transform
 from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule, check_scalar
-from lumen.optim.numerics import Coefficients, Scalar, time, widen, widened, zip_map
+from lumen.optim.numerics import Coefficients, Scalar, time, widen, widened
+from lumen.optim.wholes import whole_init, whole_map
 
 
 @state
@@ -64,7 +64,7 @@ def adafactor(
 
     def init(params: Any) -> AdafactorState:
         count, hparams = hyper.init(params)
-        return AdafactorState(count, tree.map(_zeros, params), hparams)
+        return AdafactorState(count, whole_init(_zeros, params), hparams)
 
     def update(grads: Any, state: AdafactorState, params: Any) -> tuple[Any, AdafactorState]:
         eps2, threshold, decay = hyper.values(state.hparams)
@@ -83,10 +83,10 @@ def adafactor(
             u = -scale * u / torch.clamp(_rms(u) / threshold, min=1.0)
             return u - rate * decay * wide_p if decays else u, kept
 
-        updates, nu = zip_map(leaf, params, grads, state.nu)
+        updates, nu = whole_map(leaf, params, grads, state.nu, _zeros)
         return updates, AdafactorState(count, nu, hparams)
 
-    return Transform(init, update)
+    return Transform(init, update, whole="adafactor takes the rows and columns of whole matrices", gathers=True)
 
 
 def _zeros(p: Tensor) -> dict[str, Tensor]:

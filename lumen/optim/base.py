@@ -32,12 +32,18 @@ class Transform:
 
     `scale_fn(state) -> scalar` marks a transform that multiplies updates by that scalar and leaves its state
     alone.
+
+    `whole` says in words what the rule takes from whole tensors ("muon takes the singular vectors of whole
+    matrices"); it is empty for rules that look at single entries, which run on parts of tensors as they are. A rule
+    that `gathers` makes parts whole by itself, with `lumen.optim.wholes`; others are refused by `lm.fsdp`.
     """
 
     init_fn: Callable[[Params], State]
     update_fn: Update
     fused_fn: Callable[[Any, State, Params, Tensor | None], State] | None = None
     scale_fn: Callable[[State], Tensor] | None = None
+    whole: str = ""
+    gathers: bool = False
 
     def init(self, params: Params) -> State:
         """The optimizer's state for `params` (a pytree of floating tensors)."""
@@ -88,6 +94,12 @@ class Transform:
         if can_fuse(params, grads) and self.fused_fn is not None:
             return self.fused_fn(grads, state, params, skip)
         return plain_in_place(self.update_fn, grads, state, params, skip)
+
+
+def needs(*transforms: Transform) -> dict[str, Any]:
+    """What a transform made of these takes from whole tensors: its fields `whole` and `gathers`."""
+    found = sorted((t for t in transforms if t.whole), key=lambda t: t.gathers)
+    return {"whole": found[0].whole, "gathers": found[0].gathers} if found else {}
 
 
 def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import PatternError
-from lumen.optim.base import Transform, clone
+from lumen.optim.base import Transform, clone, needs
 from lumen.optim.kernels import columns
 from lumen.optim.names import Pattern, dotted_names, matching
 
@@ -66,7 +66,7 @@ def chain(*transforms: Transform) -> Transform:
         return (*new, *states[main + 1 :])
 
     has_fused = bool(transforms) and transforms[main].fused_fn is not None
-    return Transform(init, update, fused if has_fused else None)
+    return Transform(init, update, fused if has_fused else None, **needs(*transforms))
 
 
 def _shorten(start: Any, params: Any, scale: Tensor) -> None:
@@ -154,7 +154,7 @@ class _Partition:
         self.label = label
 
     def transform(self) -> Transform:
-        return Transform(self.init, self.update, self.fused)
+        return Transform(self.init, self.update, self.fused, **needs(*self.parts))
 
     def init(self, params: Any) -> PartitionState:
         groups = self._cut(params)

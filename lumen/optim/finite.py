@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import sharding
 from lumen.core.dataclass import state
-from lumen.optim.base import Transform
+from lumen.optim.base import Transform, needs
 from lumen.optim.hyper import check_count, device_of
 
 
@@ -46,7 +47,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
 
     def judge(grads: Any, state: FiniteState) -> tuple[Tensor, Tensor, Tensor]:
         """Whether to reject, and the new counters."""
-        bad = ~all_finite(grads, state.total.device)
+        bad = ~sharding.everywhere(all_finite(grads, state.total.device))
         consecutive = torch.where(bad, state.consecutive + 1, 0)
         return bad & (consecutive <= max_consecutive_errors), consecutive, state.total + bad
 
@@ -63,7 +64,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
             reject = reject | skip
         return FiniteState(consecutive, total, inner.in_place(grads, state.inner, params, reject))
 
-    return Transform(init, update, fused if inner.fused_fn is not None else None)
+    return Transform(init, update, fused if inner.fused_fn is not None else None, **needs(inner))
 
 
 def all_finite(grads: Any, device: torch.device) -> Tensor:

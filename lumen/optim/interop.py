@@ -18,6 +18,10 @@ from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule
 
 Memory = dict[str, Any]
 
+_ELEMENTWISE = (  # rules of torch's whose update of an entry looks at that entry alone
+    *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
+)
+
 
 @state
 class TorchState:
@@ -67,7 +71,12 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Transfo
     lr = defaults.get("lr") if lr is None else lr
     hyper = Hyper(lr)
     rule = _TorchRule(optimizer, kwargs, hyper)
-    return Transform(rule.init, rule.update, rule.fused)
+    whole = f"from_torch({optimizer.__name__}) is not known to be a rule for single entries"
+    return Transform(rule.init, rule.update, rule.fused, whole="" if _is_elementwise(optimizer) else whole)
+
+
+def _is_elementwise(optimizer: type[torch.optim.Optimizer]) -> bool:
+    return optimizer.__module__.startswith("torch.optim.") and optimizer.__name__ in _ELEMENTWISE
 
 
 class _TorchRule:

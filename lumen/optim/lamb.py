@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen import tree
 from lumen.optim.adam import scale_by_adam
 from lumen.optim.base import Transform
 from lumen.optim.combine import chain
@@ -15,6 +14,7 @@ from lumen.optim.hyper import ScalarOrSchedule
 from lumen.optim.names import Selector
 from lumen.optim.numerics import Scalar, widened
 from lumen.optim.scaling import add_decayed_weights, scale_by_learning_rate
+from lumen.optim.wholes import whole_map
 
 
 def scale_by_trust_ratio() -> Transform:
@@ -26,14 +26,18 @@ def scale_by_trust_ratio() -> Transform:
     tensor([6., 8.])
     """
 
-    def leaf(u: Tensor, p: Tensor) -> Any:
+    def leaf(p: Tensor, u: Tensor, _: None) -> tuple[Tensor, None]:
         wide, wide_p = widened(u, p)
         p_norm, u_norm = torch.linalg.vector_norm(wide_p), torch.linalg.vector_norm(wide)
         neither_zero = (p_norm > 0) & (u_norm > 0)
         ratio = torch.where(neither_zero, p_norm / torch.where(neither_zero, u_norm, 1.0), 1.0)
-        return (wide * ratio.to(wide.dtype)).to(u.dtype)
+        return (wide * ratio.to(wide.dtype)).to(u.dtype), None
 
-    return Transform(lambda _params: (), lambda grads, state, params: (tree.map(leaf, grads, params), state))
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return whole_map(leaf, params, grads)[0], state
+
+    whole = "scale_by_trust_ratio takes the norms of whole tensors (lamb is made of it)"
+    return Transform(lambda _params: (), update, whole=whole, gathers=True)
 
 
 def lamb(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import StateError
-from lumen.optim.base import Transform, apply_updates, clone
+from lumen.optim.base import Transform, apply_updates, clone, needs
 from lumen.optim.hyper import HParams, Hyper, check_count
 from lumen.optim.numerics import Coefficients, Scalar, widen, zip_map
 
@@ -85,7 +85,7 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
         tree.map(lambda p, s: p.copy_(s), state.slow, slow)
         return LookaheadState(count, state.slow, new_inner, state.hparams)
 
-    return Transform(init, update, fused if inner.fused_fn is not None else None)
+    return Transform(init, update, fused if inner.fused_fn is not None else None, **needs(inner))
 
 
 def lookahead_slow_params(opt_state: Any) -> Any:

@@ -14,7 +14,8 @@ from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim.base import Transform
 from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule
 from lumen.optim.names import dotted_names
-from lumen.optim.numerics import Coefficients, Scalar, widened, zeros_like, zip_map
+from lumen.optim.numerics import Coefficients, Scalar, widened, zeros_like
+from lumen.optim.wholes import whole_map
 
 Adjustment = Literal["original", "match_rms_adamw"]
 
@@ -100,10 +101,10 @@ def muon(
             adjusted = minus_rate * _adjustment(p.shape, adjust_lr)
             return adjusted * orthogonal - shrink * wide_p, wide_m.to(m.dtype)
 
-        updates, mu = zip_map(leaf, params, grads, state.mu)
+        updates, mu = whole_map(leaf, params, grads, state.mu)
         return updates, MuonState(state.count + 1, mu, hparams)
 
-    return Transform(init, update)
+    return Transform(init, update, whole="muon takes the singular vectors of whole matrices", gathers=True)
 
 
 def orthogonalize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import HyperparameterError, StateError
-from lumen.optim.base import Transform, clone
+from lumen.optim.base import Transform, clone, needs
 from lumen.optim.hyper import HParams, Hyper, learning_rate
 from lumen.optim.numerics import Coefficients, Scalar, scalar_dtype, widen, zip_map
 
@@ -84,7 +84,7 @@ def schedule_free(inner: Transform, beta: Scalar = 0.9, weight_power: Scalar = 2
         updates, z = zip_map(leaf, params, state.z, updates)
         return updates, ScheduleFreeState(z, max_lr, weight_sum, new_inner, state.hparams)
 
-    return Transform(init, update)
+    return Transform(init, update, **needs(inner))
 
 
 def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:

@@ -27,7 +27,7 @@ from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
-from lumen.parallel.shards import Cut, cut_tree, gather, places_of, reduce_scatter, whole_tree
+from lumen.parallel.shards import Cut, Named, cut_tree, gather, never_cut, places_of, reduce_scatter, whole_tree
 from lumen.parallel.units import Units, find
 
 Shapes = Mapping[str, torch.Size]
@@ -38,12 +38,13 @@ class Sharding(Spread):
     """The slot of `fsdp`, all static: each param's whole `shapes`, over how many processes they are cut, and the level.
 
     A leaf anywhere in the state that stands under a param's name, and has the shape of this process's part of it, is
-    such a part. At levels 1 and 2 that is so in the optimizer state alone.
+    such a part, except at the paths `kept`. At levels 1 and 2 that is so in the optimizer state alone.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = static()
     size: int = static()
     level: int = static()
+    kept: tuple[str, ...] = static(default=())
 
 
 class fsdp(Transform):
@@ -71,9 +72,12 @@ class fsdp(Transform):
     module. With `lm.accumulate` inside, gradients are summed once for an update; at level 3 once for a microbatch,
     where a process with fewer microbatches repeats its last without weight.
 
+    Muon, adafactor and lamb, which look at whole tensors, gather them leaf by leaf, and every process computes the
+    whole update: give muon the matrices alone. Adafactor's rows and columns stay whole everywhere.
+
     Raises, on every process: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
-    that need whole tensors (muon, adafactor, lamb …); `PatternError` for units that match nothing; `OrderError` for
-    what cannot stand around or inside it.
+    of torch's or of others that are not known to update entry by entry; `PatternError` for units that match nothing;
+    `OrderError` for what cannot stand around or inside it.
 
     >>> import lumen as lm
     >>> lm.fsdp(level=2), lm.fsdp(units="blocks.*")
@@ -158,23 +162,27 @@ class fsdp(Transform):
         agree.check_alike(lines, cut.everyone, device_of(state), "the processes of lm.fsdp")
         shapes = {name: p.shape for name, p in params.items()}
         state = agree.broadcast(state, cut.everyone)
+        kept = never_cut(self._cut_of(state), shapes)
         if self.sharded == 3:
             self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
             state = cut_tree(cut, state, shapes)
         else:
             state = state.replace(opt_state=cut_tree(cut, state.opt_state, shapes))
         record = tuple((name, tuple(shape)) for name, shape in shapes.items())
-        return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, level=self.sharded))
+        return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, level=self.sharded, kept=kept))
+
+    def _cut_of(self, state: Any) -> Any:
+        """What of a state is cut."""
+        return state if self.sharded == 3 else state.opt_state
 
     def export(self, state: Any) -> Any:
         """The whole state, on every process."""
         if self.cut is None:
             return state
-        shapes = self._shapes(state)
+        shapes, kept = self._shapes(state), slot(state, self.name).kept
         state = without_slot(state, self.name)
-        if self.sharded == 3:
-            return whole_tree(self.cut, state, shapes)
-        return state.replace(opt_state=whole_tree(self.cut, state.opt_state, shapes))
+        whole = whole_tree(self.cut, self._cut_of(state), shapes, kept)
+        return whole if self.sharded == 3 else state.replace(opt_state=whole)
 
     def pieces(self, state: Any) -> dict[int, Piece]:
         """This process's rows of each leaf that is cut."""
@@ -182,10 +190,15 @@ class fsdp(Transform):
         if cut is None:
             return {}
         shapes = self._shapes(state)
-        leaves = tree.leaves(state)
-        chosen = {id(leaf) for leaf in tree.leaves(state if self.sharded == 3 else state.opt_state)}
-        places = [(place, name) for place, name in places_of(state, shapes, cut) if id(leaves[place]) in chosen]
-        return {place: cut.piece(shapes[name]) for place, name in places if shapes[name]}
+        chosen = self._cut_of(state)
+        leaves = tree.leaves(chosen)
+        names = {
+            id(leaves[place]): name
+            for place, name in places_of(chosen, shapes, cut, slot(state, self.name).kept)
+            if shapes[name]
+        }
+        held = enumerate(tree.leaves(state))
+        return {place: cut.piece(shapes[names[id(leaf)]]) for place, leaf in held if id(leaf) in names}
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)
@@ -208,15 +221,16 @@ class fsdp(Transform):
             wire = Wire(cut.everyone)
             layouts = layouts or Layouts(wire, 25 * 2**20)
             shapes = self._shapes(state)
+            named = Named(cut, shapes)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: _Rule(self, cut, wire, layouts, state)}
             if self.sharded == 3:
                 handlers[Primitive.APPLY] = functools.partial(self._apply, shapes)
             else:
-                handlers[Primitive.UPDATE] = functools.partial(_update, cut, self.sharded)
+                handlers[Primitive.UPDATE] = functools.partial(_update, cut, named, self.sharded)
             with self.mesh.bound(), rules.install(handlers):
                 if self.sharded == 1:
                     return step(state, batch)
-                with sharding.bound(cut):
+                with sharding.bound(cut, named):
                     return step(state, batch)
 
         return run
@@ -301,13 +315,14 @@ def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: Cut) -> froz
     return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()
 
 
-def _update(cut: Cut, level: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+def _update(cut: Cut, named: Named, level: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
     """P2 of levels 1 and 2: update this process's rows, and give them to all."""
+    named.shapes.update({name: p.shape for name, p in call.params.items()})
     parts = {name: cut.part(p) for name, p in call.params.items()}
     grads = {name: cut.part(g) for name, g in call.grads.items()} if level == 1 else call.grads
     inner = call.replace(params=parts, grads=grads)
     if level == 1:
-        with sharding.bound(cut):
+        with sharding.bound(cut, named):
             new, opt_state = next(inner)
     else:
         new, opt_state = next(inner)

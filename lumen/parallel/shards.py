@@ -187,16 +187,59 @@ def _spread(column: Tensor, whole: Tensor) -> None:
         column[full, : rest.numel()].copy_(rest)
 
 
-def places_of(values: Any, shapes: Mapping[str, torch.Size], cut: Cut | None = None) -> list[tuple[int, str]]:
-    """The leaves of `values`, by place, that stand under a param's name and have its shape: whole, or `cut`."""
+class Named:
+    """Parts of params whose whole `shapes` are known by name: `lumen.core.sharding.Wholes`."""
+
+    def __init__(self, cut: Cut, shapes: Mapping[str, torch.Size]) -> None:
+        self._cut = cut
+        self.shapes = dict(shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the whole param."""
+        return self.shapes[name]
+
+    def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+        """Whole tensors of this shape."""
+        return gather(self._cut, parts, [shape] * len(parts))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's rows."""
+        return self._cut.part(whole)
+
+
+def never_cut(values: Any, shapes: Mapping[str, torch.Size]) -> tuple[str, ...]:
+    """The paths of leaves of a whole tree that may later be taken for a param's part: the column of its moments, say.
+
+    They stand under a param's name, and differ from it in the number of rows alone.
+    """
+    found = []
+    for path, leaf in zip(tree.paths(values), tree.leaves(values), strict=True):
+        name = _param_of(path, shapes)
+        if name is not None and isinstance(leaf, Tensor) and leaf.dim() and leaf.shape != shapes[name]:
+            found += [path] * (leaf.shape[1:] == shapes[name][1:])
+    return tuple(found)
+
+
+def _param_of(path: str, shapes: Mapping[str, torch.Size]) -> str | None:
+    names = [name for name in re.findall(r"\[([^\]]+)\]", path) if name in shapes]
+    return names[-1] if names else None
+
+
+def places_of(
+    values: Any, shapes: Mapping[str, torch.Size], cut: Cut | None = None, kept: Sequence[str] = ()
+) -> list[tuple[int, str]]:
+    """The leaves of `values`, by place, that stand under a param's name and have its shape: whole, or `cut`.
+
+    In a tree that is cut, the paths `kept` are left out.
+    """
     found = []
     for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
-        names = [name for name in re.findall(r"\[([^\]]+)\]", path) if name in shapes]
-        if not names or not isinstance(leaf, Tensor):
+        name = _param_of(path, shapes)
+        if name is None or not isinstance(leaf, Tensor) or path in kept:
             continue
-        whole = shapes[names[-1]]
+        whole = shapes[name]
         if leaf.shape == (cut.shape(whole) if cut is not None else whole):
-            found.append((place, names[-1]))
+            found.append((place, name))
     return found
 
 
@@ -208,10 +251,10 @@ def cut_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size]) -> Any:
     return spec.unflatten(leaves)
 
 
-def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size]) -> Any:
-    """The inverse of `cut_tree`."""
+def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size], kept: Sequence[str] = ()) -> Any:
+    """The inverse of `cut_tree`; the paths `kept` were not cut, see `never_cut`."""
     leaves, spec = tree.flatten(values)
-    places = places_of(values, shapes, cut)
+    places = places_of(values, shapes, cut, kept)
     wholes = gather(cut, [leaves[place] for place, _ in places], [shapes[name] for _, name in places])
     for (place, _), whole in zip(places, wholes, strict=True):
         leaves[place] = whole

@@ -129,7 +129,7 @@ class tensor_parallel(Transform):
         self._check_outside()
         if team is None:
             return state
-        check_optimizer(state.tx, "lm.tensor_parallel")
+        check_optimizer(state.tx, "lm.tensor_parallel", gathers=False)
         state = cut_tree(team, agree.broadcast(state, team.group), layouts)
         return with_slot(state, self.name, Layouts(layouts=tuple(layouts.items()), size=team.size))
 
