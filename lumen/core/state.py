@@ -54,7 +54,8 @@ class TrainState:
         model = model if isinstance(model, Pure) else pure(model)
         if not model.params:
             raise ParamsError("the model has no trainable parameters: each has requires_grad=False, or it has none.")
-        device = next(iter(model.params.values())).device
+        first = next(iter(model.params.values()))
+        device = torch.device("cpu") if first.is_meta else first.device  # a seed without a value would be none
         return cls(
             step=torch.zeros((), dtype=torch.int64, device=device),
             params=model.params,

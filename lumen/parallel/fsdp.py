@@ -17,7 +17,7 @@ from lumen.core.dataclass import static
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Piece, Spread
-from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
+from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
 from lumen.parallel import agree
@@ -25,6 +25,7 @@ from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
 from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
+from lumen.parallel.materialise import Initialise, begins_on_meta, begun, keeping, materialise, reset
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.shards import Cut, Named, cut_tree, gather, never_cut, places_of, reduce_scatter, whole_tree
@@ -63,6 +64,11 @@ class fsdp(Transform):
     `gather="bf16"` sends float32 params in half the bytes. Declared change: their rounding; gradients are summed in
     float32.
 
+    A model that was made under `torch.device("meta")` gets its values in `init`: unit by unit, each process keeping its
+    parts, so that none ever holds the whole. `initialise(module)` is called for each module in order, after
+    `torch.manual_seed` with the state's seed, and sets what that module itself holds; by default it calls
+    `module.reset_parameters()`. Values are bitwise those of one process that does the same on the mesh's device.
+
     The mesh's `shard` axis cuts; a `data` axis beside it (HSDP) holds copies, whose gradients are summed as well.
 
     Law: with any parts of the batch, also empty ones, params and loss are those of one process on the global batch, up
@@ -92,6 +98,7 @@ class fsdp(Transform):
     units: str | Sequence[str] | None
     gather: str | None
     prefetch: int
+    initialise: Initialise | None
     _given: Mesh | None
 
     def __init__(
@@ -102,6 +109,7 @@ class fsdp(Transform):
         units: str | Sequence[str] | None = None,
         gather: Literal["bf16"] | None = None,
         prefetch: int = 1,
+        initialise: Initialise | None = None,
     ) -> None:
         if type(level) is not int or level not in (1, 2, 3):
             raise HyperparameterError(
@@ -117,6 +125,7 @@ class fsdp(Transform):
         self.units = units
         self.gather = gather
         self.prefetch = prefetch
+        self.initialise = initialise
         self._given = mesh
         self._found: dict[Any, Units] = {}
         self._passes: list[Pass] = []
@@ -126,6 +135,8 @@ class fsdp(Transform):
         usual = {"level": 3, "units": None, "gather": None, "prefetch": 1}
         values = {"level": self.sharded, "units": self.units, "gather": self.gather, "prefetch": self.prefetch}
         said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
+        # Without its address, which differs between processes.
+        said += [f"initialise={getattr(self.initialise, '__qualname__', '...')}"] * (self.initialise is not None)
         return f"lm.fsdp({', '.join(said)})"
 
     @functools.cached_property
@@ -150,7 +161,7 @@ class fsdp(Transform):
         """This process's parts of the first process's state, after checking that all have the same."""
         cut = self.cut
         if cut is None:
-            return state
+            return self._made(state, None) if begins_on_meta(state) else state
         params = getattr(state, "params", None)
         if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
             raise ParamsError(
@@ -159,17 +170,28 @@ class fsdp(Transform):
             )
         check_optimizer(state.tx)
         lines = agree.describe(state, self.within)
-        agree.check_alike(lines, cut.everyone, device_of(state), "the processes of lm.fsdp")
+        agree.check_alike(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
         shapes = {name: p.shape for name, p in params.items()}
-        state = agree.broadcast(state, cut.everyone)
         kept = never_cut(self._cut_of(state), shapes)
-        if self.sharded == 3:
-            self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
-            state = cut_tree(cut, state, shapes)
+        self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
+        if begins_on_meta(state):
+            state = self._made(state, cut)
         else:
-            state = state.replace(opt_state=cut_tree(cut, state.opt_state, shapes))
+            state = agree.broadcast(state, cut.everyone)
+            parts = cut_tree(cut, self._cut_of(state), shapes)
+            state = parts if self.sharded == 3 else state.replace(opt_state=parts)
         record = tuple((name, tuple(shape)) for name, shape in shapes.items())
         return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, level=self.sharded, kept=kept))
+
+    def _made(self, state: Any, cut: Cut | None) -> Any:
+        """The state of a model on the meta device with values, made where they stay."""
+        units = self._units(state.apply_fn, {name: p.shape for name, p in state.params.items()})
+        keep = keeping(cut, state.params if self.sharded == 3 else ())
+        module = state.apply_fn.module
+        values = materialise(module, units.names, self.initialise or reset, int(state.seed), self.mesh.device, keep)
+        within = () if self.within is None else self.within.transforms
+        inside = within[within.index(self) + 1 :] if self in within else ()
+        return begun(state, values, self.mesh.device, cut, inside)
 
     def _cut_of(self, state: Any) -> Any:
         """What of a state is cut."""
