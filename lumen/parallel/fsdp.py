@@ -290,13 +290,22 @@ class fsdp(Transform):
         session = lazy if lazy is not None else self.session(shapes)
         whole = _whole_names(call.params, shapes, cut)
         units = self._units(call.target, shapes)
-        target = call.target.variant((self.name, id(self)), hooked(lambda: self._passes[-1], units))
+        target = call.target.variant((self.name, id(self)), hooked(self._current, units))
         params = {name: p.part if isinstance(p, Lazy) else p for name, p in call.params.items()}
         self._passes.append(Pass(session, units, whole))
         try:
             return next(call.replace(target=target, params=params))
         finally:
             self._passes.pop()
+
+    def _current(self) -> Pass:
+        if not self._passes:
+            raise OrderError(
+                "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
+                " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
+                " lm.fsdp(units='body')."
+            )
+        return self._passes[-1]
 
 
 def _lazy(session: Session, name: str, part: Tensor) -> Lazy:

@@ -138,6 +138,7 @@ def transforms(names):
         "ema": lambda: lm.ema(0.9),
         "guard": lambda: lm.guard(),
         "donate": lambda: lm.donate(),
+        "remat": lambda: lm.remat(),
     }
     return [made[name]() for name in names]
 

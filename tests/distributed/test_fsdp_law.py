@@ -1,0 +1,156 @@
+"""The law as one table: every strategy × model × transform, with uneven parts and with a process that has none."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+import lumen as lm
+from lumen.core import world
+from lumen.errors import OrderError
+from lumen.parallel import fsdp_run
+from lumen.parallel.ddp import ddp
+from lumen.parallel.fsdp import fsdp
+from lumen.parallel.mesh import mesh
+from tests.distributed import fsdp_models
+from tests.distributed.models import bare, batches, furthest, make_state, part, step, train, transforms
+from tests.distributed.pool import TaskError
+from tests.distributed.test_ddp import cut
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+assert fsdp_models  # its models are registered where it is imported
+
+SPREAD = {
+    "ddp": ddp,
+    "fsdp1": functools.partial(fsdp, level=1),
+    "fsdp2": functools.partial(fsdp, level=2),
+    "fsdp3": fsdp,
+    "hsdp": lambda: fsdp(mesh(data=2, shard=2, device="cpu")),
+}
+MODELS = ["mlp", "stack", "deep", "outside"]  # plain; convolutions and BatchNorms; a tied GPT; unused, and used outside
+AROUND = ["", "accumulate", "clip", "ema", "guard", "remat"]
+SIZES = {2: [[5, 3], [8, 0]], 4: [[4, 0, 3, 3]]}
+
+
+def law(spread, cases, dtype, steps):
+    """How far each case on parts is from one process on all rows: the losses, and the furthest leaf."""
+    found = []
+    for model, around, sizes in cases:
+        inner = transforms([around] if around else [])
+        wrapped = lm.compose(SPREAD[spread](), *inner)(step)
+        whole = batches(steps, sum(sizes), dtype)
+        tx = functools.partial(lm.optim.adam, 1e-2, eps=1e-4) if dtype == torch.float64 else lambda: lm.optim.sgd(0.1)
+        losses, state = train(
+            wrapped, make_state(model, dtype, tx()), [part(each, sizes, world.rank()) for each in whole]
+        )
+        # BatchNorm sees the rows of one process at a time.
+        beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner)(step)
+        wanted, other = train(beside, make_state(model, dtype, tx()), whole)
+        state = wrapped.transforms[0].export(state)
+        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
+    return found
+
+
+def check(world, spread, cases, dtype, steps, tolerance):
+    for found in world.run(law, spread, cases, dtype, steps):
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, (case, losses)
+            assert worst < tolerance, (case, leaf, worst)
+
+
+def cases_of(size, around):
+    made = itertools.product(MODELS, around, SIZES[size])
+    return [(model, each, sizes) for model, each, sizes in made if each != "remat" or model in ("stack", "deep")]
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
+def test_twenty_steps_on_two_processes(spread, world2):
+    check(world2, spread, cases_of(2, AROUND), torch.float64, 20, 1e-10)
+
+
+def test_twenty_steps_of_copied_parts_on_four_processes(world4):
+    check(world4, "hsdp", cases_of(4, AROUND), torch.float64, 20, 1e-10)
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
+def test_in_float32_and_bfloat16(spread, world2):
+    check(
+        world2, spread, [case for case in cases_of(2, ["", "accumulate"]) if 0 not in case[2]], torch.float32, 20, 1e-6
+    )
+    check(world2, spread, cases_of(2, ["bf16"]), torch.float32, 5, 5e-2)
+
+
+def gathers(prefetch, *around):
+    """How many times params are sent for in one step."""
+    made = [0]
+    init = fsdp_run.Gathering.__init__
+
+    def counted(self, *args):
+        made[0] += 1
+        init(self, *args)
+
+    wrapped = lm.compose(fsdp(prefetch=prefetch), *transforms(around))(step)
+    state = wrapped.init(make_state("deep"))
+    fsdp_run.Gathering.__init__ = counted
+    try:
+        wrapped(state, part(batches(1, 8)[0], [5, 3], world.rank()))
+    finally:
+        fsdp_run.Gathering.__init__ = init
+    return made[0]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_recomputed_units_are_gathered_no_oftener(prefetch, world2):
+    # The root once, each of three blocks before its forward pass and before its backward pass.
+    assert world2.run(gathers, prefetch) == world2.run(gathers, prefetch, "remat") == [7, 7]
+
+
+def recomputed(level, prefetch, pattern):
+    options = {"level": level, "prefetch": prefetch}
+    whole = batches(5, 8)
+    wrapped = lm.compose(fsdp(**options), lm.remat(pattern))(step)
+    losses, state = train(wrapped, make_state("deep"), [part(batch, [5, 3], world.rank()) for batch in whole])
+    wanted, other = train(lm.compose()(step), make_state("deep"), whole)
+    state = wrapped.export(state)
+    return float((losses - wanted).abs().max()), furthest(bare(state), bare(other))[0]
+
+
+@pytest.mark.parametrize(("level", "prefetch"), [(1, 1), (2, 1), (3, 0), (3, 1), (3, 2)])
+def test_recomputation_at_every_level(level, prefetch, world2):
+    for pattern in (None, "blocks.*.up", "blocks.1"):
+        assert max(worst for found in world2.run(recomputed, level, prefetch, pattern) for worst in found) < 1e-10
+
+
+def recomputed_around(**options):
+    wrapped = lm.compose(fsdp(**options), lm.remat("body"))(step)
+    wrapped(wrapped.init(make_state("stack")), part(batches(1, 8)[0], [5, 3], world.rank()))
+
+
+def recomputed_as_a_unit():
+    recomputed_around(units="body")
+
+
+def test_what_contains_units_cannot_be_recomputed(world2):
+    with pytest.raises(TaskError, match=r"lm\.fsdp\(units='body'\)") as caught:
+        world2.run(recomputed_around, limit=60)
+    assert [kind for _, kind, _ in caught.value.errors] == [OrderError.__name__] * 2
+    world2.run(recomputed_as_a_unit)
+
+
+def own_statistics(sizes):
+    """Buffers after one step of ddp(buffers="local"), and after that of one process on the same rows."""
+    wrapped = ddp(buffers="local")(step)
+    start = make_state("stack")
+    batch = part(batches(1, 8)[0], sizes, world.rank())
+    found = wrapped(wrapped.init(start), batch)[0]
+    wanted = lm.compose()(step)(start, batch)[0] if sizes[world.rank()] else start
+    return furthest(found.buffers, wanted.buffers)[0]
+
+
+@pytest.mark.parametrize("sizes", SIZES[2])
+def test_local_buffers_are_those_of_a_processs_own_rows(sizes, world2):
+    assert max(world2.run(own_statistics, sizes)) < 1e-12
