@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.core import rules
+from lumen.parallel import functional
 from lumen.parallel.agree import check_alike
+from lumen.parallel.functional import Arrived
 
 _flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 _unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
-
-Arrived = Callable[[], Tensor]  # waits, and gives the sum
 
 
 class Wire:
@@ -36,45 +36,26 @@ class Wire:
     def __deepcopy__(self, _memo: Any) -> Wire:
         return self  # a module that sums over it may be copied, the processes may not
 
-    def launch(self, flat: Tensor, op: str = "sum", exact: bool = False) -> Arrived:
-        """Send `flat`; what is returned waits for the sum (or maximum), which may lie in the memory of `flat`."""
-        self.sent += flat.numel() * flat.element_size()
-        if self.compress and not exact and flat.dtype == torch.float32:
-            summed = self._in_bfloat16(flat)
+    def launch(self, parts: Tensor | Sequence[Tensor], op: str = "sum", exact: bool = False) -> Arrived:
+        """Send a tensor, or several of one dtype as a flat one; what is returned waits for the sum (or maximum).
+
+        It may lie in the memory of the one tensor.
+        """
+        first = parts if isinstance(parts, Tensor) else parts[0]
+        size = first.numel() if first is parts else sum(part.numel() for part in parts)
+        self.sent += size * first.element_size()
+        if self.compress and not exact and first.dtype == torch.float32:
+            summed = self._in_bfloat16(first if first is parts else _flatten(list(parts)))
             return lambda: summed
-        if rules.is_tracing():
-            from torch.distributed import _functional_collectives as functional
-
-            pending = functional.all_reduce(flat, op, self.group)
-            return lambda: functional.wait_tensor(pending)
-        reduce = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        work = dist.all_reduce(flat, reduce, self.group, async_op=True)
-
-        def arrived() -> Tensor:
-            work.wait()
-            return flat
-
-        return arrived
+        return functional.all_reduce(parts, op, self.group)
 
     def _in_bfloat16(self, flat: Tensor) -> Tensor:
         """The sum of the parts rounded to bfloat16, added up in float32 and rounded once more: each process adds a
         slice of its own, and all gather the slices. Both halves send two bytes for a number."""
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size)).to(torch.bfloat16)
         self.sent -= flat.numel() * flat.element_size() // 2
-        mine = self._swapped(padded).view(self.size, -1).float().sum(0).to(torch.bfloat16)
-        return self._swapped(mine.repeat(self.size))[: flat.numel()].float()
-
-    def _swapped(self, flat: Tensor) -> Tensor:
-        """From each process the slice of its tensor that is meant for this one, in their order."""
-        if rules.is_tracing():
-            from torch.distributed import _functional_collectives as functional
-
-            each = [flat.numel() // self.size] * self.size
-            swapped: Tensor = functional.wait_tensor(functional.all_to_all_single(flat, each, each, self.group))
-            return swapped
-        out = torch.empty_like(flat)
-        dist.all_to_all_single(out, flat, group=self.group)
-        return out
+        mine = functional.all_to_all(padded, self.group)().view(self.size, -1).float().sum(0).to(torch.bfloat16)
+        return functional.all_to_all(mine.repeat(self.size), self.group)()[: flat.numel()].float()
 
 
 class Layout(NamedTuple):
@@ -156,6 +137,8 @@ class Buckets:
         if not self._overlap:
             return
         self._layout = self._layouts.find(live)
+        if self._layout is None and rules.is_tracing():  # nothing has run whose order could be recorded
+            self._layout = self._layouts.learn(live, [])
         if self._layout is None:
             for place, leaf in enumerate(live):
                 leaf.register_hook(partial(self._record, place))
@@ -182,7 +165,7 @@ class Buckets:
             self._launch([self._grads[i] for i in self._layout.buckets[len(self._flying)]])  # type: ignore[misc]
 
     def _launch(self, grads: list[Tensor]) -> None:
-        self._flying.append((self._wire.launch(_flatten(grads)), grads))
+        self._flying.append((self._wire.launch(grads), grads))
 
     def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
         """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`.

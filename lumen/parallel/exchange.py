@@ -16,7 +16,8 @@ from lumen.core.rules import Next
 from lumen.core.step import device_of
 from lumen.core.values import Max, Mean, Min, Sum, Value, is_value
 from lumen.errors import AxisError, LossError, OrderError
-from lumen.parallel.buckets import Arrived, Buckets, Layouts, Wire
+from lumen.parallel.buckets import Buckets, Layouts, Wire
+from lumen.parallel.functional import Arrived
 from lumen.parallel.sync_norm import synchronised
 
 Buffers = Literal["merge", "local", "sync"]
@@ -46,7 +47,7 @@ class RowsRule:
             )
         size = rows.count(call.batch)
         # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
-        overlap = size > 0 and self._buffers != "sync" and not rules.is_tracing()
+        overlap = size > 0 and self._buffers != "sync"
         exchange = Exchange(self._wire, Buckets(self._wire, self._layouts, overlap), size, self._kept, self._device)
         self._counts = size > 0
         if not size:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import rules, world
 from lumen.errors import WorldError
+from lumen.parallel import functional
 from lumen.parallel.launch import TIMEOUT, join
 
 AXES = ("data", "shard", "tensor")
@@ -81,7 +82,7 @@ class ProcessAxis:
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
-        out = _all_reduce(x.detach(), op, group)
+        out = functional.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, group)()
         ctx.op, ctx.group = op, group
         ctx.save_for_backward(x, out)
         return out
@@ -94,17 +95,6 @@ class _Reduce(torch.autograd.Function):
             return total, None, None
         winners = (x == out).to(grad.dtype)
         return total * winners / _Reduce.apply(winners, "sum", ctx.group), None, None  # type: ignore[no-untyped-call]
-
-
-def _all_reduce(x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
-    if rules.is_tracing():
-        from torch.distributed import _functional_collectives as functional
-
-        summed: Tensor = functional.wait_tensor(functional.all_reduce(x, op, group))
-        return summed
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
-    return out
 
 
 def mesh(

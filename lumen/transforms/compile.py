@@ -25,6 +25,11 @@ from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, I
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _MANY = 8
+# A graph with collectives: what can be computed before a sum is needed is computed while it is on its way.
+_OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+}
 _HALF_DONE = (
     "a compiled step ran out of memory while it was writing into a donated state, some of which may be that of the next"
     " step. Go on from a checkpoint: fit(…, resume='auto'). To find a number of parts that fits, run the first step"
@@ -194,7 +199,8 @@ class _Region:
                 out = step(given_state, tree.unflatten(batch_spec, filled[len(held) :]))
             return self._plan(old, filled, out)
 
-        self._run = _compiled(flat, example, settings)
+        joins = any(t.level == "parallel" for t in step.transforms)
+        self._run = _compiled(flat, example, settings, _OVERLAP if joins else {})
 
     def _plan(self, old: list[Any], inputs: list[Any], out: tuple[Any, Any]) -> list[Tensor]:
         """What the graph must return, and where each leaf of the answer comes from at run time."""
@@ -243,7 +249,7 @@ def _gather(sources: list[tuple[str, Any]], inputs: list[Any], outputs: Any) -> 
 
 
 def _compiled(
-    flat: Callable[..., list[Tensor]], example: list[Tensor], settings: compile
+    flat: Callable[..., list[Tensor]], example: list[Tensor], settings: compile, usual: Mapping[str, Any]
 ) -> Callable[[list[Tensor]], Any]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -254,8 +260,8 @@ def _compiled(
         import torch._inductor as inductor
 
         # Shapes and strides are part of the signature: the region need not assert them again.
-        options = {"size_asserts": False, **inductor.list_mode_options(settings.mode), **settings.options}
-        compiled = inductor.compile(graph, [*example], options=options)
+        options = {"size_asserts": False, **usual, **inductor.list_mode_options(settings.mode)}
+        compiled = inductor.compile(graph, [*example], options={**options, **settings.options})
 
     def run(tensors: list[Tensor]) -> Any:
         with torch.no_grad():
