@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint.py                       # 500 MB of float32 in 48 arrays, 5 rounds
     python benchmarks/checkpoint.py --megabytes 50        # a first look
+    python benchmarks/checkpoint.py --world 2             # two processes, each with its rows: see checkpoint_world.py
 
 In each round every variant saves the same tree once, to the same disk, and the order rotates. "Blocked" is how long the
 call holds up the training loop, "total" until the checkpoint is complete; for the synchronous ones they are the same.
@@ -41,8 +42,12 @@ def main() -> None:
     parser.add_argument("--arrays", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--world", type=int, default=1, help="how many processes save one state together")
     parser.add_argument("--directory", type=Path, help="on the disk to be measured (a temporary one)")
     options = parser.parse_args()
+    if options.world > 1:
+        together(options)
+        return
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     count = options.megabytes * 10**6 // 4 // options.arrays // 1024
@@ -61,6 +66,24 @@ def main() -> None:
         restore = statistics.median(restores[name]) if restores[name] else None
         read = ("–", "–") if restore is None else (f"{restore:.3f}", f"{megabytes / restore:.0f}")
         table.add_row(name, f"{blocked:.3f}", f"{total:.3f}", f"{megabytes / total:.0f}", *read)
+    Console().print(table)
+
+
+def together(options: argparse.Namespace) -> None:
+    """The form for several processes."""
+    import checkpoint_world
+
+    root = Path(tempfile.mkdtemp(dir=options.directory))
+    try:
+        times = checkpoint_world.measured(options.world, options.megabytes, options.arrays, options.rounds, root)
+    finally:
+        shutil.rmtree(root)
+    title = f"{options.megabytes} MB in {options.arrays} arrays over {options.world} processes, medians"
+    table = Table(title=f"{title} of {options.rounds} rounds")
+    for name in ("", "blocked s", "total s", "restore s"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, found in checkpoint_world.medians(times).items():
+        table.add_row(name, *(f"{each:.3f}" for each in found))
     Console().print(table)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lumen.checkpoint import dtypes, grid, header, zarr
-from lumen.checkpoint.disk import sync_directory
+from lumen.checkpoint.disk import sync_files
 from lumen.checkpoint.grid import Array, Block, Index
 from lumen.checkpoint.host import Row, Snapshot
 from lumen.checkpoint.leaves import name_of
@@ -119,8 +120,23 @@ def _all_say(talk: Talk, what: str) -> None:
         talk.hear(f"all {what}")
 
 
+def stand_ins(taken: Snapshot) -> dict[int, Array]:
+    """For Orbax, a single number in place of each array that is cut."""
+    return {i: np.zeros((), dtypes.numpy_dtype(dtypes.carrier(taken.rows[i].dtype))) for i in taken.cut}
+
+
+def describe(plan: Plan, rows: Sequence[Row], written: Path) -> None:
+    """Beside the chunks, what Orbax has written of each array, for its shape and chunks; the stand-in goes."""
+    for place in plan.chunks:
+        row = rows[place]
+        path = plan.folder / zarr.description(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(zarr.of_parts((written / zarr.description(row)).read_bytes(), row))
+        shutil.rmtree(written / zarr.folder(row))
+
+
 def collect(plan: Plan, rows: Sequence[Row], files: header.Files, into: Path) -> None:
-    """Move the chunks that all have written to where the checkpoint is being made; raises where one is not there."""
+    """Move the arrays that all have written to where the checkpoint is being made; raises where a file is missing."""
     for name, (size, _) in files.items():
         path = plan.folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -129,17 +145,7 @@ def collect(plan: Plan, rows: Sequence[Row], files: header.Files, into: Path) ->
                 " of the run share."
             )
     for place in plan.chunks:
-        row = rows[place]
-        description = into / zarr.description(row)
-        description.write_text(zarr.of_parts(description.read_bytes(), row))
-        stand_in = into / zarr.data_folder(row)
-        stand_in.unlink()
-        os.rename(plan.folder / zarr.data_folder(row), stand_in)
-
-
-def stand_ins(taken: Snapshot) -> dict[int, Array]:
-    """For Orbax, a single number in place of each array that is cut."""
-    return {i: np.zeros((), dtypes.numpy_dtype(dtypes.carrier(taken.rows[i].dtype))) for i in taken.cut}
+        os.rename(plan.folder / zarr.folder(rows[place]), into / zarr.folder(rows[place]))
 
 
 class _Writer:
@@ -178,10 +184,8 @@ class _Writer:
                 self._write_chunk(row, chunk, [(b, np.memmap(p, dtype, "r", shape=b.size)) for b, p in near])
 
     def sync(self) -> None:
-        """Return when the names of what was written are on disk."""
-        for folder in dict.fromkeys(parent for path in self._made for parent in path.parents):
-            if self._plan.folder in (folder, *folder.parents):
-                sync_directory(folder)
+        """Return when what was written is on disk; its names are the first process's affair."""
+        sync_files(self._made, self._talk.beat)
 
     def _write_chunk(self, row: Row, place: Index, blocks: Sequence[tuple[Block, Array]]) -> None:
         chunk = grid.block_of(place, row.chunk)
@@ -198,7 +202,7 @@ class _Writer:
         self.files[name] = self._write(self._plan.folder / name, content)
 
     def _write(self, path: Path, content: Array) -> tuple[int, int]:
-        """Size and CRC-32 of a new file, which is on disk."""
+        """Size and CRC-32 of a new file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         flat = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
         crc = 0
@@ -209,7 +213,6 @@ class _Writer:
                 while piece:
                     piece = piece[file.write(piece) :]
                 self._talk.beat()
-            os.fsync(file.fileno())
         self._made.append(path)
         self._talk.beat()
         return len(flat), crc

@@ -178,9 +178,9 @@ class Store:
         began = time.perf_counter()
         try:
             self._check_open()
-            self.wait()
             talk = None if self._meeting is None else self._meeting.next()
             with nullcontext() if talk is None else talk.failing_together():
+                self.wait()
                 self._check_free(step)
                 numbers = _numbers(metrics or {})
                 fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": _json(numbers)}
@@ -246,13 +246,25 @@ class Store:
         self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float], talk: Talk | None
     ) -> None:
         if talk is None:
-            self._write_first(step, taken, fields)
-        else:
-            with talk.failing_together():
-                if not self._first:
-                    writing.take_part(talk, taken)
-                    return
-                self._write_first(step, taken, fields, talk)
+            self._write_first(step, taken, fields, metrics)
+            return
+        with talk.failing_together():
+            if self._first:
+                self._write_first(step, taken, fields, metrics, talk)
+                talk.leave()
+            else:
+                writing.take_part(talk, taken)
+
+    def _write_first(
+        self,
+        step: int,
+        taken: Snapshot,
+        fields: dict[str, Any],
+        metrics: dict[str, float],
+        talk: Talk | None = None,
+    ) -> None:
+        temporary = self.directory / f".{step}{writing.TEMPORARY}"
+        writing.write(self.path(step), temporary, taken, fields, replace=True, talk=talk)
         self._metrics[step] = metrics
         saved = self._saved()
         for old in sorted(saved.keys() - self._retention.kept(saved) - {step}):
@@ -261,10 +273,6 @@ class Store:
             except OSError as error:
                 raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
             self._metrics.pop(old, None)
-
-    def _write_first(self, step: int, taken: Snapshot, fields: dict[str, Any], talk: Talk | None = None) -> None:
-        temporary = self.directory / f".{step}{writing.TEMPORARY}"
-        writing.write(self.path(step), temporary, taken, fields, replace=True, talk=talk)
 
     # ------------------------------------------------------------------------------------------- reading
 

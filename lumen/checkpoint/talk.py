@@ -7,6 +7,7 @@ first process of one from which it hears nothing any more; then all fail with th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -20,6 +21,7 @@ from lumen.errors import CheckpointError
 TIMEOUT = 600.0  # seconds without a sign of life after which a process counts as hung
 _GRACE = 5.0  # that many, where the run has failed already
 _SHORT = 0.002
+_KEPT = 3  # a save before the one that is being written may still be left by others
 _STORES = 1000  # how often per second all processes together may ask the store
 
 _meetings = itertools.count()  # the same in each process, as all make the same saves
@@ -35,13 +37,12 @@ class Meeting:
         self._talks: list[Talk] = []
 
     def next(self) -> Talk:
-        """For the next save; what was said for the one before the last is forgotten, as all have left it."""
-        talk = Talk(f"{self._prefix}/{self._count}", self._timeout)
+        """For the next save; what was said for the third before it is forgotten, as all have left that one."""
+        self._talks.append(Talk(f"{self._prefix}/{self._count}", self._timeout))
         self._count += 1
-        for old in self._talks[:-1]:
-            old.forget()
-        self._talks = [*self._talks[-1:], talk]
-        return talk
+        if len(self._talks) > _KEPT:
+            self._talks.pop(0).forget()
+        return self._talks[-1]
 
     def hurry(self) -> None:
         """The run has failed: wait for no one for long."""
@@ -90,6 +91,17 @@ class Talk:
         """What each of the others says, by rank from 1 up; for the first process."""
         return [self.hear(what, rank) for rank in range(1, self.size)]
 
+    def leave(self) -> None:
+        """Return when all is done: the first process comes here last, and then waits a moment until all know."""
+        if not self.first:
+            self.hear("committed")
+            self.say("over")
+            return
+        self.say("committed")
+        self.hurry()
+        with contextlib.suppress(CheckpointError):  # the checkpoint is whole, whoever is lost now
+            self.hear_all("over")
+
     def beat(self) -> None:
         """Say that this process is at work; costs nothing when it did so just now."""
         now = time.monotonic()
@@ -109,17 +121,28 @@ class Talk:
             yield
         except BaseException as error:
             first = self._failed(error)
+            if not self.first:
+                with contextlib.suppress(RuntimeError):  # torch's errors of a store that is not there any more
+                    self.say("over")
             if first is None:
                 raise
             raise CheckpointError(first) from error
+
+    def break_up(self, error: BaseException) -> None:
+        """For the first process: tell the others of `error`, and wait a moment until they have stopped writing."""
+        self._failed(error)
+        keys = [f"over/{rank}" for rank in range(1, self.size)]
+        until = time.monotonic() + min(self._timeout, _GRACE)
+        while time.monotonic() < until and not all(self._store.check([key]) for key in keys):
+            time.sleep(self._interval / 2)
 
     def _failed(self, error: BaseException) -> str | None:
         text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         mine = text if text.startswith("rank ") else f"rank {self.rank}: {text}"
         try:
             first = self._store.compare_set("failed", "", mine).decode()
-        except RuntimeError:  # torch's errors of a store that is not there any more
-            return "rank 0 is gone, and with it the store through which the ranks talk." if _of_store(error) else None
+        except RuntimeError:
+            return "rank 0 is gone, and with it the store through which the ranks talk" if _of_store(error) else None
         return None if first == mine else first
 
     def hurry(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import glob
 import importlib.metadata
@@ -29,6 +28,8 @@ TEMPORARY = ".lumen-tmp"
 DELETED = ".lumen-deleted"
 REPLACED = ".lumen-replaced"
 _COMMITTED = "commit_success.txt"
+
+Written = tuple[list[Row], header.Files, header.Files]  # all files, and those that are on disk already
 
 
 def save(
@@ -78,6 +79,8 @@ def save(
                 return
             final.parent.mkdir(parents=True, exist_ok=True)
             write(final, temporary, taken, fields, talk=talk)
+            if talk is not None:
+                talk.leave()
         except CheckpointError:
             raise
         except Exception as error:
@@ -95,25 +98,22 @@ def write(
     """Write a snapshot to `temporary`, beside `final`, and rename it when all is on disk.
 
     With `replace`, a checkpoint that has that name goes. With `talk`, this is the first of several processes, of which
-    the others `take_part`. What was written is removed where it fails.
+    the others `take_part`, and stay until it leaves. What was written is removed where it fails.
     """
     try:
-        rows, files = _write_alone(temporary, taken) if talk is None else _write_first(temporary, taken, talk)
+        rows, files, synced = _write_alone(temporary, taken) if talk is None else _write_first(temporary, taken, talk)
         text = header.dump(rows, files, **_versions(), **fields)
         (temporary / header.FILE).write_text(text)
-        sync(temporary)
+        sync(temporary, synced)
         if talk is not None:
             talk.check()
         _commit(temporary, final, replace)
-    except BaseException:
+    except BaseException as error:
+        if talk is not None:
+            talk.break_up(error)
         for left in (temporary, *final.parent.glob(f"{glob.escape(temporary.name)}.*")):
             shutil.rmtree(left, ignore_errors=True)
         raise
-    if talk is not None:
-        talk.say("committed")
-        talk.hurry()
-        with contextlib.suppress(CheckpointError):  # the checkpoint is whole, whoever is lost now
-            talk.hear_all("over")
 
 
 def take_part(talk: Talk, taken: Snapshot) -> None:
@@ -121,19 +121,18 @@ def take_part(talk: Talk, taken: Snapshot) -> None:
     talk.say("layout", parts.layout(taken))
     plan = parts.Plan.from_json(talk.hear("plan"))
     talk.say("parts", parts.write(talk, taken, plan))
-    talk.hear("committed")
-    talk.say("over")
+    talk.leave()
 
 
-def _write_alone(temporary: Path, taken: Snapshot) -> tuple[list[Row], header.Files]:
+def _write_alone(temporary: Path, taken: Snapshot) -> Written:
     with ThreadPoolExecutor(1) as other:
         sums = other.submit(_sums, taken)
         _orbax.write(temporary, {taken.keys[place]: taken.data[place] for place in taken.stored})
         _forget_places(temporary)
-        return taken.rows, _inspected(temporary, taken, sums.result())
+        return taken.rows, _inspected(temporary, taken, sums.result()), {}
 
 
-def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> tuple[list[Row], header.Files]:
+def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> Written:
     """The same, with the parts that all write in a folder beside it, and move into it."""
     folder = temporary.with_name(f"{temporary.name}.parts").absolute()
     others = talk.hear_all("layout")  # nobody is writing for an earlier save any more
@@ -149,12 +148,13 @@ def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> tuple[list[Row
             temporary, {taken.keys[place]: array for place, array in (taken.data | parts.stand_ins(taken)).items()}
         )
         _forget_places(temporary)
+        parts.describe(plan, rows, temporary)
         files = writing.result()
         for found in talk.hear_all("parts"):
             files |= {name: (size, crc) for name, (size, crc) in found.items()}
         parts.collect(plan, rows, files, temporary)
         shutil.rmtree(folder)
-        return rows, _inspected(temporary, taken, sums.result(), files)
+        return rows, _inspected(temporary, taken, sums.result(), files), files
 
 
 def _commit(temporary: Path, final: Path, replace: bool) -> None:

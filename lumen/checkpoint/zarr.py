@@ -18,6 +18,8 @@ from lumen.checkpoint.host import Row
 _INDEX = struct.Struct("<QQ")  # where the only chunk of a shard begins, and its length
 _CHECKSUM = 4
 _ENDIAN = {"configuration": {"endian": "little"}, "name": "bytes"}
+_DEEP = {"name": "default"}  # chunks in directories, as Orbax has them
+_FLAT = {"configuration": {"separator": "."}, "name": "default"}  # side by side: fewer names to be synced
 _BYTES = [[_ENDIAN], [{"name": "bytes"}]]  # types of one byte have no order
 
 
@@ -28,12 +30,15 @@ def description(row: Row) -> str:
 
 def data_file(row: Row, place: tuple[int, ...] | None = None) -> str:
     """The file that holds its bytes, or those of the chunk at `place`."""
-    return str(PurePosixPath(data_folder(row), *map(str, place or (0,) * len(row.shape))))
+    numbers = map(str, place or (0,) * len(row.shape))
+    if row.parts is not None:
+        return f"{folder(row)}/{'.'.join(('c', *numbers))}"
+    return str(PurePosixPath(folder(row), "c", *numbers))
 
 
-def data_folder(row: Row) -> str:
-    """Where these files are."""
-    return f"{row.item}/{row.array}/c"
+def folder(row: Row) -> str:
+    """Where the files of the array are."""
+    return f"{row.item}/{row.array}"
 
 
 def data_files(row: Row) -> Iterator[str]:
@@ -46,6 +51,7 @@ def of_parts(text: bytes, row: Row) -> str:
     description = json.loads(text)
     description["shape"] = list(row.shape)
     description["chunk_grid"]["configuration"]["chunk_shape"] = list(row.chunk)
+    description["chunk_key_encoding"] = _FLAT
     description["codecs"] = _BYTES[dtypes.itemsize(row.dtype) == 1]
     return json.dumps(description, separators=(",", ":"))
 
@@ -60,7 +66,7 @@ def tail_size(text: bytes, row: Row) -> int:
             "node_type": "array",
             "zarr_format": 3,
             "chunk_grid": {"configuration": {"chunk_shape": list(row.chunk)}, "name": "regular"},
-            "chunk_key_encoding": {"name": "default"},
+            "chunk_key_encoding": _DEEP if row.parts is None else _FLAT,
         }
         for name, value in wanted.items():
             if found[name] != value:

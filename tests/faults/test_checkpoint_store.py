@@ -132,7 +132,7 @@ def test_a_failure_at_the_end_is_said(tmp_path):
     broken = """
 store.wait()
 import lumen.checkpoint.writing as writing
-writing.sync = lambda _: 1 / 0
+writing.sync = lambda *_: 1 / 0
 store.save(2, {"x": torch.ones(1)})
 """
     result = subprocess.run(
@@ -211,7 +211,7 @@ def test_an_error_anywhere_leaves_what_was_there(tmp_path, monkeypatch, spot, nt
 @pytest.mark.parametrize("call", ["check", "wait", "save", "close"])
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
     store = Store(tmp_path).open()
-    monkeypatch.setattr(writing, "sync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr(writing, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     store.save(1, value_of(1))
     while store._job.running():
         time.sleep(0.01)
@@ -224,7 +224,7 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
 
 
 def test_the_first_error_is_the_one_to_see(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "sync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr(writing, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     with pytest.raises(ValueError, match="mine") as caught, Store(tmp_path) as store:
         store.save(1, value_of(1))
         raise ValueError("mine")
