@@ -14,8 +14,10 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lumen as lm
+from lumen.cli.main import main
 from lumen.core import world
 from lumen.core.sharding import Box, Piece
 from lumen.core.step import Transform
@@ -549,8 +551,11 @@ def test_plain_orbax_reads_it(world2, tmp_path):
         [sys.executable, "-c", ORBAX, str(tmp_path / "x")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["inspect", str(tmp_path / "x"), "--verify"]) == 0
+    exported = lm.checkpoint.export(tmp_path / "x", tmp_path / "x.safetensors")
     found = json.loads(done.stdout.splitlines()[-1])
     params = {name[7:-1]: leaf for name, leaf in wanted.items() if name.startswith("params[")}
+    assert_same(load_file(exported), params)
     assert found.keys() == params.keys()
     for name, leaf in params.items():
         assert found[name] == ["bfloat16", list(leaf.shape), raw(leaf).numpy().tobytes().hex()], name

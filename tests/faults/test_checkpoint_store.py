@@ -411,6 +411,8 @@ def changed_row(**changes):
         {"array": None}, {"item": "../x"}, {"item": "meta"}, {"kind": "pickle"}, {"kind": "int"},
         {"dtype": "object"}, {"dtype": "float4"}, {"shape": [10**15]}, {"shape": [-33]}, {"shape": [True]},
         {"shape": "33"}, {"shape": [33, 10**30]}, {"shape": [0, 10**19]}, {"path": [["a"]]}, {"path": None},
+        {"parts": [0]}, {"parts": [34]}, {"parts": [1]}, {"parts": [33]}, {"parts": [11, 1]}, {"parts": "3"},
+        {"parts": [True]}, {"parts": None},
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be(saved, changes):
