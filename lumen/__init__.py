@@ -16,6 +16,8 @@ from lumen.core.collectives import pmean as pmean
 from lumen.core.collectives import psum as psum
 from lumen.core.dataclass import state as state
 from lumen.core.dataclass import static as static
+from lumen.core.flops import flops_of as flops_of
+from lumen.core.flops import peak_flops as peak_flops
 from lumen.core.gradient import value_and_grad as value_and_grad
 from lumen.core.inspect import check_purity as check_purity
 from lumen.core.inspect import inspect as inspect
@@ -46,6 +48,7 @@ from lumen.errors import NonFiniteError as NonFiniteError
 from lumen.parallel.ddp import ddp as ddp
 from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.mesh import mesh as mesh
+from lumen.parallel.plan import plan as plan
 from lumen.parallel.tensor import tensor_parallel as tensor_parallel
 from lumen.train.callbacks import Callback as Callback
 from lumen.train.callbacks import View as View
@@ -57,8 +60,6 @@ from lumen.train.clock import Steps as Steps
 from lumen.train.clock import Tokens as Tokens
 from lumen.train.early_stop import EarlyStop as EarlyStop
 from lumen.train.fit import Result as Result
-from lumen.train.flops import flops_of as flops_of
-from lumen.train.flops import peak_flops as peak_flops
 from lumen.train.lr_find import Finding as Finding
 from lumen.train.lr_find import lr_find as lr_find
 from lumen.train.predict import predictions as predictions

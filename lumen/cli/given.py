@@ -1,4 +1,4 @@
-"""What `--run train.py:make` names: a function in the user's own code, and what it returns."""
+"""What `train.py:make` names: a function in the user's own code, and what it returns."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def made_by(text: str) -> tuple[Any, Any, Any]:
     return step, state, rest[0] if rest else None
 
 
-def function(text: str) -> Callable[[], Any]:
-    """The function that `text` names; raises `StepError` where there is none."""
+def function(text: str, taker: str = "--run") -> Callable[[], Any]:
+    """The function that `text` names, for the option or command `taker`; raises `StepError` where there is none."""
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
-        raise StepError(f"--run takes {_FORM}, got {text!r}.")
-    module = _file(Path(place)) if place.endswith(".py") else _module(place)
+        raise StepError(f"{taker} takes {_FORM}, got {text!r}.")
+    module = _file(Path(place), taker) if place.endswith(".py") else _module(place, taker)
     found = getattr(module, name, None)
     if not callable(found):
         own = [
@@ -44,10 +44,10 @@ def function(text: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _file(path: Path) -> ModuleType:
+def _file(path: Path, taker: str) -> ModuleType:
     """The module in a file, imported under its own name, with its directory on the path, as when it is a script."""
     if not path.is_file():
-        raise StepError(f"--run: there is no file {path}.")
+        raise StepError(f"{taker}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
     assert spec is not None
     assert spec.loader is not None
@@ -58,11 +58,11 @@ def _file(path: Path) -> ModuleType:
     return module
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, taker: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # something that the module itself imports
-        raise StepError(f"--run: there is no module {error.name!r} here; --run takes {_FORM}.") from error
+        raise StepError(f"{taker}: there is no module {error.name!r} here; {taker} takes {_FORM}.") from error

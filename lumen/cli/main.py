@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lumen.cli import exporting, inspecting, replaying
+from lumen.cli import exporting, inspecting, planning, replaying
 from lumen.cli.show import readable
 from lumen.core.versions import own_version
 from lumen.errors import LumenError
@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lumen", description="Look into checkpoints, export them, replay steps.")
+    parser = argparse.ArgumentParser(
+        prog="lumen", description="Look into checkpoints, export them, replay steps, plan runs."
+    )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (inspecting, exporting, replaying):
+    for module in (inspecting, exporting, replaying, planning):
         module.add(commands)
     return parser

@@ -7,7 +7,7 @@ literals, and options of the compiler, some of which are commands, are not taken
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lumen.core.step import Transform
@@ -57,7 +57,7 @@ def transforms(texts: Sequence[str]) -> list[Transform]:
 
 def _transform(text: str) -> Transform:
     try:
-        kind, args, kwargs = _parsed(text)
+        kind, args, kwargs = parsed(text, _KNOWN)
         made: Transform = kind(*args, **kwargs)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, LumenError) as error:
         raise StepError(
@@ -69,11 +69,12 @@ def _transform(text: str) -> Transform:
     return made
 
 
-def _parsed(text: str) -> tuple[type[Any], list[Any], dict[str, Any]]:
+def parsed(text: str, known: Mapping[str, type[Transform]]) -> tuple[type[Any], list[Any], dict[str, Any]]:
+    """The transform that `text` names, and its arguments, which are literals; ValueError or SyntaxError where not."""
     match ast.parse(text, mode="eval").body:
         case ast.Call(func=ast.Attribute(value=ast.Name(id="lm"), attr=name), args=args, keywords=keywords):
             kwargs = {str(each.arg): ast.literal_eval(each.value) for each in keywords}
-            if name not in _KNOWN or (name == "compile" and "options" in kwargs):
+            if name not in known or (name == "compile" and "options" in kwargs):
                 raise ValueError(name)
-            return _KNOWN[name], [ast.literal_eval(each) for each in args], kwargs
+            return known[name], [ast.literal_eval(each) for each in args], kwargs
     raise ValueError(text)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import world
 from lumen.errors import DonatedError
 
 Addresses = list[set[int]]
@@ -80,6 +81,8 @@ def _tree_fields(state: Any) -> list[str]:
 
 def _pointers(values: Any) -> list[int]:
     found = [values] if isinstance(values, Tensor) else tree.tensors(values)
+    if world.is_planned():  # tensors that lie nowhere, but are views of each other as real ones are
+        return [hash((t.untyped_storage()._cdata, t.storage_offset())) for t in found if t.numel()]
     return [t.data_ptr() for t in found if t.numel()]
 
 
@@ -93,7 +96,8 @@ def check_unaliased(state: Any) -> Addresses:
     for path, tensor in tree.named_tensors(state):
         if tensor.numel() == 0:
             continue
-        first = owner.setdefault(tensor.data_ptr(), path)
+        (pointer,) = _pointers(tensor)
+        first = owner.setdefault(pointer, path)
         if first != path:
             raise DonatedError(
                 f"state.{path} and state.{first} are the same memory, so an update in place of one would change the"
@@ -104,11 +108,13 @@ def check_unaliased(state: Any) -> Addresses:
 
 def release(metrics: Any, addresses: Addresses) -> Any:
     """`metrics` with a copy of each tensor that lies in the state's own memory, which the next step overwrites."""
-    held = {t.data_ptr() for t in tree.tensors(metrics)}
+    held = set(_pointers(metrics))
     if True not in [not held.isdisjoint(each) for each in addresses]:
         return metrics
     shared = held & set().union(*addresses)
-    return tree.map(lambda x: x.clone() if isinstance(x, Tensor) and x.data_ptr() in shared else x, metrics)
+    return tree.map(
+        lambda x: x.clone() if isinstance(x, Tensor) and not shared.isdisjoint(_pointers(x)) else x, metrics
+    )
 
 
 def check_unmoved(old: list[Tensor], new: list[Tensor], paths: list[str]) -> None:

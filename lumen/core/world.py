@@ -6,6 +6,8 @@ other by rank, and count once wherever rows are cut or what was found in them is
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -64,3 +66,20 @@ def store(prefix: str) -> Store:
     shared = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     own: Store = shared.clone()  # type: ignore[attr-defined]
     return own
+
+
+def is_planned() -> bool:
+    """Whether the other processes are only thought of, as in `lm.plan`: nothing is sent, and tensors have no values.
+
+    So what compares processes, or reads a number from a tensor to go by it, must do without.
+    """
+    return is_distributed() and dist.get_backend() == dist.Backend.FAKE
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """While it is entered, new tensors have values, also where a run is only planned."""
+    if not is_planned():
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

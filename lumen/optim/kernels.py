@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lumen import tree
+from lumen.core import world
 from lumen.errors import ParamsError
 from lumen.optim.hyper import HParams, Hyper
 from lumen.optim.numerics import absent
@@ -45,7 +47,12 @@ def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
 
 def allowed(leaves: list[Any]) -> bool:
     """Whether list kernels may run here: in eager mode, outside transforms and differentiation."""
-    return eager() and {*map(type, leaves)} == {Tensor} and True not in [leaf.requires_grad for leaf in leaves]
+    return eager() and {*map(type, leaves)} == {_plain()} and True not in [leaf.requires_grad for leaf in leaves]
+
+
+def _plain() -> type[Tensor]:
+    """The type of tensors that are not a subclass for some purpose: those of a plan stand for plain ones."""
+    return FakeTensor if world.is_planned() else Tensor
 
 
 def eager() -> bool:
@@ -64,10 +71,11 @@ def alike(params: Any, grads: Any) -> bool:
     """
     if type(params) is not dict or type(grads) is not dict or len(params) != len(grads):
         return False
+    plain = _plain()
     for (name, p), (other, g) in zip(params.items(), grads.items(), strict=True):
         if (
             name != other
-            or not (type(p) is type(g) is Tensor)
+            or not (type(p) is type(g) is plain)
             or p.dtype != g.dtype
             or p.shape != g.shape
             or p.requires_grad

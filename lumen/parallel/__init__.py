@@ -8,6 +8,10 @@ from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.logs import setup_logging as setup_logging
 from lumen.parallel.mesh import Mesh as Mesh
 from lumen.parallel.mesh import mesh as mesh
+from lumen.parallel.plan import measure as measure
+from lumen.parallel.plan import plan as plan
+from lumen.parallel.plan_report import Plan as Plan
+from lumen.parallel.plan_world import fake_world as fake_world
 from lumen.parallel.tensor import tensor_parallel as tensor_parallel
 from lumen.parallel.tensor_styles import Colwise as Colwise
 from lumen.parallel.tensor_styles import Region as Region

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import gradient, rows, rules
+from lumen.core import gradient, rows, rules, world
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
@@ -138,7 +138,8 @@ class Exchange:
                 "lm.compile cannot trace a step in which processes ask each other for the number of their microbatches."
                 " Give it: lm.accumulate(2)."
             )
-        return int(self._wire.launch(torch.tensor(number, device=self._device), "max", exact=True)())
+        largest = self._wire.launch(torch.tensor(number, device=self._device), "max", exact=True)()
+        return number if world.is_planned() else int(largest)
 
     def idle(self, call: GradientCall) -> GradientCall:
         """The call with a loss that weighs nothing."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
+from lumen.core import world
 from lumen.core.module import places_of
 from lumen.parallel.shards import Cut, Gathering, alias, reduce_scatter
 from lumen.parallel.units import Units
@@ -45,7 +46,8 @@ class Lazy(Tensor):
     @classmethod
     def of(cls, session: Gathers, name: str, part: Tensor) -> Lazy:
         """The param `name` as the loss function, or a module outside of its unit, is to see it."""
-        shell = torch.empty(session.shapes[name], dtype=part.dtype, device="meta")
+        with world.real_tensors():
+            shell = torch.empty(session.shapes[name], dtype=part.dtype, device="meta")
         lazy: Lazy = torch.Tensor._make_subclass(cls, shell, False)
         lazy.part, lazy.key, lazy.session = part, name, session
         return lazy

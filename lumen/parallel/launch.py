@@ -63,6 +63,8 @@ def leave() -> None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
+    if world.is_planned():  # wherever it will run, this process has a CPU
+        return torch.device("cpu")
     if device is None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     else:

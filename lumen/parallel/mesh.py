@@ -51,7 +51,8 @@ class Mesh:
         if len(wide) == 1:
             return self.torch.get_group(wide[0])
         flat = "_".join(wide)
-        return self.torch[tuple(wide)]._flatten(flat).get_group()
+        with world.real_tensors():
+            return self.torch[tuple(wide)]._flatten(flat).get_group()
 
     @contextmanager
     def bound(self) -> Iterator[None]:
@@ -122,7 +123,8 @@ def mesh(
     world.share_rows(sizes["tensor"])
     if not world.is_distributed():
         return Mesh(sizes, found, None)
-    grid = init_device_mesh(found.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    with world.real_tensors():
+        grid = init_device_mesh(found.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     return Mesh(sizes, found, grid)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from lumen import checkpoint, tree
 from lumen.checkpoint import rng
 from lumen.core.donation import is_retired
+from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
@@ -35,7 +36,6 @@ from lumen.train.checkpointer import candidates, first_whole
 from lumen.train.clock import NEVER, Clock, Timer, Until
 from lumen.train.counts import count_rows, count_tokens
 from lumen.train.everyone import Everyone
-from lumen.train.flops import flops_of
 from lumen.train.journal import Journal
 from lumen.train.place import Placed
 from lumen.train.plateau import fed

@@ -11,6 +11,7 @@ from typing import Any
 
 from lumen import tree
 from lumen.checkpoint import plain
+from lumen.core.flops import peak_flops
 from lumen.core.step import Transform, as_step, compose
 from lumen.data.feed import feed
 from lumen.errors import StepError
@@ -21,7 +22,6 @@ from lumen.train.clock import Every, Steps, Until
 from lumen.train.counts import TokenCount
 from lumen.train.everyone import check_world
 from lumen.train.fit import Fit, Result, without_unroll
-from lumen.train.flops import peak_flops
 from lumen.train.lr_find import Finding, lr_find
 from lumen.train.place import Placed
 from lumen.train.plateau import check_plateau

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.flops import count as count_flops
+from lumen.core.flops import flops_of as flops_of
+from lumen.core.flops import peak_flops as peak_flops
 from lumen.core.inspect import human_bytes
 from lumen.core.step import StepFn
 from lumen.errors import StepError
 from lumen.optim.hyper import check_count
-from lumen.train.flops import count as count_flops
-from lumen.train.flops import flops_of as flops_of
-from lumen.train.flops import peak_flops as peak_flops
 
 if TYPE_CHECKING:
     from rich.table import Table

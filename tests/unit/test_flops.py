@@ -10,7 +10,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 import lumen as lm
-from lumen.train.flops import count, flops_of, peak_flops, peak_of
+from lumen.core.flops import count, flops_of, peak_flops, peak_of
 
 
 def make_step(loss=lambda out: (out**2).mean()):

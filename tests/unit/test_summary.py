@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import lumen as lm
+from lumen.core.flops import flops_of
 from lumen.errors import HyperparameterError, StepError
-from lumen.train.flops import flops_of
 from lumen.train.summary import human_flops, summary
 
 

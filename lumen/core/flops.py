@@ -71,13 +71,13 @@ def _counted(user: StepFn, state: Any, batch: Any) -> int:
             return leaf
 
         given = tree.map(fake, (state, batch))
-        with FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+        with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
             user(*given)
     total: int = counter.get_total_flops()
     return total
 
 
-def _cpu_attention() -> dict[Any, Any]:
+def cpu_attention() -> dict[Any, Any]:
     """The formulas of the CPU's own attention, which torch's table lacks: those of the other kernels."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 

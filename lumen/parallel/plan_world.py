@@ -1,0 +1,70 @@
+"""A world of which only this process is real, and a step that runs in it as it would in the real one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from lumen.core import world
+from lumen.core.step import Step, StepFn, Transform, as_step, compose
+from lumen.errors import WorldError
+from lumen.parallel.mesh import Mesh
+
+
+@contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[None]:
+    """While it is entered, this process is `rank` of a world of `size` that nobody else belongs to.
+
+    Collectives return at once and send nothing, so what they give has the right shape and no meaning: it is for
+    tensors without values. Raises `WorldError` inside a world, and for a rank that the world does not have.
+
+    >>> import lumen as lm
+    >>> from lumen.parallel.plan_world import fake_world
+    >>> with fake_world(1024, rank=70):
+    ...     mesh = lm.mesh(shard=64, data=16)
+    ...     mesh.index("data"), mesh.index("shard")
+    (1, 6)
+    """
+    if world.is_distributed():
+        raise WorldError(
+            f"this process is rank {world.rank()} of {world.world_size()} already, and a plan makes a world of its own."
+            " Plan from one process, without torchrun."
+        )
+    if type(size) is not int or size < 1:
+        raise WorldError(f"world={size!r} must be a number of processes, from 1.")
+    if type(rank) is not int or not 0 <= rank < size:
+        raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def moved(step: StepFn, mesh: Mesh | None) -> Step:
+    """A copy of `step` without `lm.compile`, its parallel transforms on `mesh`, or as if they had not been used yet."""
+    whole = as_step(step)
+    return compose(*(_moved(each, mesh) for each in whole.transforms if each.level != "compile"))(whole.user)
+
+
+def _moved(transform: Transform, mesh: Mesh | None) -> Transform:
+    found = copy.copy(transform)
+    for name in [*vars(found)]:
+        if isinstance(getattr(type(found), name, None), functools.cached_property):
+            del vars(found)[name]
+    if mesh is not None and hasattr(found, "_given"):
+        found._given = mesh
+    return found
+
+
+def sizes_of(step: Step) -> Mapping[str, int]:
+    """The axes of the mesh that a step is spread over; empty where it is not."""
+    meshes: list[Any] = [getattr(t, "mesh", None) for t in step.transforms if t.level == "parallel"]
+    return next((mesh.sizes for mesh in meshes if isinstance(mesh, Mesh)), {})
