@@ -87,6 +87,14 @@ class Memory:
     blocks: list[Block] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     _held: dict[int, _Held] = field(default_factory=dict)  # by the address of the storage
+    _copies: dict[int, int] = field(default_factory=dict)  # blocks, by the address of the storage that is copied
+    _lent: dict[int, tuple[weakref.ref[Any], Sequence[Tensor]]] = field(default_factory=dict)  # by the id of the work
+
+    def enter(self, moment: Moment) -> None:
+        """Come to a new stage, with all that is held."""
+        self.now = moment
+        if self.blocks:
+            self.changes.append(Change(0, 0, moment))
 
     def see(self, tensor: Tensor, operation: str) -> None:
         """Count the storage of `tensor`, unless it is known."""
@@ -101,11 +109,32 @@ class Memory:
         self._held[address] = _Held(block, nbytes, weakref.ref(storage, lambda _: self._gone(address)))
         self.changes.append(Change(block, nbytes, self.now))
 
-    def passing(self, nbytes: int, dtype: torch.dtype, operation: str) -> None:
-        """Count what is held for the moment where no tensor shows it."""
-        block = len(self.blocks)
-        self.blocks.append(Block(nbytes, (nbytes // dtype.itemsize,), dtype, operation, self.now, "communication"))
-        self.changes += [Change(block, nbytes, self.now), Change(block, -nbytes, self.now)]
+    def lend(self, work: Any, tensors: Sequence[Tensor]) -> None:
+        """Hold `tensors` for as long as somebody has `work`, which waits for them, as the backends do."""
+        key = id(work)
+
+        def returned(_: object) -> None:
+            del self._lent[key]
+
+        self._lent[key] = weakref.ref(work, returned), tensors
+
+    def copied(self, tensor: Tensor, operation: str) -> None:
+        """Count as much as `tensor` has once more, where no tensor shows it, until it is `touched`."""
+        block, nbytes = len(self.blocks), tensor.numel() * tensor.element_size()
+        shape = tuple(tensor.shape)
+        self.blocks.append(Block(nbytes, shape, tensor.dtype, operation, self.now, "communication"))
+        self.changes.append(Change(block, nbytes, self.now))
+        self._copies[tensor.untyped_storage()._cdata] = block
+
+    def touched(self, tensors: Sequence[Tensor]) -> None:
+        """An operation takes these: nothing that is on its way is copied any more."""
+        for tensor in tensors:
+            self._dropped(tensor.untyped_storage()._cdata)
+
+    def _dropped(self, address: int) -> None:
+        block = self._copies.pop(address, None)
+        if block is not None:
+            self.changes.append(Change(block, -self.blocks[block].nbytes, self.now))
 
     def claim(self, tensors: Sequence[Tensor], category: str, names: Sequence[str] = ()) -> None:
         """Say what the storages of `tensors` are for."""
@@ -152,6 +181,7 @@ class Memory:
             self._held[storage._cdata] = held._replace(nbytes=nbytes)
 
     def _gone(self, address: int) -> None:
+        self._dropped(address)
         held = self._held.pop(address)
         if held.nbytes:
             self.changes.append(Change(held.block, -held.nbytes, self.now))

@@ -126,7 +126,7 @@ class Plan:
     # ---------------------------------------------------------------------------------------- words
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(line.rstrip() for line in self._lines())
 
     __repr__ = __str__
 

@@ -50,6 +50,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, copied: Collection[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._copied = copied
+        self._going: Any = None
         self.memory = Memory()
         self.work: list[Work] = []
         self.sent: list[Sent] = []
@@ -61,6 +62,9 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._going = None
+        if self._copied:
+            self.memory.touched(_tensors(args))
         try:
             out = func(*args, **kwargs)
         except DataDependentOutputException:
@@ -69,16 +73,24 @@ class Watch(TorchDispatchMode):
         for tensor in _tensors(out):
             self.memory.see(tensor, name)
         carried = plan_wire.payload(name, args, out)
-        now = self.memory.now
-        if carried is not None:
-            self.memory.claim(carried, "communication")
-            sent = plan_wire.read(name, args, carried, now.stage, now.phase)
-            self.sent.append(sent)
-            if sent.kind in self._copied:
-                self.memory.passing(sent.nbytes, carried[0].dtype, f"copy::of {sent.kind}")
-        else:
+        if carried is None:
             self._count(func, args, kwargs, out)
+        else:
+            self._send(name, args, out, carried)
         return out
+
+    def _send(self, name: str, args: tuple[Any, ...], out: Any, carried: list[Tensor]) -> None:
+        now = self.memory.now
+        self.memory.claim(carried, "communication")
+        sent = plan_wire.read(name, args, carried, now.stage, now.phase)
+        self.sent.append(sent)
+        work = plan_wire.work_of(out)
+        if work is not None:
+            self.memory.lend(work, _tensors(args))
+            self._going = work  # nobody else has it before the caller does
+        if sent.kind in self._copied:
+            for tensor in carried:
+                self.memory.copied(tensor, f"copy::of {sent.kind}")
 
     def _unknown(self, func: Any, args: tuple[Any, ...]) -> Any:
         """A number for one that nobody knows: zero, or that two tensors are equal."""
@@ -106,7 +118,7 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Everything inside belongs to the stage `name`."""
-        self.memory.now = Moment(name, "", "")
+        self.memory.enter(Moment(name, "", ""))
         try:
             yield
         finally:
@@ -214,7 +226,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 def _caller() -> str | None:
     """The line of the user's that reads a value; None where it is Lumen's own, which zero suits."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)  # past this module
     while frame.f_back is not None and "torch" in frame.f_globals.get("__name__", "").split("."):
         frame = frame.f_back
     own = frame.f_globals.get("__name__", "").startswith("lumen.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
+from torch._C._distributed_c10d import ProcessGroup, Work, _resolve_process_group
 
 from lumen import tree
 
@@ -73,6 +74,12 @@ def read(name: str, args: Sequence[Any], carried: Sequence[Tensor], stage: str, 
     group = _resolve_process_group(given) if isinstance(given, str) else ProcessGroup.unbox(given)  # type: ignore[arg-type]
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in carried)
     return Sent(form.kind, nbytes, tuple(dist.get_process_group_ranks(group)), stage, phase)
+
+
+def work_of(out: Any) -> Any | None:
+    """What a caller will wait for, None where there is nothing of the kind."""
+    last = out[-1] if isinstance(out, list | tuple) and out else out
+    return Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
 
 
 def axes_of(ranks: Sequence[int], sizes: Mapping[str, int]) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -12,8 +16,9 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import world
+from lumen.parallel.plan import plan_loaded
 from lumen.parallel.plan_run import observed, planned
-from tests.distributed import fsdp_models, models  # noqa: F401
+from tests.distributed import fsdp_models, models, plan_job  # noqa: F401
 
 pytestmark = pytest.mark.distributed
 
@@ -29,6 +34,8 @@ models.MODELS["wide"] = lambda: nn.Sequential(
     nn.Linear(models.WIDTH, 64), *[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(3)], nn.Linear(64, 3)
 )
 INSIDE = [[], ["donate"], ["accumulate", "clip", "donate"]]
+CASES = [*itertools.product(["ddp", "zero1", "zero2", "zero3"], ["wide", "deep"], INSIDE)]
+CASES += [("bf16", "deep", []), ("hsdp", "deep", ["accumulate"])]
 
 
 def made(strategy, model, inside, rows=32):
@@ -41,6 +48,7 @@ def made(strategy, model, inside, rows=32):
 
 
 def facts(seen):
+    """Peaks by stage, the collectives of a step, and its floating point operations."""
     sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.watch.sent if each.stage == "step")
     peaks = {stage: seen.watch.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
     flops = sum(each.flops for each in seen.watch.work if each.stage == "step")
@@ -48,27 +56,61 @@ def facts(seen):
 
 
 def measured(cases):
-    """What each case holds and sends on this process."""
+    """What each case holds and sends on this process: real tensors, over Gloo."""
     return [facts(observed(made(*case), world.world_size(), world.rank())) for case in cases]
 
 
-CASES = [*itertools.product(["ddp", "zero1", "zero2", "zero3"], ["wide", "deep"], INSIDE)]
-CASES += [("bf16", "deep", []), ("hsdp", "deep", ["accumulate"])]
+def check(size, rank, answers, cases):
+    for case, (peaks, sent, flops) in zip(cases, answers, strict=True):
+        plan_peaks, plan_sent, plan_flops = facts(
+            planned(functools.partial(made, *case), size, None, rank, gloo=size > 1)
+        )
+        for stage, peak in peaks.items():
+            assert plan_peaks[stage] == pytest.approx(peak, rel=0.1), (case, stage, rank)
+        assert plan_sent == sent, (case, rank)
+        assert plan_flops == flops, (case, rank)
 
 
-def check(size, found):
-    for rank in {0, size - 1}:
-        answers = found[rank]
-        for case, (peaks, sent, flops) in zip(CASES, answers, strict=True):
-            plan_peaks, plan_sent, plan_flops = facts(
-                planned(functools.partial(made, *case), size, None, rank, gloo=True)
-            )
-            for stage, peak in peaks.items():
-                assert plan_peaks[stage] == pytest.approx(peak, rel=0.1), (case, stage, rank)
-            assert plan_sent == sent, (case, rank)
-            assert plan_flops == flops, (case, rank)
+def test_a_plan_of_one_process_holds_what_it_does():
+    cases = [case for case in CASES if case[0] in ("ddp", "zero3") and "clip" not in case[2]]
+    check(1, 0, measured(cases), cases)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_plan_holds_and_sends_what_a_run_does(worlds, size):
-    check(size, worlds(size).run(measured, CASES))
+def test_a_plan_of_two_holds_and_sends_what_they_do(world2):
+    for rank, answers in enumerate(world2.run(measured, CASES)):
+        check(2, rank, answers, CASES)
+
+
+def test_a_plan_of_four_holds_and_sends_what_they_do(world4):
+    found = world4.run(measured, CASES)
+    for rank in (0, 3):  # the last has the shorter parts
+        check(4, rank, found[rank], CASES)
+
+
+def grown(strategy, size):
+    """How much the resident set of each process of a fresh world grows in its second step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # So that the C library gives back what is freed, and the set is what is held.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    started = []
+    for rank in range(size):
+        own = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, plan_job.__file__, strategy]
+        environment = {**env, **own} if size > 1 else env
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        return [int(each.communicate(timeout=200)[0]) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="looks at the resident set as Linux tells it")
+@pytest.mark.parametrize(("strategy", "size"), [("alone", 1), ("ddp", 2), ("zero1", 2), ("ddp", 4)])
+def test_the_resident_set_of_fresh_processes_grows_by_what_is_planned(strategy, size):
+    found = plan_loaded(lambda: functools.partial(plan_job.make, strategy), world=size, device="cpu")
+    for nbytes in grown(strategy, size):
+        assert found.seen.watch.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)

@@ -1,0 +1,362 @@
+"""`lm.plan` in one process: large worlds against arithmetic, costs, advice, pictures, the command, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import lumen as lm
+from lumen.cli.main import main
+from lumen.core import world
+from lumen.errors import HyperparameterError, StepError, WorldError
+from lumen.parallel.plan import plan_loaded
+from lumen.parallel.plan_cost import compute_seconds, device, ring_bytes, ring_seconds
+from lumen.parallel.plan_memory import Memory
+from lumen.parallel.plan_picture import phases, sampled
+from lumen.parallel.plan_watch import Work
+from lumen.parallel.plan_wire import Sent, axes_of
+from lumen.parallel.plan_world import fake_world
+
+
+def step(state, batch):
+    def loss_fn(params, batch):
+        logits, _ = state.apply(params, batch["x"])
+        return F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten())
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h):
+        B, T, D = h.shape
+        q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in self.qkv(self.first(h)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        return h + self.down(F.gelu(self.up(self.second(h))))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, x):
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+def make(transforms=(), vocab=128, width=32, depth=2, heads=2, rows=2, context=16):
+    state = lm.TrainState.create(GPT(vocab, width, depth, heads), lm.optim.adamw(1e-3))
+    x = torch.zeros(rows, context, dtype=torch.int64)
+    return lm.compose(*transforms)(step), state, {"x": x, "y": x}
+
+
+def planned(*transforms, width=32, **options):
+    made = make(transforms, width=width)
+    return lm.plan(*made, **options)
+
+
+# ------------------------------------------------------------------------------------------- large worlds
+
+
+@pytest.mark.slow
+def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says():
+    def seven():
+        return make([lm.fsdp(), lm.precision("bf16"), lm.donate()], 50_304, 4096, 32, 32, 1, 128)
+
+    found = plan_loaded(lambda: seven, mesh={"shard": 64, "data": 16})
+    params = 32 * (12 * 4096**2 + 10 * 4096) + 2 * 50_304 * 4096
+    assert params > 6.8e9
+    assert found.peak.parts["params"] == pytest.approx(4 * params / 64, rel=0.01)
+    assert found.peak.parts["optimizer"] == pytest.approx(8 * params / 64, rel=0.01)
+    sent = {each.kind: each for each in found.traffic if each.carried > 1000}
+    assert sent["all-gather"].axes == sent["reduce-scatter"].axes == "shard"
+    assert sent["all-reduce"].axes == "data"
+    # In bf16, each unit forward and backward, the root once; gradients in float32.
+    root = 2 * 50_304 * 4096
+    assert sent["all-gather"].carried == pytest.approx(2 * (2 * params - root), rel=0.01)
+    assert sent["reduce-scatter"].carried == pytest.approx(4 * params, rel=0.01)
+    assert found.flops == pytest.approx(6 * (params - 50_304 * 4096) * 128, rel=0.02)
+
+
+def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
+    few, many = planned(lm.fsdp(), world=2), planned(lm.fsdp(), world=32)
+    assert many.peak.parts["optimizer"] * 14 < few.peak.parts["optimizer"]
+    assert many.peak.parts["batch"] == few.peak.parts["batch"]
+    assert many.flops == few.flops
+
+
+def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():
+    transform = lm.fsdp()
+    found = lm.plan(*make([transform]), mesh={"shard": 4, "data": 2})
+    assert found.seen.sizes == {"data": 2, "shard": 4, "tensor": 1}
+    assert transform.mesh.size() == 1
+    assert {each.axes for each in found.traffic} >= {"shard", "data"}
+
+
+def test_a_plan_leaves_nothing_behind():
+    resize = torch.UntypedStorage.resize_
+    planned(lm.ddp(), world=8)
+    assert not world.is_distributed()
+    assert not world.is_planned()
+    assert torch.UntypedStorage.resize_ is resize
+    assert torch.ones(2).tolist() == [1.0, 1.0]
+
+
+def test_a_measurement_has_the_numbers_of_a_plan():
+    wrapped, _, batch = make([lm.donate()])
+    found = lm.plan(wrapped, lambda: make()[1], batch, world=1)
+    real = lm.parallel.measure(wrapped, lambda: make()[1], batch)
+    assert found.peak.nbytes == pytest.approx(real.peak.nbytes, rel=0.01)
+    assert found.flops == real.flops
+    assert real.seen.seconds > 0
+
+
+# ------------------------------------------------------------------------------------------- costs
+
+
+def test_work_takes_its_arithmetic_or_its_traffic_whichever_is_longer():
+    on = device("h100", flops=1e12, bandwidth=1e9, efficiency=0.5)
+    heavy, wide = Work(10**12, 10, torch.float32, "", ""), Work(10, 10**9, torch.float32, "", "")
+    assert compute_seconds([heavy], on) == pytest.approx(2.0)
+    assert compute_seconds([heavy, wide], on) == pytest.approx(4.0)
+
+
+def test_rings_inside_a_node_and_between_nodes():
+    on = device("h100", inside=100.0, between=10.0, latency_inside=1.0, latency_between=5.0, per_node=4)
+    inside = Sent("all-gather", 400, (0, 1, 2, 3), "", "")
+    assert ring_bytes(inside) == 300
+    assert ring_seconds(inside, on) == pytest.approx(3 + 3 * 1)
+    across = Sent("all-gather", 400, (0, 4, 8, 12), "", "")  # one of each node, so one adapter
+    assert ring_seconds(across, on) == pytest.approx(30 + 3 * 5)
+    both = Sent("reduce-scatter", 800, tuple(range(8)), "", "")  # four adapters
+    assert ring_seconds(both, on) == pytest.approx(700 / 40 + 6 * 1 + 5)
+    alone = Sent("all-reduce", 800, (3,), "", "")
+    assert ring_bytes(alone) == ring_seconds(alone, on) == 0
+
+
+def test_a_small_all_reduce_goes_by_a_tree():
+    on = device("h100")
+    small = Sent("all-reduce", 16, tuple(range(1024)), "", "")
+    assert ring_seconds(small, on) < 1e-3
+    assert ring_bytes(small) < 32
+
+
+def test_axes_are_told_by_the_places_that_differ():
+    sizes = {"data": 2, "shard": 2, "tensor": 2}
+    assert axes_of([0, 1], sizes) == "tensor"
+    assert axes_of([1, 3], sizes) == "shard"
+    assert axes_of([0, 2, 4, 6], sizes) == "data×shard"
+    assert axes_of([5], sizes) == "itself"
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_follows_storages_their_views_and_their_sizes():
+    memory = Memory()
+    with memory.resizes():
+        x = torch.ones(100)
+        memory.see(x, "aten::ones")
+        memory.see(x[10:], "aten::slice")
+        assert memory.peak().nbytes == 400
+        x.untyped_storage().resize_(0)
+        x.untyped_storage().resize_(800)
+        del x
+    assert [change.nbytes for change in memory.changes] == [400, -400, 800, -800]
+    assert memory.peak().nbytes == 800
+    assert memory.peak().parts["gathered params"] == 800
+
+
+def test_phases_and_samples_of_a_step():
+    timeline = planned(world=1).seen.watch.memory.timeline("step")
+    points = sampled(timeline, 50)
+    assert len(points) == 50
+    assert max(sum(parts.values()) for _, parts in points) == max(sum(parts.values()) for _, parts in timeline)
+    names = [name for name, _, _ in phases(points)]
+    assert [name for name in names if name] == ["forward", "backward", "update"]
+
+
+# ------------------------------------------------------------------------------------------- advice
+
+
+def test_what_does_not_fit_gets_advice_and_what_fits_gets_none():
+    assert planned(lm.ddp(), lm.donate(), world=8).suggestions == []
+    need = planned(lm.ddp(), lm.donate(), world=8, width=256)
+    limit = need.peak.parts["params"] * 3.4
+    assert need.peak.nbytes > limit
+    (first, *_) = planned(lm.ddp(), lm.donate(), world=8, width=256, memory=limit).suggestions
+    assert "lm.fsdp(level=" in first
+    tight = planned(lm.fsdp(), world=8, memory=1e3)
+    assert not tight.fits
+    said = " ".join(tight.suggestions)
+    assert "shard=16" in said or "lm.remat()" in said
+
+
+def test_a_state_that_is_too_large_only_before_it_is_cut_is_told_apart():
+    whole = planned(lm.fsdp(), lm.donate(), world=32, width=256)
+    assert whole.start.nbytes > whole.peak.nbytes
+    found = planned(lm.fsdp(), lm.donate(), world=32, width=256, memory=whole.peak.nbytes)
+    assert not found.fits
+    assert [("meta device" in each) for each in found.suggestions] == [True]
+
+
+# ------------------------------------------------------------------------------------------- what cannot be planned
+
+
+def refused(error, match, *transforms, **options):
+    with pytest.raises(error, match=match):
+        planned(*transforms, **options)
+    assert not world.is_distributed()
+
+
+def test_worlds_and_devices_that_do_not_go():
+    refused(WorldError, "needs a world")
+    refused(WorldError, "does not make up the world", lm.ddp(), world=8, mesh={"data": 3})
+    refused(WorldError, "no axis 'rows'", lm.ddp(), mesh={"rows": 3})
+    refused(WorldError, "write world=", lm.ddp(), mesh={"data": -1})
+    refused(WorldError, "rank=9 is not in a world of 4", lm.ddp(), world=4, rank=9)
+    refused(WorldError, "world=0", world=0)
+    refused(HyperparameterError, "device='tpu' is unknown", world=2, device="tpu")
+    refused(HyperparameterError, "memory=-1", world=2, memory=-1)
+    refused(HyperparameterError, "speed= is no figure", world=2, speed=3)
+    refused(HyperparameterError, "up to 1", world=2, efficiency=2)
+
+
+def test_a_plan_inside_a_world_is_refused():
+    with fake_world(2), pytest.raises(WorldError, match="rank 0 of 2 already"):
+        planned(lm.ddp(), world=4)
+    assert not dist.is_initialized()
+
+
+def test_shapes_that_depend_on_values_are_refused_with_words():
+    def selecting(state, batch):
+        def loss_fn(params, batch):
+            out, _ = state.apply(params, batch)
+            return out[out > 0].sum()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    state = lm.TrainState.create(nn.Linear(4, 2), lm.optim.sgd(0.1))
+    with pytest.raises(StepError, match="shape depends on values"):
+        lm.plan(selecting, state, torch.ones(3, 4), world=1)
+
+
+def test_numbers_that_a_step_reads_are_told():
+    def reading(state, batch):
+        new, metrics = step(state, batch)
+        return new, {"loss": float(metrics["loss"])}
+
+    _, state, batch = make()
+    found = lm.plan(reading, state, batch, world=1)
+    assert any("reads 2 numbers" in each and "test_plan.py" in each for each in found.assumptions)
+
+
+def test_a_compiled_step_is_planned_without_and_says_so():
+    found = planned(lm.compile(), lm.ddp(), world=2)
+    assert any("lm.compile was left out" in each for each in found.assumptions)
+
+
+# ------------------------------------------------------------------------------------------- what it looks like
+
+SCRIPT = """
+import torch
+import lumen as lm
+
+def step(state, batch):
+    loss, grads = lm.value_and_grad(lambda p, x: state.apply(p, x)[0].square().mean())(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+def make():
+    net = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(3)])
+    return lm.fsdp()(step), lm.TrainState.create(net, lm.optim.adamw(1e-3)), torch.zeros(4, 16)
+
+def wrong():
+    return step
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train_for_plan.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def said(capsys, *argv):
+    code = main(["plan", *argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_prints_a_table_and_writes_pictures(script, tmp_path, capsys):
+    files = [tmp_path / name for name in ("plan.html", "plan.svg")]
+    outputs = [part for file in files for part in ("-o", str(file))]
+    code, out, _ = said(capsys, f"{script}:make", "--mesh", "shard=64,data=16", *outputs)
+    assert code == 0
+    for words in ("rank 0 of 1024 (data=16, shard=64) on h100", "all-gather", "data×shard", "MFU", "assumed", "fits"):
+        assert words in out
+    assert "<svg" in files[0].read_text()
+    assert files[1].read_text().startswith("<svg")
+
+
+def test_the_command_draws_with_matplotlib(script, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    code, _, _ = said(capsys, f"{script}:make", "--world", "4", "-o", str(tmp_path / "plan.png"))
+    assert code == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_takes_another_strategy_and_speaks_to_programs(script, capsys):
+    code, out, _ = said(capsys, f"{script}:make", "--world", "8", "--strategy", "ddp", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert {each["kind"] for each in told["traffic"]} == {"all-reduce"}
+    code, out, _ = said(capsys, f"{script}:make", "--world", "8", "--strategy", "fsdp(level=2)", "--memory", "1e3")
+    assert code == 1
+    assert out.startswith("lm.fsdp(level=2)(step)")
+    assert "does NOT fit" in out
+    assert "try:" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["{}:nope", "--world", "2"], "has no function 'nope'"),
+        (["{}:wrong", "--world", "2"], "must return (step, state, batch)"),
+        (["missing.py:make", "--world", "2"], "there is no file missing.py"),
+        (["{}:make"], "needs a world"),
+        (["{}:make", "--world", "4", "--mesh", "shard=3"], "does not make up the world"),
+        (["{}:make", "--world", "4", "--strategy", "zip"], "--strategy takes ddp, fsdp"),
+        (["{}:make", "--world", "4", "-o", "plan.txt"], "not as 'plan.txt'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(script, capsys, argv, words):
+    code, _, err = said(capsys, *(each.format(script) for each in argv))
+    assert code == 1
+    assert words in err
+    assert not world.is_distributed()
+
+
+def test_a_mesh_that_cannot_be_read_is_a_wrong_command_line(script):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", f"{script}:make", "--mesh", "shard"])
+    assert caught.value.code == 2
