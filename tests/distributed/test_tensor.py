@@ -58,7 +58,7 @@ def check(world, cases, *settings, tolerance=1e-10):
 @pytest.mark.parametrize("kind", PLANS, ids=lambda kind: kind[0] + "-sequence" * kind[1])
 def test_two_processes_compute_as_one(kind, world2):
     model, sequence = kind
-    check(world2, [(model, around, [7], sequence) for around in AROUND])
+    check(world2, [(model, names, [7], sequence) for names in ([], ["accumulate"], AROUND[-1])])
 
 
 EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
