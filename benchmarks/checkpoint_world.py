@@ -56,7 +56,7 @@ def run(rank: int, size: int, port: int, megabytes: int, arrays: int, rounds: in
     warnings.filterwarnings("ignore")
     mesh = lm.mesh(shard=-1, device="cpu")
     step = lm.fsdp(mesh)(lambda state, batch: (state, {}))
-    rows = megabytes * 10**6 // 4 // arrays // 1024
+    rows = megabytes * 10**6 // 4 // arrays // 1024 // size * size  # DTensor.from_local takes equal parts for granted
     net = torch.nn.ModuleList([torch.nn.Linear(1024, rows, bias=False) for _ in range(arrays)])
     state = step.init(lm.TrainState.create(net, lm.optim.sgd(0.1)))
     times: Times = {name: [] for name in VARIANTS}
