@@ -23,11 +23,11 @@ from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, 
 from lumen.parallel import agree
 from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
-from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
 from lumen.parallel.materialise import Initialise, begins_on_meta, begun, keeping, materialise, reset
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
+from lumen.parallel.optimizers import check_optimizer
 from lumen.parallel.shards import Cut, Named, cut_tree, gather, never_cut, places_of, reduce_scatter, whole_tree
 from lumen.parallel.units import Units, find
 

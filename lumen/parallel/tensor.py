@@ -20,10 +20,10 @@ from lumen.core.sharding import Piece
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, ParamsError, WorldError
 from lumen.parallel import agree
-from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.fsdp_run import Lazy
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
+from lumen.parallel.optimizers import check_optimizer
 from lumen.parallel.tensor_cut import Layout, Plan, cut_tree, layouts_of, name_in, pieces_of, styles_of, whole_tree
 from lumen.parallel.tensor_moves import Team
 from lumen.parallel.tensor_run import Outside, Run, cut_modules

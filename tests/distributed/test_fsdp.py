@@ -14,8 +14,8 @@ from lumen.core import world
 from lumen.errors import AxisError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
 from lumen.parallel import fsdp_run
 from lumen.parallel.fsdp import fsdp
-from lumen.parallel.fsdp_optim import check_optimizer
 from lumen.parallel.mesh import mesh
+from lumen.parallel.optimizers import check_optimizer
 from lumen.parallel.units import find
 from tests.distributed import fsdp_models, models
 from tests.distributed.models import (
