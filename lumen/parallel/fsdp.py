@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
@@ -20,9 +19,10 @@ from lumen.core.sharding import Piece, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
-from lumen.parallel import agree
+from lumen.parallel import agree, functional
 from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
+from lumen.parallel.fsdp_compiled import TracedSession
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
 from lumen.parallel.materialise import Initialise, begins_on_meta, begun, keeping, materialise, reset
 from lumen.parallel.mesh import Mesh
@@ -238,8 +238,6 @@ class fsdp(Transform):
             if cut is None:
                 with self.mesh.bound():
                     return step(state, batch)
-            if rules.is_tracing():
-                raise OrderError("lm.compile cannot trace lm.fsdp, which runs eagerly. Leave lm.compile out.")
             wire = Wire(cut.everyone)
             layouts = layouts or Layouts(wire, 25 * 2**20)
             shapes = self._shapes(state)
@@ -260,7 +258,8 @@ class fsdp(Transform):
     def session(self, shapes: Shapes) -> Session:
         """A new chain of gathers."""
         assert self.cut is not None
-        return Session(self.cut, shapes, torch.bfloat16 if self.gather else None, self.prefetch)
+        kind = TracedSession if rules.is_tracing() else Session
+        return kind(self.cut, shapes, torch.bfloat16 if self.gather else None, self.prefetch)
 
     def _check_inside(self, transforms: Sequence[Transform]) -> None:
         for inner in transforms:
@@ -405,7 +404,8 @@ class _Rule(RowsRule):
             session = self._transform.session(self._shapes)
             session.idle = idle
             try:
-                out = loss({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
+                with session.saving():
+                    out = loss({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
                 return _tied(session, out, has_aux)
             finally:
                 session.close()
@@ -467,5 +467,4 @@ class _Parts:
     def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
         """The parts, and the sum of `tail`."""
         parts = reduce_scatter(self._cut, leaves) if self.summed is None else self.summed
-        dist.all_reduce(tail, group=self._cut.everyone)
-        return parts, tail
+        return parts, functional.all_reduce(tail, "sum", self._cut.everyone)()

@@ -11,6 +11,7 @@ not use. That is what keeps the processes' collectives in step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +29,17 @@ Places = list[tuple[dict[str, Any], str, str]]
 class Gathers(Protocol):
     """Who knows the whole of a param from its part."""
 
-    @property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of each whole param."""
+    def shell(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The param `name`, gathered."""
+
+
+def shell(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory."""
+    with world.real_tensors():
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Lazy(Tensor):
@@ -46,9 +52,7 @@ class Lazy(Tensor):
     @classmethod
     def of(cls, session: Gathers, name: str, part: Tensor) -> Lazy:
         """The param `name` as the loss function, or a module outside of its unit, is to see it."""
-        with world.real_tensors():
-            shell = torch.empty(session.shapes[name], dtype=part.dtype, device="meta")
-        lazy: Lazy = torch.Tensor._make_subclass(cls, shell, False)
+        lazy: Lazy = torch.Tensor._make_subclass(cls, session.shell(name, part.dtype), False)
         lazy.part, lazy.key, lazy.session = part, name, session
         return lazy
 
@@ -90,11 +94,34 @@ class Session:
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def shell(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
+        return shell(self.shapes[name], dtype)
+
+    def held(self, names: Sequence[str]) -> Held:
+        """The memory of the params `names`."""
+        return Held(self, names)
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """What is entered while the loss is computed, for what its graph saves."""
+        return nullcontext()
+
+    def gathering(self, held: Held) -> Gathering:
+        """The params of `held` on their way."""
+        return Gathering(self.cut, held.parts, held.shapes, self.wire)
+
+    def reached(self, grads: Sequence[Tensor]) -> None:
+        """The backward pass has come to a unit whose output has these gradients."""
+
+    def scattered(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """This process's parts of the sums of a unit's gradients."""
+        return reduce_scatter(self.cut, grads)
+
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The param `name`, gathered by itself, once."""
         known = self._direct.get(name)
         if known is None or known[0] is not part:
-            (whole,) = self.gather(Held(self, [name]), [part])
+            (whole,) = self.gather(self.held([name]), [part])
             self._direct[name] = known = part, whole
         return known[1]
 
@@ -143,7 +170,7 @@ class Held:
         if parts is not None:
             self.parts = [part.detach() for part in parts]
         if self.going is None:
-            self.going = Gathering(self.session.cut, self.parts, self.shapes, self.session.wire)
+            self.going = self.session.gathering(self)
 
     def fetch(self) -> list[Tensor]:
         """The whole params, in memory of their own."""
@@ -176,7 +203,7 @@ class _Gather(torch.autograd.Function):
         held.free()
         if held.session.idle:  # 0 times infinity is no zero
             grads = tuple(torch.zeros_like(grad) for grad in grads)
-        return (None, token, *reduce_scatter(held.session.cut, grads))
+        return (None, token, *held.session.scattered(grads))
 
 
 class _Tie(torch.autograd.Function):
@@ -189,6 +216,7 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         held: Held | None = ctx.held
         if held is not None:
+            held.session.reached(grads)
             held.fetch()
             if held.before is not None and held.session.prefetch:
                 held.before.launch()
@@ -255,7 +283,7 @@ class Pass:
         names = list(dict.fromkeys(name for _, _, name in places))
         if not names:
             return []
-        held = self._ahead.pop(unit, None) or Held(self.session, names)
+        held = self._ahead.pop(unit, None) or self.session.held(names)
         held.launch([self._parts[name] for name in names])
         self._launch_ahead(unit)
         wholes = dict(zip(names, self.session.gather(held, [self._parts[name] for name in names]), strict=True))
@@ -266,7 +294,7 @@ class Pass:
         for other in range(self._next, min(self._next + self.session.prefetch, len(self.units.names))):
             names = list(dict.fromkeys(name for _, _, name in self._places.get(other, [])))
             if names and other not in self._ahead and other > unit:
-                self._ahead[other] = held = Held(self.session, names)
+                self._ahead[other] = held = self.session.held(names)
                 held.launch([self._parts[name] for name in names])
 
     def _hide(self, unit: int) -> None:

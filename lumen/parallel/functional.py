@@ -8,7 +8,6 @@ graphs that differ (they have other numbers of rows) and still meet.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.core import rules
+from lumen.parallel.opaque import Operator
 
 Arrived = Callable[[], Tensor]  # waits, and gives the result
 
@@ -33,7 +33,7 @@ def all_reduce(parts: Tensor | Sequence[Tensor], op: str, group: dist.ProcessGro
     """
     if rules.is_tracing():
         shape = parts.shape if isinstance(parts, Tensor) else (-1,)
-        flat = _flatten_in_graph([parts] if isinstance(parts, Tensor) else list(parts))
+        flat = _JOINED([parts] if isinstance(parts, Tensor) else list(parts))
         return _waiting(_graph().all_reduce(flat, op, group.group_name), shape)
     flat = parts if isinstance(parts, Tensor) else _flatten(list(parts))
     reduce = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
@@ -87,28 +87,12 @@ def _after(work: Any, out: Tensor) -> Arrived:
     return arrived
 
 
-def _flatten_in_graph(parts: list[Tensor]) -> Tensor:
-    """A flat tensor made by an operator that inductor does not look into.
-
-    It would let the parts of a `torch.cat` live in the memory of the whole, and then sum over processes in that memory
-    while the backward pass still reads a part (torch 2.13).
-    """
-    _library()
-    return torch.ops.lumen.flatten(parts)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _library() -> torch.library.Library:
-    made = torch.library.Library("lumen", "DEF")
-    made.define("flatten(Tensor[] parts) -> Tensor")
-    made.impl("flatten", _joined, "CompositeExplicitAutograd")
-    torch.library.register_fake("lumen::flatten", _shell, lib=made)
-    return made
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])  # a copy, also of one tensor
 
 
-def _shell(parts: Sequence[Tensor]) -> Tensor:
+def _joined_shell(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_empty(sum(part.numel() for part in parts))
+
+
+_JOINED = Operator("joined(Tensor[] parts) -> Tensor", _joined, _joined_shell)

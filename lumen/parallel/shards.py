@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import rules
 from lumen.core.sharding import Box, Piece
+from lumen.parallel import functional
+from lumen.parallel.functional import Arrived
+from lumen.parallel.opaque import Operator
 
-# Their names before torch 2.13, which warns of these.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -76,58 +77,99 @@ class Cut:
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum over the parts of one copy, or the maximum over all processes; a new tensor."""
-        out = x.clone()
-        if op == "sum":
-            dist.all_reduce(out, group=self.group)
-        else:
-            dist.all_reduce(out, dist.ReduceOp.MAX, group=self.everyone)
-        return out
+        return functional.all_reduce(x.clone(), op, self.group if op == "sum" else self.everyone)()
 
 
 class Gathering:
-    """Whole tensors on their way from the parts of all processes: one message for each dtype."""
+    """Whole tensors on their way from the parts of all processes: one message for each dtype.
+
+    In a graph they are not sent for before the tensors `after` have been computed.
+    """
 
     def __init__(
-        self, cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size], wire: torch.dtype | None
+        self,
+        cut: Cut,
+        parts: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        wire: torch.dtype | None,
+        after: Sequence[Tensor] = (),
     ) -> None:
         self._cut, self._shapes = cut, shapes
         self._dtypes = [part.dtype for part in parts]
-        self._sent: list[tuple[list[int], Tensor, Any]] = []
+        self._sent: list[tuple[list[int], Tensor, Arrived]] = []
         kinds: dict[torch.dtype, list[int]] = {}
         for place, part in enumerate(parts):
             kinds.setdefault(part.dtype, []).append(place)
         for dtype, places in kinds.items():
             narrow = wire if wire is not None and dtype == torch.float32 else dtype
             sizes = [cut.padded(shapes[place]) for place in places]
-            flat = torch.zeros(sum(sizes), dtype=narrow, device=parts[places[0]].device)
-            for piece, place in zip(flat.split(sizes), places, strict=True):
-                piece[: parts[place].numel()].copy_(parts[place].detach().reshape(-1))
-            out = flat.new_empty(cut.size * flat.numel())
-            work = _all_gather(out, flat, group=cut.group, async_op=True)
-            self._sent.append((places, out, work))
+            sent = [parts[place].detach() for place in places]
+            flat = _PADDED(sent, sizes, narrow, after) if rules.is_tracing() else _padded(sent, sizes, narrow)
+            self._sent.append((places, flat, functional.all_gather(flat, cut.group)))
 
     def into(self, wholes: Sequence[Tensor]) -> None:
         """Wait, and fill the flat tensors `wholes`, each padded to equal parts."""
-        for places, out, work in self._sent:
-            work.wait()
+        for places, _, arrived in self._sent:
             sizes = [self._cut.padded(self._shapes[place]) for place in places]
-            columns = out.view(self._cut.size, -1).split(sizes, 1)
+            columns = arrived().view(self._cut.size, -1).split(sizes, 1)
             for place, column in zip(places, columns, strict=True):
                 if self._shapes[place]:
                     wholes[place].view(self._cut.size, -1).copy_(column)
                 else:
                     wholes[place].copy_(column[0])
 
+    def made(self) -> list[Tensor]:
+        """Wait, and give new tensors, as a graph does."""
+        wholes: dict[int, Tensor] = {}
+        for places, _, arrived in self._sent:
+            shapes = [self._shapes[place] for place in places]
+            sizes = [self._cut.padded(shape) for shape in shapes]
+            flats = _TAKEN_APART(arrived(), sizes, [math.prod(shape) for shape in shapes])
+            for place, shape, flat in zip(places, shapes, flats, strict=True):
+                wholes[place] = flat.view(shape).to(self._dtypes[place])
+        return [wholes[place] for place in range(len(self._shapes))]
+
     def room(self) -> list[Tensor]:
         """Flat tensors to gather into."""
         return [
-            out.new_empty(self._cut.padded(shape) * (self._cut.size if shape else 1), dtype=dtype)
-            for shape, dtype, out in zip(self._shapes, self._dtypes, self._outs(), strict=True)
+            flat.new_empty(self._cut.padded(shape) * (self._cut.size if shape else 1), dtype=dtype)
+            for shape, dtype, flat in zip(self._shapes, self._dtypes, self._flats(), strict=True)
         ]
 
-    def _outs(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {place: out for places, out, _ in self._sent for place in places}
+    def _flats(self) -> list[Tensor]:
+        found: dict[int, Tensor] = {place: flat for places, flat, _ in self._sent for place in places}
         return [found[place] for place in range(len(self._shapes))]
+
+
+def _padded(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor] = ()) -> Tensor:
+    """One flat tensor with the entries of each part, and zeros up to its size."""
+    out = torch.zeros(sum(sizes), dtype=dtype, device=parts[0].device)
+    for piece, part in zip(out.split(list(sizes)), parts, strict=True):
+        piece[: part.numel()].copy_(part.reshape(-1))
+    return out
+
+
+def _padded_shell(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype, after: Any) -> Tensor:
+    return parts[0].new_empty(sum(sizes), dtype=dtype)
+
+
+def _taken_apart(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
+    """The flat whole tensors, from each process's padded parts."""
+    columns = gathered.view(-1, sum(sizes)).split(list(sizes), 1)
+    flats = [column.clone(memory_format=torch.contiguous_format).view(-1) for column in columns]
+    return [flat[:numel] for flat, numel in zip(flats, numels, strict=True)]
+
+
+def _taken_apart_shell(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
+    return [gathered.new_empty(numel) for numel in numels]
+
+
+_PADDED = Operator(
+    "padded(Tensor[] parts, int[] sizes, ScalarType dtype, Tensor[] after) -> Tensor", _padded, _padded_shell
+)
+_TAKEN_APART = Operator(
+    "taken_apart(Tensor gathered, int[] sizes, int[] numels) -> Tensor[]", _taken_apart, _taken_apart_shell
+)
 
 
 def alias(flat: Tensor, shape: torch.Size) -> Tensor:
@@ -141,36 +183,61 @@ def gather(cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> l
     if not parts:
         return []
     going = Gathering(cut, parts, shapes, None)
+    if rules.is_tracing():
+        return going.made()
     room = going.room()
     going.into(room)
     return [alias(flat, shape) for flat, shape in zip(room, shapes, strict=True)]
 
 
-def reduce_scatter(cut: Cut, wholes: Sequence[Tensor]) -> list[Tensor]:
-    """This process's parts of the sum of `wholes` over all processes, 16-bit ones summed in float32."""
+def reduce_scatter(cut: Cut, wholes: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
+    """This process's parts of the sum of `wholes` over all processes, 16-bit ones summed in float32.
+
+    In a graph they are not sent before the tensors `after` have been computed.
+    """
     out: list[Tensor] = list(wholes)
     kinds: dict[torch.dtype, list[int]] = {}
     for place, whole in enumerate(wholes):
         kinds.setdefault(whole.dtype, []).append(place)
     for dtype, places in kinds.items():
         wide = torch.float32 if dtype in _NARROW else dtype
-        for place, summed in zip(places, _summed(cut, [wholes[p] for p in places], wide), strict=True):
+        for place, summed in zip(places, _summed(cut, [wholes[p] for p in places], wide, after), strict=True):
             out[place] = summed.to(dtype)
     return out
 
 
-def _summed(cut: Cut, wholes: Sequence[Tensor], wide: torch.dtype) -> list[Tensor]:
+def _summed(cut: Cut, wholes: Sequence[Tensor], wide: torch.dtype, after: Sequence[Tensor]) -> list[Tensor]:
     sizes = [cut.padded(whole.shape) for whole in wholes]
-    flat = wholes[0].new_empty((cut.size, sum(sizes)), dtype=wide)
-    for column, whole in zip(flat.split(sizes, 1), wholes, strict=True):
-        _spread(column, whole)
-    mine = flat.new_empty(flat.shape[1])
-    _reduce_scatter(mine, flat.view(-1), group=cut.group)
+    spread: Any = _SPREAD_OUT if rules.is_tracing() else _spread_out
+    mine = functional.reduce_scatter(spread(wholes, sizes, cut.size, wide, after), cut.group)()
     if cut.replicas is not None:
-        dist.all_reduce(mine, group=cut.replicas)
+        mine = functional.all_reduce(mine, "sum", cut.replicas)()
     shapes = [cut.shape(whole.shape) for whole in wholes]
     pieces = mine.split(sizes)
     return [piece[: math.prod(shape)].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _spread_out(
+    wholes: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
+) -> Tensor:
+    """One flat tensor: for each of `size` processes, one after the other, its padded part of each of `wholes`."""
+    flat = wholes[0].new_empty((size, sum(sizes)), dtype=dtype)
+    for column, whole in zip(flat.split(list(sizes), 1), wholes, strict=True):
+        _spread(column, whole)
+    return flat.view(-1)
+
+
+def _spread_out_shell(
+    wholes: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
+) -> Tensor:
+    return wholes[0].new_empty(size * sum(sizes), dtype=dtype)
+
+
+_SPREAD_OUT = Operator(
+    "spread_out(Tensor[] wholes, int[] sizes, int size, ScalarType dtype, Tensor[] after) -> Tensor",
+    _spread_out,
+    _spread_out_shell,
+)
 
 
 def _spread(column: Tensor, whole: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.errors import ParamsError
-from lumen.parallel.shards import _all_gather, _reduce_scatter
+from lumen.parallel.functional import _all_gather, _reduce_scatter
 
 Op = Literal["copy", "sum", "slice", "gather", "scatter", "spread"]
 

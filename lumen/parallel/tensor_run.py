@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen.parallel.fsdp_run import Lazy
+from lumen.parallel.fsdp_run import Lazy, shell
 from lumen.parallel.tensor_cut import Layout, is_transposed
 from lumen.parallel.tensor_moves import Team
 from lumen.parallel.tensor_styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
@@ -56,10 +56,13 @@ class Outside:
     def __init__(self, team: Team, layouts: Mapping[str, Layout]) -> None:
         self.team = team
         self.layouts = {name: layout for name, layout in layouts.items() if layout.dim >= 0}
-        self.shapes = {name: torch.Size(layout.shape) for name, layout in self.layouts.items()}
 
     def __deepcopy__(self, _memo: Any) -> Outside:
         return self
+
+    def shell(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
+        return shell(torch.Size(self.layouts[name].shape), dtype)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The param `name`, gathered; what is computed from it is the same on every process."""
