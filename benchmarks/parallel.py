@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model", choices=("mlp", "gpt", "both"), default="both")
-    parser.add_argument("--strategy", choices=(*spread.STRATEGIES, "both"), default="both")
+    parser.add_argument("--strategy", choices=(*spread.STRATEGIES, "all"), default="all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, help="of each timed section; by default what the model is timed with")
     parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a wire of this bandwidth")
@@ -98,7 +98,7 @@ def main() -> None:
     for size in options.worlds:
         for name in ("mlp", "gpt") if options.model == "both" else (options.model,):
             steps = options.steps or tasks.make(name).steps // (2 if name == "mlp" else 4)
-            for strategy in spread.STRATEGIES if options.strategy == "both" else (options.strategy,):
+            for strategy in spread.STRATEGIES if options.strategy == "all" else (options.strategy,):
                 args = (name, strategy, options.rounds, steps)
                 rows = spread.world_of(size, measured, *args, bandwidth=bandwidth)
                 console.print(table(size, name, steps, rows))

@@ -32,6 +32,12 @@ def torch_ddp(task: tasks.Task) -> Loop:
     return _loop(net, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
 
 
+def torch_compiled(task: tasks.Task) -> Loop:
+    """The same, compiled."""
+    net = torch.compile(DistributedDataParallel(task.fresh(), gradient_as_bucket_view=True))
+    return _loop(net, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
+
+
 def torch_fsdp(task: tasks.Task) -> Loop:
     """The same with `fully_shard` on each block and on the whole."""
     net = task.fresh()
@@ -65,11 +71,11 @@ def _loop(net: Any, optimizer: torch.optim.Optimizer) -> Loop:
     return run
 
 
-def lumen(make: Callable[[], lm.Transform]) -> Callable[[tasks.Task], Loop]:
-    """The same step under one of Lumen's transforms, in place."""
+def lumen(*make: Callable[[], lm.Transform]) -> Callable[[tasks.Task], Loop]:
+    """The same step under Lumen's transforms, in place."""
 
     def build(task: tasks.Task) -> Loop:
-        fast = lm.compose(make(), lm.donate())(step)
+        fast = lm.compose(*(each() for each in make), lm.donate())(step)
         state = fast.init(state_of(task.fresh()))
 
         def run(batches: list[Any]) -> float:
@@ -90,6 +96,12 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
         "lumen ddp": lumen(lm.ddp),
         "lumen ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, compress="bf16")),
     },
+    "compiled": {
+        "torch.compile(DDP)": torch_compiled,
+        "torch.compile(DDP) again": torch_compiled,
+        "lumen compile, ddp": lumen(lm.compile, lm.ddp),
+        "lumen compile, fsdp": lumen(lm.compile, lm.fsdp),
+    },
     "fsdp": {
         "torch fully_shard": torch_fsdp,
         "torch fully_shard again": torch_fsdp,
@@ -101,7 +113,7 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
 
 def seen(label: str, task: tasks.Task, counted: int, steps: int) -> float:
     """The bytes of a step. Those of torch's DDP are not seen from Python, but known: each gradient once, in a ring."""
-    if not label.startswith("torch DDP") or collectives.WIRE.bandwidth is not None:
+    if not label.startswith(("torch DDP", "torch.compile")) or collectives.WIRE.bandwidth is not None:
         return counted / steps
     size = dist.get_world_size()
     return 2 * (size - 1) / size * 4 * sum(p.numel() for p in task.fresh().parameters())
