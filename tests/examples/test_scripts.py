@@ -16,9 +16,10 @@ import safetensors.torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script: str, *args: str, cwd: Path) -> str:
+def run(script: str, *args: str, cwd: Path, processes: int = 1) -> str:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *args],
+        [sys.executable, *launch, str(EXAMPLES / script), *args],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -98,4 +99,29 @@ def test_char_lm_learns(tmp_path: Path, names: tuple[str, ...]) -> None:
     small = ("--steps", "40", "--layers", "2", "--width", "64", "--sample", "20", "--lr", "5e-3")
     out = run("char_lm.py", *small, "--transforms", *names, cwd=tmp_path)
     assert "def " in out
+    assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
+
+
+@pytest.mark.slow
+def test_digits_on_two_processes(tmp_path: Path) -> None:
+    out = run("digits.py", "--epochs", "6", cwd=tmp_path, processes=2)
+    assert out.count("best checkpoint") == 1, "one of them speaks"
+    log = rows(tmp_path / "runs/digits/metrics.jsonl")
+    steps = [row["step"] for row in log if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    assert final(tmp_path / "runs/digits/metrics.jsonl", "val/accuracy") >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_char_lm_goes_on_under_every_strategy(tmp_path: Path) -> None:
+    small = ("--layers", "2", "--width", "64", "--sample", "20", "--checkpoint")
+    ways = [("fsdp", 2), ("hsdp", 4), ("fsdp-tensor", 4), ("tensor", 2), ("ddp-tensor", 4), ("ddp", 1)]
+    for number, (strategy, processes) in enumerate(ways, 1):
+        steps = str(10 * number)
+        out = run("char_lm.py", *small, "--steps", steps, "--strategy", strategy, cwd=tmp_path, processes=processes)
+        assert out.count("nats per character") == 1
+    trained = [row["step"] for row in rows(tmp_path / "runs/char_lm/metrics.jsonl") if "train/loss" in row]
+    assert trained == sorted(set(trained))
+    assert trained[-1] == 60
     assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
