@@ -118,11 +118,16 @@ class Everyone:
         dist.broadcast_object_list(box, src=0, device=self._device)
         return box[0]
 
-    def number_of_first(self, value: float) -> float:
-        """A number that the first process has."""
-        box = torch.tensor([value], dtype=torch.float64, device=self._device)
-        dist.broadcast(box, src=0)
-        return float(box)
+    def counted(self, seconds: float, counts: Sequence[int]) -> tuple[float, list[int]]:
+        """The seconds of the first process, and the sums of what each has counted in its rows, in one exchange.
+
+        Of processes that are handed the same rows one counts.
+        """
+        mine = [seconds if self.first else 0.0, *(counts if self.rank % world.copies() == 0 else [0] * len(counts))]
+        box = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        dist.all_reduce(box)
+        found = box.tolist()
+        return found[0], [int(each) for each in found[1:]]
 
     def of_all(self, value: Any) -> list[Any]:
         """What each process has, by rank."""

@@ -98,6 +98,7 @@ class Fit:
         self._gathers = True  # whether all processes come to this very place
         self._single, self._unrolled = without_unroll(runner.step)
         self._count_tokens = runner.tokens or (count_tokens if until.needs_tokens() else None)
+        self._uncounted = [0, 0]  # rows and tokens of this process that the clock does not have yet
         self._log_timer = Timer(runner.log_every, self.clock)
         self._timers = [Timer(validate.every, self.clock) for validate in validations]
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
@@ -184,9 +185,7 @@ class Fit:
             meter.add(metrics)
             clock.step += count
             clock.batch += count
-            clock.rows += count_rows(batch, count > 1)
-            if self._count_tokens is not None:
-                clock.tokens += self._count_tokens(batch)
+            self._count(batch, count)
             self._before = None
             if clock.step >= self._wake or self._watched:
                 if self._listens:
@@ -198,6 +197,18 @@ class Fit:
                     return
             if self._meets():
                 return
+
+    def _count(self, batch: Any, steps: int) -> None:
+        """Count what was in a batch; under several processes those of all, at the next time that they meet anyway."""
+        rows, count = count_rows(batch, steps > 1), self._count_tokens
+        tokens = count(batch) if count is not None else 0
+        if self._everyone.size == 1:
+            self.clock.rows += rows
+            self.clock.tokens += tokens
+            return
+        self._uncounted = [self._uncounted[0] + rows, self._uncounted[1] + tokens]
+        if self.until.needs_tokens():  # all must find at the same step that there have been enough
+            self._read_clock()
 
     def _batches(self) -> Iterator[Any]:
         batches = self._feed.epoch(self.clock.epoch, self.clock.batch)
@@ -258,8 +269,12 @@ class Fit:
 
     def _read_clock(self) -> None:
         """Set the time; under several processes that of the first, so that all find the same things due."""
-        seconds = self.runner.now() - self._began
-        self.clock.seconds = seconds if self._everyone.size == 1 else self._everyone.number_of_first(seconds)
+        self.clock.seconds = self.runner.now() - self._began
+        if self._everyone.size > 1:
+            self.clock.seconds, (rows, tokens) = self._everyone.counted(self.clock.seconds, self._uncounted)
+            self.clock.rows += rows
+            self.clock.tokens += tokens
+            self._uncounted = [0, 0]
 
     def _is_time(self) -> bool:
         """Whether something is due by the time of the first process, which the others do not know."""
@@ -358,6 +373,8 @@ class Fit:
         place = self._place()
         if self.runner.checkpoint is None or self._save_timer is None or (self._saved_at == place and not again):
             return
+        if self._everyone.size > 1:
+            self._read_clock()
         self._save_timer.restart(self.clock)
         extra = self._everyone.gathered(
             {

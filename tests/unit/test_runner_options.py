@@ -456,15 +456,6 @@ def test_callbacks_may_join_and_leave_between_two_parts_of_a_run(tmp_path):
     assert len(caught) == 2
 
 
-def test_parts_of_a_state_are_not_saved_as_the_whole(tmp_path, monkeypatch):
-    from lumen.core import world
-
-    monkeypatch.setattr(world, "world_size", lambda: 2)
-    job = runner(transforms=[lm.fsdp()], checkpoint=lm.Checkpointer(tmp_path))
-    with pytest.raises(CheckpointError, match=r"lm\.fsdp.*result\.export\(\)"):
-        job.fit(make_state(), loader(), until=lm.Epochs(1))
-
-
 def test_what_is_logged_beside_the_numbers(tmp_path):
     @dataclasses.dataclass
     class Config:
