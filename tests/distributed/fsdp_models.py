@@ -78,4 +78,4 @@ class ConvStack(nn.Module):
         return self.head(self.body(x.unsqueeze(1)).mean(-1))
 
 
-models.MODELS.update(deep=DeepGPT, reaching=Reaching, stack=ConvStack)
+models.register(deep=DeepGPT, reaching=Reaching, stack=ConvStack)

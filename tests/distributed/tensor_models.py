@@ -239,7 +239,7 @@ class Wide(nn.Module):
         return self.out(h).mean(1)
 
 
-models.MODELS.update(tiny=TinyGPT, llama=Llama, gpt2=GPT2, reading=Reading, wide=Wide)
+models.register(tiny=TinyGPT, llama=Llama, gpt2=GPT2, reading=Reading, wide=Wide)
 
 PLANS = {
     ("mlp", False): {"0": Colwise(), "2": Rowwise()},

@@ -30,11 +30,16 @@ STRATEGIES = {
     "bf16": lambda: lm.fsdp(gather="bf16"),
     "hsdp": lambda: lm.fsdp(lm.mesh(shard=2, data=-1)),
 }
-models.MODELS["wide"] = lambda: nn.Sequential(
-    nn.Linear(models.WIDTH, 64), *[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(3)], nn.Linear(64, 3)
-)
+
+
+def rows_of_layers():
+    same = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(models.WIDTH, 64), *same, nn.Linear(64, 3))
+
+
+models.register(planned=rows_of_layers)
 INSIDE = [[], ["donate"], ["accumulate", "clip", "donate"]]
-CASES = [*itertools.product(["ddp", "zero1", "zero2", "zero3"], ["wide", "deep"], INSIDE)]
+CASES = [*itertools.product(["ddp", "zero1", "zero2", "zero3"], ["planned", "deep"], INSIDE)]
 CASES += [("bf16", "deep", []), ("hsdp", "deep", ["accumulate"])]
 
 

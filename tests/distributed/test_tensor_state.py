@@ -170,7 +170,7 @@ class Blocks(nn.Module):
         return self.norm(x)
 
 
-models.MODELS.update(blocks=Blocks)
+models.register(blocks=Blocks)
 BLOCKS = {sequence: plans.gpt(sequence=sequence) for sequence in (False, True)}
 
 
@@ -236,7 +236,7 @@ class Dropping(nn.Module):
         return self.out(self.drop(x + h))
 
 
-models.MODELS.update(dropping=Dropping)
+models.register(dropping=Dropping)
 
 
 def drawing(seeded):
@@ -367,7 +367,7 @@ class Rank(nn.Module):
         return self.up(x)
 
 
-models.MODELS.update(odd=Odd, rank=Rank)
+models.register(odd=Odd, rank=Rank)
 
 GPT = PLANS["tiny", False]
 UNIT = {"inner": Region(unit="size"), "inner.0": Colwise()}
