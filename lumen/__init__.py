@@ -3,6 +3,7 @@
 Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, or let a `Runner` drive it.
 """
 
+from lumen import bridges as bridges
 from lumen import checkpoint as checkpoint
 from lumen import metrics as metrics
 from lumen import optim as optim

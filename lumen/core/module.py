@@ -94,6 +94,30 @@ class Apply:
             self._variants[key] = Apply(module, self.frozen)
         return self._variants[key]
 
+    def calling(self, function: Callable[..., Any]) -> Apply:
+        """The same with `function(module, *args, **kwargs)` in place of the module's forward: another method, say.
+
+        `module` has the given params and buffers for the time of the call. Hooks of the module itself run around the
+        whole of it, and not again where `function` calls the module.
+
+        >>> import lumen as lm, torch
+        >>> class Coder(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.eye(2))
+        ...     def encode(self, x):
+        ...         return x @ self.weight
+        >>> model = lm.pure(Coder())
+        >>> encode = model.apply.calling(Coder.encode)
+        >>> encode(model.params, model.buffers, torch.ones(1, 2))[0]
+        tensor([[1., 1.]])
+        """
+
+        def change(module: nn.Module) -> None:
+            module.__class__ = _calling(type(module), function)
+
+        return self.variant(("calling", function), change)
+
     def run(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
@@ -133,6 +157,30 @@ class Apply:
             f" missing {missing or 'none'}, unexpected {unexpected or 'none'}."
             " Pass the state's own: state.apply(state.params, x), or lm.pure(net).params."
         )
+
+
+def _calling(kind: type[nn.Module], function: Callable[..., Any]) -> type[nn.Module]:
+    """A kind of module whose forward is `function` where it is called from outside, and its own inside of that."""
+
+    class Calling(kind):  # type: ignore[valid-type, misc]
+        _inside = False
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return super().forward(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return super().forward(*args, **kwargs)
+            self._inside = True
+            try:
+                return function(self, *args, **kwargs)
+            finally:
+                self._inside = False
+
+    Calling.__name__, Calling.__qualname__ = kind.__name__, kind.__qualname__
+    return Calling
 
 
 def _apply(call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:

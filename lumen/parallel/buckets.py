@@ -24,6 +24,9 @@ _flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 _unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
 
 
+FIRST = 2**20  # bytes of the first bucket
+
+
 class Wire:
     """Sums over the processes of a group, and counts the bytes that were handed to it."""
 
@@ -66,20 +69,24 @@ class Layout(NamedTuple):
 
 
 def lay_out(leaves: Sequence[Tensor], order: Sequence[int], limit: float) -> Layout:
-    """Buckets of one dtype and at most `limit` bytes (or one leaf), filled in `order`."""
+    """Buckets of one dtype and at most `limit` bytes (or one leaf), filled in `order`.
+
+    The first of each dtype is small, as in torch's DDP: the wire is put to use early in the backward pass.
+    """
     buckets: list[list[int]] = []
-    is_open: dict[torch.dtype, tuple[int, int]] = {}
+    is_open: dict[torch.dtype, tuple[int, int, float]] = {}
     owner = [0] * len(leaves)
     for place in order:
         leaf = leaves[place]
         size = leaf.numel() * leaf.element_size()
-        at, held = is_open.get(leaf.dtype, (-1, 0))
-        if at < 0 or held + size > limit:
+        at, held, full = is_open.get(leaf.dtype, (-1, 0, 0.0))
+        if at < 0 or held + size > full:
+            full = limit if at >= 0 else min(limit, FIRST)
             at, held = len(buckets), 0
             buckets.append([])
         buckets[at].append(place)
         owner[place] = at
-        is_open[leaf.dtype] = at, held + size
+        is_open[leaf.dtype] = at, held + size, full
     return Layout(buckets, owner)
 
 

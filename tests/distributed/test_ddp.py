@@ -258,6 +258,12 @@ def test_a_layout_by_dtype_and_size():
     assert found.owner == [1, 2, 1, 0]
 
 
+def test_the_first_bucket_of_a_dtype_is_small():
+    leaves = [torch.empty(2**17, dtype=dtype) for dtype in 6 * [torch.float32, torch.float64]]
+    found = lay_out(leaves, range(12), 3 * 2**20)
+    assert found.buckets == [[0, 2], [1], [3, 5, 7], [4, 6, 8, 10], [9, 11]]
+
+
 def test_alone_it_is_the_step_itself():
     losses, state = train(ddp()(step), make_state("conv"), batches(3, 8))
     wanted, other = train(lm.compose()(step), make_state("conv"), batches(3, 8))

@@ -67,6 +67,27 @@ def test_metrics_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(session["memory"]["weight"][1]) == 2
 
 
+@pytest.mark.timeout(240)
+def test_lightning_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/lightning.md")
+    assert session["result"].metrics["val/accuracy"] > 0.8
+    assert session["ported"].metrics["val/accuracy"] > 0.8
+    x, _ = session["held_out"].dataset
+    state = session["result"].state
+    torch.testing.assert_close(session["trained"](x), state.apply(state.params, x)[0])
+
+
+def test_every_test_that_the_comparison_names_exists() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \|.*`(\S+)::(\w+)` \|$", (README.parent / "docs/compare.md").read_text(), flags=re.MULTILINE
+    )
+    assert [int(number) for number, *_ in rows] == [*range(1, len(rows) + 1)]
+    assert len(rows) >= 40
+    for _, file, name in rows:
+        assert f"\ndef {name}(" in (README.parent / "tests" / file).read_text(), (file, name)
+
+
 def test_the_transform_of_the_docs_scales_grads() -> None:
     page = README.parent / "docs" / "transforms.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
@@ -88,7 +109,7 @@ def test_the_transform_of_the_docs_scales_grads() -> None:
 def test_the_reference_has_every_public_name() -> None:
     """A submodule with the name of what it holds would hide it from `::: lumen.optim`."""
     pages = set(re.findall(r"^::: (\S+)$", (README.parent / "docs/api.md").read_text(), flags=re.MULTILINE))
-    for package in (lm.checkpoint, lm.metrics, lm.optim, lm.parallel, lm.sinks):
+    for package in (lm.bridges, lm.checkpoint, lm.metrics, lm.optim, lm.parallel, lm.sinks):
         assert package.__name__ in pages
         folder = Path(str(package.__file__)).parent
         hidden = {path.stem for path in folder.glob("*.py")} & {n for n, v in vars(package).items() if callable(v)}

@@ -142,3 +142,50 @@ def test_an_error_in_forward_leaves_the_function_usable() -> None:
         model.apply(model.params, {}, torch.ones(3, 5))
     out, _ = model.apply(model.params, {}, torch.ones(3, 4))
     assert out.device.type == "cpu"
+
+
+class TwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Any) -> Any:
+        return self.up(self.down(x))
+
+    def error(self, x: Any, *, scale: float) -> Any:
+        return ((self.norm(self(x)) + self.forward(x) - x) * scale).square().mean()
+
+
+def test_a_method_is_called_as_the_module_is() -> None:
+    module, x, calls = TwoWays(), torch.randn(3, 4), []
+    module.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model = lm.pure(module)
+    apply = model.apply.calling(TwoWays.error)
+    assert apply is model.apply.calling(TwoWays.error)
+    out, buffers = apply(model.params, model.buffers, x, scale=2.0)
+    assert calls == ["before"], "hooks of the module run once around the whole"
+    again, _ = apply.eval()(model.params, buffers, x, scale=2.0)
+    torch.testing.assert_close(out, module.error(x, scale=2.0))
+    torch.testing.assert_close(buffers["norm.running_mean"], module.norm.running_mean)
+    torch.testing.assert_close(again, module.eval().error(x, scale=2.0))
+    torch.testing.assert_close(model.apply(model.params, model.buffers, x)[0], module(x))
+
+
+@pytest.mark.parametrize("transform", [lm.remat("down"), lm.compile(backend="eager"), lm.precision("fp64"), lm.guard()])
+def test_a_method_runs_under_transforms(transform: Any) -> None:
+    def step(state: Any, x: Any) -> Any:
+        def loss_fn(params: Any, x: Any) -> Any:
+            loss, buffers = state.apply_fn.calling(TwoWays.error)(params, state.buffers, x, scale=2.0)
+            return loss, lm.Aux(buffers=buffers)
+
+        (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, x)
+        return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss}
+
+    state = lm.TrainState.create(TwoWays().double(), lm.optim.sgd(0.1))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    wanted, _ = step(state, x)
+    wrapped = transform(step)
+    found, _ = wrapped(wrapped.init(state), x)
+    for name, value in wanted.params.items():
+        torch.testing.assert_close(found.params[name], value, rtol=1e-10, atol=1e-12)
