@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -123,9 +124,22 @@ def mesh(
     world.share_rows(sizes["tensor"])
     if not world.is_distributed():
         return Mesh(sizes, found, None)
-    with world.real_tensors():
-        grid = init_device_mesh(found.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return Mesh(sizes, found, grid)
+    return Mesh(sizes, found, _grid(found.type, sizes))
+
+
+_made: tuple[Any, dict[Any, DeviceMesh]] = (lambda: None, {})  # the world that this process is in, and its grids
+
+
+def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
+    """Torch's own mesh. One is made for each form: its groups have threads and connections until the world ends."""
+    global _made
+    if _made[0]() is not dist.group.WORLD:
+        _made = weakref.ref(dist.group.WORLD), {}
+    key = device, *sizes.items()
+    if key not in _made[1]:
+        with world.real_tensors():
+            _made[1][key] = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return _made[1][key]
 
 
 def _sizes(asked: Mapping[str, int | None], processes: int) -> dict[str, int]:

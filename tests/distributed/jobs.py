@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 import lumen as lm
 from lumen.core import world
-from lumen.parallel.ddp import ddp
 
 ROWS, SIZE = 60, 12
 DEFAULTS = {
@@ -29,8 +28,9 @@ DEFAULTS = {
     "at": None,  # the step in which something happens to `rank`, while the directory has no file `happened`
     "rank": 1,
     "what": None,  # "raise", "hang", "kill", "end" (of its data)
-    "plain": False,  # a step without collectives
+    "strategy": "ddp",  # or "fsdp", or "none": a step without collectives
 }
+STRATEGIES = {"ddp": lambda mesh: [lm.ddp(mesh)], "fsdp": lambda mesh: [lm.fsdp(mesh)], "none": lambda mesh: []}
 
 
 def columns():
@@ -78,7 +78,8 @@ class Misfortune:
 
 def main(directory, options):
     options = {**DEFAULTS, **options}
-    mesh = lm.mesh(device="cpu", timeout=options["timeout"])
+    strategy = options["strategy"]
+    mesh = lm.mesh(device="cpu", timeout=options["timeout"], **{"shard" if strategy == "fsdp" else "data": -1})
     happens = Misfortune(directory, options)
     seen = (directory / f"rows-{world.rank()}.jsonl").open("a")
 
@@ -93,19 +94,20 @@ def main(directory, options):
     if options["what"] == "end":
         short = options["at"] if world.rank() == options["rank"] else 10**6
         data = (batch for (batch, _), _ in zip(loader.stream(), range(short), strict=False))
-    if options["plain"]:
+    if strategy == "none":
         warnings.filterwarnings("ignore", message=".*no transform joins")
     runner = lm.Runner(
         watched,
-        transforms=[] if options["plain"] else [ddp(mesh)],
+        transforms=STRATEGIES[strategy](mesh),
         checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=options["every"])),
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl")],
         log_every=2,
         progress=False,
     )
     result = runner.fit(make_state(), data, until=lm.Steps(options["steps"]), resume="auto")
+    state = runner.step.export(result.state)
     if world.rank() == 0:
-        lm.checkpoint.save(directory / "final", result.state)
+        lm.checkpoint.save(directory / "final", state)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,16 @@ def both_axes():
     return grid.sizes, float(x), again is grid.group("data", "shard"), grid.group("tensor") is None
 
 
+def groups_of_many_meshes():
+    found = {mesh(shard=2, device="cpu").group("data", "shard") for _ in range(3)}
+    found |= {mesh(shard=-1, device="cpu").group("shard") for _ in range(3)}
+    return len(found), len({mesh(device="cpu").group("data") for _ in range(3)})
+
+
+def test_meshes_of_one_form_share_their_groups(world2):
+    assert world2.run(groups_of_many_meshes) == [(1, 1)] * 2  # each has threads and connections of its own
+
+
 def test_axes_together_are_one_group(world4):
     assert world4.run(both_axes) == [({"data": 2, "shard": 2, "tensor": 1}, 4.0, True, True)] * 4
 
