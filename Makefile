@@ -8,6 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PIP_ARGS ?=
 # Passed on to pytest, for example PYTEST_ARGS="-k laws -x".
 PYTEST_ARGS ?=
+PYTEST  = $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALL = $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
 
 # One environment, filled as far as a target needs it. A stamp is as new as what it was made from.
@@ -51,7 +52,7 @@ demo: $(CORE)  ## Train on handwritten digits, with progress, logs and a final t
 	$(BIN)/python examples/digits.py
 
 test: $(DEV)  ## Run every test but the notebooks
-	$(BIN)/python -m pytest --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
+	$(PYTEST) --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
 
 lint: $(DEV)  ## Check style, format and the direction of imports
 	$(BIN)/ruff check .
@@ -66,13 +67,13 @@ types: $(DEV)  ## Check the types of lumen/, strictly
 	$(BIN)/mypy
 
 doctest: $(DEV)  ## Run the examples in the docstrings
-	$(BIN)/python -m pytest --doctest-modules lumen $(PYTEST_ARGS)
+	$(PYTEST) --doctest-modules lumen $(PYTEST_ARGS)
 
 docs: $(DOCS)  ## Build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: $(DEV)  ## Run every notebook from its first cell to its last
-	$(BIN)/python -m pytest tests/examples/test_notebooks.py $(PYTEST_ARGS)
+	$(PYTEST) tests/examples/test_notebooks.py $(PYTEST_ARGS)
 
 bench: $(BENCH)  ## Measure the cost of a step beside other libraries
 	$(BIN)/python benchmarks/overhead.py
