@@ -93,7 +93,7 @@ def normalized(total: Gradient) -> Gradient:
     """The gradient of the mean loss, from a summed answer."""
     loss = total.loss
     assert isinstance(loss, Mean)
-    grads = tree.map(lambda g: g / loss.weight.to(g.dtype), total.grads)
+    grads = tree.map(lambda g: g / loss.weight.to(g.device, g.dtype), total.grads)
     return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor
 
+from lumen import tree
 from lumen.core import rules
 from lumen.core.dataclass import state
 from lumen.core.rules import Primitive
@@ -160,4 +161,7 @@ def apply_updates(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tup
 
 
 def _update(call: UpdateCall) -> tuple[Any, Any]:
-    return call.tx.apply(call.grads, call.opt_state, call.params, skip=call.skip, donate=call.donate)  # type: ignore[no-any-return]
+    skip = call.skip
+    if skip is not None:  # found where the step computes, which need not be where params are kept
+        skip = skip.to(tree.tensors(call.params)[0].device)
+    return call.tx.apply(call.grads, call.opt_state, call.params, skip=skip, donate=call.donate)  # type: ignore[no-any-return]

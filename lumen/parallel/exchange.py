@@ -185,8 +185,8 @@ class Exchange:
         size = self.rows
         if not size:
             return torch.zeros(4 + sum(x.numel() for x in averaged), dtype=wide, device=loss.total.device)
-        counts = torch.tensor([size, int(live)], dtype=wide, device=loss.total.device)
-        parts = [loss.total.detach().to(wide).view(1), loss.weight.to(wide).view(1), counts]
+        counts = [loss.total.detach().new_full((1,), number, dtype=wide) for number in (size, int(live))]
+        parts = [loss.total.detach().to(wide).view(1), loss.weight.to(wide).view(1), *counts]
         return torch.cat([*parts, *(x.detach().to(wide).reshape(-1) * size for x in averaged)])
 
     def normalized(self, answer: Gradient) -> Gradient:

@@ -19,12 +19,12 @@ from lumen.core.sharding import Piece, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
-from lumen.parallel import agree, functional
+from lumen.parallel import agree, functional, offload
 from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
 from lumen.parallel.fsdp_compiled import TracedSession
 from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
-from lumen.parallel.materialise import Initialise, begins_on_meta, begun, keeping, materialise, reset
+from lumen.parallel.materialise import Initialise, Keep, begins_on_meta, begun, keeping, materialise, reset
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.optimizers import check_optimizer
@@ -64,6 +64,12 @@ class fsdp(Transform):
     `gather="bf16"` sends float32 params in half the bytes. Declared change: their rounding; gradients are summed in
     float32.
 
+    With `offload`, parts of params, gradients and optimizer state rest on the host (pinned for a GPU), where the
+    optimizer runs; a unit's parts are sent to the device before they are gathered, and its parts of the gradients come
+    back in the backward pass. The device then holds activations, buffers, and the units in work. Law: bitwise the step
+    without it, where the device is the CPU. `lm.donate` keeps params in the memory that was pinned once. It takes level
+    3 and no `lm.compile`; alone, without other processes, it does nothing.
+
     A model that was made under `torch.device("meta")` gets its values in `init`: unit by unit, each process keeping its
     parts, so that none ever holds the whole. `initialise(module)` is called for each module in order, after
     `torch.manual_seed` with the state's seed, and sets what that module itself holds; by default it calls
@@ -98,6 +104,7 @@ class fsdp(Transform):
     units: str | Sequence[str] | None
     gather: str | None
     prefetch: int
+    offload: bool
     initialise: Initialise | None
     _given: Mesh | None
 
@@ -109,6 +116,7 @@ class fsdp(Transform):
         units: str | Sequence[str] | None = None,
         gather: Literal["bf16"] | None = None,
         prefetch: int = 1,
+        offload: bool = False,
         initialise: Initialise | None = None,
     ) -> None:
         if type(level) is not int or level not in (1, 2, 3):
@@ -121,10 +129,18 @@ class fsdp(Transform):
             raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, from 0.")
         if level < 3 and (units is not None or gather is not None):
             raise HyperparameterError(f"fsdp(level={level}) gathers no units: leave units and gather out, or use 3.")
+        if type(offload) is not bool:
+            raise HyperparameterError(f"fsdp(offload={offload!r}) must be True or False.")
+        if level < 3 and offload:
+            raise HyperparameterError(
+                f"fsdp(level={level}) keeps whole params on the device, and offload is for parts. Write"
+                " lm.fsdp(level=3, offload=True)."
+            )
         self.sharded = level
         self.units = units
         self.gather = gather
         self.prefetch = prefetch
+        self.offload = offload
         self.initialise = initialise
         self._given = mesh
         self._found: dict[Any, Units] = {}
@@ -132,8 +148,9 @@ class fsdp(Transform):
 
     def __repr__(self) -> str:
         said = [repr(self._given)] if self._given is not None else []
-        usual = {"level": 3, "units": None, "gather": None, "prefetch": 1}
+        usual = {"level": 3, "units": None, "gather": None, "prefetch": 1, "offload": False}
         values = {"level": self.sharded, "units": self.units, "gather": self.gather, "prefetch": self.prefetch}
+        values["offload"] = self.offload
         said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
         # Without its address, which differs between processes.
         said += [f"initialise={getattr(self.initialise, '__qualname__', '...')}"] * (self.initialise is not None)
@@ -155,7 +172,7 @@ class fsdp(Transform):
                     " lm.ddp() to copy them everywhere."
                 )
             return None
-        return Cut(group, self.mesh.group("data"), everyone)
+        return Cut(group, self.mesh.group("data"), everyone, self.mesh.device if self.offload else None)
 
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all have the same."""
@@ -169,6 +186,7 @@ class fsdp(Transform):
                 f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
             )
         check_optimizer(state.tx)
+        self._check_offload()
         lines = agree.describe(state, self.within)
         agree.check_alike(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
         shapes = {name: p.shape for name, p in params.items()}
@@ -176,34 +194,42 @@ class fsdp(Transform):
         self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
         if begins_on_meta(state):
             state = self._made(state, cut)
+        elif self.offload:
+            state = offload.spread(state, cut, shapes, self.mesh.device)
         else:
             state = agree.broadcast(state, cut.everyone)
             parts = cut_tree(cut, self._cut_of(state), shapes)
             state = parts if self.sharded == 3 else state.replace(opt_state=parts)
+        if self.offload:
+            state = offload.settled(state, cut, shapes, kept, self.mesh.device)
         record = tuple((name, tuple(shape)) for name, shape in shapes.items())
         return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, level=self.sharded, kept=kept))
 
     def _made(self, state: Any, cut: Cut | None) -> Any:
         """The state of a model on the meta device with values, made where they stay."""
         units = self._units(state.apply_fn, {name: p.shape for name, p in state.params.items()})
-        keep = keeping(cut, state.params if self.sharded == 3 else ())
+        kept = keeping(cut, state.params if self.sharded == 3 else ())
+        at_rest = self.offload and cut is not None
+        keep: Keep = (lambda name, whole: offload.rested(kept(name, whole))) if at_rest else kept
         module = state.apply_fn.module
         values = materialise(module, units.names, self.initialise or reset, int(state.seed), self.mesh.device, keep)
         within = () if self.within is None else self.within.transforms
         inside = within[within.index(self) + 1 :] if self in within else ()
-        return begun(state, values, self.mesh.device, cut, inside)
+        return begun(state, values, None if at_rest else self.mesh.device, cut, inside)
 
     def _cut_of(self, state: Any) -> Any:
         """What of a state is cut."""
         return state if self.sharded == 3 else state.opt_state
 
     def export(self, state: Any) -> Any:
-        """The whole state, on every process."""
+        """The whole state, on every process; with `offload`, on the host."""
         if self.cut is None:
             return state
         shapes, kept = self._shapes(state), slot(state, self.name).kept
         state = without_slot(state, self.name)
         whole = whole_tree(self.cut, self._cut_of(state), shapes, kept)
+        if self.offload:
+            return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, whole)
         return whole if self.sharded == 3 else state.replace(opt_state=whole)
 
     def pieces(self, state: Any) -> dict[int, Piece]:
@@ -258,11 +284,25 @@ class fsdp(Transform):
     def session(self, shapes: Shapes) -> Session:
         """A new chain of gathers."""
         assert self.cut is not None
+        self._check_offload()
         kind = TracedSession if rules.is_tracing() else Session
         return kind(self.cut, shapes, torch.bfloat16 if self.gather else None, self.prefetch)
 
+    def _check_offload(self) -> None:
+        outside = () if self.within is None else self.within.transforms
+        if self.offload and (rules.is_tracing() or any(t.level == "compile" for t in outside)):
+            raise OrderError(
+                "lm.compile cannot trace lm.fsdp(offload=True), whose params come from the host in the middle of the"
+                " step. Leave out lm.compile(), or write lm.fsdp()."
+            )
+
     def _check_inside(self, transforms: Sequence[Transform]) -> None:
         for inner in transforms:
+            if inner.level == "tensor" and self.offload:
+                raise OrderError(
+                    f"{inner!r} cuts params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
+                    " lm.fsdp() around it."
+                )
             if inner.level == "private":
                 raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
             if getattr(inner, "auto", False) and self.sharded == 3:

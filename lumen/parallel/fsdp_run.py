@@ -20,6 +20,7 @@ from torch.utils import _pytree as torch_pytree
 
 from lumen.core import world
 from lumen.core.module import places_of
+from lumen.parallel import offload
 from lumen.parallel.shards import Cut, Gathering, alias, reduce_scatter
 from lumen.parallel.units import Units
 
@@ -93,6 +94,8 @@ class Session:
         self.idle = False  # whether what is computed weighs nothing, whatever its gradients
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
+        self._gathered: set[str] = set()
+        self._repeated = False  # whether a param was gathered more than once
 
     def shell(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
@@ -117,6 +120,19 @@ class Session:
         """This process's parts of the sums of a unit's gradients."""
         return reduce_scatter(self.cut, grads)
 
+    def at_rest(self, parts: list[Tensor], last: bool) -> list[Tensor]:
+        """The parts of gradients where the params' parts lie.
+
+        They are there at the end of the backward pass (`last`); earlier ones are on their way, unless autograd is to
+        add several for one param, which it does at once.
+        """
+        if self.cut.device is None:
+            return parts
+        home = offload.sent_home(parts)
+        if last or self._repeated:
+            offload.wait(self.cut.device)
+        return home
+
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The param `name`, gathered by itself, once."""
         known = self._direct.get(name)
@@ -127,6 +143,9 @@ class Session:
 
     def gather(self, held: Held, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """The whole params of `parts`, on the chain."""
+        held.first = not self._gathered
+        self._repeated |= not self._gathered.isdisjoint(held.names)
+        self._gathered.update(held.names)
         self.token, *wholes = _Gather.apply(held, self.token, *parts)  # type: ignore[no-untyped-call]
         return wholes  # type: ignore[no-any-return]
 
@@ -159,6 +178,8 @@ class Held:
 
     def __init__(self, session: Session, names: Sequence[str]) -> None:
         self.session = session
+        self.names = names
+        self.first = False  # whether it was gathered before all others, and so is reduced after them
         self.shapes = [session.shapes[name] for name in names]
         self.parts: list[Tensor] = []
         self.room: list[Tensor] = []
@@ -203,7 +224,7 @@ class _Gather(torch.autograd.Function):
         held.free()
         if held.session.idle:  # 0 times infinity is no zero
             grads = tuple(torch.zeros_like(grad) for grad in grads)
-        return (None, token, *held.session.scattered(grads))
+        return (None, token, *held.session.at_rest(held.session.scattered(grads), held.first))
 
 
 class _Tie(torch.autograd.Function):

@@ -44,11 +44,12 @@ def begins_on_meta(state: Any) -> bool:
 
 
 def begun(
-    state: Any, values: Mapping[str, Tensor], device: torch.device, cut: Cut | None, inside: Sequence[Transform]
+    state: Any, values: Mapping[str, Tensor], device: torch.device | None, cut: Cut | None, inside: Sequence[Transform]
 ) -> Any:
     """`state` with `values` for params and buffers, and with what is made from them made again.
 
-    The optimizer's state is that of this process's parts; the transforms `inside` add their slots once more.
+    The optimizer's state is that of this process's parts; the transforms `inside` add their slots once more. All of it
+    is on `device`, or with None where it was made.
     """
     shapes = {name: p.shape for name, p in state.params.items()}
     params = {name: values[name] for name in shapes}
@@ -68,7 +69,7 @@ def begun(
             f"state.{left[0]} is on the meta device, where it has no value, and lm.fsdp makes params, buffers,"
             " optimizer state and slots only. Make it outside of torch.device('meta')."
         )
-    return tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
+    return state if device is None else tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
 
 def keeping(cut: Cut | None, parted: Collection[str]) -> Keep:

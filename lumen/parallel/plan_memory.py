@@ -48,6 +48,7 @@ class Block:
     made: Moment
     category: str | None = None
     name: str = ""
+    host: bool = False  # whether it lies on the host, where the run is another device's
 
     def purpose(self) -> str:
         """Its category; what nobody claimed was made in a forward pass, or for the moment."""
@@ -84,6 +85,7 @@ class Memory:
     """All blocks, and all changes in their order; `now` is where the run is."""
 
     now: Moment = field(default_factory=lambda: Moment("make", "", ""))
+    device: str = "cpu"  # the type of the device whose run it is
     blocks: list[Block] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     _held: dict[int, _Held] = field(default_factory=dict)  # by the address of the storage
@@ -106,6 +108,7 @@ class Memory:
             return
         block, nbytes = len(self.blocks), storage.nbytes()
         self.blocks.append(Block(nbytes, tuple(tensor.shape), tensor.dtype, operation, self.now))
+        self.blocks[-1].host = tensor.device.type != self.device
         self._held[address] = _Held(block, nbytes, weakref.ref(storage, lambda _: self._gone(address)))
         self.changes.append(Change(block, nbytes, self.now))
 
@@ -186,15 +189,19 @@ class Memory:
         if held.nbytes:
             self.changes.append(Change(held.block, -held.nbytes, self.now))
 
-    def peak(self, *stages: str) -> Peak:
-        """The peak of those stages, by default of the whole run."""
+    def peak(self, *stages: str, host: bool = False) -> Peak:
+        """The peak of those stages, by default of the whole run: of the device, or of the host beside it."""
         held = most = at = 0
         for place, change in enumerate(self.changes):
+            if self.blocks[change.block].host != host and change.nbytes:
+                continue
             held += change.nbytes
             if held > most and (not stages or change.moment.stage in stages):
                 most, at = held, place + 1
         sizes: dict[int, int] = {}
         for change in self.changes[:at]:
+            if self.blocks[change.block].host != host:
+                continue
             sizes[change.block] = sizes.get(change.block, 0) + change.nbytes
         parts = dict.fromkeys(CATEGORIES, 0)
         for block, nbytes in sizes.items():
@@ -209,7 +216,8 @@ class Memory:
         purposes = [block.purpose() for block in self.blocks]
         held = dict.fromkeys(CATEGORIES, 0)
         for change in self.changes:
-            held[purposes[change.block]] += change.nbytes
+            if not self.blocks[change.block].host:
+                held[purposes[change.block]] += change.nbytes
             if change.moment.stage == stage:
                 found.append((change.moment, held.copy()))
         return found

@@ -36,7 +36,8 @@ class Traffic(NamedTuple):
 class Plan:
     """What one process of a run holds, sends and computes: `str(plan)` is a table, a notebook shows a picture as well.
 
-    `peak` is the fullest moment of two steps, and `start` that of everything before them; each has `nbytes`, its
+    `peak` is the fullest moment of two steps, `start` that of everything before them, and `host` that of the host's
+    memory where `lm.fsdp(offload=True)` keeps something there; each has `nbytes`, its
     `parts` by category, its `moment`, and the `blocks` held, the largest first. `traffic` lists the collectives of a
     step, `flops` are its floating point operations, `seconds` its shortest and longest time, and `suggestions` say what
     to change where it does not fit.
@@ -47,6 +48,7 @@ class Plan:
         self.device = device
         memory = seen.watch.memory
         self.peak: Peak = memory.peak("first step", "step")
+        self.host: Peak = memory.peak(host=True)
         self.start: Peak = memory.peak("make", "init")
         work = [each for each in seen.watch.work if each.stage == "step"]
         self.flops = sum(each.flops for each in work)
@@ -161,6 +163,9 @@ class Plan:
         verdict = "" if self.start.nbytes <= self.device.memory else ": does NOT fit"
         yield f"  {'before step 1':16} {human_bytes(self.start.nbytes):>10}  ({self.start.moment.stage}){verdict}"
         totals = [sum(point[1].values()) for point in picture.sampled(self._timeline, _CELLS)]
+        if self.host.nbytes:
+            held = ", ".join(f"{name} {human_bytes(n)}" for name, n in self.host.parts.items() if n)
+            yield f"  {'on the host':16} {human_bytes(self.host.nbytes):>10}  ({held})"
         yield f"  over a step      {picture.sparkline(totals)}"
         yield "  largest at the peak"
         for block in peak.blocks[:_SHOWN]:
@@ -237,6 +242,7 @@ class Plan:
             "peak": self.peak.nbytes,
             "parts": dict(self.peak.parts),
             "start": self.start.nbytes,
+            "host": self.host.nbytes,
             "fits": self.fits,
             "traffic": [each._asdict() for each in self.traffic],
             "flops": self.flops,

@@ -24,7 +24,7 @@ from lumen.errors import StateError, StepError, WorldError
 from lumen.parallel.mesh import AXES
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.plan_watch import Watch
-from lumen.parallel.plan_world import fake_world, moved, sizes_of
+from lumen.parallel.plan_world import fake_world, moved, on_device, sizes_of
 
 # Gloo gathers into a tensor of its own, and reduces a copy of what is to be scattered; only the second is a tensor of
 # this thread's, which a watch over a real run sees by itself.
@@ -53,6 +53,11 @@ class _Mode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.fake_tensor_converter = _Converter(copy_data=False, export=False)
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Whether tensors of numbers are made on the CPU first: the device of a plan is not there."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Torch's own remembers operations by their arguments, and so would hold a storage for ever.
@@ -97,11 +102,18 @@ def planned(
             nonlocal compiled
             step, state, batch = make()
             compiled = any(t.level == "compile" for t in as_step(step).transforms)
-            return moved(step, grid), *tree.map(lambda leaf: _fake(mode, leaf), (state, batch))
+            found = moved(step, grid)
+            state, batch = tree.map(lambda leaf: _fake(mode, leaf), (state, batch))
+            if any(getattr(t, "offload", False) for t in found.transforms):
+                device = on_device(found)
+                watch.memory.device = device.type
+                batch = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+            return found, state, batch
 
         try:
             watch = Watch(("all-gather", "reduce-scatter") if gloo else ())
-            with mode:
+            # In this thread: autograd would go to a device's own, and a mode over fake tensors serves one.
+            with mode, torch.autograd.set_multithreading_enabled(False):
                 return _watched(watch, made, size, rank)._replace(compiled=compiled)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise StepError(

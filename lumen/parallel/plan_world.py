@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lumen.core import world
@@ -62,6 +63,27 @@ def _moved(transform: Transform, mesh: Mesh | None) -> Transform:
     if mesh is not None and hasattr(found, "_given"):
         found._given = mesh
     return found
+
+
+def on_device(step: Step) -> torch.device:
+    """A device beside the CPU, and `step` on it, so that what lies on the host is told apart.
+
+    It is none that torch is built for: it has no memory, and its tensors no values. It is registered once for the
+    process, as autograd asks for something of the kind even where tensors are fake.
+    """
+    if torch._C._get_privateuse1_backend_name() != _DEVICE:
+        from torch.utils import backend_registration
+
+        backend_registration._setup_privateuseone_for_python_backend(_DEVICE)
+    device = torch.device(_DEVICE, 0)
+    for transform in step.transforms:
+        if isinstance(mesh := getattr(transform, "mesh", None), Mesh):
+            given: Any = transform
+            given.mesh = Mesh(mesh.sizes, device, mesh.torch)
+    return device
+
+
+_DEVICE = "planned"
 
 
 def sizes_of(step: Step) -> Mapping[str, int]:

@@ -29,14 +29,20 @@ class Cut:
     """How one process's parts lie in the whole: its place among `size`, and the processes themselves.
 
     `group` holds the parts of one copy, `replicas` the same part of other copies, and `everyone` is both together.
+    They meet on `device`, where the parts may lie or not; None is where the parts lie.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: dist.ProcessGroup
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        everyone: dist.ProcessGroup,
+        device: torch.device | None = None,
     ) -> None:
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
+        self.device = device
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
 
@@ -77,7 +83,8 @@ class Cut:
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum over the parts of one copy, or the maximum over all processes; a new tensor."""
-        return functional.all_reduce(x.clone(), op, self.group if op == "sum" else self.everyone)()
+        sent = x.clone() if self.device is None else x.to(self.device, copy=True)
+        return functional.all_reduce(sent, op, self.group if op == "sum" else self.everyone)().to(x.device)
 
 
 class Gathering:
@@ -104,7 +111,10 @@ class Gathering:
             narrow = wire if wire is not None and dtype == torch.float32 else dtype
             sizes = [cut.padded(shapes[place]) for place in places]
             sent = [parts[place].detach() for place in places]
-            flat = _PADDED(sent, sizes, narrow, after) if rules.is_tracing() else _padded(sent, sizes, narrow)
+            if rules.is_tracing():
+                flat = _PADDED(sent, sizes, narrow, after)
+            else:
+                flat = _padded(sent, sizes, narrow, device=cut.device)
             self._sent.append((places, flat, functional.all_gather(flat, cut.group)))
 
     def into(self, wholes: Sequence[Tensor]) -> None:
@@ -141,11 +151,20 @@ class Gathering:
         return [found[place] for place in range(len(self._shapes))]
 
 
-def _padded(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor] = ()) -> Tensor:
-    """One flat tensor with the entries of each part, and zeros up to its size."""
-    out = torch.zeros(sum(sizes), dtype=dtype, device=parts[0].device)
+def _padded(
+    parts: Sequence[Tensor],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    after: Sequence[Tensor] = (),
+    device: torch.device | None = None,
+) -> Tensor:
+    """One flat tensor with the entries of each part, and zeros up to its size; on `device`, or where the parts are."""
+    out = torch.zeros(sum(sizes), dtype=dtype, device=device or parts[0].device)
     for piece, part in zip(out.split(list(sizes)), parts, strict=True):
-        piece[: part.numel()].copy_(part.reshape(-1))
+        flat = part.reshape(-1)
+        if flat.device != out.device and flat.dtype != dtype:  # rounded there: else the host would wait for a copy
+            flat = flat.to(out.device, non_blocking=True)
+        piece[: part.numel()].copy_(flat, non_blocking=True)
     return out
 
 
@@ -267,7 +286,8 @@ class Named:
 
     def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Whole tensors of this shape."""
-        return gather(self._cut, parts, [shape] * len(parts))
+        wholes = gather(self._cut, parts, [shape] * len(parts))
+        return [whole.to(part.device) for whole, part in zip(wholes, parts, strict=True)]
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's rows."""
@@ -322,6 +342,11 @@ def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size], kept: Se
     """The inverse of `cut_tree`; the paths `kept` were not cut, see `never_cut`."""
     leaves, spec = tree.flatten(values)
     places = places_of(values, shapes, cut, kept)
+    if cut.device is not None:  # one after the other: what lies on the host may be more than fits on the device
+        for place, name in places:
+            (whole,) = gather(cut, [leaves[place]], [shapes[name]])
+            leaves[place] = whole.to(leaves[place].device)
+        return spec.unflatten(leaves)
     wholes = gather(cut, [leaves[place] for place, _ in places], [shapes[name] for _, name in places])
     for (place, _), whole in zip(places, wholes, strict=True):
         leaves[place] = whole

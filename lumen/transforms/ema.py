@@ -64,9 +64,11 @@ class ema(Transform):
     def init(self, state: Any) -> Any:
         """Add the slot: a copy of the params."""
 
+        params = field_of(state, "params", self.name)
+
         def make() -> Averaged:
-            count = torch.full((), -self.start, dtype=torch.int64, device=device_of(state))
-            return Averaged(tree.map(torch.clone, field_of(state, "params", self.name)), count)
+            count = torch.full((), -self.start, dtype=torch.int64, device=device_of(params))
+            return Averaged(tree.map(torch.clone, params), count)
 
         return add_slot(state, self.name, make)
 
@@ -104,4 +106,6 @@ class ema(Transform):
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
     held, spec = tree.flatten(old)
     target = tree.leaves(new)
-    return tree.unflatten(spec, [torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(held, target, strict=True)])
+    return tree.unflatten(
+        spec, [torch.lerp(a, b, weight.to(a.device, a.dtype)) for a, b in zip(held, target, strict=True)]
+    )

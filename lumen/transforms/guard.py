@@ -75,7 +75,7 @@ class guard(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             old: GuardState = slot(state, self.name)
             buffers = getattr(state, "buffers", None)
-            watch = _Watch()
+            watch = _Watch(old.bad.device)
             with rules.install({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
                 new, metrics = step(state, batch)
             self._names = watch.names
@@ -120,10 +120,11 @@ class guard(Transform):
 class _Watch:
     """The finiteness of everything seen in one step: of each leaf in all gradients together."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._flags: dict[tuple[str, ...], Tensor] = {}
         self._apart = False  # whether other processes have other flags
         self._agreed: Tensor | None = None
+        self._device = device  # of the loss; grads may lie elsewhere
         self.updates = 0
 
     @property
@@ -161,7 +162,7 @@ class _Watch:
 
     def _note(self, values: Any) -> None:
         names = tuple(tree.paths(values))
-        flags = finite_leaves(tree.leaves(values))
+        flags = finite_leaves(tree.leaves(values)).to(self._device)
         self._flags[names] = flags & self._flags[names] if names in self._flags else flags
         self._agreed = None
 

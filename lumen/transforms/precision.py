@@ -168,14 +168,15 @@ class _Scaling:
         scaled_loss.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
         answer: Gradient = next(call.replace(loss_fn=scaled_loss))
         inverse = 1.0 / self.scale
-        grads = tree.map(lambda g: g * inverse.to(g.dtype), answer.grads)
-        finite = finite_leaves(tree.leaves(grads)).all()
+        grads = tree.map(lambda g: g * inverse.to(g.device, g.dtype), answer.grads)
+        # Where params are kept on the host, so are their gradients, and flags; a scale lives with the loss.
+        finite = finite_leaves(tree.leaves(grads)).all().to(self.scale.device)
         self._flags.append(finite)
         self._apart |= not answer.joint
         self._agreed = None
         # What still overflows at the smallest scale is no fault of the scale: a guard outside must see it.
         hide = ~finite & (self.scale > 1.0)
-        grads = tree.map(lambda g: torch.where(hide, torch.zeros_like(g), g), grads)
+        grads = tree.map(lambda g: torch.where(hide.to(g.device), torch.zeros_like(g), g), grads)
         loss = answer.loss
         if isinstance(loss, Mean):
             return answer.replace(loss=Mean(loss.total * inverse, loss.weight), grads=grads)

@@ -43,7 +43,9 @@ class DeepGPT(nn.Module):
         for block in self.blocks:
             h = block(h)
         h = h * self.gain
-        return self.mix(h).mean(1) + self.head(h).mean((1, 2)).unsqueeze(-1) * torch.arange(1.0, 4, dtype=h.dtype)
+        return self.mix(h).mean(1) + self.head(h).mean((1, 2)).unsqueeze(-1) * torch.arange(
+            1.0, 4, dtype=h.dtype, device=x.device
+        )
 
 
 class Reaching(nn.Module):

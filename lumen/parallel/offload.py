@@ -1,0 +1,74 @@
+"""Parts that rest on the host: what `fsdp(offload=True)` keeps there, and the ways to it.
+
+On a device, what comes from the host is sent without waiting for it, and lies in pinned memory where it can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen import tree
+from lumen.parallel.shards import Cut, places_of
+
+HOST = torch.device("cpu")
+
+
+def rested(part: Tensor) -> Tensor:
+    """`part` in the host's memory, pinned where it came from a GPU."""
+    return part if part.device == HOST else _room(part).copy_(part)
+
+
+def sent_home(parts: Sequence[Tensor]) -> list[Tensor]:
+    """`parts` on their way to the host: nobody may read them there before `wait`."""
+    return [part if part.device == HOST else _room(part).copy_(part, non_blocking=True) for part in parts]
+
+
+def wait(device: torch.device) -> None:
+    """Until what was sent from `device` has arrived."""
+    if device.type == "cuda" and torch.cuda.is_initialized():  # tensors of a plan are never on their way
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _room(like: Tensor) -> Tensor:
+    pinned = like.device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.empty(like.shape, dtype=like.dtype, device=HOST, pin_memory=pinned)
+
+
+def spread(state: Any, cut: Cut, shapes: Mapping[str, torch.Size], device: torch.device) -> Any:
+    """This process's parts, on the host, of the first process's state, wherever that lies; the rest on `device`.
+
+    Leaf by leaf, so that the device never holds more than one.
+    """
+    leaves, spec = tree.flatten(state)
+    parted = {place for place, _ in places_of(state, shapes)}
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        whole = leaf.detach().to(device, copy=True)
+        dist.broadcast(whole.view(torch.uint8) if whole.dtype == torch.bool else whole, group=cut.everyone, group_src=0)
+        leaves[place] = rested(cut.part(whole).clone()) if place in parted else whole
+    return spec.unflatten(leaves)
+
+
+def settled(state: Any, cut: Cut, shapes: Mapping[str, torch.Size], kept: Sequence[str], device: torch.device) -> Any:
+    """`state` with every leaf where it rests: on the host its parts, what the optimizer keeps, and slots with parts."""
+    leaves, spec = tree.flatten(state)
+    paths = tree.paths(state)
+    parted = {place for place, _ in places_of(state, shapes, cut, kept)}
+    homes = {_home(paths[place]) for place in parted} | {"opt_state"}
+    for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if isinstance(leaf, Tensor):
+            leaves[place] = rested(leaf) if place in parted or _home(path) in homes else leaf.to(device)
+    return spec.unflatten(leaves)
+
+
+def _home(path: str) -> str:
+    """What rests in one place: the optimizer's state, or one slot; of other fields each leaf by itself."""
+    slot = re.match(r"slots\[[^\]]*\]", path)
+    return slot.group() if slot else "opt_state" if path.startswith("opt_state") else path
