@@ -197,6 +197,7 @@ class Held:
         """The whole params, in memory of their own."""
         self.launch()
         assert self.going is not None
+        self.going.arrive()
         if not self.room:
             self.room = self.going.room()
         for flat in self.room:

@@ -104,6 +104,7 @@ class Gathering:
         self._cut, self._shapes = cut, shapes
         self._dtypes = [part.dtype for part in parts]
         self._sent: list[tuple[list[int], Tensor, Arrived]] = []
+        self._here: list[tuple[list[int], Tensor]] = []
         kinds: dict[torch.dtype, list[int]] = {}
         for place, part in enumerate(parts):
             kinds.setdefault(part.dtype, []).append(place)
@@ -117,11 +118,17 @@ class Gathering:
                 flat = _padded(sent, sizes, narrow, device=cut.device)
             self._sent.append((places, flat, functional.all_gather(flat, cut.group)))
 
+    def arrive(self) -> None:
+        """Wait, and let go of what was sent."""
+        self._here += [(places, arrived()) for places, _, arrived in self._sent]
+        self._sent.clear()
+
     def into(self, wholes: Sequence[Tensor]) -> None:
         """Wait, and fill the flat tensors `wholes`, each padded to equal parts."""
-        for places, _, arrived in self._sent:
+        self.arrive()
+        for places, gathered in self._here:
             sizes = [self._cut.padded(self._shapes[place]) for place in places]
-            columns = arrived().view(self._cut.size, -1).split(sizes, 1)
+            columns = gathered.view(self._cut.size, -1).split(sizes, 1)
             for place, column in zip(places, columns, strict=True):
                 if self._shapes[place]:
                     wholes[place].view(self._cut.size, -1).copy_(column)
@@ -140,15 +147,11 @@ class Gathering:
         return [wholes[place] for place in range(len(self._shapes))]
 
     def room(self) -> list[Tensor]:
-        """Flat tensors to gather into."""
-        return [
-            flat.new_empty(self._cut.padded(shape) * (self._cut.size if shape else 1), dtype=dtype)
-            for shape, dtype, flat in zip(self._shapes, self._dtypes, self._flats(), strict=True)
-        ]
-
-    def _flats(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {place: flat for places, flat, _ in self._sent for place in places}
-        return [found[place] for place in range(len(self._shapes))]
+        """Flat tensors to gather into, allocated once what was held on the way is free again."""
+        self.arrive()
+        device = self._here[0][1].device
+        sizes = [self._cut.padded(shape) * (self._cut.size if shape else 1) for shape in self._shapes]
+        return [torch.empty(size, dtype=dtype, device=device) for size, dtype in zip(sizes, self._dtypes, strict=True)]
 
 
 def _padded(
