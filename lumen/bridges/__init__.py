@@ -1,4 +1,7 @@
-"""Bridges to what is written for other libraries."""
+"""Between Lumen and other libraries: LightningModules, a state's model as a module again, Hugging Face's files, LoRA."""
 
+from lumen.bridges import huggingface as huggingface
+from lumen.bridges import lora as lora
+from lumen.bridges.bound import module as module
 from lumen.bridges.lightning_module import Bridged as Bridged
 from lumen.bridges.lightning_module import lightning as lightning

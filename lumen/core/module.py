@@ -51,7 +51,7 @@ def pure(module: nn.Module) -> Pure:
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
-    return Pure(Apply(_skeleton(module), frozenset(frozen)), params, {**buffers, **frozen})
+    return Pure(Apply(skeleton_of(module), frozenset(frozen)), params, {**buffers, **frozen})
 
 
 class Apply:
@@ -89,7 +89,7 @@ class Apply:
     def variant(self, key: Any, change: Callable[[nn.Module], None]) -> Apply:
         """This function over a skeleton that `change` has modified; made once for each `key`."""
         if key not in self._variants:
-            module = _skeleton(self.module)
+            module = skeleton_of(self.module)
             change(module)
             self._variants[key] = Apply(module, self.frozen)
         return self._variants[key]
@@ -136,6 +136,9 @@ class Apply:
                 after = {name: table[key] for table, key, name in self._places if name in buffers}
                 buffers = {name: after[name] for name in buffers}
             return out, dict(buffers)
+        except RuntimeError as error:
+            _explain(error, self.module)
+            raise
         finally:
             for (table, key, _), tensor in zip(self._places, before, strict=True):
                 table[key] = tensor
@@ -144,7 +147,7 @@ class Apply:
         if self.module.training == training and not self._modes:
             self._modes[training] = self
         if training not in self._modes:
-            other = Apply(_skeleton(self.module).train(training), self.frozen)
+            other = Apply(skeleton_of(self.module).train(training), self.frozen)
             other._modes = self._modes
             self._modes.setdefault(self.module.training, self)
             self._modes[training] = other
@@ -187,7 +190,17 @@ def _apply(call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:
     return call.target.run(call.params, call.buffers, call.args, call.kwargs)  # type: ignore[no-any-return]
 
 
-def _skeleton(module: nn.Module) -> nn.Module:
+def _explain(error: RuntimeError, module: nn.Module) -> None:
+    """Say what helps where a model of transformers looks at its attention mask's values under vmap."""
+    if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
+        error.add_note(
+            "lm.private and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
+            " mask masks anything. Write net.set_attn_implementation('eager') before lm.pure(net); an encoder, as BERT,"
+            " also needs its mask ready made: attention_mask[:, None, None, :].expand(-1, 1, T, -1).bool()"
+        )
+
+
+def skeleton_of(module: nn.Module) -> nn.Module:
     """A copy of the module tree whose tensors are on the meta device: the structure without the memory."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -100,7 +100,7 @@ class Samples:
         else:
             samples = self._each(indices)
         with _noted(f"the batch of rows {indices}"):
-            return self._collate(samples)
+            return as_dict(self._collate(samples))
 
     def _each(self, indices: list[int]) -> list[Any]:
         samples: list[Any] = []
@@ -171,6 +171,11 @@ def _noted(what: str) -> Iterator[None]:
 
 def _note(error: Exception, what: str) -> None:
     error.add_note(f"Raised while the Loader read {what} of its data set.")
+
+
+def as_dict(batch: Any) -> Any:
+    """A batch that is a mapping of its own kind, as transformers' BatchEncoding, as a dict: others are no trees."""
+    return dict(batch) if isinstance(batch, Mapping) and tree.structure(batch).is_leaf() else batch
 
 
 def _is_tree(dataset: Any) -> bool:

@@ -60,14 +60,14 @@ def selected(selector: Selector | None, params: Any) -> list[bool]:
     return list(_any_match(patterns, tuple(names)))
 
 
-def matching(pattern: Pattern, names: Sequence[str]) -> list[bool]:
-    """Whether each name matches `pattern`; PatternError with the nearest names when none does."""
+def matching(pattern: Pattern, names: Sequence[str], what: str = "parameter") -> list[bool]:
+    """Whether each name, of a `what`, matches `pattern`; PatternError with the nearest names when none does."""
     if isinstance(pattern, re.Pattern):
         found = [pattern.search(name) is not None for name in names]
     else:
         found = [fnmatch.fnmatchcase(name, pattern) for name in names]
     if not any(found):
-        raise PatternError(_no_match(pattern, names))
+        raise PatternError(_no_match(pattern, names, what))
     return found
 
 
@@ -76,12 +76,12 @@ def _any_match(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[b
     return tuple(any(row) for row in zip(*(matching(pattern, names) for pattern in patterns), strict=True))
 
 
-def _no_match(pattern: Pattern, names: Sequence[str]) -> str:
+def _no_match(pattern: Pattern, names: Sequence[str], what: str) -> str:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     bare = re.sub(r"[^\w.]", "", text)
     near = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or list(names[:5])
     kind = "regular expression" if isinstance(pattern, re.Pattern) else "pattern"
     return (
-        f"the {kind} {text!r} matches none of the {len(names)} parameter names. Near names: {', '.join(near)}."
+        f"the {kind} {text!r} matches none of the {len(names)} {what} names. Near names: {', '.join(near)}."
         " A glob must match the whole name ('*.bias', 'encoder.*'); a compiled regex may match anywhere in it."
     )

@@ -32,6 +32,9 @@ class Checkpointer:
             besides, and a validation that makes one of them is saved even when nothing else is due.
         keep_best: how many.
         keep_every: keep each checkpoint whose step is divisible by this.
+        frozen: whether parameters that are not trained are saved too. Without them the checkpoints of a fine-tuning are
+            as small as what it trains; the run then goes on only beside the same ones, which is checked. Elsewhere
+            read such a checkpoint into a state that has them: `lm.checkpoint.restore(path, state, strict=False)`.
 
     >>> import lumen as lm, tempfile
     >>> checkpoint = lm.Checkpointer(tempfile.mkdtemp(), every=lm.Every(steps=500), keep=3, best=("val/loss", "min"))
@@ -48,8 +51,10 @@ class Checkpointer:
         best: Best | None = None,
         keep_best: int = 1,
         keep_every: int | None = None,
+        frozen: bool = True,
     ) -> None:
         self.directory = Path(directory)
+        self.frozen = frozen
         self.every = every or Every(epochs=1)
         self._metric = None if best is None else best[0]
         self.store = Store(

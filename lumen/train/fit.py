@@ -12,6 +12,7 @@ is, so a run that is interrupted in the middle of them, and goes on from there, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import warnings
@@ -31,6 +32,7 @@ from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
 from lumen.sinks import configure
+from lumen.train import frozen
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
 from lumen.train.clock import NEVER, Clock, Timer, Until
@@ -385,7 +387,7 @@ class Fit:
         )
         if self._store is not None:
             meta, metrics = self._memory(), self._journal.fresh
-            self._store.save(self.clock.step, self.state, extra=extra, meta=meta, metrics=metrics)
+            self._store.save(self.clock.step, self._thin(self.state), extra=extra, meta=meta, metrics=metrics)
         self._saved_at = place
         self.runner.callbacks.call("on_checkpoint", self._view(self._journal.newest))
         self._agree()
@@ -400,7 +402,17 @@ class Fit:
             "stopped": self._stopped,
             "processes": self._everyone.size,
             **self._description,
+            **({} if self._fingerprint is None else {"frozen": self._fingerprint}),
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str | None:
+        """What the frozen weights are known by, where checkpoints do without them."""
+        checkpointer = self.runner.checkpoint
+        return None if checkpointer is None or checkpointer.frozen else frozen.fingerprint(self.state)
+
+    def _thin(self, state: Any) -> Any:
+        return state if self._fingerprint is None else frozen.without(state)
 
     def _go_on(self, resume: str | os.PathLike[str]) -> None:
         """Take up the run where the checkpoint left it, if there is one."""
@@ -459,8 +471,9 @@ class Fit:
 
     def _read(self, path: Path) -> tuple[Any, Any, Any, Path]:
         meta = checkpoint.metadata(path)["meta"]
-        state = checkpoint.restore(path, self.state, step=self.runner.step)
-        return state, checkpoint.load(path, item="extra"), meta, path
+        state = self.state if "frozen" not in meta else frozen.without(self.state, meta["frozen"], path)
+        state = checkpoint.restore(path, state, step=self.runner.step)
+        return frozen.with_those_of(state, self.state), checkpoint.load(path, item="extra"), meta, path
 
     # ---------------------------------------------------------------------------------------- endings
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.step import device_of
 from lumen.data.feed import Feed
+from lumen.data.fetch import as_dict
 
 
 class Placed:
-    """Moves what is elsewhere, and makes tensors of numpy arrays; batches that need neither pass through untouched."""
+    """Moves what is elsewhere, makes tensors of numpy arrays and dicts of other mappings; else batches pass untouched."""
 
     def __init__(self, feed: Feed, state: Any) -> None:
         self.length = feed.length
@@ -40,7 +41,7 @@ class Placed:
 
     def _must_place(self, batch: Any) -> bool:
         leaves = tree.leaves(batch)
-        return any(isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves)
+        return as_dict(batch) is not batch or any(isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves)
 
     def _place(self, batch: Any) -> Any:
         def place(leaf: Any) -> Any:
@@ -48,4 +49,4 @@ class Placed:
                 return torch.as_tensor(leaf).to(self._device, non_blocking=True)
             return leaf
 
-        return tree.map(place, batch)
+        return tree.map(place, as_dict(batch))

@@ -27,6 +27,8 @@ class remat(Transform):
     Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `vmap` and other `torch.func`
     transforms it changes nothing, since those keep their own record of the computation.
 
+    A model of transformers keeps no keys and values under it (`use_cache=False`), which training has no use for.
+
     Raises `PatternError` where nothing matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
     Cost", by `torch.utils.checkpoint`.
 
@@ -65,6 +67,7 @@ class remat(Transform):
             )
         for each in chosen:
             each.forward = _Checkpointed(each)
+        _keep_no_cache(module)
 
     def _choose(self, module: nn.Module) -> list[nn.Module]:
         if self.pattern is None:
@@ -87,6 +90,13 @@ class remat(Transform):
             return isinstance(module, self.pattern)
         assert self.pattern is not None
         return bool(self.pattern(name, module))
+
+
+def _keep_no_cache(module: nn.Module) -> None:
+    """Let a transformer of Hugging Face keep no keys and values: a block computed again would add its own again."""
+    for each in module.modules():
+        if getattr(getattr(each, "config", None), "use_cache", False) is True:
+            each.config.use_cache = False  # of the skeleton's own copy
 
 
 class _Checkpointed:
