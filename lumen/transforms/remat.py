@@ -27,7 +27,7 @@ class remat(Transform):
     Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `vmap` and other `torch.func`
     transforms it changes nothing, since those keep their own record of the computation.
 
-    A model of transformers keeps no keys and values under it (`use_cache=False`), which training has no use for.
+    A model of transformers keeps no keys and values under it, as with `use_cache=False`: training has no use for them.
 
     Raises `PatternError` where nothing matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
     Cost", by `torch.utils.checkpoint`.

@@ -1,0 +1,191 @@
+"""Models of transformers, unmodified, train as they do in a raw loop and in transformers' own Trainer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import lumen as lm
+
+hf = pytest.importorskip("transformers")
+
+from tests.parity.hf_models import MODELS, batches, gpt2, llama, text  # noqa: E402
+
+STEPS = 10
+TOLERANCE = 1e-6
+
+
+def step(state, batch):
+    def loss_fn(params, batch):
+        out, buffers = state.apply(params, **batch)
+        return out.loss, lm.Aux(buffers=buffers)
+
+    (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss}
+
+
+def raw(net, data):
+    """What training is without Lumen: the loss of each step, and after it all tensors of the net."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
+    for number, batch in enumerate(data):
+        torch.manual_seed(number)
+        loss = net(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach(), {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def furthest(state, tensors, apart=()):
+    """The largest difference of any tensor, but of those whose names end in one of `apart`."""
+    held = {**state.params, **state.buffers}
+    assert held.keys() == tensors.keys()
+    names = [name for name in tensors if not name.endswith(tuple(apart))]
+    return max(float((held[name] - tensors[name].detach()).abs().max()) for name in names)
+
+
+@pytest.mark.parametrize("transforms", [[], [lm.donate()], [lm.remat()]], ids=["plain", "donate", "remat"])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_step_is_that_of_a_raw_loop(name, transforms):
+    make, rows = MODELS[name]
+    net, data = make(), batches(rows, STEPS)
+    if transforms and isinstance(transforms[0], lm.remat):
+        net.config.use_cache = False  # remat sees to that; keys out of a cache have other strides, so other sums
+    torch_adam = lm.optim.from_torch(torch.optim.AdamW, lr=1e-3, weight_decay=0.01)
+    wrapped = lm.compose(*transforms)(step)
+    state = wrapped.init(lm.TrainState.create(copy.deepcopy(net), torch_adam))
+    losses = []
+    for number, (wanted, tensors) in enumerate(raw(net, data)):
+        torch.manual_seed(number)  # dropout draws the same numbers
+        state, metrics = wrapped(state, data[number])
+        assert float(metrics["loss"]) == float(wanted)
+        assert furthest(state, tensors) == 0.0
+        losses.append(float(wanted))
+    assert len(set(losses)) == STEPS
+    if name == "resnet":
+        assert int(state.buffers["resnet.embedder.embedder.normalization.num_batches_tracked"]) == STEPS
+
+
+# Keys have a bias without a gradient in exact arithmetic: Adam makes steps of its rounding noise.
+NOISE = ("k_proj.bias", "key.bias", "c_attn.bias")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_step_with_lumens_own_adamw(name):
+    make, rows = MODELS[name]
+    net, data = make(), batches(rows, STEPS)
+    state = lm.TrainState.create(copy.deepcopy(net), lm.optim.adamw(1e-3, weight_decay=0.01))
+    for number, (wanted, tensors) in enumerate(raw(net, data)):
+        torch.manual_seed(number)
+        state, metrics = step(state, data[number])
+        assert abs(float(metrics["loss"] - wanted)) < TOLERANCE
+        assert furthest(state, tensors, NOISE) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet"])
+def test_a_step_is_one_compiled_region(name):
+    # One graph without a break, which would warn; a compiler behind it would take half a minute.
+    make, rows = MODELS[name]
+    batch = batches(rows, 1)[0]
+    state = lm.TrainState.create(make().eval(), lm.optim.adamw(1e-3, eps=1e-4))
+    found, metrics = lm.compile(backend="eager")(step)(state, batch)
+    wanted, losses = step(state, batch)
+    assert abs(float(metrics["loss"] - losses["loss"])) < TOLERANCE
+    assert max(float((found.params[k] - p).abs().max()) for k, p in wanted.params.items()) < TOLERANCE
+
+
+def counted_step(first):
+    """A step whose loss counts the labels from column `first`: transformers divides its sum by `num_items_in_batch`."""
+
+    def step(state, batch):
+        def loss_fn(params, batch):
+            out, _ = state.apply(params, **batch, num_items_in_batch=1)
+            return lm.Mean(out.loss, (batch["labels"][:, first:] != -100).sum())
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    return step
+
+
+def uneven(rows):
+    """Rows with very different numbers of tokens, so that means of means would be wrong."""
+    batch = text(rows, 16, torch.Generator().manual_seed(3))
+    lengths = torch.arange(rows) * 5 % 14 + 3
+    mask = (torch.arange(16) < lengths.unsqueeze(1)).long()
+    batch |= {"attention_mask": mask, "labels": batch["input_ids"].masked_fill(mask == 0, -100)}
+    return [{name: column[row] for name, column in batch.items()} for row in range(rows)]
+
+
+class Recorder(hf.TrainerCallback):
+    """Params after each of the Trainer's steps."""
+
+    def __init__(self):
+        self.params: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.params.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+# The Trainer counts a row's first token as a target, which it is not, for models whose class it does not take for a
+# causal one by its name, such as GPT2LMHeadModel.
+@pytest.mark.parametrize(("make", "first"), [(lambda: gpt2(**NO_DROPOUT), 0), (llama, 1)], ids=["gpt2", "llama"])
+def test_a_fine_tuning_is_that_of_the_trainer(make, first, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    net, seen, recorder = make(), [], Recorder()
+    state_net = copy.deepcopy(net)
+
+    def collate(samples):
+        seen.append(hf.default_data_collator(samples))
+        return dict(seen[-1])
+
+    epochs, rows, micro, parts, warmup = 2, 24, 4, 2, 2
+    steps = epochs * rows // (micro * parts)
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=parts,
+        learning_rate=5e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        warmup_steps=warmup,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    columns = {name: [row[name].tolist() for row in uneven(rows)] for name in ("input_ids", "attention_mask", "labels")}
+    trainer = hf.Trainer(
+        net, arguments, data_collator=collate, train_dataset=datasets.Dataset.from_dict(columns), callbacks=[recorder]
+    )
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(log) == len(recorder.params) == steps
+    assert len(seen) == steps * parts
+
+    peak, optim = 5e-3, lm.optim
+    schedule = optim.join([optim.linear(0.0, peak, warmup), optim.linear(peak, 0.0, steps - warmup)], [warmup])
+    tx = optim.chain(
+        optim.clip_by_global_norm(1.0), optim.adamw(schedule, weight_decay=0.1, decay_mask=optim.matrices)
+    )
+    state = lm.TrainState.create(state_net.train(), tx)
+    wrapped = lm.accumulate(parts)(counted_step(first))
+    for number, wanted in enumerate(recorder.params):
+        pieces = seen[number * parts : (number + 1) * parts]
+        batch = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        state, metrics = wrapped(state, batch)
+        assert furthest(state.replace(buffers={}), wanted, NOISE) < TOLERANCE, number
+        assert abs(float(metrics["loss"].compute()) - float(log[number]["loss"])) < TOLERANCE
+    assert float(log[0]["grad_norm"]) > 1.0, "nothing was clipped"
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
