@@ -6,11 +6,9 @@ transformers itself, which knows the hub's names, ties, shards and renamings.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,17 +43,15 @@ def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_
             f"{type(module).__name__} is not a model of transformers, so it has no config.json and no place on the hub."
             " Its tensors alone: safetensors.torch.save_file(dict(state.params), path)"
         )
-    final.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=TEMPORARY, dir=final.parent))
+    beside = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     try:
-        beside.chmod(0o777 & ~_umask())
+        beside.mkdir(parents=True)
         module.save_pretrained(beside, max_shard_size=max_shard_size)
         os.rename(beside, final)
     except OSError as error:
         raise CheckpointError(f"{final} could not be written: {error}") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(beside)
+        shutil.rmtree(beside, ignore_errors=True)
     return final
 
 
@@ -71,11 +67,14 @@ def load_pretrained(state: Any, directory: str | os.PathLike[str], *, strict: bo
     `CheckpointError` where nothing can be read, and for a state that transforms have prepared; `ParamsError` for a
     model that is not of transformers.
     """
-    module: Any = state.apply_fn.module
-    if not hasattr(module, "from_pretrained"):
+    import transformers
+
+    module = state.apply_fn.module
+    if not isinstance(module, transformers.PreTrainedModel):
         raise ParamsError(
             f"{type(module).__name__} is not a model of transformers. Load its tensors by name:"
-            " state = state.replace(params=safetensors.torch.load_file(path))"
+            " state = state.replace(params=safetensors.torch.load_file(path)); a model of peft is loaded before it is"
+            " made a state: PeftModel.from_pretrained(net, path, is_trainable=True)"
         )
     if state.slots:
         raise CheckpointError(
@@ -118,9 +117,3 @@ def _lines(what: str, names: Iterable[str]) -> list[str]:
     listed = sorted(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return [f"{what} {', '.join(listed[:_SHOWN])}{more}"] if listed else []
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -103,6 +103,9 @@ class Fit:
         self._uncounted = [0, 0]  # rows and tokens of this process that the clock does not have yet
         self._log_timer = Timer(runner.log_every, self.clock)
         self._timers = [Timer(validate.every, self.clock) for validate in validations]
+        # What frozen weights are known by, where checkpoints do without them.
+        apart = runner.checkpoint is not None and not runner.checkpoint.frozen
+        self._fingerprint = frozen.fingerprint(state) if apart else None
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
         self._saved_at: tuple[Any, ...] = ()
         self._stopped = ""  # why a callback ended the run
@@ -405,13 +408,8 @@ class Fit:
             **({} if self._fingerprint is None else {"frozen": self._fingerprint}),
         }
 
-    @functools.cached_property
-    def _fingerprint(self) -> str | None:
-        """What the frozen weights are known by, where checkpoints do without them."""
-        checkpointer = self.runner.checkpoint
-        return None if checkpointer is None or checkpointer.frozen else frozen.fingerprint(self.state)
-
     def _thin(self, state: Any) -> Any:
+        """What of `state` a checkpoint holds."""
         return state if self._fingerprint is None else frozen.without(state)
 
     def _go_on(self, resume: str | os.PathLike[str]) -> None:
