@@ -83,7 +83,9 @@ def adapt(
     {'0.lora_a': (2, 8), '0.lora_b': (8, 2)}
     """
     if rank < 1 or not math.isfinite(alpha) or alpha <= 0:
-        raise HyperparameterError(f"adapt takes a rank of at least 1 and alpha > 0; got rank={rank!r}, alpha={alpha!r}.")
+        raise HyperparameterError(
+            f"adapt takes a rank of at least 1 and alpha > 0; got rank={rank!r}, alpha={alpha!r}."
+        )
     made = _sharing(module)
     names = [name for name, _ in made.named_modules() if name]
     chosen = {name: made.get_submodule(name) for name in _picked(targets, names, "layer")}

@@ -12,7 +12,6 @@ is, so a run that is interrupted in the middle of them, and goes on from there, 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import warnings

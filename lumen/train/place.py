@@ -17,7 +17,7 @@ from lumen.data.fetch import as_dict
 
 
 class Placed:
-    """Moves what is elsewhere, makes tensors of numpy arrays and dicts of other mappings; else batches pass untouched."""
+    """Moves what is elsewhere, makes tensors of arrays and dicts of other mappings; else batches pass untouched."""
 
     def __init__(self, feed: Feed, state: Any) -> None:
         self.length = feed.length
@@ -41,7 +41,9 @@ class Placed:
 
     def _must_place(self, batch: Any) -> bool:
         leaves = tree.leaves(batch)
-        return as_dict(batch) is not batch or any(isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves)
+        return as_dict(batch) is not batch or any(
+            isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves
+        )
 
     def _place(self, batch: Any) -> Any:
         def place(leaf: Any) -> Any:

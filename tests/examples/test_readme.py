@@ -106,6 +106,19 @@ def test_the_transform_of_the_docs_scales_grads() -> None:
         torch.testing.assert_close(scaled.params[name] - before, 3.0 * (plain.params[name] - before))
 
 
+@pytest.mark.timeout(240)
+def test_hugging_face_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/huggingface.md")
+    assert session["result"].metrics["train/loss"] < 5.5
+    assert all(torch.equal(p, session["state"].params[n]) for n, p in session["again"].named_parameters())
+    assert sum(p.numel() for p in session["tuned"].params.values()) < 0.2 * sum(
+        p.numel() for p in session["state"].params.values()
+    )
+    assert (session["merged"] / "model.safetensors").exists()
+
+
 def test_the_reference_has_every_public_name() -> None:
     """A submodule with the name of what it holds would hide it from `::: lumen.optim`."""
     pages = set(re.findall(r"^::: (\S+)$", (README.parent / "docs/api.md").read_text(), flags=re.MULTILINE))

@@ -103,6 +103,22 @@ def test_char_lm_learns(tmp_path: Path, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+def test_finetune_lora_learns_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    small = ("--pretrain-steps", "60", "--layers", "1", "--width", "64", "--lr", "2e-2")
+    out = run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path)
+    before, after = map(float, re.search(r"held-out loss ([\d.]+) before, ([\d.]+) nats", out).groups())
+    assert after < before - 0.05
+    log = tmp_path / "runs/finetune_lora"
+    tuned = safetensors.torch.load_file(log / "tuned/model.safetensors")
+    base = safetensors.torch.load_file(log / "base/model.safetensors")
+    assert tuned.keys() == base.keys()
+    changed = {name for name in base if not tuned[name].equal(base[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert "held-out" in run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path), "it is through, and says so"
+
+
+@pytest.mark.slow
 def test_digits_on_two_processes(tmp_path: Path) -> None:
     out = run("digits.py", "--epochs", "6", cwd=tmp_path, processes=2)
     assert out.count("best checkpoint") == 1, "one of them speaks"

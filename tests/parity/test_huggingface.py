@@ -176,9 +176,7 @@ def test_a_fine_tuning_is_that_of_the_trainer(make, first, tmp_path):
 
     peak, optim = 5e-3, lm.optim
     schedule = optim.join([optim.linear(0.0, peak, warmup), optim.linear(peak, 0.0, steps - warmup)], [warmup])
-    tx = optim.chain(
-        optim.clip_by_global_norm(1.0), optim.adamw(schedule, weight_decay=0.1, decay_mask=optim.matrices)
-    )
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(schedule, weight_decay=0.1, decay_mask=optim.matrices))
     state = lm.TrainState.create(state_net.train(), tx)
     wrapped = lm.accumulate(parts)(counted_step(first))
     for number, wanted in enumerate(recorder.params):

@@ -77,7 +77,9 @@ def test_a_module_shares_the_states_memory_and_wants_no_gradient():
 def test_a_module_of_parts_is_refused():
     state = make_state(nn.Linear(4, 2))
     cut = state.replace(params={**state.params, "weight": state.params["weight"][:1]})
-    with pytest.raises(lm.LumenError, match=r"'weight' has the shape \(2, 4\), and the state holds .* \(1, 4\).*export"):
+    with pytest.raises(
+        lm.LumenError, match=r"'weight' has the shape \(2, 4\), and the state holds .* \(1, 4\).*export"
+    ):
         lm.bridges.module(cut)
 
 
@@ -352,7 +354,8 @@ def test_a_model_of_peft_works_as_it_is(tmp_path):
     # The same numbers as the own adapters, begun alike.
     own = make_state(lora.adapt(base, targets="*.[qv]_proj", rank=4, alpha=8))
     names = {
-        name: "base_model.model." + name.replace("lora_a", "lora_A.default.weight").replace("lora_b", "lora_B.default.weight")
+        name: "base_model.model."
+        + name.replace("lora_a", "lora_A.default.weight").replace("lora_b", "lora_B.default.weight")
         for name in own.params
     }
     own = own.replace(params={name: state.params[other] for name, other in names.items()})
