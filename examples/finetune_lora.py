@@ -1,15 +1,15 @@
 """Fine-tune a small Llama by LoRA: from Python's standard library to another text, on bytes.
 
-    python examples/finetune_lora.py                    # about two minutes on 2 cores
+    python examples/finetune_lora.py                    # a few minutes on 2 cores
     python examples/finetune_lora.py --rank 16 --targets "*.q_proj" "*.k_proj" "*.v_proj" "*.o_proj"
 
 Nothing is downloaded: a Llama made from its configuration first learns the sources of some modules of Python, and is
 saved as a directory that transformers reads, which stands for what one takes from the hub. Then its weights stay, and
-adapters of a few percent of their size learn the licence of Python and the Zen. The newest checkpoint in --logdir holds
-the adapters alone; --logdir/tuned is a directory for `AutoModelForCausalLM.from_pretrained`, the adapters merged into
-it. Needs `pip install "lumen-torch[hf,examples]"`.
+adapters of a few percent of their size learn English: the Zen, and what `help()` knows. The newest checkpoint in
+--logdir holds the adapters alone; --logdir/tuned is a directory for `AutoModelForCausalLM.from_pretrained`, with the
+adapters merged into the weights. Needs `pip install "lumen-torch[hf,examples]"`.
 
-Expected: on the second text, held-out loss falls by more than 0.3 nats per byte, with the adapters alone.
+Expected: on the second text, the held-out loss falls from about 2.45 to 2.20 nats per byte, with the adapters alone.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main(config: Config) -> lm.Result:
         huggingface.save_pretrained(result.state, tuned)
     prompt = TOKENIZER("The ", add_special_tokens=False, return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(tuned)
-    said = model.generate(**prompt, max_new_tokens=config.context - 8, do_sample=False, pad_token_id=0)
+    said = model.generate(**prompt, max_new_tokens=config.context - 8, do_sample=True, top_k=10, pad_token_id=0)
     print(TOKENIZER.decode(said[0], skip_special_tokens=True))
     return result
 

@@ -23,7 +23,7 @@ _SHOWN = 6  # names that a message lists
 
 
 def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB") -> Path:
-    """Write the model of `state` as a directory that `from_pretrained` reads, or that goes to the hub; returns its path.
+    """Write the model of `state` as a directory that `from_pretrained` reads, or for the hub; returns its path.
 
     It holds `config.json` and `model.safetensors`, or several files of at most `max_shard_size` (bytes, or a text such
     as "5GB") with their index, under the hub's names; of tied weights, one is written. Adapters of `lm.bridges.lora`

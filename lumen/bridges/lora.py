@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,9 +159,10 @@ def _picked(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) 
 
 
 def _check(module: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    names = [name for _, _, name in places_of(module)]
-    owners = {id(table): prefix for prefix, sub in module.named_modules() for table in (sub._parameters,)}
-    tied = {owners[id(table)] for table, _, name in places_of(module) if names.count(name) > 1 and id(table) in owners}
+    places = places_of(module)
+    shared = {name for name, count in Counter(name for _, _, name in places).items() if count > 1}
+    owners = {id(sub._parameters): prefix for prefix, sub in module.named_modules()}
+    tied = {owners[id(table)] for table, _, name in places if name in shared and id(table) in owners}
     for name, layer in chosen.items():
         if isinstance(layer, Lora) or not (isinstance(layer, nn.Linear) or is_transposed(layer)):
             raise ParamsError(

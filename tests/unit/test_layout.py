@@ -26,6 +26,7 @@ HEAVY = (
     "optax",
     "orbax",
     "pandas",
+    "peft",
     "rich",
     "safetensors",
     "scipy",
