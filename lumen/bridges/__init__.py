@@ -1,4 +1,4 @@
-"""Between Lumen and other libraries: LightningModules, a state's model as a module again, Hugging Face's files, LoRA."""
+"""Between Lumen and others: LightningModules, a state as a module again, Hugging Face's files, LoRA."""
 
 from lumen.bridges import huggingface as huggingface
 from lumen.bridges import lora as lora

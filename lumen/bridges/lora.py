@@ -137,7 +137,8 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     layer.lora_b = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=weight.device))
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
-    layer.__class__ = _kind(type(layer))
+    kind: Any = type(layer)  # a class is hashable, whatever is said of its instances
+    layer.__class__ = _kind(kind)
 
 
 @functools.cache
@@ -154,7 +155,7 @@ def _sharing(module: nn.Module) -> nn.Module:
 
 def _picked(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) -> list[str]:
     each = patterns if isinstance(patterns, list | tuple) else (patterns,)
-    rows = [matching(pattern, names, what) for pattern in each]  # type: ignore[arg-type]
+    rows = [matching(pattern, names, what) for pattern in each]
     return [name for name, *found in zip(names, *rows, strict=True) if any(found)]
 
 

@@ -95,8 +95,9 @@ class remat(Transform):
 def _keep_no_cache(module: nn.Module) -> None:
     """Let a transformer of Hugging Face keep no keys and values: a block computed again would add its own again."""
     for each in module.modules():
-        if getattr(getattr(each, "config", None), "use_cache", False) is True:
-            each.config.use_cache = False  # of the skeleton's own copy
+        config: Any = getattr(each, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # of the skeleton's own copy
 
 
 class _Checkpointed:
