@@ -105,6 +105,11 @@ def planned(
             found = moved(step, grid)
             state, batch = tree.map(lambda leaf: _fake(mode, leaf), (state, batch))
             if any(getattr(t, "offload", False) for t in found.transforms):
+                if any(t.level == "remat" for t in found.transforms):
+                    raise StepError(
+                        "a plan cannot follow lm.remat inside lm.fsdp(offload=True): torch ends the process where it"
+                        " computes again on a device that is not there. Plan it without one of the two."
+                    )
                 device = on_device(found)
                 watch.memory.device = device.type
                 batch = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

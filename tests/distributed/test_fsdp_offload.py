@@ -13,12 +13,10 @@ from lumen.parallel.mesh import mesh
 from lumen.parallel.tensor import tensor_parallel
 from tests.distributed import fsdp_models
 from tests.distributed.models import batches, make_state, part, step, transforms
-from tests.distributed.test_fsdp_law import gathers
 
 pytestmark = pytest.mark.distributed
 
 assert fsdp_models  # its models are registered where it is imported
-assert gathers
 
 AROUND = ["accumulate", "clip", "ema", "guard", "remat", "donate"]
 
@@ -46,6 +44,25 @@ def test_on_the_cpu_it_is_bitwise_the_step_without_it(world2):
     cases = [("", 0), ("", 1), ("", 2), ("", 1, "outside"), *((each, 1) for each in AROUND)]
     for found in world2.run(same, cases):
         assert dict(zip(cases, found, strict=True)) == dict.fromkeys(cases, True)
+
+
+def meta_saved_and_restored(path):
+    """A model begun on the meta device, offloaded, saved, and restored without; and back."""
+    with torch.device("meta"):
+        state = make_state("mlp", torch.float32)
+    offloaded, plain = lm.compose(fsdp(offload=True, gather="bf16"))(step), fsdp()(step)
+    begun = offloaded.init(state)
+    begun, _ = offloaded(begun, part(batches(1, 8, torch.float32)[0], [4, 4], world.rank()))
+    lm.checkpoint.save(path / "a", begun, step=offloaded)
+    restored = lm.checkpoint.restore(path / "a", plain.init(make_state("mlp", torch.float32)), step=plain)
+    lm.checkpoint.save(path / "b", restored, step=plain)
+    again = lm.checkpoint.restore(path / "b", offloaded.init(make_state("mlp", torch.float32)), step=offloaded)
+    pairs = [zip(lm.tree.tensors(each), lm.tree.tensors(begun), strict=True) for each in (restored, again)]
+    return all(torch.equal(a, b) for pair in pairs for a, b in pair)
+
+
+def test_from_the_meta_device_through_checkpoints(world2, tmp_path):
+    assert world2.run(meta_saved_and_restored, tmp_path) == [True, True]
 
 
 def refuse_compile():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lumen as lm
+from lumen.errors import StepError
 from lumen.parallel.plan import plan
 
 WIDTH, DEPTH, SHARDS = 64, 4, 4
@@ -50,6 +51,11 @@ def test_the_device_holds_no_state_and_the_host_all_of_it(inner):
     assert {name: ours.peak.parts[name] for name in ("params", "optimizer")} == {"params": 0, "optimizer": 0}
     assert ours.host.nbytes >= 3 * PART
     assert "on the host" in str(ours)
+
+
+def test_recomputation_is_refused():
+    with pytest.raises(StepError, match="Plan it without one of the two"):
+        found(lm.remat(), offload=True)
 
 
 def test_without_offload_nothing_is_on_the_host():
