@@ -137,12 +137,12 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     layer.lora_b = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=weight.device))
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
-    kind: Any = type(layer)  # a class is hashable, whatever is said of its instances
+    kind: Any = type(layer)
     layer.__class__ = _kind(kind)
 
 
 @functools.cache
-def _kind(kind: type[nn.Module]) -> type[nn.Module]:
+def _kind(kind: Any) -> type[nn.Module]:
     return type(f"Lora{kind.__name__}", (Lora, kind), {"__doc__": f"An adapted {kind.__name__}."})
 
 
