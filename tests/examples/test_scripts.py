@@ -108,7 +108,7 @@ def test_finetune_lora_learns_and_goes_on(tmp_path: Path) -> None:
     small = ("--pretrain-steps", "60", "--layers", "1", "--width", "64", "--lr", "2e-2")
     out = run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path)
     before, after = map(float, re.search(r"held-out loss ([\d.]+) before, ([\d.]+) nats", out).groups())
-    assert after < before - 0.05
+    assert after < before - 0.02
     log = tmp_path / "runs/finetune_lora"
     tuned = safetensors.torch.load_file(log / "tuned/model.safetensors")
     base = safetensors.torch.load_file(log / "base/model.safetensors")
