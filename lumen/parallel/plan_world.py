@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lumen.core import world
 from lumen.core.step import Step, StepFn, Transform, as_step, compose
@@ -69,12 +70,10 @@ def on_device(step: Step) -> torch.device:
     """A device beside the CPU, and `step` on it, so that what lies on the host is told apart.
 
     It is none that torch is built for: it has no memory, and its tensors no values. It is registered once for the
-    process, as autograd asks for something of the kind even where tensors are fake.
+    process, as autograd asks for something of the kind even where tensors are fake; outside of plans there are none.
     """
     if torch._C._get_privateuse1_backend_name() != _DEVICE:
-        from torch.utils import backend_registration
-
-        backend_registration._setup_privateuseone_for_python_backend(_DEVICE)
+        _register()
     device = torch.device(_DEVICE, 0)
     for transform in step.transforms:
         if isinstance(mesh := getattr(transform, "mesh", None), Mesh):
@@ -84,6 +83,46 @@ def on_device(step: Step) -> torch.device:
 
 
 _DEVICE = "planned"
+
+
+def _register() -> None:
+    from torch.utils import backend_registration
+
+    class Hook(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self) -> bool:
+            return world.is_planned()
+
+    setup: Any = backend_registration._setup_privateuseone_for_python_backend
+    setup(_DEVICE, backend_module=_Devices(), hook=Hook())
+
+
+class _Devices:
+    """What torch asks about devices of this kind: there is one while a plan is made, and it draws no random numbers."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return world.is_planned()
+
+    def device_count(self) -> int:
+        return int(world.is_planned())
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        with world.real_tensors():
+            return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
 
 
 def sizes_of(step: Step) -> Mapping[str, int]:

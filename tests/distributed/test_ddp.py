@@ -149,6 +149,7 @@ def test_compiled_is_eager(backend, world2):
         ("mlp", [], UNEVEN, backend, {"compress": "bf16"}),
         ("conv", [], UNEVEN, backend, {"buffers": "sync"}),
     ]
+    cases = cases if backend == "eager" else cases[::2]  # which take half a minute each
     for found in world2.run(compiled, cases):
         for case, (losses, worst, leaf) in zip(cases, found, strict=True):
             tolerance = 1e-3 if "compress" in case[-1] else 1e-10

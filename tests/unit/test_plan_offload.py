@@ -63,3 +63,10 @@ def test_without_offload_nothing_is_on_the_host():
     assert theirs.peak.parts["params"] >= PART
     assert theirs.host.nbytes == 0
     assert "on the host" not in str(theirs)
+
+
+def test_a_plan_leaves_no_device_behind():
+    found(offload=True)
+    assert not torch.accelerator.is_available()
+    with torch.random.fork_rng():
+        torch.rand(1)
