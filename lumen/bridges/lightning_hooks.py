@@ -55,9 +55,13 @@ def lightning_class(module: Any) -> type:
     )
 
 
-def check_hooks(module: Any, ignore: Collection[str]) -> None:
+def overrides(module: Any, base: type, name: str) -> bool:
+    """Whether the module has a method of its own where `base` has one that does nothing, or none."""
+    return getattr(type(module), name, None) is not getattr(base, name, None)
+
+
+def check_hooks(module: Any, base: type, ignore: Collection[str]) -> None:
     """Raise `StepError` for what nobody would call, but for those to `ignore`."""
-    base = lightning_class(module)
     if not module.automatic_optimization:
         raise StepError(
             f"{type(module).__name__} has automatic_optimization=False: its training_step calls optimizers itself,"
@@ -67,8 +71,7 @@ def check_hooks(module: Any, ignore: Collection[str]) -> None:
     unknown = sorted(set(ignore) - INSTEAD.keys())
     if unknown:
         raise StepError(f"ignore={unknown!r} names no hook of a LightningModule that is not called.")
-    found = [name for name in INSTEAD if getattr(type(module), name, None) is not getattr(base, name, None)]
-    found = [name for name in found if name not in ignore]
+    found = [name for name in INSTEAD if name not in ignore and overrides(module, base, name)]
     if found:
         lines = "\n".join(f"  {name}: {INSTEAD[name]}" for name in found)
         raise StepError(

@@ -129,9 +129,12 @@ class Recorded(nn.Module):
 
 def record_metrics(module: nn.Module) -> None:
     """Put a `Recorded` in the place of each torchmetrics metric of `module`."""
+    from torchmetrics import Metric, MetricCollection
+
+    metrics = (Metric, MetricCollection)
     for prefix, parent in [*module.named_modules()]:
         for key, child in parent._modules.items():
-            if _is_metric(child) and not _is_metric(parent):
+            if isinstance(child, metrics) and not isinstance(parent, metrics):
                 name = f"{prefix}.{key}" if prefix else key
                 if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
                     raise MetricError(
@@ -139,10 +142,3 @@ def record_metrics(module: nn.Module) -> None:
                         " Keep it outside of the module, with lm.metrics.from_torchmetrics, and measure in a Validate."
                     )
                 parent._modules[key] = Recorded(name, TorchMetric(child))
-
-
-def _is_metric(module: Any) -> bool:
-    return any(
-        kind.__module__.startswith("torchmetrics.") and kind.__name__ in ("Metric", "MetricCollection")
-        for kind in type(module).__mro__
-    )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumen.bridges.lightning_hooks import check_hooks, lightning_class
+from lumen.bridges.lightning_hooks import check_hooks, lightning_class, overrides
 from lumen.bridges.lightning_log import current, record_metrics, recording
 from lumen.bridges.torch_optim import Length, converted
 from lumen.core.gradient import value_and_grad
@@ -96,8 +96,8 @@ def lightning(
     >>> result.clock.step
     6
     """
-    check_hooks(module, ignore)
     base = lightning_class(module)
+    check_hooks(module, base, ignore)
     module = _private(module)
     length = Length(epochs, batches)
     if not overrides(module, base, "training_step"):
@@ -118,11 +118,6 @@ def lightning(
         predict_step,
         None if monitor is None else f"val/{monitor}",
     )
-
-
-def overrides(module: Any, base: type, name: str) -> bool:
-    """Whether the module has a method of its own where `base` has one that does nothing."""
-    return getattr(type(module), name) is not getattr(base, name)
 
 
 def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:

@@ -142,20 +142,9 @@ def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], rate: Any)
     options = _options(optimizer, group)
     made, taken = _OURS.get(type(optimizer), (None, frozenset()))
     others = {key: value for key, value in options.items() if key not in taken}
-    if made is None or (any(others.values()) and not _is_adamw(optimizer, others)):
-        return from_torch(type(optimizer), lr=rate, **_accepted(optimizer, options))
+    if made is None or any(others.values()):
+        return from_torch(type(optimizer), lr=rate, **options)
     return made(rate, **{key: value for key, value in options.items() if key in taken})
-
-
-def _is_adamw(optimizer: torch.optim.Optimizer, others: Mapping[str, Any]) -> bool:
-    """Torch's AdamW is its Adam with one more option, which is always set."""
-    on = {key for key, value in others.items() if value}
-    return type(optimizer) is torch.optim.AdamW and on == {"decoupled_weight_decay"}
-
-
-def _accepted(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    always = {"decoupled_weight_decay"} if isinstance(optimizer, torch.optim.AdamW) else set()
-    return {key: value for key, value in options.items() if key not in always}
 
 
 def _tables(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, length: Length) -> list[Table]:
@@ -170,7 +159,7 @@ def _tables(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, length:
     rows = []
     for step in range(steps):
         rows.append([float(group["lr"]) for group in optimizer.param_groups])
-        if step + 1 < steps and (every > 1 or (step % batches + 1) % frequency == 0 or batches == 1 == frequency):
+        if step + 1 < steps and (every > 1 or (step % batches + 1) % frequency == 0):
             _advance(scheduler)
             _check_same(scheduler, before, [_options(optimizer, group) for group in optimizer.param_groups])
     return [Table(torch.tensor(column, dtype=torch.float64), every) for column in zip(*rows, strict=True)]
@@ -195,7 +184,9 @@ def _advance(scheduler: Any) -> None:
 
 def _options(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     """What the optimizer computes with, beside the learning rate; schedulers keep things of their own in groups too."""
-    return {key: group[key] for key in optimizer.defaults if key not in ("lr", *_HOW)}
+    # Torch's AdamW is its Adam with one more option, which it always sets and does not take.
+    apart = ("lr", *_HOW, *["decoupled_weight_decay"] * isinstance(optimizer, torch.optim.AdamW))
+    return {key: group[key] for key in optimizer.defaults if key not in apart}
 
 
 def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Transform:

@@ -175,7 +175,9 @@ def _note(error: Exception, what: str) -> None:
 
 def as_dict(batch: Any) -> Any:
     """A batch that is a mapping of its own kind, as transformers' BatchEncoding, as a dict: others are no trees."""
-    return dict(batch) if isinstance(batch, Mapping) and tree.structure(batch).is_leaf() else batch
+    if type(batch) is dict or not isinstance(batch, Mapping):
+        return batch
+    return dict(batch) if tree.structure(batch).is_leaf() else batch
 
 
 def _is_tree(dataset: Any) -> bool:

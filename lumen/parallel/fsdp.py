@@ -149,8 +149,7 @@ class fsdp(Transform):
     def __repr__(self) -> str:
         said = [repr(self._given)] if self._given is not None else []
         usual = {"level": 3, "units": None, "gather": None, "prefetch": 1, "offload": False}
-        values = {"level": self.sharded, "units": self.units, "gather": self.gather, "prefetch": self.prefetch}
-        values["offload"] = self.offload
+        values = {name: getattr(self, "sharded" if name == "level" else name) for name in usual}
         said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
         # Without its address, which differs between processes.
         said += [f"initialise={getattr(self.initialise, '__qualname__', '...')}"] * (self.initialise is not None)

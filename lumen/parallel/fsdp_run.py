@@ -128,7 +128,7 @@ class Session:
         """
         if self.cut.device is None:
             return parts
-        home = offload.sent_home(parts)
+        home = [offload.rested(part, non_blocking=True) for part in parts]
         if last or self._repeated:
             offload.wait(self.cut.device)
         return home

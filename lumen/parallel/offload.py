@@ -10,23 +10,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
+from lumen.parallel.materialise import keeping
 from lumen.parallel.shards import Cut, places_of
 
 HOST = torch.device("cpu")
 
 
-def rested(part: Tensor) -> Tensor:
-    """`part` in the host's memory, pinned where it came from a GPU."""
-    return part if part.device == HOST else _room(part).copy_(part)
+def rested(part: Tensor, non_blocking: bool = False) -> Tensor:
+    """`part` in the host's memory, pinned where it came from a GPU.
 
-
-def sent_home(parts: Sequence[Tensor]) -> list[Tensor]:
-    """`parts` on their way to the host: nobody may read them there before `wait`."""
-    return [part if part.device == HOST else _room(part).copy_(part, non_blocking=True) for part in parts]
+    With `non_blocking` it is on its way: nobody may read it there before `wait`.
+    """
+    if part.device == HOST:
+        return part
+    pinned = part.device.type == "cuda" and torch.cuda.is_initialized()
+    room = torch.empty(part.shape, dtype=part.dtype, device=HOST, pin_memory=pinned)
+    return room.copy_(part, non_blocking=non_blocking)
 
 
 def wait(device: torch.device) -> None:
@@ -35,24 +37,19 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _room(like: Tensor) -> Tensor:
-    pinned = like.device.type == "cuda" and torch.cuda.is_initialized()
-    return torch.empty(like.shape, dtype=like.dtype, device=HOST, pin_memory=pinned)
-
-
 def spread(state: Any, cut: Cut, shapes: Mapping[str, torch.Size], device: torch.device) -> Any:
     """This process's parts, on the host, of the first process's state, wherever that lies; the rest on `device`.
 
     Leaf by leaf, so that the device never holds more than one.
     """
     leaves, spec = tree.flatten(state)
-    parted = {place for place, _ in places_of(state, shapes)}
-    for place, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            continue
-        whole = leaf.detach().to(device, copy=True)
-        dist.broadcast(whole.view(torch.uint8) if whole.dtype == torch.bool else whole, group=cut.everyone, group_src=0)
-        leaves[place] = rested(cut.part(whole).clone()) if place in parted else whole
+    paths = tree.paths(state)
+    parted = {paths[place] for place, _ in places_of(state, shapes)}
+    keep = keeping(cut, parted)
+    for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if isinstance(leaf, Tensor):
+            kept = keep(path, leaf.detach().to(device, copy=True))
+            leaves[place] = rested(kept) if path in parted else kept
     return spec.unflatten(leaves)
 
 

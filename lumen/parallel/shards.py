@@ -201,7 +201,7 @@ def alias(flat: Tensor, shape: torch.Size) -> Tensor:
 
 
 def gather(cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The whole tensors of shapes `shapes`, from each process's parts."""
+    """The whole tensors of shapes `shapes`, from each process's parts, and where these lie."""
     if not parts:
         return []
     going = Gathering(cut, parts, shapes, None)
@@ -209,7 +209,8 @@ def gather(cut: Cut, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> l
         return going.made()
     room = going.room()
     going.into(room)
-    return [alias(flat, shape) for flat, shape in zip(room, shapes, strict=True)]
+    wholes = [alias(flat, shape) for flat, shape in zip(room, shapes, strict=True)]
+    return wholes if cut.device is None else [w.to(part.device) for w, part in zip(wholes, parts, strict=True)]
 
 
 def reduce_scatter(cut: Cut, wholes: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -289,8 +290,7 @@ class Named:
 
     def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Whole tensors of this shape."""
-        wholes = gather(self._cut, parts, [shape] * len(parts))
-        return [whole.to(part.device) for whole, part in zip(wholes, parts, strict=True)]
+        return gather(self._cut, parts, [shape] * len(parts))
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's rows."""
@@ -347,8 +347,7 @@ def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size], kept: Se
     places = places_of(values, shapes, cut, kept)
     if cut.device is not None:  # one after the other: what lies on the host may be more than fits on the device
         for place, name in places:
-            (whole,) = gather(cut, [leaves[place]], [shapes[name]])
-            leaves[place] = whole.to(leaves[place].device)
+            (leaves[place],) = gather(cut, [leaves[place]], [shapes[name]])
         return spec.unflatten(leaves)
     wholes = gather(cut, [leaves[place] for place, _ in places], [shapes[name] for _, name in places])
     for (place, _), whole in zip(places, wholes, strict=True):

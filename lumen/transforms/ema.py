@@ -106,6 +106,4 @@ class ema(Transform):
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
     held, spec = tree.flatten(old)
     target = tree.leaves(new)
-    return tree.unflatten(
-        spec, [torch.lerp(a, b, weight.to(a.device, a.dtype)) for a, b in zip(held, target, strict=True)]
-    )
+    return tree.unflatten(spec, [torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(held, target, strict=True)])
