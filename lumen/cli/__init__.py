@@ -1,1 +1,1 @@
-"""The command line: `lumen inspect`, `lumen export` and `lumen replay`."""
+"""The command line: `lumen demo`, `doctor`, `plan`, `inspect`, `export` and `replay`."""

@@ -7,19 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from lumen import checkpoint
-from lumen.cli import places, show
+from lumen.cli import command, places, show
 from lumen.core.inspect import human_bytes
 from lumen.errors import CheckpointError
 
+_EXAMPLES = """\
+  lumen export runs/a --to safetensors               params.safetensors, of the newest checkpoint
+  lumen export runs/a/checkpoints/500 --to torch     params.pt, for torch.load(weights_only=True)
+  lumen export runs/a --to safetensors --what ema -o model.safetensors
+                                                     the averaged params of lm.ema"""
 _SUFFIX = {"safetensors": ".safetensors", "torch": ".pt"}
 
 
 def add(commands: Any) -> None:
     """Add the command to a parser's."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = command.add(
+        commands,
         "export",
         help="write tensors of a checkpoint to a file",
-        description="Write tensors of a checkpoint, or of the newest of a run, to a file: one flat dict by name.",
+        description="Write tensors of a checkpoint, or of the newest of a run, to a file that other programs read: one"
+        "\nflat dict by the names of the module. The file must not be there yet.",
+        examples=_EXAMPLES,
     )
     parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
     parser.add_argument("--to", choices=tuple(_SUFFIX), required=True, help="the format")

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lumen.cli import exporting, inspecting, planning, replaying
+from lumen.cli import demo, doctor, exporting, inspecting, planning, replaying
 from lumen.cli.show import readable
 from lumen.core.versions import own_version
 from lumen.errors import LumenError
@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lumen", description="Look into checkpoints, export them, replay steps, plan runs."
+        prog="lumen",
+        description="Train PyTorch models as pure functions: what is done beside a training script.",
+        epilog="Each command says more of itself, with examples: lumen COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (inspecting, exporting, replaying, planning):
+    for module in (demo, doctor, planning, inspecting, exporting, replaying):
         module.add(commands)
     return parser

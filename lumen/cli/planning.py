@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lumen.cli import recorded, show
+from lumen.cli import command, recorded, show
 from lumen.cli.given import function
 from lumen.core.order import CHAINS
 from lumen.core.step import StepFn, Transform, as_step, compose
@@ -18,6 +18,10 @@ from lumen.parallel.plan import plan_loaded
 from lumen.parallel.plan_cost import DEVICES
 from lumen.parallel.plan_run import Make
 
+_EXAMPLES = """\
+  lumen plan train.py:make --mesh shard=64                  make() returns (step, state, batch)
+  lumen plan train.py:make --world 1024 --mesh data=16,shard=64 -o plan.html
+  lumen plan train.py:make --world 64 --strategy 'fsdp(level=2)' --device a100"""
 _STRATEGIES: dict[str, type[Transform]] = {"ddp": ddp, "fsdp": fsdp}
 _FIGURES = {
     "memory": "bytes of the device",
@@ -32,11 +36,14 @@ _FIGURES = {
 
 def add(commands: Any) -> None:
     """Add the command to a parser's."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = command.add(
+        commands,
         "plan",
         help="say what a run on many devices will hold, send and take",
-        description="Run two steps on tensors without values, in a world that is only thought of. Exit code 0 where the"
-        " run fits on its devices, 1 where it does not.",
+        description="Say how much memory a run on many devices will need on each, what they will send to each other,"
+        "\nand how long a step will take, before there is any device: two steps are run on tensors without values, in a"
+        "\nworld that is only thought of. Exit code 0 where the run fits on its devices, 1 where it does not.",
+        examples=_EXAMPLES,
     )
     parser.add_argument(
         "function",

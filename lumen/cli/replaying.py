@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.cli import inspecting, places, recorded, show
+from lumen.cli import command, inspecting, places, recorded, show
 from lumen.cli.given import made_by
 from lumen.core.step import Step, as_step, compose
 from lumen.core.values import compute_metrics
@@ -20,6 +20,11 @@ from lumen.errors import NonFiniteError
 from lumen.train.replay import described, replay
 from lumen.transforms.compile import compile as compiled
 
+_EXAMPLES = """\
+  lumen replay dumps/step-7                       what is in the dump, and what to write to do it again
+  lumen replay dumps/step-7 --run train.py:make   do it again; make() returns (step, state)
+  lumen replay dumps/step-7 --run train.py:make --anomaly
+                                                  name the operation whose gradient became NaN first"""
 _HOW = """\
 To do the step again, give a function that returns it with a fresh state of the same form:
 
@@ -32,10 +37,13 @@ To do the step again, give a function that returns it with a fresh state of the 
 
 def add(commands: Any) -> None:
     """Add the command to a parser's."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = command.add(
+        commands,
         "replay",
         help='do a step again that lm.guard("dump") wrote',
-        description="Show a step that failed, or do it again with --run: exit code 1 where it fails, 0 where not.",
+        description="Show a step that became non-finite, or do it again alone with --run: with the same state, batch"
+        "\nand random numbers. Exit code 1 while it fails, 0 once it is mended.",
+        examples=_EXAMPLES,
     )
     parser.add_argument("path", type=Path, metavar="DUMP", help='what lm.guard("dump") wrote')
     parser.add_argument(

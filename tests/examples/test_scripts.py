@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+import lumen as lm
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -118,6 +120,30 @@ def test_finetune_lora_learns_and_goes_on(tmp_path: Path) -> None:
     assert "held-out" in run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path), "it is through, and says so"
 
 
+def test_hydra_composes_what_is_named(tmp_path: Path) -> None:
+    settings = ("steps=20", "warmup=4", "progress=false", "lr=3e-3")
+    choices = ("optimizer=lion", "transforms=mixed", "strategy=fsdp")
+    out = run("hydra/train.py", *choices, *settings, cwd=tmp_path, processes=2)
+    rundir = tmp_path / "runs/hydra/convnet-lion-mixed-fsdp"
+    assert re.search(r"val/accuracy 0\.\d+ after 20 steps: (\S+)", out)[1] == str(rundir)
+    assert final(rundir / "metrics.jsonl", "val/accuracy") > 0.3
+    kept = lm.checkpoint.metadata(rundir / "checkpoints/20")["meta"]
+    assert kept["config"]["optimizer"]["_target_"] == "lumen.optim.lion"
+    assert (kept["config"]["model"]["width"], kept["config"]["lr"]) == (32, 3e-3)
+    for name in ("lm.guard", "lm.ema(0.98", "lm.donate()", "lm.fsdp(", "lm.accumulate(2)", "lm.precision('bf16')"):
+        assert name in kept["step"], name
+    assert "lr: 0.003" in (rundir / ".hydra/config.yaml").read_text()
+
+
+def test_hydra_sweeps(tmp_path: Path) -> None:
+    choices = ("model=mlp,convnet", "optimizer=adamw,sgd", "transforms=plain")
+    out = run("hydra/train.py", "--multirun", *choices, "steps=20", "warmup=4", "progress=false", cwd=tmp_path)
+    assert out.count("after 20 steps") == 4
+    runs = sorted(each.parent for each in (tmp_path / "runs/hydra/sweep").glob("*/metrics.jsonl"))
+    assert len(runs) == 4
+    assert len({final(each / "metrics.jsonl", "val/loss") for each in runs}) == 4
+
+
 @pytest.mark.slow
 def test_digits_on_two_processes(tmp_path: Path) -> None:
     out = run("digits.py", "--epochs", "6", cwd=tmp_path, processes=2)
@@ -141,3 +167,11 @@ def test_char_lm_goes_on_under_every_strategy(tmp_path: Path) -> None:
     assert trained == sorted(set(trained))
     assert trained[-1] == 60
     assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
+
+
+@pytest.mark.parametrize("script", sorted(each.name for each in EXAMPLES.glob("*.py")))
+def test_each_script_says_how_it_is_run_and_what_comes_out(script: str) -> None:
+    text = (EXAMPLES / script).read_text()
+    assert f"    python examples/{script}" in text
+    assert re.search(r"\bExpected: ", text)
+    assert "tyro.cli(Config, description=__doc__)" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.cli.main import main
+from lumen.cli.main import _parser, main
 
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 Capture = pytest.CaptureFixture[str]
@@ -394,6 +395,31 @@ def test_anomaly_names_the_operation(script: Path) -> None:
     assert "worse.py" in done.stderr, "where the operation was called"
 
 
+# ------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_trains_and_goes_on(tmp_path: Path, capsys: Capture) -> None:
+    code, out, err = said(capsys, "demo", "--epochs", "2", "--rundir", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert "46 steps" in out
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    accuracy = [row["val/accuracy"] for row in rows if "val/accuracy" in row]
+    assert accuracy[1] > 0.6
+    assert f"val/accuracy  {accuracy[1]:.4f}" in out
+    assert f"lumen inspect {tmp_path / 'a' / 'checkpoints' / '46'}" in out
+    assert said(capsys, "inspect", tmp_path / "a", "--verify")[0] == 0
+    assert "46 steps" in said(capsys, "demo", "--epochs", "2", "--rundir", tmp_path / "a")[1]
+
+
+def test_demo_without_its_data_or_epochs(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = said(capsys, "demo", "--epochs", "0", "--rundir", tmp_path)
+    assert (code, err) == (1, "lumen demo: --epochs takes a positive number, not 0.\n")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    code, _, err = said(capsys, "demo", "--rundir", tmp_path)
+    assert code == 1
+    assert "pip install 'lumen-torch[examples]'" in err
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -405,9 +431,34 @@ def test_a_wrong_command_line_is_2(argv: list[str], capsys: Capture) -> None:
     assert "usage: lumen" in capsys.readouterr().err
 
 
-def test_help_and_version(capsys: Capture) -> None:
-    for argv, wanted in ((["--help"], "replay"), (["--version"], "lumen "), (["replay", "--help"], "--anomaly")):
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("lumen ")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("demo", "--epochs"),
+        ("doctor", "--quick"),
+        ("plan", "--mesh"),
+        ("inspect", "--verify"),
+        ("export", "--to"),
+        ("replay", "--anomaly"),
+    ],
+)
+def test_help_says_what_each_is_for_with_examples_that_parse(name: str, option: str, capsys: Capture) -> None:
+    for argv in (["--help"], [name, "--help"]):
         with pytest.raises(SystemExit) as ended:
             main(argv)
         assert ended.value.code == 0
-        assert wanted in capsys.readouterr().out
+    overview, own = capsys.readouterr().out.split("usage: lumen", 2)[1:]
+    assert f"    {name} " in overview
+    assert option in own
+    examples = [line.split("   ")[0] for line in own.split("examples:")[1].splitlines() if f"lumen {name}" in line]
+    assert len(examples) >= 2
+    for example in examples:
+        words = shlex.split(example.split(" | ")[0].split(f"lumen {name}")[1])
+        _parser().parse_args([name, *words])  # ends the process where it is wrong

@@ -1,0 +1,245 @@
+"""`lumen doctor`: each finding is what is there, and says how to mend it where it is not."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumen.cli import installed, machine, storage
+from lumen.cli.children import alone, together
+from lumen.cli.findings import Finding, report, summed
+from lumen.cli.main import main
+from lumen.cli.processes import environment, several
+
+ROOT = Path(__file__).parents[2]
+WORLD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+DEVELOPERS = {"bench", "dev", "docs"}
+
+
+# ---------------------------------------------------------------------------------------------- software
+
+
+def test_the_packages_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(installed.CORE) == sorted(project["dependencies"])
+    extras = {name: tuple(each) for name, each in project["optional-dependencies"].items() if name not in DEVELOPERS}
+    assert extras == installed.EXTRAS
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of packages on the path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def put(shelf: Path, name: str, version: str, code: str | None = "") -> None:
+    """A distribution with metadata, and (unless `code` is None) its module."""
+    meta = shelf / f"{name}-{version}.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if code is not None:
+        (shelf / f"{name}.py").write_text(code)
+
+
+def look(requirement: str, extra: str | None = None, quick: bool = False) -> tuple[str, str, str]:
+    found = installed.package(requirement, extra, quick=quick)
+    return found.status, found.found, found.fix
+
+
+def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
+    put(shelf, "sound", "1.10.0rc1")
+    put(shelf, "old", "1.9.4")
+    put(shelf, "hollow", "2.0", code=None)
+    put(shelf, "torn", "2.0", code="import sound\nraise ImportError('libtorn.so is not there')")
+    put(shelf, "deadly", "2.0", code="import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    assert look("sound>=1.9") == ("ok", "1.10.0rc1", "")
+    assert look("old>=1.10") == ("broken", "1.9.4, older than 1.10", "pip install 'old>=1.10'")
+    assert look("hollow>=1")[:2] == ("broken", "2.0 is installed without its module hollow")
+    status, found, fix = look("torn>=1", "extra")
+    assert (status, found) == ("broken", "2.0, whose import fails: ImportError: libtorn.so is not there")
+    assert "pip install --force-reinstall torn" in fix
+    assert look("torn>=1", "extra", quick=True)[0] == "ok"
+    assert look("deadly>=1")[:2] == ("broken", "2.0, whose import fails: was ended by SIGSEGV")
+    assert look("absent>=1") == ("broken", "not installed", "pip install 'absent>=1'")
+    assert look("absent>=1", "extra") == ("missing", "not installed", "pip install 'lumen-torch[extra]'")
+
+
+def test_all_that_is_installed_here_is_found() -> None:
+    found = {each.name: each for each in installed.software(quick=True)}
+    assert found["torch"].found.startswith(torch.__version__)
+    assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
+
+
+# ---------------------------------------------------------------------------------------------- children
+
+
+def test_one_that_fails_ends_the_one_that_waits_for_it() -> None:
+    program = "import os, time\nif os.environ['WHO'] == 'b': raise OSError('gone')\ntime.sleep(600)"
+    assert together(program, [{"WHO": "a"}, {"WHO": "b"}], timeout=60.0) == "OSError: gone"
+    assert together("print(1)", [{}, {}], timeout=60.0) is None
+
+
+def test_a_child_is_none_of_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("KEPT", "1")
+    names = ("RANK", "TORCHELASTIC_RUN_ID", "KEPT")
+    assert alone(f"import os; raise SystemExit(str([n for n in {names} if n in os.environ]))", 60.0) == "['KEPT']"
+    assert alone("import time; time.sleep(60)", 0.1) == "did not come to an end in 0 s"
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({}, "no launcher"),
+        (WORLD, "RANK=1, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1, MASTER_PORT=29500"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "no launcher"),
+        ({"SLURM_NTASKS": "4"}, "no launcher"),  # an allocation, no step in it
+    ],
+)
+def test_a_whole_environment_or_none_is_ok(told: dict[str, str], found: str) -> None:
+    answer = environment(told)
+    assert (answer.status, answer.fix) == ("ok", "")
+    assert answer.found.startswith(found)
+
+
+@pytest.mark.parametrize(
+    ("told", "found", "fix"),
+    [
+        ({"WORLD_SIZE": "2"}, "but RANK, MASTER_ADDR, MASTER_PORT not set", "unset WORLD_SIZE"),
+        ({"MASTER_ADDR": "there"}, "but RANK, WORLD_SIZE, MASTER_PORT not set", "unset MASTER_ADDR"),
+        ({**WORLD, "RANK": "two"}, "RANK must be numbers", "torchrun"),
+        ({**WORLD, "RANK": "2"}, "RANK must be less than WORLD_SIZE", "torchrun"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, "Slurm runs 4 tasks", "srun --ntasks-per-node=1 torchrun"),
+    ],
+)
+def test_half_an_environment_is_told(told: dict[str, str], found: str, fix: str) -> None:
+    answer = environment(told)
+    assert answer.status == "broken"
+    assert found in answer.found
+    assert fix in answer.fix
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert environment({**WORLD, "LOCAL_RANK": "0"}).status == "ok"
+    assert "there are 1 GPUs" in environment({**WORLD, "LOCAL_RANK": "1"}).found
+
+
+@pytest.mark.distributed
+def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [each.name for each in several(quick=True)]
+    assert names[:3] == ["environment", "gloo", "nccl"]
+    assert "two processes" not in names
+    met = {each.name: each for each in several(quick=False)}["two processes"]
+    assert (met.status, met.found) == ("ok", "meet, and add two numbers over Gloo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    met = {each.name: each for each in several(quick=False)}["two processes"]
+    assert met.status == "broken"
+    assert "nosuch0" in met.found
+    assert "GLOO_SOCKET_IFNAME" in met.fix
+
+
+# ----------------------------------------------------------------------------------------------- machine
+
+
+def test_devices_are_tried() -> None:
+    found = {each.name: each for each in machine.devices()}
+    assert found["CPU"].status == "ok"
+    assert torch.backends.cpu.get_cpu_capability() in found["CPU"].found
+    assert found["float32 products"].found == "computed in float32 ('highest')"
+    cuda = [name for name in found if name.startswith("CUDA")]
+    assert cuda == ([f"CUDA {i}" for i in range(torch.cuda.device_count())] or ["CUDA"])
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_a_device_that_does_not_work_is_told() -> None:
+    status, said, fix = machine._tried("mps", "a GPU")
+    assert status == "broken"
+    assert said.startswith("a GPU: ")
+    assert "pytorch.org" in fix
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host compiler is not what is tried on a GPU")
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = machine.compiler()
+    assert (found.status, found.name) == ("broken", "torch.compile")
+    assert "C++ compiler" in found.found
+    assert "apt-get install g++" in found.fix
+    monkeypatch.delenv("CXX")
+    found = machine.compiler()
+    assert (found.status, found.found) == ("ok", "compiles for cpu")
+
+
+# ----------------------------------------------------------------------------------------------- storage
+
+
+def statuses(directory: Path) -> dict[str, Finding]:
+    return {each.name: each for each in storage.storage(directory)}
+
+
+def test_a_directory_that_takes_checkpoints(tmp_path: Path) -> None:
+    found = statuses(tmp_path)
+    assert [each.status for each in found.values()] == ["ok"] * 3
+    assert found[str(tmp_path)].found.startswith("writable; 1 MiB was on disk after ")
+    deeper = tmp_path / "runs" / "a"
+    assert f"can be made in {tmp_path};" in statuses(deeper)[str(deeper)].found
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_directories_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (finding,) = statuses(tmp_path / "file" / "runs").values()
+    assert (finding.status, finding.found) == ("broken", f"{tmp_path / 'file'} is no directory")
+    (finding,) = statuses(Path("/proc/lumen")).values()
+    assert finding.status == "broken"
+    assert finding.found.startswith("cannot write to /proc: ")
+    monkeypatch.setattr(storage, "_LITTLE", 2**62)
+    assert statuses(tmp_path)["space"].status == "broken"
+
+
+# ----------------------------------------------------------------------------------------------- reports
+
+
+def test_a_report_has_a_line_for_each_and_the_fix_below(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [Finding("a", "one", "ok", "1.0"), Finding("b", "two", "broken", "\x1b[31mno", "do this\nor that")]
+    report(findings)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["a"],
+        ["ok", "one", "1.0"],
+        [],
+        ["b"],
+        ["broken", "two", "\\x1b[31mno"],
+        ["fix:", "do", "this"],
+        ["or", "that"],
+        [],
+    ]
+    assert summed(findings) == "1 thing is broken: see above."
+    assert summed(findings[:1]) == "Nothing is broken."
+
+
+def test_doctor_ends_with_1_where_something_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--quick", "--checkpoints", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing is broken." in out
+    assert f"  ok       {tmp_path}" in out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor", "--quick", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    assert list(dict.fromkeys(each["section"] for each in answer["findings"])) == ["software", "devices", "processes"]
+    (broken,) = [each for each in answer["findings"] if each["status"] == "broken"]
+    assert (broken["section"], broken["name"]) == ("processes", "environment")
+    assert "torchrun --nproc-per-node=2" in broken["fix"]
