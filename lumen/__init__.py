@@ -47,6 +47,7 @@ from lumen.errors import InexactWarning as InexactWarning
 from lumen.errors import LumenError as LumenError
 from lumen.errors import NonFiniteError as NonFiniteError
 from lumen.parallel.ddp import ddp as ddp
+from lumen.parallel.deepspeed import deepspeed as deepspeed
 from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.mesh import mesh as mesh
 from lumen.parallel.plan import plan as plan

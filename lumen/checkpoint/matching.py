@@ -57,6 +57,7 @@ def restore(
     {'backbone': {'weight': tensor([1., 1.], dtype=torch.float64)}}
     """
     spread.check(step, like, "lm.checkpoint.restore(path, like, step=step)")
+    like, hand_back = spread.held(step, like)
     paths, values, spec = named(like)
     reader = Reader(path)
     saved = renamed(reader.rows, rename)
@@ -79,7 +80,7 @@ def restore(
         {saved[target.name].path: target.wanted for target in filled if target.wanted is not None},
     )
     new = dict(zip((target.name for target in filled), found, strict=True))
-    return tree.unflatten(spec, [new.get(target.name, target.value) for target in targets])
+    return hand_back(tree.unflatten(spec, [new.get(target.name, target.value) for target in targets]))
 
 
 @dataclass(frozen=True)

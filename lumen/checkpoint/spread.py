@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lumen.core.sharding import Piece, Spread
@@ -25,8 +25,16 @@ def bare(step: StepFn | None, state: Any) -> Any:
     """`state` as it would be without what says how it is spread: a checkpoint does not depend on it."""
     for transform in () if step is None else as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
-            state = without_slot(state, transform.name)
+            state = transform.export(state) if transform.foreign else without_slot(state, transform.name)
     return state
+
+
+def held(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The state to read into where another library holds it, and what gives it back to that library."""
+    foreign = [] if step is None else [t for t in as_step(step).transforms if t.foreign]
+    if not foreign or foreign[0].name not in getattr(state, "slots", ()):
+        return state, lambda values: values
+    return foreign[0].export(state), foreign[0].init
 
 
 def check(step: StepFn | None, state: Any, write: str) -> None:

@@ -26,7 +26,7 @@ CORE = (
     "rich>=13.7",
 )
 EXTRAS = {
-    "deepspeed": ("deepspeed>=0.17",),
+    "deepspeed": ("deepspeed>=0.19",),
     "examples": ("scikit-learn>=1.5", "matplotlib>=3.9", "tyro>=0.9"),
     "hf": ("transformers>=5.20", "datasets>=3.2"),
     "hydra": ("hydra-core>=1.3",),

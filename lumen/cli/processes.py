@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from lumen.cli.children import LAUNCHER, together
 from lumen.cli.findings import Finding
 from lumen.core.versions import version_of
+from lumen.parallel.deepspeed_engine import missing
 
 _SECTION = "processes"
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -117,14 +117,11 @@ def _meeting() -> Finding:
 
 
 def _deepspeed() -> Iterator[Finding]:
-    """What DeepSpeed misses here, as far as this version of Lumen knows it."""
+    """What DeepSpeed misses here, where it is installed."""
     if version_of("deepspeed") is None:
         return
-    try:
-        missing = importlib.import_module("lumen.parallel.deepspeed").missing()
-    except ImportError:
-        return
-    for each in missing:
-        yield Finding(_SECTION, "DeepSpeed", "missing", str(each))
-    if not missing:
+    found = missing()
+    for each in found:
+        yield Finding(_SECTION, "DeepSpeed", "missing", each)
+    if not found:
         yield Finding(_SECTION, "DeepSpeed", "ok", "finds all that it needs")

@@ -112,7 +112,7 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         _check_params(leaves, call.params)
         raise
     with rules.inside_loss:
-        objective, loss, aux, scalar = _objective(call, rebuild(live))
+        objective, loss, aux, scalar = objective_of(call, rebuild(live))
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
             if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
@@ -123,9 +123,9 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
     independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
-            independent = _independent(call)
+            independent = independent_of(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
-    answer = Gradient(_detach(loss), rebuild(grads), _detach(aux), scalar, _rows(call))
+    answer = Gradient(detached(loss), rebuild(grads), detached(aux), scalar, _rows(call))
     return _finished(call, answer, independent)
 
 
@@ -143,7 +143,7 @@ def _by_func(call: GradientCall) -> Gradient:
 
     def objective_fn(params: Any) -> tuple[Tensor, list[Tensor]]:
         with rules.inside_loss:
-            objective, loss, aux, kept["scalar"] = _objective(call, params)
+            objective, loss, aux, kept["scalar"] = objective_of(call, params)
         leaves, kept["spec"] = tree.flatten((loss, aux))
         kept["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return objective, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -156,7 +156,7 @@ def _by_func(call: GradientCall) -> Gradient:
     return _finished(call, Gradient(loss, grads, aux, kept["scalar"], _rows(call)))
 
 
-def _objective(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, bool]:
+def objective_of(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, bool]:
     """`(what to differentiate, the loss to report, aux, whether the user's loss was a plain scalar)`."""
     out = call.loss_fn(params, call.batch, *call.extras)
     loss, aux = _split_aux(out) if call.has_aux else (out, None)
@@ -205,7 +205,8 @@ def _check_params(leaves: list[Any], params: Any) -> None:
             )
 
 
-def _independent(call: GradientCall) -> LossError:
+def independent_of(call: GradientCall) -> LossError:
+    """What is raised where a loss has no gradient."""
     name = getattr(call.loss_fn, "__qualname__", repr(call.loss_fn))
     return LossError(
         f"the loss of {name} does not depend on params, so it has no gradient. Compute it from the params that"
@@ -245,7 +246,7 @@ def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[
     if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
         _examined.add(code)
         own = {id(leaf) for leaf in live}
-        reached = _graph_leaves(objective)
+        reached = graph_leaves(objective)
         foreign = [leaf for leaf in reached if id(leaf) not in own]
         if len(foreign) == len(reached):
             _examined.discard(code)
@@ -277,7 +278,8 @@ def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
     return False
 
 
-def _graph_leaves(root: Tensor) -> list[Tensor]:
+def graph_leaves(root: Tensor) -> list[Tensor]:
+    """The tensors at the ends of the graph behind `root`."""
     seen: set[Any] = set()
     todo = [root.grad_fn]
     found = []
@@ -296,7 +298,8 @@ def _rows(call: GradientCall) -> int | None:
     return rows.count(call.batch) if call.summed else None
 
 
-def _detach(values: Any) -> Any:
+def detached(values: Any) -> Any:
+    """A loss or aux without its graph."""
     if isinstance(values, Tensor):
         return values.detach()
     if values is None:

@@ -4,6 +4,7 @@ from lumen.core.world import rows as rows
 from lumen.parallel import plans as plans
 from lumen.parallel.agree import check_equal as check_equal
 from lumen.parallel.ddp import ddp as ddp
+from lumen.parallel.deepspeed import deepspeed as deepspeed
 from lumen.parallel.fsdp import fsdp as fsdp
 from lumen.parallel.logs import setup_logging as setup_logging
 from lumen.parallel.mesh import Mesh as Mesh

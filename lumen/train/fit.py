@@ -87,7 +87,7 @@ class Fit:
         # What is done once, whatever the number of processes.
         self._sinks = runner.sinks if self._everyone.first else ()
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
-        spread = self._everyone.size > 1 and any(transform.shards for transform in runner.step.transforms)
+        spread = any(t.foreign or (t.shards and self._everyone.size > 1) for t in runner.step.transforms)
         saves = runner.checkpoint is not None and (spread or self._everyone.first)
         self._store = runner.checkpoint.store if runner.checkpoint is not None and saves else None
         self._together = runner.step if spread else None

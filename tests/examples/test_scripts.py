@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 
 import lumen as lm
+from lumen.core.versions import version_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -167,6 +168,16 @@ def test_char_lm_goes_on_under_every_strategy(tmp_path: Path) -> None:
     assert trained == sorted(set(trained))
     assert trained[-1] == 60
     assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
+
+
+@pytest.mark.skipif(version_of("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_goes_on_alone_under_another_stage(tmp_path: Path) -> None:
+    common = ("--no-progress", "--rundir", "run")
+    out = run("zero.py", *common, "--steps", "100", "--stage", "3", "--accumulate", "2", cwd=tmp_path, processes=2)
+    assert '"gradient_accumulation_steps": 2' in out
+    run("zero.py", *common, "--steps", "200", "--stage", "1", cwd=tmp_path)
+    assert rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 200
+    assert final(tmp_path / "run/metrics.jsonl", "val/accuracy") > 0.94
 
 
 @pytest.mark.parametrize("script", sorted(each.name for each in EXAMPLES.glob("*.py")))
