@@ -7,7 +7,7 @@ import pytest
 from tests.examples.blocks import run_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial", "pure_steps", "extending")
+PAGES = ("tutorial", "pure_steps", "extending", "debugging")
 
 
 @pytest.mark.timeout(240)
