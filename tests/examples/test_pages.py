@@ -1,5 +1,6 @@
 """The guides: every Python block runs, in order, and prints what the page says."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,16 @@ import pytest
 from tests.examples.blocks import run_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial", "pure_steps", "extending", "debugging", "performance")
+PAGES = ("tutorial", "pure_steps", "extending", "debugging", "performance", "architecture")
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks(DOCS / f"{page}.md")
+    run_blocks(DOCS / f"{page}.md", least=1)
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    script = DOCS / "images/architecture.py"
+    assert runpy.run_path(str(script))["picture"]() == script.with_suffix(".svg").read_text()
