@@ -8,7 +8,7 @@ import pytest
 from tests.examples.blocks import run_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial", "pure_steps", "extending", "debugging", "performance", "architecture")
+PAGES = ("tutorial", "pure_steps", "extending", "debugging", "performance", "architecture", "security")
 
 
 @pytest.mark.timeout(240)
