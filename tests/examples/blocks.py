@@ -6,16 +6,18 @@ import re
 from pathlib import Path
 
 # A block, and the ```text block that follows it where the page shows what it prints.
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^```(python|\{ \.python \.peer \})\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE
+)
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?|\d{4,}")
 
 
-def run_blocks(page: Path, *, least: int = 3) -> dict:
-    """The names that the blocks of a page leave behind.
+def run_blocks(page: Path, *, least: int = 3, peers: bool = False) -> dict:
+    """The names that the blocks of a page leave behind; those marked `.peer`, of other libraries, run where asked for.
 
     `lm.compile()` only traces here: what it compiles is tested elsewhere, and takes the C++ compiler many seconds.
     """
-    blocks = BLOCK.findall(page.read_text())
+    blocks = [(code, said) for kind, code, said in BLOCK.findall(page.read_text()) if kind == "python" or peers]
     assert len(blocks) >= least
     session: dict = {"__name__": "__main__"}
     for number, (block, said) in enumerate(blocks, 1):
