@@ -9,7 +9,17 @@ import pytest
 from tests.examples.blocks import run_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("tutorial", "pure_steps", "extending", "debugging", "performance", "architecture", "security", "migration")
+PAGES = (
+    "tutorial",
+    "pure_steps",
+    "extending",
+    "debugging",
+    "performance",
+    "architecture",
+    "security",
+    "migration",
+    "faq",
+)
 
 
 @pytest.mark.timeout(240)
