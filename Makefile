@@ -54,9 +54,10 @@ demo: $(CORE)  ## Train on handwritten digits, with progress, logs and a final t
 test: $(DEV)  ## Run every test but the notebooks
 	$(PYTEST) --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
 
-lint: $(DEV)  ## Check style, format and the direction of imports
+lint: $(DEV)  ## Check style, format, spelling and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
 
 format: $(DEV)  ## Put the code in its format, with the fixes that are safe

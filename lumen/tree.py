@@ -37,17 +37,29 @@ def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[Any], Spec]:
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
-    """The tree with structure `spec` and the given leaves: the inverse of `flatten`."""
+    """The tree with structure `spec` and the given leaves: the inverse of `flatten`.
+
+    >>> unflatten(structure({"a": 0, "b": 0}), [1, 2])
+    {'a': 1, 'b': 2}
+    """
     return spec.unflatten(leaves)
 
 
 def leaves(tree: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
-    """The leaves of `tree`, depth first."""
+    """The leaves of `tree`, depth first.
+
+    >>> leaves({"b": 1, "a": (2, None)})
+    [1, 2]
+    """
     return optree.tree_leaves(tree, is_leaf, namespace=NAMESPACE)
 
 
 def structure(tree: Any, is_leaf: IsLeaf | None = None) -> Spec:
-    """The spec of `tree`; specs compare equal when structures and static fields do."""
+    """The spec of `tree`; specs compare equal when structures and static fields do.
+
+    >>> structure({"a": 0}) == structure({"a": 1}), structure({"a": 0}) == structure({"b": 0})
+    (True, False)
+    """
     return optree.tree_structure(tree, is_leaf, namespace=NAMESPACE)
 
 
@@ -75,6 +87,10 @@ def tensors(tree: Any) -> list[Tensor]:
 
     It walks the common containers in Python: a step calls this often on small trees, and entering optree between
     torch's own calls costs several times what it does in a loop of its own.
+
+    >>> import torch
+    >>> tensors({"a": torch.tensor(1), "b": 2})
+    [tensor(1)]
     """
     found: list[Tensor] = []
     _collect(tree, found)
@@ -103,22 +119,42 @@ def _collect(node: Any, found: list[Tensor]) -> None:
 
 
 def named_tensors(tree: Any) -> list[tuple[str, Tensor]]:
-    """`(path, tensor)` for each leaf that is a tensor."""
+    """`(path, tensor)` for each leaf that is a tensor.
+
+    >>> import torch
+    >>> named_tensors({"params": {"fc.bias": torch.tensor(1)}, "name": "net"})
+    [('params[fc.bias]', tensor(1))]
+    """
     return [(path, leaf) for path, leaf in zip(paths(tree), leaves(tree), strict=True) if isinstance(leaf, Tensor)]
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes held by the tensors of `tree`; a tensor that occurs twice counts once."""
+    """Bytes held by the tensors of `tree`; a tensor that occurs twice counts once.
+
+    >>> import torch
+    >>> x = torch.zeros(3)
+    >>> nbytes({"x": x, "again": x})
+    12
+    """
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors(tree)}.values())
 
 
 def select(where: Tensor, yes: Any, no: Any) -> Any:
-    """Leaf by leaf, `yes` where the boolean scalar `where` is true, else `no`; without leaving the device."""
+    """Leaf by leaf, `yes` where the boolean scalar `where` is true, else `no`; without leaving the device.
+
+    >>> import torch
+    >>> select(torch.tensor(False), {"x": torch.tensor(1)}, {"x": torch.tensor(2)})
+    {'x': tensor(2)}
+    """
     return map(lambda a, b: a if a is b or not isinstance(a, Tensor) else torch.where(where, a, b), yes, no)
 
 
 def differences(expected: Any, found: Any) -> list[str]:
-    """What a reader needs to see when two trees should have had the same structure."""
+    """What a reader needs to see when two trees should have had the same structure.
+
+    >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 2})
+    ['missing b', 'unexpected c']
+    """
     want, have = paths(expected), paths(found)
     lines = [f"missing {path}" for path in want if path not in set(have)]
     lines += [f"unexpected {path}" for path in have if path not in set(want)]

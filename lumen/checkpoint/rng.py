@@ -49,6 +49,12 @@ def restore(tree: Mapping[str, Any]) -> None:
 
     A CUDA device that is not here is passed over, with an `InexactWarning`. Raises `CheckpointError` for a tree that is
     no such state; then nothing has been changed.
+
+    >>> import lumen as lm
+    >>> lm.checkpoint.rng.restore({"torch": None})
+    Traceback (most recent call last):
+        ...
+    lumen.errors.CheckpointError: this is not what lm.checkpoint.rng.capture() gave: KeyError('numpy')
     """
     try:
         numpy, python = tree["numpy"], tree["python"]

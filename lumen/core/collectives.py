@@ -41,7 +41,12 @@ def psum(values: Any, axis: str) -> Any:
 
 
 def pmax(values: Any, axis: str) -> Any:
-    """The maximum of each tensor in `values` over the members of `axis`."""
+    """The maximum of each tensor in `values` over the members of `axis`.
+
+    >>> import lumen as lm, torch
+    >>> lm.pmax(torch.tensor(2.0), "data")
+    tensor(2.)
+    """
     return _reduce(values, axis, "max")
 
 
@@ -59,7 +64,12 @@ def pmean(values: Any, axis: str) -> Any:
 
 
 def axis_index(axis: str) -> Tensor:
-    """This member's place along `axis`, an int64 scalar; 0 where it is unbound."""
+    """This member's place along `axis`, an int64 scalar; 0 where it is unbound.
+
+    >>> import lumen as lm
+    >>> lm.axis_index("data")
+    tensor(0)
+    """
     bound = rules.axis(axis)
     return torch.zeros((), dtype=torch.int64) if bound is None else bound.index()
 

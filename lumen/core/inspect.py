@@ -40,6 +40,13 @@ def check_purity(step: StepFn, state: Any, batch: Any) -> None:
     It must leave `state` and `batch` bitwise as they were and give the same answer both times. A step that draws from
     torch's global generators (dropout without `lm.seeded()`) is not pure; one that donates its state is, but
     cannot be run twice: check it without `lm.donate()`.
+
+    >>> import lumen as lm, torch
+    >>> lm.check_purity(lambda state, batch: (state + batch.sum(), {}), torch.zeros(()), torch.ones(3))
+    >>> lm.check_purity(lambda state, batch: (state + torch.rand(()), {}), torch.zeros(()), torch.ones(3))
+    Traceback (most recent call last):
+        ...
+    lumen.errors.PurityError: the step gave another state when it was called again with the same input. ...
     """
     given = (state, batch)
     before = [(path, tensor, tensor.clone()) for path, tensor in tree.named_tensors(given)]

@@ -17,7 +17,13 @@ from lumen.errors import ParamsError
 
 
 class Pure(NamedTuple):
-    """A module taken apart: `apply(params, buffers, *args) -> (out, new_buffers)`, and where to start from."""
+    """A module taken apart: `apply(params, buffers, *args) -> (out, new_buffers)`, and where to start from.
+
+    >>> import lumen as lm, torch
+    >>> apply, params, buffers = lm.pure(torch.nn.BatchNorm1d(2))
+    >>> list(params), list(buffers)
+    (['weight', 'bias'], ['running_mean', 'running_var', 'num_batches_tracked'])
+    """
 
     apply: Apply
     params: dict[str, Tensor]

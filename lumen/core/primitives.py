@@ -23,6 +23,14 @@ class Aux:
     """What a loss function returns beside its loss: new `buffers`, and `metrics` (a dict of typed values).
 
     Transforms that split a batch merge both: metrics by their type, buffers by their mean over the rows.
+
+    >>> import lumen as lm, torch
+    >>> def loss_fn(params, x):
+    ...     return (x * params["w"]).mean(), lm.Aux(metrics={"largest": lm.Max.of(x)})
+    >>> params = {"w": torch.tensor(3.0)}
+    >>> (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(params, torch.tensor([1.0, 2.0]))
+    >>> aux.metrics["largest"].compute(), grads["w"]
+    (tensor(2.), tensor(1.5000))
     """
 
     buffers: Mapping[str, Tensor] = field(default_factory=dict)

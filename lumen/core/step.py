@@ -33,6 +33,17 @@ class Transform:
 
     `name` is how it is spoken of and the name of its slot. `level` is its place in the canonical order, or "" where
     any place will do. `reason` says, in a few words, why it stands where it does.
+
+    >>> import lumen as lm
+    >>> class counted(lm.Transform):
+    ...     name = "counted"
+    ...     def wrap(self, step):
+    ...         def run(state, batch):
+    ...             new, metrics = step(state, batch)
+    ...             return new, {**metrics, "rows": len(batch)}
+    ...         return run
+    >>> counted()(lambda state, batch: (state, {}))(0, [1, 2])
+    (0, {'rows': 2})
     """
 
     name: str = "transform"
@@ -82,6 +93,12 @@ class Step:
     """A step with its transforms: call it as `(state, batch) -> (state, metrics)`.
 
     `init(state)` prepares a plain state for the whole stack, innermost transform first; `export(state)` undoes that.
+
+    >>> import lumen as lm, torch
+    >>> step = lm.ema(0.9)(lambda state, batch: (state, {}))
+    >>> state = step.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
+    >>> list(state.slots), list(step.export(state).slots)
+    (['ema'], [])
     """
 
     def __init__(self, user: StepFn, transforms: tuple[Transform, ...], inner: Step | None) -> None:

@@ -36,6 +36,15 @@ class Transform:
     `whole` says in words what the rule takes from whole tensors ("muon takes the singular vectors of whole
     matrices"); it is empty for rules that look at single entries, which run on parts of tensors as they are. A rule
     that `gathers` makes parts whole by itself, with `lumen.optim.wholes`; others are refused by `lm.fsdp`.
+
+    >>> import torch, lumen as lm
+    >>> def update(grads, count, params):
+    ...     return lm.tree.map(lambda g: -g / count, grads), count + 1
+    >>> tx = lm.optim.Transform(lambda params: torch.tensor(1), update)
+    >>> params = {"w": torch.ones(1)}
+    >>> params, count = tx.apply({"w": torch.ones(1)}, tx.init(params), params)
+    >>> params["w"], count
+    (tensor([0.]), tensor(2))
     """
 
     init_fn: Callable[[Params], State]
@@ -115,7 +124,12 @@ def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, 
 
 
 def apply_updates(params: Params, updates: Any) -> Params:
-    """`params + updates`, leaf by leaf, in the params' dtypes."""
+    """`params + updates`, leaf by leaf, in the params' dtypes.
+
+    >>> import torch, lumen as lm
+    >>> lm.optim.apply_updates({"w": torch.tensor(1.0)}, {"w": torch.tensor(-0.5)})
+    {'w': tensor(0.5000)}
+    """
     return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 

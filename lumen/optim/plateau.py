@@ -113,6 +113,14 @@ def plateau_step(opt_state: Any, metric: float | Tensor) -> Any:
 
     Raises:
         StateError: there is no `reduce_on_plateau` in `opt_state`.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.chain(lm.optim.sgd(1.0), lm.optim.reduce_on_plateau(factor=0.5, patience=0))
+    >>> opt_state = tx.init({"w": torch.ones(2)})
+    >>> for loss in (1.0, 1.0):
+    ...     opt_state = lm.optim.plateau_step(opt_state, loss)
+    >>> lm.optim.learning_rate(opt_state).item()
+    0.5
     """
     found = False
 

@@ -97,6 +97,12 @@ def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
 
     Raises:
         StateError: there is no schedule-free optimizer in `opt_state`.
+
+    >>> import torch, lumen as lm
+    >>> params = {"w": torch.ones(1)}
+    >>> tx = lm.optim.schedule_free(lm.optim.sgd(0.5))
+    >>> lm.optim.schedule_free_eval_params(tx.init(params), params)["w"]
+    tensor([1.])
     """
     found = [s for s in tree.leaves(opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
     if not found:

@@ -95,7 +95,12 @@ class Steps(Until):
 
 @dataclass(frozen=True)
 class Epochs(Until):
-    """End after so many passes over the data."""
+    """End after so many passes over the data.
+
+    >>> import lumen as lm
+    >>> lm.Epochs(3) | lm.Seconds(3600)
+    Epochs(3) | Seconds(3600)
+    """
 
     n: int
 
@@ -149,7 +154,12 @@ class Tokens(Until):
 
 @dataclass(frozen=True)
 class Seconds(Until):
-    """End at the first step that is complete after so many seconds of running time."""
+    """End at the first step that is complete after so many seconds of running time.
+
+    >>> import lumen as lm
+    >>> lm.Seconds(3600)
+    Seconds(3600)
+    """
 
     n: float
 

@@ -70,6 +70,13 @@ def evaluate(
     In a world of several processes each gives its part of the data, which may be nothing, and gets the numbers of all.
     A batch without rows is passed over, unless the step runs under a transform that gathers params for it.
     Raises `BatchError` where there is no batch, `StepError` where the step returns no dict.
+
+    >>> import lumen as lm, torch
+    >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
+    >>> def largest(state, batch):
+    ...     return {"largest": lm.Max.of(batch), "mean": lm.Mean.of(batch)}
+    >>> lm.evaluate(largest, state, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
+    {'largest': 6.0, 'mean': 3.0}
     """
     found = evaluate_until(step, state, data, transforms, Everyone(state), limit=limit, stop=lambda: False)
     assert found is not None

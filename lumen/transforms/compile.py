@@ -7,6 +7,7 @@ flatten and a dictionary look-up, where `torch.compile` evaluates guards on ever
 
 from __future__ import annotations
 
+import dis
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -340,7 +341,8 @@ def _is_library(fn: types.FunctionType) -> bool:
 
 
 def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
+    """The globals that a function, and those inside it, read; `co_names` has the names of attributes too."""
+    names = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names |= _global_names(constant)

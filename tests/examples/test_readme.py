@@ -7,18 +7,9 @@ import pytest
 import torch
 
 import lumen as lm
+from tests.examples.blocks import run_blocks
 
 README = Path(__file__).parents[2] / "README.md"
-
-
-def run_blocks(page: Path) -> dict:
-    """The names that the blocks of a page leave behind."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
-    session: dict = {}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), session)
-    return session
 
 
 @pytest.mark.timeout(240)

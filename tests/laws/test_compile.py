@@ -110,6 +110,24 @@ def test_a_changed_closure_value_is_seen() -> None:
     torch.testing.assert_close(three["scaled"], 3 * one["scaled"])
 
 
+def test_a_global_with_the_name_of_an_attribute_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where `state, metrics = fast(state, batch)` makes new globals at each step."""
+    calls: list[int] = []
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        calls.append(1)
+        return state, {"sum": state.params["0.bias"].sum()}
+
+    job = Job()
+    held = [{}, {}, {}]  # alive together, so that each is another object
+    monkeypatch.setitem(globals(), "params", held[0])
+    fast, state = traced()(step), job.state()
+    for each in held:
+        monkeypatch.setitem(globals(), "params", each)
+        fast(state, job.batch())
+    assert len(calls) == 1
+
+
 def test_evaluation_mode_is_another_signature() -> None:
     job = Job(model="conv_bn_train", loss="scalar")
 

@@ -1,0 +1,54 @@
+"""The guides: every Python block runs, in order, and prints what the page says."""
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.examples.blocks import alike, run_blocks
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = (
+    "tutorial",
+    "pure_steps",
+    "extending",
+    "debugging",
+    "performance",
+    "architecture",
+    "security",
+    "migration",
+    "faq",
+)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(DOCS / f"{page}.md", least=1)
+
+
+@pytest.mark.skipif(not os.environ.get("LUMEN_PEERS"), reason="LUMEN_PEERS=1 runs pages beside Fabric and Accelerate")
+def test_migration_gives_what_other_libraries_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks(DOCS / "migration.md", peers=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "same"),
+    [
+        ("step 2  3.1s  loss 0.512  steps/s 88.1", True),
+        ("step 2  0.0s  loss 0.49  steps/s 4.4e+05", True),
+        ("step 2  3.1s  loss 0.612  steps/s 88.1", False),
+        ("step 3  3.1s  loss 0.512  steps/s 88.1", False),
+        ("step 2  3.1s  loss 0.512", False),
+    ],
+)
+def test_what_counts_as_printing_what_the_page_says(found: str, same: bool) -> None:
+    assert alike(found, "step 2  0.2s  loss 0.50  steps/s 1200.5") == same
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    script = DOCS / "images/architecture.py"
+    assert runpy.run_path(str(script))["picture"]() == script.with_suffix(".svg").read_text()
