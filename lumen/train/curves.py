@@ -1,0 +1,254 @@
+"""Curves of logged numbers: which belong into one picture, and the picture as SVG, for a page or a notebook."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lumen.sinks.format import short
+
+# Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, two darkened).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
+DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
+_MOST = 308.25  # the power of ten of the largest number, nearly
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; NaN and infinity in `y` are gaps. `raw` is what it was before smoothing, if it was smoothed."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dash: int = 0
+    raw: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves in one picture: of one metric, in training and validation, of one run or several."""
+
+    title: str
+    lines: Sequence[Line]
+    log: bool = False
+    x_name: str = "step"
+
+    def drawable(self, value: float) -> bool:
+        """Whether there is a place for this value."""
+        return math.isfinite(value) and (value > 0 or not self.log)
+
+    def scaled(self, value: float) -> float:
+        """Its place on the axis."""
+        return math.log10(value) if self.log else value
+
+    def number(self, place: float) -> float:
+        """The number that has this place on the axis."""
+        return 10.0 ** min(place, _MOST) if self.log else place
+
+    def span(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """From where to where the axes go, `y` scaled; None where there is nothing to draw."""
+        points = [point for line in self.lines for piece in self.pieces(line) for point in piece]
+        if not points:
+            return None
+        return _wide([x for x, _ in points]), _wide([y for _, y in points])
+
+    def pieces(self, line: Line, raw: bool = False) -> Iterator[list[tuple[float, float]]]:
+        """The curve between its gaps, with `y` scaled."""
+        values = line.raw if raw and line.raw is not None else line.y
+        points = zip(line.x, values, strict=True)
+        for is_there, piece in itertools.groupby(points, lambda p: math.isfinite(p[0]) and self.drawable(p[1])):
+            if is_there:
+                yield [(x, self.scaled(y)) for x, y in piece]
+
+
+def _wide(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if low == high:  # a flat line is drawn in the middle
+        pad = abs(low) * 0.1 or 0.5
+        return low - pad, high + pad
+    return low, high
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Metrics by what they measure: for each title the names that belong together, each with what tells it apart.
+
+    >>> grouped(["train/loss", "val/loss", "lr", "val/hard/loss", "val/wer"])
+    {'loss': [('train/loss', 'train'), ('val/loss', 'val'), ('val/hard/loss', 'val/hard')],
+     'lr': [('lr', '')],
+     'wer': [('val/wer', 'val')]}
+    """
+    trained = [name.removeprefix("train/") for name in names if name.startswith("train/")]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        title = next((each for each in trained if name.endswith(f"/{each}")), name.partition("/")[2] or name)
+        found.setdefault(title, []).append((name, name[: -len(title)].rstrip("/")))
+    return found
+
+
+def measures(names: Sequence[str]) -> list[str]:
+    """Those that measure the model: not learning rate, throughput and epochs, unless there is nothing else."""
+    named = [name for name in names if "/" in name]
+    return named or [name for name in names if name not in ("epoch", "lr", "mfu") and not name.endswith("_per_second")]
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers from `low` to `high`, about `count` of them.
+
+    >>> ticks(0.0, 0.93), ticks(0, 700)
+    ([0.0, 0.2, 0.4, 0.6, 0.8], [0, 200, 400, 600])
+    """
+    rough = (high - low) / count
+    if not (math.isfinite(rough) and rough > 0):
+        return []
+    power = 10.0 ** math.floor(math.log10(rough))
+    if not power:
+        return []
+    step = power * min((1, 2, 5, 10), key=lambda n: abs(n * power - rough))
+    first = math.ceil(low / step - 1e-9)
+    return [type(low)(float(f"{i * step:.10g}")) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def value_ticks(panel: Panel, span: tuple[float, float]) -> list[tuple[float, str]]:
+    """Where the vertical axis has numbers, scaled, and these."""
+    low, high = span
+    if panel.log:
+        powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+        if len(powers) >= 2:
+            return [(float(p), short(panel.number(p))) for p in powers[:: 1 + len(powers) // 6]]
+        return [(place, short(panel.number(place))) for place in (low, (low + high) / 2, high)]
+    return [(value, short(value)) for value in ticks(low, high)]
+
+
+def svg(panel: Panel) -> str:
+    """The panel as an SVG element, drawn in the colour of the text round it."""
+    rows = _legend_rows(panel)
+    height = _TOP + _HEIGHT + _BOTTOM + _LINE * len(rows) + 4
+    width = _LEFT + _WIDTH + 12
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        f' role="img" font-family="sans-serif" font-size="10" fill="currentColor">'
+        f"<title>{html.escape(panel.title)}</title>"
+        f'<text x="{_LEFT}" y="13" font-size="12" font-weight="bold">{html.escape(panel.title)}</text>'
+    ]
+    span = panel.span()
+    if span is None:
+        parts.append(f'<text x="{_LEFT + 8}" y="{_TOP + 20}" opacity="0.6">no finite number</text>')
+    else:
+        parts += _axes(panel, *span)
+        parts += [each for line in panel.lines for each in _curve(panel, line, *span)]
+    parts += _legend(rows)
+    return "".join([*parts, "</svg>"])
+
+
+def _place(value: float, span: tuple[float, float], length: float) -> float:
+    # Halved, for the distance between two numbers may be more than the largest.
+    return round((value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2) * length, 1)
+
+
+def _axes(panel: Panel, across: tuple[float, float], up: tuple[float, float]) -> list[str]:
+    found = []
+    for value, label in value_ticks(panel, up):
+        y = round(_TOP + _HEIGHT - _place(value, up, _HEIGHT), 1)
+        found.append(f'<path d="M{_LEFT} {y}h{_WIDTH}" stroke="#888" stroke-opacity="0.3"/>')
+        found.append(f'<text x="{_LEFT - 5}" y="{y + 3}" text-anchor="end" opacity="0.8">{label}</text>')
+    for value in ticks(*across, 5):
+        x = round(_LEFT + _place(value, across, _WIDTH), 1)
+        found.append(
+            f'<text x="{x}" y="{_TOP + _HEIGHT + 13}" text-anchor="middle" opacity="0.8">{short(value)}</text>'
+        )
+    found.append(
+        f'<text x="{_LEFT + _WIDTH}" y="{_TOP - 5}" text-anchor="end" opacity="0.6">{html.escape(panel.x_name)}</text>'
+    )
+    return found
+
+
+def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[float, float]) -> Iterator[str]:
+    colour, dash = COLOURS[line.colour % len(COLOURS)], DASHES[line.dash % len(DASHES)]
+    raw = [(piece, ' opacity="0.25"') for piece in panel.pieces(line, raw=True)] if line.raw is not None else []
+    for piece, look in [*raw, *((piece, "") for piece in panel.pieces(line))]:
+        # What was smoothed may leave the axes before it was.
+        places = [(_LEFT + _place(x, across, _WIDTH), _TOP + _HEIGHT - _place(y, up, _HEIGHT)) for x, y in piece]
+        points = " ".join(f"{x:.1f},{min(max(y, _TOP), _TOP + _HEIGHT):.1f}" for x, y in places)
+        if len(piece) == 1:
+            x, y = points.split(",")
+            yield f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"{look}/>'
+        else:
+            dashes = f' stroke-dasharray="{dash}"' if dash else ""
+            yield (
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"'
+                f' stroke-linejoin="round"{dashes}{look}/>'
+            )
+
+
+def _legend_rows(panel: Panel) -> list[list[tuple[float, Line]]]:
+    """Names beside each other as far as there is room, each with its place."""
+    rows: list[list[tuple[float, Line]]] = []
+    x = math.inf
+    for line in (each for each in panel.lines if each.name):
+        wide = 30 + 5.6 * len(line.name)
+        if x + wide > _LEFT + _WIDTH:
+            rows.append([])
+            x = float(_LEFT)
+        rows[-1].append((round(x, 1), line))
+        x += wide
+    return rows
+
+
+def _legend(rows: Sequence[Sequence[tuple[float, Line]]]) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        y = _TOP + _HEIGHT + _BOTTOM + _LINE * number + 8
+        for x, line in row:
+            dash = DASHES[line.dash % len(DASHES)]
+            yield (
+                f'<path d="M{x} {y - 3}h18" stroke="{COLOURS[line.colour % len(COLOURS)]}" stroke-width="2"'
+                + (f' stroke-dasharray="{dash}"' if dash else "")
+                + f'/><text x="{x + 22}" y="{y}">{html.escape(line.name)}</text>'
+            )
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The last, the lowest and the highest number of a curve, each with its `x`; how many were not finite."""
+
+    last: tuple[float, float]
+    lowest: tuple[float, float] | None
+    highest: tuple[float, float] | None
+    gaps: int
+
+    @staticmethod
+    def of(x: Sequence[float], y: Sequence[float]) -> Extremes:
+        """Those of a curve of one point or more; of equal ones the first.
+
+        >>> found = Extremes.of([1, 2, 3, 4], [0.5, float("nan"), 0.25, 0.25])
+        >>> found.last, found.lowest, found.highest, found.gaps
+        ((4, 0.25), (3, 0.25), (1, 0.5), 1)
+        """
+        points = list(zip(x, y, strict=True))
+        finite = [point for point in points if math.isfinite(point[1])]
+        return Extremes(
+            points[-1],
+            min(finite, key=lambda p: p[1], default=None),
+            max(finite, key=lambda p: p[1], default=None),
+            len(points) - len(finite),
+        )
+
+
+def best_of(name: str, known: Mapping[str, str]) -> str | None:
+    """Whether the lowest ("min") or the highest ("max") of a metric is its best; None where that is not known.
+
+    `known` are those that the run was told.
+
+    >>> best_of("val/loss", {}), best_of("val/accuracy", {}), best_of("lr", {}), best_of("gap", {"gap": "min"})
+    ('min', 'max', None, 'min')
+    """
+    word = name.rpartition("/")[2].lower()
+    if name in known:
+        return known[name]
+    if "loss" in word or "perplexity" in word or "error" in word:
+        return "min"
+    return "max" if "accuracy" in word or word in ("acc", "f1", "auc", "auroc", "bleu") else None
