@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lumen.sinks.format import short
@@ -236,19 +236,3 @@ class Extremes:
             max(finite, key=lambda p: p[1], default=None),
             len(points) - len(finite),
         )
-
-
-def best_of(name: str, known: Mapping[str, str]) -> str | None:
-    """Whether the lowest ("min") or the highest ("max") of a metric is its best; None where that is not known.
-
-    `known` are those that the run was told.
-
-    >>> best_of("val/loss", {}), best_of("val/accuracy", {}), best_of("lr", {}), best_of("gap", {"gap": "min"})
-    ('min', 'max', None, 'min')
-    """
-    word = name.rpartition("/")[2].lower()
-    if name in known:
-        return known[name]
-    if "loss" in word or "perplexity" in word or "error" in word:
-        return "min"
-    return "max" if "accuracy" in word or word in ("acc", "f1", "auc", "auroc", "bleu") else None
