@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lumen.sinks.format import short
 
-# Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, two darkened).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
+# Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
+COLOURS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
 _MOST = 308.25  # the power of ten of the largest number, nearly
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14

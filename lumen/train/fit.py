@@ -30,7 +30,7 @@ from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
-from lumen.sinks import configure
+from lumen.sinks import configure, show_params
 from lumen.train import frozen, result_page
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
@@ -178,6 +178,7 @@ class Fit:
         self._training = True
         for sink in self._sinks:
             configure(sink, self._description)
+        self._show_params()
         callbacks.call("on_start", self._view(self._journal.newest))
         self._agree()
         self._wake = self._next_event()
@@ -199,6 +200,7 @@ class Fit:
             callbacks.call("on_exception", self._view(self._journal.newest), Interrupted(self._result()))
             return
         self._log()
+        self._show_params(last=True)
         self._save()
         callbacks.call("on_end", self._view(self._journal.newest))
 
@@ -359,6 +361,7 @@ class Fit:
         values = self._journal.training(self.state)
         if values:
             self._publish(values)
+            self._show_params()
             self._agree()
 
     def _validate(self, validate: Validate) -> bool:
@@ -394,6 +397,11 @@ class Fit:
         self._journal.publish(values)
         if self.runner.callbacks.listens("on_log"):
             self.runner.callbacks.call("on_log", self._view(values))
+
+    def _show_params(self, last: bool = False) -> None:
+        params = None if self._together is not None else getattr(self.state, "params", None)
+        for sink in self._sinks:
+            show_params(sink, self.clock.step, params, last)
 
     # ---------------------------------------------------------------------------------------- saving
 

@@ -69,8 +69,9 @@ def panels(result: Result) -> list[Panel]:
     """Curves of what was measured in this fit."""
     found = []
     for title, members in grouped(measures(result.history.names)).items():
-        lines = [Line(part, *result.history[name], colour=i) for i, (name, part) in enumerate(members)]
-        found.append(Panel(title if len(members) > 1 else members[0][0], lines))
+        one = len(members) == 1
+        lines = [Line("" if one else part, *result.history[name], colour=i) for i, (name, part) in enumerate(members)]
+        found.append(Panel(members[0][0] if one else title, lines))
     return found[:_PANELS]
 
 
