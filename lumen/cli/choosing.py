@@ -181,4 +181,5 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     found = config.get("config")
     if not isinstance(found, Mapping):
         return {}
-    return {str(key): value for key, value in found.items() if isinstance(value, str | int | float)}
+    # A path is that of the run more often than not, which the name has already.
+    return {str(k): v for k, v in found.items() if isinstance(v, str | int | float) and "/" not in str(v)}

@@ -185,7 +185,7 @@ def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
     assert names("a/metrics.jsonl", "b/metrics.jsonl") == ["a", "b"]
     assert names("x/a/log/m.csv", "x/b/log/m.csv", "x/b/log/n.csv") == ["a/log/m.csv", "b/log/m.csv", "b/log/n.csv"]
     assert names("a", "a/b") == ["a", "b"]
-    lrs = [{"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0}]
+    lrs = [{"lr": 0.1, "seed": 0, "logdir": "x/a"}, {"lr": 0.2, "seed": 0, "logdir": "x/b"}]
     assert names("a/m.csv", "b/m.csv", configs=lrs) == ["a (lr 0.1)", "b (lr 0.2)"]
 
 
