@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lumen.sinks.format import short
-from lumen.train.curves import Line, Panel
+from lumen.train.curves import Line, Panel, thinned
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column, in Unicode's numbering
 _MARKS = "·ox+*#@%&"  # of several curves where there are no colours
@@ -60,7 +60,7 @@ def drawn(panel: Panel, width: int, height: int, colour: bool) -> Iterator[str]:
     canvas = Canvas(max(width - _MARGIN - 2, 10), height)
     for owner, line in enumerate(panel.lines):
         for piece in panel.pieces(line):
-            dots = [_dot(x, y, across, up, canvas) for x, y in piece]
+            dots = [(int(x), int(y)) for x, y in thinned([_dot(x, y, across, up, canvas) for x, y in piece])]
             for begin, end in zip(dots, dots[1:] or dots, strict=False):
                 canvas.line(begin, end, owner)
     labels = {0: up[1], height // 2: (up[0] + up[1]) / 2, height - 1: up[0]}

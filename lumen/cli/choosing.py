@@ -142,7 +142,7 @@ def epochs(run: Logged) -> list[float]:
         slope = (numbers[-1] - numbers[-2]) / (steps[-1] - steps[-2])
         last = max(row.step for row in run.rows)
         steps, numbers = (*steps, last + 1), (*numbers, numbers[-1] + slope * (last + 1 - steps[-1]))
-    placed: list[float] = np.interp([row.step for row in run.rows], steps, numbers).tolist()
+    placed: list[float] = np.interp([float(row.step) for row in run.rows], steps, numbers).tolist()
     return placed
 
 
@@ -153,7 +153,7 @@ def run_names(runs: Sequence[Logged]) -> list[str]:
     """What each run is called beside the others: the parts of its path, and of its configuration, that differ."""
     paths = [tuple(run.path.absolute().parts) for run in runs]
     if len(runs) < 2:
-        return [run.path.name for run in runs]
+        return [run.path.parent.name if run.path.stem == "metrics" else run.path.name for run in runs]
     shared = len(_common(paths))
     ends = [path[shared:] for path in paths]
     tail = min(len(_common([end[::-1] for end in ends])), *(max(len(end) - 1, 0) for end in ends))

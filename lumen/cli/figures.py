@@ -14,6 +14,7 @@ from lumen.errors import LumenError
 from lumen.train.curves import COLOURS, DASHES, Line, Panel, svg
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
+_MOST = 1e250
 _FEW = 30  # points, below which each is marked
 _STYLE = (
     ":root{color-scheme:light dark}body{font:14px sans-serif;margin:2em;max-width:1300px}"
@@ -73,11 +74,12 @@ def figure(panels: Sequence[Panel]) -> Any:
 
 def _fill(axes: Any, panel: Panel) -> None:
     for line in panel.lines:
+        across = [_within(x) for x in line.x]
         look = {"color": COLOURS[line.colour % len(COLOURS)], "linestyle": _dashes(line), "linewidth": 1.4}
         if line.raw is not None:
-            axes.plot(line.x, _drawable(panel, line.raw), **{**look, "alpha": 0.25})
+            axes.plot(across, _drawable(panel, line.raw), **{**look, "alpha": 0.25})
         marker = "." if len(line.x) <= _FEW else ""
-        axes.plot(line.x, _drawable(panel, line.y), **look, marker=marker, label=f" {line.name}")
+        axes.plot(across, _drawable(panel, line.y), **look, marker=marker, label=f" {line.name}")
     if panel.log and panel.span() is not None:
         axes.set_yscale("log")
     # A name may hold dollars, which are no mathematics.
@@ -97,7 +99,12 @@ def _dashes(line: Line) -> Any:
 
 
 def _drawable(panel: Panel, values: Sequence[float]) -> list[float]:
-    return [value if panel.drawable(value) else math.nan for value in values]
+    return [_within(value, panel.log) if panel.drawable(value) else math.nan for value in values]
+
+
+def _within(value: float, log: bool = False) -> float:
+    """The value where matplotlib can count with it; its axes end a little further, and fail where floats do."""
+    return min(max(value, 1 / _MOST if log else -_MOST), _MOST)
 
 
 def _save(made: Any, file: Path, kind: str) -> None:

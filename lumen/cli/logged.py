@@ -20,6 +20,7 @@ from lumen.errors import LumenError
 
 _EVENTS = "*tfevents*"
 _OWN = ("step", "time")
+_STEPS = 2**63
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as the JSONL sink writes them
 
 
@@ -53,7 +54,8 @@ def read(path: Path) -> Logged:
     """
     try:
         files = _files(path)
-        run = Logged(files[0] if len(files) == 1 else files[0].parent, config=_config(files[0]))
+        is_board = _reader(files[0]) is _events
+        run = Logged(files[0].parent if is_board else files[0], config=_config(files[0]))
         for each in files:
             _reader(each)(each, run)
     except OSError as error:
@@ -136,7 +138,7 @@ def _row(line: str) -> Row | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or abs(found["step"]) >= _STEPS:
         return None
     numbers = ((name, _number(value)) for name, value in found.items() if name not in _OWN)
     return Row(found["step"], _number(found.get("time")), {name: n for name, n in numbers if n is not None})
@@ -171,7 +173,8 @@ def _table(file: Path, run: Logged) -> None:
 def _cells(columns: list[str], cells: list[str]) -> Row | None:
     try:
         found = {name: float(cell) for name, cell in zip(columns, cells, strict=False) if cell}
-        return Row(int(found.pop("step")), found.pop("time", None), found)
+        step = int(found.pop("step"))
+        return Row(step, found.pop("time", None), found) if abs(step) < _STEPS else None
     except (KeyError, ValueError, OverflowError):
         return None
 

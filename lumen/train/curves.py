@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from lumen.sinks.format import short
 # Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
 COLOURS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
+_LEAST = 1e-300  # below it, a tenth of a number is not much of a distance
 _MOST = 308.25  # the power of ten of the largest number, nearly
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14
 
@@ -68,9 +70,9 @@ class Panel:
 
 def _wide(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    if low == high:  # a flat line is drawn in the middle
-        pad = abs(low) * 0.1 or 0.5
-        return low - pad, high + pad
+    if high / 2 == low / 2:  # a flat line is drawn in the middle
+        pad = abs(low) * 0.1 if abs(low) > _LEAST else 0.5
+        return max(low - pad, -sys.float_info.max), min(high + pad, sys.float_info.max)
     return low, high
 
 
@@ -83,6 +85,7 @@ def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
      'wer': [('val/wer', 'val')]}
     """
     trained = [name.removeprefix("train/") for name in names if name.startswith("train/")]
+    trained.sort(key=len, reverse=True)  # val/head/loss belongs to train/head/loss rather than to train/loss
     found: dict[str, list[tuple[str, str]]] = {}
     for name in names:
         title = next((each for each in trained if name.endswith(f"/{each}")), name.partition("/")[2] or name)
@@ -173,9 +176,10 @@ def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[floa
     for piece, look in [*raw, *((piece, "") for piece in panel.pieces(line))]:
         # What was smoothed may leave the axes before it was.
         places = [(_LEFT + _place(x, across, _WIDTH), _TOP + _HEIGHT - _place(y, up, _HEIGHT)) for x, y in piece]
-        points = " ".join(f"{x:.1f},{min(max(y, _TOP), _TOP + _HEIGHT):.1f}" for x, y in places)
-        if len(piece) == 1:
-            x, y = points.split(",")
+        places = thinned([(round(x, 1), round(min(max(y, _TOP), _TOP + _HEIGHT), 1)) for x, y in places])
+        points = " ".join(f"{x},{y}" for x, y in places)
+        if len(places) == 1:
+            x, y = places[0]
             yield f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"{look}/>'
         else:
             dashes = f' stroke-dasharray="{dash}"' if dash else ""
@@ -183,6 +187,20 @@ def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[floa
                 f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"'
                 f' stroke-linejoin="round"{dashes}{look}/>'
             )
+
+
+def thinned(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of many points of a picture those that are seen: for each of its columns the first, the extremes and the last.
+
+    >>> thinned([(0.0, 5.0), (0.1, 1.0), (0.2, 9.0), (0.3, 4.0), (0.4, 4.5), (3.0, 2.0)])
+    [(0.0, 5.0), (0.1, 1.0), (0.2, 9.0), (0.4, 4.5), (3.0, 2.0)]
+    """
+    found: list[tuple[float, float]] = []
+    for _, column in itertools.groupby(places, lambda place: round(place[0])):
+        points = list(enumerate(column))
+        least, most = (choose(points, key=lambda point: point[1][1]) for choose in (min, max))
+        found += [point for _, point in sorted({points[0], least, most, points[-1]})]
+    return found
 
 
 def _legend_rows(panel: Panel) -> list[list[tuple[float, Line]]]:

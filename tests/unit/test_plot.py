@@ -17,7 +17,7 @@ import lumen as lm
 from lumen.cli import braille, choosing, figures
 from lumen.cli.logged import Logged, Row, read
 from lumen.cli.main import main
-from lumen.train.curves import Line, Panel, svg, ticks
+from lumen.train.curves import Line, Panel, grouped, measures, svg, ticks
 
 Capture = pytest.CaptureFixture[str]
 NAN, INF = float("nan"), float("inf")
@@ -58,7 +58,7 @@ def data(capsys: Capture, *argv: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", SINKS)
 def test_every_sink_gives_the_numbers_that_were_logged(kind: str, tmp_path: Path, capsys: Capture) -> None:
     (run,) = data(capsys, logged(tmp_path / "a", kind=kind))["runs"]
-    assert run["name"] in ("metrics.jsonl", "metrics.csv") or "tfevents" in run["name"]
+    assert run["name"] == "a"
     assert (run["rows"], run["notes"], [*run["metrics"]]) == (6, [], ["train/loss", "val/loss"])
     assert run["metrics"]["val/loss"] == {"last": 0.5, "lowest": 0.5, "highest": 1.0, "x": [1, 3], "y": [1.0, 0.5]}
     train = run["metrics"]["train/loss"]
@@ -88,7 +88,7 @@ def test_a_row_that_is_half_written_is_left_out(kind: str, tmp_path: Path) -> No
 def test_damage_is_left_out_and_said(tmp_path: Path, capsys: Capture) -> None:
     logged(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "train/loss": tru}\n[1]\n{"step": 5, "train/loss": 0.125}\n')
+        file.write('{"step": 4, "train/loss": tru}\n{"step": 1' + "0" * 400 + '}\n{"step": 5, "train/loss": 0.125}\n')
     found = read(tmp_path)
     assert found.notes == ["lines 7, 8 could not be read: left out"]
     assert found.rows[-1] == Row(5, None, {"train/loss": 0.125})
@@ -181,12 +181,32 @@ def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
             [Logged(tmp_path / p, config={"config": c}) for p, c in zip(paths, configs, strict=True)]
         )
 
-    assert names("a/metrics.jsonl") == ["metrics.jsonl"]
+    assert names("a/metrics.jsonl") == ["a"]
+    assert names("a/b.csv") == ["b.csv"]
     assert names("a/metrics.jsonl", "b/metrics.jsonl") == ["a", "b"]
     assert names("x/a/log/m.csv", "x/b/log/m.csv", "x/b/log/n.csv") == ["a/log/m.csv", "b/log/m.csv", "b/log/n.csv"]
     assert names("a", "a/b") == ["a", "b"]
     lrs = [{"lr": 0.1, "seed": 0, "logdir": "x/a"}, {"lr": 0.2, "seed": 0, "logdir": "x/b"}]
     assert names("a/m.csv", "b/m.csv", configs=lrs) == ["a (lr 0.1)", "b (lr 0.2)"]
+
+
+def test_what_belongs_together_is_what_measures_the_same() -> None:
+    names = ["train/loss", "train/aux/loss", "val/aux/loss", "quick/loss", "lr"]
+    assert grouped(names) == {
+        "loss": [("train/loss", "train"), ("quick/loss", "quick")],
+        "aux/loss": [("train/aux/loss", "train"), ("val/aux/loss", "val")],
+        "lr": [("lr", "")],
+    }
+    assert measures(names) == names[:-1]
+    assert measures(["loss", "lr", "epoch", "rows_per_second"]) == ["loss"]
+
+
+def test_of_many_points_those_are_drawn_that_are_seen() -> None:
+    heights = [math.sin(i / 7) for i in range(50_000)]
+    heights[31_234] = 5.0
+    (drawn,) = points(Panel("x", [Line("", range(50_000), heights)]))
+    assert len(drawn) < 2_000
+    assert min(y for _, y in drawn) == points(Panel("x", [Line("", [0, 1], [-1.0, 5.0])]))[0][1][1]
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -273,7 +293,9 @@ def test_svg_keeps_gaps_and_proportions() -> None:
     assert curve[0][1] - curve[1][1] == pytest.approx(curve[1][1] - curve[2][1])
 
 
-@pytest.mark.parametrize("values", [[], [NAN], [1.0], [0.0, 0.0], [-1e308, 1e308], [5e-324, 1e-323], [1e300, 1e300]])
+@pytest.mark.parametrize(
+    "values", [[], [NAN], [1.0], [0.0, 0.0], [-1e308, 1e308], [5e-324, 1e-323], [1e-323, 1.5e-323], [1.7e308, 1.7e308]]
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_any_numbers_can_be_drawn(values: list[float], log: bool) -> None:
     panel = Panel("x", [Line("x", list(range(len(values))), values)], log)
