@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lumen.sinks.format import short
-from lumen.train.curves import Line, Panel, thinned
+from lumen.train.curves import Line, Panel
+from lumen.train.curves_svg import thinned
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column, in Unicode's numbering
 _MARKS = "·ox+*#@%&"  # of several curves where there are no colours

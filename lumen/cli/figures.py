@@ -11,7 +11,8 @@ from typing import Any
 
 from lumen.cli.show import readable
 from lumen.errors import LumenError
-from lumen.train.curves import COLOURS, DASHES, Line, Panel, svg
+from lumen.train.curves import COLOURS, DASHES, Line, Panel
+from lumen.train.curves_svg import svg
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
 _MOST = 1e250

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from lumen.sinks import Sink
 from lumen.sinks.format import numbers, short
 from lumen.train.checkpointer import Checkpointer
-from lumen.train.curves import Line, Panel, grouped, measures, svg
+from lumen.train.curves import Line, Panel, grouped, measures
+from lumen.train.curves_svg import svg
 
 if TYPE_CHECKING:
     from lumen.train.fit import Result

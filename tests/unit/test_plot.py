@@ -17,7 +17,8 @@ import lumen as lm
 from lumen.cli import braille, choosing, figures
 from lumen.cli.logged import Logged, Row, read
 from lumen.cli.main import main
-from lumen.train.curves import Line, Panel, grouped, measures, svg, ticks
+from lumen.train.curves import Line, Panel, grouped, measures, ticks
+from lumen.train.curves_svg import svg
 
 Capture = pytest.CaptureFixture[str]
 NAN, INF = float("nan"), float("inf")
