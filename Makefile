@@ -20,7 +20,7 @@ BENCH := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types doctest docs notebooks bench clean distclean
+.PHONY: help demo test lint format types doctest docs notebooks pictures bench clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ docs: $(DOCS)  ## Build the documentation into site/, warnings as errors
 
 notebooks: $(DEV)  ## Run every notebook from its first cell to its last
 	$(PYTEST) tests/examples/test_notebooks.py $(PYTEST_ARGS)
+
+pictures: $(DEV)  ## Make the pictures of the documentation anew
+	$(BIN)/python docs/images/make.py
 
 bench: $(BENCH)  ## Measure the cost of a step beside other libraries
 	$(BIN)/python benchmarks/overhead.py

@@ -1,1 +1,1 @@
-"""The command line: `lumen demo`, `doctor`, `plan`, `inspect`, `export` and `replay`."""
+"""The command line: `lumen demo`, `doctor`, `plan`, `plot`, `inspect`, `export` and `replay`."""

@@ -22,7 +22,7 @@ def checkpoints(directory: Path) -> list[Path]:
     Raises `CheckpointNotFoundError`, saying what is there instead, where there is none.
     """
     if not directory.exists():
-        raise CheckpointNotFoundError(f"{directory} does not exist. {_beside(directory)}")
+        raise CheckpointNotFoundError(f"{directory} does not exist. {beside(directory)}")
     inner = directory / "checkpoints"
     place = inner if inner.is_dir() else directory
     found = _within(place)
@@ -37,7 +37,7 @@ def one(path: Path) -> Path:
         return path
     found = checkpoints(path)
     if len(found) > 1 and not found[-1].name.isdigit():
-        raise CheckpointNotFoundError(f"{path} holds several checkpoints; give one: {_listed(found)}.")
+        raise CheckpointNotFoundError(f"{path} holds several checkpoints; give one: {listed(found)}.")
     return found[-1]
 
 
@@ -47,7 +47,7 @@ def _within(place: Path) -> list[Path]:
     return [each for each in place.iterdir() if not each.name.startswith(".") and is_checkpoint(each)]
 
 
-def _beside(path: Path) -> str:
+def beside(path: Path) -> str:
     """What a reader may have meant."""
     parent = next(each for each in path.absolute().parents if each.is_dir())
     names = sorted(each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith("."))
@@ -65,9 +65,10 @@ def _below(place: Path) -> str:
     levels = [each for pattern in ("*/checkpoints/*", "*/*") for each in place.glob(f"{pattern}/{FILE}")]
     holders = {each.parents[2] for each in levels if not each.parents[1].name.startswith(".")}
     found = sorted({each.parent if each.name == "checkpoints" else each for each in holders})
-    return f"There are some in {_listed(found)}." if found else "A run's directory or one of its checkpoints is wanted."
+    return f"There are some in {listed(found)}." if found else "A run's directory or one of its checkpoints is wanted."
 
 
-def _listed(paths: list[Path]) -> str:
+def listed(paths: list[Path]) -> str:
+    """Some of them, and how many more there are."""
     shown = ", ".join(str(path) for path in paths[:_SHOWN])
     return shown + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")

@@ -19,8 +19,8 @@ class Sink(Protocol):
     them and one of them log. They raise the I/O errors that they meet, and spread arrays over names as `scalars`
     does. Each says which of `Histogram`, `Image` and `Text` it writes, and leaves out the others.
 
-    A sink may also keep the configuration (`config`) and go back to a checkpoint (`position`, `rewind`): see
-    `lumen.sinks.optional`. For a sink of your own, two methods are enough:
+    A sink may also keep the configuration (`config`), show params (`take_params`) and go back to a checkpoint
+    (`position`, `rewind`): see `lumen.sinks.optional`. For a sink of your own, two methods are enough:
 
     >>> import lumen as lm
     >>> class Best:

@@ -1,4 +1,4 @@
-"""What a sink may do besides `log` and `close`: keep the run's configuration, and go back to a checkpoint.
+"""What a sink may do besides `log` and `close`: keep the configuration, show params, and go back to a checkpoint.
 
 A sink of two methods is whole. Whoever drives sinks asks through the functions of this file, which pass over
 what a sink does not have.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from lumen.sinks.base import Sink
 
@@ -20,6 +22,18 @@ class Configurable(Protocol):
         """Take the configuration, versions and git commit: nested mappings of what JSON has.
 
         Called before the first `log`, and after `rewind`; again where a run is resumed.
+        """
+
+
+@runtime_checkable
+class ShowsParams(Protocol):
+    """A sink that shows the params themselves, now and then."""
+
+    def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
+        """Take the params, which are the run's own: read them, here and now, or pass.
+
+        Called before the first step, so that a wrong name shows there, after each `log` of training, and with `last`
+        at the end of the run. They are None where this process does not hold them whole.
         """
 
 
@@ -48,6 +62,19 @@ def configure(sink: Sink, values: Mapping[str, Any]) -> None:
     """
     if isinstance(sink, Configurable):
         sink.config(values)
+
+
+def show_params(sink: Sink, step: int, params: Mapping[str, Tensor] | None, last: bool = False) -> None:
+    """Hand the params to a sink that shows some of them.
+
+    >>> import lumen as lm, tempfile, torch
+    >>> sink = lm.sinks.TensorBoard(tempfile.mkdtemp(), embeddings=("head.weight",))
+    >>> lm.sinks.show_params(sink, 100, {"head.weight": torch.randn(10, 4)}, last=True)
+    >>> (sink.logdir / "00100" / "head.weight" / "tensors.tsv").exists()
+    True
+    """
+    if isinstance(sink, ShowsParams):
+        sink.take_params(step, params, last)
 
 
 def position(sink: Sink) -> int | None:

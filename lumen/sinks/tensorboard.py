@@ -7,11 +7,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
+from lumen.errors import ValueKindError
+from lumen.sinks import projector
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.media import Histogram, Image, Media, split
 
@@ -29,7 +33,13 @@ class TensorBoard:
     Event files only grow. A run that is resumed from a checkpoint begins a file with a mark at which TensorBoard drops
     what was logged at later steps.
 
-    Raises ImportError where tensorboardX is missing, and OSError where the file cannot be written.
+    `embeddings` are names of params, or patterns such as "*.embedding.weight", whose rows the projector shows as
+    points: as they are at the end of the run, and where `embed_every` is given after every so many steps too, at the
+    next logging point. They are written as text, which takes its time for a large vocabulary.
+
+    Raises ImportError where tensorboardX is missing, OSError where the file cannot be written, and of `embeddings`
+    PatternError for a name that no param has, ValueKindError for a param that is no matrix, and SinkError where the
+    params are spread over processes.
 
     >>> import lumen as lm, tempfile, torch
     >>> sink = lm.sinks.TensorBoard(tempfile.mkdtemp())
@@ -37,8 +47,22 @@ class TensorBoard:
     >>> sink.close()
     """
 
-    def __init__(self, logdir: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        logdir: str | os.PathLike[str],
+        *,
+        embeddings: Sequence[str] = (),
+        embed_every: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         _library()  # that it is missing should show before the first step
+        if isinstance(embeddings, str):
+            raise ValueKindError(f"embeddings={embeddings!r} is one name; write embeddings=({embeddings!r},).")
+        if embed_every is not None and embed_every < 1:
+            raise ValueKindError(f"embed_every={embed_every} is no number of steps; write embed_every=1000, or None.")
+        self._embeddings = tuple(embeddings)
+        self._embed_every = embed_every
+        self._embedded: int | None = None  # the step at which the projector's points were last due
         self.logdir = Path(logdir)
         self._clock = clock
         self._writer: Any = None
@@ -63,6 +87,19 @@ class TensorBoard:
         self._write(writer, int(step), summary=protocol.Summary(value=found))
         writer.flush()
         self._last = int(step)
+
+    def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
+        """Write the params that `embeddings` names for the projector, where they are due."""
+        if not self._embeddings:
+            return
+        found = projector.chosen(self._embeddings, params)
+        every, before = self._embed_every, self._embedded
+        # By multiples, so that a run which goes on from a checkpoint writes them where it would have without.
+        due = every is not None and before is not None and step // every > before // every
+        self._embedded = step
+        if due or last:
+            for name, value in found.items():
+                projector.write(self.logdir, step, _tag(name), value)
 
     def position(self) -> int | None:
         """The last step that was logged; -1 before the first, but None where the files are of an earlier run."""

@@ -56,7 +56,7 @@ class Checkpointer:
         self.directory = Path(directory)
         self.frozen = frozen
         self.every = every or Every(epochs=1)
-        self._metric = None if best is None else best[0]
+        self.metric = best
         self.store = Store(
             self.directory / "checkpoints", keep=keep, best=best, keep_best=keep_best, keep_every=keep_every
         )
@@ -87,7 +87,7 @@ class Checkpointer:
 
     def wants(self, fresh: Mapping[str, float]) -> bool:
         """Whether these numbers make a checkpoint that is among the best."""
-        return self._metric in fresh and self.store.would_keep(fresh)
+        return self.metric is not None and self.metric[0] in fresh and self.store.would_keep(fresh)
 
 
 def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:

@@ -30,13 +30,14 @@ from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
-from lumen.sinks import configure
-from lumen.train import frozen
+from lumen.sinks import configure, show_params
+from lumen.train import frozen, result_page
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
 from lumen.train.clock import NEVER, Clock, Timer, Until
 from lumen.train.counts import count_rows, count_tokens
 from lumen.train.everyone import Everyone
+from lumen.train.history import History
 from lumen.train.journal import Journal
 from lumen.train.place import Placed
 from lumen.train.plateau import fed
@@ -49,19 +50,38 @@ if TYPE_CHECKING:
     from lumen.train.runner import Runner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """How a run ended: its last `state`, the newest of each of its `metrics`, its `clock`, and the `reason`.
 
     The state still has the slots of the run's transforms (`lm.ema.params(result.state)`), and can be given to
     `Runner.fit` again; `export()` gives the plain one.
+
+    `history` has what this call of `fit` logged: `steps, losses = result.history["train/loss"]`, and
+    `result.history.best("val/loss")`. `files` says where the run's checkpoints and its sinks' files are. A notebook
+    shows all of it, with curves.
+
+    >>> import lumen as lm, torch
+    >>> result = lm.Runner(lambda state, batch: (state, {"loss": batch.sum()}), log_every=1, progress=False).fit(
+    ...     {}, [torch.ones(1), torch.zeros(1)], until=lm.Epochs(1)
+    ... )
+    >>> result.history["train/loss"], result.history.best("train/loss")
+    (([1, 2], [1.0, 0.0]), (2, 0.0))
     """
 
     state: Any
     metrics: dict[str, float]
     clock: Clock
     reason: str
-    step: Step = field(repr=False)
+    step: Step
+    history: History = field(default_factory=History, compare=False)
+    files: Mapping[str, Path] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return result_page.line(self)
+
+    def _repr_html_(self) -> str:
+        return result_page.page(self)
 
     def export(self) -> Any:
         """The plain state, without slots and in ordinary places."""
@@ -92,7 +112,12 @@ class Fit:
         self._store = runner.checkpoint.store if runner.checkpoint is not None and saves else None
         self._together = runner.step if spread else None
         self._progress = make_progress(runner.progress if self._everyone.first else False)
-        self._journal = Journal(self._sinks, self._progress, self.clock, runner.peak(state), self._everyone)
+        better = (
+            {} if runner.checkpoint is None or runner.checkpoint.metric is None else dict([runner.checkpoint.metric])
+        )
+        self._journal = Journal(
+            self._sinks, self._progress, self.clock, runner.peak(state), self._everyone, History(better)
+        )
         self._signals = Signals(self._wake_up, self._everyone.rank)
         self._agreed_signal: str | None = None
         self._wish = ""  # why a callback of this process would end the run
@@ -153,6 +178,7 @@ class Fit:
         self._training = True
         for sink in self._sinks:
             configure(sink, self._description)
+        self._show_params()
         callbacks.call("on_start", self._view(self._journal.newest))
         self._agree()
         self._wake = self._next_event()
@@ -174,6 +200,7 @@ class Fit:
             callbacks.call("on_exception", self._view(self._journal.newest), Interrupted(self._result()))
             return
         self._log()
+        self._show_params(last=True)
         self._save()
         callbacks.call("on_end", self._view(self._journal.newest))
 
@@ -334,6 +361,7 @@ class Fit:
         values = self._journal.training(self.state)
         if values:
             self._publish(values)
+            self._show_params()
             self._agree()
 
     def _validate(self, validate: Validate) -> bool:
@@ -369,6 +397,11 @@ class Fit:
         self._journal.publish(values)
         if self.runner.callbacks.listens("on_log"):
             self.runner.callbacks.call("on_log", self._view(values))
+
+    def _show_params(self, last: bool = False) -> None:
+        params = None if self._together is not None else getattr(self.state, "params", None)
+        for sink in self._sinks:
+            show_params(sink, self.clock.step, params, last)
 
     # ---------------------------------------------------------------------------------------- saving
 
@@ -507,7 +540,9 @@ class Fit:
             sink.close()
 
     def _result(self) -> Result:
-        return Result(self.state, self._journal.newest, self.clock, self.reason, self.runner.step)
+        journal = self._journal
+        files = result_page.files(self.runner.checkpoint, self._sinks) if self._everyone.first else {}
+        return Result(self.state, journal.newest, self.clock, self.reason, self.runner.step, journal.history, files)
 
     def _no_batch(self) -> None:
         if self.clock.epoch == 0:

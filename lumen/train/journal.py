@@ -11,6 +11,7 @@ from lumen.sinks import Sink, position, rewind
 from lumen.train.callbacks import by_class
 from lumen.train.clock import Clock
 from lumen.train.everyone import Everyone
+from lumen.train.history import History
 from lumen.train.meter import Meter
 from lumen.train.progress import Progress
 
@@ -20,11 +21,18 @@ Positions = list[dict[str, Any]]
 class Journal:
     """Keeps the metrics of steps until they are logged, and the newest number of each name.
 
-    `newest` holds all numbers by name, `fresh` those that were published at the clock's present step.
+    `newest` holds all numbers by name, `fresh` those that were published at the clock's present step, and `history`
+    what was published in this fit.
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], progress: Progress, clock: Clock, peak: float | None, everyone: Everyone
+        self,
+        sinks: Sequence[Sink],
+        progress: Progress,
+        clock: Clock,
+        peak: float | None,
+        everyone: Everyone,
+        history: History,
     ) -> None:
         self.meter = Meter()
         self.newest: dict[str, float] = {}
@@ -34,6 +42,7 @@ class Journal:
         self._clock = clock
         self._peak = peak
         self._everyone = everyone
+        self.history = history
         self._fresh: tuple[int, dict[str, float]] = (-1, {})
         self.mark()
 
@@ -63,6 +72,7 @@ class Journal:
         """Send values to the sinks and the display; numbers are remembered by name."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.newest.update(numbers)
+        self.history.add(self._clock.step, numbers)
         self._fresh = (self._clock.step, {**self.fresh, **numbers})
         for sink in self._sinks:
             sink.log(self._clock.step, {"epoch": self._clock.epoch, **values})

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def rows(path: Path) -> list[dict]:
 
 def final(path: Path, name: str) -> float:
     return [row[name] for row in rows(path) if name in row][-1]
+
+
+def test_the_pictures_of_the_documentation_are_made_by_their_script(tmp_path: Path) -> None:
+    def trained(rundir: Path, lr: float, epochs: int) -> Path:
+        """What a run of the example leaves, whose training has tests of its own."""
+        sink = lm.sinks.JSONL(rundir / "metrics.jsonl")
+        for epoch in range(epochs):
+            names = ("train/loss", "val/loss", "train/accuracy", "val/accuracy")
+            sink.log(epoch, {"epoch": epoch, **dict.fromkeys(names, lr)})
+        sink.close()
+        return rundir
+
+    script = EXAMPLES.parent / "docs/images/make.py"
+    main = runpy.run_path(str(script))["main"]
+    main.__globals__["train"] = trained
+    assert main(3, tmp_path / "run.png") == 0
+    made, kept = (tmp_path / "run.png").read_bytes(), (script.parent / "run.png").read_bytes()
+    assert made[:24] == kept[:24], "a PNG of the same size"
+    assert len(kept) < 100_000
+    assert "docs/images/run.png" in (EXAMPLES.parent / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -444,6 +444,7 @@ def test_version(capsys: Capture) -> None:
         ("demo", "--epochs"),
         ("doctor", "--quick"),
         ("plan", "--mesh"),
+        ("plot", "--smooth"),
         ("inspect", "--verify"),
         ("export", "--to"),
         ("replay", "--anomaly"),

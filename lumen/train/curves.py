@@ -1,0 +1,152 @@
+"""Curves of logged numbers: which belong into one picture, where they have gaps, and what their axes are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lumen.sinks.format import short
+
+# Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
+COLOURS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
+DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
+_LEAST = 1e-300  # below it, a tenth of a number is not much of a distance
+_MOST = 308.25  # the power of ten of the largest number, nearly
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; NaN and infinity in `y` are gaps. `raw` is what it was before smoothing, if it was smoothed."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dash: int = 0
+    raw: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves in one picture: of one metric, in training and validation, of one run or several."""
+
+    title: str
+    lines: Sequence[Line]
+    log: bool = False
+    x_name: str = "step"
+
+    def drawable(self, value: float) -> bool:
+        """Whether there is a place for this value."""
+        return math.isfinite(value) and (value > 0 or not self.log)
+
+    def scaled(self, value: float) -> float:
+        """Its place on the axis."""
+        return math.log10(value) if self.log else value
+
+    def number(self, place: float) -> float:
+        """The number that has this place on the axis."""
+        return 10.0 ** min(place, _MOST) if self.log else place
+
+    def span(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """From where to where the axes go, `y` scaled; None where there is nothing to draw."""
+        points = [point for line in self.lines for piece in self.pieces(line) for point in piece]
+        if not points:
+            return None
+        return _wide([x for x, _ in points]), _wide([y for _, y in points])
+
+    def pieces(self, line: Line, raw: bool = False) -> Iterator[list[tuple[float, float]]]:
+        """The curve between its gaps, with `y` scaled."""
+        values = line.raw if raw and line.raw is not None else line.y
+        points = zip(line.x, values, strict=True)
+        for is_there, piece in itertools.groupby(points, lambda p: math.isfinite(p[0]) and self.drawable(p[1])):
+            if is_there:
+                yield [(x, self.scaled(y)) for x, y in piece]
+
+
+def _wide(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if high / 2 == low / 2:  # a flat line is drawn in the middle
+        pad = abs(low) * 0.1 if abs(low) > _LEAST else 0.5
+        return max(low - pad, -sys.float_info.max), min(high + pad, sys.float_info.max)
+    return low, high
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Metrics by what they measure: for each title the names that belong together, each with what tells it apart.
+
+    >>> grouped(["train/loss", "val/loss", "lr", "val/hard/loss", "val/wer"])
+    {'loss': [('train/loss', 'train'), ('val/loss', 'val'), ('val/hard/loss', 'val/hard')],
+     'lr': [('lr', '')],
+     'wer': [('val/wer', 'val')]}
+    """
+    trained = [name.removeprefix("train/") for name in names if name.startswith("train/")]
+    trained.sort(key=len, reverse=True)  # val/head/loss belongs to train/head/loss rather than to train/loss
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        title = next((each for each in trained if name.endswith(f"/{each}")), name.partition("/")[2] or name)
+        found.setdefault(title, []).append((name, name[: -len(title)].rstrip("/")))
+    return found
+
+
+def measures(names: Sequence[str]) -> list[str]:
+    """Those that measure the model: not learning rate, throughput and epochs, unless there is nothing else."""
+    named = [name for name in names if "/" in name]
+    return named or [name for name in names if name not in ("epoch", "lr", "mfu") and not name.endswith("_per_second")]
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers from `low` to `high`, about `count` of them.
+
+    >>> ticks(0.0, 0.93), ticks(0, 700)
+    ([0.0, 0.2, 0.4, 0.6, 0.8], [0, 200, 400, 600])
+    """
+    rough = (high - low) / count
+    if not (math.isfinite(rough) and rough > 0):
+        return []
+    power = 10.0 ** math.floor(math.log10(rough))
+    if not power:
+        return []
+    step = power * min((1, 2, 5, 10), key=lambda n: abs(n * power - rough))
+    first = math.ceil(low / step - 1e-9)
+    return [type(low)(float(f"{i * step:.10g}")) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def value_ticks(panel: Panel, span: tuple[float, float]) -> list[tuple[float, str]]:
+    """Where the vertical axis has numbers, scaled, and these."""
+    low, high = span
+    if panel.log:
+        powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+        if len(powers) >= 2:
+            return [(float(p), short(panel.number(p))) for p in powers[:: 1 + len(powers) // 6]]
+        return [(place, short(panel.number(place))) for place in (low, (low + high) / 2, high)]
+    return [(value, short(value)) for value in ticks(low, high)]
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The last, the lowest and the highest number of a curve, each with its `x`; how many were not finite."""
+
+    last: tuple[float, float]
+    lowest: tuple[float, float] | None
+    highest: tuple[float, float] | None
+    gaps: int
+
+    @staticmethod
+    def of(x: Sequence[float], y: Sequence[float]) -> Extremes:
+        """Those of a curve of one point or more; of equal ones the first.
+
+        >>> found = Extremes.of([1, 2, 3, 4], [0.5, float("nan"), 0.25, 0.25])
+        >>> found.last, found.lowest, found.highest, found.gaps
+        ((4, 0.25), (3, 0.25), (1, 0.5), 1)
+        """
+        points = list(zip(x, y, strict=True))
+        finite = [point for point in points if math.isfinite(point[1])]
+        return Extremes(
+            points[-1],
+            min(finite, key=lambda p: p[1], default=None),
+            max(finite, key=lambda p: p[1], default=None),
+            len(points) - len(finite),
+        )
