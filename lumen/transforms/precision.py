@@ -212,7 +212,8 @@ def _norm_params(target: Any) -> frozenset[str]:
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(values, Tensor):
-        return values.to(dtype) if values.is_floating_point() else values
+        # Eight bits are codes, to which a scale belongs: what `lm.quantise` keeps.
+        return values.to(dtype) if values.is_floating_point() and values.itemsize > 1 else values
     if isinstance(values, dict):
         return {key: _cast(value, dtype) for key, value in values.items()}
     return values
