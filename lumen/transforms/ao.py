@@ -19,8 +19,8 @@ from lumen.optim.names import Pattern, matching
 Layers = Pattern | Sequence[Pattern] | Callable[[str, nn.Module], bool]
 
 # What importing torchao logs on a machine that works: kernels for GPUs that are not there, and a note to its authors.
-_CHATTER = ("Failed to load ", "%s is an Enum subclass")
-_LOGGERS = ("torchao", "torch.utils._pytree")
+_CHATTER = ("Failed to load ", "%s is an Enum subclass", "Warning: Detected no triton")
+_LOGGERS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")
 
 
 @functools.cache
