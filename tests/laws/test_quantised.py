@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lumen as lm
+from lumen.transforms import quantised
 
 from .models import C, Job, assert_same, jobs, train
 
@@ -190,6 +191,9 @@ def test_what_cannot_be_quantised_is_named() -> None:
 
 # --------------------------------------------------------------------------------------------- quantised
 
+# On a machine with a GPU torchao's int8 products run there alone.
+CPU_ALONE = pytest.mark.skipif(torch.cuda.is_available(), reason="int8 products on the CPU need a machine without GPU")
+
 TRAINING = {
     "int8": lm.quantised("int8"),
     "fp8": lm.quantised("fp8", layers=["1.*", "2.*"], emulate=True),
@@ -207,14 +211,17 @@ def moved(stack: Any, batch: Any, **options: Any) -> Tensor:
     return torch.cat([(new.params[name] - p).flatten() for name, p in state.params.items()])
 
 
-@pytest.mark.parametrize("kind", TRAINING)
+KINDS_OF_TRAINING = [pytest.param("int8", marks=CPU_ALONE), "fp8", "qat"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TRAINING)
 def test_an_update_differs_by_rounding_alone(kind: str) -> None:
     expected, found = moved(lm.compose(), data()), moved(TRAINING[kind], data())
     error = float((found - expected).norm() / expected.norm())
     assert 0 < error < FAR[kind]
 
 
-@pytest.mark.parametrize("kind", TRAINING)
+@pytest.mark.parametrize("kind", KINDS_OF_TRAINING)
 def test_it_still_learns(kind: str) -> None:
     made = TRAINING[kind](step)
     state, _ = train(made, made.init(fresh()), [data()] * 40)
@@ -223,18 +230,18 @@ def test_it_still_learns(kind: str) -> None:
     assert {p.dtype for p in state.params.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", TRAINING)
+@pytest.mark.parametrize("kind", KINDS_OF_TRAINING)
 @pytest.mark.parametrize("other", ["accumulate", "compile", "remat", "precision", "donate"])
 def test_it_composes(kind: str, other: str) -> None:
-    quantised = TRAINING[kind]
+    it = TRAINING[kind]
     stack = {
-        "accumulate": (lm.accumulate(3), quantised),
-        "compile": (lm.compile(backend="eager"), quantised),
-        "remat": (quantised, lm.remat("[12]")),
-        "precision": (lm.precision("bf16"), quantised),
-        "donate": (quantised, lm.donate()),
+        "accumulate": (lm.accumulate(3), it),
+        "compile": (lm.compile(backend="eager"), it),
+        "remat": (it, lm.remat("[12]")),
+        "precision": (lm.precision("bf16"), it),
+        "donate": (it, lm.donate()),
     }[other]
-    alone, both = moved(quantised, data()), moved(lm.compose(*stack), data())
+    alone, both = moved(it, data()), moved(lm.compose(*stack), data())
     # Parts of a batch, fused arithmetic and bfloat16 round at other places; remat and donate change nothing.
     near = {"remat": 0.0, "donate": 0.0, "compile": 0.01, "accumulate": 0.05, "precision": 0.05}[other]
     assert float((both - alone).norm()) <= near * float(alone.norm())
@@ -245,6 +252,35 @@ def test_aware_training_sees_the_model_that_quantise_makes() -> None:
     seen = lm.quantised("qat")(lambda s, b: (s, {"out": lm.Last(s.apply(s.params, b["x"])[0])}))(state, data())[1]
     assert_same(seen["out"].value, outputs(lm.quantise(state), data()["x"]), tolerance=1e-5)
     assert not torch.allclose(seen["out"].value, outputs(state, data()["x"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "capability", "said"),
+    [
+        ("fp8", "cuda", (8, 0), r"capability 8\.9 or above, and the params are on a GPU of compute capability 8\.0"),
+        ("fp8", "cuda", (8, 9), None),
+        ("fp8", "cuda", (12, 0), None),
+        ("fp8", "mps", None, r"on mps\. Write lm\.quantised\('int8'\)"),
+        (
+            "int8",
+            "mps",
+            None,
+            r"on CUDA devices, and the params are on mps\. Write lm\.quantised\('qat'\)",
+        ),
+        pytest.param("int8", "cuda", (9, 0), "needs Triton", marks=CPU_ALONE),
+        ("qat", "mps", None, None),
+    ],
+)
+def test_devices_are_refused_by_name(
+    kind: str, device: str, capability: Any, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "capability", lambda device: capability)
+    if said is None:
+        quantised.check_device(kind, torch.device(device))
+        return
+    with pytest.raises(lm.LumenError, match=said):
+        quantised.check_device(kind, torch.device(device))
+    quantised.check_device("fp8", torch.device(device), emulate=True)
 
 
 def test_what_cannot_be_trained_so_is_named() -> None:
@@ -259,7 +295,7 @@ def test_what_cannot_be_trained_so_is_named() -> None:
         lm.quantised("qat", emulate=True)
     private = lm.private(clip=1.0, noise=0.0)
     with pytest.raises(lm.LumenError, match="Leave lm.quantised out"):
-        stack = lm.compose(private, lm.quantised("int8"))(step)
+        stack = lm.compose(private, lm.quantised("qat"))(step)
         stack(stack.init(state), batch)
     with pytest.raises(lm.LumenError, match=r"lm.precision\('bf16'\)\(lm.quantised\('int8'\)\(step\)\)"):
         lm.quantised("int8")(lm.precision("bf16")(step))
