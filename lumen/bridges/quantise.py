@@ -27,7 +27,7 @@ def quantise(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
     The answer is a state like any other: `state.apply(state.params, x)`, `Runner.validate`, `Runner.predict`,
     `lm.compile`, `lm.precision("bf16")` and checkpoints take it. In place of `layer.weight`, among its params, it has
     `layer.weight_qdata` (int8 or float8, [outputs, inputs]) and `layer.weight_scale` (float32, [outputs, 1]) among its
-    buffers (and of int8 `layer.weight_zero_point`, which is 0), which torchao multiplies with as it would in a module of
+    buffers (for int8 a `layer.weight_zero_point` of 0, too), which torchao multiplies with as it would in a module of
     its own; inputs, outputs and all other tensors stay as they are. Optimizer state and slots are left out. The given
     state is left alone; what is not quantised shares its memory, which further training under `lm.donate` writes to.
 
