@@ -11,6 +11,7 @@ from lumen import parallel as parallel
 from lumen import random as random
 from lumen import sinks as sinks
 from lumen import tree as tree
+from lumen.bridges.quantise import quantise as quantise
 from lumen.core.collectives import axis_index as axis_index
 from lumen.core.collectives import pmax as pmax
 from lumen.core.collectives import pmean as pmean
@@ -84,6 +85,7 @@ from lumen.transforms.guard import guard as guard
 from lumen.transforms.precision import Policy as Policy
 from lumen.transforms.precision import precision as precision
 from lumen.transforms.private import private as private
+from lumen.transforms.quantised import quantised as quantised
 from lumen.transforms.remat import remat as remat
 from lumen.transforms.seeded import seeded as seeded
 from lumen.transforms.unroll import stack as stack

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lumen.core.device import module_of, running
 from lumen.errors import CheckpointError, InexactWarning
 
 
 def capture() -> dict[str, Any]:
-    """The states of torch's generator on the CPU and on each CUDA device in use, of numpy's global one and Python's.
+    """The states of torch's generator on the CPU and on each accelerator in use, of numpy's global one and Python's.
 
     >>> import lumen as lm, torch
     >>> before = lm.checkpoint.rng.capture()
@@ -28,6 +29,7 @@ def capture() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": {str(i): state for i, state in enumerate(_cuda_states())},
+        **_other_states(),
         "numpy": {
             "kind": str(kind),
             "words": torch.from_numpy(np.array(words, dtype=np.int64)),
@@ -44,10 +46,20 @@ def _cuda_states() -> list[torch.Tensor]:
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
+def _other_states() -> dict[str, Any]:
+    """Those of an accelerator that is no CUDA device, under "other"; nothing where there is none, as in old files."""
+    found = running()
+    if found is None or found[0] == "cuda":
+        return {}
+    kind, module = found
+    states = {str(i): module.get_rng_state(torch.device(kind, i)) for i in range(module.device_count())}
+    return {"other": {kind: states}}
+
+
 def restore(tree: Mapping[str, Any]) -> None:
     """Put back what `capture` gave, also as `lm.checkpoint.load` gives it.
 
-    A CUDA device that is not here is passed over, with an `InexactWarning`. Raises `CheckpointError` for a tree that is
+    A device that is not here is passed over, with an `InexactWarning`. Raises `CheckpointError` for a tree that is
     no such state; then nothing has been changed.
 
     >>> import lumen as lm
@@ -65,24 +77,28 @@ def restore(tree: Mapping[str, Any]) -> None:
         random.Random().setstate(python_state)
         torch.Generator().set_state(tree["torch"])
         cuda = dict(tree["cuda"])
+        others = [(str(kind), dict(states)) for kind, states in tree.get("other", {}).items()]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"this is not what lm.checkpoint.rng.capture() gave: {error!r}") from error
     np.random.set_state(numpy_state)  # noqa: NPY002
     random.setstate(python_state)
     torch.set_rng_state(tree["torch"])
-    _restore_cuda(cuda)
+    _restore("cuda", "CUDA", cuda)
+    for kind, states in others:
+        _restore(kind, kind.upper(), states)
 
 
-def _restore_cuda(states: Mapping[Any, torch.Tensor]) -> None:
-    count = torch.cuda.device_count() if states else 0
+def _restore(kind: str, said: str, states: Mapping[Any, torch.Tensor]) -> None:
+    module = module_of(torch.device(kind)) if states else None
+    count = 0 if module is None else module.device_count()
     absent = sorted(str(name) for name in states if int(name) >= count)
     for name, state in states.items():
-        if int(name) < count:
-            torch.cuda.set_rng_state(state, int(name))
+        if module is not None and int(name) < count:
+            module.set_rng_state(state, torch.device(kind, int(name)))
     if absent:
         warnings.warn(
-            f"the generators of the CUDA devices {', '.join(absent)} were not restored: there are {count} here. Random"
-            " numbers drawn there, such as dropout, will differ.",
+            f"the generators of the {said} devices {', '.join(absent)} were not restored: there are {count} here."
+            " Random numbers drawn there, such as dropout, will differ.",
             InexactWarning,
             stacklevel=3,
         )

@@ -32,6 +32,7 @@ EXTRAS = {
     "hydra": ("hydra-core>=1.3",),
     "mlflow": ("mlflow>=2.20",),
     "private": ("dp-accounting>=0.5",),
+    "quant": ("torchao>=0.18",),
     "wandb": ("wandb>=0.19.10", "pillow>=10"),
 }
 # Where a distribution's module has another name.

@@ -21,6 +21,7 @@ from lumen.transforms.ensemble import ensemble
 from lumen.transforms.guard import guard
 from lumen.transforms.precision import precision
 from lumen.transforms.private import private
+from lumen.transforms.quantised import quantised
 from lumen.transforms.remat import remat
 from lumen.transforms.seeded import seeded
 from lumen.transforms.unroll import unroll
@@ -37,6 +38,7 @@ _KNOWN: dict[str, type[Transform]] = {
         guard,
         precision,
         private,
+        quantised,
         remat,
         seeded,
         unroll,

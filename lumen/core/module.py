@@ -92,12 +92,15 @@ class Apply:
         """The same function in training mode."""
         return self._mode(True)
 
-    def variant(self, key: Any, change: Callable[[nn.Module], None]) -> Apply:
-        """This function over a skeleton that `change` has modified; made once for each `key`."""
+    def variant(self, key: Any, change: Callable[[nn.Module], None], frozen: frozenset[str] | None = None) -> Apply:
+        """This function over a skeleton that `change` has modified; made once for each `key`.
+
+        Where the skeleton then has other frozen tensors, `frozen` names them all.
+        """
         if key not in self._variants:
             module = skeleton_of(self.module)
             change(module)
-            self._variants[key] = Apply(module, self.frozen)
+            self._variants[key] = Apply(module, self.frozen if frozen is None else frozen)
         return self._variants[key]
 
     def calling(self, function: Callable[..., Any]) -> Apply:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 # Outermost first. Each chain is checked on its own: a transform of one says nothing about those of the other.
 CHAINS: tuple[tuple[str, ...], ...] = (
-    ("compile", "unroll", "seeded", "ensemble", "parallel", "tensor", "accumulate", "private", "precision", "remat"),
+    (
+        *("compile", "unroll", "seeded", "ensemble", "parallel", "tensor"),
+        *("accumulate", "private", "precision", "quantised", "remat"),
+    ),
     ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),
     ("guard", "private"),
 )

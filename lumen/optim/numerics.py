@@ -18,10 +18,12 @@ from lumen.core import rules
 
 Scalar = float | Tensor
 
+NO_FLOAT64 = {"mps"}  # types of devices
+
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def time(count: Tensor) -> Tensor:

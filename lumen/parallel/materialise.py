@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import sharding
+from lumen.core.device import forked_rng
 from lumen.core.module import places_of
 from lumen.core.step import Transform
 from lumen.errors import ParamsError, StateError
@@ -98,7 +99,7 @@ def materialise(
     module = copy.deepcopy(module)
     names = {(id(table), key): name for table, key, name in places_of(module)}
     kept: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with forked_rng(device), torch.no_grad():
         torch.manual_seed(seed)
         for modules in _grouped(module, units):
             places: list[Place] = [

@@ -28,7 +28,8 @@ def rested(part: Tensor, non_blocking: bool = False) -> Tensor:
         return part
     pinned = part.device.type == "cuda" and torch.cuda.is_initialized()
     room = torch.empty(part.shape, dtype=part.dtype, device=HOST, pin_memory=pinned)
-    return room.copy_(part, non_blocking=non_blocking)
+    # Into memory that is not pinned some devices would copy behind our back, and `wait` knows CUDA's streams alone.
+    return room.copy_(part, non_blocking=non_blocking and pinned)
 
 
 def wait(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from lumen import tree
 from lumen.core import rules, sharding
 from lumen.core.dataclass import state as state_class
 from lumen.core.dataclass import static
+from lumen.core.device import module_of
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Piece
@@ -345,9 +346,9 @@ def _draws(module: nn.Module) -> bool:
 
 def _draw_alike(team: Team, device: torch.device) -> None:
     """Give every process the generator of the first, as it is on the device that draws."""
-    on_gpu = device.type == "cuda"
-    own = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+    module = module_of(device)
+    own = torch.get_rng_state() if module is None else module.get_rng_state(device)
     first = own.to(device)
     dist.broadcast(first, group=team.group, group_src=0)
     if team.index:
-        torch.cuda.set_rng_state(first.cpu(), device) if on_gpu else torch.set_rng_state(first)
+        torch.set_rng_state(first) if module is None else module.set_rng_state(first.cpu(), device)

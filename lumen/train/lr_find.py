@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lumen.core.device import forked_rng
 from lumen.core.step import StepFn, device_of
 from lumen.core.values import compute_metrics
 from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepError
@@ -113,7 +114,7 @@ def lr_find(
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     curve = _Curve(smoothing, diverge)
     device = device_of(state)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_rng(device):
         reason = _sweep(step, state, zip(lrs, _endless(batches), strict=False), metric, curve)
     if not reason:
         reason = f"all {steps} steps were made" if len(curve.lrs) == steps else "the batches ended"

@@ -14,6 +14,7 @@ from lumen.checkpoint import listed
 from lumen.core.values import compute_metrics, is_value, merge_metrics
 from lumen.errors import InexactWarning
 from lumen.metrics.torchmetrics import MetricValue
+from lumen.optim.numerics import scalar_dtype
 
 if TYPE_CHECKING:
     from lumen.train.everyone import Everyone
@@ -106,8 +107,20 @@ def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
             )
     if not flat:
         return {}
-    numbers = torch.stack([value.to(torch.float64) for value in flat.values()]).tolist()
-    return dict(zip(flat, numbers, strict=True))
+    return dict(zip(flat, _numbers([*flat.values()]), strict=True))
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """0-d tensors as numbers, in one transfer from their device, or two from one that has no float64."""
+    if all(scalar_dtype(each.device) == torch.float64 for each in scalars):
+        return torch.stack([each.to(torch.float64) for each in scalars]).tolist()
+    numbers = [0.0] * len(scalars)
+    for dtype, floating in ((torch.float32, True), (torch.int64, False)):  # a count need not fit into 24 bits
+        places = [i for i, each in enumerate(scalars) if each.is_floating_point() is floating]
+        found = torch.stack([scalars[i].to(dtype) for i in places]).tolist() if places else []
+        for place, number in zip(places, found, strict=True):
+            numbers[place] = float(number)
+    return numbers
 
 
 def parts(metrics: Any) -> Entry:

@@ -48,7 +48,8 @@ class Placed:
     def _place(self, batch: Any) -> Any:
         def place(leaf: Any) -> Any:
             if isinstance(leaf, Tensor | np.ndarray):
-                return torch.as_tensor(leaf).to(self._device, non_blocking=True)
+                # CUDA copies what is not pinned before it returns; MPS reads it later, when it may have changed.
+                return torch.as_tensor(leaf).to(self._device, non_blocking=self._device.type == "cuda")
             return leaf
 
         return tree.map(place, as_dict(batch))

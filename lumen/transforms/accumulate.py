@@ -14,6 +14,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import gradient, rows, rules
 from lumen.core.dataclass import state as state_class
+from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive
@@ -255,5 +256,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _free() -> None:
     """Give back what the failed attempt left behind: cycles through tracebacks, and blocks of the wrong sizes."""
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    free_cache()

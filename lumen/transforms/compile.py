@@ -49,7 +49,8 @@ class compile(Transform):
     Values behind attributes (`config.alpha`) are constants. Where the step needs a tensor's value in Python (`.item()`,
     `if loss > 3`), it cannot be compiled: one `GraphBreakWarning` names the line, and the step runs uncompiled.
 
-    With `lm.donate()` inside, new values are written into the memory of the old state.
+    With `lm.donate()` inside, new values are written into the memory of the old state; inductor records no CUDA graph
+    then, as it copies what a graph reads. Without, the new state and the metrics are copied out of the graph's memory.
 
     Law: `compile()(step) == step`, to the tolerance of fused arithmetic. Dropout draws other numbers than in eager
     mode, unless `options={"fallback_random": True}`.
@@ -261,14 +262,25 @@ def _compiled(
         import torch._inductor as inductor
 
         # Shapes and strides are part of the signature: the region need not assert them again.
-        options = {"size_asserts": False, **usual, **inductor.list_mode_options(settings.mode)}
-        compiled = inductor.compile(graph, [*example], options={**options, **settings.options})
+        options = {"size_asserts": False, **usual, **inductor.list_mode_options(settings.mode), **settings.options}
+        compiled = inductor.compile(graph, [*example], options=options)
+        replays = _replays(options, example)
 
     def run(tensors: list[Tensor]) -> Any:
         with torch.no_grad():
-            return compiled(*tensors)
+            if not replays:
+                return compiled(*tensors)
+            # A graph writes its answers where it wrote those of the last step: a state and metrics that are kept must
+            # be elsewhere by then. Without the mark, each step would be recorded as a sequel of all before.
+            torch.compiler.cudagraph_mark_step_begin()
+            return [made.clone() for made in compiled(*tensors)]
 
     return run
+
+
+def _replays(options: Mapping[str, Any], example: list[Tensor]) -> bool:
+    """Whether inductor may record the region as a CUDA graph."""
+    return bool(options.get("triton.cudagraphs")) and any(tensor.is_cuda for tensor in example)
 
 
 def _breaks() -> tuple[type[BaseException], ...]:

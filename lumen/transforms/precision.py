@@ -18,6 +18,7 @@ from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_s
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError
 from lumen.transforms.guard import finite_leaves
+from lumen.transforms.matmul import PRECISIONS, float32_products
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -26,7 +27,9 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 class Policy:
     """Dtypes of one step: `param` at rest (None keeps what there is), `compute` inside the model, `output` of it.
 
-    `loss_scale` is where dynamic loss scaling starts; None does without it.
+    `loss_scale` is where dynamic loss scaling starts; None does without it. `matmul` is how products of float32
+    matrices are computed while the step runs: "tf32" (19 bits of each factor, on GPUs that have it), "ieee" (all of
+    them), or None for whatever torch is set to.
 
     >>> import lumen as lm, torch
     >>> lm.Policy(compute=torch.bfloat16, output=torch.float32).loss_scale is None
@@ -38,10 +41,18 @@ class Policy:
     output: torch.dtype = torch.float32
     loss_scale: float | None = None
     growth_interval: int = 2000
+    matmul: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.matmul is not None and self.matmul not in PRECISIONS:
+            raise HyperparameterError(
+                f"Policy(matmul={self.matmul!r}) is unknown; give one of {', '.join(map(repr, PRECISIONS))}, or None."
+            )
 
 
 POLICIES = {
     "fp32": Policy(torch.float32, torch.float32, torch.float32),
+    "tf32": Policy(torch.float32, torch.float32, torch.float32, matmul="tf32"),
     "bf16": Policy(torch.float32, torch.bfloat16, torch.float32),
     "fp16": Policy(torch.float32, torch.float16, torch.float32, loss_scale=2.0**16),
     "fp64": Policy(torch.float64, torch.float64, torch.float64),
@@ -57,13 +68,14 @@ class LossScale:
 
 
 class precision(Transform):
-    """Run the model in another precision: "bf16", "fp16", "fp32", "fp64", or a `Policy`.
+    """Run the model in another precision: "bf16", "fp16", "tf32", "fp32", "fp64", or a `Policy`.
 
     Params (frozen ones too) and inputs are cast where the model is applied, its outputs cast back, so the loss and
     the update run in the params' own dtype and gradients arrive in it. BatchNorm's and InstanceNorm's params stay as
     they are, as do all buffers. "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), kept in
     `state.slots["precision"]`: it halves after a non-finite gradient, whose update is left out, and doubles after
-    2,000 good steps.
+    2,000 good steps. "tf32" is "fp32" with matrix products in TF32, on GPUs that have it (compute capability 8.0 and
+    above); torch's own setting for these is what it was again when the step has returned.
 
     Declared change: rounding, and updates left out while the scale is too large.
 
@@ -127,6 +139,18 @@ class precision(Transform):
             return with_slot(new, self.name, self._adjust(old, scaling.finite())), metrics
 
         return scaled
+
+    def host(self, step: StepFn) -> StepFn:
+        """The step with torch's setting for products of float32 matrices; a compiled one is compiled under it too."""
+        if self.policy.matmul is None:
+            return step
+        wanted = self.policy.matmul
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            with float32_products(wanted):
+                return step(state, batch)
+
+        return run
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
         compute, output = self.policy.compute, self.policy.output
@@ -212,7 +236,8 @@ def _norm_params(target: Any) -> frozenset[str]:
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(values, Tensor):
-        return values.to(dtype) if values.is_floating_point() else values
+        # Eight bits are codes, to which a scale belongs: what `lm.quantise` keeps.
+        return values.to(dtype) if values.is_floating_point() and values.itemsize > 1 else values
     if isinstance(values, dict):
         return {key: _cast(value, dtype) for key, value in values.items()}
     return values

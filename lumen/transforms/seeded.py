@@ -8,6 +8,7 @@ import torch
 
 from lumen import random
 from lumen.core import world
+from lumen.core.device import forked_rng
 from lumen.core.step import StepFn, Transform, device_of, field_of
 
 
@@ -40,9 +41,7 @@ class seeded(Transform):
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             seed = _seed_of(state)
-            device = device_of(state)
-            devices = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices):
+            with forked_rng(device_of(state)):
                 torch.manual_seed(seed)
                 return step(state, batch)
 

@@ -110,6 +110,14 @@ def test_hugging_face_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (session["merged"] / "model.safetensors").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torchao's int8 products would run on the GPU alone")
+def test_accelerators_page_runs() -> None:
+    session = run_blocks(README.parent / "docs/accelerators.md")
+    kept = {name for name, tensor in session["small"].buffers.items() if tensor.dtype == torch.int8}
+    assert {"0.weight_qdata", "2.weight_qdata"} <= kept
+    assert session["metrics"]["loss"] > 0
+
+
 def test_the_reference_has_every_public_name() -> None:
     """A submodule with the name of what it holds would hide it from `::: lumen.optim`."""
     pages = set(re.findall(r"^::: (\S+)$", (README.parent / "docs/api.md").read_text(), flags=re.MULTILINE))

@@ -45,6 +45,7 @@ LAWS = {
         lambda: lm.private(clip=1e9, noise=0.0), suits=lambda job: _one_by_one(job) and job.loss != "masked"
     ),
     "precision": Law(lambda: lm.precision("fp64")),
+    "quantised": Law(lambda: lm.quantised("qat", layers=lambda name, module: False), exact=True),
     "remat": Law(
         lambda: lm.remat(lambda name, module: not list(module.children())),
         exact=True,

@@ -36,6 +36,7 @@ HEAVY = (
     "tensorstore",
     "torch._dynamo",
     "torch._inductor",
+    "torchao",
     "torchmetrics",
     "transformers",
     "wandb",

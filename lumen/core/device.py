@@ -1,0 +1,52 @@
+"""What differs between kinds of accelerators and is asked of torch by one name: generators, memory, waiting."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+_WITHOUT_MODULE = ("cpu", "meta")
+
+
+def module_of(device: torch.device) -> Any | None:
+    """`torch.cuda`, `torch.mps`, `torch.xpu` … for a device of that kind; None for the CPU, or where it is not here."""
+    if device.type in _WITHOUT_MODULE:
+        return None
+    module: Any = torch.get_device_module(device)
+    return module if module.is_available() else None
+
+
+def running() -> tuple[str, Any] | None:
+    """The kind of accelerator that this process uses, with its module; None where it uses none.
+
+    Asking starts nothing: a process that forks workers must not have started CUDA.
+    """
+    found = torch.accelerator.current_accelerator()
+    if found is None:
+        return None
+    module: Any = torch.get_device_module(found)
+    in_use: bool = module.is_initialized() if hasattr(module, "is_initialized") else module.is_available()
+    return (found.type, module) if in_use else None
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """torch's generators, on the CPU and on `device`, put back as they were at the end.
+
+    >>> before = torch.get_rng_state()
+    >>> with forked_rng(torch.device("cpu")):
+    ...     _ = torch.manual_seed(7)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    """
+    if module_of(device) is None:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def free_cache() -> None:
+    """Give the accelerator's cached blocks back, where one is in use."""
+    found = running()
+    if found is not None and hasattr(found[1], "empty_cache"):
+        found[1].empty_cache()

@@ -1,0 +1,206 @@
+"""`lm.quantised`: train with linear layers in int8 or fp8, or with their weights as they will be quantised."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumen.core import rules
+from lumen.core.primitives import ApplyCall
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, Transform
+from lumen.errors import HyperparameterError, StepError
+from lumen.transforms.ao import Layers, capability, check_kind, chosen, torchao
+
+KINDS = ("int8", "fp8", "qat")
+_FP8_BLOCK = 16  # the sizes that a GPU's fp8 products come in
+_FP8_CAPABILITY = (8, 9)
+
+
+class quantised(Transform):
+    """Compute the linear layers in eight bits while training; params, grads and optimizer state stay as they are.
+
+    - `"int8"`: the three matrix products of a layer (its output and both gradients) in int8, inputs scaled by rows
+      when they arrive (torchao's int8 mixed precision). On the CPU, and on CUDA devices through Triton.
+    - `"fp8"`: the same in float8 with a scale for each tensor (`torchao.float8`). On CUDA devices of capability 8.9 and
+      above; `emulate=True` computes the same roundings in wider types, on any device, for trying it out.
+    - `"qat"`: quantisation-aware training. The forward pass sees each weight as `lm.quantise(state, "int8")` would keep
+      it, the gradient passes through unchanged, so the model learns what survives quantising. On any device.
+
+    `layers` chooses among the `nn.Linear` of the model: globs or regular expressions over their names, one or several,
+    or a predicate `(name, module) -> bool`; by default all that can be. Under "fp8" those whose sizes are not multiples
+    of 16 cannot. Inside `lm.precision("bf16")` the layers are given bfloat16, and answer in it.
+
+    The Runner validates in the params' own precision; to measure the quantised model, give it `lm.quantise(state)`.
+
+    Declared change: the rounding of eight bits, in products ("int8", "fp8") or weights ("qat").
+
+    Raises:
+        HyperparameterError: another kind; a device that cannot compute it, with what can.
+        ParamsError: a layer that cannot be quantised was named. `PatternError`: a pattern that matches none.
+        StepError: under `torch.func`: `lm.private`, `lm.ensemble`, nested derivatives.
+        ImportError: torchao is missing.
+
+    >>> import lumen as lm
+    >>> lm.quantised("int8", layers="blocks.*")
+    lm.quantised('int8', layers='blocks.*')
+    """
+
+    name = "quantised"
+    level = "quantised"
+    reason = "what it rounds is what a layer is given, in the dtype that precision gives it"
+
+    def __init__(self, kind: str = "int8", *, layers: Layers | None = None, emulate: bool = False) -> None:
+        check_kind("quantised", kind, KINDS)
+        if emulate and kind != "fp8":
+            raise HyperparameterError(
+                f"quantised({kind!r}, emulate=True): only fp8 needs emulating. Write lm.quantised({kind!r})."
+            )
+        self.kind = kind
+        self.layers = tuple(layers) if isinstance(layers, list) else layers
+        self.emulate = emulate
+
+    def __repr__(self) -> str:
+        said = [repr(self.kind)]
+        said += [f"layers={self.layers!r}"] * (self.layers is not None) + ["emulate=True"] * self.emulate
+        return f"lm.quantised({', '.join(said)})"
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with its linear layers computed so."""
+        return rules.under({Primitive.APPLY: self._apply}, step)
+
+    def _apply(self, next: Next, call: ApplyCall) -> Any:
+        for tensor in itertools.islice(itertools.chain(call.params.values(), call.buffers.values()), 1):
+            check_device(self.kind, tensor.device, emulate=self.emulate)
+        target = call.target.variant(("quantised", self.kind, self.layers, self.emulate), self._patch)
+        return next(call.replace(target=target))
+
+    def _patch(self, module: nn.Module) -> None:
+        for layer in chosen(module, self.layers, multiple=_FP8_BLOCK if self.kind == "fp8" else 1).values():
+            layer.forward = _FORWARDS[self.kind](layer, self.emulate)  # type: ignore[assignment, method-assign]
+
+
+def check_device(kind: str, device: torch.device, *, emulate: bool = False) -> None:
+    """Raise `HyperparameterError` unless torchao can train in `kind` on `device`.
+
+    >>> import torch
+    >>> check_device("qat", torch.device("cpu"))
+    """
+    if kind == "int8":
+        _check_int8(device)
+    if kind == "fp8" and not emulate and device.type != "meta":
+        _check_fp8(device)
+
+
+def _check_int8(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise HyperparameterError(
+            f"quantised('int8') runs on the CPU and on CUDA devices, and the params are on {device.type}."
+            " Write lm.quantised('qat'), or lm.precision('bf16')."
+        )
+    # torchao decides at import: where there is a GPU with Triton, its kernel, which knows GPUs alone.
+    triton = _int8_module().scaled_int8_mm.__module__.endswith(".int8_mm")
+    if triton and device.type == "cpu":
+        raise HyperparameterError(
+            "quantised('int8') computes on this machine's GPU, and the params are on the CPU. Move the module before:"
+            " net.cuda(); or hide the GPU: CUDA_VISIBLE_DEVICES='' python ..."
+        )
+    if not triton and device.type == "cuda":
+        raise HyperparameterError(
+            "quantised('int8') on a GPU needs Triton: pip install triton. Or write lm.quantised('qat')."
+        )
+
+
+def _check_fp8(device: torch.device) -> None:
+    able = capability(device)
+    if able is None or able < _FP8_CAPABILITY:
+        found = device.type if able is None else f"a GPU of compute capability {able[0]}.{able[1]}"
+        raise HyperparameterError(
+            f"quantised('fp8') needs a CUDA GPU of compute capability 8.9 or above, and the params are on {found}."
+            " Write lm.quantised('int8') or lm.precision('bf16'); or, to see what fp8's rounding does,"
+            " lm.quantised('fp8', emulate=True)."
+        )
+
+
+def _int8_module() -> Any:
+    return torchao("prototype.quantized_training.int8_mixed_precision")
+
+
+def _check_plain() -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise StepError(
+            "a layer under lm.quantised(...) cannot run under torch.func, as within lm.private, lm.ensemble or a nested"
+            " derivative: torchao's functions have no rule for it. Leave lm.quantised out there."
+        )
+
+
+class _Product:
+    """The forward of a linear layer by one of torchao's, whose autograd functions reshape by views alone."""
+
+    def __init__(self, layer: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        self._layer = layer
+        self._forward = forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        _check_plain()
+        out = self._forward(self._layer, x.contiguous())
+        return _ContiguousGrad.apply(out)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """The identity, whose gradient comes in rows: that of a mean or a transposed view does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def _int8(layer: nn.Linear, _emulate: bool) -> _Product:
+    module = _int8_module()
+    layer.config = module.Int8MixedPrecisionTrainingConfig()
+    return _Product(layer, module.Int8MixedPrecisionTrainingLinear.forward)
+
+
+def _fp8(layer: nn.Linear, emulate: bool) -> _Product:
+    kind = torchao("float8.float8_linear").Float8Linear
+    # Rows that do not fill a block, in the product that gives the weight's gradient, are padded.
+    config = torchao("float8").Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate)
+    made = kind.from_float(layer, config)
+    layer.config, layer.linear_mm_config = made.config, made.linear_mm_config
+    return _Product(layer, kind.forward)
+
+
+class _FakeQuantised:
+    """The forward of a linear layer with its weight as `lm.quantise` would keep it."""
+
+    def __init__(self, layer: nn.Linear, _emulate: bool) -> None:
+        self._layer = layer
+        self._kind = torchao("quantization").Int8Tensor
+        self._rows = torchao("quantization").PerRow()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        _check_plain()
+        weight = self._layer.weight
+        given = weight.detach()
+        held = given.float() if given.dtype == torch.float64 else given  # which torchao does not take
+        rounded = self._kind.from_hp(held, self._rows).dequantize(held.dtype).to(given.dtype)
+        # Adding an exact zero keeps the rounded numbers bit for bit, and gives the weight their gradient.
+        return F.linear(x, rounded + (weight - given), self._layer.bias)
+
+
+_FORWARDS: dict[str, Callable[[nn.Linear, bool], Callable[[Tensor], Tensor]]] = {
+    "int8": _int8,
+    "fp8": _fp8,
+    "qat": _FakeQuantised,
+}
