@@ -1,0 +1,65 @@
+"""More of the example scripts, smaller than by default: each must learn what it claims.
+
+They run in this process, by their own command lines: starting a process for each would take longer than their training.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tyro
+
+from tests.examples.test_scripts import EXAMPLES, final, run
+
+Play = Callable[..., str]
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Play]:
+    """Run a script as `python examples/SCRIPT ARGS` would, in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def played(script: str, *args: str) -> str:
+        spec = importlib.util.spec_from_file_location(f"examples_{Path(script).stem}", EXAMPLES / script)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look up their annotations
+        spec.loader.exec_module(module)
+        module.main(tyro.cli(module.Config, args=args))
+        return capsys.readouterr().out
+
+    return played
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(each) for each in found.groups()]
+
+
+def test_vae_beats_the_mean_image(play: Play) -> None:
+    out = play("vae.py", "--epochs", "8")
+    bound, baseline = numbers(r"ELBO per pixel (-[\d.]+) nats \(mean image: (-[\d.]+)\)", out)
+    assert bound > baseline + 1
+    error, baseline = numbers(r"reconstruction ([\d.]+) \(mean image: ([\d.]+)\)", out)
+    assert error < 0.6 * baseline
+    assert final(Path("runs/vae/metrics.jsonl"), "val/kl") > 5, "the latents are used"
+
+
+@pytest.mark.slow
+def test_vae_draws_the_same_noise_on_two_processes(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        run("vae.py", "--epochs", "2", "--logdir", str(processes), cwd=tmp_path, processes=processes)
+    alone, spread = (final(tmp_path / each / "metrics.jsonl", "val/elbo_per_pixel") for each in ("1", "2"))
+    assert alone == pytest.approx(spread, abs=1e-4)
+
+
+def test_diffusion_draws_digits(play: Play) -> None:
+    out = play("diffusion.py", "--epochs", "12", "--samples", "100")
+    pattern = r"{} +read as the digit meant ([\d.]+), distance to the nearest training image ([\d.]+)"
+    (drawn, near), (guessed, far) = (numbers(pattern.format(name), out) for name in ("samples", "noise"))
+    assert drawn > 0.7 > 0.3 > guessed
+    assert near < 0.6 * far
+    assert final(Path("runs/diffusion/metrics.jsonl"), "val/loss") < 0.4
