@@ -63,3 +63,49 @@ def test_diffusion_draws_digits(play: Play) -> None:
     assert drawn > 0.7 > 0.3 > guessed
     assert near < 0.6 * far
     assert final(Path("runs/diffusion/metrics.jsonl"), "val/loss") < 0.4
+
+
+@pytest.mark.slow
+def test_policy_gradient_keeps_the_poles_up(play: Play) -> None:
+    out = play("policy_gradient.py", "--updates", "30")
+    before, after, best = numbers(r"return of 100 episodes: ([\d.]+) before, ([\d.]+) after; best (\d+)", out)
+    assert before < 0.25 * best
+    assert after > 0.5 * best
+
+
+@pytest.mark.slow
+def test_contrastive_features_beat_pixels(play: Play) -> None:
+    out = play("contrastive.py", "--epochs", "25")
+    pixels, untrained, trained = numbers(
+        r"pixels +([\d.]+)\n +untrained features +([\d.]+)\n +trained features +([\d.]+)", out
+    )
+    assert trained > untrained + 0.02
+    assert trained > pixels
+
+
+@pytest.mark.slow
+def test_gan_reaches_the_ring(play: Play) -> None:
+    out = play("gan.py", "--steps", "700", "--batch-size", "128", "--lr", "4e-3")
+    for word, low, high in (("before", -0.1, 0.2), ("after", 0.4, 1.0)):
+        modes, near = numbers(word + r": +(\d) of 8 reached, ([\d.]+)% of the points", out)
+        assert low < near / 100 <= high
+    assert modes >= 5
+
+
+@pytest.mark.slow
+def test_maml_adapts_where_the_joint_net_cannot(play: Play) -> None:
+    out = play("maml.py", "--steps", "400")
+    none, once, more = numbers(r"joint +([\d.]+) +([\d.]+) +([\d.]+)", out)
+    before, adapted, further = numbers(r"maml +([\d.]+) +([\d.]+) +([\d.]+)", out)
+    assert adapted < 0.7 * min(once, before)
+    assert further < adapted
+
+
+def test_dp_sgd_learns_within_its_budget(play: Play) -> None:
+    pytest.importorskip("dp_accounting")
+    out = play("dp_sgd.py", "--steps", "60")
+    accuracy, spent = numbers(r"with privacy: +([\d.]+), epsilon ([\d.]+) at delta", out)
+    assert accuracy > 0.75
+    assert 0 < spent < 10
+    (plain,) = numbers(r"without privacy: ([\d.]+)", out)
+    assert plain > 0.85
