@@ -74,6 +74,14 @@ def test_policy_gradient_keeps_the_poles_up(play: Play) -> None:
 
 
 @pytest.mark.slow
+def test_distillation_gains_from_images_without_labels(play: Play) -> None:
+    out = play("distillation.py")
+    alone, taught = numbers(r"labels alone ([\d.]+)\n +with teacher ([\d.]+)", out)
+    assert alone > 0.5
+    assert taught > alone + 0.03
+
+
+@pytest.mark.slow
 def test_contrastive_features_beat_pixels(play: Play) -> None:
     out = play("contrastive.py", "--epochs", "25")
     pixels, untrained, trained = numbers(
@@ -109,3 +117,17 @@ def test_dp_sgd_learns_within_its_budget(play: Play) -> None:
     assert 0 < spent < 10
     (plain,) = numbers(r"without privacy: ([\d.]+)", out)
     assert plain > 0.85
+
+
+@pytest.mark.slow
+def test_planner_tells_what_fits(play: Play) -> None:
+    out = play("planner.py", "--layers", "4", "--width", "8192", "--heads", "64")
+    found = dict(re.findall(r"│ ([a-z][\w ,]+?) +│.*│ +(yes|no) │", out))
+    assert found == {
+        "ddp": "no",
+        "fsdp, optimizer only": found["fsdp, optimizer only"],
+        "fsdp": "yes",
+        "fsdp in 64 parts": "yes",
+        "fsdp in 8 parts": "yes",
+    }
+    assert re.search(r"fastest that fits, if no communication is hidden: fsdp", out)
