@@ -121,7 +121,7 @@ def test_dp_sgd_learns_within_its_budget(play: Play) -> None:
 
 @pytest.mark.slow
 def test_planner_tells_what_fits(play: Play) -> None:
-    out = play("planner.py", "--layers", "4", "--width", "8192", "--heads", "64")
+    out = play("planner.py", "--layers", "6", "--width", "8192", "--heads", "64")
     found = dict(re.findall(r"│ ([a-z][\w ,]+?) +│.*│ +(yes|no) │", out))
     assert found == {
         "ddp": "no",
