@@ -20,6 +20,8 @@ import torch
 from lumen import tree
 from lumen.core import order, rules
 from lumen.core.donation import is_retired
+from lumen.core.primitives import UpdateCall
+from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Piece, composed
 from lumen.errors import PurityError, SlotError, StateError, StepError
 
@@ -261,9 +263,11 @@ class _Checked:
             return self._checked(state, self._user(state, batch))
         before = [] if _wrapped() else [(p, t, t._version) for p, t in tree.named_tensors(state)]
         spec = tree.structure(state)
-        out = self._user(state, batch)
+        given: set[int] = set()
+        with rules.install({Primitive.UPDATE: _noting_donated(given)} if rules.intercepts_updates() else {}):
+            out = self._user(state, batch)
         for path, tensor, version in before:
-            if tensor._version != version and not is_retired(state):
+            if tensor._version != version and id(tensor) not in given and not is_retired(state):
                 raise PurityError(
                     f"the step {self.__name__} changed state.{path} in place. A step must leave its input as it is and"
                     " return a new state: state.replace(...), state.apply_gradients(grads). For updates in place"
@@ -288,6 +292,17 @@ class _Checked:
                 " Write: return state, {} where there is nothing to report."
             )
         return out
+
+
+def _noting_donated(given: set[int]) -> Rule:
+    """A rule that notes the tensors of donated updates: a state may hold several players, each updated in place."""
+
+    def rule(next: Next, call: UpdateCall) -> Any:
+        if call.donate:
+            given.update(map(id, tree.tensors((call.params, call.opt_state))))
+        return next(call)
+
+    return rule
 
 
 def _wrapped() -> bool:

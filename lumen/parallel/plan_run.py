@@ -60,6 +60,8 @@ class _Mode(FakeTensorMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FUSED:  # torch has no rule for these, and would run them, on whole tensors of zeros
+            return None
         # Torch's own remembers operations by their arguments, and so would hold a storage for ever.
         cached = self.cache_enabled
         self.cache_enabled = cached and func._overloadname not in _OF_STORAGE
@@ -69,6 +71,13 @@ class _Mode(FakeTensorMode):
             self.cache_enabled = cached
 
 
+_FUSED = {
+    overload
+    for name in ("adam", "adamw", "sgd", "adagrad")
+    for packet in [getattr(torch.ops.aten, f"_fused_{name}_")]
+    for overload in (getattr(packet, each) for each in packet.overloads())
+    if not overload._schema.returns
+}
 _OF_STORAGE = ("source_Storage", "source_Storage_storage_offset")
 
 

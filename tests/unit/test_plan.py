@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -360,3 +361,22 @@ def test_a_mesh_that_cannot_be_read_is_a_wrong_command_line(script):
     with pytest.raises(SystemExit) as caught:
         main(["plan", f"{script}:make", "--mesh", "shard"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("tx", [lm.optim.adamw(1e-3), lm.optim.adam(1e-3), lm.optim.sgd(0.1, momentum=0.9)])
+def test_no_operation_of_a_plan_is_run_on_values(tx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(mode: Any, func: Any, *_: Any) -> Any:
+        raise AssertionError(f"{func} was run on tensors with values")
+
+    monkeypatch.setattr("torch._subclasses.fake_tensor.run_fallback_kernel", run)
+
+    def step(state: lm.TrainState, batch: torch.Tensor) -> Any:
+        def loss_fn(params: Any, batch: torch.Tensor) -> torch.Tensor:
+            return state.apply(params, batch)[0].square().mean()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    make = lambda: lm.TrainState.create(torch.nn.Linear(8, 8), tx)  # noqa: E731
+    for stack in ([lm.donate()], []):
+        assert lm.plan(lm.compose(lm.ddp(), *stack)(step), make, torch.ones(2, 8), mesh={"data": 4}).fits

@@ -117,6 +117,34 @@ def test_donate_writes_into_the_same_memory() -> None:
     assert after == before
 
 
+@pytest.mark.parametrize("wrap", [dict, lm.state(type("Two", (), {"__annotations__": {"a": Any, "b": Any}}))])
+def test_donate_takes_a_state_of_two_states(wrap: Any) -> None:
+    def both(state: Any, batch: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+        a, b = (state["a"], state["b"]) if wrap is dict else (state.a, state.b)
+        (a, seen), (b, _) = step(a, batch), step(b, batch)
+        return wrap(a=a, b=b), seen
+
+    donated, batch = lm.donate()(both), torch.randn(3, 4)
+    plain = wrap(a=make_state(), b=make_state())
+    state = donated.init(plain)
+    for _ in range(2):
+        plain, _ = both(plain, batch)
+        state, _ = donated(state, batch)
+    for x, y in zip(lm.tree.tensors(plain), lm.tree.tensors(state), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_donate_does_not_excuse_other_changes_in_place() -> None:
+    def both(state: dict[str, Any], batch: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+        state["b"].params["weight"].add_(1.0)
+        a, seen = step(state["a"], batch)
+        return {"a": a, "b": state["b"]}, seen
+
+    donated = lm.donate()(both)
+    with pytest.raises(lm.errors.PurityError, match=r"changed state.*weight.* in place"):
+        donated(donated.init({"a": make_state(), "b": make_state()}), torch.randn(3, 4))
+
+
 def test_donate_leaves_the_module_its_params() -> None:
     net = nn.Linear(4, 2)
     before = net.weight.detach().clone()
