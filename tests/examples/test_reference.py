@@ -21,10 +21,10 @@ BASE = "it is a protocol or a base, and those that follow it have examples"
 HUB = "it needs a model of transformers: docs/huggingface.md runs it"
 TORCHRUN = "it needs processes: tests/distributed runs it"
 NO_EXAMPLE = {
-    **dict.fromkeys(("Finding", "Result", "Summary", "View", "Bridged", "Mesh", "Plan"), RETURNED),
+    **dict.fromkeys(("Finding", "Summary", "View", "Bridged", "Mesh", "Plan"), RETURNED),
     **dict.fromkeys(("LumenError", "NonFiniteError", "DonatedError", "Interrupted"), RAISED),
     **dict.fromkeys(("GraphBreakWarning", "InexactWarning"), RAISED),
-    **dict.fromkeys(("Style", "Configurable", "Resumable"), BASE),
+    **dict.fromkeys(("Style", "Configurable", "Resumable", "ShowsParams"), BASE),
     **dict.fromkeys(("save_pretrained", "load_pretrained", "Lora"), HUB),
     "measure": TORCHRUN,
 }
