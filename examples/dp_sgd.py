@@ -121,7 +121,7 @@ def sample_rate(data: Batch, config: Config) -> float:
 def main(config: Config) -> None:
     """Train with and without privacy, and compare."""
     logging.getLogger("absl").setLevel("ERROR")  # the accountant tells of each bound that it leaves out
-    private = lm.private(clip=config.clip, noise=config.noise)
+    private = lm.private(clip=config.clip, noise=config.noise, batch_size=config.batch_size)
     found = train("private", [private], config)
     plain = train("plain", [], config)
     spent = private.epsilon(found.state, delta=config.delta, sample_rate=sample_rate(load(config.seed)[0], config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
-from lumen.errors import HyperparameterError, PurityError
+from lumen.errors import BatchError, HyperparameterError, PurityError
 
 _SALT = 0x6470  # keeps the noise apart from what a step draws from state.key itself
 
@@ -23,6 +24,10 @@ class private(Transform):
 
     The noise of an update has standard deviation `noise * clip` on the sum of the clipped gradients, drawn from
     `lm.random` with the state's seed and step. `epsilon(...)` accounts for what was spent (the `[private]` extra).
+
+    The sum is divided by the number of rows, or by `batch_size` where that is given. Batches drawn by chance, as the
+    accountant assumes (each row with the same probability), need it: how many rows came is itself private, so the
+    divisor must be the expected number.
 
     Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
     With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
@@ -39,17 +44,23 @@ class private(Transform):
     level = "private"
     reason = "each row's gradient is clipped by itself, before anything is summed over microbatches or ranks"
 
-    def __init__(self, clip: float, noise: float, *, chunk: int | None = None) -> None:
+    def __init__(self, clip: float, noise: float, *, batch_size: float | None = None, chunk: int | None = None) -> None:
         if not clip > 0.0:
             raise HyperparameterError(f"private takes a positive clip (an L2 norm), got {clip!r}.")
         if not noise >= 0.0:
             raise HyperparameterError(f"private takes a noise multiplier of at least 0, got {noise!r}.")
+        if batch_size is not None and not 0.0 < batch_size < math.inf:
+            raise HyperparameterError(
+                f"private takes a positive batch_size, the number of rows that is expected, got {batch_size!r}."
+            )
         self.clip = clip
         self.noise = noise
+        self.batch_size = batch_size
         self.chunk = chunk
 
     def __repr__(self) -> str:
-        return f"lm.private(clip={self.clip}, noise={self.noise})"
+        size = "" if self.batch_size is None else f", batch_size={self.batch_size}"
+        return f"lm.private(clip={self.clip}, noise={self.noise}{size})"
 
     def init(self, state: Any) -> Any:
         """Add the slot: the number of noisy updates made (int64 scalar)."""
@@ -62,7 +73,8 @@ class private(Transform):
     def epsilon(self, state: Any, *, delta: float, sample_rate: float) -> float:
         """The epsilon spent so far, by Rényi accounting of a Poisson-subsampled Gaussian mechanism.
 
-        `sample_rate` is the batch size over the size of the data set. Needs the `[private]` extra.
+        `sample_rate` is the probability with which each row is drawn: the expected batch size, which `private` was
+        given as `batch_size`, over the size of the data set. Needs the `[private]` extra.
         """
         try:
             from dp_accounting import dp_event, rdp
@@ -113,6 +125,11 @@ class _Update:
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         """The sum of the clipped gradients of all rows; their mean unless the call asks for the sum."""
         size = rows.count(call.batch)
+        if not size:
+            raise BatchError(
+                "lm.private was given a batch without rows, of which there are no gradients to clip. Draw more: with a"
+                " larger sample rate, empty batches do not happen."
+            )
         self.rows += size
 
         def one_row(row: Any) -> tuple[Any, Any, Any]:
@@ -142,8 +159,11 @@ class _Update:
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         """Noise on the mean gradient: once for an update, however many parts it was computed in."""
-        std = self.settings.noise * self.settings.clip / max(self.rows, 1)
+        divisor = self.settings.batch_size or self.rows or 1
+        std = self.settings.noise * self.settings.clip / divisor
         leaves, spec = tree.flatten(call.grads)
+        if divisor != self.rows:  # they are a mean over the rows that came
+            leaves = [g * (self.rows / divisor) for g in leaves]
         if std:
             base = random.fold_in(self.key, self.count)
             keys = random.split(base, len(leaves))

@@ -474,6 +474,7 @@ def test_ensemble_of_different_models() -> None:
         (lambda: lm.precision(16), errors.HyperparameterError),
         (lambda: lm.private(clip=math.nan, noise=1.0), errors.HyperparameterError),
         (lambda: lm.private(clip=1.0, noise=-1.0), errors.HyperparameterError),
+        (lambda: lm.private(clip=1.0, noise=1.0, batch_size=0), errors.HyperparameterError),
         (lambda: lm.compile(mode="fastest"), errors.HyperparameterError),
         (lambda: lm.compile(backend="jax"), errors.HyperparameterError),
         (lambda: lm.unroll(0), errors.BatchError),

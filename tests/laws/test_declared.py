@@ -362,6 +362,29 @@ def test_private_noise_is_that_of_one_update(parts: int) -> None:
     assert int(new.slots["private"]) == 1
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_private_divides_by_the_expected_size(parts: int) -> None:
+    """Whatever the number of rows that were drawn, so that the update says of it only what the noise hides."""
+    job = Job(rows=6, loss="scalar", optimizer="sgd")
+    moved = {}
+    for size in (None, 6, 12):
+        private = lm.private(clip=0.1, noise=0.0, batch_size=size)
+        step = lm.compose(*[lm.accumulate(parts)] * (parts > 1), private)(job.step)
+        new, _ = step(step.init(job.state()), job.batch())
+        moved[size] = lm.tree.map(lambda a, b: a - b, new.params, job.state().params)
+    assert_same(moved[6], moved[None])
+    assert_same(lm.tree.map(lambda x: x * 2, moved[12]), moved[None])
+    noisy = lm.private(clip=1.0, noise=3.0, batch_size=100)(lambda s, x: (s.apply_gradients(zeros(s, x)), {}))
+    net = torch.nn.Linear(400, 50, bias=False).double()
+    state = noisy.init(lm.TrainState.create(net, lm.optim.sgd(1.0)))
+    new, _ = noisy(state, torch.randn(8, 400, dtype=torch.float64))
+    assert (new.params["weight"] - state.params["weight"]).std().item() == pytest.approx(0.03, rel=0.02)
+
+
+def zeros(state: lm.TrainState, x: torch.Tensor) -> Any:
+    return lm.value_and_grad(lambda p, x: lm.Mean.of(state.apply(p, x)[0] * 0.0))(state.params, x)[1]
+
+
 def test_private_noise_is_a_function_of_seed_and_step() -> None:
     job = Job()
     step = lm.private(clip=1.0, noise=1.0)(job.step)
