@@ -33,6 +33,8 @@ from lumen.parallel.units import Units, find
 
 Shapes = Mapping[str, torch.Size]
 
+_RUN = 64 * 2**20  # bytes of whole params or gradients that travel at once at levels 1 and 2
+
 
 @state_class
 class Sharding(Spread):
@@ -395,11 +397,27 @@ def _update(cut: Cut, named: Named, level: int, next: Next, call: UpdateCall) ->
             new, opt_state = next(inner)
     else:
         new, opt_state = next(inner)
-    wholes = gather(cut, [*new.values()], [p.shape for p in call.params.values()])
-    if new is parts:  # a donated state: its own memory goes on
-        torch._foreach_copy_([*call.params.values()], wholes)
-        return call.params, opt_state
-    return dict(zip(new, wholes, strict=True)), opt_state
+    donated = new is parts
+    names, wholes = [*call.params], dict(new)
+    for run in _runs([*call.params.values()]):
+        some = names[run]
+        found = gather(cut, [new[name] for name in some], [call.params[name].shape for name in some])
+        if donated:  # the state's own memory goes on
+            torch._foreach_copy_([call.params[name] for name in some], found)
+        else:
+            wholes.update(zip(some, found, strict=True))
+    return (call.params if donated else wholes), opt_state
+
+
+def _runs(wholes: Sequence[Tensor]) -> list[slice]:
+    """Some at a time, in order: what travels together is in memory once or twice more meanwhile."""
+    out, start, size = [], 0, 0
+    for place, whole in enumerate(wholes):
+        if place > start and size + whole.nbytes > _RUN:
+            out.append(slice(start, place))
+            start, size = place, 0
+        size += whole.nbytes
+    return [*out, slice(start, len(wholes))]
 
 
 class _Rule(RowsRule):
@@ -505,5 +523,7 @@ class _Parts:
 
     def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
         """The parts, and the sum of `tail`."""
-        parts = reduce_scatter(self._cut, leaves) if self.summed is None else self.summed
+        parts = self.summed
+        if parts is None:
+            parts = [part for run in _runs(leaves) for part in reduce_scatter(self._cut, leaves[run])]
         return parts, functional.all_reduce(tail, "sum", self._cut.everyone)()

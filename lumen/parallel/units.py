@@ -40,13 +40,19 @@ def find(module: nn.Module, patterns: Sequence[str] | None, params: Sequence[str
 
 
 def _repeated(module: nn.Module) -> list[str]:
-    """Children of lists and sequences whose class occurs there more than once, and which have params."""
+    """Children of lists and sequences whose class occurs there more than once, and which have params.
+
+    A child of a list that is made of modules itself is a block also where it is the only one of its kind.
+    """
     found = []
     for name, each in module.named_modules():
         if isinstance(each, nn.ModuleList | nn.Sequential):
             counts = Counter(type(child) for child in each.children())
             for key, child in each.named_children():
-                if counts[type(child)] > 1 and next(child.parameters(), None) is not None:
+                if isinstance(child, nn.ModuleList | nn.ModuleDict) or next(child.parameters(), None) is None:
+                    continue
+                block = isinstance(each, nn.ModuleList) and next(child.children(), None) is not None
+                if block or counts[type(child)] > 1:
                     found.append(f"{name}.{key}" if name else key)
     return [name for name in found if callable(getattr(module.get_submodule(name), "forward", None))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
+import sys
 
 import pytest
 import torch
@@ -234,6 +235,15 @@ def test_units_are_the_repeated_blocks_and_tied_params_are_the_roots():
     assert find(net, ["blocks"], names).names == ("", "blocks")
 
 
+def test_a_block_that_is_alone_in_its_list_is_a_unit():
+    body = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+    net = torch.nn.Module()
+    net.blocks, net.head = torch.nn.ModuleList([body]), torch.nn.Linear(4, 2)
+    assert find(net, None, [name for name, _ in net.named_parameters()]).names == ("", "blocks.0")
+    net.stages, net.blocks = torch.nn.ModuleList([torch.nn.ModuleList([body])]), None  # a list does not run
+    assert find(net, None, [name for name, _ in net.named_parameters()]).names == ("", "stages.0.0")
+
+
 def test_recomputed_units(world2):
     assert max(worst for found in world2.run(law_with_remat) for worst in found) < 1e-10
 
@@ -244,6 +254,39 @@ def law_with_remat():
     losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
     wanted, other = train(step_of(step), make_state("deep"), whole)
     return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0]
+
+
+def some_at_a_time(level, around):
+    """The law where nothing that travels fits into one message, and how many messages an update takes."""
+    module = sys.modules["lumen.parallel.fsdp"]
+    kept, module._RUN = module._RUN, 200
+    made = [0]
+    gather, scatter = module.gather, module.reduce_scatter
+
+    def counted(function):
+        def run(*args):
+            made[0] += 1
+            return function(*args)
+
+        return run
+
+    module.gather, module.reduce_scatter = counted(gather), counted(scatter)
+    try:
+        whole = batches(3, 8)
+        wrapped = lm.compose(fsdp(level=level), *transforms(around))(step)
+        losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+    finally:
+        module._RUN, module.gather, module.reduce_scatter = kept, gather, scatter
+    wanted, other = train(lm.compose(*transforms(around))(step), make_state("deep"), whole)
+    return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0], made[0]
+
+
+@pytest.mark.parametrize(("level", "around"), [(1, []), (1, ["donate"]), (2, []), (2, ["donate"])])
+def test_params_and_gradients_travel_some_at_a_time(level, around, world2):
+    for losses, worst, made in world2.run(some_at_a_time, level, around):
+        assert losses < 1e-10
+        assert worst < 1e-10
+        assert made > 3 * 5  # three steps; all at once would be one or two for each
 
 
 def step_of(function):
