@@ -80,7 +80,9 @@ def run(options: argparse.Namespace) -> int:
         # Anomaly detection has no error of its own; it has printed where the operation was called.
         if not options.anomaly or "returned nan values" not in str(error):
             raise
-        return _failed(str(error), told["message"])
+        print(f"the step failed: {show.readable(str(error))}")
+        print(f"The dump was written for what came of it: {show.readable(told['message'])}")
+        return 1
     print("the step succeeded")
     show.facts(_numbers(metrics))
     return 0

@@ -392,6 +392,7 @@ def test_anomaly_names_the_operation(script: Path) -> None:
     done = lumen("replay", "dumps/step-0", "--run", "worse.py:make", "--anomaly", cwd=script.parent)
     assert done.returncode == 1
     assert "returned nan values" in done.stdout
+    assert "The dump was written for what came of it: " in done.stdout
     assert "worse.py" in done.stderr, "where the operation was called"
 
 
