@@ -1,11 +1,13 @@
 """The guides: every Python block runs, in order, and prints what the page says."""
 
 import os
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
+import lumen as lm
 from tests.examples.blocks import alike, run_blocks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,6 +22,8 @@ PAGES = (
     "migration",
     "faq",
 )
+TRANSFORMS = sorted(page.stem for page in (DOCS / "transforms").glob("*.md"))
+LAW = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
 @pytest.mark.timeout(240)
@@ -27,6 +31,25 @@ PAGES = (
 def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_blocks(DOCS / f"{page}.md", least=1)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("page", TRANSFORMS)
+def test_transforms_page_runs_and_names_tests_that_there_are(page: str) -> None:
+    run_blocks(DOCS / f"transforms/{page}.md", least=1)
+    named = LAW.findall((DOCS / f"transforms/{page}.md").read_text())
+    assert named
+    for file, test in named:
+        assert f"\ndef {test}(" in (DOCS.parent / file).read_text(), f"{file} has no {test}"
+
+
+def test_transforms_all_have_pages_that_the_overview_leads_to() -> None:
+    text = (DOCS / "transforms.md").read_text()
+    rows = re.findall(r"^\| (\[`.*?) \|", text, flags=re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"\[`(\w+)[^`]*`", row)}
+    classes = [value for value in vars(lm).values() if isinstance(value, type) and issubclass(value, lm.Transform)]
+    assert names == {cls.name if cls is not lm.sweep else "sweep" for cls in classes if cls is not lm.Transform}
+    assert {f"transforms/{page}.md" for page in TRANSFORMS} == set(re.findall(r"\((transforms/\w+\.md)\)", text))
 
 
 @pytest.mark.skipif(not os.environ.get("LUMEN_PEERS"), reason="LUMEN_PEERS=1 runs pages beside Fabric and Accelerate")
