@@ -178,9 +178,12 @@ class fsdp(Transform):
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all have the same."""
         cut = self.cut
-        if cut is None:
-            return self._made(state, None) if begins_on_meta(state) else state
         params = getattr(state, "params", None)
+        if cut is None:  # what several processes would be refused is refused here too
+            self._check_offload()
+            if self.units is not None and type(params) is dict:
+                self._units(state.apply_fn, {name: p.shape for name, p in params.items()})
+            return self._made(state, None) if begins_on_meta(state) else state
         if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
             raise ParamsError(
                 "lm.fsdp cuts state.params, a flat dict of tensors by name, as lm.TrainState has it;"

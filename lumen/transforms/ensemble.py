@@ -142,7 +142,13 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
     mapped = torch.func.vmap(lane_step, in_dims=(0, batch_dim, 0), randomness="different")
 
     def run(state: Any, batch: Any) -> tuple[Any, Any]:
-        return mapped(state, batch, torch.arange(n, device=tree.tensors(state)[0].device))
+        leaves = tree.tensors(state)
+        if any(not leaf.dim() or leaf.shape[0] != n for leaf in leaves):
+            raise StateError(
+                f"this state is not one of {n} lanes, which each of its leaves must have as its first dim. Prepare it"
+                " once, with the step that it is for: state = step.init(state)"
+            )
+        return mapped(state, batch, torch.arange(n, device=leaves[0].device))
 
     return run
 

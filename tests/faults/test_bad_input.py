@@ -625,3 +625,15 @@ def test_a_process_collective_outside_works() -> None:
 def test_every_error_is_a_lumen_error() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception)]
     assert all(issubclass(c, lm.LumenError) or issubclass(c, Warning) for c in classes)
+
+
+def test_a_state_of_one_run_is_not_one_of_lanes() -> None:
+    with pytest.raises(errors.StateError, match=r"state = step.init\(state\)"):
+        lm.ensemble(2)(step)(make_state(), make_batch())
+
+
+def test_what_several_processes_refuse_is_refused_alone() -> None:
+    with pytest.raises(errors.PatternError, match="matches no module"):
+        lm.fsdp(units="layers.*")(step).init(make_state())
+    with pytest.raises(errors.OrderError, match="lm.compile cannot trace"):
+        lm.compose(lm.compile(), lm.fsdp(offload=True))(step).init(make_state())
