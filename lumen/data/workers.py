@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from lumen.data.fetch import Fetch, Rows
+
+# Seconds, after a connection broke: until the death behind it shows on a busy machine, and between two looks.
+_PATIENCE, _PAUSE = 5.0, 0.02
 
 
 class Workers:
@@ -44,7 +48,7 @@ class Workers:
         except BaseException as error:
             # A worker dies in the midst of handing over: what is first seen may be a broken connection.
             try:
-                dead = _dead(loader, patience=0.2 if isinstance(error, OSError | EOFError) else 0)
+                dead = _dead(loader, patience=_PATIENCE if isinstance(error, ConnectionError | EOFError) else 0)
             finally:  # torch's signal handler may raise its own error for the same death, here or anywhere
                 _end(loader)
             if dead:
@@ -82,12 +86,15 @@ class Workers:
 
 
 def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
-    """The first worker that is gone and how it ended, or nothing."""
-    for worker in _workers(loader):
-        worker.join(patience)
-        if worker.exitcode is not None:
-            return f"{worker.pid} died with exit code {worker.exitcode}"
-    return ""
+    """The first worker that is found gone within `patience` seconds and how it ended, or nothing."""
+    until = time.monotonic() + patience
+    while True:
+        for worker in _workers(loader):
+            worker.join(_PAUSE if patience else 0)
+            if worker.exitcode is not None:
+                return f"{worker.pid} died with exit code {worker.exitcode}"
+        if time.monotonic() >= until:
+            return ""
 
 
 def _end(loader: DataLoader[Any]) -> None:
