@@ -6,7 +6,10 @@ other by rank, and count once wherever rows are cut or what was found in them is
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -39,6 +42,7 @@ def world_size() -> int:
 
 
 _copies = 1
+_planned: tuple[Callable[[], Any], bool] = (lambda: None, False)  # the world that was asked about, and the answer
 
 
 def copies() -> int:
@@ -73,7 +77,13 @@ def is_planned() -> bool:
 
     So what compares processes, or reads a number from a tensor to go by it, must do without.
     """
-    return is_distributed() and dist.get_backend() == dist.Backend.FAKE
+    if not is_distributed():
+        return False
+    global _planned
+    world = dist.group.WORLD
+    if _planned[0]() is not world:  # asked several times a step: torch takes a while to name its backend
+        _planned = weakref.ref(world), dist.get_backend() == dist.Backend.FAKE
+    return _planned[1]
 
 
 def real_tensors() -> AbstractContextManager[object]:
