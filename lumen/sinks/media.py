@@ -41,7 +41,7 @@ class Histogram:
         # Halved, for the width of the whole range of float64 is not a float64.
         counts, halves = np.histogram(finite / 2, bins=bins, range=(low / 2, high / 2))
         self.counts: list[int] = counts.tolist()
-        self.edges: list[float] = (halves * 2).tolist()
+        self.edges: list[float] = [low, *(halves[1:-1] * 2).tolist(), high]  # half of the least float64 is 0
         self.nonfinite: int = numbers.size - finite.size
         with np.errstate(over="ignore"):
             self.total: float = float(finite.sum())

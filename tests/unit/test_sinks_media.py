@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
@@ -20,6 +20,7 @@ values = st.lists(st.floats(width=64), max_size=30)
 
 
 @given(numbers=values, bins=st.integers(1, 40))
+@example(numbers=[1.0, -5e-324], bins=1)
 def test_every_number_is_counted_once(numbers, bins):
     histogram = Histogram(np.array(numbers, np.float64), bins=bins)
     finite = [x for x in numbers if math.isfinite(x)]
