@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+# For the processes that tests start, kernels of notebooks too: two workers share few cores, and OpenMP's threads spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
