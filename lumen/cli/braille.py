@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lumen.sinks.format import short
-from lumen.train.curves import Line, Panel
+from lumen.train.curves import Line, Panel, fraction
 from lumen.train.curves_svg import thinned
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column, in Unicode's numbering
@@ -101,6 +101,4 @@ def _dot(x: float, y: float, across: Span, up: Span, canvas: Canvas) -> tuple[in
 
 
 def _part(value: float, span: Span, last: int) -> int:
-    # Halved, for the distance between two numbers may be more than the largest.
-    part = (value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2)
-    return min(max(math.floor(part * last + 0.5), 0), last)
+    return min(max(math.floor(fraction(value, span) * last + 0.5), 0), last)

@@ -7,6 +7,7 @@ import fnmatch
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -79,12 +80,8 @@ def panels(runs: Sequence[Logged], wanted: Sequence[str], x: X, smooth: float, l
                 lines.append(Line(label, across, smoothed, part if one else number, 0 if one else part, raw))
         whole = show.readable(title if len(members) > 1 else members[0][0])
         single = len(lines) == 1 and len(runs) == 1
-        found.append(Panel(whole, [_unnamed(lines[0])] if single else lines, log, x))
+        found.append(Panel(whole, [replace(lines[0], name="")] if single else lines, log, x))
     return found
-
-
-def _unnamed(line: Line) -> Line:
-    return Line("", line.x, line.y, line.colour, line.dash, line.raw)
 
 
 def curve(rows: Sequence[Row], at: Sequence[float], name: str) -> tuple[list[float], list[float]]:

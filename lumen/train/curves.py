@@ -74,6 +74,16 @@ def _wide(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def fraction(value: float, span: tuple[float, float]) -> float:
+    """How far along the span a value lies, from 0 to 1.
+
+    >>> fraction(3.0, (2.0, 4.0))
+    0.5
+    """
+    # Halved, for the distance between two numbers may be more than the largest.
+    return (value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2)
+
+
 def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Metrics by what they measure: for each title the names that belong together, each with what tells it apart.
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lumen.sinks.format import short
-from lumen.train.curves import COLOURS, DASHES, Line, Panel, ticks, value_ticks
+from lumen.train.curves import COLOURS, DASHES, Line, Panel, fraction, ticks, value_ticks
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14
 
@@ -35,8 +35,7 @@ def svg(panel: Panel) -> str:
 
 
 def _place(value: float, span: tuple[float, float], length: float) -> float:
-    # Halved, for the distance between two numbers may be more than the largest.
-    return round((value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2) * length, 1)
+    return round(fraction(value, span) * length, 1)
 
 
 def _axes(panel: Panel, across: tuple[float, float], up: tuple[float, float]) -> list[str]:
