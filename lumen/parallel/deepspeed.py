@@ -29,11 +29,11 @@ from lumen.parallel.deepspeed_engine import Engine, meet
 from lumen.parallel.deepspeed_optimizer import Update
 from lumen.parallel.deepspeed_spans import cut, gathered, whole
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
-from lumen.parallel.fsdp_run import Lazy
+from lumen.parallel.lazy import Lazy, Stand, shell, whole_of
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.optimizers import check_optimizer
-from lumen.parallel.shards import places_of
+from lumen.parallel.shards import flat_params, places_of
 from lumen.transforms.precision import precision
 
 _TAKEN_OVER = ("accumulate", "precision")  # by the engine's configuration
@@ -127,12 +127,7 @@ class deepspeed(Transform):
 
     def init(self, state: Any) -> Any:
         """The state held by an engine, after checking that all processes have the same; values are the first's."""
-        params = getattr(state, "params", None)
-        if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
-            raise ParamsError(
-                "lm.deepspeed takes state.params, a flat dict of tensors by name, as lm.TrainState has it;"
-                f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
-            )
+        params = flat_params(state, "lm.deepspeed takes")
         check_optimizer(state.tx, "lm.deepspeed", gathers=False)
         wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
         if wrong:
@@ -224,11 +219,11 @@ class deepspeed(Transform):
         engine = self._of_engine()
         return engine.live(name).detach() if self.stage < 3 else Shell.of(self, name, engine.params[name])
 
-    # What a shell asks for: `lumen.parallel.fsdp_run.Gathers`.
+    # What a shell asks for: `lumen.parallel.lazy.Gathers`.
 
     def shell(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
-        return torch.empty(self._of_engine().shapes[name], dtype=dtype, device="meta")
+        return shell(self._of_engine().shapes[name], dtype)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The param `name`, gathered."""
@@ -248,8 +243,7 @@ class deepspeed(Transform):
             return next(call)
         if params.keys() == self._of_engine().params.keys() and all(isinstance(p, Shell) for p in params.values()):
             return self._of_engine().run(call.target, call.buffers, call.args, call.kwargs)
-        loose = {name: self.whole(name, p) if isinstance(p, Shell) else p for name, p in params.items()}
-        return next(call.replace(params=loose))
+        return next(call.replace(params={name: whole_of(p) for name, p in params.items()}))
 
     def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         pending, engine = self._pending, self._of_engine()
@@ -275,25 +269,18 @@ class deepspeed(Transform):
         return call.params, opt_state
 
 
-class Shell(Lazy):
-    """A param of stage 3 as it stands in a state."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _DESCRIBING:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 _DESCRIBING = {
     Tensor._version.__get__,  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     Tensor.device.__get__,
     Tensor.is_meta.__get__,  # type: ignore[attr-defined]
 }
+
+
+class Shell(Lazy):
+    """A param of stage 3 as it stands in a state."""
+
+    form = Lazy.form | _DESCRIBING
 
 
 class Pending(NamedTuple):
@@ -303,18 +290,15 @@ class Pending(NamedTuple):
     scale: Tensor | None
 
 
-class Unread(Tensor):
+class Unread(Stand):
     """The gradient of one param, of which only the form is known; the engine `does` the work of some transforms."""
 
+    form = Stand.form | _DESCRIBING
     does = ("clip",)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _FORM:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+    def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Nothing: it is held elsewhere."""
         raise LossError(
             "a gradient was read that DeepSpeed's engine holds, in parts. Hand grads to state.apply_gradients as they"
             " are. To read one: strategy = lm.deepspeed(...), and inside the step, on every process,"
@@ -325,23 +309,12 @@ class Unread(Tensor):
         return f"<a gradient of shape {tuple(self.shape)}, held by DeepSpeed's engine>"
 
 
-_FORM = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    *_DESCRIBING,
-}
-
-
 class _Rule(RowsRule):
     """What deepspeed makes of each P1 call of one step."""
 
     def __init__(self, transform: deepspeed, state: Any) -> None:
         super().__init__(transform.wire, None, "merge", state)  # type: ignore[arg-type]
-        self._transform, self._params = transform, state.params
+        self._transform, self._engine, self._params = transform, transform._of_engine(), state.params
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         self._check(call)
@@ -351,9 +324,9 @@ class _Rule(RowsRule):
         if not size:
             call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
         each = self._wire.size / everyone  # the engine takes the mean over processes
-        parts = self._parts(call, size)
         answers = []
-        count = self._transform._of_engine().setup.microbatches
+        count = self._engine.setup.microbatches
+        parts = rows.split(call.batch, max(1, min(count, size))) if size else [call.batch]
         for place in range(count):
             if place < len(parts):
                 answers.append(self._backward(call.replace(batch=parts[place]), each, place == count - 1))
@@ -393,13 +366,9 @@ class _Rule(RowsRule):
                 " lm.deepspeed a step makes one gradient and one update; for several use lm.fsdp()."
             )
 
-    def _parts(self, call: GradientCall, size: int) -> list[Any]:
-        count = self._transform._of_engine().setup.microbatches
-        return [call.batch] if not size else rows.split(call.batch, max(1, min(count, size)))
-
     def _backward(self, call: GradientCall, each: Tensor, last: bool) -> Gradient:
         """The gradient of one microbatch, left in the engine; its loss and aux."""
-        engine, transform = self._transform._of_engine(), self._transform
+        engine, transform = self._engine, self._transform
         live = {name: engine.live(name) if transform.stage < 3 else p for name, p in self._params.items()}
         found: list[Any] = []
 
@@ -423,7 +392,7 @@ class _Rule(RowsRule):
 
     def _agreed(self, objective: Tensor) -> list[str]:
         """The params that the loss does not reach on some process, and that must have gradients all the same."""
-        engine = self._transform._of_engine()
+        engine = self._engine
         reached = {id(leaf) for leaf in gradient.graph_leaves(objective)}
         names = list(engine.params)
         missing = torch.tensor([float(id(engine.params[name]) not in reached) for name in names], device=self._device)
@@ -474,5 +443,5 @@ def _tied(objective: Tensor, params: list[Tensor]) -> Tensor:
 
 
 def _unread(like: Tensor) -> Tensor:
-    made: Tensor = torch.Tensor._make_subclass(Unread, torch.empty(like.shape, dtype=like.dtype, device="meta"), False)
+    made: Tensor = torch.Tensor._make_subclass(Unread, shell(like.shape, like.dtype), False)
     return made

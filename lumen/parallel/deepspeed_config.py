@@ -19,6 +19,8 @@ from lumen.transforms.precision import Policy, precision
 
 Config = dict[str, Any]
 
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the configuration's keys
+
 # What stands beside the engine unchanged, by name; others are refused.
 _BESIDE = ("deepspeed", "seeded", "remat", "ema")
 _INSTEAD = {
@@ -146,14 +148,12 @@ def _precision(config: Config, transform: precision) -> Policy | None:
             f"{transform!r}: an engine keeps float32 params and computes in float32, bfloat16 or float16. Write"
             ' lm.precision("bf16").'
         )
-    if policy.compute == torch.float32:
-        for key in ("bf16", "fp16"):
-            if config.get(key, {}).get("enabled"):
-                raise HyperparameterError(f'{transform!r} and "{key}" in the configuration differ. Leave one out.')
+    key = next((key for key, dtype in _NARROW.items() if dtype == policy.compute), None)
+    for other in _NARROW:
+        if other != key and config.get(other, {}).get("enabled"):
+            raise HyperparameterError(f'{transform!r} and "{other}" in the configuration differ. Leave one out.')
+    if key is None:
         return None
-    key, other = ("bf16", "fp16") if policy.compute == torch.bfloat16 else ("fp16", "bf16")
-    if config.get(other, {}).get("enabled"):
-        raise HyperparameterError(f'{transform!r} and "{other}" in the configuration differ. Leave one out.')
     said = config.setdefault(key, {})
     _set(said, "enabled", True, transform)
     if key == "fp16" and policy.loss_scale is not None:
@@ -166,7 +166,7 @@ def _precision(config: Config, transform: precision) -> Policy | None:
 
 
 def _policy_of(config: Config) -> Policy | None:
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for key, dtype in _NARROW.items():
         if config.get(key, {}).get("enabled"):
             return Policy(compute=dtype)
     return None

@@ -29,7 +29,7 @@ def library(device: torch.device) -> Any:
     """The package, imported for this kind of device, with its messages of less than a warning turned off."""
     if version_of("deepspeed") is None:
         raise ImportError("lm.deepspeed needs DeepSpeed: pip install 'lumen-torch[deepspeed]'")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else device.type)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
         found = importlib.import_module("deepspeed")
     logger = logging.getLogger("DeepSpeed")

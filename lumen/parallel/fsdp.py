@@ -23,12 +23,23 @@ from lumen.parallel import agree, functional, offload
 from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
 from lumen.parallel.fsdp_compiled import TracedSession
-from lumen.parallel.fsdp_run import Lazy, Pass, Session, hooked
+from lumen.parallel.fsdp_run import Pass, Session, hooked
+from lumen.parallel.lazy import Lazy, whole_of
 from lumen.parallel.materialise import Initialise, Keep, begins_on_meta, begun, keeping, materialise, reset
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.optimizers import check_optimizer
-from lumen.parallel.shards import Cut, Named, cut_tree, gather, never_cut, places_of, reduce_scatter, whole_tree
+from lumen.parallel.shards import (
+    Cut,
+    Named,
+    cut_tree,
+    flat_params,
+    gather,
+    never_cut,
+    places_of,
+    reduce_scatter,
+    whole_tree,
+)
 from lumen.parallel.units import Units, find
 
 Shapes = Mapping[str, torch.Size]
@@ -184,11 +195,7 @@ class fsdp(Transform):
             if self.units is not None and type(params) is dict:
                 self._units(state.apply_fn, {name: p.shape for name, p in params.items()})
             return self._made(state, None) if begins_on_meta(state) else state
-        if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
-            raise ParamsError(
-                "lm.fsdp cuts state.params, a flat dict of tensors by name, as lm.TrainState has it;"
-                f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
-            )
+        params = flat_params(state, "lm.fsdp cuts")
         check_optimizer(state.tx)
         self._check_offload()
         lines = agree.describe(state, self.within)
@@ -325,7 +332,7 @@ class fsdp(Transform):
     def _apply(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
         """P0: give the model its params' parts, and gather them where they are used."""
         if call.params.keys() != shapes.keys():  # another model than the one that was cut
-            return next(call.replace(params={k: _loose(p) for k, p in call.params.items()}))
+            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
         cut = self.cut
         assert cut is not None
         call = call.replace(params={name: _inside(p) for name, p in call.params.items()})
@@ -367,10 +374,6 @@ def _session_of(params: Mapping[str, Any]) -> Session | None:
     """The session that these params belong to, None for those from outside a loss function."""
     found = (p.session for p in params.values() if isinstance(p, Lazy))
     return next((session for session in found if isinstance(session, Session)), None)
-
-
-def _loose(param: Any) -> Any:
-    return param.session.whole(param.key, param.part) if isinstance(param, Lazy) else param
 
 
 def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: Cut) -> frozenset[str]:

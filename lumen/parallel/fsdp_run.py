@@ -12,78 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
-from lumen.core import world
 from lumen.core.module import places_of
 from lumen.parallel import offload
+from lumen.parallel.lazy import Lazy, shell
 from lumen.parallel.shards import Cut, Gathering, alias, reduce_scatter
 from lumen.parallel.units import Units
 
 Places = list[tuple[dict[str, Any], str, str]]
-
-
-class Gathers(Protocol):
-    """Who knows the whole of a param from its part."""
-
-    def shell(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The param `name` without memory."""
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The param `name`, gathered."""
-
-
-def shell(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
-    with world.real_tensors():
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-
-class Lazy(Tensor):
-    """A param that is here in part only, and is gathered by whatever torch function it is given to."""
-
-    part: Tensor
-    key: str
-    session: Gathers
-
-    @classmethod
-    def of(cls, session: Gathers, name: str, part: Tensor) -> Lazy:
-        """The param `name` as the loss function, or a module outside of its unit, is to see it."""
-        lazy: Lazy = torch.Tensor._make_subclass(cls, session.shell(name, part.dtype), False)
-        lazy.part, lazy.key, lazy.session = part, name, session
-        return lazy
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        args, kwargs = torch_pytree.tree_map(_whole, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Lazy({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-_METADATA = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
-}
-
-
-def _whole(value: Any) -> Any:
-    return value.session.whole(value.key, value.part) if isinstance(value, Lazy) else value
 
 
 class Session:

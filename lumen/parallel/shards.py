@@ -18,6 +18,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.sharding import Box, Piece
+from lumen.errors import ParamsError
 from lumen.parallel import functional
 from lumen.parallel.functional import Arrived
 from lumen.parallel.opaque import Operator
@@ -353,3 +354,14 @@ def whole_tree(cut: Cut, values: Any, shapes: Mapping[str, torch.Size], kept: Se
     for (place, _), whole in zip(places, wholes, strict=True):
         leaves[place] = whole
     return spec.unflatten(leaves)
+
+
+def flat_params(state: Any, said: str) -> dict[str, Tensor]:
+    """The params of `state`, by name; `ParamsError` where it has others, in which `said` is what is done with them."""
+    params = getattr(state, "params", None)
+    if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
+        raise ParamsError(
+            f"{said} state.params, a flat dict of tensors by name, as lm.TrainState has it;"
+            f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
+        )
+    return params

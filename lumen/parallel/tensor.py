@@ -19,12 +19,13 @@ from lumen.core.primitives import ApplyCall, Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Piece
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
-from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, ParamsError, WorldError
+from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError
 from lumen.parallel import agree
-from lumen.parallel.fsdp_run import Lazy
+from lumen.parallel.lazy import Lazy, whole_of
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
 from lumen.parallel.optimizers import check_optimizer
+from lumen.parallel.shards import flat_params
 from lumen.parallel.tensor_cut import Layout, Plan, cut_tree, layouts_of, name_in, pieces_of, styles_of, whole_tree
 from lumen.parallel.tensor_moves import Team
 from lumen.parallel.tensor_run import Outside, Run, cut_modules
@@ -115,12 +116,7 @@ class tensor_parallel(Transform):
 
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all along `tensor` have the same."""
-        params = getattr(state, "params", None)
-        if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
-            raise ParamsError(
-                "lm.tensor_parallel cuts state.params, a flat dict of tensors by name, as lm.TrainState has it;"
-                f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
-            )
+        flat_params(state, "lm.tensor_parallel cuts")
         team = self.team
         if team is not None:
             lines = agree.describe(state, self.within)
@@ -217,7 +213,7 @@ class tensor_parallel(Transform):
     def _apply(self, layouts: Mapping[str, Layout], outside: Outside, next: Next, call: ApplyCall) -> Any:
         """P0: run the model on the parts of its params."""
         if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
-            return next(call.replace(params={k: _loose(p) for k, p in call.params.items()}))
+            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
         params = {name: self._part(outside, name, p) for name, p in call.params.items()}
         change = cut_modules(self.run, outside, self._styles_of(call.target))
         target = call.target.variant((self.name, self), change)
@@ -288,10 +284,6 @@ def _seen(outside: Outside, name: str, param: Tensor) -> Tensor:
     layout = outside.layouts.get(name)
     is_part = layout is not None and param.shape != torch.Size(layout.shape)
     return Lazy.of(outside, name, param) if is_part else param
-
-
-def _loose(param: Any) -> Any:
-    return param.session.whole(param.key, param.part) if isinstance(param, Lazy) else param
 
 
 def _check_engine() -> None:

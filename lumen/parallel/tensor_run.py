@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen.parallel.fsdp_run import Lazy, shell
+from lumen.parallel.lazy import Lazy, shell
 from lumen.parallel.tensor_cut import Layout, is_transposed
 from lumen.parallel.tensor_moves import Team
 from lumen.parallel.tensor_styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
