@@ -12,17 +12,20 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import rules
 from lumen.core.dataclass import SIGNATURE, copy_of
 from lumen.core.donation import check_unmoved, hand_over
+from lumen.core.rules import Primitive
 from lumen.core.step import Step, StepFn, Transform, as_step
-from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning
+from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
+from lumen.transforms.blocks import Pattern
+from lumen.transforms.compile_blocks import Blocks
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _MANY = 8
@@ -52,12 +55,19 @@ class compile(Transform):
     With `lm.donate()` inside, new values are written into the memory of the old state; inductor records no CUDA graph
     then, as it copies what a graph reads. Without, the new state and the metrics are copied out of the graph's memory.
 
+    `blocks` compiles repeated blocks of the model, each kind once, in place of the whole step: the time to compile then
+    does not grow with their number, and what is not in them (loss, optimizer, collectives) runs as it does without. It
+    is True for the children of the first `nn.ModuleList` or `nn.Sequential`, or a pattern as `lm.remat` takes. A
+    block that cannot be compiled runs uncompiled, after one `GraphBreakWarning` that says why.
+
     Law: `compile()(step) == step`, to the tolerance of fused arithmetic. Dropout draws other numbers than in eager
     mode, unless `options={"fallback_random": True}`.
 
     >>> import lumen as lm
     >>> lm.compile(mode="reduce-overhead")
     lm.compile(mode='reduce-overhead')
+    >>> lm.compile(blocks="blocks.*")
+    lm.compile(blocks='blocks.*')
     """
 
     name = "compile"
@@ -65,27 +75,66 @@ class compile(Transform):
     reason = "the region that is compiled is the whole step"
 
     def __init__(
-        self, *, mode: str = "default", options: Mapping[str, Any] | None = None, backend: str = "inductor"
+        self,
+        *,
+        mode: str = "default",
+        options: Mapping[str, Any] | None = None,
+        backend: str = "inductor",
+        blocks: Pattern | Literal[True] | None = None,
     ) -> None:
         if mode not in _MODES:
             raise HyperparameterError(f"compile mode {mode!r} is unknown; give one of {', '.join(map(repr, _MODES))}.")
         if backend not in ("inductor", "eager"):
             raise HyperparameterError(f"compile backend {backend!r} is unknown; give 'inductor' or 'eager'.")
+        if blocks is not None and mode in ("reduce-overhead", "max-autotune"):
+            raise HyperparameterError(
+                f"compile(mode={mode!r}, blocks={blocks!r}): CUDA graphs are of whole steps. Leave blocks out, or write"
+                ' mode="max-autotune-no-cudagraphs".'
+            )
         self.mode = mode
         self.options = dict(options or {})
         self.backend = backend
+        self.blocks = blocks
 
     def __repr__(self) -> str:
-        said = [f"mode={self.mode!r}"] * (self.mode != "default")
-        said += [f"options={self.options!r}"] * bool(self.options) + [f"backend={self.backend!r}"] * (
-            self.backend != "inductor"
-        )
+        usual: dict[str, Any] = {"mode": "default", "options": {}, "backend": "inductor", "blocks": None}
+        said = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return f"lm.compile({', '.join(said)})"
 
     def wrap(self, step: StepFn) -> StepFn:
         """The compiled step, with the host-side work of the transforms inside it around it."""
         inner = as_step(step)
-        return inner.hosted(_Compiled(inner, self))
+        if self.blocks is None:
+            return inner.hosted(_Compiled(inner, self))
+        self._check_inside(inner.transforms)
+        pattern = None if self.blocks is True else self.blocks
+        return rules.under({Primitive.APPLY: Blocks(pattern, repr(self), self._build, _breaks).rule}, inner)
+
+    def _build(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
+        """A function of tensors, with its derivative, compiled."""
+        made: Any
+        if self.backend == "eager":
+            from torch._dynamo.backends.debugging import aot_eager
+
+            made = aot_eager(function, example)  # type: ignore[arg-type]
+        else:
+            import torch._inductor as inductor
+
+            made = inductor.compile(function, example, options=self._inductor())  # type: ignore[arg-type]
+        return made  # type: ignore[no-any-return]
+
+    def _inductor(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Inductor's options. Shapes and strides are part of a signature: a region need not assert them again."""
+        import torch._inductor as inductor
+
+        return {"size_asserts": False, **(usual or {}), **inductor.list_mode_options(self.mode), **self.options}
+
+    def _check_inside(self, transforms: tuple[Transform, ...]) -> None:
+        for each in transforms:
+            if each.level in ("ensemble", "private"):
+                raise OrderError(
+                    f"{each!r} runs the model under vmap, inside which {self!r} compiles nothing. Write lm.compile()."
+                )
 
 
 class _Compiled:
@@ -261,8 +310,7 @@ def _compiled(
             return lambda tensors: graph(*tensors)
         import torch._inductor as inductor
 
-        # Shapes and strides are part of the signature: the region need not assert them again.
-        options = {"size_asserts": False, **usual, **inductor.list_mode_options(settings.mode), **settings.options}
+        options = settings._inductor(usual)
         compiled = inductor.compile(graph, [*example], options=options)
         replays = _replays(options, example)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from lumen.core import rules
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
-from lumen.errors import PatternError
+from lumen.transforms.blocks import Pattern, choose
 
 
 class remat(Transform):
@@ -41,7 +39,7 @@ class remat(Transform):
     level = "remat"
     reason = "remat acts on the modules themselves"
 
-    def __init__(self, pattern: str | type[nn.Module] | Callable[[str, nn.Module], bool] | None = None) -> None:
+    def __init__(self, pattern: Pattern | None = None) -> None:
         self.pattern = pattern
 
     def __repr__(self) -> str:
@@ -58,38 +56,9 @@ class remat(Transform):
         return next(call.replace(target=target))
 
     def _patch(self, module: nn.Module) -> None:
-        chosen = self._choose(module)
-        if not chosen:
-            names = [name for name, _ in module.named_modules() if name]
-            raise PatternError(
-                f"remat({self.pattern!r}) matches no module of {type(module).__name__};"
-                f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
-            )
-        for each in chosen:
+        for each in choose(module, self.pattern, f"remat({self.pattern!r})"):
             each.forward = _Checkpointed(each)
         _keep_no_cache(module)
-
-    def _choose(self, module: nn.Module) -> list[nn.Module]:
-        if self.pattern is None:
-            for each in module.modules():
-                if isinstance(each, nn.ModuleList | nn.Sequential):
-                    return list(each.children())
-            return []
-        taken: list[str] = []
-        chosen = []
-        for name, each in module.named_modules():
-            if name and self._matches(name, each) and not any(name.startswith(f"{outer}.") for outer in taken):
-                taken.append(name)
-                chosen.append(each)
-        return chosen
-
-    def _matches(self, name: str, module: nn.Module) -> bool:
-        if isinstance(self.pattern, str):
-            return fnmatchcase(name, self.pattern)
-        if isinstance(self.pattern, type):
-            return isinstance(module, self.pattern)
-        assert self.pattern is not None
-        return bool(self.pattern(name, module))
 
 
 def _keep_no_cache(module: nn.Module) -> None:

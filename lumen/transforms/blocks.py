@@ -1,0 +1,55 @@
+"""Choosing modules of a model: its repeated blocks, or what a pattern says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lumen.errors import PatternError
+
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+def choose(module: nn.Module, pattern: Pattern | None, asked: str) -> list[nn.Module]:
+    """The modules inside `module` that match `pattern`; of nested ones the outermost.
+
+    `pattern` is a glob over names, a class, or a predicate `(name, module) -> bool`; None means the children of the
+    first `nn.ModuleList` or `nn.Sequential`.
+
+    Raises `PatternError`, which names what `asked`, where nothing matches.
+    """
+    chosen = _repeated(module) if pattern is None else _matching(module, pattern)
+    if not chosen:
+        names = [name for name, _ in module.named_modules() if name]
+        raise PatternError(
+            f"{asked} matches no module of {type(module).__name__};"
+            f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
+        )
+    return chosen
+
+
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    for each in module.modules():
+        if isinstance(each, nn.ModuleList | nn.Sequential):
+            return list(each.children())
+    return []
+
+
+def _matching(module: nn.Module, pattern: Pattern) -> list[nn.Module]:
+    taken: list[str] = []
+    chosen = []
+    for name, each in module.named_modules():
+        if name and _matches(pattern, name, each) and not any(name.startswith(f"{outer}.") for outer in taken):
+            taken.append(name)
+            chosen.append(each)
+    return chosen
+
+
+def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    return bool(pattern(name, module))
