@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -42,6 +42,12 @@ class Feed:
             )
         return itertools.islice(iter(self.data), position, None)
 
+    def stacked(
+        self, number: int, position: int, stop: int, size: Callable[[], int]
+    ) -> Iterator[tuple[Any, int]] | None:
+        """Like `epoch`, `size()` batches at a time, stacked, and how many they are; None where data has no such way."""
+        return None
+
     def state_dict(self, epoch: int, position: int) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from there, the place that was reached: plain data and tensors."""
         return {}
@@ -57,6 +63,11 @@ class _Ordered(Feed):
 
     def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
         return self.data.epoch(number, position)
+
+    def stacked(
+        self, number: int, position: int, stop: int, size: Callable[[], int]
+    ) -> Iterator[tuple[Any, int]] | None:
+        return self.data.stacked(number, position, stop, size)
 
     def state_dict(self, epoch: int, position: int) -> dict[str, Any]:
         return {"order": self.data.state_dict(Cursor(epoch, position))}

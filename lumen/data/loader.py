@@ -15,6 +15,7 @@ from lumen import tree
 from lumen.core import world as processes
 from lumen.data.check import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
+from lumen.data.move import Move
 from lumen.data.workers import Workers
 from lumen.errors import BatchError
 
@@ -96,8 +97,10 @@ class Loader:
                 f" leaves no batch; use a batch_size of at most {self._rows}, or drop_last=False."
             )
         self._share = _share(rank, world)
-        self._device = device
-        self._fetch = _fetcher(Fetch(found, self.seed, shuffle), workers, prefetch)
+        self._move = None if device is None else Move(device)
+        self._read = Fetch(found, self.seed, shuffle)
+        self._fetch = _fetcher(self._read, workers, prefetch)
+        self._workers = workers
         self._cursor = Cursor()
         self._order = {
             "version": VERSION,
@@ -135,6 +138,29 @@ class Loader:
         (Cursor(epoch=7, position=1), Cursor(epoch=8, position=0))
         """
         return self._walk(self._check(epoch, position), endless=True)
+
+    def stacked(self, epoch: int, start: int, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]] | None:
+        """The batches `start` to `stop` of an epoch, several at a time as one with a new leading dim, and how many.
+
+        `size` is asked before each; where fewer full batches are left they come one by one, without that dim. None
+        where reading several at once gains nothing: samples, and worker processes, give single batches.
+        """
+        return self._stacked(self._check(epoch, start), stop, size) if self._read.stacks and not self._workers else None
+
+    def _stacked(self, at: Cursor, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]]:
+        rank, world = self._share or processes.rows()
+        epoch, position = at
+        end = min(stop, self._batches)
+        full = min(end, self._rows // self.batch_size)
+        while position < end:
+            count = size()
+            if count == 1 or position + count > full:
+                batch, count = self._read[self._part(epoch, position, rank, world)], 1
+            else:
+                parts = [self._part(epoch, each, rank, world) for each in range(position, position + count)]
+                batch = self._read.stacked(parts)
+            yield self._placed(batch), count
+            position += count
 
     @property
     def cursor(self) -> Cursor:
@@ -190,11 +216,10 @@ class Loader:
         return Rows(epoch, start, start + size + (rank < extra))
 
     def _placed(self, batch: Any) -> Any:
-        if self._device is None:
+        move = self._move
+        if move is None:
             return batch
-        return tree.map(
-            lambda leaf: leaf.to(self._device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
-        )
+        return tree.map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
     def _check(self, epoch: int, position: int) -> Cursor:
         return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._batches + 1))

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ class Fit:
         clock, meter, everyone = self.clock, self._journal.meter, self._everyone
         if self._meets():
             return
-        for run, batch, count in self._calls(self._batches()):
+        for run, batch, count in self._calls():
             self._before = self.state
             everyone.begins(clock.step)
             self.state, metrics = run(self.state, batch)
@@ -256,21 +257,27 @@ class Fit:
             return itertools.chain([batch], batches)
         return iter(())
 
-    def _calls(self, batches: Iterator[Any]) -> Iterator[tuple[StepFn, Any, int]]:
+    def _calls(self) -> Iterator[tuple[StepFn, Any, int]]:
         """`(step, batch, how many optimizer steps)`: one by one, or stacked in groups where the step unrolls."""
         single, size = self._single, self._unrolled
         if size == 1:
-            for batch in batches:
+            for batch in self._batches():
                 yield single, batch, 1
             return
-        group: list[Any] = []
-        for batch in batches:
-            group.append(batch)
-            if len(group) < min(size, self._steps_left()):
-                continue
-            yield from _stacked(group, size, self.runner.step, single)
-            group = []
-        yield from _stacked(group, size, self.runner.step, single)
+        for batch, count in self._groups(size):
+            yield self.runner.step if count > 1 else single, batch, count
+
+    def _groups(self, size: int) -> Iterator[tuple[Any, int]]:
+        """`size` batches at a time, stacked, and how many; one by one where an event or the epoch's end is nearer."""
+
+        def wanted() -> int:
+            return size if self._steps_left() >= size else 1
+
+        found = None
+        if not self.runner.mfu or self._journal.flops_per_step is not None:  # they are counted on a single batch
+            stop = sys.maxsize if self._limit is None else self._limit
+            found = self._feed.stacked(self.clock.epoch, self.clock.batch, stop, wanted)
+        return _gathered(self._batches(), wanted) if found is None else found
 
     def _tick(self, epoch_end: bool = False) -> None:
         if self._everyone.size == 1 or epoch_end:
@@ -600,13 +607,15 @@ class Fit:
         return min((n for n in ends if n is not None), default=None)
 
 
-def _stacked(group: list[Any], size: int, step: StepFn, single: StepFn) -> Iterator[tuple[StepFn, Any, int]]:
-    """The group in one call where it is complete and its batches are alike, else one by one."""
-    if len(group) == size and _alike(group):
-        yield step, stack(group), size
-        return
-    for batch in group:
-        yield single, batch, 1
+def _gathered(batches: Iterator[Any], wanted: Callable[[], int]) -> Iterator[tuple[Any, int]]:
+    """Single batches in groups: stacked where a group is complete and its batches are alike, else one by one."""
+    for first in batches:
+        group = [first, *itertools.islice(batches, (count := wanted()) - 1)]
+        if len(group) == count > 1 and _alike(group):
+            yield stack(group), count
+            continue
+        for batch in group:
+            yield batch, 1
 
 
 def _alike(group: list[Any]) -> bool:

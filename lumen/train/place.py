@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lumen import tree
 from lumen.core.step import device_of
 from lumen.data.feed import Feed
 from lumen.data.fetch import as_dict
+from lumen.data.move import Move
 
 
 class Placed:
@@ -24,7 +25,7 @@ class Placed:
         self.state_dict = feed.state_dict
         self.load_state_dict = feed.load_state_dict
         self._feed = feed
-        self._device = device_of(state)
+        self._move = Move(device_of(state))
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of the first epoch, for what needs no more than some."""
@@ -32,24 +33,34 @@ class Placed:
 
     def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
         """The batches of epoch `number` from `position`."""
-        batches = self._feed.epoch(number, position)
-        first = next(batches, None)
+        return self._placed(self._feed.epoch(number, position), lambda batch: batch, self._place)
+
+    def stacked(
+        self, number: int, position: int, stop: int, size: Callable[[], int]
+    ) -> Iterator[tuple[Any, int]] | None:
+        """Several batches at a time, as `Feed.stacked` gives them."""
+        found = self._feed.stacked(number, position, stop, size)
+        if found is None:
+            return None
+        return self._placed(found, lambda pair: pair[0], lambda pair: (self._place(pair[0]), pair[1]))
+
+    def _placed(
+        self, items: Iterator[Any], batch_of: Callable[[Any], Any], place: Callable[[Any], Any]
+    ) -> Iterator[Any]:
+        first = next(items, None)
         if first is None:
             return iter(())
-        chained = itertools.chain([first], batches)
-        return map(self._place, chained) if self._must_place(first) else chained
+        chained = itertools.chain([first], items)
+        return map(place, chained) if self._must_place(batch_of(first)) else chained
 
     def _must_place(self, batch: Any) -> bool:
-        leaves = tree.leaves(batch)
         return as_dict(batch) is not batch or any(
-            isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._device) for x in leaves
+            isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._move.device)
+            for x in tree.leaves(batch)
         )
 
     def _place(self, batch: Any) -> Any:
         def place(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor | np.ndarray):
-                # CUDA copies what is not pinned before it returns; MPS reads it later, when it may have changed.
-                return torch.as_tensor(leaf).to(self._device, non_blocking=self._device.type == "cuda")
-            return leaf
+            return self._move(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf
 
         return tree.map(place, as_dict(batch))

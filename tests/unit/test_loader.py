@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 import lumen.tree
 from lumen.core.dataclass import state
 from lumen.data import Cursor, Loader
+from lumen.data.move import Move
 from lumen.errors import BatchError
 
 sizes = st.integers(1, 60)
@@ -162,6 +163,29 @@ def test_a_start_reads_nothing_before_it():
     loader = Loader(Watched(10**12), 4)
     batch = next(loader.epoch(3, start=10**11))
     assert read == batch.tolist()
+
+
+@given(n=sizes, batch_size=batch_sizes, epoch=epochs, world=st.integers(1, 3), data=st.data())
+def test_stacked_batches_are_the_batches(n, batch_size, epoch, world, data):
+    """Whatever sizes are asked for: full batches stacked, a smaller last one and what is left before it by itself."""
+    rank = data.draw(st.integers(0, world - 1))
+    loader = Loader({"x": rows(n), "y": rows(n).numpy()}, batch_size, rank=rank, world=world)
+    plain = list(loader.epoch(epoch))
+    start = data.draw(st.integers(0, len(plain)))
+    stop = data.draw(st.integers(0, len(plain) + 1))
+    at = start
+    for batch, count in loader.stacked(epoch, start, stop, lambda: data.draw(st.integers(1, 4))):
+        single = [batch] if count == 1 else [{key: leaf[i] for key, leaf in batch.items()} for i in range(count)]
+        for found, wanted in zip(single, plain[at : at + count], strict=True):
+            assert torch.equal(found["x"], wanted["x"])
+            assert torch.equal(found["y"], wanted["y"])
+        at += count
+    assert at == max(start, min(stop, len(plain)))
+
+
+def test_samples_and_workers_do_not_stack():
+    assert Loader(Noisy(), 2).stacked(0, 0, 9, lambda: 2) is None
+    assert Loader(rows(8), 2, workers=1).stacked(0, 0, 9, lambda: 2) is None
 
 
 def test_the_stream_is_the_epochs_with_their_cursors():
@@ -377,6 +401,15 @@ def test_a_subclass_reads_rows_in_its_own_way():
 def test_batches_move_to_the_device():
     batch = next(iter(Loader({"x": torch.zeros(3), "s": np.zeros(3)}, 2, device="meta")))
     assert {leaf.device.type for leaf in lumen.tree.leaves(batch)} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_on_its_way_to_cuda_arrives_before_it_is_used():
+    move, total = Move("cuda"), 0
+    for number in range(50):
+        torch.cuda._sleep(100_000)  # the copies run ahead of the device
+        total = total + move(torch.full((1 << 16,), float(number))).sum()
+    assert float(total) == (1 << 16) * sum(range(50))
 
 
 class Endless(IterableDataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_unrolled_fit_takes_the_same_steps(transforms):
     assert result.clock.step == 6
     for name, value in plain.params.items():
         torch.testing.assert_close(result.state.params[name], value)
+
+
+@pytest.mark.parametrize("until", [lm.Steps(7), lm.Epochs(2), lm.Epochs(3) | lm.Steps(11)], ids=str)
+@pytest.mark.parametrize("kind", ["columns", "samples", "list"])
+def test_unrolled_fit_takes_the_same_steps_from_any_data(kind, until):
+    """Batches that are read stacked, or stacked when they have come."""
+    columns = make_data(20)
+    samples = [{key: leaf[i] for key, leaf in columns.items()} for i in range(20)]
+    loaders = {"columns": lambda: lm.Loader(columns, 4), "samples": lambda: lm.Loader(samples, 4)}
+    make = loaders.get(kind, lambda: list(lm.Loader(columns, 4).epoch(0)))
+    plain = fit(data=make(), until=until)
+    for size in (2, 3):
+        result = fit(data=make(), transforms=(lm.unroll(size),), until=until)
+        assert dataclasses.replace(result.clock, seconds=0) == dataclasses.replace(plain.clock, seconds=0)
+        assert same(result.state, plain.state)
 
 
 def test_unrolled_fit_stops_at_the_very_step():
