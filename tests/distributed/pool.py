@@ -26,8 +26,8 @@ class World:
     """`size` processes joined over Gloo; `run(function, *args)` calls `function` in each and gives what they return.
 
     `function` is a top-level function of a test module; arguments and results travel as pickles between processes of
-    one test run. After a task that failed, or took longer than its limit, the processes are ended and started anew for
-    the next.
+    one test run. After a task that took longer than its limit, or failed in other ways here and there, the processes
+    are ended and started anew for the next: only where all raised the same are they sure to agree on what comes next.
     """
 
     def __init__(self, size):
@@ -48,7 +48,8 @@ class World:
             raise
         errors = sorted((when, rank, *what) for rank, (when, ok, what) in enumerate(answers) if not ok)
         if errors:
-            self.close()
+            if len(errors) < self.size or len({(kind, message) for _, _, kind, message, _ in errors}) > 1:
+                self.close()
             text = "\n".join(f"--- rank {rank}:\n{trace}" for _, rank, _, _, trace in errors)
             raise TaskError(text, [(rank, kind, message) for _, rank, kind, message, _ in errors])
         return [what for _, _, what in answers]
