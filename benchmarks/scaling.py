@@ -1,102 +1,142 @@
-"""Strong and weak scaling of ddp and fsdp, torch's and Lumen's, on this machine and on an emulated wire.
+"""How the cost of a step grows: with params, layers, the batch, and microbatches; beside a raw loop that grows as much.
 
-    python benchmarks/scaling.py                        # 1, 2 and 4 processes
-    python benchmarks/scaling.py --wire 50 --worlds 1 2
-
-Weak: each process has the same batch, whatever the number of processes; efficiency is the time of one process over that
-of n. Strong: they share one batch of 8 rows; efficiency is the speed-up over n. More processes than cores share these:
-the figure to look at is then Lumen's beside torch's, which the variants' taking turns makes comparable. On an emulated
-wire (see collectives.py) bytes cost time as on a network. Bytes are those that a process sends for a step, in a ring.
+MLPs of linear layers with ReLU, batch 32 where nothing else is said. "Params" widens two hidden layers, "layers" stacks
+layers of width 64, "batch" gives more rows to width 128, and "microbatches" cuts a batch of 64 rows in k parts, whose
+gradients the raw loop adds by k backward passes. A line of ratios that stays level says that Lumen's own cost is a fixed
+part of the step; one that falls, that it is a fixed time. Ranks and leaves are parts of their own.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import collectives  # before what takes them for itself
-import spread
-import tasks
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+import torch
 
-VARIANTS = {
-    "torch DDP": spread.STRATEGIES["ddp"]["torch DDP"],
-    "lumen ddp": spread.STRATEGIES["ddp"]["lumen ddp"],
-    "torch fully_shard": spread.STRATEGIES["fsdp"]["torch fully_shard"],
-    "lumen fsdp": spread.STRATEGIES["fsdp"]["lumen fsdp"],
-}
-ROWS = 8  # of the batch that is shared in strong scaling
+import lumen as lm
+from benchmarks import tasks, timing
+from benchmarks.options import Options
+from benchmarks.ours import state_of, step
+from benchmarks.rows import Row, timed
+
+SECONDS = 0.2  # of a timed section
+BASE = "raw loop, AdamW(fused)"
+CLASSES = 10
 
 
-def measured(rounds: int, steps: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """By kind and variant: seconds of a step, and bytes."""
-    task = tasks.make("gpt")
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for kind, rows in (("weak", None), ("strong", ROWS)):
-        data = spread.batches_of(task, steps, rows)
-        built = {label: build(task) for label, build in VARIANTS.items()}
-        times: dict[str, list[float]] = {label: [] for label in built}
-        sent: dict[str, float] = {}
-        for index in range(rounds + 1):
-            for label, loop in built.items():
-                before = collectives.WIRE.bytes
-                dist.barrier()
-                began = time.perf_counter()
-                loop(data)
-                dist.barrier()
-                if index:
-                    times[label].append((time.perf_counter() - began) / steps)
-                sent[label] = spread.seen(label, task, collectives.WIRE.bytes - before, steps)
-        found[kind] = {label: (statistics.median(times[label]), sent[label]) for label in built}
-    return found
+class Point(NamedTuple):
+    """One size of one kind of growth."""
+
+    widths: tuple[int, ...]
+    rows: int = 32
+    parts: int = 1
 
 
-def table(kind: str, found: dict[int, Any]) -> Table:
-    """The figures of one kind of scaling."""
-    smallest = min(found)
-    out = Table(title=f"{kind} scaling, GPT of 4 layers and width 128")
-    out.add_column("")
-    for size in found:
-        out.add_column(f"{size}: ms", justify="right")
-        out.add_column("efficiency", justify="right")
-        out.add_column("KiB", justify="right")
-    for label in VARIANTS:
-        cells = [label]
-        for size, by_kind in found.items():
-            seconds, size_sent = by_kind[kind][label]
-            gain = found[smallest][kind][label][0] / seconds
-            efficiency = gain if kind == "weak" else gain * smallest / size
-            cells += [f"{1e3 * seconds:.1f}", f"{efficiency:.2f}", f"{size_sent / 1024:.0f}"]
-        out.add_row(*cells)
-    return out
-
-
-def main() -> None:
-    """Measure, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a wire of this bandwidth")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    bandwidth = None if options.wire is None else options.wire * 1e6
-    found = {
-        size: spread.world_of(size, measured, options.rounds, options.steps, bandwidth=bandwidth)
-        for size in options.worlds
+def points(quick: bool) -> dict[str, Point]:
+    """By the name of the case; a quick look takes the first and the last of each."""
+    kinds = [
+        {f"params: width {width}": Point((64, width, width, CLASSES)) for width in (16, 64, 256, 1024)},
+        {f"layers: {depth}": Point((64,) * depth + (CLASSES,)) for depth in (2, 8, 32)},
+        {f"batch: {rows} rows": Point((64, 128, 128, CLASSES), rows) for rows in (4, 32, 256, 2048)},
+        {f"microbatches: {parts}": Point((64, 128, 128, CLASSES), 64, parts) for parts in (1, 2, 4, 8)},
+    ]
+    return {
+        name: point
+        for kind in kinds
+        for at, (name, point) in enumerate(kind.items())
+        if not quick or at in (0, len(kind) - 1)
     }
-    console = Console(width=120)
-    for kind in ("weak", "strong"):
-        console.print(table(kind, found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: Options) -> list[Row]:
+    """Every point; a quick look compiles nothing."""
+    rows: list[Row] = []
+    for case, point in points(options.quick).items():
+        if options.wants(case):
+            rows += _compared(case, point, options)
+    return rows
+
+
+Loop = Callable[[int], float]  # trains for so many steps: the last loss
+VARIANTS: dict[str, Callable[[Point], Loop]] = {
+    BASE: lambda point: raw(point),
+    "Lumen: donate": lambda point: lumen(point),
+    "Lumen: compile, donate": lambda point: lumen(point, lm.compile()),
+}
+
+
+def _compared(case: str, point: Point, options: Options) -> list[Row]:
+    chosen = options.chosen(VARIANTS, BASE)
+    loops = {label: build(point) for label, build in chosen.items() if not (options.quick and "compile" in label)}
+    losses = {label: loop(3) for label, loop in loops.items()}
+    far = {label: loss for label, loss in losses.items() if abs(loss - losses[BASE]) > 1e-3}
+    if far:
+        raise timing.NotTheSameError(f"{case}: the loss of the raw loop is {losses[BASE]}, but that of {far}")
+    steps = max(2, int(3 * options.pick(SECONDS, SECONDS / 5) / timing.seconds(lambda: loops[BASE](3))))
+
+    def section(loop: Loop) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            loop(steps)
+            return (time.perf_counter() - began) / steps
+
+        return run
+
+    times = timing.take_turns({label: section(loop) for label, loop in loops.items()}, options.times(9))
+    return timed("scaling", case, times, BASE)
+
+
+def _data(point: Point) -> list[tasks.Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(point.rows, point.widths[0], generator=generator),
+            torch.randint(0, CLASSES, (point.rows,), generator=generator),
+        )
+        for _ in range(16)
+    ]
+
+
+def _net(point: Point) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return tasks.mlp(*point.widths)
+
+
+def raw(point: Point) -> Loop:
+    """The loop that one writes without any library."""
+    net, data = _net(point), _data(point)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=tasks.LEARNING_RATE, weight_decay=tasks.WEIGHT_DECAY, fused=True
+    )
+
+    def run(steps: int) -> float:
+        last = 0.0
+        for at in range(steps):
+            optimizer.zero_grad()
+            x, y = data[at % len(data)]
+            losses = []
+            for each_x, each_y in zip(x.chunk(point.parts), y.chunk(point.parts), strict=True):
+                loss = tasks.loss_of(net(each_x), each_y) / point.parts
+                loss.backward()
+                losses.append(loss.detach())
+            optimizer.step()
+        last = float(sum(losses))
+        return last
+
+    return run
+
+
+def lumen(point: Point, *outer: lm.Transform) -> Loop:
+    """The same in place, under `outer`."""
+    inner = [lm.accumulate(point.parts)] if point.parts > 1 else []
+    fast: Any = lm.compose(*outer, *inner, lm.donate())(step)
+    state, data = fast.init(state_of(_net(point))), _data(point)
+
+    def run(steps: int) -> float:
+        nonlocal state
+        for at in range(steps):
+            state, metrics = fast(state, data[at % len(data)])
+        return float(metrics["loss"])
+
+    return run
