@@ -28,6 +28,7 @@ from benchmarks.apart import ApartError, apart
 from benchmarks.options import Options
 from benchmarks.parts import PARTS, about, measured
 
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts that were asked for; the exit code."""
     asked = parsed(arguments)

@@ -42,7 +42,9 @@ def measure(options: Options) -> list[Row]:
             continue
         root = Path(tempfile.mkdtemp(dir=options.directory))
         try:
-            rows += _alone(case, megabytes, root, options) if size == 1 else _together(case, size, megabytes, root, options)
+            rows += (
+                _alone(case, megabytes, root, options) if size == 1 else _together(case, size, megabytes, root, options)
+            )
         finally:
             shutil.rmtree(root)
     return rows

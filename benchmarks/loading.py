@@ -74,9 +74,7 @@ def measure(options: Options) -> list[Row]:
 
 def _compared(case: str, dataset: Dataset[Any], workers: int, rounds: int) -> list[Row]:
     loaders = {
-        TORCH: DataLoader(
-            dataset, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-        ),
+        TORCH: DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0),
         LUMEN: lm.Loader(dataset, batch_size=BATCH, seed=0, workers=workers),
     }
     count = len(dataset)  # type: ignore[arg-type]

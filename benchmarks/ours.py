@@ -118,9 +118,7 @@ VARIANTS = [
         "lumen-unroll-stack", "Lumen: compile, unroll(8), donate, lm.stack timed too", unrolled(stacked_before=False)
     ),
     Variant("runner-donate", "Lumen: Runner.fit, donate, JSONL", driven(lm.donate)),
-    Variant(
-        "runner-compile-donate", "Lumen: Runner.fit, compile, donate, JSONL", driven(lm.compile, lm.donate)
-    ),
+    Variant("runner-compile-donate", "Lumen: Runner.fit, compile, donate, JSONL", driven(lm.compile, lm.donate)),
     Variant(
         "runner-unroll",
         "Lumen: Runner.fit, compile, unroll(8), donate, JSONL",

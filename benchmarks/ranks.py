@@ -27,9 +27,7 @@ def measure(options: Options) -> list[Row]:
     bandwidth = None if options.wire is None else options.wire * 1e6
     sizes = options.worlds or options.pick((1, 2, 4), (1, 2))
     args = (options.times(7, 2), options.pick(8, 2))
-    found: dict[int, Times] = {
-        size: spread.world_of(size, measured, *args, bandwidth=bandwidth) for size in sizes
-    }
+    found: dict[int, Times] = {size: spread.world_of(size, measured, *args, bandwidth=bandwidth) for size in sizes}
     for kind in ("weak", "strong"):
         for size, times in found.items():
             case = f"{kind}, {size} process{'es' if size > 1 else ''}"

@@ -106,9 +106,7 @@ def _net(point: Point) -> torch.nn.Module:
 def raw(point: Point) -> Loop:
     """The loop that one writes without any library."""
     net, data = _net(point), _data(point)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=tasks.LEARNING_RATE, weight_decay=tasks.WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=tasks.LEARNING_RATE, weight_decay=tasks.WEIGHT_DECAY, fused=True)
 
     def run(steps: int) -> float:
         last = 0.0

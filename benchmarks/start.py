@@ -1,113 +1,102 @@
-"""How long `import lumen` takes beyond `import torch`.
+"""Start-up: what `import lumen` takes beyond `import torch`, and how long a process takes to its first step.
 
-    python benchmarks/import_time.py               # about a minute
-    python benchmarks/import_time.py --rounds 21 --slowest 20 --json PATH
-
-Fresh processes, alternating: one imports torch and then lumen, and takes the time of each; the other imports torch
-alone. Printed are the medians of lumen's time inside the process, and of the difference in wall time between the two
-kinds, interpreter start and exit included. The first process fills the file cache and is left out. To be expected:
-at most 0.3 s; and none of the heavy packages, which load on first use.
+All in fresh processes, which alternate; the first of each kind fills the file cache and is left out. "Import" is taken
+inside the process, "first step" from the start of the process until one step of the small MLP of tasks.py is done: by a
+raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and as the cold process left it ("warm").
+The raw loop compiles the model, Lumen the whole step with its update. To be expected: the import at most 0.3 s beyond
+torch's, and none of the heavy packages, which load on first use.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import Any
+import tempfile
+from collections.abc import Callable
 
-import timing
+from benchmarks import timing
+from benchmarks.options import Options
+from benchmarks.rows import Row, timed
 
-HEAVY = (
-    "jax",
-    "orbax",
-    "tensorboardX",
-    "torchmetrics",
-    "rich",
-    "deepspeed",
-    "lightning",
-    "torch._inductor",
-    "torch._dynamo",
-)
-BOTH = f"""
-import sys, time
-t0 = time.perf_counter()
-import torch
-t1 = time.perf_counter()
-known = set(sys.modules)
-import lumen
-t2 = time.perf_counter()
-new = set(sys.modules) - known
-heavy = [name for name in {HEAVY!r} if name in new]
-print(t1 - t0, t2 - t1, len(new), ",".join(heavy) or "-")
-"""
-ALONE = "import torch"
+IMPORTS = {
+    "import torch": "import torch",
+    "Lumen: import torch, lumen": "import torch, lumen",
+}
+EAGER = {"raw loop": "raw", "Lumen: donate": "donate"}
+COMPILED = {"raw loop, torch.compile(model)": "raw-compile", "Lumen: compile, donate": "compile-donate"}
+SMALL = "import sys, time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
 
 
-def main() -> None:
-    """Measure, print, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--slowest", type=int, default=0, metavar="N", help="list the N modules that take longest")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the figures")
-    options = parser.parse_args()
-    torch_times, lumen_times, differences = [], [], []
-    for index in range(options.rounds + 1):
-        alone, _ = timed(ALONE)
-        both, said = timed(BOTH)
-        if index:
-            torch_times.append(float(said[0]))
-            lumen_times.append(float(said[1]))
-            differences.append(both - alone)
-    low, middle, high = timing.quartiles(lumen_times)
-    report: dict[str, Any] = {
-        "machine": timing.machine(),
-        "torch_s": statistics.median(torch_times),
-        "lumen_s": middle,
-        "lumen_quartiles_s": [low, high],
-        "difference_in_wall_time_s": statistics.median(differences),
-        "new_modules": int(said[2]),
-        "heavy": [] if said[3] == "-" else said[3].split(","),
+def measure(options: Options) -> list[Row]:
+    """Imports, first steps, and compiled first steps; a quick look compiles nothing."""
+    rows: list[Row] = []
+    cases: dict[str, Callable[[], list[Row]]] = {
+        "import": lambda: _imports("import", options),
+        "first step, eager": lambda: _eager("first step, eager", options),
     }
-    print(f"import torch                       {report['torch_s']:.3f} s")
-    print(f"import lumen after it              {middle:.3f} s   (quartiles {low:.3f} – {high:.3f})")
-    print(f"difference in wall time            {report['difference_in_wall_time_s']:.3f} s")
-    heavy = ", ".join(report["heavy"]) or "none"
-    print(f"modules it adds                    {report['new_modules']}, heavy ones: {heavy}")
-    if options.slowest:
-        print(slowest(options.slowest))
-    if options.json:
-        timing.write_json(options.json, report)
-        print(f"written to {options.json}")
+    if not options.quick:
+        cases["first step, compiled"] = lambda: _compiled("first step, compiled", options)
+    for case, run in cases.items():
+        if options.wants(case):
+            rows += run()
+    return rows
 
 
-def timed(code: str) -> tuple[float, list[str]]:
-    """Seconds of a fresh process that runs `code`, and what it printed."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=cached())
-    return time.perf_counter() - start, done.stdout.split()
+def _imports(case: str, options: Options) -> list[Row]:
+    chosen = options.chosen(IMPORTS, "import torch")
+    measures = {label: lambda code=code: _import(code) for label, code in chosen.items()}
+    return timed(
+        "start", case, timing.take_turns(measures, options.times(11)), "import torch", unit="s", metric="import"
+    )
 
 
-def cached() -> dict[str, str]:
+def _import(code: str) -> float:
+    return float(_printed(["-c", SMALL.format(code)]).split()[-1])
+
+
+def _eager(case: str, options: Options) -> list[Row]:
+    chosen = options.chosen(EAGER, "raw loop")
+    measures = {label: lambda kind=kind: _first_step(kind) for label, kind in chosen.items()}
+    return timed(
+        "start", case, timing.take_turns(measures, options.times(7)), "raw loop", unit="s", metric="first step"
+    )
+
+
+def _compiled(case: str, options: Options) -> list[Row]:
+    base = next(iter(COMPILED))
+    chosen = options.chosen(COMPILED, base)
+    times: dict[str, dict[str, list[float]]] = {each: {label: [] for label in chosen} for each in ("cold", "warm")}
+    for index in range(options.times(3)):
+        for label in timing.rotated(chosen, index):
+            with tempfile.TemporaryDirectory() as cache:
+                for each in ("cold", "warm"):
+                    times[each][label].append(_first_step(chosen[label], cache))
+    return [
+        row
+        for each, found in times.items()
+        for row in timed("start", f"{case}, {each} cache", found, base, unit="s", metric="first step")
+    ]
+
+
+def _first_step(kind: str, cache: str | None = None) -> float:
+    own = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache}
+    return timing.seconds(lambda: _printed(["-m", "benchmarks.first_step", kind], own))
+
+
+def _printed(arguments: list[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**_cached(), **(environment or {})},
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it died"])[-1])
+    return done.stdout
+
+
+def _cached() -> dict[str, str]:
     """This process's environment, with compiled modules kept on disk as an installed package's are."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-
-
-def slowest(count: int) -> str:
-    """The modules beyond torch that take longest by themselves, from `-X importtime`."""
-    code = "import torch, sys; print('after torch', file=sys.stderr); import lumen"
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True, env=cached()
-    )
-    lines = done.stderr.partition("after torch")[2].splitlines()
-    entries = [line.removeprefix("import time:").split("|") for line in lines if line.startswith("import time:")]
-    found = sorted(((int(own), name.strip()) for own, _, name in entries), reverse=True)
-    return "\n".join(f"{own / 1000:8.1f} ms  {name}" for own, name in found[:count])
-
-
-if __name__ == "__main__":
-    main()

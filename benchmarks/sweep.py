@@ -18,8 +18,8 @@ import torch
 
 import lumen as lm
 from benchmarks import tasks, timing
-from benchmarks.ours import state_of, step
 from benchmarks.options import Options
+from benchmarks.ours import state_of, step
 from benchmarks.rows import Row, throughput
 
 RUNS = 32
