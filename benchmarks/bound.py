@@ -17,6 +17,7 @@ there before the step, and are the caller's. Whatever a kernel needs for itself 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Unit(NamedTuple):
 def mlp(widths: Sequence[int], rows: int) -> list[Unit]:
     """Linear layers with ReLU between them: each keeps its input, and the loss the log-probabilities."""
     units = []
-    for at, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for at, (before, after) in enumerate(itertools.pairwise(widths)):
         kept = rows * before if at else 0
         units.append(Unit((before + 1) * after, kept, kept))
     last = units[-1]

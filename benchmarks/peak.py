@@ -24,7 +24,7 @@ MARK = "measured steps"
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def allocated(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int = 5) -> int:
+def allocated(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int = 3) -> int:
     """The peak of bytes allocated since before the state was made, over the measured steps."""
     first = start()
     first(batch)
@@ -52,7 +52,7 @@ def allocated(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int
     return peak
 
 
-def grown(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int = 5) -> int:
+def grown(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int = 3) -> int:
     """The peak of resident memory above what was resident before the state was made."""
     first = start()
     for _ in range(2):

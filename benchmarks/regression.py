@@ -1,10 +1,11 @@
 """Has Lumen become slower, or larger? The ratios of a report beside those of the committed one.
 
-A ratio is worse where it lies beyond the baseline's by more than the sum of both interquartile ranges, and by more than
-`FLOOR`: the noise of either run widens what it is allowed, and a figure without noise, as that of memory, may still move
-a little. All in parts of the ratio itself, so that 0.5 and 5 are judged alike. The reference of a case shares the
-machine, the minute and the noise with what is compared to it, so ratios carry over from one machine to another as far
-as such figures do; times do not, and are not compared. Only Lumen's rows are: another library's are not ours to mend.
+A ratio is worse where it lies beyond the baseline's by more than the sum of both interquartile ranges, and by more
+than `FLOOR`: the noise of either run widens what it is allowed, and a figure without noise, as that of memory, may
+still move a little. All in parts of the ratio itself, so that 0.5 and 5 are judged alike. The reference of a case
+shares the machine, the minute and the noise with what is compared to it, so ratios carry over from one machine to
+another as far as such figures do; times do not, and are not compared. Only Lumen's rows are: another library's are not
+ours to mend.
 """
 
 from __future__ import annotations

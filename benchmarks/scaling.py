@@ -2,8 +2,8 @@
 
 MLPs of linear layers with ReLU, batch 32 where nothing else is said. "Params" widens two hidden layers, "layers" stacks
 layers of width 64, "batch" gives more rows to width 128, and "microbatches" cuts a batch of 64 rows in k parts, whose
-gradients the raw loop adds by k backward passes. A line of ratios that stays level says that Lumen's own cost is a fixed
-part of the step; one that falls, that it is a fixed time. Ranks and leaves are parts of their own.
+gradients the raw loop adds by k backward passes. Ratios that stay level say that Lumen's own cost is a fixed part of
+the step; ratios that fall, that it is a fixed time. Ranks and leaves are parts of their own.
 """
 
 from __future__ import annotations
@@ -109,7 +109,6 @@ def raw(point: Point) -> Loop:
     optimizer = torch.optim.AdamW(net.parameters(), lr=tasks.LEARNING_RATE, weight_decay=tasks.WEIGHT_DECAY, fused=True)
 
     def run(steps: int) -> float:
-        last = 0.0
         for at in range(steps):
             optimizer.zero_grad()
             x, y = data[at % len(data)]
@@ -119,8 +118,7 @@ def raw(point: Point) -> Loop:
                 loss.backward()
                 losses.append(loss.detach())
             optimizer.step()
-        last = float(sum(losses))
-        return last
+        return float(sum(losses))
 
     return run
 

@@ -1,10 +1,10 @@
 """Start-up: what `import lumen` takes beyond `import torch`, and how long a process takes to its first step.
 
 All in fresh processes, which alternate; the first of each kind fills the file cache and is left out. "Import" is taken
-inside the process, "first step" from the start of the process until one step of the small MLP of tasks.py is done: by a
-raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and as the cold process left it ("warm").
-The raw loop compiles the model, Lumen the whole step with its update. To be expected: the import at most 0.3 s beyond
-torch's, and none of the heavy packages, which load on first use.
+inside the process, "first step" from the start of the process until one step of the small MLP of tasks.py is done: by
+a raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and as the cold process left it
+("warm"). The raw loop compiles the model, Lumen the whole step with its update. To be expected: the import at most
+0.3 s beyond torch's, and none of the heavy packages, which load on first use.
 """
 
 from __future__ import annotations

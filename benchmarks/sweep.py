@@ -98,7 +98,7 @@ def raw(widths: tuple[int, ...], seeds: Any) -> Train:
                 loss = tasks.loss_of(net(x), y)
                 loss.backward()
                 optimizer.step()
-            last.append(float(loss))
+            last.append(loss.item())
         return last
 
     return train

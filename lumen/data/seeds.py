@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch.utils.data import get_worker_info
 
 
@@ -58,8 +59,8 @@ def _lend_numpys() -> Callable[[], None]:
     of a pair of normal ones, which NumPy keeps beside it and shows together with its state. So it is asked for this
     while the generator is one without a state.
     """
-    kept = np.random.mtrand._rand  # type: ignore[attr-defined]
-    callers = np.random.get_bit_generator()
+    kept: Any = mtrand._rand
+    callers = mtrand.get_bit_generator()
     if callers is _OWN or getattr(kept, "_bit_generator", None) is not callers:  # a loader in a loader; another NumPy
         return partial(np.random.set_state, np.random.get_state())  # noqa: NPY002
     kept._bit_generator = _NONE
@@ -67,12 +68,12 @@ def _lend_numpys() -> Callable[[], None]:
         beside = kept.get_state(legacy=False)
     finally:
         kept._bit_generator = callers
-    np.random.set_bit_generator(_OWN)
+    mtrand.set_bit_generator(_OWN)
 
     def give_back() -> None:
-        np.random.set_bit_generator(callers)
+        mtrand.set_bit_generator(callers)
         if beside["has_gauss"]:
-            whole: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]  # noqa: NPY002
+            whole: dict[str, Any] = mtrand.get_state(legacy=False)
             np.random.set_state({**whole, "has_gauss": 1, "gauss": beside["gauss"]})  # noqa: NPY002
 
     return give_back
