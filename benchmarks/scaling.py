@@ -8,20 +8,18 @@ the step; ratios that fall, that it is a fixed time. Ranks and leaves are parts 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import lumen as lm
-from benchmarks import tasks, timing
+from benchmarks import ours, peers, tasks, timing
 from benchmarks.options import Options
-from benchmarks.ours import state_of, step
-from benchmarks.rows import Row, timed
+from benchmarks.rows import Row
 
-SECONDS = 0.2  # of a timed section
-BASE = "raw loop, AdamW(fused)"
+SECONDS = 0.2  # of a timed section, and
+MOST = 400  # steps, before the batches are learned by heart
 CLASSES = 10
 
 
@@ -58,81 +56,62 @@ def measure(options: Options) -> list[Row]:
     return rows
 
 
-Loop = Callable[[int], float]  # trains for so many steps: the last loss
-VARIANTS: dict[str, Callable[[Point], Loop]] = {
-    BASE: lambda point: raw(point),
-    "Lumen: donate": lambda point: lumen(point),
-    "Lumen: compile, donate": lambda point: lumen(point, lm.compile()),
-}
-
-
 def _compared(case: str, point: Point, options: Options) -> list[Row]:
-    chosen = options.chosen(VARIANTS, BASE)
-    loops = {label: build(point) for label, build in chosen.items() if not (options.quick and "compile" in label)}
-    losses = {label: loop(3) for label, loop in loops.items()}
-    far = {label: loss for label, loss in losses.items() if abs(loss - losses[BASE]) > 1e-3}
-    if far:
-        raise timing.NotTheSameError(f"{case}: the loss of the raw loop is {losses[BASE]}, but that of {far}")
-    steps = max(2, int(3 * options.pick(SECONDS, SECONDS / 5) / timing.seconds(lambda: loops[BASE](3))))
-
-    def section(loop: Loop) -> Callable[[], float]:
-        def run() -> float:
-            began = time.perf_counter()
-            loop(steps)
-            return (time.perf_counter() - began) / steps
-
-        return run
-
-    times = timing.take_turns({label: section(loop) for label, loop in loops.items()}, options.times(9))
-    return timed("scaling", case, times, BASE)
+    task, variants = _task(case, point), _variants(point)
+    chosen = options.chosen({variant.label: variant for variant in variants}, variants[0].label).values()
+    per_step = variants[0].build(task)(4)
+    steps = min(MOST, max(2, int(options.pick(SECONDS, SECONDS / 5) / per_step)))
+    run = [variant for variant in chosen if not (options.quick and "compile" in variant.name)]
+    return [each.row("scaling", case) for each in timing.compare(task, run, rounds=options.times(9), steps=steps)]
 
 
-def _data(point: Point) -> list[tasks.Batch]:
-    generator = torch.Generator().manual_seed(1)
+def _variants(point: Point) -> list[timing.Variant]:
+    split: list[Callable[[], lm.Transform]] = [lambda: lm.accumulate(point.parts)] if point.parts > 1 else []
     return [
+        timing.Variant("raw", "raw loop, AdamW(fused)", raw(point.parts)),
+        timing.Variant("lumen-donate", "Lumen: donate", ours.called(*split, lm.donate)),
+        timing.Variant("lumen-compile", "Lumen: compile, donate", ours.called(lm.compile, *split, lm.donate)),
+    ]
+
+
+def _task(case: str, point: Point) -> tasks.Task:
+    generator = torch.Generator().manual_seed(1)
+    batches = [
         (
             torch.randn(point.rows, point.widths[0], generator=generator),
             torch.randint(0, CLASSES, (point.rows,), generator=generator),
         )
-        for _ in range(16)
+        for _ in range(tasks.DISTINCT)
     ]
+    return tasks.Task(case, case, lambda: tasks.mlp(*point.widths), batches, steps=MOST)
 
 
-def _net(point: Point) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return tasks.mlp(*point.widths)
+def raw(parts: int) -> Callable[[tasks.Task], timing.Measure]:
+    """The loop that one writes in plain PyTorch; `parts` backward passes add up to each update."""
+    if parts == 1:
+        return peers.raw(fused=True)
 
+    def build(task: tasks.Task) -> timing.Measure:
+        net = task.fresh()
+        start = {name: value.clone() for name, value in net.state_dict().items()}
 
-def raw(point: Point) -> Loop:
-    """The loop that one writes without any library."""
-    net, data = _net(point), _data(point)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=tasks.LEARNING_RATE, weight_decay=tasks.WEIGHT_DECAY, fused=True)
+        def fresh() -> timing.Run:
+            net.load_state_dict(start)
+            optimizer = peers.adamw(net, fused=True)
 
-    def run(steps: int) -> float:
-        for at in range(steps):
-            optimizer.zero_grad()
-            x, y = data[at % len(data)]
-            losses = []
-            for each_x, each_y in zip(x.chunk(point.parts), y.chunk(point.parts), strict=True):
-                loss = tasks.loss_of(net(each_x), each_y) / point.parts
-                loss.backward()
-                losses.append(loss.detach())
-            optimizer.step()
-        return float(sum(losses))
+            def run(batches: list[tasks.Batch]) -> torch.Tensor:
+                for batch in batches:
+                    optimizer.zero_grad()
+                    losses = []
+                    for x, y in zip(*[each.chunk(parts) for each in batch], strict=True):
+                        loss = tasks.loss_of(net(x), y) / parts
+                        loss.backward()
+                        losses.append(loss.detach())
+                    optimizer.step()
+                return torch.stack(losses).sum()
 
-    return run
+            return run
 
+        return timing.looped(task, fresh)
 
-def lumen(point: Point, *outer: lm.Transform) -> Loop:
-    """The same in place, under `outer`."""
-    inner = [lm.accumulate(point.parts)] if point.parts > 1 else []
-    fast: Any = lm.compose(*outer, *inner, lm.donate())(step)
-    state, data = fast.init(state_of(_net(point))), _data(point)
-
-    def run(steps: int) -> float:
-        nonlocal state
-        for at in range(steps):
-            state, metrics = fast(state, data[at % len(data)])
-        return float(metrics["loss"])
-
-    return run
+    return build
