@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.options import Options
 from benchmarks.rows import Row
 
@@ -27,6 +26,8 @@ PARTS = (
 
 def measured(part: str, options: Options) -> tuple[dict[str, Any], list[Row]]:
     """The machine as it was before, and the rows of one part, in the process that this is called in."""
+    from benchmarks import timing  # with torch, which the process that starts the parts has no need of
+
     timing.prepare(options.threads)
     machine = timing.machine()
     return machine, importlib.import_module(f"benchmarks.{part}").measure(options)

@@ -59,8 +59,9 @@ def measure(options: Options) -> list[Row]:
 def _compared(case: str, point: Point, options: Options) -> list[Row]:
     task, variants = _task(case, point), _variants(point)
     chosen = options.chosen({variant.label: variant for variant in variants}, variants[0].label).values()
-    per_step = variants[0].build(task)(4)
-    steps = min(MOST, max(2, int(options.pick(SECONDS, SECONDS / 5) / per_step)))
+    raw_loop = variants[0].build(task)
+    per_step = min(raw_loop(4) for _ in range(3))
+    steps = min(MOST, max(4, int(options.pick(SECONDS, SECONDS / 5) / per_step)))
     run = [variant for variant in chosen if not (options.quick and "compile" in variant.name)]
     return [each.row("scaling", case) for each in timing.compare(task, run, rounds=options.times(9), steps=steps)]
 
