@@ -8,6 +8,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PIP_ARGS ?=
 # Passed on to pytest, for example PYTEST_ARGS="-k laws -x".
 PYTEST_ARGS ?=
+# Which parts `make bench` runs, all by default, and further options: BENCH_ARGS="--quick --strict".
+BENCH ?=
+BENCH_ARGS ?=
 PYTEST  = $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALL = $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
 
@@ -16,7 +19,7 @@ BASE  := $(VENV)/.base
 CORE  := $(VENV)/.core
 DEV   := $(VENV)/.dev
 DOCS  := $(VENV)/.docs
-BENCH := $(VENV)/.bench
+PEERS := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,7 +47,7 @@ $(DOCS): $(DEV)
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-$(BENCH): $(CORE)
+$(PEERS): $(CORE)
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
@@ -79,8 +82,8 @@ notebooks: $(DEV)  ## Run every notebook from its first cell to its last
 pictures: $(DEV)  ## Make the pictures of the documentation anew
 	$(BIN)/python docs/images/make.py
 
-bench: $(BENCH)  ## Measure the cost of a step beside other libraries
-	$(BIN)/python benchmarks/overhead.py
+bench: $(PEERS)  ## Measure speed and memory beside other libraries (BENCH="leaves sweep", BASELINE=1)
+	$(BIN)/python -m benchmarks $(BENCH) $(if $(BASELINE),--write-baseline) $(BENCH_ARGS)
 
 clean:  ## Remove build outputs and caches
 	rm -rf build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,114 +1,96 @@
 """What a checkpoint costs: Lumen's store against torch.save and torch.distributed.checkpoint.
 
-    python benchmarks/checkpoint.py                       # 500 MB of float32 in 48 arrays, 5 rounds
-    python benchmarks/checkpoint.py --megabytes 50        # a first look
-    python benchmarks/checkpoint.py --world 2             # two processes, each with its rows: see checkpoint_world.py
-
 In each round every variant saves the same tree once, to the same disk, and the order rotates. "Blocked" is how long the
 call holds up the training loop, "total" until the checkpoint is complete; for the synchronous ones they are the same.
 Lumen's totals include a checksum of every file, and its restores verify them; Lumen and DCP sync their files to the
 disk, torch.save does not. "Fresh" is the first save of a store, which takes its host memory then. Restores read from
-the page cache; DCP reads into tensors made before.
+the page cache; DCP reads into tensors made before. Two processes: see checkpoint_world.py.
 
-To be expected on two cores of a server with a local disk, in seconds: Lumen blocked 0.05 to 0.1, total 0.4 to 0.5, the
-first time 0.4 and 0.8; torch.save 0.3 to 0.4; DCP 0.45 to 0.7. Restores: Lumen 0.3, torch 0.1, DCP 0.2 to 0.5.
+To be expected on two cores of a server with a local disk, in seconds for 500 MB: Lumen blocked 0.05 to 0.1, total 0.4
+to 0.5, the first time 0.4 and 0.8; torch.save 0.3 to 0.4; DCP 0.45 to 0.7. Restores: Lumen 0.3, torch 0.1, DCP 0.2 to
+0.5.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import lumen as lm
+from benchmarks import checkpoint_world, timing
+from benchmarks.options import Options
+from benchmarks.rows import Row, timed
 
 Tree = dict[str, torch.Tensor]
 Timed = tuple[float, float]  # blocked, total
+ARRAYS = 48
+METRICS = ("blocked", "total", "restore")
 
 
-def main() -> None:
-    """Measure, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--arrays", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--world", type=int, default=1, help="how many processes save one state together")
-    parser.add_argument("--directory", type=Path, help="on the disk to be measured (a temporary one)")
-    options = parser.parse_args()
-    if options.world > 1:
-        together(options)
-        return
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    count = options.megabytes * 10**6 // 4 // options.arrays // 1024
-    tree = {f"layer{i}.weight": torch.randn(count, 1024) for i in range(options.arrays)}
-    megabytes = lm.tree.nbytes(tree) / 1e6
-    root = Path(tempfile.mkdtemp(dir=options.directory))
-    try:
-        saves, restores = measured(tree, root, options.rounds)
-    finally:
-        shutil.rmtree(root)
-    table = Table(title=f"{megabytes:.0f} MB in {options.arrays} arrays, medians of {options.rounds} rounds")
-    for name in ("", "blocked s", "total s", "total MB/s", "restore s", "restore MB/s"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, times in saves.items():
-        blocked, total = (statistics.median(column) for column in zip(*times, strict=True))
-        restore = statistics.median(restores[name]) if restores[name] else None
-        read = ("–", "–") if restore is None else (f"{restore:.3f}", f"{megabytes / restore:.0f}")
-        table.add_row(name, f"{blocked:.3f}", f"{total:.3f}", f"{megabytes / total:.0f}", *read)
-    Console().print(table)
+def measure(options: Options) -> list[Row]:
+    """One process, and several together."""
+    rows: list[Row] = []
+    megabytes = options.pick(500, 48)
+    for size in options.worlds or (1, 2):
+        case = f"{megabytes} MB, {size} process{'es' if size > 1 else ''}"
+        if not options.wants(case):
+            continue
+        root = Path(tempfile.mkdtemp(dir=options.directory))
+        try:
+            rows += (
+                _alone(case, megabytes, root, options) if size == 1 else _together(case, size, megabytes, root, options)
+            )
+        finally:
+            shutil.rmtree(root)
+    return rows
 
 
-def together(options: argparse.Namespace) -> None:
-    """The form for several processes."""
-    import checkpoint_world
-
-    root = Path(tempfile.mkdtemp(dir=options.directory))
-    try:
-        times = checkpoint_world.measured(options.world, options.megabytes, options.arrays, options.rounds, root)
-    finally:
-        shutil.rmtree(root)
-    title = f"{options.megabytes} MB in {options.arrays} arrays over {options.world} processes, medians"
-    table = Table(title=f"{title} of {options.rounds} rounds")
-    for name in ("", "blocked s", "total s", "restore s"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, found in checkpoint_world.medians(times).items():
-        table.add_row(name, *(f"{each:.3f}" for each in found))
-    Console().print(table)
+def _alone(case: str, megabytes: int, root: Path, options: Options) -> list[Row]:
+    rows_each = megabytes * 10**6 // 4 // ARRAYS // 1024
+    tree = {f"layer{i}.weight": torch.randn(rows_each, 1024) for i in range(ARRAYS)}
+    times = measured(tree, root, options.times(5))
+    rows = [
+        row
+        for at, metric in enumerate(METRICS[:2])
+        for row in _of(case, metric, {label: [each[at] for each in found] for label, found in times.items()})
+    ]
+    return rows + _of(case, "restore", {label: [t[2] for t in found] for label, found in times.items() if found[0][2]})
 
 
-def measured(tree: Tree, root: Path, rounds: int) -> tuple[dict[str, list[Timed]], dict[str, list[float]]]:
-    """Seconds of each variant's saves and restores; one round is warm-up."""
-    saves: dict[str, list[Timed]] = {name: [] for name in VARIANTS}
-    restores: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def _together(case: str, size: int, megabytes: int, root: Path, options: Options) -> list[Row]:
+    times = checkpoint_world.measured(size, megabytes, ARRAYS, options.times(5), root)
+    return [
+        row
+        for at, metric in enumerate(METRICS)
+        for row in _of(case, metric, {label: [each[at] for each in found] for label, found in times.items()})
+    ]
+
+
+def _of(case: str, metric: str, times: dict[str, list[float]]) -> list[Row]:
+    return timed("checkpoint", case, times, DCP, unit="s", metric=metric)
+
+
+def measured(tree: Tree, root: Path, rounds: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Seconds of each variant: blocked, total, and of a restore, 0 where it has none. One round is warm-up."""
+    times: dict[str, list[tuple[float, float, float]]] = {label: [] for label in VARIANTS}
     with lm.checkpoint.Store(root / "store", keep=None) as store:
         store.save(0, tree)  # takes the host memory
         store.wait()
         for index in range(rounds + 1):
-            names = list(VARIANTS)
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                path = root / f"{name}{index}"
-                times, read = VARIANTS[name](tree, path, store, index + 1)
-                began = time.perf_counter()
-                if read is not None:
-                    read()
+            for at, label in enumerate(timing.rotated(VARIANTS, index)):
+                path = root / f"{at}-{index}"
+                (blocked, total), read = VARIANTS[label](tree, path, store, index + 1)
+                restore = timing.seconds(read) if read is not None else 0.0
                 if index:
-                    saves[name].append(times)
-                    if read is not None:
-                        restores[name].append(time.perf_counter() - began)
+                    times[label].append((blocked, total, restore))
                 shutil.rmtree(path, ignore_errors=True)
                 shutil.rmtree(store.path(index + 1), ignore_errors=True)
-    return saves, restores
+    return times
 
 
 def lumen_store(tree: Tree, _: Path, store: lm.checkpoint.Store, step: int) -> tuple[Timed, Callable[[], object]]:
@@ -149,19 +131,15 @@ def torch_dcp(tree: Tree, path: Path, *_: object) -> tuple[Timed, Callable[[], o
 
 def synchronous(save: Callable[[], object]) -> Timed:
     """How long a call takes, twice."""
-    began = time.perf_counter()
-    save()
-    took = time.perf_counter() - began
+    took = timing.seconds(save)
     return took, took
 
 
+DCP = "torch DCP"
 VARIANTS: dict[str, Callable[..., tuple[Timed, Callable[[], object] | None]]] = {
-    "lumen Store": lumen_store,
-    "lumen Store, fresh": lumen_fresh,
-    "lumen save": lumen_save,
+    DCP: torch_dcp,
     "torch.save": torch_save,
-    "torch DCP": torch_dcp,
+    "Lumen: Store": lumen_store,
+    "Lumen: Store, fresh": lumen_fresh,
+    "Lumen: save": lumen_save,
 }
-
-if __name__ == "__main__":
-    main()

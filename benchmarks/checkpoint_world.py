@@ -1,4 +1,4 @@
-"""The form of `checkpoint.py --world 2`: several processes save one state that is spread over them.
+"""The part `checkpoint` for several processes: several processes save one state that is spread over them.
 
 Each has its rows of every array, on the CPU. In each round every variant saves once and restores once, to and from the
 same disk, and the order rotates; all begin together, and the slowest process counts. DCP saves DTensors of the same
@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import socket
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Shard
 
 import lumen as lm
+from benchmarks import timing
 
 Timed = tuple[float, float]  # blocked, total
 Saved = tuple[Timed, Callable[[], object]]
@@ -64,9 +64,8 @@ def run(rank: int, size: int, port: int, megabytes: int, arrays: int, rounds: in
         store.save(0, state)  # takes the host memory
         store.wait()
         for index in range(rounds + 1):
-            names = list(VARIANTS)
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                path = root / f"{name}{index}"
+            for at, name in enumerate(timing.rotated(VARIANTS, index)):
+                path = root / f"{at}-{index}"
                 found = one(VARIANTS[name], state, step, path, store, index + 1)
                 if index:
                     times[name].append(found)
@@ -133,13 +132,8 @@ def distributed(state: Any) -> dict[str, DTensor]:
 
 
 VARIANTS: dict[str, Callable[..., Saved]] = {
-    "lumen Store": lumen_store,
-    "lumen save": lumen_save,
     "torch DCP": dcp_save,
     "torch DCP async_save": dcp_async,
+    "Lumen: Store": lumen_store,
+    "Lumen: save": lumen_save,
 }
-
-
-def medians(times: Times) -> dict[str, list[float]]:
-    """Of each column."""
-    return {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in times.items()}

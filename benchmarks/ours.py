@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks import LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
-from timing import Marked, Measure, Run, Variant, looped
 from torch import nn
 
 import lumen as lm
+from benchmarks.tasks import LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
+from benchmarks.timing import Marked, Measure, Run, Variant, looped
 
 UNROLLED = 8
 
@@ -89,8 +89,6 @@ def driven(*transforms: Callable[[], Any]) -> Callable[[Task], Measure]:
 
     def build(task: Task) -> Measure:
         net = task.fresh()
-        if not hasattr(lm, "Runner"):
-            raise NotImplementedError("this Lumen has no Runner yet")
 
         def measure(steps: int) -> float:
             data = Marked(task, steps)
@@ -119,13 +117,11 @@ VARIANTS = [
     Variant(
         "lumen-unroll-stack", "Lumen: compile, unroll(8), donate, lm.stack timed too", unrolled(stacked_before=False)
     ),
-    Variant("runner-donate", "Lumen Runner.fit: donate, JSONL each 50 steps", driven(lm.donate)),
-    Variant(
-        "runner-compile-donate", "Lumen Runner.fit: compile, donate, JSONL each 50 steps", driven(lm.compile, lm.donate)
-    ),
+    Variant("runner-donate", "Lumen: Runner.fit, donate, JSONL", driven(lm.donate)),
+    Variant("runner-compile-donate", "Lumen: Runner.fit, compile, donate, JSONL", driven(lm.compile, lm.donate)),
     Variant(
         "runner-unroll",
-        "Lumen Runner.fit: compile, unroll(8), donate, JSONL each 50 steps",
+        "Lumen: Runner.fit, compile, unroll(8), donate, JSONL",
         driven(lm.compile, lambda: lm.unroll(UNROLLED), lm.donate),
     ),
 ]

@@ -1,7 +1,5 @@
 """Peak memory of a step on several processes: Lumen's ddp and fsdp beside torch's, each in a world of its own.
 
-    python benchmarks/parallel_memory.py --worlds 2 4
-
 The model is a GPT whose params and two moments hold 100 MB. Measured is the peak of a process's resident memory over
 five steps (Linux's VmHWM, reset just before), less what was resident before the model was made; the largest of the
 processes. The allocator gives freed blocks back at once, so this is memory in use.
@@ -9,19 +7,15 @@ processes. The allocator gives freed blocks back at once, so this is memory in u
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-import memory
-import spread
-import tasks
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks import peak, spread, tasks
+from benchmarks.options import Options
+from benchmarks.rows import Row
 
 STEPS = 5
 VARIANTS = {  # compiling leaves hundreds of megabytes in a process that are no part of a step
@@ -40,41 +34,28 @@ def measured(label: str) -> int:
     work = task()
     data = spread.batches_of(work, 1)
     dist.barrier()
-    memory.settle()
-    before = memory.resident("VmRSS")
+    peak.settle()
+    before = peak.resident("VmRSS")
     loop = VARIANTS[label](work)
     loop(data)  # makes what stays
-    memory.settle()
+    peak.settle()
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
         loop(data)
-    peak = torch.tensor(memory.resident("VmHWM") - before)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return int(peak)
+    most = torch.tensor(peak.resident("VmHWM") - before)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    os.environ.update(memory.ENVIRONMENT)
-    state = 3 * 4 * sum(p.numel() for p in task().fresh().parameters())
-    report: dict[str, Any] = {"state_bytes": state}
-    for size in options.worlds:
+def measure(options: Options) -> list[Row]:
+    """Each world and strategy."""
+    os.environ.update(peak.ENVIRONMENT)
+    rows = []
+    for size in options.sizes(2, 4):
         found = {label: spread.world_of(size, measured, label) for label in VARIANTS}
-        report[str(size)] = found
-        out = Table(title=f"Peak memory of a step, {size} processes, state of {state / 1e6:.0f} MB")
-        for column in ("", "MB", "to torch's"):
-            out.add_column(column, justify="right" if column else "left")
-        for label, peak in found.items():
-            base = found["torch DDP" if "ddp" in label.lower() else "torch fully_shard"]
-            out.add_row(label, f"{peak / 1e6:.1f}", f"{peak / base:.2f}")
-        Console(width=100).print(out)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        for label, most in found.items():
+            name = "ddp" if "ddp" in label.lower() else "fsdp"
+            base = found["torch DDP" if name == "ddp" else "torch fully_shard"]
+            case = f"{name}, {size} processes"
+            rows.append(Row("parallel_memory", case, label, "peak", "MB", most / 1e6, most / base))
+    return rows

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tasks import DISTINCT, LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
-from timing import Marked, Measure, Run, Variant, looped
 from torch import Tensor, nn
+
+from benchmarks.tasks import DISTINCT, LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
+from benchmarks.timing import Marked, Measure, Run, Variant, looped
 
 
 def adamw(net: nn.Module, **kwargs: Any) -> torch.optim.AdamW:
@@ -153,6 +154,32 @@ def lightning(logs: bool) -> Callable[[Task], Measure]:
     return build
 
 
+def torchopt(task: Task) -> Measure:
+    """TorchOpt: its functional AdamW over the module as a function, in place."""
+    import torchopt
+
+    net = task.fresh()
+    start = {name: value.detach().clone() for name, value in net.named_parameters()}
+    tx = torchopt.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def fresh() -> Run:
+        params = {name: value.clone().requires_grad_() for name, value in start.items()}
+        memory = tx.init(params)
+
+        def run(batches: list[Batch]) -> Tensor:
+            nonlocal params, memory
+            for x, y in batches:
+                loss = loss_of(torch.func.functional_call(net, params, (x,)), y)
+                grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+                updates, memory = tx.update(grads, memory, params=params, inplace=True)
+                params = torchopt.apply_updates(params, updates, inplace=True)
+            return loss
+
+        return run
+
+    return looped(task, fresh)
+
+
 def jax(task: Task) -> Measure:
     """JAX: one jitted step with a donated state, and optax."""
     import jax
@@ -238,6 +265,7 @@ VARIANTS = [
     Variant("accelerate", "Accelerate", accelerate),
     Variant("lightning", "Lightning Trainer", lightning(logs=False)),
     Variant("lightning-log", "Lightning Trainer, one self.log per step", lightning(logs=True)),
+    Variant("torchopt", "TorchOpt", torchopt),
     Variant("jax", "JAX jit + optax", jax),
 ]
 assert DISTINCT % 8 == 0

@@ -1,32 +1,28 @@
-"""What the Runner adds to a step: microseconds above the user's own loop over the same step.
-
-    python benchmarks/runner.py
+"""What the Runner adds to a step, beside the user's own loop over the same step.
 
 The step does next to nothing, so that what is left is the loop. The user's loop keeps the metrics and writes their
-means as a line of JSON each 50 steps, as the Runner does into its JSONL sink. Rounds are interleaved; the figure is the
-median over rounds of the difference of a pair, with the quartiles. The Runner is timed from its first to its last
-step, without what it does once at the beginning and the end.
+means as a line of JSON each 50 steps, as the Runner does into its JSONL sink. The Runner is timed from its first to its
+last step, without what it does once at the beginning and the end. The metric "added" is the median over rounds of the
+difference to the own loop.
 
 To be expected on two cores of a server: 2 to 6 µs more than the loop that logs, whatever the step costs itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import timing
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import lumen as lm
+from benchmarks import timing
+from benchmarks.options import Options
+from benchmarks.rows import Row, quartiles, timed
 
 LOG_EVERY = 50
 
@@ -77,7 +73,7 @@ def own_loop(steps: int, folder: Path) -> float:
             held.append(metrics)
             if number % LOG_EVERY == 0:
                 write_means(file, number, held)
-    return data.seconds / steps * 1e6
+    return data.seconds / steps
 
 
 def runner(steps: int, folder: Path) -> float:
@@ -85,7 +81,7 @@ def runner(steps: int, folder: Path) -> float:
     data = Timed(steps)
     sink = lm.sinks.JSONL(folder / "runner.jsonl")
     lm.Runner(step, sinks=[sink], log_every=LOG_EVERY, progress=False).fit(make_state(), data, until=lm.Epochs(1))
-    return data.seconds / steps * 1e6
+    return data.seconds / steps
 
 
 def runner_saving(steps: int, folder: Path) -> float:
@@ -99,31 +95,24 @@ def runner_saving(steps: int, folder: Path) -> float:
         log_every=LOG_EVERY,
         progress=False,
     ).fit(make_state(), data, until=lm.Epochs(1) | lm.Seconds(3600))
-    return data.seconds / steps * 1e6
+    return data.seconds / steps
 
 
-def main() -> None:
-    """Measure, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5000)
-    options = parser.parse_args()
-    timing.hold_threads(1)
-    variants = {"own loop": own_loop, "Runner": runner, "Runner, saving, timed, watched": runner_saving}
-    found: dict[str, list[float]] = {name: [] for name in variants}
+BASE = "own loop"
+VARIANTS = {BASE: own_loop, "Lumen: Runner": runner, "Lumen: Runner, saving, timed, watched": runner_saving}
+
+
+def measure(options: Options) -> list[Row]:
+    """One case."""
+    steps = options.pick(5000, 500)
+    case = f"{steps:,} steps of nothing"
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for name, measure in variants.items():
-                found[name].append(measure(options.steps, Path(folder)))
-    table = Table(title=f"µs per step, medians of {options.rounds} rounds of {options.steps} steps")
-    for name in ("", "µs/step", "above the own loop", "quartiles"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, times in found.items():
-        above = [a - b for a, b in zip(times, found["own loop"], strict=True)]
-        low, middle, high = statistics.quantiles(above, n=4)
-        table.add_row(name, f"{statistics.median(times):.1f}", f"{middle:+.1f}", f"{low:+.1f} – {high:+.1f}")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+        measures = {
+            label: lambda each=each: each(steps, Path(folder)) for label, each in options.chosen(VARIANTS, BASE).items()
+        }
+        times = timing.take_turns(measures, options.times(15))
+    rows = timed("runner", case, times, BASE)
+    for label in [label for label in times if label != BASE]:
+        above = [1e6 * (mine - own) for mine, own in zip(times[label], times[BASE], strict=True)]
+        rows.append(Row("runner", case, label, "added", "µs", quartiles(above)[1]))
+    return rows

@@ -1,102 +1,118 @@
-"""Strong and weak scaling of ddp and fsdp, torch's and Lumen's, on this machine and on an emulated wire.
+"""How the cost of a step grows: with params, layers, the batch, and microbatches; beside a raw loop that grows as much.
 
-    python benchmarks/scaling.py                        # 1, 2 and 4 processes
-    python benchmarks/scaling.py --wire 50 --worlds 1 2
-
-Weak: each process has the same batch, whatever the number of processes; efficiency is the time of one process over that
-of n. Strong: they share one batch of 8 rows; efficiency is the speed-up over n. More processes than cores share these:
-the figure to look at is then Lumen's beside torch's, which the variants' taking turns makes comparable. On an emulated
-wire (see collectives.py) bytes cost time as on a network. Bytes are those that a process sends for a step, in a ring.
+MLPs of linear layers with ReLU, batch 32 where nothing else is said. "Params" widens two hidden layers, "layers" stacks
+layers of width 64, "batch" gives more rows to width 128, and "microbatches" cuts a batch of 64 rows in k parts, whose
+gradients the raw loop adds by k backward passes. Ratios that stay level say that Lumen's own cost is a fixed part of
+the step; ratios that fall, that it is a fixed time. Ranks and leaves are parts of their own.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-import collectives  # before what takes them for itself
-import spread
-import tasks
-import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+import torch
 
-VARIANTS = {
-    "torch DDP": spread.STRATEGIES["ddp"]["torch DDP"],
-    "lumen ddp": spread.STRATEGIES["ddp"]["lumen ddp"],
-    "torch fully_shard": spread.STRATEGIES["fsdp"]["torch fully_shard"],
-    "lumen fsdp": spread.STRATEGIES["fsdp"]["lumen fsdp"],
-}
-ROWS = 8  # of the batch that is shared in strong scaling
+import lumen as lm
+from benchmarks import ours, peers, tasks, timing
+from benchmarks.options import Options
+from benchmarks.rows import Row
+
+SECONDS = 0.2  # of a timed section, and
+MOST = 400  # steps, before the batches are learned by heart
+CLASSES = 10
 
 
-def measured(rounds: int, steps: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """By kind and variant: seconds of a step, and bytes."""
-    task = tasks.make("gpt")
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for kind, rows in (("weak", None), ("strong", ROWS)):
-        data = spread.batches_of(task, steps, rows)
-        built = {label: build(task) for label, build in VARIANTS.items()}
-        times: dict[str, list[float]] = {label: [] for label in built}
-        sent: dict[str, float] = {}
-        for index in range(rounds + 1):
-            for label, loop in built.items():
-                before = collectives.WIRE.bytes
-                dist.barrier()
-                began = time.perf_counter()
-                loop(data)
-                dist.barrier()
-                if index:
-                    times[label].append((time.perf_counter() - began) / steps)
-                sent[label] = spread.seen(label, task, collectives.WIRE.bytes - before, steps)
-        found[kind] = {label: (statistics.median(times[label]), sent[label]) for label in built}
-    return found
+class Point(NamedTuple):
+    """One size of one kind of growth."""
+
+    widths: tuple[int, ...]
+    rows: int = 32
+    parts: int = 1
 
 
-def table(kind: str, found: dict[int, Any]) -> Table:
-    """The figures of one kind of scaling."""
-    smallest = min(found)
-    out = Table(title=f"{kind} scaling, GPT of 4 layers and width 128")
-    out.add_column("")
-    for size in found:
-        out.add_column(f"{size}: ms", justify="right")
-        out.add_column("efficiency", justify="right")
-        out.add_column("KiB", justify="right")
-    for label in VARIANTS:
-        cells = [label]
-        for size, by_kind in found.items():
-            seconds, size_sent = by_kind[kind][label]
-            gain = found[smallest][kind][label][0] / seconds
-            efficiency = gain if kind == "weak" else gain * smallest / size
-            cells += [f"{1e3 * seconds:.1f}", f"{efficiency:.2f}", f"{size_sent / 1024:.0f}"]
-        out.add_row(*cells)
-    return out
-
-
-def main() -> None:
-    """Measure, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a wire of this bandwidth")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    bandwidth = None if options.wire is None else options.wire * 1e6
-    found = {
-        size: spread.world_of(size, measured, options.rounds, options.steps, bandwidth=bandwidth)
-        for size in options.worlds
+def points(quick: bool) -> dict[str, Point]:
+    """By the name of the case; a quick look takes the first and the last of each."""
+    kinds = [
+        {f"params: width {width}": Point((64, width, width, CLASSES)) for width in (16, 64, 256, 1024)},
+        {f"layers: {depth}": Point((64,) * depth + (CLASSES,)) for depth in (2, 8, 32)},
+        {f"batch: {rows} rows": Point((64, 128, 128, CLASSES), rows) for rows in (4, 32, 256, 2048)},
+        {f"microbatches: {parts}": Point((64, 128, 128, CLASSES), 64, parts) for parts in (1, 2, 4, 8)},
+    ]
+    return {
+        name: point
+        for kind in kinds
+        for at, (name, point) in enumerate(kind.items())
+        if not quick or at in (0, len(kind) - 1)
     }
-    console = Console(width=120)
-    for kind in ("weak", "strong"):
-        console.print(table(kind, found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: Options) -> list[Row]:
+    """Every point; a quick look compiles nothing."""
+    rows: list[Row] = []
+    for case, point in points(options.quick).items():
+        if options.wants(case):
+            rows += _compared(case, point, options)
+    return rows
+
+
+def _compared(case: str, point: Point, options: Options) -> list[Row]:
+    task, variants = _task(case, point), _variants(point)
+    chosen = options.chosen({variant.label: variant for variant in variants}, variants[0].label).values()
+    raw_loop = variants[0].build(task)
+    per_step = min(raw_loop(4) for _ in range(3))
+    steps = min(MOST, max(4, int(options.pick(SECONDS, SECONDS / 5) / per_step)))
+    run = [variant for variant in chosen if not (options.quick and "compile" in variant.name)]
+    return [each.row("scaling", case) for each in timing.compare(task, run, rounds=options.times(9), steps=steps)]
+
+
+def _variants(point: Point) -> list[timing.Variant]:
+    split: list[Callable[[], lm.Transform]] = [lambda: lm.accumulate(point.parts)] if point.parts > 1 else []
+    return [
+        timing.Variant("raw", "raw loop, AdamW(fused)", raw(point.parts)),
+        timing.Variant("lumen-donate", "Lumen: donate", ours.called(*split, lm.donate)),
+        timing.Variant("lumen-compile", "Lumen: compile, donate", ours.called(lm.compile, *split, lm.donate)),
+    ]
+
+
+def _task(case: str, point: Point) -> tasks.Task:
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (
+            torch.randn(point.rows, point.widths[0], generator=generator),
+            torch.randint(0, CLASSES, (point.rows,), generator=generator),
+        )
+        for _ in range(tasks.DISTINCT)
+    ]
+    return tasks.Task(case, case, lambda: tasks.mlp(*point.widths), batches, steps=MOST)
+
+
+def raw(parts: int) -> Callable[[tasks.Task], timing.Measure]:
+    """The loop that one writes in plain PyTorch; `parts` backward passes add up to each update."""
+    if parts == 1:
+        return peers.raw(fused=True)
+
+    def build(task: tasks.Task) -> timing.Measure:
+        net = task.fresh()
+        start = {name: value.clone() for name, value in net.state_dict().items()}
+
+        def fresh() -> timing.Run:
+            net.load_state_dict(start)
+            optimizer = peers.adamw(net, fused=True)
+
+            def run(batches: list[tasks.Batch]) -> torch.Tensor:
+                for batch in batches:
+                    optimizer.zero_grad()
+                    losses = []
+                    for x, y in zip(*[each.chunk(parts) for each in batch], strict=True):
+                        loss = tasks.loss_of(net(x), y) / parts
+                        loss.backward()
+                        losses.append(loss.detach())
+                    optimizer.step()
+                return torch.stack(losses).sum()
+
+            return run
+
+        return timing.looped(task, fresh)
+
+    return build

@@ -9,17 +9,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import collectives  # before what takes them for itself
-import tasks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ours import state_of, step
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import collectives  # isort: skip (before what takes the functions of torch.distributed for itself)
 import lumen as lm
+from benchmarks import tasks
+from benchmarks.ours import state_of, step
 
 Loop = Callable[[list[Any]], float]  # trains on these batches, and gives the last loss of all processes
 
@@ -93,20 +93,20 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
     "ddp": {
         "torch DDP": torch_ddp,
         "torch DDP again": torch_ddp,
-        "lumen ddp": lumen(lm.ddp),
-        "lumen ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, compress="bf16")),
+        "Lumen: ddp": lumen(lm.ddp),
+        "Lumen: ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, compress="bf16")),
     },
     "compiled": {
         "torch.compile(DDP)": torch_compiled,
         "torch.compile(DDP) again": torch_compiled,
-        "lumen compile, ddp": lumen(lm.compile, lm.ddp),
-        "lumen compile, fsdp": lumen(lm.compile, lm.fsdp),
+        "Lumen: compile, ddp": lumen(lm.compile, lm.ddp),
+        "Lumen: compile, fsdp": lumen(lm.compile, lm.fsdp),
     },
     "fsdp": {
         "torch fully_shard": torch_fsdp,
         "torch fully_shard again": torch_fsdp,
-        "lumen fsdp": lumen(lm.fsdp),
-        "lumen fsdp, level 2": lumen(functools.partial(lm.fsdp, level=2)),
+        "Lumen: fsdp": lumen(lm.fsdp),
+        "Lumen: fsdp, level 2": lumen(functools.partial(lm.fsdp, level=2)),
     },
 }
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import DISTINCT, Batch, Task
+
+from benchmarks.options import progress
+from benchmarks.rows import Row, quartiles
+from benchmarks.tasks import DISTINCT, Batch, Task
 
 WARM_UP = 8
 Run = Callable[[list[Any]], Any]
@@ -35,14 +38,20 @@ class Variant:
 
 
 @dataclass
-class Row:
+class Found:
     """What was measured of one variant; `missing` says why it was not."""
 
-    name: str
     label: str
     times: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-    missing: str | None = None
+    missing: str = ""
+
+    def row(self, part: str, case: str) -> Row:
+        """The same as the suite reports it."""
+        if not self.ratios:
+            return Row(part, case, self.label, "step", "µs", note=self.missing)
+        low, ratio, high = quartiles(self.ratios)
+        return Row(part, case, self.label, "step", "µs", 1e6 * statistics.median(self.times), ratio, low, high)
 
 
 class NotTheSameError(AssertionError):
@@ -97,47 +106,80 @@ class Marked:
         return (end - start) / self.steps
 
 
-def compare(
-    task: Task, variants: list[Variant], *, rounds: int, steps: int, progress: Callable[[str], None]
-) -> list[Row]:
+def compare(task: Task, variants: list[Variant], *, rounds: int, steps: int) -> list[Found]:
     """Time every variant in `rounds` interleaved rounds, each next to the raw loop, which is `variants[0]`.
 
-    A row's ratios are those of such neighbours, so what slows the machine for a while slows both.
+    The ratios are those of such neighbours, so what slows the machine for a while slows both.
     """
-    rows = [Row(variant.name, variant.label) for variant in variants]
+    found = [Found(variant.label) for variant in variants]
     measures: list[Measure | None] = []
     wanted = None
-    for row, variant in zip(rows, variants, strict=True):
+    for each, variant in zip(found, variants, strict=True):
         progress(f"{task.name}: building {variant.name}")
-        measure = _built(task, row, variant, wanted)
+        measure = _built(task, each, variant, wanted)
         measures.append(measure)
         if wanted is None and measure is not None:
             wanted = float(measure.loss())  # type: ignore[attr-defined]
     raw = measures[0]
     if raw is None:
-        raise RuntimeError(f"the raw loop failed: {rows[0].missing}")
+        raise RuntimeError(f"the raw loop failed: {found[0].missing}")
+    with collected():
+        for index in range(rounds):
+            progress(f"{task.name}: round {index + 1} of {rounds}")
+            for at in rotated(range(len(found)), index):
+                each, measure = found[at], measures[at]
+                if measure is None:
+                    continue
+                if index % 2:  # what runs second may find warmer caches
+                    taken, beside = measure(steps), raw(steps)
+                else:
+                    beside, taken = raw(steps), measure(steps)
+                each.times.append(taken)
+                each.ratios.append(taken / beside)
+                if at:
+                    found[0].times.append(beside)
+    return found
+
+
+def take_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each in interleaved rounds, after one that warms up."""
+    times: dict[str, list[float]] = {label: [] for label in measures}
+    for measure in measures.values():
+        measure()
+    with collected():
+        for index in range(rounds):
+            for label in rotated(list(measures), index):
+                progress(f"round {index + 1} of {rounds}: {label}")
+                times[label].append(measures[label]())
+    return times
+
+
+def rotated(items: Any, by: int) -> list[Any]:
+    """In an order that begins elsewhere each time, so that none always follows the same one."""
+    each = list(items)
+    by %= len(each)
+    return each[by:] + each[:by]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[None]:
+    """What was imported and built is not walked again by each later collection."""
     gc.collect()
-    gc.freeze()  # what was imported and built is not walked again by each later collection
-    for index in range(rounds):
-        progress(f"{task.name}: round {index + 1} of {rounds}")
-        for at in range(len(rows)):
-            at = (at + index) % len(rows)  # no variant always follows the same one
-            row, measure = rows[at], measures[at]
-            if measure is None:
-                continue
-            if index % 2:  # what runs second may find warmer caches
-                taken, beside = measure(steps), raw(steps)
-            else:
-                beside, taken = raw(steps), measure(steps)
-            row.times.append(taken)
-            row.ratios.append(taken / beside)
-            if at:
-                rows[0].times.append(beside)
-    gc.unfreeze()
-    return rows
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def _built(task: Task, row: Row, variant: Variant, wanted: float | None) -> Measure | None:
+def _built(task: Task, found: Found, variant: Variant, wanted: float | None) -> Measure | None:
     try:
         with quiet():
             measure = variant.build(task)
@@ -148,13 +190,11 @@ def _built(task: Task, row: Row, variant: Variant, wanted: float | None) -> Meas
                     f"after 16 steps the loss is {float(loss):.5f}, that of the raw loop {wanted:.5f}"
                 )
     except ImportError as error:
-        row.missing = f"not installed: {error}"
+        found.missing = f"not installed: {error}"
     except Exception as error:
         if os.environ.get("BENCH_TRACEBACK"):
             traceback.print_exc()
-        row.missing = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
-            :200
-        ]
+        found.missing = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
     else:
         return measure
     return None
@@ -170,19 +210,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def hold_threads(count: int) -> None:
-    """`count` threads and cores for torch, XLA and everything else; call it before any of them computes."""
+def prepare(threads: int) -> None:
+    """`threads` threads and cores for torch, XLA and everything else; call it before any of them computes."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[:count])
+        os.sched_setaffinity(0, cores[:threads])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     versions = {}
-    for name in ("torch", "lumen-torch", "lightning", "accelerate", "jax", "optax"):
+    for name in ("torch", "lumen-torch", "lightning", "accelerate", "jax", "optax", "torchopt"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -206,33 +247,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def summary(row: Row, best: float) -> dict[str, Any]:
-    """A row as JSON holds it; `best` is the shortest time of the raw loop."""
-    if row.missing is not None or not row.ratios:
-        return {"name": row.name, "label": row.label, "missing": row.missing or "not measured"}
-    low, middle, high = quartiles(row.ratios)
-    return {
-        "name": row.name,
-        "label": row.label,
-        "us_per_step": statistics.median(row.times) * 1e6,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "ratio_of_best": min(row.times) / best,
-        "ratios": row.ratios,
-    }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` to `path`, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

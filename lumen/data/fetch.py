@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from lumen import tree
 from lumen.data import order
+from lumen.data.seeds import seeded
 from lumen.errors import BatchError
 
 Collate = Callable[[list[Any]], Any]
@@ -149,32 +149,6 @@ def source(dataset: Any, collate: Collate | None) -> Source:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's (CPU), NumPy's and Python's global generators, seeded inside and after it as they were.
-
-    In a worker process they are only seeded: nobody else uses them there, and NumPy's takes 0.1 ms to save.
-    """
-    if get_worker_info() is not None:
-        _seed(seed)
-        yield
-        return
-    found = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (data sets use it)
-    _seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(found[0])
-        np.random.set_state(found[1])  # noqa: NPY002
-        random.setstate(found[2])
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-
-
-@contextmanager
 def _noted(what: str) -> Iterator[None]:
     try:
         yield
@@ -230,7 +204,21 @@ def _take(column: Column, rows: order.Indices, index: Tensor) -> Tensor:
 
 def _stack(samples: Sequence[Any]) -> Any:
     """Torch's collation leaf by leaf, so that samples may be any trees, and tuples stay tuples."""
+    if _are_flat(samples):  # the common case, in half the time
+        return tuple(default_collate(list(leaves)) for leaves in zip(*samples, strict=True))
     return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
+
+
+def _are_flat(samples: Sequence[Any]) -> bool:
+    """Whether they are tuples of equally many tensors, arrays and numbers."""
+    size = len(samples[0]) if type(samples[0]) is tuple else 0
+    return size > 0 and all(
+        type(sample) is tuple and len(sample) == size and all(type(leaf) in _LEAVES for leaf in sample)
+        for sample in samples
+    )
+
+
+_LEAVES = frozenset((Tensor, np.ndarray, int, float, bool))
 
 
 def _empty(leaf: Any) -> Any:

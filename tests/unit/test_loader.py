@@ -293,6 +293,52 @@ def test_global_generators_are_left_as_they_were(workers):
     assert draws() == expected
 
 
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+@pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
+def test_numpys_generator_is_left_with_half_a_pair_of_normal_numbers(drawn, generator):
+    callers, own = np.random.get_bit_generator(), generator(5)
+    np.random.set_bit_generator(own)
+    try:
+        np.random.standard_normal(drawn)  # noqa: NPY002
+        before = np.random.get_state(legacy=False)  # noqa: NPY002
+        list(Loader(Noisy(), 4))
+        assert np.random.get_bit_generator() is own
+        np.testing.assert_equal(np.random.get_state(legacy=False), before)  # noqa: NPY002
+    finally:
+        np.random.set_bit_generator(callers)
+
+
+class Nested(Noisy):
+    """Samples that are read by a loader of their own, between two draws."""
+
+    def __init__(self, inner):
+        super().__init__(4)
+        self.inner = inner
+
+    def __getitem__(self, index):
+        before = np.random.rand()  # noqa: NPY002
+        if self.inner:
+            list(Loader(Noisy(3), 2))
+        return torch.tensor([before, np.random.rand()])  # noqa: NPY002
+
+
+def test_a_loader_in_a_loader_leaves_the_outer_ones_draws():
+    assert same(list(Loader(Nested(inner=True), 2)), list(Loader(Nested(inner=False), 2)))
+
+
+def test_flat_samples_are_collated_as_any_trees_are():
+    def collated(samples):
+        return next(iter(Loader(samples, len(samples), shuffle=False)))
+
+    rows = [(torch.tensor([i, 2 * i]), np.array([i]), i, i / 2, i == 1) for i in range(3)]
+    flat, deep = collated(rows), collated([{"row": row} for row in rows])["row"]
+    assert type(flat) is type(deep) is tuple
+    assert [leaf.dtype for leaf in flat] == [leaf.dtype for leaf in deep]
+    assert same(flat, deep)
+    with pytest.raises(ValueError):  # noqa: PT011 (optree's own words)
+        collated([(1, 2), (1,)])
+
+
 def test_chance_differs_between_rows_batches_epochs_and_ranks():
     loaders = [Loader(Noisy(24), 6, rank=rank, world=2) for rank in range(2)]
     noise = [b["noise"] for loader in loaders for epoch in (0, 1) for b in loader.epoch(epoch)]

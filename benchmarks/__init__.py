@@ -1,0 +1,1 @@
+"""The benchmarks, one suite: `make bench`, or `python -m benchmarks --help`."""

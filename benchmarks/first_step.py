@@ -1,0 +1,36 @@
+"""One step of the small MLP in this process, `python -m benchmarks.first_step KIND`: what start.py times."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from benchmarks.tasks import LEARNING_RATE, WEIGHT_DECAY, loss_of, mlp
+
+
+def main(kind: str) -> None:
+    """A raw loop's, or Lumen's under the transforms that `kind` names."""
+    torch.manual_seed(0)
+    net, x, y = mlp(784, 128, 128, 10), torch.randn(32, 784), torch.randint(0, 10, (32,))
+    if kind.startswith("raw"):
+        model = torch.compile(net) if kind == "raw-compile" else net
+        optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        return
+    import lumen as lm
+
+    def step(state, batch):
+        def loss_fn(params, batch):
+            return loss_of(state.apply(params, batch[0])[0], batch[1])
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    fast = lm.compose(*[getattr(lm, name)() for name in kind.split("-")])(step)
+    fast(fast.init(lm.TrainState.create(net, lm.optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))), (x, y))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,96 @@
+"""Data loading: lm.Loader beside torch's DataLoader, with as many workers, over the same data set.
+
+Three data sets: tensors in memory; samples that are ready, where collating them is the work; and samples that take some
+hundred microseconds of Python each. Both shuffle and keep their workers. A timed section is an epoch, workers started
+before; a ratio of 1 or more means that Loader is at least as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import lumen as lm
+from benchmarks import timing
+from benchmarks.options import Options
+from benchmarks.rows import Row, throughput
+
+BATCH = 64
+FEATURES = 64
+WORK = 2000  # additions in Python for a sample, 50 to 100 µs
+TORCH, LUMEN = "torch DataLoader", "Lumen: Loader"
+
+
+class Ready(Dataset[Any]):
+    """Samples that are there."""
+
+    def __init__(self, rows: int) -> None:
+        self.x, self.y = columns(rows)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.x[index], index % 10
+
+
+class Worked(Ready):
+    """Samples that Python works for."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        total = 0
+        for i in range(WORK):
+            total += i ^ index
+        return self.x[index], total % 10
+
+
+def columns(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and labels."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, FEATURES, generator=generator), torch.randint(0, 10, (rows,), generator=generator)
+
+
+SETS: dict[str, tuple[Callable[[int], Dataset[Any]], int]] = {
+    "tensors": (lambda rows: TensorDataset(*columns(rows)), 64_000),
+    "ready samples": (Ready, 16_000),
+    "samples of Python work": (Worked, 8_000),
+}
+WORKERS = (0, 2)
+
+
+def measure(options: Options) -> list[Row]:
+    """Each data set and number of workers."""
+    rows: list[Row] = []
+    for name, (make, full) in SETS.items():
+        for workers in WORKERS:
+            case = f"{name}, {workers} workers"
+            if options.wants(case):
+                rows += _compared(case, make(full // options.pick(1, 8)), workers, options.times(9))
+    return rows
+
+
+def _compared(case: str, dataset: Dataset[Any], workers: int, rounds: int) -> list[Row]:
+    loaders = {
+        TORCH: DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0),
+        LUMEN: lm.Loader(dataset, batch_size=BATCH, seed=0, workers=workers),
+    }
+    count = len(dataset)  # type: ignore[arg-type]
+    measures = {label: _epoch(loader, count) for label, loader in loaders.items()}
+    times = timing.take_turns(measures, rounds)
+    return throughput("loading", case, times, TORCH, unit="rows/s", amount=count)
+
+
+def _epoch(loader: Iterable[Any], wanted: int) -> Callable[[], float]:
+    def run() -> float:
+        return timing.seconds(lambda: _read(loader, wanted))
+
+    return run
+
+
+def _read(loader: Iterable[Any], wanted: int) -> None:
+    seen = sum(len(x) for x, _ in loader)
+    if seen != wanted:
+        raise AssertionError(f"an epoch gave {seen} rows instead of {wanted}")
