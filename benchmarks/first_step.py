@@ -1,4 +1,7 @@
-"""One step of the small MLP in this process, `python -m benchmarks.first_step KIND`: what start.py times."""
+"""One step in this process, `python -m benchmarks.first_step KIND [LAYERS]`: what start.py times.
+
+Of the small MLP of tasks.py, or of the GPT with so many layers.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import sys
 
 import torch
 
-from benchmarks.tasks import LEARNING_RATE, WEIGHT_DECAY, loss_of, mlp
+from benchmarks.tasks import GPT, LEARNING_RATE, WEIGHT_DECAY, loss_of, mlp
 
 
-def main(kind: str) -> None:
+def main(kind: str, layers: int = 0) -> None:
     """A raw loop's, or Lumen's under the transforms that `kind` names."""
     torch.manual_seed(0)
-    net, x, y = mlp(784, 128, 128, 10), torch.randn(32, 784), torch.randint(0, 10, (32,))
+    net = GPT(layers=layers) if layers else mlp(784, 128, 128, 10)
+    text = torch.randint(0, 128, (8, 65))
+    x, y = (text[:, :-1], text[:, 1:]) if layers else (torch.randn(32, 784), torch.randint(0, 10, (32,)))
     if kind.startswith("raw"):
         model = torch.compile(net) if kind == "raw-compile" else net
         optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -28,9 +33,10 @@ def main(kind: str) -> None:
         loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads), {"loss": loss}
 
-    fast = lm.compose(*[getattr(lm, name)() for name in kind.split("-")])(step)
+    named = {"donate": lm.donate, "compile": lm.compile, "blocks": lambda: lm.compile(blocks="blocks.*")}
+    fast = lm.compose(*[named[name]() for name in kind.split("-")])(step)
     fast(fast.init(lm.TrainState.create(net, lm.optim.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY))), (x, y))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

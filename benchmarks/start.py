@@ -3,8 +3,8 @@
 All in fresh processes, which alternate; the first of each kind fills the file cache and is left out. "Import" is taken
 inside the process, "first step" from the start of the process until one step of the small MLP of tasks.py is done: by
 a raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and as the cold process left it
-("warm"). The raw loop compiles the model, Lumen the whole step with its update. To be expected: the import at most
-0.3 s beyond torch's, and none of the heavy packages, which load on first use.
+("warm"). The raw loop compiles the model, Lumen the whole step with its update, or each kind of block once. To be
+expected: the import at most 0.3 s beyond torch's, and none of the heavy packages, which load on first use.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ IMPORTS = {
 }
 EAGER = {"raw loop": "raw", "Lumen: donate": "donate"}
 COMPILED = {"raw loop, torch.compile(model)": "raw-compile", "Lumen: compile, donate": "compile-donate"}
+DEEP = {**COMPILED, "Lumen: compile(blocks=...), donate": "blocks-donate"}
+LAYERS = 24
 SMALL = "import sys, time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
 
 
@@ -36,7 +38,9 @@ def measure(options: Options) -> list[Row]:
         "first step, eager": lambda: _eager("first step, eager", options),
     }
     if not options.quick:
-        cases["first step, compiled"] = lambda: _compiled("first step, compiled", options)
+        cases["first step, compiled"] = lambda: _compiled("first step, compiled", COMPILED, options.times(3), options)
+        deep = f"first step, compiled, GPT of {LAYERS} layers"
+        cases[deep] = lambda: _compiled(deep, DEEP, options.times(1), options, str(LAYERS))
     for case, run in cases.items():
         if options.wants(case):
             rows += run()
@@ -63,15 +67,15 @@ def _eager(case: str, options: Options) -> list[Row]:
     )
 
 
-def _compiled(case: str, options: Options) -> list[Row]:
-    base = next(iter(COMPILED))
-    chosen = options.chosen(COMPILED, base)
+def _compiled(case: str, kinds: dict[str, str], rounds: int, options: Options, *model: str) -> list[Row]:
+    base = next(iter(kinds))
+    chosen = options.chosen(kinds, base)
     times: dict[str, dict[str, list[float]]] = {each: {label: [] for label in chosen} for each in ("cold", "warm")}
-    for index in range(options.times(3)):
+    for index in range(rounds):
         for label in timing.rotated(chosen, index):
             with tempfile.TemporaryDirectory() as cache:
                 for each in ("cold", "warm"):
-                    times[each][label].append(_first_step(chosen[label], cache))
+                    times[each][label].append(_first_step(chosen[label], cache, *model))
     return [
         row
         for each, found in times.items()
@@ -79,9 +83,9 @@ def _compiled(case: str, options: Options) -> list[Row]:
     ]
 
 
-def _first_step(kind: str, cache: str | None = None) -> float:
+def _first_step(kind: str, cache: str | None = None, *model: str) -> float:
     own = {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache}
-    return timing.seconds(lambda: _printed(["-m", "benchmarks.first_step", kind], own))
+    return timing.seconds(lambda: _printed(["-m", "benchmarks.first_step", kind, *model], own))
 
 
 def _printed(arguments: list[str], environment: dict[str, str] | None = None) -> str:
