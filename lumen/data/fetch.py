@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -108,13 +107,19 @@ class Samples:
             return self._batch(rows.tolist())
 
     def _batch(self, indices: list[int]) -> Any:
-        if hasattr(self._dataset, "__getitems__"):
-            with _noted(f"rows {indices}"):
-                samples = list(self._dataset.__getitems__(indices))
-        else:
-            samples = self._each(indices)
-        with _noted(f"the batch of rows {indices}"):
+        samples = self._at_once(indices) if hasattr(self._dataset, "__getitems__") else self._each(indices)
+        try:
             return as_dict(self._collate(samples))
+        except Exception as error:
+            _note(error, f"the batch of rows {indices}")
+            raise
+
+    def _at_once(self, indices: list[int]) -> list[Any]:
+        try:
+            return list(self._dataset.__getitems__(indices))
+        except Exception as error:
+            _note(error, f"rows {indices}")
+            raise
 
     def _each(self, indices: list[int]) -> list[Any]:
         samples: list[Any] = []
@@ -146,15 +151,6 @@ def source(dataset: Any, collate: Collate | None) -> Source:
     if len(found) == 0:
         raise BatchError("Loader got a data set without rows; it takes at least one. Check where they get lost.")
     return found
-
-
-@contextmanager
-def _noted(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        _note(error, what)
-        raise
 
 
 def _note(error: Exception, what: str) -> None:
@@ -210,11 +206,13 @@ def _stack(samples: Sequence[Any]) -> Any:
 
 
 def _are_flat(samples: Sequence[Any]) -> bool:
-    """Whether they are tuples of equally many tensors, arrays and numbers."""
-    size = len(samples[0]) if type(samples[0]) is tuple else 0
-    return size > 0 and all(
-        type(sample) is tuple and len(sample) == size and all(type(leaf) in _LEAVES for leaf in sample)
-        for sample in samples
+    """Whether they are tuples of equally many leaves, which in the first are tensors, arrays and numbers."""
+    first = samples[0]
+    return (
+        type(first) is tuple
+        and {*map(type, first)} <= _LEAVES
+        and {*map(type, samples)} == {tuple}
+        and {*map(len, samples)} == {len(first)} != {0}
     )
 
 
