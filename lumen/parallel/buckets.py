@@ -45,7 +45,7 @@ class Wire:
         It may lie in the memory of the one tensor.
         """
         first = parts if isinstance(parts, Tensor) else parts[0]
-        size = first.numel() if first is parts else sum(part.numel() for part in parts)
+        size = first.numel() if first is parts else sum([part.numel() for part in parts])
         self.sent += size * first.element_size()
         if self.compress and not exact and first.dtype == torch.float32:
             summed = self._in_bfloat16(first if first is parts else _flatten(list(parts)))
@@ -171,29 +171,29 @@ class Buckets:
         while len(self._flying) < last and not self._missing[len(self._flying)]:
             self._launch([self._grads[i] for i in self._layout.buckets[len(self._flying)]])  # type: ignore[misc]
 
-    def _launch(self, grads: list[Tensor]) -> None:
-        self._flying.append((self._wire.launch(grads), grads))
+    def _launch(self, grads: list[Tensor], tail: Sequence[Tensor] = ()) -> None:
+        self._flying.append((self._wire.launch([*grads, *tail]), grads))
 
-    def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`.
+    def finish(self, leaves: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`, one vector.
 
-        `tail` is one small vector that travels in the last bucket where it can.
+        `tail` is a few numbers that travel in the last bucket where they can.
         """
         layout = self._layout or self._layouts.find(leaves) or self._layouts.learn(leaves, self._ready)
         *rest, last = layout.buckets
         for bucket in rest[len(self._flying) :]:
             self._launch([leaves[place] for place in bucket])
         grads = [leaves[place] for place in last]
-        joined = tail.dtype == grads[0].dtype and self._wire.compress is None
-        if joined:
-            grads.append(tail)
-        self._launch(grads)
+        joined = tail[0].dtype == grads[0].dtype and self._wire.compress is None
+        self._launch(grads, tail if joined else ())
         alone = None if joined else self._wire.launch(tail, exact=True)
         out: list[Tensor] = list(leaves)
         for (arrived, parts), bucket in zip(self._flying, layout.buckets, strict=True):
             flat = arrived()
             self.flat.append(flat)
-            views = _unflatten(flat, parts)
-            for place, view in zip(bucket, views, strict=False):  # the tail comes after them
+            for place, view in zip(bucket, _unflatten(flat, parts), strict=True):
                 out[place] = view
-        return out, (views[-1] if alone is None else alone())
+        if alone is not None:
+            return out, alone()
+        # A copy: a loss that is kept until it is logged would keep its whole bucket.
+        return out, flat[-sum([part.numel() for part in tail]) :].clone()
