@@ -111,12 +111,18 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
 }
 
 
-def seen(label: str, task: tasks.Task, counted: int, steps: int) -> float:
-    """The bytes of a step. Those of torch's DDP are not seen from Python, but known: each gradient once, in a ring."""
+def counted(label: str, task: tasks.Task, loop: Loop, data: list[Any]) -> tuple[float, float]:
+    """The last loss, and the bytes of a step after the first.
+
+    Those of torch's DDP are not seen from Python, but known: each gradient once, in a ring.
+    """
+    loop(data[:1])  # processes agree on their layouts once
+    with collectives.WIRE.counted() as sent:
+        loss = loop(data[1:])
     if not label.startswith(("torch DDP", "torch.compile")) or collectives.WIRE.bandwidth is not None:
-        return counted / steps
+        return loss, sent() / len(data[1:])
     size = dist.get_world_size()
-    return 2 * (size - 1) / size * 4 * sum(p.numel() for p in task.fresh().parameters())
+    return loss, 2 * (size - 1) / size * 4 * sum(p.numel() for p in task.fresh().parameters())
 
 
 def world_of(size: int, serve: Callable[..., Any], *args: Any, bandwidth: float | None = None) -> Any:

@@ -7,7 +7,7 @@ process lives: a spec made under one order and used under the other would silent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import optree
@@ -97,8 +97,31 @@ def tensors(tree: Any) -> list[Tensor]:
     return found
 
 
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first of the leaves of `tree` that is a tensor, found without a look at those after it.
+
+    >>> import torch
+    >>> first_tensor({"a": 2, "b": [torch.tensor(1), torch.tensor(3)]})
+    tensor(1)
+    """
+    children = _children(tree)
+    if children is None:
+        return tree if isinstance(tree, Tensor) else next(iter(tensors(tree)), None)
+    return next((found for child in children if (found := first_tensor(child)) is not None), None)
+
+
 CHILDREN: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # of the registered dataclasses; see lumen.core.dataclass
 _PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
+def _children(node: Any) -> Iterable[Any] | None:
+    """What a node of one of the common kinds holds, in order; None for all else."""
+    kind = type(node)
+    if kind is dict:
+        return node.values()  # type: ignore[no-any-return]
+    if kind is tuple or kind is list:
+        return node  # type: ignore[no-any-return]
+    return CHILDREN[kind](node) if kind in CHILDREN else None
 
 
 def _collect(node: Any, found: list[Tensor]) -> None:

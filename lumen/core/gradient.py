@@ -74,7 +74,7 @@ def value_and_grad(
 
 def differentiate(call: GradientCall) -> Gradient:
     """The base rule of P1."""
-    leaves, rebuild = _flat(call.params)
+    leaves, rebuild = flat(call.params)
     if {*map(type, leaves)} != {Tensor}:
         _check_params(leaves, call.params)
         # Params of which a transform outside shows a stand-in become whole by any operation.
@@ -97,8 +97,8 @@ def normalized(total: Gradient) -> Gradient:
     return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
 
 
-def _flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves, and what makes a tree like `params` of others; a flat dict goes by a shorter way."""
+def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves of params or grads, and what makes a tree like them of others; a flat dict goes by a shorter way."""
     if type(params) is dict and {*map(type, params.values())} == {Tensor}:
         return [*params.values()], lambda leaves: dict(zip(params, leaves, strict=True))
     leaves, spec = tree.flatten(params)
@@ -112,7 +112,8 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         _check_params(leaves, call.params)
         raise
     with rules.inside_loss:
-        objective, loss, aux, scalar = objective_of(call, rebuild(live))
+        size = rows.count(call.batch) if call.summed else None
+        objective, loss, aux, scalar = objective_of(call, rebuild(live), size)
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
             if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
@@ -125,7 +126,7 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         if all(g is None for g in grads):
             independent = independent_of(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
-    answer = Gradient(detached(loss), rebuild(grads), detached(aux), scalar, _rows(call))
+    answer = Gradient(detached(loss), rebuild(grads), detached(aux), scalar, size)
     return _finished(call, answer, independent)
 
 
@@ -140,10 +141,11 @@ def _finished(call: GradientCall, answer: Gradient, independent: LossError | Non
 
 def _by_func(call: GradientCall) -> Gradient:
     kept: dict[str, Any] = {}
+    size = rows.count(call.batch) if call.summed else None
 
     def objective_fn(params: Any) -> tuple[Tensor, list[Tensor]]:
         with rules.inside_loss:
-            objective, loss, aux, kept["scalar"] = objective_of(call, params)
+            objective, loss, aux, kept["scalar"] = objective_of(call, params, size)
         leaves, kept["spec"] = tree.flatten((loss, aux))
         kept["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return objective, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -153,11 +155,14 @@ def _by_func(call: GradientCall) -> Gradient:
     tensors = iter(found)
     leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
     loss, aux = tree.unflatten(kept["spec"], leaves)
-    return _finished(call, Gradient(loss, grads, aux, kept["scalar"], _rows(call)))
+    return _finished(call, Gradient(loss, grads, aux, kept["scalar"], size))
 
 
-def objective_of(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, bool]:
-    """`(what to differentiate, the loss to report, aux, whether the user's loss was a plain scalar)`."""
+def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Tensor, Any, Any, bool]:
+    """`(what to differentiate, the loss to report, aux, whether the user's loss was a plain scalar)`.
+
+    A summed call needs `size`, the number of rows.
+    """
     out = call.loss_fn(params, call.batch, *call.extras)
     loss, aux = _split_aux(out) if call.has_aux else (out, None)
     if isinstance(loss, Mean):
@@ -167,7 +172,8 @@ def objective_of(call: GradientCall, params: Any) -> tuple[Tensor, Any, Any, boo
     _check_scalar(loss, call)
     if not call.summed:
         return loss, loss, aux, True
-    weight = loss.detach().new_full((), rows.count(call.batch))
+    assert size is not None
+    weight = loss.detach().new_full((), size)
     total = loss * weight
     return total, Mean(total, weight), aux, True
 
@@ -292,10 +298,6 @@ def graph_leaves(root: Tensor) -> list[Tensor]:
             found.append(node.variable)
         todo.extend(parent for parent, _ in node.next_functions)
     return found
-
-
-def _rows(call: GradientCall) -> int | None:
-    return rows.count(call.batch) if call.summed else None
 
 
 def detached(values: Any) -> Any:

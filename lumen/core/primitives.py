@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -80,10 +81,19 @@ class Reduction(Protocol):
 class _Call:
     """Base of calls and answers. By convention never changed, but not frozen: that would triple their cost."""
 
+    _fields: ClassVar[Callable[[Any], tuple[Any, ...]]]  # the values of an instance, by one call into C
+
+    def __init_subclass__(cls) -> None:
+        if cls.__slots__:  # not yet on the class that the decorator makes this one of
+            cls._fields = attrgetter(*cls.__slots__)
+
     def replace(self, **changes: Any) -> Self:
         """A changed copy."""
-        names: tuple[str, ...] = self.__slots__
-        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+        kind = type(self)
+        new = kind(*kind._fields(self))
+        for name, value in changes.items():
+            setattr(new, name, value)
+        return new
 
 
 @dataclass(slots=True)

@@ -20,8 +20,10 @@ def count(batch: Any) -> int:
 
     Raises `BatchError` where there is no such number.
     """
-    if type(batch) is dict and {*map(type, batch.values())} == {Tensor}:  # the usual one, by a shorter way
-        firsts = {leaf.shape[:1] for leaf in batch.values()}
+    kind = type(batch)
+    leaves = batch.values() if kind is dict else batch if kind is tuple or kind is list else ()
+    if {*map(type, leaves)} == {Tensor}:  # the usual ones, by a shorter way
+        firsts = {leaf.shape[:1] for leaf in leaves}
         if len(firsts) == 1 and (first := firsts.pop()):
             return int(first[0])
     sizes = {_rows_of(leaf, batch) for leaf in tree.leaves(batch)} - {None}

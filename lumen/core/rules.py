@@ -12,16 +12,15 @@ ever entered and left by `with`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from enum import Enum
+from collections.abc import Callable, Mapping
+from enum import IntEnum
 from typing import Any
 
 Next = Callable[[Any], Any]
 Rule = Callable[[Next, Any], Any]
 
 
-class Primitive(Enum):
+class Primitive(IntEnum):
     """The three calls through which a step touches the machinery."""
 
     APPLY = 0
@@ -47,7 +46,7 @@ def bind(primitive: Primitive, base: Next, call: Any) -> Any:
     Inside a loss function only APPLY rules hold: gradients and updates taken there belong to the loss's own
     mathematics (an inner loop, say), not to the training step.
     """
-    rules = _stack.rules[primitive.value]
+    rules = _stack.rules[primitive]
     if not rules or (_stack.in_loss and primitive is not Primitive.APPLY):
         return base(call)
     return _descend(rules, 0, base, call)
@@ -69,11 +68,11 @@ class install:  # noqa: N801
 
     def __enter__(self) -> None:
         for primitive, rule in self._rules.items():
-            _stack.rules[primitive.value].append(rule)
+            _stack.rules[primitive].append(rule)
 
     def __exit__(self, *_exc: object) -> None:
         for primitive in self._rules:
-            _stack.rules[primitive.value].pop()
+            _stack.rules[primitive].pop()
 
 
 def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -116,24 +115,32 @@ def is_tracing() -> bool:
 
 def intercepts_updates() -> bool:
     """Whether a transform must see updates that are made now."""
-    return bool(_stack.rules[Primitive.UPDATE.value]) and not _stack.in_update and not _stack.in_loss
+    return bool(_stack.rules[Primitive.UPDATE]) and not _stack.in_update and not _stack.in_loss
 
 
-@contextmanager
-def bound_axes(axes: Mapping[str, Any]) -> Iterator[None]:
-    """Bind each axis to its name for collectives that run inside."""
-    for name in axes:
-        if name in _stack.axes:
-            raise ValueError(f"axis {name!r} is already bound by an enclosing transform; give this one another name.")
-    _stack.axes.update(axes)
-    try:
-        yield
-    finally:
-        for name in axes:
+class bound_axes:  # noqa: N801
+    """`with bound_axes({name: axis}):` binds each axis to its name for collectives that run inside."""
+
+    __slots__ = ("_axes",)
+
+    def __init__(self, axes: Mapping[str, Any]) -> None:
+        self._axes = axes
+
+    def __enter__(self) -> None:
+        bound = _stack.axes
+        for name in self._axes:
+            if name in bound:
+                raise ValueError(
+                    f"axis {name!r} is already bound by an enclosing transform; give this one another name."
+                )
+        bound.update(self._axes)
+
+    def __exit__(self, *_exc: object) -> None:
+        for name in self._axes:
             del _stack.axes[name]
 
 
-def bound_axis(name: str, axis: Any) -> AbstractContextManager[None]:
+def bound_axis(name: str, axis: Any) -> bound_axes:
     """Bind one axis."""
     return bound_axes({name: axis})
 
@@ -145,4 +152,4 @@ def axis(name: str) -> Any | None:
 
 def depth() -> dict[str, int]:
     """How many rules each primitive has, for `lm.inspect`."""
-    return {primitive.name.lower(): len(_stack.rules[primitive.value]) for primitive in Primitive}
+    return {primitive.name.lower(): len(_stack.rules[primitive]) for primitive in Primitive}

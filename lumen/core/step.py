@@ -220,7 +220,8 @@ def slot(state: State, name: str) -> Any:
 
 def device_of(state: State) -> torch.device:
     """Where the state lives: the device of its first tensor."""
-    return next((leaf.device for leaf in tree.tensors(state)), torch.device("cpu"))
+    first = tree.first_tensor(state)
+    return torch.device("cpu") if first is None else first.device
 
 
 def field_of(state: State, name: str, transform: str) -> Any:

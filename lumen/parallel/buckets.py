@@ -39,26 +39,44 @@ class Wire:
     def __deepcopy__(self, _memo: Any) -> Wire:
         return self  # a module that sums over it may be copied, the processes may not
 
-    def launch(self, parts: Tensor | Sequence[Tensor], op: str = "sum", exact: bool = False) -> Arrived:
+    def launch(
+        self, parts: Tensor | Sequence[Tensor], op: str = "sum", exact: bool = False, beside: Sequence[Tensor] = ()
+    ) -> Arrived:
         """Send a tensor, or several of one dtype as a flat one; what is returned waits for the sum (or maximum).
 
-        It may lie in the memory of the one tensor.
+        It may lie in the memory of the one tensor. `beside` are a few more numbers, whose exact sums lie behind.
         """
-        first = parts if isinstance(parts, Tensor) else parts[0]
-        size = first.numel() if first is parts else sum(part.numel() for part in parts)
-        self.sent += size * first.element_size()
+        whole = [parts] if isinstance(parts, Tensor) else parts
+        first = whole[0]
+        self.sent += sum([part.numel() for part in (*whole, *beside)]) * first.element_size()
         if self.compress and not exact and first.dtype == torch.float32:
-            summed = self._in_bfloat16(first if first is parts else _flatten(list(parts)))
+            summed = self._in_bfloat16(whole, beside)
             return lambda: summed
-        return functional.all_reduce(parts, op, self.group)
+        return functional.all_reduce([*whole, *beside] if beside else parts, op, self.group)
 
-    def _in_bfloat16(self, flat: Tensor) -> Tensor:
+    def _in_bfloat16(self, parts: Sequence[Tensor], beside: Sequence[Tensor]) -> Tensor:
         """The sum of the parts rounded to bfloat16, added up in float32 and rounded once more: each process adds a
-        slice of its own, and all gather the slices. Both halves send two bytes for a number."""
-        padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size)).to(torch.bfloat16)
-        self.sent -= flat.numel() * flat.element_size() // 2
-        mine = functional.all_to_all(padded, self.group)().view(self.size, -1).float().sum(0).to(torch.bfloat16)
-        return functional.all_to_all(mine.repeat(self.size), self.group)()[: flat.numel()].float()
+        slice of its own, and all gather the slices. Both halves send two bytes for a number.
+
+        To each slice a process adds the bits of `beside`, so that all have those of all, and add them up alike.
+        """
+        narrow = [part.reshape(-1).to(torch.bfloat16) for part in parts]
+        count = sum([part.numel() for part in narrow])
+        self.sent -= 2 * count
+        slices = torch.cat([*narrow, narrow[0].new_zeros(-count % self.size)]).view(self.size, -1)
+        exact, width = None, slices.shape[1]
+        if beside and rules.is_tracing():  # kernels made for numbers may change bits that are none
+            exact = functional.all_reduce(beside, "sum", self.group)
+        elif beside:
+            bits = _flatten(list(beside)).view(torch.bfloat16)
+            slices = torch.cat([slices, bits.expand(self.size, -1)], 1)
+        arrived = functional.all_to_all(slices.view(-1), self.group)().view(self.size, -1)
+        mine = arrived[:, :width].float().sum(0).to(torch.bfloat16)
+        summed = functional.all_to_all(mine.repeat(self.size), self.group)()[:count]
+        if not beside:
+            return summed.float()
+        sums = exact() if exact else arrived[:, width:].contiguous().view(beside[0].dtype).sum(0)
+        return torch.cat([summed.float(), sums])
 
 
 class Layout(NamedTuple):
@@ -171,29 +189,29 @@ class Buckets:
         while len(self._flying) < last and not self._missing[len(self._flying)]:
             self._launch([self._grads[i] for i in self._layout.buckets[len(self._flying)]])  # type: ignore[misc]
 
-    def _launch(self, grads: list[Tensor]) -> None:
-        self._flying.append((self._wire.launch(grads), grads))
+    def _launch(self, grads: list[Tensor], tail: Sequence[Tensor] = ()) -> None:
+        self._flying.append((self._wire.launch(grads, beside=tail), grads))
 
-    def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`.
+    def finish(self, leaves: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The sums over all processes of `leaves`, the gradients as the engine gives them, and of `tail`, one vector.
 
-        `tail` is one small vector that travels in the last bucket where it can.
+        `tail` is a few numbers that travel in the last bucket where they can.
         """
         layout = self._layout or self._layouts.find(leaves) or self._layouts.learn(leaves, self._ready)
         *rest, last = layout.buckets
         for bucket in rest[len(self._flying) :]:
             self._launch([leaves[place] for place in bucket])
         grads = [leaves[place] for place in last]
-        joined = tail.dtype == grads[0].dtype and self._wire.compress is None
-        if joined:
-            grads.append(tail)
-        self._launch(grads)
+        joined = tail[0].dtype == grads[0].dtype
+        self._launch(grads, tail if joined else ())
         alone = None if joined else self._wire.launch(tail, exact=True)
         out: list[Tensor] = list(leaves)
         for (arrived, parts), bucket in zip(self._flying, layout.buckets, strict=True):
             flat = arrived()
             self.flat.append(flat)
-            views = _unflatten(flat, parts)
-            for place, view in zip(bucket, views, strict=False):  # the tail comes after them
+            for place, view in zip(bucket, _unflatten(flat, parts), strict=True):
                 out[place] = view
-        return out, (views[-1] if alone is None else alone())
+        if alone is not None:
+            return out, alone()
+        # A copy: a loss that is kept until it is logged would keep its whole bucket.
+        return out, flat[-sum([part.numel() for part in tail]) :].clone()

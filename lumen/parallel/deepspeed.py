@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -371,10 +371,11 @@ class _Rule(RowsRule):
         engine, transform = self._engine, self._transform
         live = {name: engine.live(name) if transform.stage < 3 else p for name, p in self._params.items()}
         found: list[Any] = []
+        size = rows.count(call.batch)
 
         def run() -> Tensor:
             with rules.inside_loss:
-                objective, *rest = gradient.objective_of(call.replace(summed=True), live)
+                objective, *rest = gradient.objective_of(call.replace(summed=True), live, size)
             found.extend(rest)
             if not objective.requires_grad:
                 raise gradient.independent_of(call)
@@ -388,7 +389,7 @@ class _Rule(RowsRule):
             objective = engine.forward(run)
             engine.backward(objective * each.to(objective.dtype), last)
         loss, aux, scalar = found
-        return Gradient(gradient.detached(loss), None, gradient.detached(aux), scalar, rows.count(call.batch))
+        return Gradient(gradient.detached(loss), None, gradient.detached(aux), scalar, size)
 
     def _agreed(self, objective: Tensor) -> list[str]:
         """The params that the loss does not reach on some process, and that must have gradients all the same."""
@@ -418,7 +419,7 @@ class _NoBuckets:
         self._wire = wire
         self.flat: list[Tensor] = []
 
-    def finish(self, leaves: Any, tail: Tensor) -> tuple[list[Tensor], Tensor]:
+    def finish(self, leaves: Any, tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """No sums, and that of `tail`."""
         return [], functional.all_reduce(tail, "sum", self._wire.group)()
 

@@ -22,6 +22,7 @@ from lumen.parallel.sync_norm import synchronised
 
 Buffers = Literal["merge", "local", "sync"]
 
+_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what travels with each gradient, and how much: `Exchange._tail`
 STAND_IN = 2  # rows that an empty process computes in vain: BatchNorm takes no fewer
 
 
@@ -151,8 +152,8 @@ class Exchange:
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
         """The answer of all processes."""
-        leaves, spec = tree.flatten(answer.grads)
-        if any(leaf.requires_grad for leaf in leaves):
+        leaves, rebuild = gradient.flat(answer.grads)
+        if True in [leaf.requires_grad for leaf in leaves]:
             raise AxisError(
                 "under lm.ddp a gradient was asked for that is to be differentiated again outside of a loss function."
                 " Take the inner gradient inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
@@ -162,32 +163,33 @@ class Exchange:
         aux = _Shared(answer.aux, self.rows or STAND_IN, self._kept)
         maxima = aux.launch_maxima(self._wire)
         sums, tail = self._buckets.finish(leaves, self._tail(answer, aux.averaged(), independent is None))
-        # A copy: a loss that is kept until it is logged would keep its whole bucket.
-        total, weight, size, live, *_ = tail = tail.clone()
-        if independent is not None and not live:
+        if independent is not None and not tail[_LIVE]:
             raise independent
         loss = answer.loss
         assert isinstance(loss, Mean)
-        self._grads = spec.unflatten(sums)
-        return answer.replace(
-            loss=Mean(total.to(loss.total.dtype), weight.to(loss.weight.dtype)),
-            grads=self._grads,
-            aux=aux.joined(tail[4:], size, maxima),
+        self._grads = rebuild(sums)
+        return Gradient(
+            Mean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
+            self._grads,
+            aux.joined(tail, maxima),
+            answer.scalar,
+            answer.rows,
             joint=True,
         )
 
-    def _tail(self, answer: Gradient, averaged: Sequence[Tensor], live: bool) -> Tensor:
-        """What else is summed: the loss's total and weight, rows, whether there was a gradient, and means by rows."""
+    def _tail(self, answer: Gradient, averaged: Sequence[Tensor], live: bool) -> list[Tensor]:
+        """What else is summed: the loss's total and weight, rows, those that have a gradient, and means by rows."""
         loss = answer.loss
         assert isinstance(loss, Mean)
-        dtypes = [loss.total.dtype, *(x.dtype for x in averaged)]
-        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        size = self.rows
+        total, size = loss.total.detach(), self.rows
+        wide = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in averaged)}, torch.float32)
         if not size:
-            return torch.zeros(4 + sum(x.numel() for x in averaged), dtype=wide, device=loss.total.device)
-        counts = [loss.total.detach().new_full((1,), number, dtype=wide) for number in (size, int(live))]
-        parts = [loss.total.detach().to(wide).view(1), loss.weight.to(wide).view(1), *counts]
-        return torch.cat([*parts, *(x.detach().to(wide).reshape(-1) * size for x in averaged)])
+            return [total.new_zeros(_HEAD + sum(x.numel() for x in averaged), dtype=wide)]
+        count = loss.weight  # which a plain scalar has of its rows; in a narrow dtype not all numbers are
+        if not answer.scalar or count.dtype is not wide:
+            count = total.new_full((), size, dtype=wide)
+        means = [_as(x.detach(), wide) * size for x in averaged]
+        return [_as(total, wide), _as(loss.weight, wide), count, count if live else count * 0, *means]
 
     def normalized(self, answer: Gradient) -> Gradient:
         """The gradient of the mean loss; in place where nobody has changed the buckets' own tensors since."""
@@ -196,8 +198,13 @@ class Exchange:
         loss = answer.loss
         assert isinstance(loss, Mean)
         for flat in self._buckets.flat:
-            flat.div_(loss.weight.to(flat.dtype))
-        return answer.replace(loss=loss.compute() if answer.scalar else loss)
+            flat.div_(_as(loss.weight, flat.dtype))
+        return answer.replace(loss=loss.compute()) if answer.scalar else answer
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in this dtype; asking torch for what there is to do costs as much as doing a little."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 class _Shared:
@@ -230,12 +237,12 @@ class _Shared:
         flat = torch.cat([self._leaves[place].reshape(-1).to(torch.int64) for place in self._maxima])
         return wire.launch(flat, "max")
 
-    def joined(self, sums: Tensor, size: Tensor, maxima: Arrived | None) -> Any:
+    def joined(self, tail: Tensor, maxima: Arrived | None) -> Any:
         """The aux of all processes."""
         if not self._means and not self._maxima:
             return self._aux
         leaves = list(self._leaves)
-        for places, flat in ((self._means, sums / size), (self._maxima, maxima and maxima())):
+        for places, flat in ((self._means, tail[_HEAD:] / tail[_ROWS]), (self._maxima, maxima and maxima())):
             if flat is None:
                 continue
             pieces = flat.split([leaves[place].numel() for place in places])

@@ -527,7 +527,7 @@ class _Parts:
     def watch(self, live: Sequence[Tensor]) -> None:
         """Nothing to launch ahead of time."""
 
-    def finish(self, leaves: Sequence[Tensor], tail: Tensor) -> tuple[list[Tensor], Tensor]:
+    def finish(self, leaves: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The parts, and the sum of `tail`."""
         parts = self.summed
         if parts is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Mesh:
         self.sizes = dict(sizes)
         self.device = device
         self.torch = torch_mesh
+        self._axes = {name: ProcessAxis(self, name) for name in AXES}
 
     def __repr__(self) -> str:
         return f"lm.mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items() if size > 1)})"
@@ -55,11 +56,9 @@ class Mesh:
         with world.real_tensors():
             return self.torch[tuple(wide)]._flatten(flat).get_group()
 
-    @contextmanager
-    def bound(self) -> Iterator[None]:
+    def bound(self) -> AbstractContextManager[None]:
         """With every axis bound for `lm.psum` and its kin."""
-        with rules.bound_axes({name: ProcessAxis(self, name) for name in AXES}):
-            yield
+        return rules.bound_axes(self._axes)
 
 
 class ProcessAxis:

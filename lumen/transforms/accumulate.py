@@ -22,6 +22,7 @@ from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, withou
 from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
 
 _NARROW = (torch.float16, torch.bfloat16)
+_GROUP = 16 * 2**20  # bytes of sums that are made at once
 _FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
 
 
@@ -190,14 +191,21 @@ class accumulate(Transform):
         if reduction is not None and reduction.within:
             most = self.k or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
-        parts = []
-        sums = None
+        parts: list[Gradient] = []
+        sums: list[Tensor] = []
+        spec: tree.Spec | None = None
         for place, each in enumerate(calls):
             part: Gradient = next(each)
-            sums = _widen(part.grads) if sums is None else _add(sums, part.grads, own=place > 1)
+            grads, spec = tree.flatten(part.grads)
+            part = part.replace(grads=None)  # so that each gradient goes once it has been added
+            if place:
+                _add(sums, grads, own=place > 1)
+            else:
+                sums = _widened(grads)
             if place < len(pieces):
-                parts.append(part.replace(grads=None))
-        return rows.add_gradients(parts).replace(grads=_like(sums, call.params))
+                parts.append(part)
+        assert spec is not None
+        return rows.add_gradients(parts).replace(grads=_like(spec.unflatten(sums), call.params))
 
     def _split(self, call: GradientCall) -> list[Any]:
         batch, reduction = call.batch, call.reduction
@@ -223,20 +231,38 @@ class accumulate(Transform):
         return rows.split(batch, self.k)
 
 
-def _widen(grads: Any) -> Any:
-    return tree.map(lambda g: g.float() if g.dtype in _NARROW else g, grads)
+def _widened(grads: list[Tensor]) -> list[Tensor]:
+    return [g.float() if g.dtype in _NARROW else g for g in grads]
 
 
-def _add(sums: Any, grads: Any, own: bool) -> Any:
-    """`sums + grads`; in place once `sums` is a tensor of our own (autograd may hand out one tensor twice)."""
-    held, spec = tree.flatten(sums)
-    added = tree.leaves(grads)
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(g.requires_grad for g in added):
-        return tree.unflatten(spec, [a + b for a, b in zip(held, added, strict=True)])
-    if own:
-        torch._foreach_add_(held, added)
-        return sums
-    return tree.unflatten(spec, torch._foreach_add(held, added))
+def _add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:
+    """Put `sums + grads` in the place of `sums`, and empty `grads`.
+
+    In the memory of `sums` once that is our own (autograd may hand out one tensor twice); before that some at a time,
+    whose summands go before the next sums are made, so that there are never three of all.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(g.requires_grad for g in grads):
+        sums[:] = [a + b for a, b in zip(sums, grads, strict=True)]
+    elif own:
+        torch._foreach_add_(sums, grads)
+    else:
+        done: list[Tensor] = []
+        while sums:
+            some = _leading(sums)
+            done += torch._foreach_add(sums[:some], grads[:some])
+            del sums[:some], grads[:some]
+        sums[:] = done
+    grads.clear()
+
+
+def _leading(leaves: list[Tensor]) -> int:
+    """How many of the first leaves are added at once."""
+    size = 0
+    for place, leaf in enumerate(leaves):
+        size += leaf.nbytes
+        if size > _GROUP:
+            return max(place, 1)
+    return len(leaves)
 
 
 def _like(grads: Any, params: Any) -> Any:

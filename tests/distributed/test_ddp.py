@@ -176,6 +176,18 @@ def test_collectives_by_name_are_compiled(backend, world2):
     assert max(world2.run(reduced_by_name, backend)) < 1e-10
 
 
+def first_loss(compress, sizes):
+    data = [part(b, sizes, world.rank()) for b in batches(1, 8, torch.float32)]
+    losses, _ = train(ddp(compress=compress)(step), make_state("mlp", torch.float32), data)
+    return float(losses[0])
+
+
+@pytest.mark.parametrize("sizes", [UNEVEN, EMPTY])
+def test_compression_leaves_the_loss_exact(sizes, world2):
+    found = {loss for compress in (None, "bf16") for loss in world2.run(first_loss, compress, sizes)}
+    assert len(found) == 1
+
+
 def bytes_sent(compress):
     wrapped = ddp(compress=compress)(step)
     train(
@@ -241,7 +253,7 @@ def launch_order():
         for place in order:
             (leaves[place].sum() * (place + 1)).backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        out, tail = buckets.finish(grads, torch.ones(1))
+        out, tail = buckets.finish(grads, [torch.ones(1)])
         sums.append([float(each.mean()) for each in out] + [float(tail)])
     return sums, layouts.find(leaves).buckets
 

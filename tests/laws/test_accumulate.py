@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lumen as lm
+from lumen.core import rules
+from lumen.core.rules import Primitive
+from lumen.core.step import Transform
 
 from .models import STEADY, Job, assert_same, jobs, learned, train
 
@@ -125,3 +131,32 @@ def test_narrow_grads_are_summed_wide(dtype: torch.dtype) -> None:
     state = lm.TrainState.create(nn.Linear(1, 1, bias=False).to(dtype), lm.optim.sgd(0.1))
     _, metrics = lm.accumulate(microbatch=1)(step)(state, torch.ones(4000, 1, dtype=dtype))
     assert metrics["grad"].compute().item() == 1.0
+
+
+class watched(Transform):  # noqa: N801
+    """Notes, as each gradient is begun, how many tensors of those before it are still held."""
+
+    name = "watched"
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[torch.Tensor]] = []
+        self.held: list[int] = []
+
+    def wrap(self, step: Any) -> Any:
+        def rule(next: Any, call: Any) -> Any:
+            self.held.append(sum(ref() is not None for ref in self.given))
+            answer = next(call)
+            self.given = [weakref.ref(g) for g in answer.grads.values()]
+            return answer
+
+        return rules.under({Primitive.GRADIENT: rule}, step)
+
+
+def test_a_part_is_let_go_once_it_is_added() -> None:
+    def step(state: Any, x: torch.Tensor) -> Any:
+        loss, grads = lm.value_and_grad(lambda p, x: (x @ p["w"]).square().mean())(state, x)
+        return grads, {"loss": loss}
+
+    inner = watched()
+    lm.compose(lm.accumulate(4), inner)(step)({"w": torch.ones(3)}, torch.randn(8, 3))
+    assert inner.held == [0, 1, 0, 0]  # the first part is what the second is added to

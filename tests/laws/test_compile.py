@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import nn
 
 import lumen as lm
 
@@ -76,6 +77,33 @@ def test_a_changed_learning_rate_is_no_new_signature() -> None:
     new, _ = fast(slower, job.batch())
     assert len(runs) == 1
     assert_same(new.params, state.params, exact=True)
+
+
+def test_a_run_is_traced_once_and_once_more_for_its_last_batch() -> None:
+    """Whatever changes from step to step: a schedule's learning rate, the step, the loss scale, a skipped update."""
+    runs: list[int] = []
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        runs.append(1)
+
+        def loss_fn(params: Any, batch: Any) -> Any:
+            return (state.apply(params, batch)[0] * 2.0**-8).square().mean()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    fast = traced(lm.guard(), lm.donate(), lm.precision("fp16"))(step)
+    tx = lm.optim.sgd(lm.optim.cosine(0.1, steps=10))
+    state = fast.init(lm.TrainState.create(nn.Linear(3, 2), tx, seed=0))
+    scales, data = set(), torch.ones(4, 3)
+    for number in range(6):
+        state, _ = fast(state, data * 1e5 if number == 2 else data)  # an overflow, after which the scale is less
+        scales.add(float(state.slots["precision"].scale))
+    assert len(scales) > 1
+    assert len(runs) == 1
+    for rows in (2, 4, 2):
+        state, _ = fast(state, data[:rows])
+    assert len(runs) == 2
 
 
 def scaled(job: Job, read: Any) -> Any:
