@@ -150,7 +150,7 @@ def report(result: lm.Result, config: Config, best: Path) -> None:
     for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
         table.add_row(name, f"{result.metrics[name]:.4f}")
     Console().print(table)
-    print(f"logs: tensorboard --logdir {config.logdir}")
+    print(f"curves: lumen plot {config.logdir}, or tensorboard --logdir {config.logdir} where TensorBoard is installed")
     print(f"best checkpoint, accuracy {lm.checkpoint.metadata(best)['metrics']['val/accuracy']:.4f}: {best}")
 
 

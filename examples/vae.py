@@ -55,7 +55,7 @@ class VAE(nn.Module):
     def forward(self, images: Tensor, noise_key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [B, 64], mean and log-variance [B, L], for images [B, 64] in [0, 1] and their rows' numbers [B]."""
         mean, log_variance = self.encoder(images).chunk(2, -1)
-        noise = torch.vmap(lambda row: lm.random.normal(lm.random.fold_in(noise_key, row), (self.latent,)))(rows)
+        noise = lm.random.by_row(noise_key, rows, lambda key: lm.random.normal(key, (self.latent,)))
         return self.decoder(mean + (0.5 * log_variance).exp() * noise), mean, log_variance
 
 

@@ -12,6 +12,7 @@ from lumen import random as random
 from lumen import sinks as sinks
 from lumen import tree as tree
 from lumen.bridges.quantise import quantise as quantise
+from lumen.core import rules as rules
 from lumen.core.collectives import axis_index as axis_index
 from lumen.core.collectives import pmax as pmax
 from lumen.core.collectives import pmean as pmean
@@ -28,6 +29,7 @@ from lumen.core.module import Pure as Pure
 from lumen.core.module import pure as pure
 from lumen.core.primitives import Aux as Aux
 from lumen.core.primitives import apply_updates as apply_updates
+from lumen.core.rules import Primitive as Primitive
 from lumen.core.state import TrainState as TrainState
 from lumen.core.step import Step as Step
 from lumen.core.step import Transform as Transform
@@ -37,6 +39,7 @@ from lumen.core.values import Max as Max
 from lumen.core.values import Mean as Mean
 from lumen.core.values import Min as Min
 from lumen.core.values import Sum as Sum
+from lumen.core.values import Value as Value
 from lumen.core.values import compute_metrics as compute_metrics
 from lumen.core.values import merge_metrics as merge_metrics
 from lumen.core.world import rank as rank

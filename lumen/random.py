@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+_Drawn = TypeVar("_Drawn")  # what a sampler gives: a tensor or several
 _Word = TypeVar("_Word", int, Tensor)  # one 32-bit word, or a tensor of them
 
 _MASK = 0xFFFFFFFF
@@ -109,6 +111,39 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         return torch.tensor(_threefry(k0, k1, plain >> 32 & _MASK, plain & _MASK), dtype=torch.int64)
     counter = number.to(key.device) if isinstance(number, Tensor) else key.new_full((), number)
     return torch.stack(_hash(key[0], key[1], counter >> 32 & _MASK, counter & _MASK))
+
+
+def by_row(key: Tensor, rows: Tensor, sample: Callable[[Tensor], _Drawn]) -> _Drawn:
+    """`sample(fold_in(key, row))` for each number in `rows`, stacked: what a row draws depends on its number alone.
+
+    `rows` are integers of shape [B] that travel in the batch, such as each row's place in the data set. Then any cut
+    of the batch, over processes by `lm.ddp` or into microbatches, gives each row the noise that it has in the whole.
+    A draw of shape [B, …] from `state.key` itself does not: it is the same in every part. `sample` may give a tensor
+    or several.
+
+    Raises:
+        TypeError: `key` is not an int64 tensor, or `rows` is not a tensor of integers.
+        ValueError: `key` is not of shape [2], or `rows` is not of shape [B].
+
+    >>> import lumen as lm, torch
+    >>> rows = torch.tensor([7, 3, 5])
+    >>> noise = lm.random.by_row(lm.random.key(0), rows, lambda key: lm.random.normal(key, (2,)))
+    >>> last = lm.random.by_row(lm.random.key(0), rows[2:], lambda key: lm.random.normal(key, (2,)))
+    >>> noise.shape, torch.equal(noise[2:], last)
+    (torch.Size([3, 2]), True)
+    """
+    _check_key(key)
+    if not isinstance(rows, Tensor) or rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+        found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows must be a tensor of integers, not {found}.")
+    if rows.ndim != 1:
+        raise ValueError(f"rows must be of shape [B], a number for each row, not {list(rows.shape)}.")
+    if not len(rows):  # a process may have none, and `vmap` does not run over nothing: the shapes are those of a row
+        drawn = by_row(key, rows.new_zeros(1), sample)
+        return cast(_Drawn, tree_map(lambda leaf: leaf[:0], drawn))
+    number = rows.to(key.device, torch.int64)
+    keys = torch.stack(_hash(key[0], key[1], number >> 32 & _MASK, number & _MASK), dim=-1)
+    return torch.vmap(sample)(keys)
 
 
 def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         show.facts({name: f"{result.metrics[name]:.4f}" for name in ("val/loss", "val/accuracy")})
         print(show.readable(f"best checkpoint: {best}"))
         print(show.readable(f"look into it:    lumen inspect {best}"))
-        print(show.readable(f"curves:          tensorboard --logdir {options.rundir}"))
+        print(show.readable(f"curves:          lumen plot {options.rundir}"))
     return 0
 
 

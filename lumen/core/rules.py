@@ -21,7 +21,12 @@ Rule = Callable[[Next, Any], Any]
 
 
 class Primitive(IntEnum):
-    """The three calls through which a step touches the machinery."""
+    """The three calls through which a step touches the machinery.
+
+    >>> import lumen as lm
+    >>> [each.name for each in lm.Primitive]
+    ['APPLY', 'GRADIENT', 'UPDATE']
+    """
 
     APPLY = 0
     GRADIENT = 1
@@ -76,7 +81,18 @@ class install:  # noqa: N801
 
 
 def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`step` with `handlers` installed for as long as it runs: all that a transform without memory does."""
+    """`step` with `handlers` installed for as long as it runs: all that a transform without memory does.
+
+    >>> import lumen as lm, torch
+    >>> def twice(next, call):
+    ...     return next(call.replace(grads=lm.tree.map(lambda g: 2 * g, call.grads)))
+    >>> def step(state, batch):
+    ...     return state.apply_gradients({"weight": batch}), {}
+    >>> state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False), lm.optim.sgd(1.0))
+    >>> new, _ = lm.rules.under({lm.Primitive.UPDATE: twice}, step)(state, torch.ones(1, 1))
+    >>> round(float(state.params["weight"] - new.params["weight"]), 4)
+    2.0
+    """
 
     def run(state: Any, batch: Any) -> Any:
         with install(handlers):

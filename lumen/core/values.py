@@ -19,7 +19,21 @@ from lumen.errors import LossError
 
 
 class Value:
-    """Base of the typed values: `merge` joins two parts, `compute` gives the number."""
+    """Base of the typed values: `merge` joins two parts, `compute` gives the number.
+
+    A value of your own is an `@lm.state` class of tensors that says both.
+
+    >>> import lumen as lm, torch
+    >>> @lm.state
+    ... class Count(lm.Value):
+    ...     total: torch.Tensor
+    ...     def merge(self, other):
+    ...         return Count(self.total + other.total)
+    ...     def compute(self):
+    ...         return self.total
+    >>> Count(torch.tensor(2)).merge(Count(torch.tensor(3))).compute()
+    tensor(5)
+    """
 
     def merge(self, other: Self) -> Self:
         """The value of both parts together."""

@@ -70,6 +70,11 @@ class _Mode(FakeTensorMode):
         finally:
             self.cache_enabled = cached
 
+    def __deepcopy__(self, _memo: Any) -> _Mode:
+        # A fake tensor has its mode in its `__dict__`, so a deep copy of a module would reach it. The mode has weak
+        # references to storages that free themselves by address: a second of the same one ends the process, later.
+        return self
+
 
 _FUSED = {
     overload

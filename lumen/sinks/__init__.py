@@ -13,6 +13,7 @@ from lumen.sinks.media import Histogram as Histogram
 from lumen.sinks.media import Image as Image
 from lumen.sinks.media import Text as Text
 from lumen.sinks.media import figure as figure
+from lumen.sinks.media import split as split
 from lumen.sinks.memory import Memory as Memory
 from lumen.sinks.mlflow import MLflow as MLflow
 from lumen.sinks.optional import Configurable as Configurable

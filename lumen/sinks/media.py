@@ -128,7 +128,15 @@ def figure(figure: Any) -> Image:
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Number], dict[str, Media]]:
-    """`values` as numbers (see `scalars`) and as those that are more than numbers."""
+    """`values` as numbers (see `scalars`) and as those that are more than numbers: histograms, images and texts.
+
+    A sink writes those that it can, and leaves out the others.
+
+    >>> import lumen as lm
+    >>> numbers, media = lm.sinks.split({"loss": 0.5, "said": lm.sinks.Text("hello")})
+    >>> numbers, list(media)
+    ({'loss': 0.5}, ['said'])
+    """
     media = {name: value for name, value in values.items() if isinstance(value, Media)}
     return scalars({name: value for name, value in values.items() if name not in media}), media
 

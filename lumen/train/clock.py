@@ -237,6 +237,11 @@ class Timer:
         steps = self.every.steps
         self.next_step = NEVER if steps is None else (clock.step // steps + 1) * steps
 
+    @property
+    def since(self) -> int:
+        """The step from which it counts."""
+        return int(self._since["step"])
+
     def due(self, clock: Clock) -> bool:
         """Whether it is due; it stays so until `restart`."""
         every = self.every

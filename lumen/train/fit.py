@@ -196,13 +196,14 @@ class Fit:
             self.clock.epoch += 1
             self.clock.batch = 0
             self._tick(epoch_end=True)
+        again = self._validate_last()
         if self.reason == self._signal:
             self._save()
             callbacks.call("on_exception", self._view(self._journal.newest), Interrupted(self._result()))
             return
         self._log()
         self._show_params(last=True)
-        self._save()
+        self._save(again)
         callbacks.call("on_end", self._view(self._journal.newest))
 
     def _epoch(self) -> None:
@@ -348,6 +349,19 @@ class Fit:
                 save = save or self._makes_best()
         if save or (self._save_timer is not None and self._save_due(self._save_timer, epoch_end)):
             self._save(again=save)
+
+    def _validate_last(self) -> bool:
+        """Measure what asks for it at the end and was not measured at this step; whether there was any."""
+        measured = False
+        for validate, timer in zip(self.validations, self._timers, strict=True):
+            if not validate.last or self.reason == self._signal or timer.since == self.clock.step:
+                continue
+            if not self._validate(validate):
+                self.reason = str(self._signal)  # the run that goes on does it
+                break
+            timer.restart(self.clock)
+            measured = True
+        return measured
 
     def _makes_best(self) -> bool:
         """Whether what was just measured is among the best, and so is to be kept."""

@@ -31,6 +31,10 @@ class Validate:
     rows. `use="ema"` evaluates the averaged params that `lm.ema` keeps. `limit` bounds the batches. Names are prefixed
     with `name` and a slash; `data` may be a dict of several sets, whose names follow: `val/clean/loss`.
 
+    `last=True` runs it at the end of `fit` too, where the last step is not one of `every`. Then what is logged depends
+    on where a run ends, and not only on how far it came: a run that is prolonged has one row more than one that was
+    long from the beginning, and `plateau=` and `EarlyStop` have counted it.
+
     >>> import lumen as lm
     >>> lm.Validate(lambda state, batch: {}, [], every=lm.Every(steps=100)).name
     'val'
@@ -42,6 +46,7 @@ class Validate:
     name: str = "val"
     use: str = "params"
     limit: int | None = None
+    last: bool = False
 
     def __post_init__(self) -> None:
         if self.use not in ("params", "ema"):

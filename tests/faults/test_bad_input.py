@@ -384,6 +384,12 @@ def test_the_wrong_order_is_answered_with_the_right_code(transforms: tuple[lm.Tr
     assert sorted(t.name for t in composed.transforms) == sorted(t.name for t in transforms)
 
 
+def test_another_librarys_engine_is_not_compiled() -> None:
+    for compose in (lambda: lm.compose(lm.compile(), lm.deepspeed({})), lambda: lm.compile()(lm.deepspeed({})(step))):
+        with pytest.raises(errors.OrderError, match="lm.compile cannot trace lm.deepspeed's engine"):
+            compose()
+
+
 def test_a_transform_twice() -> None:
     with pytest.raises(errors.OrderError, match="accumulate is applied twice"):
         lm.accumulate(2)(lm.accumulate(3)(step))

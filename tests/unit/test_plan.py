@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import lumen as lm
 from lumen.cli.main import main
@@ -119,6 +120,22 @@ def test_a_plan_leaves_nothing_behind():
     assert not world.is_planned()
     assert torch.UntypedStorage.resize_ is resize
     assert torch.ones(2).tolist() == [1.0, 1.0]
+
+
+def test_no_weak_reference_of_torchs_is_copied(monkeypatch):
+    """Two of the same one give one count back twice, and what the second writes to is somebody else's by then."""
+
+    def copied(_self, _protocol):
+        raise AssertionError("a weak reference to a storage is copied")
+
+    monkeypatch.setattr(StorageWeakRef, "__reduce_ex__", copied)
+    _, _, batch = make()
+
+    def on_meta():
+        with torch.device("meta"):
+            return make()[1]
+
+    assert lm.plan(lm.fsdp()(step), on_meta, batch, world=8).peak.nbytes > 0
 
 
 def test_a_measurement_has_the_numbers_of_a_plan():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import lumen as lm
 from lumen import random as lrandom
 
 KEY = lrandom.key(1729)
@@ -396,3 +397,72 @@ def test_numpy_integers_are_integers():
     assert torch.equal(lrandom.key(np.int64(7)), lrandom.key(7))
     assert torch.equal(lrandom.fold_in(KEY, np.uint32(7)), lrandom.fold_in(KEY, 7))
     assert lrandom.bits(KEY, (np.int32(3), 2)).shape == (3, 2)
+
+
+# ------------------------------------------------------------------------------------- by row
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_row_draws_by_its_number(dtype):
+    rows = torch.tensor([7, 0, 200], dtype=dtype)
+    found = lrandom.by_row(KEY, rows, lambda key: lrandom.normal(key, (4,)))
+    each = [lrandom.normal(lrandom.fold_in(KEY, int(row)), (4,)) for row in rows]
+    assert torch.equal(found, torch.stack(each))
+
+
+def test_large_and_negative_numbers_of_rows():
+    rows = torch.tensor([2**40 + 3, -1])
+    found = lrandom.by_row(KEY, rows, lrandom.bits)
+    assert found.tolist() == [int(lrandom.bits(lrandom.fold_in(KEY, int(row)))) for row in rows]
+
+
+def test_a_sampler_may_split_its_key_and_give_several():
+    def sample(key):
+        first, second = lrandom.split(key)
+        return lrandom.uniform(first, (2,)), lrandom.bernoulli(second, 0.5)
+
+    numbers, coins = lrandom.by_row(KEY, torch.arange(5), sample)
+    assert numbers.shape == (5, 2)
+    assert coins.shape == (5,)
+    none = lrandom.by_row(KEY, torch.arange(0), sample)
+    assert [leaf.shape for leaf in none] == [(0, 2), (0,)]
+
+
+def test_noise_by_row_is_the_same_in_microbatches_and_by_key_it_is_not():
+    def step_of(noise):
+        def step(state, batch):
+            def loss_fn(params, batch):
+                out, _ = state.apply(params, batch["x"] + noise(state.key, batch))
+                return lm.Mean.of(out.square().mean(-1))
+
+            loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+            return state.apply_gradients(grads), {"loss": loss}
+
+        return step
+
+    def by_row(key, batch):
+        return lrandom.by_row(key, batch["row"], lambda key: lrandom.normal(key, (3,), torch.float64))
+
+    def by_key(key, batch):
+        return lrandom.normal(key, batch["x"].shape, torch.float64)
+
+    state = lm.TrainState.create(torch.nn.Linear(3, 2).double(), lm.optim.sgd(0.1))
+    batch = {"x": torch.ones(7, 3, dtype=torch.float64), "row": torch.arange(7)}
+    for noise, same in ((by_row, True), (by_key, False)):
+        whole = step_of(noise)(state, batch)[1]["loss"].compute()
+        parts = lm.accumulate(3)(step_of(noise))(state, batch)[1]["loss"].compute()
+        assert torch.allclose(whole, parts, rtol=1e-14, atol=0) is same
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "says"),
+    [
+        ([1, 2], TypeError, "tensor of integers, not list"),
+        (torch.ones(2), TypeError, "tensor of integers, not torch.float32"),
+        (torch.tensor(1), ValueError, r"shape \[B\]"),
+        (torch.ones(2, 1, dtype=torch.int64), ValueError, r"shape \[B\]"),
+    ],
+)
+def test_rows_that_are_no_numbers_of_rows(rows, error, says):
+    with pytest.raises(error, match=says):
+        lrandom.by_row(KEY, rows, lrandom.bits)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -615,3 +616,46 @@ def test_classification_metrics_in_a_validation():
 
     result = runner().fit(make_state(), loader(), until=lm.Epochs(1), validate=lm.Validate(scored, loader()))
     assert {f"val/by/MulticlassAccuracy/{i}" for i in range(3)} <= result.metrics.keys()
+
+
+# ------------------------------------------------------------------------------------- a last validation
+
+
+def measured(steps, *, into, eval_step=eval_step, every=2, last=True, **options):
+    memory = lm.sinks.Memory()
+    validate = lm.Validate(eval_step, [make_data(4)], every=lm.Every(steps=every), last=last)
+    checkpoint = lm.Checkpointer(into, every=lm.Every(steps=2))
+    result = runner(sinks=[memory], checkpoint=checkpoint).fit(
+        make_state(), loader(), until=lm.Steps(steps), validate=validate, **options
+    )
+    rows = [(step, values["val/loss"]) for step, values in memory.rows if "val/loss" in values]
+    return result, rows
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "at"), [(5, True, [2, 4, 5]), (5, False, [2, 4]), (4, True, [2, 4]), (1, True, [1])]
+)
+def test_a_last_validation_where_the_rhythm_has_none(steps, last, at, tmp_path):
+    result, rows = measured(steps, last=last, into=tmp_path)
+    assert [step for step, _ in rows] == at
+    assert result.metrics["val/loss"] == rows[-1][1]
+    assert measured(steps, last=last, into=tmp_path, resume="auto")[1] == []  # it is over, and was measured
+
+
+def test_a_last_validation_that_a_signal_broke_off_is_done_by_the_run_that_goes_on(tmp_path):
+    calls = itertools.count(1)
+
+    def broken_off(state, batch):
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return eval_step(state, batch)
+
+    whole = measured(5, into=tmp_path / "whole", every=4)[1]
+    data = [make_data(4)] * 2  # the signal is seen before the second batch
+    validate = lm.Validate(broken_off, data, every=lm.Every(steps=4), last=True)
+    checkpoint = lm.Checkpointer(tmp_path / "broken", every=lm.Every(steps=2))
+    with pytest.raises(lm.Interrupted):
+        runner(checkpoint=checkpoint).fit(make_state(), loader(), until=lm.Steps(5), validate=validate)
+    assert lm.Checkpointer(tmp_path / "broken").latest().name == "5"
+    after, rows = measured(5, into=tmp_path / "broken", every=4, resume="auto")
+    assert rows == whole[-1:] == [(5, after.metrics["val/loss"])]
