@@ -120,7 +120,7 @@ class compile(Transform):
         else:
             import torch._inductor as inductor
 
-            made = inductor.compile(function, example, options=self._inductor())  # type: ignore[arg-type]
+            made = inductor.compile(function, _cacheable(example), options=self._inductor())  # type: ignore[arg-type]
         return made  # type: ignore[no-any-return]
 
     def _inductor(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _compiled(
         import torch._inductor as inductor
 
         options = settings._inductor(usual)
-        compiled = inductor.compile(graph, [*example], options=options)
+        compiled = inductor.compile(graph, _cacheable(example), options=options)
         replays = _replays(options, example)
 
     def run(tensors: list[Tensor]) -> Any:
@@ -324,6 +324,15 @@ def _compiled(
             return [made.clone() for made in compiled(*tensors)]
 
     return run
+
+
+def _cacheable(example: list[Tensor]) -> list[Any]:
+    """Stand-ins for the example inputs, of the kind with which inductor finds what an earlier process has compiled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return [mode.from_tensor(tensor, static_shapes=True) for tensor in example]
 
 
 def _replays(options: Mapping[str, Any], example: list[Tensor]) -> bool:
