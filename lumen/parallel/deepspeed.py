@@ -170,9 +170,10 @@ class deepspeed(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step by the engine; transforms inside it that the engine takes over are left out."""
         inner = as_step(step)
-        if any(t.name in _TAKEN_OVER for t in inner.transforms):
-            inner = compose(*[t for t in inner.transforms if t.name not in _TAKEN_OVER])(inner.user)
-        setup(self.config, (self, *as_step(step).transforms))  # what cannot stand here is told at once
+        given = inner.transforms
+        if any(t.name in _TAKEN_OVER for t in given):
+            inner = compose(*[t for t in given if t.name not in _TAKEN_OVER])(inner.user)
+        setup(self.config, (self, *given))  # what cannot stand here is told at once
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             if rules.is_tracing():
@@ -186,6 +187,9 @@ class deepspeed(Transform):
             with self.mesh.bound(), rules.install(handlers):
                 return inner(state, batch)
 
+        # How products of float32 matrices are computed is torch's setting, of which an engine knows nothing.
+        for each in given:
+            run = each.host(run) if isinstance(each, precision) else run
         return run
 
     def _setup(self) -> Setup:
@@ -232,10 +236,10 @@ class deepspeed(Transform):
     # The three primitives.
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
-        policy = self._of_engine().setup.policy
-        if policy is None:
+        casts = self._of_engine().setup.casts
+        if casts is None:
             return self._applied(next, call)
-        return precision(policy)._apply(functools.partial(self._applied, next), call)
+        return casts.apply(functools.partial(self._applied, next), call)
 
     def _applied(self, next: Next, call: ApplyCall) -> Any:
         params = call.params

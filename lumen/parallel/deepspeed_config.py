@@ -42,7 +42,7 @@ class Setup(NamedTuple):
     stage: int
     microbatches: int
     clip: float
-    policy: Policy | None  # the dtypes around the model, where they are not those of the params
+    casts: precision | None  # around the model, where it computes in other dtypes than those of the params
 
 
 def read(config: Mapping[str, Any] | str | os.PathLike[str]) -> Config:
@@ -79,7 +79,7 @@ def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
     """
     config, stage = copy.deepcopy(given), stage_of(given)
     _refuse_keys(config)
-    policy: Policy | None = None
+    casts: precision | None = None
     for each in transforms:
         if isinstance(each, accumulate):
             _set(config, "gradient_accumulation_steps", _parts(each), each)
@@ -88,12 +88,12 @@ def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
                 raise OrderError(f"{each!r}: DeepSpeed bounds gradients by their norm alone. Write lm.clip(1.0).")
             _set(config, "gradient_clipping", float(each.norm), each)
         elif isinstance(each, precision):
-            policy = _precision(config, each)
+            casts = _precision(config, each)
         elif each.name not in _BESIDE:
             raise OrderError(_refusal(each))
-    policy = policy or _policy_of(config)
-    _check_beside(transforms, stage, policy)
-    if stage == 0 and policy is not None:
+    casts = casts or _casts_of(config)
+    _check_beside(transforms, stage, casts)
+    if stage == 0 and casts is not None:
         raise HyperparameterError(
             "lm.deepspeed keeps 32-bit params of a 16-bit model from ZeRO's stage 1 on. Write"
             ' {"zero_optimization": {"stage": 1}}.'
@@ -103,7 +103,7 @@ def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("gradient_clipping", 0.0)  # unsaid, the engine clips to 1.0
     config.setdefault("gradient_accumulation_steps", 1)
-    return Setup(config, stage, int(config["gradient_accumulation_steps"]), float(config["gradient_clipping"]), policy)
+    return Setup(config, stage, int(config["gradient_accumulation_steps"]), float(config["gradient_clipping"]), casts)
 
 
 def _refuse_keys(config: Config) -> None:
@@ -139,8 +139,8 @@ def _parts(transform: accumulate) -> int:
     return transform.k
 
 
-def _precision(config: Config, transform: precision) -> Policy | None:
-    """The policy as configuration; None where it changes nothing."""
+def _precision(config: Config, transform: precision) -> precision | None:
+    """The transform as configuration; None where it casts nothing."""
     policy = transform.policy
     wide = policy.param in (None, torch.float32) and policy.output == torch.float32
     if not wide or policy.compute not in (torch.float32, torch.float16, torch.bfloat16):
@@ -162,24 +162,24 @@ def _precision(config: Config, transform: precision) -> Policy | None:
             raise HyperparameterError(f"{transform!r}: DeepSpeed's loss scale begins with a power of two.")
         _set(said, "initial_scale_power", int(power), transform)
         _set(said, "loss_scale_window", policy.growth_interval, transform)
-    return policy
+    return transform
 
 
-def _policy_of(config: Config) -> Policy | None:
+def _casts_of(config: Config) -> precision | None:
     for key, dtype in _NARROW.items():
         if config.get(key, {}).get("enabled"):
-            return Policy(compute=dtype)
+            return precision(Policy(compute=dtype))
     return None
 
 
-def _check_beside(transforms: Sequence[Transform], stage: int, policy: Policy | None) -> None:
+def _check_beside(transforms: Sequence[Transform], stage: int, casts: precision | None) -> None:
     for each in transforms:
         if each.name == "remat" and stage == 3:
             raise OrderError(
                 f"{each!r}: at ZeRO's stage 3 the engine's own hooks run the model. Write lm.deepspeed with stage 2, or"
                 " lm.fsdp(), which recomputes."
             )
-        if each.name == "ema" and (stage == 3 or policy is not None):
+        if each.name == "ema" and (stage == 3 or casts is not None):
             raise OrderError(
                 f"{each!r}: the engine keeps the 32-bit params to itself"
                 f"{', in parts' if stage == 3 else ''}. Use stage 2 in float32, or lm.fsdp()."

@@ -124,13 +124,13 @@ class precision(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its model run under the policy."""
         if self.policy.loss_scale is None:
-            return rules.under({Primitive.APPLY: self._apply}, step)
+            return rules.under({Primitive.APPLY: self.apply}, step)
 
         def scaled(state: Any, batch: Any) -> tuple[Any, Any]:
             old: LossScale = slot(state, self.name)
             scaling = _Scaling(old.scale)
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: self._apply,
+                Primitive.APPLY: self.apply,
                 Primitive.GRADIENT: scaling.gradient,
                 Primitive.UPDATE: scaling.update,
             }
@@ -152,7 +152,8 @@ class precision(Transform):
 
         return run
 
-    def _apply(self, next: Next, call: ApplyCall) -> Any:
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        """The rule for P0: the model run in the policy's dtypes."""
         compute, output = self.policy.compute, self.policy.output
         kept, frozen = _norm_params(call.target), call.target.frozen - _norm_params(call.target)
         params = {k: p if k in kept else _cast(p, compute) for k, p in call.params.items()}

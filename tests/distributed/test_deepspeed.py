@@ -81,6 +81,28 @@ def test_bfloat16_is_the_engines(stage, model, world2):
         assert 1e-7 < found[0][0] < 5e-2
 
 
+def products(policies):
+    """How float32 matrices are multiplied in a step under each policy, and after it."""
+    found = []
+
+    def watched(state, batch):
+        found.append(torch.get_float32_matmul_precision())
+        return step(state, batch)
+
+    for policy in policies:
+        wrapped = lm.compose(zero(1), lm.precision(policy))(watched)
+        wrapped(wrapped.init(make_state("mlp", torch.float32, adamw())), rows(batches(1, 8, torch.float32))[0])
+        found.append(torch.get_float32_matmul_precision())
+        wrapped.transforms[0].engine.destroy()
+    return found
+
+
+def test_products_of_matrices_are_as_the_policy_says(world2):
+    narrow = lm.Policy(compute=torch.bfloat16, matmul="tf32")
+    for found in world2.run(products, ["tf32", "fp32", narrow]):
+        assert found == ["high", "highest", "highest", "highest", "high", "highest"]
+
+
 def test_offload_is_the_configurations(world2):
     zero = {"offload_optimizer": {"device": "cpu"}}
     for found in world2.run(offloaded, zero):
