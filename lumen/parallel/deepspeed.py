@@ -188,9 +188,10 @@ class deepspeed(Transform):
                 return inner(state, batch)
 
         # How products of float32 matrices are computed is torch's setting, of which an engine knows nothing.
+        hosted: StepFn = run
         for each in given:
-            run = each.host(run) if isinstance(each, precision) else run
-        return run
+            hosted = each.host(hosted) if isinstance(each, precision) else hosted
+        return hosted
 
     def _setup(self) -> Setup:
         around = () if self.within is None else self.within.transforms
