@@ -617,7 +617,7 @@ class Fit:
         ends = [self.until.steps()]
         epochs, length = self.until.epochs(), self._epoch_length()
         if epochs is not None and length is not None:
-            ends.append(epochs * length)
+            ends.append(self.clock.step + (epochs - self.clock.epoch) * length - self.clock.batch)
         return min((n for n in ends if n is not None), default=None)
 
 

@@ -279,6 +279,12 @@ def test_lines_off_a_terminal(capsys):
     assert isinstance(make_progress(True), Lines)
 
 
+def test_progress_knows_how_long_a_run_is_that_begins_with_a_step_behind_it(capsys):
+    state, _ = step(make_state(), make_data())
+    lm.Runner(step, log_every=6).fit(state, lm.Loader(make_data(), batch_size=4), until=lm.Epochs(2))
+    assert "step 7/7 " in capsys.readouterr().out
+
+
 def test_the_bar_is_drawn(capsys):
     result = lm.Runner(step, log_every=3, progress="bar").fit(
         make_state(), lm.Loader(make_data(), batch_size=4), until=lm.Epochs(2)
