@@ -21,6 +21,8 @@ Config = dict[str, Any]
 
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the configuration's keys
 
+_ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")  # of DeepSpeed's earlier versions
+
 # What stands beside the engine unchanged, by name; others are refused.
 _BESIDE = ("deepspeed", "seeded", "remat", "ema")
 _INSTEAD = {
@@ -107,6 +109,12 @@ def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
 
 
 def _refuse_keys(config: Config) -> None:
+    kind = str(config.get("optimizer", {}).get("type", ""))
+    if kind.lower() in _ONE_BIT:
+        raise HyperparameterError(
+            f'"optimizer": {{"type": {kind!r}}}: DeepSpeed has no 1-bit optimizers any more. To send fewer bytes write'
+            ' lm.ddp(compress="bf16"), or ZeRO++ in the configuration: {"zero_quantized_gradients": true}.'
+        )
     for key, instead in (
         ("optimizer", "state.tx is the optimizer: lm.TrainState.create(net, lm.optim.adamw(3e-4))"),
         ("scheduler", "a schedule is part of state.tx: lm.optim.adamw(lm.optim.warmup_cosine(3e-4, ...))"),

@@ -271,6 +271,7 @@ print(float((wrapped.export(one).params["weight"] - other.params["weight"]).abs(
     ("config", "around", "said"),
     [
         ({"optimizer": {"type": "Adam"}}, [], "state.tx is the optimizer"),
+        ({"optimizer": {"type": "OneBitAdam"}}, [], "DeepSpeed has no 1-bit optimizers any more"),
         ({"gradient_accumulation_steps": 2}, [lm.accumulate(4)], "lm.accumulate(4)"),
         ({"gradient_clipping": 2.0}, [lm.clip(1.0)], "lm.clip(1.0)"),
         ({"fp16": {"enabled": True}}, [lm.precision("bf16")], "differ"),
