@@ -124,7 +124,7 @@ class Call:
         """What of it cannot be compiled over, in words."""
         for leaf in self.rest:
             if leaf is not None and not isinstance(leaf[0], _PLAIN):
-                return f"it is called with a {type(leaf[0]).__name__}, which is neither a tensor nor a plain value."
+                return f"it is called with a {type(leaf[0]).__name__}, which is neither a tensor nor plain."
         for tensor in self.operands:
             if type(tensor) not in (Tensor, nn.Parameter):
                 return f"it is called with tensors of the kind {type(tensor).__name__}."
@@ -214,6 +214,9 @@ class _Function(nn.Module):
             for (table, key), tensor in zip(block.places, before, strict=True):
                 table[key] = tensor
         leaves, spec = torch_pytree.tree_flatten(out)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *_PLAIN)):
+                raise _UncompiledError(f"it returns a {type(leaf).__name__}, which is neither a tensor nor plain.")
         self.outputs = Outputs(spec, tuple([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]))
         return tuple([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 

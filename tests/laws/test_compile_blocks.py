@@ -271,6 +271,24 @@ class Takes(nn.Module):
         return self.layer(x) if options is not None else x
 
 
+class Gives(nn.Module):
+    """A block that returns such a thing beside its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Options]:
+        return self.layer(x), Options()
+
+
+class Picks(Layers):
+    """Layers that take the first thing that a block returns."""
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)[0]
+
+
 class Calls(Layers):
     """Layers whose blocks are called with options."""
 
@@ -306,13 +324,13 @@ def test_a_block_that_cannot_be_compiled_says_so_once_and_runs_as_it_is(make: An
     assert compiled.made == 0
 
 
-def test_an_argument_that_is_no_tensor_is_named() -> None:
+@pytest.mark.parametrize(
+    ("net", "block", "why"), [(Calls, Takes, "it is called with a Options"), (Picks, Gives, "it returns a Options")]
+)
+def test_what_is_no_tensor_is_named(net: Any, block: Any, why: str) -> None:
     torch.manual_seed(0)
-    net = Calls([Takes(), Takes()]).double()
-    state = lm.TrainState.create(net, lm.optim.adamw(1e-2), seed=0)
-    with pytest.warns(
-        lm.errors.GraphBreakWarning, match="Takes runs uncompiled, since it is called with a Options, which"
-    ):
+    state = lm.TrainState.create(net([block(), block()]).double(), lm.optim.adamw(1e-2), seed=0)
+    with pytest.warns(lm.errors.GraphBreakWarning, match=f"{block.__name__} runs uncompiled, since {why}, which"):
         found = train(lm.compose(Counted())(step), state, batches())
     assert_same(found, train(step, state, batches()))
 
