@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,17 @@ def choose(module: nn.Module, pattern: Pattern | None, asked: str) -> list[nn.Mo
             f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
         )
     return chosen
+
+
+def keep_no_cache(module: nn.Module) -> None:
+    """Let a transformer of Hugging Face keep no keys and values, which its blocks hand on and add to.
+
+    A block that is computed again would add its own again, and one that is compiled takes and gives tensors alone.
+    """
+    for each in module.modules():
+        config: Any = getattr(each, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # of the skeleton's own copy
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

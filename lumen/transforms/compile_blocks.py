@@ -22,7 +22,7 @@ from lumen.core.module import places_of
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.errors import GraphBreakWarning
-from lumen.transforms.blocks import Pattern, choose
+from lumen.transforms.blocks import Pattern, choose, keep_no_cache
 
 Build = Callable[[nn.Module, list[Tensor]], Callable[..., Any]]
 
@@ -54,6 +54,7 @@ class Blocks:
     def _patch(self, module: nn.Module) -> None:
         for each in choose(module, self._pattern, self._asked):
             each.forward = _Block(each, each.forward, self)
+        keep_no_cache(module)
 
     def find(self, block: _Block, call: Call) -> Form | None:
         """The compiled form for a call of `block`; None where it cannot be compiled."""

@@ -12,7 +12,7 @@ from lumen.core import rules
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
-from lumen.transforms.blocks import Pattern, choose
+from lumen.transforms.blocks import Pattern, choose, keep_no_cache
 
 
 class remat(Transform):
@@ -58,15 +58,7 @@ class remat(Transform):
     def _patch(self, module: nn.Module) -> None:
         for each in choose(module, self.pattern, f"remat({self.pattern!r})"):
             each.forward = _Checkpointed(each)
-        _keep_no_cache(module)
-
-
-def _keep_no_cache(module: nn.Module) -> None:
-    """Let a transformer of Hugging Face keep no keys and values: a block computed again would add its own again."""
-    for each in module.modules():
-        config: Any = getattr(each, "config", None)
-        if getattr(config, "use_cache", False) is True:
-            config.use_cache = False  # of the skeleton's own copy
+        keep_no_cache(module)
 
 
 class _Checkpointed:

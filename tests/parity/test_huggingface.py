@@ -69,6 +69,38 @@ def test_each_step_is_that_of_a_raw_loop(name, transforms):
         assert int(state.buffers["resnet.embedder.embedder.normalization.num_batches_tracked"]) == STEPS
 
 
+class Counted(lm.compile):
+    """`lm.compile(blocks=True)` that counts what it compiles."""
+
+    def __init__(self):
+        super().__init__(backend="eager", blocks=True)
+        self.made = 0
+
+    def _build(self, function, example):
+        self.made += 1
+        return super()._build(function, example)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet"])
+def test_blocks_share_one_compiled_form(name):
+    """Also where each block knows its number, and without a cache, through which they would hand on objects."""
+    net, data = MODELS[name][0](), batches(MODELS[name][1], 3)
+    net.config.use_cache = False
+    compiled = Counted()
+    state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+    found = [lm.compose(*around)(step) for around in ([], [compiled])]
+    states = [state, state]
+    for number, batch in enumerate(data):
+        losses = []
+        for place, wrapped in enumerate(found):
+            torch.manual_seed(number)
+            states[place], metrics = wrapped(states[place], batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
+    assert furthest(states[1], {**states[0].params, **states[0].buffers}) < TOLERANCE
+    assert compiled.made == 1
+
+
 # Keys have a bias without a gradient in exact arithmetic: Adam makes steps of its rounding noise.
 NOISE = ("k_proj.bias", "key.bias", "c_attn.bias")
 
