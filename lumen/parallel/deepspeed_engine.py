@@ -9,13 +9,16 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._appdirs import user_cache_dir
 
 from lumen.core.module import Apply, places_of, skeleton_of
 from lumen.core.versions import version_of
@@ -23,6 +26,8 @@ from lumen.errors import OrderError
 from lumen.parallel.deepspeed_config import Setup
 from lumen.parallel.deepspeed_optimizer import Adapter
 from lumen.parallel.deepspeed_spans import Span, spans
+
+_BUILD = 20 * 60.0  # seconds that no build of one extension takes
 
 
 def library(device: torch.device) -> Any:
@@ -240,4 +245,11 @@ def missing() -> list[str]:
         found.append("ninja, with which it compiles its own kernels: pip install ninja")
     if torch.cuda.is_available() and "CUDA_HOME" not in os.environ and not os.path.isdir("/usr/local/cuda"):
         found.append("the CUDA toolkit (nvcc) for its own kernels: install it, and set CUDA_HOME")
-    return found
+    return found + [f"a build of its kernels that was cut off, for which others wait: rm {lock}" for lock in _left()]
+
+
+def _left() -> list[Path]:
+    """Locks of builds that nobody can be at any more, by their age: a process that was killed leaves its own."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(given or user_cache_dir(appname="torch_extensions"))
+    return sorted(lock for lock in root.glob("**/lock") if time.time() - lock.stat().st_mtime > _BUILD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import lumen as lm
 from lumen.core import world
 from lumen.core.versions import version_of
+from lumen.parallel.deepspeed_engine import missing
 from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
 from tests.distributed.pool import TaskError
@@ -325,3 +327,13 @@ def test_refused_everywhere(kind, name, said, world2):
         world2.run(refused, kind)
     assert sorted((rank, each) for rank, each, _ in failed.value.errors) == [(0, name), (1, name)]
     assert all(said in message for _, _, message in failed.value.errors)
+
+
+def test_a_lock_that_a_killed_build_left_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert not any(str(lock) in each for each in missing())  # somebody may be building
+    os.utime(lock, (0, 0))
+    assert any(f"rm {lock}" in each for each in missing())
