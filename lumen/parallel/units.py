@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lumen.errors import PatternError
+from lumen.transforms.blocks import unmatched
 
 
 class Units(NamedTuple):
@@ -61,8 +61,5 @@ def _matching(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in module.named_modules() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise PatternError(
-                f"fsdp(units=[{pattern!r}]) matches no module of {type(module).__name__};"
-                f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
-            )
+            raise unmatched(module, f"fsdp(units=[{pattern!r}])")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

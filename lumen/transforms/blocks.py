@@ -23,12 +23,17 @@ def choose(module: nn.Module, pattern: Pattern | None, asked: str) -> list[nn.Mo
     """
     chosen = _repeated(module) if pattern is None else _matching(module, pattern)
     if not chosen:
-        names = [name for name, _ in module.named_modules() if name]
-        raise PatternError(
-            f"{asked} matches no module of {type(module).__name__};"
-            f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
-        )
+        raise unmatched(module, asked)
     return chosen
+
+
+def unmatched(module: nn.Module, asked: str) -> PatternError:
+    """The error for what `asked` for modules by a pattern, of which `module` has none."""
+    names = [name for name, _ in module.named_modules() if name]
+    return PatternError(
+        f"{asked} matches no module of {type(module).__name__};"
+        f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
+    )
 
 
 def keep_no_cache(module: nn.Module) -> None:

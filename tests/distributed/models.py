@@ -165,6 +165,14 @@ def bare(state):
     return {path: leaf.clone() for path, leaf in lm.tree.named_tensors(state) if path != "seed"}
 
 
+def assert_within(tolerance, cases, answers):
+    """What each process found of the cases of a law: how far the losses are, and the furthest leaf with its name."""
+    for found in answers:
+        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
+            assert losses < tolerance, case
+            assert worst < tolerance, (case, leaf)
+
+
 def furthest(found, wanted):
     """The largest difference relative to the largest entry of each leaf, with its name."""
     assert found.keys() == wanted.keys()
@@ -185,7 +193,4 @@ AROUND = [[], ["accumulate"], ["clip"], ["ema"], ["guard"], ["donate"], ["guard"
 def check_law(law, world, cases, *settings, tolerance=1e-10):
     """Each case of `law`, on every process: losses and leaves are those of the one process that it compares with."""
     cases = [(*case, "step")[:4] for case in cases]
-    for found in world.run(law, cases, *settings):
-        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            assert losses < tolerance, case
-            assert worst < tolerance, (case, leaf)
+    assert_within(tolerance, cases, world.run(law, cases, *settings))

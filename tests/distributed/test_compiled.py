@@ -17,7 +17,7 @@ from lumen.parallel.ddp import ddp
 from lumen.parallel.fsdp import fsdp
 from lumen.parallel.mesh import mesh
 from tests.distributed import fsdp_models
-from tests.distributed.models import bare, batches, furthest, make_state, part, step, train, transforms
+from tests.distributed.models import assert_within, bare, batches, furthest, make_state, part, step, train, transforms
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
 
@@ -35,14 +35,14 @@ def spread(strategy, options):
     return STRATEGIES[strategy](grid, **options)
 
 
-def law(cases, backend="eager", steps=3, dtype=torch.float64):
+def law(cases, backend="eager", steps=3, dtype=torch.float64, blocks=None):
     """For each case how far the compiled step on parts is from one process on all rows: losses, and furthest leaf."""
     warnings.simplefilter("error", lm.GraphBreakWarning)
     found = []
     for strategy, options, model, around, sizes in cases:
         whole = batches(steps, sum(sizes), dtype)
         inside = transforms(around)
-        wrapped = lm.compose(lm.compile(backend=backend), spread(strategy, options), *inside)(step)
+        wrapped = lm.compose(lm.compile(backend=backend, blocks=blocks), spread(strategy, options), *inside)(step)
         losses, state = train(wrapped, make_state(model, dtype), [part(batch, sizes, world.rank()) for batch in whole])
         norms = model in ("conv", "stack")  # which see the rows of one process
         wanted, other = train(lm.compose(*[cut(sizes)] * norms, *inside)(step), make_state(model, dtype), whole)
@@ -52,10 +52,7 @@ def law(cases, backend="eager", steps=3, dtype=torch.float64):
 
 
 def check(world, cases, *settings, tolerance=1e-10):
-    for found in world.run(law, cases, *settings):
-        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            assert losses < tolerance, case
-            assert worst < tolerance, (case, leaf)
+    assert_within(tolerance, cases, world.run(law, cases, *settings))
 
 
 @pytest.mark.parametrize("model", ["mlp", "deep", "conv"])

@@ -16,7 +16,7 @@ from lumen.parallel.ddp import ddp
 from lumen.parallel.fsdp import fsdp
 from lumen.parallel.mesh import mesh
 from tests.distributed import fsdp_models, models
-from tests.distributed.models import bare, batches, furthest, make_state, part, step, train
+from tests.distributed.models import assert_within, bare, batches, furthest, make_state, part, step, train
 from tests.distributed.pool import TaskError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -63,10 +63,7 @@ def whole_of(wrapped, state):
 
 
 def check_law(world, spread, cases, *settings, tolerance=1e-10):
-    for found in world.run(law, spread, cases, *settings):
-        for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            assert losses < tolerance, case
-            assert worst < tolerance, (case, leaf)
+    assert_within(tolerance, cases, world.run(law, spread, cases, *settings))
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
