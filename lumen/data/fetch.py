@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from lumen import tree
 from lumen.data import order
-from lumen.data.seeds import seeded
+from lumen.data.seeds import Seeded
 from lumen.errors import BatchError
 
 Collate = Callable[[list[Any]], Any]
@@ -101,7 +101,7 @@ class Samples:
 
     def read(self, rows: order.Indices, seed: int) -> Any:
         """The collated samples; an exception gets a note that names the row."""
-        with seeded(seed):
+        with Seeded(seed):
             if not len(rows):  # a rank without a part of this batch: the shapes are those of any sample
                 return tree.map(_empty, self._batch([0]))
             return self._batch(rows.tolist())
@@ -123,9 +123,10 @@ class Samples:
 
     def _each(self, indices: list[int]) -> list[Any]:
         samples: list[Any] = []
+        dataset = self._dataset
         try:
             for index in indices:
-                samples.append(self._dataset[index])  # noqa: PERF401 (their number tells which one failed)
+                samples.append(dataset[index])  # noqa: PERF401 (their number tells which one failed)
         except Exception as error:
             _note(error, f"row {indices[len(samples)]}")
             raise
@@ -201,8 +202,16 @@ def _take(column: Column, rows: order.Indices, index: Tensor) -> Tensor:
 def _stack(samples: Sequence[Any]) -> Any:
     """Torch's collation leaf by leaf, so that samples may be any trees, and tuples stay tuples."""
     if _are_flat(samples):  # the common case, in half the time
-        return tuple(default_collate(list(leaves)) for leaves in zip(*samples, strict=True))
+        return tuple(map(_collated, zip(*samples, strict=True)))
     return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
+
+
+def _collated(leaves: tuple[Any, ...]) -> Any:
+    """What `default_collate` makes of equal leaves of samples; of Python's numbers in a fifth of its time."""
+    dtype = _NUMBERS.get(type(leaves[0]))
+    if dtype is None or {*map(type, leaves)} != {type(leaves[0])}:
+        return default_collate(list(leaves))
+    return torch.from_numpy(np.array(leaves, dtype))
 
 
 def _are_flat(samples: Sequence[Any]) -> bool:
@@ -216,7 +225,8 @@ def _are_flat(samples: Sequence[Any]) -> bool:
     )
 
 
-_LEAVES = frozenset((Tensor, np.ndarray, int, float, bool))
+_NUMBERS: dict[type, Any] = {int: np.int64, float: np.float64, bool: np.bool_}
+_LEAVES = frozenset((Tensor, np.ndarray, *_NUMBERS))
 
 
 def _empty(leaf: Any) -> Any:

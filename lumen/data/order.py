@@ -92,10 +92,12 @@ def _keys(seed: int, epoch: int) -> _Words:
 def _network(points: _Words, n: int, keys: _Words) -> _Words:
     a = math.isqrt(n - 1) + 1
     sizes = np.uint64(a), np.uint64(-(-n // a))
-    moved, fixed = np.divmod(points, sizes[1])
+    moved, fixed = points // sizes[1], _modulo(points.copy(), sizes[1])
     for i, key in enumerate(keys[:-1]):
-        # The shift keeps the sum below 2**64. Then the halves change places.
-        moved, fixed = fixed, (moved + (_mix(fixed + key) >> _ONE)) % sizes[i % 2]
+        word = _mix(fixed + key)
+        word >>= _ONE  # keeps the sum below 2**64
+        word += moved
+        moved, fixed = fixed, _modulo(word, sizes[i % 2])  # the halves change places
     points = moved * sizes[1] + fixed
     # Rounds over odd sizes are even permutations: half of the time, exchange 0 and 1 to reach the others.
     exchange = keys[-1] & np.uint64(n > 1)
@@ -103,9 +105,21 @@ def _network(points: _Words, n: int, keys: _Words) -> _Words:
 
 
 def _mix(words: _Words) -> _Words:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(_FACTORS[0])
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(_FACTORS[1])
-    return words ^ (words >> np.uint64(31))
+    """A hash of each, in their memory."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(_FACTORS[0])
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(_FACTORS[1])
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def _modulo(words: _Words, size: np.uint64) -> _Words:
+    """`words % size`, in their memory; NumPy divides by a scalar several times as fast as it takes a remainder."""
+    parts = words // size
+    parts *= size
+    words -= parts
+    return words
 
 
 def _positions(positions: ArrayLike, n: int) -> Indices:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import lumen.tree
 from lumen.core.dataclass import state
 from lumen.data import Cursor, Loader
+from lumen.data import seeds as generators
 from lumen.data.move import Move
 from lumen.errors import BatchError
 
@@ -308,6 +309,21 @@ def test_numpys_generator_is_left_with_half_a_pair_of_normal_numbers(drawn, gene
         np.random.set_bit_generator(callers)
 
 
+@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize("drawn", [0, 1, 2, 700])
+def test_pythons_generator_is_left_bit_for_bit(words, drawn, monkeypatch):
+    assert generators._has_words()  # on each Python that we test with; another one takes the slower way
+    monkeypatch.setattr(generators, "_has_words", lambda: words)
+    random.seed(3)
+    for _ in range(drawn):
+        random.gauss(0, 1)  # keeps every second number
+    before = random.getstate()
+    batches = list(Loader(Noisy(), 4))
+    assert random.getstate() == before
+    assert same(batches, list(Loader(Noisy(), 4)))
+    assert random.getstate() == before
+
+
 class Nested(Noisy):
     """Samples that are read by a loader of their own, between two draws."""
 
@@ -335,6 +351,11 @@ def test_flat_samples_are_collated_as_any_trees_are():
     assert type(flat) is type(deep) is tuple
     assert [leaf.dtype for leaf in flat] == [leaf.dtype for leaf in deep]
     assert same(flat, deep)
+    for rows in [(1, 2), (2, 2.5), (True, 2), (1.5, 2.5)]:
+        assert same(collated([(row,) for row in rows])[0], default_collate(list(rows)))
+        assert collated([(row,) for row in rows])[0].dtype is default_collate(list(rows)).dtype
+    with pytest.raises((OverflowError, RuntimeError)):
+        collated([(2**63,)])
     with pytest.raises(ValueError):  # noqa: PT011 (optree's own words)
         collated([(1, 2), (1,)])
 
