@@ -90,11 +90,12 @@ def differentiate(call: GradientCall) -> Gradient:
         return _by_autograd(call, leaves, rebuild)
 
 
-def normalized(total: Gradient) -> Gradient:
-    """The gradient of the mean loss, from a summed answer."""
+def normalized(total: Gradient, *, own: bool = False) -> Gradient:
+    """The gradient of the mean loss, from a summed answer; in its memory, where nobody else has that (`own`)."""
     loss = total.loss
     assert isinstance(loss, Mean)
-    grads = tree.map(lambda g: g / loss.weight.to(g.device, g.dtype), total.grads)
+    divide = Tensor.div_ if own else Tensor.div
+    grads = tree.map(lambda g: divide(g, loss.weight.to(g.device, g.dtype)), total.grads)
     return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
 
 
@@ -119,6 +120,9 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         if objective.requires_grad:
             if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
                 return _by_func(call)
+            if call.into is not None:
+                _add_into(call.into, objective, live)
+                return Gradient(detached(loss), None, detached(aux), scalar, size)
             if call.reduction is not None:
                 call.reduction.watch(live)
             grads = _backward(objective, live)
@@ -135,11 +139,24 @@ def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...
     """`torch.autograd.grad`, in plain eager mode straight to its engine: what it looks for costs 3% of a small step."""
     if type(objective) is not Tensor or rules.is_tracing() or torch._C._len_torch_function_stack():
         return torch.autograd.grad(objective, live, allow_unused=True)
+    one = _one(objective)
+    return _engine_run_backward((objective,), (one,), False, False, tuple(live), True, accumulate_grad=False)
+
+
+def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) -> None:
+    """Add the gradient in each leaf to its sum as the backward pass has it, so that there are never two of all."""
+    for leaf, total in zip(live, sums, strict=True):
+        leaf.grad = total
+    _engine_run_backward((objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True)
+    sums[:] = [leaf.grad for leaf in live]
+
+
+def _one(objective: Tensor) -> Tensor:
     key = objective.dtype, objective.device
     one = _ones.get(key)
     if one is None:
         one = _ones[key] = torch.ones((), dtype=objective.dtype, device=objective.device)
-    return _engine_run_backward((objective,), (one,), False, False, tuple(live), True, accumulate_grad=False)
+    return one
 
 
 _ones: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -170,6 +187,10 @@ def _by_func(call: GradientCall) -> Gradient:
     tensors = iter(found)
     leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
     loss, aux = tree.unflatten(kept["spec"], leaves)
+    if call.into is not None:
+        made, _ = flat(grads)
+        call.into[:] = [g if total is None else total + g for g, total in zip(made, call.into, strict=True)]
+        grads = None
     return _finished(call, Gradient(loss, grads, aux, kept["scalar"], size))
 
 

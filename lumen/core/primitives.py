@@ -124,6 +124,7 @@ class GradientCall(_Call):
     summed: bool = False
     engine: str = "auto"
     reduction: Reduction | None = None
+    into: list[Tensor | None] | None = None
 
 
 @dataclass(slots=True)

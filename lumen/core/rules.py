@@ -129,6 +129,12 @@ def is_tracing() -> bool:
     return _stack.tracing > 0
 
 
+def is_innermost(primitive: Primitive, rule: Rule) -> bool:
+    """Whether `rule` is the last before the primitive's base."""
+    installed = _stack.rules[primitive]
+    return bool(installed) and installed[-1] == rule
+
+
 def intercepts_updates() -> bool:
     """Whether a transform must see updates that are made now."""
     return bool(_stack.rules[Primitive.UPDATE]) and not _stack.in_update and not _stack.in_loss

@@ -164,7 +164,8 @@ class accumulate(Transform):
         total = self._total(next, call) if not self.auto or rules.is_tracing() else self._fitting(next, call)
         if call.reduction is not None:
             total = call.reduction.finish(total)
-        return total if call.summed else gradient.normalized(total)
+        own = call.reduction is None and self._adds_in_place(call)
+        return total if call.summed else gradient.normalized(total, own=own)
 
     def _fitting(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
@@ -191,6 +192,8 @@ class accumulate(Transform):
         if reduction is not None and reduction.within:
             most = self.k or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
+        elif self._adds_in_place(call):
+            return _in_place(next, alone, pieces)
         parts: list[Gradient] = []
         sums: list[Tensor] = []
         spec: tree.Spec | None = None
@@ -206,6 +209,16 @@ class accumulate(Transform):
                 parts.append(part)
         assert spec is not None
         return rows.add_gradients(parts).replace(grads=_like(spec.unflatten(sums), call.params))
+
+    def _adds_in_place(self, call: GradientCall) -> bool:
+        """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""
+        return (
+            rules.is_innermost(Primitive.GRADIENT, self._rule)
+            and not rules.is_tracing()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._len_torch_function_stack()
+            and all(type(leaf) is Tensor and leaf.dtype not in _NARROW for leaf in tree.leaves(call.params))
+        )
 
     def _split(self, call: GradientCall) -> list[Any]:
         batch, reduction = call.batch, call.reduction
@@ -229,6 +242,14 @@ class accumulate(Transform):
                 f" Use lm.accumulate({max(size, 1)}) or fewer parts, lm.accumulate(microbatch=1), or a larger batch."
             )
         return rows.split(batch, self.k)
+
+
+def _in_place(next: Next, call: GradientCall, pieces: list[Any]) -> Gradient:
+    leaves, rebuild = gradient.flat(call.params)
+    sums: list[Tensor | None] = [None] * len(leaves)
+    parts = [next(call.replace(batch=piece, into=sums)) for piece in pieces]
+    grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
+    return rows.add_gradients(parts).replace(grads=rebuild(grads))
 
 
 def _widened(grads: list[Tensor]) -> list[Tensor]:

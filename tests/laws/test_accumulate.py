@@ -36,6 +36,48 @@ def test_any_size_of_part(job: Job, size: int) -> None:
     assert_same((learned(state), metrics), (learned(expected), numbers))
 
 
+@settings(max_examples=40)
+@given(job=jobs(rows=(2, 11)), data=st.data())
+def test_sums_in_one_buffer_are_bitwise_those_of_separate_gradients(job: Job, data: st.DataObject) -> None:
+    """A rule inside, even one that does nothing, is to see each microbatch's gradient by itself."""
+    k = data.draw(st.integers(1, job.rows))
+    apart = rules.under({Primitive.GRADIENT: lambda next, call: next(call)}, job.step)
+    found, expected = (lm.accumulate(k)(step)(job.state(), job.batch()) for step in (job.step, apart))
+    assert_same(found, expected, exact=True)
+
+
+def test_a_rule_inside_sees_each_microbatch_alone() -> None:
+    seen: list[torch.Tensor] = []
+
+    def doubled(next: Any, call: Any) -> Any:
+        answer = next(call)
+        seen.append(answer.grads["w"])
+        return answer.replace(grads=lm.tree.map(lambda g: 2 * g, answer.grads))
+
+    def step(params: Any, batch: torch.Tensor) -> tuple[Any, Any]:
+        return params, lm.value_and_grad(lambda params, x: (params["w"] * x).mean())(params, batch)[1]
+
+    params, batch = {"w": torch.tensor(1.0)}, torch.tensor([1.0, 2.0, 4.0])
+    _, grads = lm.accumulate(3)(rules.under({Primitive.GRADIENT: doubled}, step))(params, batch)
+    assert [g.item() for g in seen] == [1.0, 2.0, 4.0]
+    torch.testing.assert_close(grads["w"], torch.tensor(14.0 / 3))
+
+
+def test_one_gradient_for_two_leaves_and_none_for_a_third() -> None:
+    """What autograd hands out twice is summed twice, in memory of its own; a leaf without a gradient has zeros."""
+
+    def step(params: Any, batch: torch.Tensor) -> tuple[Any, Any]:
+        loss_fn = lambda params, x: ((params["a"] + params["b"]) * x).sum(-1).mean()  # noqa: E731
+        return params, lm.value_and_grad(loss_fn)(params, batch)[1]
+
+    params = {name: torch.ones(2) for name in ("a", "b", "unused")}
+    batch = torch.arange(6.0).reshape(3, 2)
+    _, grads = lm.accumulate(3)(step)(params, batch)
+    assert_same(grads, step(params, batch)[1])
+    assert len({g.data_ptr() for g in grads.values()}) == 3
+    assert all(p.grad is None for p in params.values())
+
+
 def test_parts_without_a_counted_row() -> None:
     """A masked loss whose first microbatch counts nothing: a mean of means would be NaN."""
     job = Job(loss="masked", form="tuple", rows=6)
