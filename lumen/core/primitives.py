@@ -77,6 +77,13 @@ class Reduction(Protocol):
         """`call` without weight: for a process that has made all of its own while others go on."""
 
 
+class Norms(Protocol):
+    """The L2 norms of some leaves."""
+
+    def of(self, leaves: list[Any]) -> Tensor | None:
+        """The norms as a vector, if they are those of `leaves` as these are now."""
+
+
 @dataclass(slots=True)
 class _Call:
     """Base of calls and answers. By convention never changed, but not frozen: that would triple their cost."""
@@ -148,7 +155,8 @@ class Gradient(_Call):
 class UpdateCall(_Call):
     """P2: move `params` by `grads`. Answer: `(params, opt_state)`.
 
-    `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are.
+    `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are. `norms` are of
+    leaves that somebody outside has seen: whoever wants those of `grads` asks it whether they are the same.
     """
 
     tx: Any
@@ -157,6 +165,7 @@ class UpdateCall(_Call):
     params: Any
     skip: Tensor | None = None
     donate: bool = False
+    norms: Norms | None = None
 
     def skipping(self, bad: Tensor) -> Self:
         """The call skipped where `bad` is true as well as where it was."""

@@ -12,6 +12,7 @@ from lumen.core import sharding
 from lumen.optim import kernels
 from lumen.optim.base import Transform
 from lumen.optim.hyper import Hyper
+from lumen.optim.norms import leaf_norms
 from lumen.optim.numerics import Coefficients, Scalar, widen
 
 
@@ -22,17 +23,19 @@ def global_norm(grads: Any) -> Tensor:
     >>> lm.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
+    return _global_norm(grads, None)
+
+
+def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None) -> Any:
+    """Grads scaled to a global norm of at most `bound`; `norms` are those of the leaves, where they are known."""
+    return scaled(grads, torch.clamp(bound / (_global_norm(grads, norms) + 1e-6), max=1.0))
+
+
+def _global_norm(grads: Any, norms: Tensor | None) -> Tensor:
     leaves = tree.leaves(grads)
     if not leaves:
         return torch.zeros(())
-    dtype = torch.float32
-    for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
-    if kernels.allowed(leaves) and len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1:
-        norms = list(torch._foreach_norm(leaves, 2, dtype))
-    else:
-        norms = [torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves]
-    return sharding.norm(torch.stack(norms), grads)
+    return sharding.norm(leaf_norms(leaves) if norms is None else norms, grads)
 
 
 def clip_by_global_norm(max_norm: Scalar) -> Transform:
@@ -50,9 +53,7 @@ def clip_by_global_norm(max_norm: Scalar) -> Transform:
     hyper = Hyper(None, max_norm=max_norm)
 
     def update(grads: Any, state: Any, _params: Any) -> tuple[Any, Any]:
-        bound = hyper("max_norm", hyper.unpack(state))
-        factor = torch.clamp(bound / (global_norm(grads) + 1e-6), max=1.0)
-        return scaled(grads, factor), state
+        return clipped(grads, hyper("max_norm", hyper.unpack(state))), state
 
     return Transform(hyper.pack, update)
 

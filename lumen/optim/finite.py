@@ -12,6 +12,7 @@ from lumen.core import sharding
 from lumen.core.dataclass import state
 from lumen.optim.base import Transform, needs
 from lumen.optim.hyper import check_count, device_of
+from lumen.optim.norms import leaf_norms
 
 
 @state
@@ -25,6 +26,8 @@ class FiniteState:
 
 def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
     """`inner`, except that an update with a NaN or infinite gradient changes nothing but the counters.
+
+    A leaf whose L2 norm is too large for float32 (1e19 and more) counts as infinite.
 
     After more than `max_consecutive_errors` such updates in a row it gives up and lets them through, so
     that a run that is lost is seen to be. Compare `lm.guard`, which also watches the loss.
@@ -68,6 +71,8 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
 
 
 def all_finite(grads: Any, device: torch.device) -> Tensor:
-    """Whether every entry of every leaf is finite, as a boolean scalar on `device`."""
-    verdicts = [torch.isfinite(leaf).all().to(device) for leaf in tree.leaves(grads)]
-    return torch.stack(verdicts).all() if verdicts else torch.ones((), dtype=torch.bool, device=device)
+    """Whether the norm of every leaf is finite, as a boolean scalar on `device`."""
+    leaves = tree.leaves(grads)
+    if not leaves:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return leaf_norms(leaves).isfinite().all().to(device)

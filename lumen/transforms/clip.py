@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lumen import tree
 from lumen.core import rules
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError
-from lumen.optim.clip import clip_by_global_norm, clip_by_value
+from lumen.optim.clip import clipped
+from lumen.optim.hyper import check_scalar
 
 
 class clip(Transform):
@@ -37,7 +40,7 @@ class clip(Transform):
             )
         self.norm = norm
         self.value = value
-        self._transform = clip_by_global_norm(norm) if norm is not None else clip_by_value(value)  # type: ignore[arg-type]
+        check_scalar(*(("norm", norm) if norm is not None else ("value", value)), schedule=False)
 
     def __repr__(self) -> str:
         return f"lm.clip({self.norm})" if self.norm is not None else f"lm.clip(value={self.value})"
@@ -50,5 +53,11 @@ class clip(Transform):
         leaves = tree.leaves(call.grads)
         if leaves and self.name in getattr(leaves[0], "does", ()):  # an engine holds them, and bounds them itself
             return next(call)  # type: ignore[no-any-return]
-        grads, _ = self._transform.update_fn(call.grads, (), call.params)
-        return next(call.replace(grads=grads))  # type: ignore[no-any-return]
+        return next(call.replace(grads=self._bounded(call, leaves)))  # type: ignore[no-any-return]
+
+    def _bounded(self, call: UpdateCall, leaves: list[Any]) -> Any:
+        if (value := self.value) is not None:
+            return tree.map(lambda g: torch.clamp(g, -value, value), call.grads)
+        assert self.norm is not None
+        known = None if call.norms is None else call.norms.of(leaves)
+        return clipped(call.grads, self.norm, known)

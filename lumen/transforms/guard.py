@@ -17,6 +17,7 @@ from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError, NonFiniteError
+from lumen.optim.norms import Norms
 from lumen.transforms.dump import Before, Seen, Taking
 
 Mode = Literal["skip", "raise", "dump"]
@@ -32,6 +33,9 @@ class GuardState:
 
 class guard(Transform):
     """Check loss and grads; where one is not finite, leave params, optimizer state and buffers as they were.
+
+    Gradients are checked by the L2 norm of each leaf, in one pass, which `lm.clip` inside takes over. So a leaf whose
+    norm is too large for float32 (1e19 and more) counts as not finite.
 
     `on_nonfinite="skip"` goes on, and counts in `state.slots["guard"].skipped`; it never waits for the device.
     `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
@@ -125,6 +129,7 @@ class _Watch:
         self._apart = False  # whether other processes have other flags
         self._agreed: Tensor | None = None
         self._device = device  # of the loss; grads may lie elsewhere
+        self._norms: Norms | None = None  # of the gradient seen last
         self.updates = 0
 
     @property
@@ -136,16 +141,17 @@ class _Watch:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
         self._apart |= not answer.joint
-        self._note({"loss": loss})
-        self._note(answer.grads)
+        self._note(("loss",), loss.isfinite().reshape(1))
+        self._note_grads(answer.grads)
         return answer
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self.updates += 1
         if not self._flags:
-            self._note(call.grads)
+            self._note_grads(call.grads)
         bad = ~self._finite().all()
-        return next(call.skipping(bad))  # type: ignore[no-any-return]
+        norms, self._norms = self._norms, None  # which would hold the grads
+        return next(call.skipping(bad).replace(norms=norms))  # type: ignore[no-any-return]
 
     def first_bad(self, like: Tensor) -> Tensor:
         """The index of the first non-finite leaf, -1 where there is none."""
@@ -160,20 +166,14 @@ class _Watch:
             self._agreed = sharding.everywhere(torch.cat([*self._flags.values()]), self._apart)
         return self._agreed
 
-    def _note(self, values: Any) -> None:
-        names = tuple(tree.paths(values))
-        flags = finite_leaves(tree.leaves(values)).to(self._device)
+    def _note_grads(self, grads: Any) -> None:
+        self._norms = Norms(tree.leaves(grads))
+        self._note(tuple(tree.paths(grads)), self._norms.values.isfinite())
+
+    def _note(self, names: tuple[str, ...], flags: Tensor) -> None:
+        flags = flags.to(self._device)
         self._flags[names] = flags & self._flags[names] if names in self._flags else flags
         self._agreed = None
-
-
-def finite_leaves(leaves: list[Tensor]) -> Tensor:
-    """For each tensor whether it is finite throughout, here: a boolean vector."""
-    if sharding.is_bound():  # parts may be empty, which foreach norms refuse
-        return torch.stack([leaf.isfinite().all() for leaf in leaves])
-    if torch._C._functorch.peek_interpreter_stack() is None and not rules.is_tracing():
-        return torch.stack([n.float() for n in torch._foreach_norm(leaves, float("inf"))]).isfinite()
-    return torch.stack([leaf.isfinite().all() for leaf in leaves])
 
 
 def _message(name: str, module: Any, step: int | None) -> str:

@@ -17,7 +17,7 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError
-from lumen.transforms.guard import finite_leaves
+from lumen.optim.norms import leaf_norms
 from lumen.transforms.matmul import PRECISIONS, float32_products
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -195,7 +195,7 @@ class _Scaling:
         inverse = 1.0 / self.scale
         grads = tree.map(lambda g: g * inverse.to(g.device, g.dtype), answer.grads)
         # Where params are kept on the host, so are their gradients, and flags; a scale lives with the loss.
-        finite = finite_leaves(tree.leaves(grads)).all().to(self.scale.device)
+        finite = leaf_norms(tree.leaves(grads)).isfinite().all().to(self.scale.device)
         self._flags.append(finite)
         self._apart |= not answer.joint
         self._agreed = None

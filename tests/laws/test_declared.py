@@ -92,6 +92,52 @@ def test_guard_goes_on_after_a_bad_step() -> None:
     assert_same(state.params, expected.params, exact=True)
 
 
+@settings(max_examples=20)
+@given(job=jobs(STEADY), bound=st.floats(1e-3, 10.0))
+def test_guard_outside_clip_changes_nothing_and_takes_the_norms_once(job: Job, bound: float) -> None:
+    step = lm.compose(lm.guard(), lm.clip(bound))(job.step)
+    expected = lm.clip(bound)(job.step)(job.state(), job.batch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumen.optim.clip.leaf_norms", None)  # clip has guard's
+        new, metrics = step(step.init(job.state()), job.batch())
+    assert_same((learned(new), metrics), (learned(expected[0]), expected[1]), exact=True)
+
+
+@pytest.mark.parametrize("way", ["another tree", "another leaf", "in place"])
+def test_clip_does_not_take_the_norms_of_other_grads(way: str) -> None:
+    job = Job(optimizer="sgd")
+
+    def step(state: lm.TrainState, batch: Any) -> tuple[lm.TrainState, dict[str, Any]]:
+        (loss, _), grads = lm.value_and_grad(job.loss_fn(state), has_aux=True)(state.params, batch)
+        if way == "another tree":
+            grads = lm.tree.map(lambda g: 3 * g, grads)
+        elif way == "another leaf":
+            grads["0.weight"] = 3 * grads["0.weight"]
+        else:
+            grads["0.weight"].mul_(3)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    guarded = lm.compose(lm.guard(), lm.clip(0.01))(step)
+    new, _ = guarded(guarded.init(job.state()), job.batch())
+    expected, _ = lm.clip(0.01)(step)(job.state(), job.batch())
+    assert_same(new.params, expected.params, exact=True)
+
+
+def test_guard_counts_a_norm_that_overflows_as_not_finite() -> None:
+    """Each entry is finite in float32, but the sum of their squares is not: a bound by the norm would make them 0."""
+
+    def step(state: lm.TrainState, batch: torch.Tensor) -> tuple[lm.TrainState, dict[str, Any]]:
+        _, grads = lm.value_and_grad(lambda params, x: (params["weight"] * x).sum())(state.params, batch)
+        return state.apply_gradients(grads), {}
+
+    state = lm.TrainState.create(torch.nn.Linear(2, 1, bias=False), lm.optim.sgd(1e-30))
+    guarded = lm.guard()(step)
+    new, _ = guarded(guarded.init(state), torch.full((1, 2), 1e20))
+    assert int(new.slots["guard"].skipped) == 1
+    new, _ = guarded(guarded.init(state), torch.full((1, 2), 1e18))
+    assert int(new.slots["guard"].skipped) == 0
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_guard_raises_naming_the_first_bad_leaf(compiled: bool) -> None:
     """A finite loss with an infinite slope: the square root at zero."""
