@@ -133,11 +133,22 @@ def everywhere(flags: Tensor, apart: bool = False) -> Tensor:
 
     With `apart` they were found on this process's rows alone, and those with other rows are asked too.
     """
+    found, others = _bound(), _other_rows() if apart else []
+    if not found and not others:
+        return flags
     bad = (~flags).float()
-    found = _bound()
     for shards in found:
         bad = shards.reduce(bad, "max")
-    others = [axis for axis in ("data", "shard") if apart and getattr(rules.axis(axis), "process", False)]
     for axis in others:
         bad = pmax(bad, axis)
-    return bad == 0 if found or others else flags
+    return bad == 0
+
+
+def is_asked(apart: bool = False) -> bool:
+    """Whether `everywhere` asks other processes here."""
+    return bool(_bound() or (apart and _other_rows()))
+
+
+def _other_rows() -> list[str]:
+    """The axes over which processes have other rows."""
+    return [axis for axis in ("data", "shard") if getattr(rules.axis(axis), "process", False)]

@@ -58,7 +58,7 @@ class guard(Transform):
             raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
         self.on_nonfinite = on_nonfinite
         self.directory = os.fspath(directory)
-        self._names: list[str] = []  # of the checked leaves, the same each time a step is run or traced
+        self._looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
         self._seen = Seen()
 
     def __repr__(self) -> str:
@@ -82,10 +82,9 @@ class guard(Transform):
             watch = _Watch(old.bad.device)
             with rules.install({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
                 new, metrics = step(state, batch)
-            self._names = watch.names
+            self._looked_at = watch.looked_at
             self._seen = self._seen.more(watch.updates, rules.is_tracing())
-            bad = watch.first_bad(old.bad)
-            skip = bad >= 0
+            skip, bad = watch.verdict()
             if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
                 bad = torch.where(old.bad >= 0, old.bad, bad)
             if buffers:
@@ -112,7 +111,7 @@ class guard(Transform):
             taking = taking.after(self._seen, is_retired(state))
             bad = int(slot(new, self.name).bad.max())
             if bad >= 0:
-                message = _message(self._names[bad], module, number)
+                message = _message(self._name(bad), module, number)
                 if before is not None:
                     message += before.written(self.directory, self.within, taking.steps, number, batch, message)
                 raise NonFiniteError(message)
@@ -120,60 +119,69 @@ class guard(Transform):
 
         return run
 
+    def _name(self, bad: int) -> str:
+        """The leaf at place `bad` of all that was checked."""
+        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self._looked_at]
+        return [name for some in names for name in some][bad]
+
 
 class _Watch:
-    """The finiteness of everything seen in one step: of each leaf in all gradients together."""
+    """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
 
     def __init__(self, device: torch.device) -> None:
-        self._flags: dict[tuple[str, ...], Tensor] = {}
-        self._apart = False  # whether other processes have other flags
-        self._agreed: Tensor | None = None
+        self._numbers: list[Tensor] = []
+        self._apart = False  # whether other processes have other numbers
+        self._judged: tuple[Tensor, Tensor] | None = None
         self._device = device  # of the loss; grads may lie elsewhere
         self._norms: Norms | None = None  # of the gradient seen last
+        self.looked_at: list[tree.Spec] = []
         self.updates = 0
-
-    @property
-    def names(self) -> list[str]:
-        """The leaves that were looked at."""
-        return [name for names in self._flags for name in names]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
         self._apart |= not answer.joint
-        self._note(("loss",), loss.isfinite().reshape(1))
+        self._note(_LOSS, loss.reshape(1))
         self._note_grads(answer.grads)
         return answer
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self.updates += 1
-        if not self._flags:
+        if not self._numbers:
             self._note_grads(call.grads)
-        bad = ~self._finite().all()
+        skip, _ = self.verdict()
         norms, self._norms = self._norms, None  # which would hold the grads
-        return next(call.skipping(bad).replace(norms=norms))  # type: ignore[no-any-return]
+        return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
 
-    def first_bad(self, like: Tensor) -> Tensor:
-        """The index of the first non-finite leaf, -1 where there is none."""
-        if not self._flags:
-            return torch.full_like(like, -1)
-        bad = ~self._finite()
-        return torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
+    def verdict(self) -> tuple[Tensor, Tensor]:
+        """Whether something was not finite on some process, and the place of the first, -1 where there is none."""
+        if self._judged is None:
+            self._judged = self._judge()
+        return self._judged
 
-    def _finite(self) -> Tensor:
-        """For each leaf whether it was finite on every process, asked once for all microbatches."""
-        if self._agreed is None:
-            self._agreed = sharding.everywhere(torch.cat([*self._flags.values()]), self._apart)
-        return self._agreed
+    def _judge(self) -> tuple[Tensor, Tensor]:
+        if not self._numbers:
+            return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
+        numbers = torch.cat(self._numbers)
+        # 0, or NaN where not finite; as few operations as can be, each of which takes longer than its work.
+        strange = torch.where(numbers.isfinite(), 0.0, torch.nan) if rules.is_tracing() else numbers - numbers
+        if sharding.is_asked(self._apart):  # once for all microbatches
+            strange = torch.where(sharding.everywhere(strange == 0, self._apart), 0.0, torch.nan)
+        bad = strange.sum() != 0
+        return bad, torch.where(bad, strange.argmax(), -1)
 
     def _note_grads(self, grads: Any) -> None:
-        self._norms = Norms(tree.leaves(grads))
-        self._note(tuple(tree.paths(grads)), self._norms.values.isfinite())
+        leaves, spec = tree.flatten(grads)
+        self._norms = Norms(leaves)
+        self._note(spec, self._norms.values)
 
-    def _note(self, names: tuple[str, ...], flags: Tensor) -> None:
-        flags = flags.to(self._device)
-        self._flags[names] = flags & self._flags[names] if names in self._flags else flags
-        self._agreed = None
+    def _note(self, spec: tree.Spec, numbers: Tensor) -> None:
+        self.looked_at.append(spec)
+        self._numbers.append(numbers.to(self._device))
+        self._judged = None
+
+
+_LOSS = tree.structure({"loss": 0})
 
 
 def _message(name: str, module: Any, step: int | None) -> str:
