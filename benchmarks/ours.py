@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import lumen as lm
-from benchmarks.tasks import LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
+from benchmarks.tasks import LEARNING_RATE, NO_BOUND, WEIGHT_DECAY, Batch, Task, loss_of
 from benchmarks.timing import Marked, Measure, Run, Variant, looped
 
 UNROLLED = 8
@@ -111,6 +111,8 @@ def driven(*transforms: Callable[[], Any]) -> Callable[[Task], Measure]:
 VARIANTS = [
     Variant("lumen", "Lumen: the plain step", called()),
     Variant("lumen-donate", "Lumen: donate", called(lm.donate)),
+    Variant("lumen-clip", "Lumen: clip, donate", called(lambda: lm.clip(NO_BOUND), lm.donate)),
+    Variant("lumen-guard", "Lumen: guard, clip, donate", called(lm.guard, lambda: lm.clip(NO_BOUND), lm.donate)),
     Variant("lumen-compile", "Lumen: compile", called(lm.compile)),
     Variant("lumen-compile-donate", "Lumen: compile, donate", called(lm.compile, lm.donate)),
     Variant("lumen-unroll", "Lumen: compile, unroll(8), donate", unrolled(stacked_before=True)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks import DISTINCT, LEARNING_RATE, WEIGHT_DECAY, Batch, Task, loss_of
+from benchmarks.tasks import DISTINCT, LEARNING_RATE, NO_BOUND, WEIGHT_DECAY, Batch, Task, loss_of
 from benchmarks.timing import Marked, Measure, Run, Variant, looped
 
 
@@ -21,7 +21,7 @@ def adamw(net: nn.Module, **kwargs: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, **kwargs)
 
 
-def raw(compiled: bool = False, **options: Any) -> Callable[[Task], Measure]:
+def raw(compiled: bool = False, clip: float | None = None, **options: Any) -> Callable[[Task], Measure]:
     """A loop in plain PyTorch."""
 
     def build(task: Task) -> Measure:
@@ -38,6 +38,8 @@ def raw(compiled: bool = False, **options: Any) -> Callable[[Task], Measure]:
                     optimizer.zero_grad()
                     loss = loss_of(model(x), y)
                     loss.backward()
+                    if clip is not None:
+                        torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
                     optimizer.step()
                 return loss
 
@@ -259,6 +261,7 @@ def _hush() -> None:
 
 VARIANTS = [
     Variant("raw", "raw loop, AdamW(fused)", raw(fused=True)),
+    Variant("raw-clip", "raw loop, AdamW(fused), clip_grad_norm_", raw(clip=NO_BOUND, fused=True)),
     Variant("raw-foreach", "raw loop, AdamW(foreach)", raw(foreach=True)),
     Variant("raw-compile", "raw loop, torch.compile(model), AdamW(fused)", raw(compiled=True, fused=True)),
     Variant("fabric", "Lightning Fabric", fabric),

@@ -14,6 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
+NO_BOUND = 1e3  # of a norm: it is taken, and changes nothing
 # Few batches would be learned by heart: the loss goes to zero, and denormal numbers slow every variant down.
 DISTINCT = 64
 

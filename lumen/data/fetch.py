@@ -20,11 +20,15 @@ Column = Tensor | np.ndarray[Any, Any]
 
 
 class Rows(NamedTuple):
-    """One rank's part of a global batch: the positions `start` … `stop` - 1 of an epoch's order."""
+    """One rank's part of a global batch: the positions `start` … `stop` - 1 of an epoch's order.
+
+    `fill` is None, or as how many rows it is to come: some are then repeated, and the batch tells which count.
+    """
 
     epoch: int
     start: int
     stop: int
+    fill: int | None = None
 
 
 class Source(Protocol):
@@ -46,14 +50,16 @@ class Fetch:
 
     def __getitem__(self, key: Rows) -> Any:
         # The first position, and not the batch's number, so that ranks draw different numbers.
-        return self._source.read(self._rows(key), order.hash64(self._seed, key.epoch, key.start))
+        batch = self._source.read(self._rows(key), order.hash64(self._seed, key.epoch, key.start))
+        return batch if key.fill is None else with_weight(batch, _weight(key))
 
     def stacked(self, keys: Sequence[Rows]) -> Any:
         """Several batches of equally many rows as one with a new leading dim, read at once: of columns only."""
         assert isinstance(self._source, Columns)
         parts = [self._rows(key) for key in keys]
         read = self._source.read(np.concatenate(parts), 0)
-        return tree.map(lambda leaf: leaf.unflatten(0, (len(parts), len(parts[0]))), read)
+        batches = tree.map(lambda leaf: leaf.unflatten(0, (len(parts), len(parts[0]))), read)
+        return batches if keys[0].fill is None else with_weight(batches, torch.stack([_weight(key) for key in keys]))
 
     @property
     def stacks(self) -> bool:
@@ -61,7 +67,32 @@ class Fetch:
         return isinstance(self._source, Columns)
 
     def _rows(self, key: Rows) -> order.Indices:
-        return order.rows(self._length, self._seed if self._shuffle else None, *key)
+        rows = order.rows(self._length, self._seed if self._shuffle else None, key.epoch, key.start, key.stop)
+        if key.fill is None:
+            return rows
+        if len(rows) == key.fill:
+            return rows
+        return np.resize(rows, key.fill) if len(rows) else np.zeros(key.fill, np.int64)
+
+
+def _weight(key: Rows) -> Tensor:
+    assert key.fill is not None
+    return (torch.arange(key.fill) < key.stop - key.start).float()
+
+
+def with_weight(batch: Any, weight: Tensor) -> Any:
+    """The batch with the weights of its rows: under "weight" in a dict, else as the last of a tuple."""
+    if type(batch) is dict and "weight" not in batch:
+        return {**batch, "weight": weight}
+    if type(batch) is tuple:
+        return *batch, weight
+    if isinstance(batch, Tensor):
+        return batch, weight
+    found = "a dict that has a 'weight'" if type(batch) is dict else f"a {type(batch).__name__}"
+    raise BatchError(
+        "Loader(pad=True) tells which rows count as batch['weight'] of a dict, or as the last of a tuple; this batch"
+        f" is {found}. Give it another form by collate=…, or rename that column."
+    )
 
 
 class Columns:

@@ -41,12 +41,17 @@ class Loader:
             long tensors and arrays, which are indexed whole; or samples, that is a list or any data set with
             `__len__` and `__getitem__`, which are read one by one and collated.
         batch_size: rows of one optimizer step over all ranks. The last batch of an epoch may be smaller; it
-            is never padded.
+            is not padded unless `pad` says so.
         seed: together with the epoch it determines the order, and together with the position what a data set
             draws from the global generators of torch (CPU), NumPy and Python. The caller's are left as found.
         shuffle: whether to reorder the rows.
         workers: processes that prepare batches ahead; the batches do not depend on their number.
         drop_last: whether to leave out a smaller last batch.
+        pad: whether to fill a smaller last batch up, by repeating rows of it, so that all batches have one shape
+            (nothing is compiled anew for it). Each batch then tells which rows count: 1.0 or 0.0 for each, float32,
+            as `batch["weight"]` of a dict, or as the last entry of a tuple. With
+            `lm.Mean.of(losses, batch["weight"])` the loss and its gradient are those of the smaller batch, exactly;
+            BatchNorm in training mode sees the repeated rows, and a loss that is a plain scalar counts them.
         collate: makes a batch of a list of samples; by default torch's `default_collate`, leaf by leaf.
         device: where to put the batches.
         rank: which part of each global batch to read. Parts are contiguous and as even as possible (the rule
@@ -57,7 +62,8 @@ class Loader:
         prefetch: batches that each worker prepares ahead.
 
     Raises:
-        BatchError: a data set without length or rows, columns that differ in length, arguments out of range.
+        BatchError: a data set without length or rows, columns that differ in length, arguments out of range; `pad`
+            with `drop_last`, or with batches of a form to which no weights can be added.
 
     >>> import lumen as lm
     >>> import torch
@@ -79,6 +85,7 @@ class Loader:
         shuffle: bool = True,
         workers: int = 0,
         drop_last: bool = False,
+        pad: bool = False,
         collate: Collate | None = None,
         device: torch.device | str | None = None,
         rank: int | None = None,
@@ -96,6 +103,9 @@ class Loader:
                 f"batch_size is {self.batch_size} and the data set has {self._rows} rows, so drop_last"
                 f" leaves no batch; use a batch_size of at most {self._rows}, or drop_last=False."
             )
+        if pad and drop_last:
+            raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or filled up.")
+        self._pad = pad
         self._share = _share(rank, world)
         self._move = None if device is None else Move(device)
         self._read = Fetch(found, self.seed, shuffle)
@@ -151,7 +161,7 @@ class Loader:
         rank, world = self._share or processes.rows()
         epoch, position = at
         end = min(stop, self._batches)
-        full = min(end, self._rows // self.batch_size)
+        full = end if self._pad else min(end, self._rows // self.batch_size)
         while position < end:
             count = size()
             if count == 1 or position + count > full:
@@ -213,7 +223,8 @@ class Loader:
         first = position * self.batch_size
         size, extra = divmod(min(self.batch_size, self._rows - first), world)
         start = first + rank * size + min(rank, extra)
-        return Rows(epoch, start, start + size + (rank < extra))
+        fill = self.batch_size // world + (rank < self.batch_size % world) if self._pad else None
+        return Rows(epoch, start, start + size + (rank < extra), fill)
 
     def _placed(self, batch: Any) -> Any:
         move = self._move

@@ -106,6 +106,32 @@ def test_a_run_is_traced_once_and_once_more_for_its_last_batch() -> None:
     assert len(runs) == 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_of_padded_batches_is_traced_once_and_is_the_run_of_the_smaller_ones(optimizer: str) -> None:
+    """Whatever an epoch ends with: repeated rows count nothing, neither in the gradient nor in a metric."""
+    runs: list[int] = []
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        runs.append(1)
+
+        def loss_fn(params: Any, batch: Any) -> Any:
+            out, _ = state.apply(params, batch["x"])
+            return lm.Mean.of((out[:, 0] - batch["y"]).square(), batch.get("weight"))
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    net = nn.Linear(3, 1).double()
+    tx = {"adamw": lm.optim.adamw(1e-2), "sgd": lm.optim.sgd(0.1)}[optimizer]
+    data = {"x": torch.randn(10, 3).double(), "y": torch.randn(10).double()}
+    found, expected = (
+        train(each, each.init(lm.TrainState.create(net, tx, seed=0)), [*2 * [*lm.Loader(data, 4, pad=pad)]])
+        for each, pad in ((traced(lm.guard())(step), True), (lm.guard()(step), False))
+    )
+    assert len(runs) == 1 + 6
+    assert_same(found, expected)
+
+
 def scaled(job: Job, read: Any) -> Any:
     """A step whose metric depends on a Python value."""
 

@@ -107,6 +107,44 @@ def test_drop_last_leaves_out_the_small_batch_alone(n, batch_size, epoch):
     assert all(torch.equal(a, b) for a, b in zip(dropped, kept, strict=False))
 
 
+@given(n=sizes, batch_size=batch_sizes, world=st.integers(1, 5), epoch=epochs, columns=st.booleans())
+def test_padded_batches_have_one_shape_and_the_same_rows(n, batch_size, world, epoch, columns):
+    data = {"y": torch.arange(n)} if columns else [{"y": i} for i in range(n)]
+    for rank in range(world):
+        short = list(Loader(data, batch_size, rank=rank, world=world).epoch(epoch))
+        loader = Loader(data, batch_size, rank=rank, world=world, pad=True)
+        padded = list(loader.epoch(epoch))
+        assert len({batch["y"].shape for batch in padded} | {batch["weight"].shape for batch in padded}) == 1
+        for batch, own in zip(padded, short, strict=True):
+            assert batch["weight"].dtype is torch.float32
+            assert torch.equal(batch["y"][batch["weight"] == 1], own["y"])
+            assert int(batch["weight"].sum()) == len(own["y"])
+            if len(own["y"]):  # what is repeated is of the same batch
+                assert set(batch["y"].tolist()) == set(own["y"].tolist())
+        if columns and len(padded) > 1:
+            ((stack, count),) = loader.stacked(epoch, 0, len(loader), padded.__len__)
+            assert count == len(padded)
+            assert same(stack, lumen.tree.map(lambda *leaves: torch.stack(leaves), *padded))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_padded_batches_of_other_forms(workers):
+    pairs = TensorDataset(torch.arange(5), torch.arange(5) * 2)
+    x, y, weight = list(Loader(pairs, 3, shuffle=False, pad=True, workers=workers))[-1]
+    assert (x.tolist(), y.tolist(), weight.tolist()) == ([3, 4, 3], [6, 8, 6], [1, 1, 0])
+    x, weight = list(Loader(rows(5), 3, shuffle=False, pad=True, workers=workers))[-1]
+    assert (x.tolist(), weight.tolist()) == ([3, 4, 3], [1, 1, 0])
+
+
+def test_padding_that_cannot_be_told_is_refused():
+    with pytest.raises(BatchError, match="drop_last=True and pad=True"):
+        Loader(rows(5), 3, pad=True, drop_last=True)
+    with pytest.raises(BatchError, match="'weight'"):
+        next(iter(Loader({"weight": torch.ones(5)}, 3, pad=True)))
+    with pytest.raises(BatchError, match="a list"):
+        next(iter(Loader([1, 2, 3], 3, pad=True, collate=lambda samples: samples)))
+
+
 def test_epochs_and_seeds_differ_and_repeat():
     def order(seed, epoch):
         return torch.cat(list(Loader(rows(100), 10, seed=seed).epoch(epoch))).tolist()
