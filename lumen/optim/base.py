@@ -12,6 +12,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.errors import ParamsError, UpdateInterceptedError
+from lumen.optim import lanes
 from lumen.optim.hyper import check_scalar as check_scalar
 from lumen.optim.kernels import alike, allowed, columns, eager
 
@@ -81,8 +82,8 @@ class Transform:
     ) -> tuple[Params, State]:
         """The next params and state; with `donate`, in the memory of the given ones.
 
-        Takes the fused lowering where it is allowed: in eager mode, outside `torch.func` transforms and
-        outside differentiation. Without `donate` that lowering runs on copies.
+        Takes the fused lowering where it is allowed: in eager mode, outside differentiation and outside
+        `torch.func` transforms, of large lanes also under `vmap`. Without `donate` it runs on copies.
         """
         with rules.inside_update:
             may_fuse = can_fuse(params, grads)
@@ -90,6 +91,8 @@ class Transform:
                 if not donate:
                     params, state = clone((params, state))
                 return params, self.fused_fn(grads, state, params, skip)
+            if self.fused_fn is not None and lanes.pays(params, grads, state, skip):
+                return lanes.update(self.in_place, grads, state, params, skip, donate)  # type: ignore[no-any-return]
             if donate and not rules.is_tracing():
                 return params, plain_in_place(self.update_fn, grads, state, params, skip)
             updates, new_state = self.update_fn(grads, state, params)

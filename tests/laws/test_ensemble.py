@@ -36,12 +36,16 @@ def lanes_of(stack: Any, init: Any, job: Job, steps: int = 3) -> list[lm.TrainSt
     return step.export(state)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("stack", STACKS)
 @settings(max_examples=4)
 @given(job=jobs(STEADY, rows=(2, 6)))
-def test_each_lane_is_its_own_run(stack: str, job: Job) -> None:
+def test_each_lane_is_its_own_run(stack: str, large: bool, job: Job) -> None:
+    """Small lanes are updated under vmap, large ones one by one: here whatever their size."""
     own = starts(job, 3)
-    lanes = lanes_of(STACKS[stack](lm.ensemble(3)), own, job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumen.optim.lanes._WORTH", 0 if large else 2**60)
+        lanes = lanes_of(STACKS[stack](lm.ensemble(3)), own, job)
     for lane, state in zip(lanes, own, strict=True):
         assert_same(lane, train(job.step, state, job.batches(3))[0])
 
@@ -81,6 +85,44 @@ def test_sweep_of_the_learning_rate(job: Job, rates: list[float]) -> None:
         tx = {"sgd": lambda lr: lm.optim.sgd(lr, momentum=0.9), "adamw": lm.optim.adamw}[job.optimizer](rate)
         own = lm.TrainState.create(job.module(), tx, seed=job.seed)
         assert_same(lane, train(job.step, own, job.batches(3))[0])
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_large_lanes_are_updated_in_fused_kernels_where_they_lie(donated: bool) -> None:
+    """With rates of their own, one skipped by its guard; without donation the old state is left as it was."""
+    net = torch.nn.Linear(128, 128)
+    start = lm.TrainState.create(net, lm.optim.adamw(1e-3), seed=0)
+    rates = [1e-3, 1e-2, 3e-2]
+    batches = torch.randn(2, 3, 4, 128)
+    batches[1, 1] = torch.nan
+
+    def step(state: lm.TrainState, batch: torch.Tensor) -> tuple[lm.TrainState, dict[str, Any]]:
+        loss, grads = lm.value_and_grad(lambda params, x: state.apply(params, x)[0].square().mean())(
+            state.params, batch
+        )
+        return state.apply_gradients(grads), {"loss": loss}
+
+    stack = (lm.guard(), lm.donate()) if donated else (lm.guard(),)
+    swept = lm.compose(lm.sweep(lr=rates, batch_dim=0), *stack)(step)
+    first = swept.init(start)
+    kept = lm.tree.map(torch.clone, first)
+    addresses = {name: p.data_ptr() for name, p in first.params.items()}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        state, _ = swept(first, batches[0])
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::_fused_adamw_") == len(rates)
+    if donated:
+        assert {name: p.data_ptr() for name, p in state.params.items()} == addresses
+    else:
+        assert_same(first, kept, exact=True)
+    state, _ = swept(state, batches[1])
+    for i, (lane, rate) in enumerate(zip(swept.export(state), rates, strict=True)):
+        own = lm.guard()(step)
+        alone = own.init(lm.TrainState.create(net, lm.optim.adamw(rate), seed=0))
+        for batch in batches:
+            alone, _ = own(alone, batch[i])
+        assert_same(lane.params, alone.params, tolerance=1e-5)
+        assert_same(lane.opt_state.mu, alone.opt_state.mu, tolerance=1e-5)
+        assert int(lane.opt_state.count) == (1 if i == 1 else 2)
 
 
 def test_sweep_of_weight_decay_given_as_a_tensor() -> None:

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lumen as lm
 from lumen import optim
+from lumen.optim import lanes as by_lane
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (3, 4)}
 
@@ -170,9 +171,11 @@ def test_state_owns_its_memory(name):
     assert all(isinstance(leaf, torch.Tensor) for leaf in lm.tree.leaves(opt_state))
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", [name for name in ALL if "schedule" not in name or name == "schedule_free"])
-def test_lanes_of_vmap_are_their_own_runs(name):
-    """Params and learning rates differ by lane; float64 to 1e-10."""
+def test_lanes_of_vmap_are_their_own_runs(name, large, monkeypatch):
+    """Params and learning rates differ by lane; float64 to 1e-10. Large lanes are updated one by one, by kernels."""
+    monkeypatch.setattr(by_lane, "_WORTH", 0 if large else 2**60)
     lrs = torch.tensor([0.003, 0.01, 0.03], dtype=torch.float64)
     lanes = [{key: p * (1 + i) for key, p in tensors(0, torch.float64).items()} for i in range(3)]
     stacked = lm.tree.map(lambda *leaves: torch.stack(leaves), *lanes)
