@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import TYPE_CHECKING
 
 from lumen.errors import OrderError
@@ -34,9 +34,9 @@ def check(transforms: Sequence[Transform]) -> None:
             f"{joining[0]!r} and {joining[1]!r} would both join the gradients of all rows. Leave one out; for copies of"
             " parts write lm.fsdp(lm.mesh(data=..., shard=...))."
         )
-    held = next((t for t in transforms if t.foreign), None)
-    if held is not None and any(t.level == "compile" for t in transforms):
-        raise OrderError(f"lm.compile cannot trace lm.{held.name}'s engine. Leave lm.compile() out.")
+    for each, other in permutations(transforms, 2):
+        if other.name in each.instead:
+            raise OrderError(f"{other!r} cannot stand beside lm.{each.name}: {each.instead[other.name]}.")
     for chain in CHAINS:
         places = {level: place for place, level in enumerate(chain)}
         members = [t for t in transforms if t.level in places]

@@ -54,6 +54,7 @@ class Transform:
     donates: bool = False
     shards: bool = False  # whether each process holds a part of the state only; its slot is then static
     foreign: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
+    instead: Mapping[str, str] = {}  # of transforms that cannot stand beside this one, by name: what to do
     within: Step | None = None  # the outermost step that it is part of, for messages and records
 
     def init(self, state: State) -> State:

@@ -24,7 +24,7 @@ from lumen.core.values import Mean
 from lumen.errors import AxisError, LossError, OrderError, ParamsError, StateError
 from lumen.parallel import agree, functional
 from lumen.parallel.buckets import Wire
-from lumen.parallel.deepspeed_config import Setup, read, setup, stage_of
+from lumen.parallel.deepspeed_config import INSTEAD, Setup, read, setup, stage_of
 from lumen.parallel.deepspeed_engine import Engine, meet
 from lumen.parallel.deepspeed_optimizer import Update
 from lumen.parallel.deepspeed_spans import cut, gathered, whole
@@ -80,6 +80,7 @@ class deepspeed(Transform):
     level = "parallel"
     shards = True
     foreign = True
+    instead = INSTEAD
     reason = "the engine computes the gradients of this process's rows, and joins them"
 
     def __init__(self, config: Mapping[str, Any] | str | os.PathLike[str], mesh: Mesh | None = None) -> None:

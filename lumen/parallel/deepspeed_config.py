@@ -23,12 +23,12 @@ _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the configuratio
 
 _ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")  # of DeepSpeed's earlier versions
 
-# What stands beside the engine unchanged, by name; others are refused.
+# What stands beside the engine unchanged, by name; others are refused, known ones when they are composed.
 _BESIDE = ("deepspeed", "seeded", "remat", "ema")
-_INSTEAD = {
-    "compile": 'give the engine its own: {"compile": {"deepcompile": true}}',
-    "donate": "the engine updates in place by itself",
-    "guard": 'with lm.precision("fp16") the engine leaves out updates that overflow; for a guard use lm.fsdp()',
+INSTEAD = {
+    "compile": 'it cannot trace the engine, which has its own: {"compile": {"deepcompile": true}}',
+    "donate": "the engine makes the update, in place",
+    "guard": 'the engine makes the update, and leaves out what overflows with lm.precision("fp16"); else use lm.fsdp()',
     "private": "train it in one process",
     "ensemble": "an engine holds one model; train lanes in one process",
     "sweep": "an engine holds one model; train lanes in one process",
@@ -92,7 +92,10 @@ def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
         elif isinstance(each, precision):
             casts = _precision(config, each)
         elif each.name not in _BESIDE:
-            raise OrderError(_refusal(each))
+            raise OrderError(
+                f"{each!r} cannot stand beside lm.deepspeed, whose engine makes the gradients and the update: use"
+                " lm.fsdp()."
+            )
     casts = casts or _casts_of(config)
     _check_beside(transforms, stage, casts)
     if stage == 0 and casts is not None:
@@ -192,8 +195,3 @@ def _check_beside(transforms: Sequence[Transform], stage: int, casts: precision 
                 f"{each!r}: the engine keeps the 32-bit params to itself"
                 f"{', in parts' if stage == 3 else ''}. Use stage 2 in float32, or lm.fsdp()."
             )
-
-
-def _refusal(transform: Transform) -> str:
-    instead = _INSTEAD.get(transform.name, "use lm.fsdp()")
-    return f"{transform!r} cannot stand beside lm.deepspeed, whose engine makes the update: {instead}."

@@ -281,7 +281,7 @@ print(float((wrapped.export(one).params["weight"] - other.params["weight"]).abs(
         ({"zero_optimization": {"stage": 1}}, [lm.precision("fp64")], "float32 params"),
         ({"zero_optimization": {"stage": 4}}, [], "0, 1, 2 and 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, [], "nvme"),
-        ({}, [lm.donate()], "updates in place by itself"),
+        ({}, [lm.donate()], "in place"),
         ({}, [lm.guard()], "cannot stand beside"),
         ({}, [lm.clip(value=1.0)], "lm.clip(1.0)"),
         ({}, [lm.accumulate("auto")], "lm.accumulate(4)"),

@@ -386,8 +386,15 @@ def test_the_wrong_order_is_answered_with_the_right_code(transforms: tuple[lm.Tr
 
 def test_another_librarys_engine_is_not_compiled() -> None:
     for compose in (lambda: lm.compose(lm.compile(), lm.deepspeed({})), lambda: lm.compile()(lm.deepspeed({})(step))):
-        with pytest.raises(errors.OrderError, match="lm.compile cannot trace lm.deepspeed's engine"):
+        with pytest.raises(errors.OrderError, match=r"cannot stand beside lm.deepspeed: .*deepcompile"):
             compose()
+
+
+@pytest.mark.parametrize("other", [lm.unroll(2), lm.guard(), lm.donate(), lm.ensemble(2), lm.sweep(lr=[0.1])])
+def test_what_cannot_stand_beside_an_engine_is_told_when_it_is_composed(other: lm.Transform) -> None:
+    for order in ((other, lm.deepspeed({})), (lm.deepspeed({}), other)):
+        with pytest.raises(errors.OrderError, match=re.escape(f"{other!r} cannot stand beside lm.deepspeed: ")):
+            lm.compose(*order)
 
 
 def test_a_transform_twice() -> None:
