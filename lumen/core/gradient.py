@@ -189,7 +189,8 @@ def _by_func(call: GradientCall) -> Gradient:
     loss, aux = tree.unflatten(kept["spec"], leaves)
     if call.into is not None:
         made, _ = flat(grads)
-        call.into[:] = [g if total is None else total + g for g, total in zip(made, call.into, strict=True)]
+        # Autograd may hand out one tensor twice; a sum is in memory of its own.
+        call.into[:] = [g.clone() if total is None else total + g for g, total in zip(made, call.into, strict=True)]
         grads = None
     return _finished(call, Gradient(loss, grads, aux, kept["scalar"], size))
 

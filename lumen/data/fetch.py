@@ -68,9 +68,7 @@ class Fetch:
 
     def _rows(self, key: Rows) -> order.Indices:
         rows = order.rows(self._length, self._seed if self._shuffle else None, key.epoch, key.start, key.stop)
-        if key.fill is None:
-            return rows
-        if len(rows) == key.fill:
+        if key.fill is None or key.fill == len(rows):
             return rows
         return np.resize(rows, key.fill) if len(rows) else np.zeros(key.fill, np.int64)
 

@@ -93,7 +93,7 @@ def _lend_pythons() -> Callable[[], None]:
     `getstate` makes a tuple of 625 numbers, and `setstate` reads it: 22 µs for both. The words themselves, which lie
     behind the head of the generator's object, are copied in one, where this Python keeps them so.
     """
-    generator: Any = random.seed.__self__  # type: ignore[attr-defined]
+    generator: Any = getattr(random.seed, "__self__", None)
     plain = type(generator) is random.Random  # a subclass may keep more
     if not plain or not _has_words():
         return partial(random.setstate, random.getstate())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from lumen import tree
+from lumen.core import world
 
 _WORTH = 2**14  # params in a lane; below it the calls of the kernels take longer than the passes that they save
 
@@ -22,6 +23,8 @@ InPlace = Callable[[Any, Any, Any, Tensor | None], Any]
 
 def pays(params: Any, *others: Any) -> bool:
     """Whether this is one `vmap`, in eager mode, over lanes that are large enough, which nobody differentiates."""
+    if world.is_planned():  # a plan's tensors have no numbers, as kernels want to read
+        return False
     level = torch._C._functorch.peek_interpreter_stack()
     if level is None or level.key() != TransformType.Vmap or level.level() != 1:
         return False

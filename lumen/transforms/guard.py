@@ -163,10 +163,11 @@ class _Watch:
         if not self._numbers:
             return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
         numbers = torch.cat(self._numbers)
-        # 0, or NaN where not finite; as few operations as can be, each of which takes longer than its work.
-        strange = torch.where(numbers.isfinite(), 0.0, torch.nan) if rules.is_tracing() else numbers - numbers
-        if sharding.is_asked(self._apart):  # once for all microbatches
-            strange = torch.where(sharding.everywhere(strange == 0, self._apart), 0.0, torch.nan)
+        if rules.is_tracing() or sharding.is_asked(self._apart):
+            strange = (~sharding.everywhere(numbers.isfinite(), self._apart)).float()  # once for all microbatches
+        else:
+            # 0, or NaN where not finite: in as few operations as can be, each of which takes longer than its work.
+            strange = numbers - numbers
         bad = strange.sum() != 0
         return bad, torch.where(bad, strange.argmax(), -1)
 

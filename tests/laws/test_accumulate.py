@@ -63,19 +63,21 @@ def test_a_rule_inside_sees_each_microbatch_alone() -> None:
     torch.testing.assert_close(grads["w"], torch.tensor(14.0 / 3))
 
 
-def test_one_gradient_for_two_leaves_and_none_for_a_third() -> None:
+@pytest.mark.parametrize("engine", ["auto", "func"])
+def test_one_gradient_for_two_leaves_and_none_for_a_third(engine: Any) -> None:
     """What autograd hands out twice is summed twice, in memory of its own; a leaf without a gradient has zeros."""
 
     def step(params: Any, batch: torch.Tensor) -> tuple[Any, Any]:
         loss_fn = lambda params, x: ((params["a"] + params["b"]) * x).sum(-1).mean()  # noqa: E731
-        return params, lm.value_and_grad(loss_fn)(params, batch)[1]
+        return params, lm.value_and_grad(loss_fn, engine=engine)(params, batch)[1]
 
     params = {name: torch.ones(2) for name in ("a", "b", "unused")}
     batch = torch.arange(6.0).reshape(3, 2)
-    _, grads = lm.accumulate(3)(step)(params, batch)
-    assert_same(grads, step(params, batch)[1])
-    assert len({g.data_ptr() for g in grads.values()}) == 3
-    assert all(p.grad is None for p in params.values())
+    for k in (1, 3):
+        _, grads = lm.accumulate(k)(step)(params, batch)
+        assert_same(grads, step(params, batch)[1])
+        assert len({g.data_ptr() for g in grads.values()}) == 3
+        assert all(p.grad is None for p in params.values())
 
 
 def test_parts_without_a_counted_row() -> None:
