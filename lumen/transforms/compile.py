@@ -137,6 +137,9 @@ class compile(Transform):
                 )
 
 
+_Key = tuple["_Signature", Any, tuple[Any, ...]]  # of a state, of a batch, and Python values that the step reads
+
+
 class _Compiled:
     """The compiled forms of one step, by the signature of their input."""
 
@@ -145,7 +148,7 @@ class _Compiled:
         self._settings = settings
         self._donates = any(t.donates for t in step.transforms)
         self._reads = [*_python_reads(step.user), *_keys(step.transforms)]
-        self._regions: dict[Any, _Region] = {}
+        self._regions: dict[_Key, _Region] = {}
         self._broken = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -163,7 +166,7 @@ class _Compiled:
                 _warn_break(self._step, error)
                 return self._uncompiled(state, batch)
             self._regions[key] = region
-            self._warn_many()
+            self._warn_many(key)
         if not self._donates:
             return region(state, held, given)
         try:
@@ -175,11 +178,11 @@ class _Compiled:
         inner = self._step.inner
         return self._step._traceable(state, batch) if inner is not None else self._step(state, batch)
 
-    def _warn_many(self) -> None:
+    def _warn_many(self, key: _Key) -> None:
         if len(self._regions) == _MANY:
+            before = [*self._regions][-2]
             warnings.warn(
-                f"{self._step.__name__} has been compiled {_MANY} times, each time for other shapes, dtypes or Python"
-                " values. Make what changes a tensor (a learning rate, a coefficient), and keep batch shapes to a few.",
+                f"{self._step.__name__} has been compiled {_MANY} times, the last time for {_changed(before, key)}.",
                 InexactWarning,
                 stacklevel=3,
             )
@@ -203,6 +206,25 @@ class _Signature:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Signature) and self._value == other._value)
+
+    def is_like(self, other: _Signature) -> bool:
+        """Whether the structures are one, with all that is static in them."""
+        return bool(self._value[0] == other._value[0])
+
+
+def _changed(before: _Key, now: _Key) -> str:
+    """What is other than it was when the step was compiled the time before, and what to do about it."""
+    (state, batch, reads), (new_state, new_batch, new_reads) = before, now
+    found = []
+    if not state.is_like(new_state):
+        found.append("a state of another structure, optimizer or model (make those once)")
+    elif state != new_state:
+        found.append("other shapes or dtypes in the state")
+    if batch != new_batch:
+        found.append("a batch of another form, shape or dtype (keep to a few: lm.Loader pads the last with pad=True)")
+    if reads != new_reads:
+        found.append("another Python value that the step reads (make what changes a tensor)")
+    return " and ".join(found)
 
 
 def _sign_state(state: Any) -> tuple[list[Any], _Signature]:

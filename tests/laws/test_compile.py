@@ -246,14 +246,38 @@ def test_without_donation_the_old_state_is_kept() -> None:
     assert_same(state, job.state(), exact=True)
 
 
-def test_many_signatures_are_said_once() -> None:
+@pytest.mark.parametrize("other", ["batch", "state", "optimizer", "value"])
+def test_many_signatures_are_said_once_and_what_is_other(other: str) -> None:
     job = Job(model="linear", optimizer="sgd", loss="scalar")
-    fast = traced()(job.step)
-    for rows in range(1, 8):
-        fast(job.state(), job.batch(rows=rows))
-    with pytest.warns(lm.InexactWarning, match="has been compiled 8 times"):
-        fast(job.state(), job.batch(rows=8))
-    fast(job.state(), job.batch(rows=9))  # a second warning would be an error here
+    start, factor = job.state(), 1.0
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        new, metrics = job.step(state, batch)
+        return new, {**metrics, "factor": state.params["weight"].sum() * factor}
+
+    fast = traced()(step)
+
+    def call(number: int) -> None:
+        nonlocal factor
+        factor = float(number) if other == "value" else 1.0
+        state = start
+        if other == "optimizer":
+            state = job.state()
+        elif other == "state":
+            state = start.replace(slots={"extra": torch.zeros(number)})
+        fast(state, job.batch(rows=number if other == "batch" else 3))
+
+    said = {
+        "batch": "a batch of another form, shape or dtype",
+        "state": "other shapes or dtypes in the state",
+        "optimizer": "a state of another structure, optimizer or model",
+        "value": "another Python value that the step reads",
+    }
+    for number in range(1, 8):
+        call(number)
+    with pytest.warns(lm.InexactWarning, match=rf"8 times, the last time for {said[other]}( \([^()]*\))?\.$"):
+        call(8)
+    call(9)  # a second warning would be an error here
 
 
 def test_python_numbers_in_the_state_are_part_of_the_signature() -> None:
