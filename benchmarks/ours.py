@@ -84,14 +84,14 @@ def unrolled(stacked_before: bool) -> Callable[[Task], Measure]:
     return build
 
 
-def driven(*transforms: Callable[[], Any]) -> Callable[[Task], Measure]:
-    """`Runner.fit` with a JSONL row each 50 steps."""
+def driven(*transforms: Callable[[], Any], whole: int = 1) -> Callable[[Task], Measure]:
+    """`Runner.fit` with a JSONL row each 50 steps; of `whole` steps in a call."""
 
     def build(task: Task) -> Measure:
         net = task.fresh()
 
         def measure(steps: int) -> float:
-            data = Marked(task, steps)
+            data = Marked(task, steps, whole)
             with tempfile.TemporaryDirectory() as folder:
                 runner = lm.Runner(
                     step,
@@ -124,6 +124,6 @@ VARIANTS = [
     Variant(
         "runner-unroll",
         "Lumen: Runner.fit, compile, unroll(8), donate, JSONL",
-        driven(lm.compile, lambda: lm.unroll(UNROLLED), lm.donate),
+        driven(lm.compile, lambda: lm.unroll(UNROLLED), lm.donate, whole=UNROLLED),
     ),
 ]

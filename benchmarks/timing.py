@@ -80,10 +80,16 @@ def looped(task: Task, fresh: Callable[[], Run], pack: Callable[[list[Batch]], l
 
 
 class Marked:
-    """Batches for a `fit` that loops by itself. Start-up is left out: the clock runs over the last `steps` steps."""
+    """Batches for a `fit` that loops by itself. Start-up is left out: the clock runs over the last `steps` steps.
 
-    def __init__(self, task: Task, steps: int) -> None:
-        self.lead = max(WARM_UP, -(-steps // 4))
+    Those before are a multiple of `whole`: a fit that takes so many steps in a call, and has less than that left at its
+    end, compiles a single step there, which is to come after the clock.
+    """
+
+    def __init__(self, task: Task, steps: int, whole: int = 1) -> None:
+        self.lead = -(-max(WARM_UP, -(-steps // 4)) // whole) * whole
+        if steps % whole:
+            raise ValueError(f"{steps} steps cannot be taken {whole} at a time")
         self.steps = steps
         self.batches = task.data(self.lead + steps + 1)  # the last batch only marks the end
         self.marks: list[float] = []
