@@ -41,7 +41,7 @@ class Norms:
 
 
 def _versions(leaves: list[Tensor]) -> list[int] | None:
-    """How often each was written to; None where that is not counted. A traced step shows no such numbers."""
-    if not kernels.eager():
-        return []
-    return None if any(leaf.is_inference() for leaf in leaves) else [leaf._version for leaf in leaves]
+    """How often each was written to; None where that is not counted, or does not show, as while a step is traced."""
+    if not kernels.eager() or any(leaf.is_inference() for leaf in leaves):
+        return None
+    return [leaf._version for leaf in leaves]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules, sharding
+from lumen.core import rules, sharding, world
 from lumen.core.dataclass import state as state_class
 from lumen.core.donation import is_retired
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
@@ -151,6 +151,8 @@ class _Watch:
             self._note_grads(call.grads)
         skip, _ = self.verdict()
         norms, self._norms = self._norms, None  # which would hold the grads
+        if self._apart and world.world_size() > 1:  # a collective between writes without being counted as a write
+            norms = None
         return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
 
     def verdict(self) -> tuple[Tensor, Tensor]:
