@@ -124,6 +124,50 @@ def test_a_run_of_two_is_a_run_of_one(world2, tmp_path):
     close(logged(tmp_path / "two"), logged(tmp_path / "one"))
 
 
+def weighted_loss(state, params, batch):
+    logits, _ = state.apply(params, batch["x"])
+    return lm.Mean.of(F.cross_entropy(logits, batch["y"], reduction="none"), batch.get("weight"))
+
+
+def weighted_step(state, batch):
+    loss, grads = lm.value_and_grad(lambda params, batch: weighted_loss(state, params, batch))(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def weighted_eval(state, batch):
+    return {"loss": weighted_loss(state, state.params, batch)}
+
+
+def run_padded(directory, pad):
+    held_out = lm.Loader(columns(7, seed=2), batch_size=3, shuffle=False, pad=pad)
+    runner = lm.Runner(
+        weighted_step,
+        transforms=[ddp(lm.mesh(device="cpu"))],
+        sinks=[lm.sinks.JSONL(directory / "metrics.jsonl")],
+        log_every=3,
+        progress=False,
+    )
+    result = runner.fit(
+        make_state(),
+        lm.Loader(columns(), batch_size=5, seed=2, pad=pad),
+        until=lm.Steps(10),
+        validate=lm.Validate(weighted_eval, held_out, every=lm.Every(steps=4), last=True),
+    )
+    return plain(result.state)
+
+
+def test_padded_batches_on_two_are_the_smaller_ones_on_one(world2, tmp_path):
+    """The last of 7 rows in threes is one: one process has padding alone. Measured at the end of the run too."""
+    assert ROWS % 5, "some batch is smaller"
+    wanted = run_padded(tmp_path / "one", pad=False)
+    for state in world2.run(run_padded, tmp_path / "two", True):
+        for name, leaf in wanted.items():
+            torch.testing.assert_close(state[name], leaf, rtol=1e-9, atol=1e-11)
+    rows = logged(tmp_path / "two")
+    assert [row["step"] for row in rows if "val/loss" in row] == [4, 8, 10]
+    close(rows, logged(tmp_path / "one"))
+
+
 def run_for_tokens(directory):
     """Batches of 5 rows, cut into 3 and 2: alone, the processes would not end together."""
     runner = make_runner(directory, tokens=lambda batch: 7 * len(batch["y"]))
