@@ -129,19 +129,23 @@ class _Watch:
     """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
 
     def __init__(self, device: torch.device) -> None:
-        self._numbers: list[Tensor] = []
+        self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
         self._apart = False  # whether other processes have other numbers
         self._judged: tuple[Tensor, Tensor] | None = None
         self._device = device  # of the loss; grads may lie elsewhere
         self._norms: Norms | None = None  # of the gradient seen last
-        self.looked_at: list[tree.Spec] = []
         self.updates = 0
+
+    @property
+    def looked_at(self) -> list[tree.Spec]:
+        """The trees whose leaves were looked at, in the order of the numbers."""
+        return [spec for _, spec in self._numbers]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
         self._apart |= not answer.joint
-        self._note(_LOSS, loss.reshape(1))
+        self._note("loss", _LOSS, loss.reshape(1))
         self._note_grads(answer.grads)
         return answer
 
@@ -164,7 +168,7 @@ class _Watch:
     def _judge(self) -> tuple[Tensor, Tensor]:
         if not self._numbers:
             return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
-        numbers = torch.cat(self._numbers)
+        numbers = torch.cat([*self._numbers.values()])
         if rules.is_tracing() or sharding.is_asked(self._apart):
             strange = (~sharding.everywhere(numbers.isfinite(), self._apart)).float()  # once for all microbatches
         else:
@@ -176,11 +180,14 @@ class _Watch:
     def _note_grads(self, grads: Any) -> None:
         leaves, spec = tree.flatten(grads)
         self._norms = Norms(leaves)
-        self._note(spec, self._norms.values)
+        self._note("grads", spec, self._norms.values)
 
-    def _note(self, spec: tree.Spec, numbers: Tensor) -> None:
-        self.looked_at.append(spec)
-        self._numbers.append(numbers.to(self._device))
+    def _note(self, what: str, spec: tree.Spec, numbers: Tensor) -> None:
+        # One number for each leaf, however many gradients there are: another process may have more microbatches. A sum
+        # is finite where its summands are.
+        numbers = numbers.to(self._device)
+        before = self._numbers.get((what, spec))
+        self._numbers[what, spec] = numbers if before is None else before + numbers
         self._judged = None
 
 
