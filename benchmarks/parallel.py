@@ -63,7 +63,6 @@ def measured(case: str, model: str, strategy: str, rounds: int, steps: int) -> l
         raise AssertionError(f"the last loss of {base} is {wanted}, but that of {far}")
     rows = timed("parallel", case, times, base, unit="ms")
     for label, count in sent.items():
-        if not count:  # collectives of a compiled graph, which nobody calls from Python
-            continue
-        rows.append(Row("parallel", case, label, "sent", "KiB", count / 1024, count / sent[base]))
+        if count:  # not collectives of a compiled graph, which nobody calls from Python
+            rows.append(Row("parallel", case, label, "sent", "KiB", count / 1024, count / sent[base]))
     return rows

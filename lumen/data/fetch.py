@@ -51,7 +51,7 @@ class Fetch:
     def __getitem__(self, key: Rows) -> Any:
         # The first position, and not the batch's number, so that ranks draw different numbers.
         batch = self._source.read(self._rows(key), order.hash64(self._seed, key.epoch, key.start))
-        return batch if key.fill is None else with_weight(batch, _weight(key))
+        return batch if key.fill is None else _with_weight(batch, _weight(key))
 
     def stacked(self, keys: Sequence[Rows]) -> Any:
         """Several batches of equally many rows as one with a new leading dim, read at once: of columns only."""
@@ -59,7 +59,7 @@ class Fetch:
         parts = [self._rows(key) for key in keys]
         read = self._source.read(np.concatenate(parts), 0)
         batches = tree.map(lambda leaf: leaf.unflatten(0, (len(parts), len(parts[0]))), read)
-        return batches if keys[0].fill is None else with_weight(batches, torch.stack([_weight(key) for key in keys]))
+        return batches if keys[0].fill is None else _with_weight(batches, torch.stack([_weight(key) for key in keys]))
 
     @property
     def stacks(self) -> bool:
@@ -78,7 +78,7 @@ def _weight(key: Rows) -> Tensor:
     return (torch.arange(key.fill) < key.stop - key.start).float()
 
 
-def with_weight(batch: Any, weight: Tensor) -> Any:
+def _with_weight(batch: Any, weight: Tensor) -> Any:
     """The batch with the weights of its rows: under "weight" in a dict, else as the last of a tuple."""
     if type(batch) is dict and "weight" not in batch:
         return {**batch, "weight": weight}

@@ -73,12 +73,16 @@ def clip_by_value(max_value: Scalar) -> Transform:
     hyper = Hyper(None, max_value=max_value)
 
     def update(grads: Any, state: Any, _params: Any) -> tuple[Any, Any]:
-        bound = hyper("max_value", hyper.unpack(state))
-        if isinstance(bound, Tensor):
-            return tree.map(lambda g: torch.clamp(g, -bound.to(g.dtype), bound.to(g.dtype)), grads), state
-        return tree.map(lambda g: torch.clamp(g, -bound, bound), grads), state
+        return cut(grads, hyper("max_value", hyper.unpack(state))), state
 
     return Transform(hyper.pack, update)
+
+
+def cut(grads: Any, bound: Scalar) -> Any:
+    """Grads with every entry in [−bound, bound]."""
+    if isinstance(bound, Tensor):
+        return tree.map(lambda g: torch.clamp(g, -bound.to(g.dtype), bound.to(g.dtype)), grads)
+    return tree.map(lambda g: torch.clamp(g, -bound, bound), grads)
 
 
 def scaled(values: Any, factor: Tensor) -> Any:

@@ -57,10 +57,13 @@ def _plain() -> type[Tensor]:
 
 def eager() -> bool:
     """Whether operations run as they are called: outside `torch.func`, `torch.compile` and `make_fx`."""
+    return torch._C._functorch.peek_interpreter_stack() is None and not traced()
+
+
+def traced() -> bool:
+    """Whether `torch.compile` or `make_fx` notes operations down."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.compiler.is_compiling()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
 
 

@@ -15,6 +15,7 @@ from torch._C._functorch import TransformType
 
 from lumen import tree
 from lumen.core import world
+from lumen.optim import kernels
 
 _WORTH = 2**14  # params in a lane; below it the calls of the kernels take longer than the passes that they save
 
@@ -23,12 +24,10 @@ InPlace = Callable[[Any, Any, Any, Tensor | None], Any]
 
 def pays(params: Any, *others: Any) -> bool:
     """Whether this is one `vmap`, in eager mode, over lanes that are large enough, which nobody differentiates."""
-    if world.is_planned():  # a plan's tensors have no numbers, as kernels want to read
+    if kernels.traced() or world.is_planned():  # a plan's tensors have no numbers, as kernels want to read
         return False
     level = torch._C._functorch.peek_interpreter_stack()
     if level is None or level.key() != TransformType.Vmap or level.level() != 1:
-        return False
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     leaves = tree.tensors(params)
     if sum(leaf.numel() for leaf in leaves) < _WORTH:

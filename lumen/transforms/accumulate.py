@@ -161,17 +161,18 @@ class accumulate(Transform):
                 "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where processes ask each"
                 " other whether all have had memory enough. Give a number: lm.accumulate(2)."
             )
-        total = self._total(next, call) if not self.auto or rules.is_tracing() else self._fitting(next, call)
+        in_place = self._adds_in_place(call)
+        total = (self._fitting if self.auto and not rules.is_tracing() else self._total)(next, call, in_place)
         if call.reduction is not None:
             total = call.reduction.finish(total)
-        own = call.reduction is None and self._adds_in_place(call)
+        own = in_place and call.reduction is None
         return total if call.summed else gradient.normalized(total, own=own)
 
-    def _fitting(self, next: Next, call: GradientCall) -> Gradient:
+    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
         """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
         total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
         try:
-            total = self._total(next, call)
+            total = self._total(next, call, in_place)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -184,7 +185,7 @@ class accumulate(Transform):
         assert total is not None
         return total
 
-    def _total(self, next: Next, call: GradientCall) -> Gradient:
+    def _total(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
         alone = call.replace(summed=True, reduction=None)
         pieces = self._split(call)
         calls = [alone.replace(batch=piece) for piece in pieces]
@@ -192,7 +193,7 @@ class accumulate(Transform):
         if reduction is not None and reduction.within:
             most = self.k or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
-        elif self._adds_in_place(call):
+        elif in_place:
             return _in_place(next, alone, pieces)
         parts: list[Gradient] = []
         sums: list[Tensor] = []

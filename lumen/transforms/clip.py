@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lumen import tree
 from lumen.core import rules
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError
-from lumen.optim.clip import clipped
+from lumen.optim.clip import clipped, cut
 from lumen.optim.hyper import check_scalar
 
 
@@ -56,8 +54,8 @@ class clip(Transform):
         return next(call.replace(grads=self._bounded(call, leaves)))  # type: ignore[no-any-return]
 
     def _bounded(self, call: UpdateCall, leaves: list[Any]) -> Any:
-        if (value := self.value) is not None:
-            return tree.map(lambda g: torch.clamp(g, -value, value), call.grads)
+        if self.value is not None:
+            return cut(call.grads, self.value)
         assert self.norm is not None
         known = None if call.norms is None else call.norms.of(leaves)
         return clipped(call.grads, self.norm, known)

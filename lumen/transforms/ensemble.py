@@ -161,20 +161,10 @@ def _in_place(step: StepFn) -> StepFn:
             return step(state, batch)
         new, metrics = step(state, batch)
         held = tree.leaves(state)
-        hand_over(*_elsewhere(held, tree.leaves(new)))
+        hand_over(held, tree.leaves(new))
         return tree.unflatten(tree.structure(new), held), metrics
 
     return run
-
-
-def _elsewhere(held: list[Tensor], new: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The leaves of both that an update by lanes has not left in the memory of `held` already."""
-    places = [
-        (old, leaf)
-        for old, leaf in zip(held, new, strict=True)
-        if (old.data_ptr(), old.stride()) != (leaf.data_ptr(), leaf.stride())
-    ]
-    return [old for old, _ in places], [leaf for _, leaf in places]
 
 
 def _with_leaves(state: Any, values: dict[str, Any]) -> Any:
