@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# A test that compiles tens of small kernels is faster without headers that take half a minute to compile ahead.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Checkpoints are synchronized to their disk, which the tests need not wait for: where memory is a disk, they use that.
+_MEMORY = "/dev/shm"
+if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 2 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
 
 # A shell that starts a job in the background lets it ignore Ctrl-C, and tests of interrupts inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

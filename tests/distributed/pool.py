@@ -11,6 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
+from tests.zygote import PRELOADED
+
 LIMIT = 240.0  # seconds that one task may take in all its processes; two that compile on two busy cores need minutes
 
 
@@ -66,7 +68,8 @@ class World:
         self._processes, self._pipes = [], []
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED, __name__])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from lumen.checkpoint import parts
 from lumen.core import world
 from lumen.errors import CheckpointError
 from lumen.parallel.fsdp import fsdp
+from tests import zygote
 
 ROWS = 4001
 
@@ -105,27 +105,9 @@ HINDRANCES = {"full": full_disk, "hang": hanging}
 
 def start(task, directory, size, **options):
     """The processes, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    found = []
-    for rank in range(size):
-        joining = {
-            "RANK": rank,
-            "WORLD_SIZE": size,
-            "LOCAL_RANK": rank,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        texts = {name: str(value) for name, value in {**joining, "PYTHONPATH": root, "OMP_NUM_THREADS": 1}.items()}
-        command = [sys.executable, __file__, task, str(directory), json.dumps(options)]
-        found.append(
-            subprocess.Popen(
-                command, env={**os.environ, **texts}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    return found
+    command = [sys.executable, __file__, task, str(directory), json.dumps(options)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return zygote.launch(command, size, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 if __name__ == "__main__":

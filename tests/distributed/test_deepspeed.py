@@ -18,6 +18,7 @@ from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
+from tests.tiers import pick
 
 pytestmark = [
     pytest.mark.distributed,
@@ -27,7 +28,8 @@ pytestmark = [
 
 assert fsdp_models  # its models are registered where it is imported
 
-STEPS = {"step": step, "plain": plain_step}
+STEP = {"step": step, "plain": plain_step}
+STEPS = pick(4, 20)
 
 
 def zero(stage, **more):
@@ -39,16 +41,16 @@ def adamw():
     return lm.optim.adamw(1e-2, eps=1e-3, weight_decay=0.1, decay_mask=lm.optim.matrices)
 
 
-def law(stage, cases, steps=20, **config):
+def law(stage, cases, steps=STEPS, **config):
     """How far each case on parts is from one process on all rows: the losses, and the furthest leaf."""
     found = []
     for kind, model, around, sizes in cases:
         inner = transforms([around] if around else [])
-        wrapped = lm.compose(zero(stage, **config), *inner)(STEPS[kind])
+        wrapped = lm.compose(zero(stage, **config), *inner)(STEP[kind])
         whole = batches(steps, sum(sizes), torch.float32)
         parts = [part(each, sizes, world.rank()) for each in whole]
         losses, state = train(wrapped, make_state(model, torch.float32, adamw()), parts)
-        beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner)(STEPS[kind])
+        beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner)(STEP[kind])
         wanted, other = train(beside, make_state(model, torch.float32, adamw()), whole)
         state = wrapped.transforms[0].export(state)
         found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
@@ -69,7 +71,7 @@ MORE = [("step", "deep", "accumulate", [5, 3]), ("step", "mlp", "ema", [5, 3])] 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_twenty_steps_are_those_of_one_process(stage, world2):
+def test_steps_are_those_of_one_process(stage, world2):
     cases = CASES + (MORE if stage == 2 else [])
     for found in world2.run(law, stage, cases):
         for case, (losses, worst, leaf) in zip(cases, found, strict=True):

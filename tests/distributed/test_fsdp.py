@@ -33,10 +33,11 @@ from tests.distributed.models import (
 )
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
+from tests.tiers import in_turns, pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-STEPS = 20
+STEPS = pick(4, 20)
 EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
 STEP = {"step": step, "plain": plain_step}
 OPTIMIZERS = {
@@ -86,18 +87,20 @@ check_law = functools.partial(models.check_law, law)
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("model", ["mlp", "deep", "outside", "routed"])
 def test_parts_on_two_processes_are_the_whole(model, level, world2):
-    cases = [(model, around, UNEVEN) for around in AROUND]
-    cases += [(model, around, sizes) for around in ([], ["accumulate", "clip", "donate"]) for sizes in (EVEN, EMPTY)]
+    cases = [(model, *each) for each in in_turns(AROUND, (UNEVEN, EMPTY, UNEVEN, EVEN))]
+    cases += [(model, ["accumulate", "clip", "donate"], EMPTY)]
     check_law(world2, cases, {"level": level})
 
 
 def test_what_is_used_outside_its_unit_twice_or_never(world2):
-    check_law(world2, [("reaching", around, sizes) for around in ([], ["clip"]) for sizes in (EVEN, UNEVEN, EMPTY)])
+    check_law(world2, [("reaching", *each) for each in in_turns(([], ["clip"]), (EVEN, UNEVEN, EMPTY))])
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_parts_on_four_processes_are_the_whole(level, world4):
-    cases = [(model, [], sizes) for model in ("deep", "routed", "outside") for sizes in ([2, 2, 2, 2], [4, 0, 3, 1])]
+    cases = [
+        (model, [], sizes) for model, sizes in in_turns(("deep", "routed", "outside"), ([4, 0, 3, 1], [2, 2, 2, 2]))
+    ]
     check_law(world4, cases, {"level": level})
 
 
@@ -105,9 +108,9 @@ def test_parts_on_four_processes_are_the_whole(level, world4):
 def test_copies_of_parts_are_the_whole(level, world4):
     cases = [
         (model, around, sizes)
-        for model in ("deep", "outside")
-        for around in ([], ["guard", "clip", "ema", "donate"])
-        for sizes in ([2, 2, 2, 2], [4, 0, 3, 1])
+        for model, around, sizes in in_turns(
+            ("deep", "outside"), (["guard", "clip", "ema", "donate"], []), ([4, 0, 3, 1], [2, 2, 2, 2])
+        )
     ]
     check_law(world4, cases, {"level": level, "mesh": {"data": 2, "shard": 2}})
 
@@ -128,8 +131,8 @@ def test_a_plain_loss_weighs_by_its_rows(level, world2):
 
 @pytest.mark.parametrize("tx", OPTIMIZERS)
 def test_optimizers_that_run_on_parts(tx, world2):
-    for level in (1, 2, 3):
-        check_law(world2, [("deep", [], UNEVEN), ("deep", ["donate"], UNEVEN)], {"level": level}, torch.float64, 6, tx)
+    for level, around in in_turns((1, 2, 3), (["donate"], [])):  # level 2 is 1 but for where gradients are kept
+        check_law(world2, [("deep", around, UNEVEN)], {"level": level}, torch.float64, 4, tx)
 
 
 def test_in_float32(world2):
@@ -169,7 +172,7 @@ def test_params_gathered_in_bfloat16(world2):
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_buffers_are_merged_as_over_microbatches(level, world2):
-    cases = [("stack", around, sizes) for around in ([], ["guard", "clip"]) for sizes in (EVEN, UNEVEN, EMPTY)]
+    cases = [("stack", *each) for each in in_turns(([], ["guard", "clip"]), (EVEN, UNEVEN, EMPTY))]
     check_law(world2, cases, {"level": level}, torch.float64, STEPS, "adam", True)
 
 
@@ -345,7 +348,7 @@ def penalised(level):
         loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads), {"loss": loss}
 
-    whole = batches(10, 8)
+    whole = batches(STEPS, 8)
     wrapped = fsdp(level=level)(penal)
     losses, state = train(wrapped, make_state("mlp"), [part(batch, UNEVEN, world.rank()) for batch in whole])
     wanted, other = train(step_of(penal), make_state("mlp"), whole)

@@ -18,12 +18,14 @@ from lumen.parallel.mesh import mesh
 from tests.distributed import fsdp_models, models
 from tests.distributed.models import assert_within, bare, batches, furthest, make_state, part, step, train
 from tests.distributed.pool import TaskError
+from tests.tiers import in_turns, pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 assert fsdp_models  # its models are registered where it is imported
 
 UNEVEN, EMPTY, LONE = [5, 3], [8, 0], [7, 1]
+STEPS = pick(3, 8)
 SPREAD = {
     "ddp": ddp,
     "fsdp1": functools.partial(fsdp, level=1),
@@ -69,14 +71,14 @@ def check_law(world, spread, cases, *settings, tolerance=1e-10):
 @pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
 def test_uneven_microbatches_are_the_whole_batch(spread, world2):
     splits = [name for name in SPLIT if spread != "fsdp3" or name != "auto"]
-    cases = [("deep", split, sizes) for split in splits for sizes in (UNEVEN, EMPTY, LONE)]
-    check_law(world2, spread, cases, torch.float64, 8)
+    cases = [("deep", *each) for each in in_turns(splits, (UNEVEN, LONE, EMPTY))]
+    check_law(world2, spread, cases, torch.float64, STEPS)
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp3", "hsdp"])
 def test_uneven_microbatches_on_four_processes(spread, world4):
-    cases = [(model, split, [4, 0, 3, 1]) for model in ("deep", "routed") for split in ("three", "pairs")]
-    check_law(world4, spread, cases, torch.float64, 8)
+    cases = [(*each, [4, 0, 3, 1]) for each in in_turns(("deep", "routed"), ("three", "pairs"))]
+    check_law(world4, spread, cases, torch.float64, STEPS)
 
 
 def sums_of_a_step(spread, split):

@@ -19,6 +19,7 @@ from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, step, train, transforms
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
+from tests.tiers import LONG, pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -34,6 +35,7 @@ SPREAD = {
 MODELS = ["mlp", "stack", "deep", "outside"]  # plain; convolutions and BatchNorms; a tied GPT; unused, and used outside
 AROUND = ["", "accumulate", "clip", "ema", "guard", "remat"]
 SIZES = {2: [[5, 3], [8, 0]], 4: [[4, 0, 3, 3]]}
+STEPS = pick(4, 20)
 
 
 def law(spread, cases, dtype, steps):
@@ -65,23 +67,24 @@ def check(world, spread, cases, dtype, steps, tolerance):
 def cases_of(size, around):
     """Each model under each transform; the ways to part the rows take turns over both."""
     made = itertools.product(enumerate(MODELS), enumerate(around))
+    made = [pair for pair in made if size == 2 or LONG or (pair[0][0] + pair[1][0]) % 2 == 0]
     cases = [(model, each, SIZES[size][(i + j) % len(SIZES[size])]) for (i, model), (j, each) in made]
     return [(model, each, sizes) for model, each, sizes in cases if each != "remat" or model in ("stack", "deep")]
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
-def test_twenty_steps_on_two_processes(spread, world2):
-    check(world2, spread, cases_of(2, AROUND), torch.float64, 20, 1e-10)
+def test_steps_on_two_processes(spread, world2):
+    check(world2, spread, cases_of(2, AROUND), torch.float64, STEPS, 1e-10)
 
 
-def test_twenty_steps_of_copied_parts_on_four_processes(world4):
-    check(world4, "hsdp", cases_of(4, AROUND), torch.float64, 20, 1e-10)
+def test_steps_of_copied_parts_on_four_processes(world4):
+    check(world4, "hsdp", cases_of(4, AROUND), torch.float64, STEPS, 1e-10)
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
 def test_in_float32_and_bfloat16(spread, world2):
-    check(world2, spread, cases_of(2, ["", "accumulate"]), torch.float32, 20, 1e-6)
-    check(world2, spread, cases_of(2, ["bf16"]), torch.float32, 5, 5e-2)
+    check(world2, spread, cases_of(2, ["", "accumulate"]), torch.float32, STEPS, 1e-6)
+    check(world2, spread, cases_of(2, ["bf16"]), torch.float32, 3, 5e-2)
 
 
 def gathers(prefetch, *around):
@@ -111,7 +114,7 @@ def test_recomputed_units_are_gathered_no_oftener(prefetch, world2):
 
 def recomputed(level, prefetch, pattern):
     options = {"level": level, "prefetch": prefetch}
-    whole = batches(5, 8)
+    whole = batches(3, 8)
     wrapped = lm.compose(fsdp(**options), lm.remat(pattern))(step)
     losses, state = train(wrapped, make_state("deep"), [part(batch, [5, 3], world.rank()) for batch in whole])
     wanted, other = train(lm.compose()(step), make_state("deep"), whole)

@@ -15,6 +15,7 @@ from lumen.parallel.fsdp import fsdp
 from lumen.parallel.materialise import materialise, reset
 from tests.distributed.models import CLASSES, WIDTH, bare, batches, part, step, train
 from tests.distributed.pool import TaskError
+from tests.tiers import in_turns
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -104,8 +105,7 @@ def made(level, tx):
     return different, torch.equal(*losses)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize("tx", OPTIMIZERS)
+@pytest.mark.parametrize(("tx", "level"), in_turns(list(OPTIMIZERS), [3, 1, 2]))
 def test_values_are_those_of_a_model_made_whole(level, tx, world2):
     assert world2.run(made, level, tx) == [([], True)] * 2
 

@@ -26,6 +26,7 @@ from lumen.parallel.ddp import ddp
 from lumen.parallel.fsdp import fsdp
 from tests.distributed import fsdp_models, models, sharded_jobs  # noqa: F401 (the first adds models)
 from tests.distributed.pool import TaskError
+from tests.tiers import pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -98,19 +99,22 @@ def restore_under(path, name, model="deep", dtype=torch.float32):
 # ------------------------------------------------------------------------------------------------------- the law
 
 
-@pytest.mark.parametrize("level", ["fsdp3", "fsdp2", "fsdp1", "hsdp"])
+LEVELS = ["fsdp3", "fsdp2", "fsdp1", "hsdp"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_saved_by_four_it_is_restored_by_any_number_under_any_strategy(level, worlds, tmp_path):
     path = tmp_path / "first"
     wanted = worlds(4).run(save_trained, path, level)[0]
     alone = lm.compose(*models.transforms(["ema", "donate"]))(models.step)
     like = alone.init(models.make_state("deep", torch.float32))
     assert_same(bits(lm.checkpoint.restore(path, like)), wanted)
-    for size, names in {2: ["ddp", "fsdp1", "fsdp3"], 3: ["fsdp3"], 4: ["hsdp", "fsdp2"]}.items():
-        for name in names:
-            for found in worlds(size).run(restore_under, path, name):
-                assert_same(found, wanted)
-            again = lm.checkpoint.restore(tmp_path / f"again-{size}-{name}", like)
-            assert_same(bits(again), wanted)
+    others = [(2, "ddp"), (2, "fsdp1"), (2, "fsdp3"), (3, "fsdp3"), (4, "hsdp"), (4, "fsdp2")]
+    for size, name in pick(others[LEVELS.index(level) :: 4], others):
+        for found in worlds(size).run(restore_under, path, name):
+            assert_same(found, wanted)
+        again = lm.checkpoint.restore(tmp_path / f"again-{size}-{name}", like)
+        assert_same(bits(again), wanted)
 
 
 # ------------------------------------------------------------------------------------- any tree, cut in any way
@@ -265,7 +269,7 @@ def restore_random(directory, seeds):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_any_tree_cut_in_any_way(size, worlds, tmp_path):
-    seeds = range(100 * size, 100 * size + 15)
+    seeds = range(100 * size, 100 * size + pick(6, 15))
     worlds(size).run(save_random, tmp_path, seeds)
     loose = 0
     for seed in seeds:
@@ -274,8 +278,8 @@ def test_any_tree_cut_in_any_way(size, worlds, tmp_path):
             if isinstance(leaf, torch.Tensor):
                 assert raw(found[name]).equal(raw(leaf)), (seed, name)
         loose += any("parts" in row for row in header_of(tmp_path / str(seed))["leaves"])
-    assert size == 1 or loose > 5, "some are cut"
-    for other in (1, 2, 3, 4):
+    assert size == 1 or loose > len(seeds) // 3, "some are cut"
+    for other in pick((1 + size % 4, 1 + (size + 1) % 4), (1, 2, 3, 4)):
         worlds(other).run(restore_random, tmp_path, seeds)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks import bound, picture, regression, report
 from benchmarks.apart import ApartError, apart
 from benchmarks.options import Options
 from benchmarks.rows import Row, throughput, timed
+from tests import zygote
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,15 +24,8 @@ def row(ratio, low=None, high=None, **changes):
 
 
 def bench(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return zygote.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=200)
 
 
 # ------------------------------------------------------------------------------------------- rows

@@ -16,22 +16,29 @@ import safetensors.torch
 
 import lumen as lm
 from lumen.core.versions import version_of
+from tests import zygote
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(script: str, *args: str, cwd: Path, processes: int = 1) -> str:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launch, str(EXAMPLES / script), *args],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What the script prints, from as many processes as torchrun would start (which has tests of its own)."""
+    command = [sys.executable, str(EXAMPLES / script), *args]
+    if processes == 1:
+        done = zygote.run(command, cwd=cwd, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    jobs = zygote.launch(command, processes, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = ""
+    try:
+        for job in jobs:
+            out, err = job.communicate(timeout=280)
+            assert job.returncode == 0, err[-3000:]
+            said += out
+    finally:
+        for job in jobs:
+            job.kill()
+    return said
 
 
 def rows(path: Path) -> list[dict]:
@@ -98,7 +105,7 @@ def test_resume_proves_itself(tmp_path: Path) -> None:
 def test_resume_goes_on_after_a_signal(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "resume.py"), "--epochs", "12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    job = zygote.start(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
     log = tmp_path / "runs/resume/metrics.jsonl"
     while job.poll() is None and not (log.exists() and len(rows(log)) > 4):
         time.sleep(0.05)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import lumen as lm
 
 DEFAULTS = {
-    "steps": 60,
+    "steps": 36,
     "every": 3,
     "workers": 0,
     "slow": 0.0,  # seconds a step takes besides

@@ -26,6 +26,7 @@ from lumen.errors import (
     CorruptCheckpointError,
     LumenError,
 )
+from tests import zygote
 
 
 def value_of(step):
@@ -122,7 +123,7 @@ store.save(1, {"x": torch.arange(3_000_000.0)})
 
 @pytest.mark.parametrize("how", ["", "sys.exit(3)", "raise ValueError('mine')", "del store"])
 def test_a_process_that_ends_finishes_its_save(tmp_path, how):
-    result = subprocess.run([sys.executable, "-c", END + how, str(tmp_path)], capture_output=True, check=False)
+    result = zygote.run([sys.executable, "-c", END + how, str(tmp_path)])
     assert result.returncode == {"": 0, "sys.exit(3)": 3, "del store": 0}.get(how, 1)
     found = Store(tmp_path).restore(1, {"x": torch.zeros(3_000_000)})
     assert torch.equal(found["x"], torch.arange(3_000_000.0))
@@ -135,9 +136,7 @@ import lumen.checkpoint.writing as writing
 writing.sync = lambda *_: 1 / 0
 store.save(2, {"x": torch.ones(1)})
 """
-    result = subprocess.run(
-        [sys.executable, "-c", END + broken, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    result = zygote.run([sys.executable, "-c", END + broken, str(tmp_path)])
     assert "ZeroDivisionError" in result.stderr
     assert sorted(os.listdir(tmp_path)) == [".lumen-lock", "1"]
 
@@ -252,7 +251,7 @@ with Store(sys.argv[1]) as store:
 
 
 def test_a_disk_that_takes_no_more(tmp_path):
-    result = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    result = zygote.run([sys.executable, "-c", LIMITED, str(tmp_path)])
     assert (result.stdout, result.returncode) == ("True [1]\nTrue\n", 0), result.stderr
     assert sorted(os.listdir(tmp_path)) == [".lumen-lock", "1"]
 

@@ -18,11 +18,13 @@ import pytest
 import torch
 
 import lumen as lm
+from tests import zygote
+from tests.tiers import in_turns, pick
 
 ROOT = Path(__file__).parents[2]
 JOB = Path(__file__).with_name("job.py")
 # The nightly form: LUMEN_FAULT_POINTS=100 pytest tests/faults/test_runs.py -k kill
-POINTS = int(os.environ.get("LUMEN_FAULT_POINTS", "10"))
+POINTS = int(os.environ.get("LUMEN_FAULT_POINTS", pick("5", "30")))
 LIMIT = 90  # seconds for one process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 20 * POINTS)]
@@ -32,9 +34,7 @@ def start(directory, **options):
     (directory / "started").unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(JOB), str(directory), json.dumps(options)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return zygote.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process):
@@ -108,7 +108,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     warnings.warn(f"the moments are those of seed {seed}", stacklevel=1)  # shown, also where it passes
     kills = 0
     while kills < POINTS:
-        process = start(tmp_path, workers=2 * (kills % 2), slow=0.02, steps=60)
+        process = start(tmp_path, workers=2 * (kills % 2), slow=0.02)
         wait_for(tmp_path / "started", process)
         time.sleep(moments.uniform(0, 0.7))
         code = process.poll()
@@ -123,8 +123,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("kind", ["rename", "unlink"])
-@pytest.mark.parametrize("nth", [1, 2, 7])
+@pytest.mark.parametrize(("nth", "kind"), in_turns([1, 2, 7], ["rename", "unlink"]))
 def test_killed_while_it_saves_or_deletes(tmp_path, whole, kind, nth):
     """Renaming is how a checkpoint is committed, and how one begins to be deleted."""
     for extra in range(2):
@@ -138,8 +137,7 @@ def test_killed_while_it_saves_or_deletes(tmp_path, whole, kind, nth):
 # ------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("number", "workers"), in_turns([signal.SIGTERM, signal.SIGINT], [0, 2]))
 def test_one_signal_finishes_the_step_and_saves(tmp_path, whole, number, workers):
     process = start(tmp_path, slow=0.05, every=1000, workers=workers)
     wait_for(tmp_path / "started", process)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 
@@ -11,6 +10,7 @@ import torch
 
 import lumen as lm
 from lumen.errors import BatchError, DonatedError
+from tests import zygote
 
 
 def make_state(tx=None):
@@ -144,8 +144,6 @@ def test_real_memory():
     state, metrics = fast(state, torch.ones(12 * 2**10, 1))
     print("parts", int(state.slots["accumulate"].parts))
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
-    )
+    done = zygote.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[1]) > 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 import lumen as lm
 from lumen.checkpoint import disk
 from lumen.train.replay import described
+from tests import zygote
 
 from .models import Job, assert_same
 from .test_declared import poisoned
@@ -319,8 +319,6 @@ def test_a_fresh_process_fails_as_this_one_did(tmp_path: Path) -> None:
         failed(guarded, guarded.init(start()), batches("gradient"))
         told[name] = described(tmp_path / name / f"step-{BAD}")["message"]
     program = "import json, sys; from tests.laws.test_replay import messages; print(json.dumps(messages(sys.argv[1])))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = zygote.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == told

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
+from tests.tiers import pick
 
 ROWS, CLASSES = 44, 3
 
@@ -127,9 +128,25 @@ def same(a, b):
         assert torch.equal(x, y), path
 
 
-def check(tmp_path, stops, **options):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = Job(whole, **options).run()
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The directory and the result of a run that is not stopped: made once for each set of options."""
+    made = {}
+
+    def run(options):
+        key = tuple((name, options[name]) for name in sorted(options))
+        key = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in key)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("whole")
+            made[key] = directory, Job(directory, **options).run()
+        return made[key]
+
+    return run
+
+
+def check(uninterrupted, tmp_path, stops, **options):
+    parts = tmp_path / "parts"
+    whole, expected = uninterrupted(options)
     for stop in stops:
         with pytest.raises(lm.Interrupted) as caught:
             Job(parts, **options, **stop).run()
@@ -163,15 +180,20 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_twice(name, tmp_path):
-    check(tmp_path, [{"stop": 9}, {"stop": 18}], **SETTINGS[name])
+def test_stopped_twice(name, uninterrupted, tmp_path):
+    check(uninterrupted, tmp_path, [{"stop": 9}, {"stop": 18}], **SETTINGS[name])
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 6, 7, 8, 10, 12, 14, 18, 20, 21, 22, 23])  # each kind of moment
-def test_stopped_at_any_step(at, tmp_path):
-    check(tmp_path, [{"stop": at}], plateau=True, transforms=[lambda: lm.ema(0.9), lambda: lm.precision("fp16")])
+MOMENTS = [1, 3, 5, 6, 7, 8, 10, 12, 14, 18, 20, 21, 22, 23]  # each kind of moment
+EMA_FP16 = [lambda: lm.ema(0.9), lambda: lm.precision("fp16")]
+
+
+# One run that is stopped at each of the moments, one after the other; under `make test-all` also a run for each.
+@pytest.mark.parametrize("moments", [MOMENTS, *pick([], [[at] for at in MOMENTS])], ids=str)
+def test_stopped_at_any_step(moments, uninterrupted, tmp_path):
+    check(uninterrupted, tmp_path, [{"stop": at} for at in moments], plateau=True, transforms=EMA_FP16)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
-def test_stopped_in_the_middle_of_a_validation(at, tmp_path):
-    check(tmp_path, [{"stop_in_validation": at}], plateau=True)
+def test_stopped_in_the_middle_of_a_validation(at, uninterrupted, tmp_path):
+    check(uninterrupted, tmp_path, [{"stop_in_validation": at}], plateau=True)

@@ -20,6 +20,7 @@ from lumen.errors import (
     CheckpointNotFoundError,
     HyperparameterError,
 )
+from tests import zygote
 
 
 def tree(value=0.0):
@@ -230,9 +231,7 @@ def test_the_same_process_is_refused_too_and_does_not_lose_its_lock(tmp_path):
         for _ in range(2):
             with pytest.raises(CheckpointLockedError, match=f"process {os.getpid()} on"):
                 Store(tmp_path / ".." / tmp_path.name).open()
-        result = subprocess.run(
-            [sys.executable, "-c", HOLD, str(tmp_path)], input="", capture_output=True, text=True, check=False
-        )
+        result = zygote.run([sys.executable, "-c", HOLD, str(tmp_path)])
         assert "CheckpointLockedError" in result.stderr
         store.save(0, tree())
     with Store(tmp_path):
@@ -264,9 +263,7 @@ def test_a_forked_worker_neither_saves_nor_unlocks(tmp_path):
         store.save(0, tree())
         assert in_a_fork(child) == 0
         store.save(2, tree())
-        result = subprocess.run(
-            [sys.executable, "-c", HOLD, str(tmp_path)], input="", capture_output=True, text=True, check=False
-        )
+        result = zygote.run([sys.executable, "-c", HOLD, str(tmp_path)])
         assert "CheckpointLockedError" in result.stderr
     assert store.steps() == [2]
 

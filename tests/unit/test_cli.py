@@ -16,6 +16,7 @@ import torch
 
 import lumen as lm
 from lumen.cli.main import _parser, main
+from tests import zygote
 
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 Capture = pytest.CaptureFixture[str]
@@ -304,7 +305,7 @@ def lumen(*argv: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     place = str(Path(lm.__file__).parents[1])
     path = os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return zygote.run(command, cwd=cwd, env=environment)
 
 
 @pytest.fixture
@@ -313,14 +314,8 @@ def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
     path.write_text(TRAIN.format(nan=0))
     place = str(Path(lm.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, str(path), "dumps", "nan"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": place},
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": place}
+    done = zygote.run([sys.executable, str(path), "dumps", "nan"], cwd=tmp_path, env=environment)
     assert "NonFiniteError: the loss is not finite at step 0" in done.stderr
     return path
 
