@@ -91,7 +91,7 @@ def test_digits_with_every_transform(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resume_proves_itself(tmp_path: Path) -> None:
-    out = run("resume.py", "--prove", cwd=tmp_path)
+    out = run("resume.py", "--prove", "--epochs", "4", cwd=tmp_path)
     assert out.count("SIGKILL") == 3
     assert out.count("SIGTERM") == 1
     tensors, equal = re.search(r"(\d+) tensors, (\d+) of them bitwise", out).groups()
@@ -127,7 +127,10 @@ def test_resume_goes_on_after_a_signal(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("donate",), ("accumulate", "bf16", "compile", "ema", "donate")], ids="-".join)
 def test_char_lm_learns(tmp_path: Path, names: tuple[str, ...]) -> None:
-    small = ("--steps", "40", "--layers", "2", "--width", "64", "--sample", "20", "--lr", "5e-3")
+    size = (
+        ("--layers", "1", "--width", "32", "--heads", "2") if "compile" in names else ("--layers", "2", "--width", "64")
+    )
+    small = ("--steps", "40", *size, "--sample", "20", "--lr", "5e-3")
     out = run("char_lm.py", *small, "--transforms", *names, cwd=tmp_path)
     assert "def " in out
     assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
