@@ -333,7 +333,7 @@ def test_a_process_killed_at_any_moment_of_a_save_loses_nothing(tmp_path):
     chance = random.Random(1)
     store, done = lm.checkpoint.Store(tmp_path), tmp_path / "done"
     last = 0
-    for turn in range(4):
+    for turn in range(pick(2, 8)):
         done.unlink(missing_ok=True)
         processes = sharded_jobs.start("save_on", tmp_path, 2)
         deadline = time.monotonic() + 120
