@@ -76,6 +76,15 @@ def test_all_that_is_installed_here_is_found() -> None:
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
 
 
+def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = "torch._gone (for it; found in torch 2.11)"
+    lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
+    monkeypatch.setattr(installed, "_PRIVATE", lacking + installed._PRIVATE)
+    found = installed.internals()
+    assert (found.status, found.found) == ("broken", f"ImportError: torch lacks {gone}")
+    assert "pip install 'torch==2." in found.fix
+
+
 # ---------------------------------------------------------------------------------------------- children
 
 
