@@ -11,12 +11,18 @@ import inspect
 import re
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 TRIED = ("2.11", "2.12", "2.13", "2.14")
-"""The minor versions of torch that all of `PRIVATE` was found in."""
+"""The minor versions of torch that were asked for all of `PRIVATE`."""
 
 
 class Use(NamedTuple):
-    """What private names of torch are used for, and the minor versions of torch that have them."""
+    """What private names of torch are used for, and the minor versions of torch that have them.
+
+    Where one of `TRIED` is not among them, Lumen does without there.
+    """
 
     names: str  # with spaces between them; `function(keyword=)` is an argument of a function
     purpose: str
@@ -27,10 +33,11 @@ _USES = (
     # Optimizers
     Use(
         "torch._foreach_add torch._foreach_add_ torch._foreach_addcdiv_ torch._foreach_addcmul torch._foreach_addcmul_"
-        " torch._foreach_clone torch._foreach_copy_ torch._foreach_lerp torch._foreach_lerp_ torch._foreach_mul"
-        " torch._foreach_mul_ torch._foreach_norm torch._foreach_sign_ torch._foreach_sqrt torch._foreach_sqrt_",
+        " torch._foreach_copy_ torch._foreach_lerp torch._foreach_lerp_ torch._foreach_mul torch._foreach_mul_"
+        " torch._foreach_norm torch._foreach_sign_ torch._foreach_sqrt torch._foreach_sqrt_",
         "one call for many tensors: updates, sums of gradients, norms",
     ),
+    Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
     Use(
         "torch._fused_adagrad_ torch._fused_adam_ torch._fused_adamw_ torch._fused_sgd_",
         "a whole update in one kernel",
@@ -154,14 +161,29 @@ _KEYWORD = re.compile(r"(.*)\((\w+)=\)")
 def missing() -> list[str]:
     """What of `PRIVATE` the installed torch lacks, a line for each: the name, its purpose and who is known to have it.
 
+    A name that a version is known not to have is none of them: Lumen does without it there.
+
     >>> missing()
     []
     """
+    installed = ".".join(torch.__version__.split(".")[:2])
     return [
         f"{name} ({use.purpose}; found in torch {', '.join(use.torch)})"
         for name, use in PRIVATE.items()
-        if not has(name)
+        if not has(name) and (installed in use.torch or installed not in TRIED)
     ]
+
+
+def clone_all(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, by one call where torch has one.
+
+    >>> import torch
+    >>> clone_all([torch.ones(2), torch.zeros(1)])
+    [tensor([1., 1.]), tensor([0.])]
+    """
+    if hasattr(torch, "_foreach_clone"):
+        return list(torch._foreach_clone(tensors))
+    return [tensor.clone() for tensor in tensors]
 
 
 def has(name: str) -> bool:
@@ -197,5 +219,5 @@ def _found(name: str) -> Any:
 
 def _sets(cls: type, attribute: str) -> bool:
     """Whether objects of this class have the attribute from when they are made."""
-    code = getattr(cls.__init__, "__code__", None)
+    code = getattr(getattr(cls, "__init__", None), "__code__", None)
     return code is not None and attribute in (*code.co_names, *code.co_consts)

@@ -73,7 +73,7 @@ def meet(device: torch.device) -> None:
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # which the engine asks for
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 class Root(nn.Module):

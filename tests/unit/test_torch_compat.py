@@ -192,10 +192,27 @@ def test_the_installed_torch_has_every_name() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["torch._none", "torch.nn.Module._none", "torch._gone.c", "torch.nn.functional.dropout(_none=)"]
-    uses = {name: _torch_compat.Use(name, "for a test", ("9.1", "9.2")) for name in [*names, "torch._C"]}
+    uses = {name: _torch_compat.Use(name, "for a test") for name in [*names, "torch._C"]}
     monkeypatch.setattr(_torch_compat, "PRIVATE", uses)
-    assert missing() == [f"{name} (for a test; found in torch 9.1, 9.2)" for name in names]
+    wanted = [f"{name} (for a test; found in torch 2.11, 2.12, 2.13, 2.14)" for name in names]
+    assert missing() == wanted
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu150")  # a torch that nobody has tried
+    assert missing() == wanted
+    without = {"torch._none": _torch_compat.Use("torch._none", "where there is one", ("2.12", "2.13"))}
+    monkeypatch.setattr(_torch_compat, "PRIVATE", without)
+    assert missing() == ["torch._none (where there is one; found in torch 2.12, 2.13)"]
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")  # known to lack it
+    assert missing() == []
     assert not has("no_such_package._x")
+
+
+def test_copies_without_the_call_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(3, 2).T, torch.zeros((), dtype=torch.bfloat16)]
+    monkeypatch.delattr(torch, "_foreach_clone", raising=False)  # torch 2.11 has none
+    for tensor, copy in zip(tensors, _torch_compat.clone_all(tensors), strict=True):
+        assert torch.equal(tensor, copy)
+        assert (tensor.stride(), tensor.dtype) == (copy.stride(), copy.dtype)
+        assert tensor.data_ptr() != copy.data_ptr()
 
 
 @pytest.mark.parametrize(
