@@ -1,7 +1,9 @@
 # `make demo` and `make test` are all that a fresh machine needs: each makes .venv when it is missing.
 
 PYTHON ?= python3
-VENV   := .venv
+# Another torch than the pinned one, in an environment of its own: make test TORCH=2.14.1
+TORCH  ?=
+VENV   := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Passed on to every pip install, for example PIP_ARGS="--extra-index-url …" for another build of torch.
@@ -11,8 +13,15 @@ PYTEST_ARGS ?=
 # Which parts `make bench` runs, all by default, and further options: BENCH_ARGS="--quick --strict".
 BENCH ?=
 BENCH_ARGS ?=
-PYTEST  = $(BIN)/python -m pytest -n 2 --dist worksteal
-INSTALL = $(PIP) install --quiet $(PIP_ARGS) -c constraints.txt
+WORKERS := 2
+PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+INSTALL = $(PIP) install --quiet $(PIP_ARGS) -c $(PINS)
+
+# What is pinned: constraints.txt, and with TORCH that torch in its place. setuptools is what torch bounds itself.
+PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+ifneq ($(TORCH),$(shell printf '%s' '$(TORCH)' | grep -Ex '[0-9]+[.][0-9]+([.+][A-Za-z0-9]+)*'))
+$(error TORCH=$(TORCH) is no version of torch. Write one out, as in: make test TORCH=2.14.1)
+endif
 
 # One environment, filled as far as a target needs it. A stamp is as new as what it was made from.
 BASE  := $(VENV)/.base
@@ -29,11 +38,19 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BASE):
+	@command -v $(PYTHON) > /dev/null || { echo 'There is no $(PYTHON). Name a Python of 3.11 or newer: make PYTHON=python3.12 …' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lumen needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 …")'
+	@$(PYTHON) tests/preflight.py --install
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(CORE): $(BASE) pyproject.toml constraints.txt
+ifneq ($(TORCH),)
+$(PINS): constraints.txt $(BASE)
+	@grep -vE '^(torch|setuptools)==' constraints.txt > $@
+	@echo 'torch==$(TORCH)' >> $@
+endif
+
+$(CORE): $(BASE) pyproject.toml $(PINS)
 	@echo "Installing Lumen and what its examples need into $(VENV) (a few minutes the first time) …"
 	$(INSTALL) -e '.[examples]'
 	@touch $@
@@ -54,7 +71,9 @@ $(PEERS): $(CORE)
 demo: $(CORE)  ## Train on handwritten digits, with progress, logs and a final table
 	$(BIN)/python examples/digits.py
 
-test: $(DEV)  ## Run every test but the notebooks
+test: $(DEV)  ## Run every test but the notebooks (TORCH=2.14.1: with that torch)
+	@$(BIN)/python -c '' 2> /dev/null || { echo 'make test cannot start: the Python of $(VENV) is gone: rm -rf $(VENV)' >&2; exit 1; }
+	@$(BIN)/python tests/preflight.py --workers $(WORKERS) $(if $(PYTEST_ARGS),--some)
 	$(PYTEST) --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
 
 lint: $(DEV)  ## Check style, format, spelling and the direction of imports
@@ -87,7 +106,7 @@ bench: $(PEERS)  ## Measure speed and memory beside other libraries (BENCH="leav
 
 clean:  ## Remove build outputs and caches
 	rm -rf build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean  ## Remove the environment too
-	rm -rf $(VENV)
+distclean: clean  ## Remove the environments too
+	rm -rf .venv .venv-torch-*

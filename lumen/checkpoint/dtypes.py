@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # Zarr has no such types: their bits travel as integers of the same size.
-_AS_BITS = {"float8_e8m0fnu": "uint8", "float4_e2m1fn_x2": "uint8", "complex32": "uint32"}
+_AS_BITS = {"float8_e8m0fnu": "uint8", "float4_e2m1fn_x2": "uint8", "complex32": "uint32", "bcomplex32": "uint32"}
 
 _NAMES = (
     "bool",
@@ -17,6 +17,9 @@ _NAMES = (
     *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
     *_AS_BITS,
 )
+
+# A dtype that torch gained lately is carried where the installed torch has it, and refused by name where it has not.
+SINCE = {"bcomplex32": "2.14"}
 
 TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}

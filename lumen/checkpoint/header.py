@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
+import torch
+
 from lumen.checkpoint import dtypes
 from lumen.checkpoint.host import Row
-from lumen.checkpoint.leaves import ARRAYS, decode
+from lumen.checkpoint.leaves import ARRAYS, decode, name_of
 from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
 
 FORMAT = 2  # the newest
@@ -130,6 +132,12 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
     _demand(all(type(size) is int and 0 <= size < 2**63 for size in shape), "a shape")
     parts = tuple(entry["parts"]) if "parts" in entry else None
     row = Row(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
+    if row.dtype in dtypes.SINCE.keys() - dtypes.TORCH.keys():
+        raise CheckpointFormatError(
+            f"the checkpoint's leaf {name_of(path)!r} is of dtype {row.dtype}, which torch {torch.__version__} does not"
+            f" have: read it with torch {dtypes.SINCE[row.dtype]} or newer, pip install"
+            f" 'torch>={dtypes.SINCE[row.dtype]}'."
+        )
     _demand(row.dtype in dtypes.TORCH, f"the dtype {row.dtype!r}")
     if kind != "tensor":
         dtypes.numpy_dtype(row.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import glob
-import importlib.metadata
 import os
 import shutil
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lumen.checkpoint import _orbax, header, parts, spread, zarr
 from lumen.checkpoint.disk import sync, sync_directory
@@ -22,6 +22,7 @@ from lumen.checkpoint.host import Row, Snapshot, snapshot
 from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
 from lumen.core import world
 from lumen.core.step import StepFn
+from lumen.core.versions import own_version, version_of
 from lumen.errors import CheckpointError, CheckpointExistsError
 
 TEMPORARY = ".lumen-tmp"
@@ -223,15 +224,9 @@ def _names(directory: Path) -> Iterator[str]:
 
 
 def _versions() -> dict[str, str]:
-    packages = {"lumen": "lumen-torch", "torch": "torch", "orbax": "orbax-checkpoint"}
     return {
-        **{name: _version(package) for name, package in packages.items()},
+        "lumen": own_version() or "unknown",  # in a source tree that was not installed
+        "torch": str(torch.__version__),  # with its build, which the version of its package may leave out
+        "orbax": version_of("orbax-checkpoint") or "unknown",
         "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was not installed
-        return "unknown"

@@ -12,6 +12,7 @@ import torch
 
 from lumen.cli.children import alone
 from lumen.cli.findings import Finding
+from lumen.core._torch_compat import TRIED
 from lumen.core.versions import own_version, version_of
 
 # As in pyproject.toml: what Lumen always needs, and what its extras are for.
@@ -43,6 +44,11 @@ MODULES = {
     "pillow": "PIL",
     "scikit-learn": "sklearn",
 }
+_PRIVATE = """
+from lumen.core._torch_compat import missing
+if missing():
+    raise ImportError(f"torch lacks {', '.join(missing())}")
+"""
 _SECTION = "software"
 _IMPORT = 120.0  # seconds
 _PYTHON = (3, 11)
@@ -56,6 +62,8 @@ def software(quick: bool) -> Iterator[Finding]:
     offered = [(requirement, extra) for extra, requirements in EXTRAS.items() for requirement in requirements]
     with ThreadPoolExecutor(2) as pool:
         yield from pool.map(lambda each: package(*each, quick=quick), [*needed, *offered])
+    if not quick:
+        yield internals()
 
 
 def package(requirement: str, extra: str | None, *, quick: bool) -> Finding:
@@ -80,6 +88,16 @@ def package(requirement: str, extra: str | None, *, quick: bool) -> Finding:
     if wrong is not None:
         return Finding(_SECTION, label, "broken", f"{version}, whose import fails: {wrong}", _again(name))
     return Finding(_SECTION, label, "ok", f"{version}{_build()}" if name == "torch" else version)
+
+
+def internals() -> Finding:
+    """Whether torch has what Lumen uses of it beyond what torch promises to keep."""
+    name, tried = "torch's internals", f"{TRIED[0]} to {TRIED[-1]}"
+    wrong = alone(_PRIVATE, _IMPORT)
+    if wrong is None:
+        return Finding(_SECTION, name, "ok", f"all that Lumen uses, as in torch {tried}")
+    fix = f"install a torch that Lumen is tested with, {tried}: pip install 'torch=={TRIED[-1]}.*'"
+    return Finding(_SECTION, name, "broken", wrong, fix)
 
 
 def _python() -> Finding:

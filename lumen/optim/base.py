@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core._torch_compat import clone_all
 from lumen.errors import ParamsError, UpdateInterceptedError
 from lumen.optim import lanes
 from lumen.optim.hyper import check_scalar as check_scalar
@@ -146,7 +147,7 @@ def clone(values: Any) -> Any:
         groups.setdefault((leaves[i].dtype, leaves[i].device) if by_list else i, []).append(i)
     for group in groups.values():
         held = [leaves[i] for i in group]
-        copies = torch._foreach_clone(held) if by_list else [held[0].clone()]
+        copies = clone_all(held) if by_list else [held[0].clone()]
         for i, copy in zip(group, copies, strict=True):
             leaves[i] = copy
     return tree.unflatten(spec, leaves)

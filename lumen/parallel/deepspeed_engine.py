@@ -73,7 +73,7 @@ def meet(device: torch.device) -> None:
         return
     os.environ.setdefault("LOCAL_RANK", "0")  # which the engine asks for
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 class Root(nn.Module):
@@ -245,11 +245,43 @@ def missing() -> list[str]:
         found.append("ninja, with which it compiles its own kernels: pip install ninja")
     if torch.cuda.is_available() and "CUDA_HOME" not in os.environ and not os.path.isdir("/usr/local/cuda"):
         found.append("the CUDA toolkit (nvcc) for its own kernels: install it, and set CUDA_HOME")
-    return found + [f"a build of its kernels that was cut off, for which others wait: rm {lock}" for lock in _left()]
+    return found + [
+        f"a build of its kernels that was cut off, for which others wait: rm {lock}" for lock in stale_locks()
+    ]
 
 
-def _left() -> list[Path]:
-    """Locks of builds that nobody can be at any more, by their age: a process that was killed leaves its own."""
+def stale_locks() -> list[Path]:
+    """Locks of builds of kernels that nobody is at any more, for which every later build waits without end.
+
+    A process that builds holds its lock open; one that is killed leaves the file. Where the system does not say what a
+    process holds open, a lock is stale once it is older than any build takes.
+    """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(given or user_cache_dir(appname="torch_extensions"))
-    return sorted(lock for lock in root.glob("**/lock") if time.time() - lock.stat().st_mtime > _BUILD)
+    locks = sorted(root.glob("**/lock"))
+    held = _open_files() if locks else None
+    return [lock for lock in locks if _is_stale(lock, held)]
+
+
+def _is_stale(lock: Path, held: set[tuple[int, int]] | None) -> bool:
+    try:
+        found = lock.stat()
+    except FileNotFoundError:  # the build has come to its end
+        return False
+    if held is not None and found.st_uid == os.getuid():
+        return (found.st_dev, found.st_ino) not in held
+    return time.time() - found.st_mtime > _BUILD
+
+
+def _open_files() -> set[tuple[int, int]] | None:
+    """What this user's processes hold open; None where the system does not say."""
+    found = set()
+    for table in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            for each in table.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+                    held = each.stat()
+                    found.add((held.st_dev, held.st_ino))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended in the meantime, or another user's
+            continue
+    return found or None

@@ -78,8 +78,12 @@ class _Mode(FakeTensorMode):
 
 _FUSED = {
     overload
-    for name in ("adam", "adamw", "sgd", "adagrad")
-    for packet in [getattr(torch.ops.aten, f"_fused_{name}_")]
+    for packet in (
+        torch.ops.aten._fused_adam_,
+        torch.ops.aten._fused_adamw_,
+        torch.ops.aten._fused_sgd_,
+        torch.ops.aten._fused_adagrad_,
+    )
     for overload in (getattr(packet, each) for each in packet.overloads())
     if not overload._schema.returns
 }

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch.distributed.distributed_c10d import Store
 
 from lumen.errors import BatchError, WorldError
 

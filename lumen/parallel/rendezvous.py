@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from lumen.errors import WorldError

@@ -13,6 +13,7 @@ import torch
 import lumen as lm
 from lumen.core import world
 from lumen.core.versions import version_of
+from lumen.parallel import deepspeed_engine
 from lumen.parallel.deepspeed_engine import missing
 from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
@@ -335,7 +336,10 @@ def test_a_lock_that_a_killed_build_left_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
-    lock.touch()
-    assert not any(str(lock) in each for each in missing())  # somebody may be building
+    with lock.open("w"):
+        assert not any(str(lock) in each for each in missing())  # somebody is building
+    assert any(f"rm {lock}" in each for each in missing())
+    monkeypatch.setattr(deepspeed_engine, "_open_files", lambda: None)  # a system that does not say who is
+    assert not any(str(lock) in each for each in missing())
     os.utime(lock, (0, 0))
     assert any(f"rm {lock}" in each for each in missing())

@@ -372,7 +372,7 @@ def test_a_process_that_hangs_is_named_in_time(rank, tmp_path):
     assert code == 0, err[-3000:]
     told = json.loads(out)
     assert f"rank {rank} hangs, or is gone" in told["said"]
-    assert told["took"] < 18, "before it came back"
+    assert not told["late"], "before it came back"
     assert told["steps"] == [1]
     late = json.loads(found[rank][1])["said"]  # when it comes back
     assert f"rank {rank} hangs" in late or (rank == 1 and "rank 0 is gone" in late)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
-import time
 import warnings
 from typing import Any
 
@@ -19,6 +19,7 @@ from torchmetrics import classification as cl
 from torchmetrics import regression
 
 import lumen as lm
+import lumen.metrics.torchmetrics as handles
 from lumen.core import rules
 from lumen.core.collectives import LaneAxis
 from lumen.errors import AxisError, MetricError
@@ -265,18 +266,21 @@ def test_threads_do_not_meet() -> None:
     assert all(torch.equal(each, expected[seed]) for seed in range(4) for each in found[seed])
 
 
-def test_merging_many_takes_time_in_proportion() -> None:
+def test_merging_many_copies_each_entry_once(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = from_torchmetrics(torchmetrics.CatMetric())
-    value = metric.of(torch.ones(1))
+    value, join = metric.of(torch.ones(1)), handles._join
+    copied: list[int] = []
 
-    def seconds(n: int) -> float:
-        start = time.perf_counter()
-        lm.merge_metrics([{"m": value}] * n)
-        return time.perf_counter() - start
+    def counted(slot: Any, contents: list[Any]) -> Any:
+        copied.append(sum(map(len, contents)))
+        return join(slot, contents)
 
-    seconds(100)
-    small, large = min(seconds(1000) for _ in range(5)), min(seconds(16000) for _ in range(3))
-    assert large / small < 64  # 16 where it is linear, 256 where it is quadratic
+    monkeypatch.setattr(handles, "_join", counted)
+    merged = lm.merge_metrics([{"m": value}] * 50)["m"]
+    assert copied == [50]
+    assert merged.compute().tolist() == [1.0] * 50
+    functools.reduce(metric.merge, [value] * 50)  # two by two
+    assert sum(copied) == 50 + sum(range(2, 51))
 
 
 def test_torchmetrics_warnings_are_heard_when_they_are_true() -> None:

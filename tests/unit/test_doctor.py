@@ -14,6 +14,7 @@ from lumen.cli.children import alone, together
 from lumen.cli.findings import Finding, report, summed
 from lumen.cli.main import main
 from lumen.cli.processes import environment, several
+from lumen.core.versions import version_of
 
 ROOT = Path(__file__).parents[2]
 WORLD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -71,8 +72,17 @@ def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
 
 def test_all_that_is_installed_here_is_found() -> None:
     found = {each.name: each for each in installed.software(quick=True)}
-    assert found["torch"].found.startswith(torch.__version__)
+    assert found["torch"].found.startswith(f"{version_of('torch')}, built for ")
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
+
+
+def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = "torch._gone (for it; found in torch 2.11)"
+    lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
+    monkeypatch.setattr(installed, "_PRIVATE", lacking + installed._PRIVATE)
+    found = installed.internals()
+    assert (found.status, found.found) == ("broken", f"ImportError: torch lacks {gone}")
+    assert "pip install 'torch==2." in found.fix
 
 
 # ---------------------------------------------------------------------------------------------- children

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
@@ -582,8 +581,6 @@ def test_workers_of_a_loader_in_a_reference_cycle_end_at_once():
     cycle = {"loader": loader}
     cycle["itself"] = cycle
     del loader, cycle
-    began = time.monotonic()
     gc.collect()
     assert all(child.exitcode == 0 for child in started)  # terminated by torch, after five seconds, it would be -15
     assert not new_children(others)
-    assert time.monotonic() - began < 60

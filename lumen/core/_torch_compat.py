@@ -1,0 +1,223 @@
+"""What Lumen uses of torch that torch does not promise to keep, and whether the installed torch has it.
+
+`PRIVATE` is the whole list: a test reads the source of `lumen/` and fails for a private name that is used and does not
+stand here, and for one that stands here and is used no more. Where torch comes to offer a public way, use that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TRIED = ("2.11", "2.12", "2.13", "2.14")
+"""The minor versions of torch that were asked for all of `PRIVATE`."""
+
+
+class Use(NamedTuple):
+    """What private names of torch are used for, and the minor versions of torch that have them.
+
+    Where one of `TRIED` is not among them, Lumen does without there.
+    """
+
+    names: str  # with spaces between them; `function(keyword=)` is an argument of a function
+    purpose: str
+    torch: tuple[str, ...] = TRIED
+
+
+_USES = (
+    # Optimizers
+    Use(
+        "torch._foreach_add torch._foreach_add_ torch._foreach_addcdiv_ torch._foreach_addcmul torch._foreach_addcmul_"
+        " torch._foreach_copy_ torch._foreach_lerp torch._foreach_lerp_ torch._foreach_mul torch._foreach_mul_"
+        " torch._foreach_norm torch._foreach_sign_ torch._foreach_sqrt torch._foreach_sqrt_",
+        "one call for many tensors: updates, sums of gradients, norms",
+    ),
+    Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
+    Use(
+        "torch._fused_adagrad_ torch._fused_adam_ torch._fused_adamw_ torch._fused_sgd_",
+        "a whole update in one kernel",
+    ),
+    Use(
+        "torch.ops.aten._fused_adagrad_ torch.ops.aten._fused_adam_ torch.ops.aten._fused_adamw_"
+        " torch.ops.aten._fused_sgd_",
+        "to see them in a plan, where tensors have no values",
+    ),
+    # Which transform of torch.func, which mode, which tracer a call runs under
+    Use(
+        "torch._C._functorch.peek_interpreter_stack torch._C._functorch.is_functorch_wrapped_tensor"
+        " torch._C._functorch.TransformType.Vmap",
+        "whether a call runs inside of a transform of torch.func, which kernels, hooks and reads of values must not",
+    ),
+    Use(
+        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey.PROXY",
+        "whether make_fx records what a call does",
+    ),
+    Use("torch._C._len_torch_function_stack", "whether a mode, such as a default device, changes what torch calls do"),
+    Use(
+        "torch._C._dispatch_tls_local_include_set torch._C.DispatchKey.ADInplaceOrView"
+        " torch._C.DispatchKey.BackendSelect",
+        "whether a mode for random numbers stands between a call and its kernel",
+    ),
+    # Autograd
+    Use("torch.autograd.graph._engine_run_backward", "backward with the gradients added where Lumen holds them"),
+    Use(
+        "torch.Tensor._make_subclass torch.Tensor._version torch._C.DisableTorchFunctionSubclass",
+        "a tensor that stands for a param which is gathered on first use",
+    ),
+    Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),
+    # Tracing and compiling
+    Use(
+        "torch._inductor.compile torch._inductor.list_mode_options torch._dynamo.backends.debugging.aot_eager",
+        "what lm.compile hands a recorded step to",
+    ),
+    Use(
+        "torch.fx.experimental.proxy_tensor.make_fx(_allow_non_fake_inputs=)",
+        "a recorded step that closes over real tensors",
+    ),
+    Use(
+        "torch._subclasses.fake_tensor.FakeTensor torch._subclasses.fake_tensor.FakeTensorMode"
+        " torch._subclasses.fake_tensor.FakeTensorConverter torch._subclasses.fake_tensor.unset_fake_temporarily"
+        " torch._subclasses.fake_tensor.DataDependentOutputException"
+        " torch._subclasses.fake_tensor.DynamicOutputShapeException"
+        " torch._subclasses.fake_tensor.UnsupportedFakeTensorException",
+        "tensors without values: plans, counts of operations, and why a step cannot be recorded",
+    ),
+    Use("torch.utils._python_dispatch.TorchDispatchMode", "to see every operation of a plan"),
+    Use(
+        "torch.utils._pytree.tree_flatten torch.utils._pytree.tree_leaves torch.utils._pytree.tree_map"
+        " torch.utils._pytree.tree_unflatten torch.utils._pytree.register_pytree_node torch.utils._pytree.GetAttrKey",
+        "the trees that torch.func and torch.export know; Lumen's own dataclasses among them",
+    ),
+    Use(
+        "torch._ops.OpOverload._opname torch._ops.OpOverload._overloadname torch._ops.OpOverload._overloadpacket"
+        " torch._ops.OpOverload._schema",
+        "which operation a plan sees",
+    ),
+    Use("torch.ops.aten._local_scalar_dense.default", "to see where a step reads a tensor's value"),
+    Use(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+        " torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+        "the operations of the CPU's attention, which torch's own counter leaves out",
+    ),
+    Use(
+        "torch.utils.backend_registration._DummyPrivateUse1Hook"
+        " torch.utils.backend_registration._setup_privateuseone_for_python_backend"
+        " torch._C._get_privateuse1_backend_name",
+        "the device that a plan with offloading is made on",
+    ),
+    # Modules and data
+    Use(
+        "torch.nn.Module._parameters torch.nn.Module._buffers torch.nn.Module._modules",
+        "where tensors are put while a module runs as a function",
+    ),
+    Use(
+        "torch.nn.Module._forward_hooks torch.nn.Module._forward_pre_hooks torch.nn.Module._backward_hooks",
+        "whether a block has hooks, which a compiled copy of it would leave out",
+    ),
+    Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
+    Use(
+        "torch.nn.modules.batchnorm._BatchNorm torch.nn.modules.instancenorm._InstanceNorm"
+        " torch.nn.modules.dropout._DropoutNd",
+        "all layers of a kind, whatever their dims",
+    ),
+    Use(
+        "torch.utils.data.DataLoader._iterator"
+        " torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers"
+        " torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
+        "to end a loader's processes at once, and to say which of them died",
+    ),
+    # Several processes
+    Use(
+        "torch._C._nn.flatten_dense_tensors torch._C._nn.unflatten_dense_tensors",
+        "many tensors in one buffer, and back",
+    ),
+    Use(
+        "torch.distributed._functional_collectives torch.ops._c10d_functional torch.ops._c10d_functional.wait_tensor",
+        "collectives that a compiled step can hold",
+    ),
+    Use(
+        "torch.distributed.distributed_c10d._get_default_store",
+        "keys that the processes share, to meet and to hear of one that died",
+    ),
+    Use("torch.distributed.device_mesh.DeviceMesh._flatten", "the processes of several axes of a mesh together"),
+    Use(
+        "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
+        "the world of a plan, which is only thought of",
+    ),
+    Use("torch._appdirs.user_cache_dir", "where the builds of DeepSpeed's kernels lie"),
+)
+
+PRIVATE: dict[str, Use] = {name: use for use in _USES for name in use.names.split()}
+"""Every private name of torch that Lumen uses, with what it is used for."""
+
+_KEYWORD = re.compile(r"(.*)\((\w+)=\)")
+
+
+def missing() -> list[str]:
+    """What of `PRIVATE` the installed torch lacks, a line for each: the name, its purpose and who is known to have it.
+
+    A name that a version is known not to have is none of them: Lumen does without it there.
+
+    >>> missing()
+    []
+    """
+    installed = ".".join(torch.__version__.split(".")[:2])
+    return [
+        f"{name} ({use.purpose}; found in torch {', '.join(use.torch)})"
+        for name, use in PRIVATE.items()
+        if not has(name) and (installed in use.torch or installed not in TRIED)
+    ]
+
+
+def clone_all(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, by one call where torch has one.
+
+    >>> import torch
+    >>> clone_all([torch.ones(2), torch.zeros(1)])
+    [tensor([1., 1.]), tensor([0.])]
+    """
+    if hasattr(torch, "_foreach_clone"):
+        return list(torch._foreach_clone(tensors))
+    return [tensor.clone() for tensor in tensors]
+
+
+def has(name: str) -> bool:
+    """Whether the installed torch has this name, private or not.
+
+    >>> has("torch.nn.Module._parameters"), has("torch._foreach_no_such_thing")
+    (True, False)
+    >>> has("torch.nn.functional.dropout(p=)"), has("torch.nn.functional.dropout(no_such=)")
+    (True, False)
+    """
+    keyword = _KEYWORD.fullmatch(name)
+    try:
+        if keyword is not None:
+            return keyword[2] in inspect.signature(_found(keyword[1])).parameters
+        _found(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def _found(name: str) -> Any:
+    """The object of that name; raises AttributeError or ImportError where there is none."""
+    above, _, last = name.rpartition(".")
+    if not above:
+        return importlib.import_module(last)
+    holder = _found(above)
+    if inspect.ismodule(holder) and not hasattr(holder, last):
+        importlib.import_module(name)
+    if inspect.isclass(holder) and not hasattr(holder, last) and _sets(holder, last):
+        return None
+    return getattr(holder, last)
+
+
+def _sets(cls: type, attribute: str) -> bool:
+    """Whether objects of this class have the attribute from when they are made."""
+    code = getattr(getattr(cls, "__init__", None), "__code__", None)
+    return code is not None and attribute in (*code.co_names, *code.co_consts)
