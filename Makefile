@@ -32,10 +32,10 @@ PEERS := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types doctest docs notebooks pictures bench clean distclean
+.PHONY: help demo test test-all test-times lint format types doctest docs notebooks pictures bench clean distclean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BASE):
 	@command -v $(PYTHON) > /dev/null || { echo 'There is no $(PYTHON). Name a Python of 3.11 or newer: make PYTHON=python3.12 …' >&2; exit 1; }
@@ -75,6 +75,13 @@ test: $(DEV)  ## Run every test but the notebooks (TORCH=2.14.1: with that torch
 	@$(BIN)/python -c '' 2> /dev/null || { echo 'make test cannot start: the Python of $(VENV) is gone: rm -rf $(VENV)' >&2; exit 1; }
 	@$(BIN)/python tests/preflight.py --workers $(WORKERS) $(if $(PYTEST_ARGS),--some)
 	$(PYTEST) --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
+
+test-all: $(DEV)  ## Run the long forms of the tests too: every case, the notebooks, other libraries
+	@$(BIN)/python tests/preflight.py --workers $(WORKERS) --some
+	LUMEN_TESTS=all LUMEN_PEERS=1 HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),nightly) $(PYTEST) $(PYTEST_ARGS)
+
+test-times: $(DEV)  ## Run the tests, and say where their time goes (COVERAGE=1: and what of lumen/ they reach)
+	$(BIN)/python -m tests.timing -n $(WORKERS) --dist worksteal --ignore=tests/examples/test_notebooks.py $(PYTEST_ARGS)
 
 lint: $(DEV)  ## Check style, format, spelling and the direction of imports
 	$(BIN)/ruff check .

@@ -110,12 +110,16 @@ class Process:
         self.send_signal(signal.SIGTERM)
 
 
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class Zygote:
     """The process that forks. One for each process that asks; it ends with it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), str(theirs.fileno())],
             env=environment,
@@ -240,6 +244,7 @@ def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _count()
             os.setsid()  # before anybody knows of it: a signal to the group must find one
             status.sendall(f"{os.getpid()}\n".encode())
             for each in (control, wake, woken, status, *children.values()):
@@ -248,6 +253,13 @@ def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         children[pid] = status
         for file in files:
             os.close(file)
+
+
+def _count() -> None:
+    """For `make test-times`."""
+    if log := os.environ.get("LUMEN_TIMES"):
+        with open(log, "a") as file:
+            file.write(json.dumps({"kind": "fork"}) + "\n")
 
 
 def _exactly(control: socket.socket, count: int) -> bytes:
