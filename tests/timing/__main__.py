@@ -65,7 +65,7 @@ def _tables(rows: list[dict[str, Any]], wall: float) -> Iterable[str]:
     yield "\n| | |\n|---|---|"
     yield f"| wall time | {wall:.0f} s |"
     yield f"| tests | {len(seconds)}, {sum(seconds.values()):.0f} s in all workers together |"
-    yield f"| Python processes started | {kinds['start']}; {cpu:.0f} s of processor time in those that were not killed |"
+    yield f"| Python processes started | {kinds['start']}; {cpu:.0f} s of processor time where not killed |"
     yield f"| processes forked from one that is loaded | {kinds['fork']} |"
     yield f"| calls of the C++ compiler | {kinds['g++']} |"
     yield "\n| folder | tests | seconds |\n|---|---|---|"
