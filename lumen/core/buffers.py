@@ -66,7 +66,8 @@ def merges_of(module: nn.Module, declared: Merges | None) -> dict[str, Merge]:
             other = said.setdefault(name, pattern)
             if other != pattern and found[name].rule != rule:
                 raise PatternError(
-                    f"merge gives the buffer {name!r} two rules: {other!r} {found[name].rule!r} and {pattern!r} {rule!r}."
+                    f"merge gives the buffer {name!r} two rules: {other!r} {found[name].rule!r} and {pattern!r}"
+                    f" {rule!r}."
                 )
             _check_dtype(name, buffers[name].dtype, rule)
             found[name] = Merge(rule)

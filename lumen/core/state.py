@@ -57,8 +57,9 @@ class TrainState:
     ) -> Self:
         """A state at step 0 for a module (or `lm.pure(module)`) and an optimizer.
 
-        `merge` says how parts of a batch agree on a module's buffers, as in `lm.pure(module, merge=...)`. `fields` are those that a subclass adds. The params are the model's own tensors: a donated step changes
-        them, so `donate().init(state)` copies them first.
+        `merge` says how parts of a batch agree on a module's buffers, as in `lm.pure(module, merge=...)`. `fields` are
+        those that a subclass adds. The params are the model's own tensors: a donated step changes them, so
+        `donate().init(state)` copies them first.
         """
         if isinstance(model, Pure):
             if merge is not None:
