@@ -8,6 +8,7 @@ by a rule.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -143,12 +144,14 @@ class Origin:
 class Tracker:
     """Follows buffers through one gradient: a rule for P0 that looks on while a loss function runs.
 
-    `held` are ids of tensors that may be returned as they are. Inside a `vmap` over rows, `lane` is a tensor that
-    differs between them: buffers that have a rule are tied to it, since an unmapped tensor cannot be changed by rows.
+    `held` are ids of tensors that may be returned as they are. With `marks`, a trace tells which buffers nobody wrote
+    to. Inside a `vmap` over rows, `lane` is a tensor that differs between them: buffers that have a rule are tied to
+    it, since an unmapped tensor cannot be changed by rows.
     """
 
-    def __init__(self, held: Collection[int] = ()) -> None:
+    def __init__(self, held: Collection[int] = (), marks: bool = False) -> None:
         self.lane: Tensor | None = None
+        self._marks = marks
         self.origins: list[Origin] = []
         self._held = held
         self._active = False
@@ -188,12 +191,16 @@ class Tracker:
             return next(call)
         origins = {name: self._origin(call, name, buffer) for name, buffer in call.buffers.items()}
         given = {name: self._given(origins[name], buffer) for name, buffer in call.buffers.items()}
+        marked = self._marks and rules.is_tracing()
+        _marking.depth += marked
         try:
             out, new = next(call.replace(buffers=given))
         except RuntimeError as error:
             if self.lane is not None:
                 _explain_vmap(error, origins)
             raise
+        finally:
+            _marking.depth -= marked
         for name, tensor in new.items():
             origin = origins[name]
             origin.changed = False if tensor is given[name] else None
@@ -309,7 +316,7 @@ class Undeclared:
     def __init__(self, asked: str) -> None:
         self._asked = asked
         self._looks = 0
-        self._noted: dict[str, Tensor] = {}
+        self._noted: dict[tuple[str, ...], Tensor] = {}
 
     def look(self, found: Sequence[tuple[Origin, Tensor]], rows: bool = False) -> None:
         """Look at buffers without a rule, each beside what it is now; with `rows`, beside that of each row, stacked."""
@@ -319,15 +326,30 @@ class Undeclared:
         if rules.is_tracing() or any(origin.changed for origin, _ in found):  # in a trace, what was touched is left
             raise self._error([origin for origin, _ in found if origin.changed or rules.is_tracing()])
         self._looks += 1
-        for origin, new in found:
-            differs = _differs(origin.start, new, rows)
-            noted = self._noted.get(origin.name)
-            self._noted[origin.name] = differs if noted is None else differs | noted
-        if all(new.device.type == "cpu" for _, new in found) or not self._looks & (self._looks - 1):
-            noted_now, self._noted = self._noted, {}
-            changed = [origin for origin, _ in found if noted_now[origin.name]]
-            if changed:
-                raise self._error(changed)
+        if all(new.device.type == "cpu" for _, new in found):
+            changed = [origin for origin, new in found if not _equal(origin.start, new, rows)]
+        else:
+            changed = self._changed_on_device(found, rows)
+        if changed:
+            raise self._error(changed)
+
+    def _changed_on_device(self, found: Sequence[tuple[Origin, Tensor]], rows: bool) -> list[Origin]:
+        """What has changed since the device was asked last; nothing where it is not asked now."""
+        names = tuple(origin.name for origin, _ in found)
+        beside = [_alike(origin.start, new, rows) for origin, new in found]
+        if None in beside:  # another shape
+            return [origin for (origin, _), pair in zip(found, beside, strict=True) if pair is None]
+        old, new = (torch.cat([_bits(x) for x in side]) for side in zip(*(p for p in beside if p), strict=True))
+        noted = (old != new).any() if names not in self._noted else self._noted[names] | (old != new).any()
+        self._noted[names] = noted
+        if self._looks & (self._looks - 1) or not self._noted.pop(names):
+            return []
+        now = [
+            origin
+            for (origin, new), pair in zip(found, beside, strict=True)
+            if pair and not torch.equal(*map(_bits, pair))
+        ]
+        return now or [origin for origin, _ in found]  # it was another step
 
     def _error(self, changed: Sequence[Origin]) -> MergeError:
         listed = ", ".join(f"{each.name!r} ({_described(each.start)})" for each in changed[:_SHOWN])
@@ -369,21 +391,34 @@ def _suggested(x: Tensor) -> MergeRule:
     return "mean" if x.is_floating_point() and x.dim() else "sum"
 
 
-def _differs(old: Tensor, new: Tensor, rows: bool) -> Tensor:
-    """Whether two buffers differ in any bit, a boolean scalar on their device."""
-    if rows:  # one for each of them, where they are not the same memory
+def _equal(old: Tensor, new: Tensor, rows: bool) -> bool:
+    """Whether two buffers are equal in all bits."""
+    pair = _alike(old, new, rows)
+    return pair is not None and torch.equal(_bits(pair[0]), _bits(pair[1]))
+
+
+def _alike(old: Tensor, new: Tensor, rows: bool) -> tuple[Tensor, Tensor] | None:
+    """Two buffers of one shape and dtype, of which `new` may have `rows`; None where they are not of one."""
+    if rows:  # once, where all rows are the same memory
         new = new[:1] if not new.stride(0) else new
         old = old.expand_as(new) if old.shape == new.shape[1:] else old
-    if old.shape != new.shape or old.dtype != new.dtype:
-        return torch.ones((), dtype=torch.bool, device=new.device)
-    a, b = _bits(old), _bits(new)
-    if new.device.type == "cpu":
-        return torch.tensor(not torch.equal(a, b))
-    return (a != b).any()
+    return None if old.shape != new.shape or old.dtype != new.dtype else (old, new)
 
 
 def _bits(x: Tensor) -> Tensor:
     return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+class _Marking(threading.local):
+    depth = 0
+
+
+_marking = _Marking()
+
+
+def is_marking() -> bool:
+    """Whether a module is to return the buffers that it does not write to as they were given."""
+    return _marking.depth > 0
 
 
 class touched(TorchFunctionMode):  # noqa: N801

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import rules
-from lumen.core.buffers import Merge, Merges, merges_of, touched
+from lumen.core.buffers import Merge, Merges, is_marking, merges_of, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
 from lumen.errors import ParamsError
@@ -154,7 +154,7 @@ class Apply:
                 table[key] = given[name]
             if not buffers:
                 return self.module(*args, **kwargs), {}
-            if rules.is_tracing():
+            if is_marking():
                 return self._traced(given, buffers, args, kwargs)
             out = self.module(*args, **kwargs)
             return out, self._after(buffers)

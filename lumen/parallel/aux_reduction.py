@@ -86,18 +86,18 @@ class AuxReduction:
 
     def weighted(self) -> list[Tensor]:
         """The tensors whose mean by rows is taken."""
-        return [self._leaves[place] for place in self._group("mean")]
+        return [_wide(self._leaves[place]) for place in self._group("mean")]
 
     def changes(self) -> list[Tensor]:
         """The changes that are added up."""
-        return [self._leaves[place] - self._origins[place].start for place in self._group("sum")]
+        return [_wide(self._leaves[place]) - _wide(self._origins[place].start) for place in self._group("sum")]
 
     def joined(self, means: Tensor, changes: Tensor, sent: Sequence[Finish]) -> Any:
         """The aux of all processes, from the `means` by rows, the summed `changes`, and what was sent."""
         found = self._pieces(self._group("mean"), means)
         for place, total in self._pieces(self._group("sum"), changes, cast=False).items():
             start = self._origins[place].start
-            found[place] = (start + total).to(start.dtype)
+            found[place] = (_wide(start) + total).to(start.dtype)
         for finish in sent:
             found.update(finish())
         found.update({place: self._origins[place].start for place in self._group("frozen")})

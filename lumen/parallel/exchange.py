@@ -38,7 +38,7 @@ class RowsRule:
         self._counts = True  # whether the rows in work are the batch's own
         self._old = getattr(state, "buffers", None)
         held = state if self._old is None else self._old
-        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(held)})
+        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(held)}, marks=True)
         self._device = device_of(state)
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:

@@ -126,7 +126,7 @@ class _Update:
         self.settings = settings
         self.key = key
         self.undeclared = undeclared
-        self.tracker = Tracker()
+        self.tracker = Tracker(marks=True)
         self.rows = 0
         self.count = 0
 
