@@ -203,7 +203,9 @@ class Tracker:
             _marking.depth -= marked
         for name, tensor in new.items():
             origin = origins[name]
-            origin.changed = False if tensor is given[name] else None
+            before = self._made.get(id(call.buffers[name]))
+            unchanged = tensor is given[name] and (before is None or before[1].changed is False)
+            origin.changed = False if unchanged else None
             self._made[id(tensor)] = tensor, origin
             known = self._read.setdefault(name, origin)
             if known is not None and known.start is not origin.start:
@@ -249,7 +251,8 @@ class Tracker:
         path = tree.paths(buffers)[place]
         by_name = self._read.get(path)
         if by_name is not None:
-            return Origin(by_name.name, by_name.start, by_name.merge, False if leaf is by_name.start else None)
+            same = leaf is by_name.start or (by_name.changed is False and _is_alias(leaf, by_name.start))
+            return Origin(by_name.name, by_name.start, by_name.merge, False if same else None)
         return Origin(path, leaf, changed=self._is_new(place, leaf, before), foreign=True)
 
     def _is_new(self, place: int, leaf: Any, before: Sequence[Origin]) -> bool | None:
@@ -261,6 +264,13 @@ class Tracker:
         if not before:
             return None
         return not (place < len(before) and before[place].start is leaf) or before[place].changed is True
+
+
+def _is_alias(leaf: Any, start: Tensor) -> bool:
+    """Whether a tensor is another that nobody wrote to, detached say."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or leaf.shape != start.shape:
+        return False
+    return bool(leaf.untyped_storage()._cdata == start.untyped_storage()._cdata and leaf.dtype == start.dtype)
 
 
 def _is_mapped(leaf: Any) -> bool:
