@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -156,7 +157,7 @@ class Tracker:
         self._held = held
         self._active = False
         self._made: dict[int, tuple[Tensor, Origin]] = {}
-        self._read: dict[str, Origin | None] = {}
+        self._read: dict[str, tuple[Tensor, Origin] | None] = {}
         self._carried: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> None:
@@ -191,8 +192,8 @@ class Tracker:
             return next(call)
         origins = {name: self._origin(call, name, buffer) for name, buffer in call.buffers.items()}
         given = {name: self._given(origins[name], buffer) for name, buffer in call.buffers.items()}
-        marked = self._marks and rules.is_tracing()
-        _marking.depth += marked
+        unwritten: dict[int, Tensor] | None = {} if self._marks and rules.is_tracing() else None
+        outer, _marking.unwritten = _marking.unwritten, unwritten
         try:
             out, new = next(call.replace(buffers=given))
         except RuntimeError as error:
@@ -200,16 +201,15 @@ class Tracker:
                 _explain_vmap(error, origins)
             raise
         finally:
-            _marking.depth -= marked
+            _marking.unwritten = outer
         for name, tensor in new.items():
-            origin = origins[name]
-            before = self._made.get(id(call.buffers[name]))
-            unchanged = tensor is given[name] and (before is None or before[1].changed is False)
-            origin.changed = False if unchanged else None
+            origin, before = origins[name], self._made.get(id(call.buffers[name]))
+            same = tensor is given[name] or (unwritten is not None and id(tensor) in unwritten)
+            origin.changed = False if same and (before is None or before[1].changed is False) else None
             self._made[id(tensor)] = tensor, origin
-            known = self._read.setdefault(name, origin)
-            if known is not None and known.start is not origin.start:
-                self._read[name] = None  # two models with a buffer of one name
+            known = self._read.setdefault(name, (tensor, origin))
+            if known is not None:  # two models may have a buffer of one name
+                self._read[name] = (tensor, origin) if known[1].start is origin.start else None
         return out, new
 
     def carry(self, aux: Any) -> None:
@@ -251,8 +251,11 @@ class Tracker:
         path = tree.paths(buffers)[place]
         by_name = self._read.get(path)
         if by_name is not None:
-            same = leaf is by_name.start or (by_name.changed is False and _is_alias(leaf, by_name.start))
-            return Origin(by_name.name, by_name.start, by_name.merge, False if same else None)
+            tensor, origin = by_name
+            same = leaf is origin.start or (origin.changed is False and _is_alias(leaf, tensor))
+            return Origin(
+                origin.name, origin.start, origin.merge, False if same else None, frozen=origin.frozen and same
+            )
         return Origin(path, leaf, changed=self._is_new(place, leaf, before), foreign=True)
 
     def _is_new(self, place: int, leaf: Any, before: Sequence[Origin]) -> bool | None:
@@ -266,11 +269,11 @@ class Tracker:
         return not (place < len(before) and before[place].start is leaf) or before[place].changed is True
 
 
-def _is_alias(leaf: Any, start: Tensor) -> bool:
-    """Whether a tensor is another that nobody wrote to, detached say."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or leaf.shape != start.shape:
+def _is_alias(leaf: Any, other: Tensor) -> bool:
+    """Whether a tensor is the other, detached say."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or leaf.shape != other.shape:
         return False
-    return bool(leaf.untyped_storage()._cdata == start.untyped_storage()._cdata and leaf.dtype == start.dtype)
+    return bool(leaf.untyped_storage()._cdata == other.untyped_storage()._cdata and leaf.dtype == other.dtype)
 
 
 def _is_mapped(leaf: Any) -> bool:
@@ -420,39 +423,55 @@ def _bits(x: Tensor) -> Tensor:
 
 
 class _Marking(threading.local):
-    depth = 0
+    unwritten: dict[int, Tensor] | None = None
 
 
 _marking = _Marking()
 
 
 def is_marking() -> bool:
-    """Whether a module is to return the buffers that it does not write to as they were given."""
-    return _marking.depth > 0
+    """Whether somebody asks which buffers a module does not write to."""
+    return _marking.unwritten is not None
+
+
+def mark_unwritten(buffer: Tensor) -> None:
+    """Say so of a buffer that a module returns."""
+    assert _marking.unwritten is not None
+    _marking.unwritten[id(buffer)] = buffer
 
 
 class touched(TorchFunctionMode):  # noqa: N801
     """`with touched(buffers) as now:` notes which of these are written to; for traces, where values cannot tell.
 
-    A tensor counts writes to itself and its views, but not those through `.data`: reading that counts as writing.
+    A tensor counts writes to itself and its views. Not among them are those through `.data`, whose reading counts as
+    writing here, and those of norms in training mode.
     """
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         super().__init__()
         self._versions = {id(each): each._version for each in buffers}
-        self._read: set[int] = set()
+        self._written: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Note whose `.data` is read."""
-        if func == _READ_DATA:
-            self._read.add(id(args[0]))
-        return func(*args, **(kwargs or {}))
+        """Note what no version tells."""
+        kwargs = kwargs or {}
+        if func == _READ_DATA or (func in _NORMS and _is_training(func, args, kwargs)):
+            self._written.update(map(id, (*args, *kwargs.values())))
+        return func(*args, **kwargs)
 
     def is_same(self, given: Tensor, now: Tensor) -> bool:
         """Whether `now` is the tensor that was given, unwritten."""
-        return now is given and id(now) not in self._read and now._version == self._versions[id(now)]
+        return now is given and id(now) not in self._written and now._version == self._versions[id(now)]
 
 
 _READ_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_NORMS = (F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm)
+
+
+def _is_training(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a norm moves its running statistics."""
+    flags = [kwargs[name] for name in ("training", "use_input_stats") if name in kwargs]
+    flags += [each for each in args if isinstance(each, bool)]
+    return bool(flags[0]) if flags else func in (F.instance_norm, torch.instance_norm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import rules
-from lumen.core.buffers import Merge, Merges, is_marking, merges_of, touched
+from lumen.core.buffers import Merge, Merges, is_marking, mark_unwritten, merges_of, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
 from lumen.errors import ParamsError
@@ -173,11 +173,14 @@ class Apply:
     def _traced(
         self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Run the module; buffers that it does not touch come back as they were given, which tells so."""
+        """Run the module, and mark the buffers that it does not write to."""
         with touched([given[name] for name in buffers]) as now:
             out = self.module(*args, **kwargs)
         after = self._after(buffers)
-        return out, {name: b if now.is_same(given[name], after[name]) else after[name] for name, b in buffers.items()}
+        for name, buffer in after.items():
+            if now.is_same(given[name], buffer):
+                mark_unwritten(buffer)
+        return out, after
 
     def _mode(self, training: bool) -> Apply:
         if self.module.training == training and not self._modes:

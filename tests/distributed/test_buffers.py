@@ -37,6 +37,13 @@ class Hidden(Rebinding):
         return nn.Linear.forward(self, x + self.fixed)
 
 
+class OwnNorm(Rebinding):
+    """Statistics that torch moves past version counters."""
+
+    def forward(self, x):
+        return nn.Linear.forward(self, nn.functional.batch_norm(x, self.count, self.fixed, training=True))
+
+
 class Ranked(Rebinding):
     """A buffer that is not equal everywhere."""
 
@@ -117,6 +124,9 @@ def refusals():
         state, _ = wrapped(state, part([4, 3]))
     with pytest.raises(MergeError, match="'late'"):
         wrapped(state, part([4, 3]))
+    wrapped = lm.compose(lm.compile(backend="eager"), lm.ddp())(step)
+    with pytest.raises(MergeError, match=r"'count'.*'fixed'"):
+        wrapped(wrapped.init(made(net=OwnNorm)), part([4, 3]))
     return told
 
 

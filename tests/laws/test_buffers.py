@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lumen as lm
+from lumen.core.buffers import Origin, Undeclared
 from lumen.errors import HyperparameterError, MergeError, ParamsError, PatternError
 
 from .models import assert_same
@@ -248,3 +249,21 @@ def test_rules_are_said_where_the_model_is_taken_apart() -> None:
     apply = lm.pure(Seen(), merge={"r*": "max"}).apply
     for each in (apply.eval(), apply.calling(Seen.forward)):
         assert each.merges["rows"].rule == "max"
+
+
+def test_an_accelerator_is_asked_now_and_then_for_what_has_changed_since() -> None:
+    """What an accelerator's buffers go through, here on the CPU: a change in the third step is told after the 4th."""
+    undeclared = Undeclared("lm.ddp")
+    start = {"a": torch.tensor([0.0, float("nan")]), "b": torch.tensor(False)}
+
+    def look(**changed: Tensor) -> list[str]:
+        undeclared._looks += 1
+        found = [(Origin(name, x), changed.get(name, x.clone())) for name, x in start.items()]
+        return [origin.name for origin in undeclared._changed_on_device(found, rows=False)]
+
+    assert [look(), look(), look(b=torch.tensor(True)), look(a=torch.ones(2))] == [[], [], [], ["a"]]
+    assert [look() for _ in range(4)] == [[]] * 4
+    assert look(a=torch.ones(3)) == ["a"]
+    assert [look() for _ in range(5)] == [[]] * 5
+    assert look(b=torch.tensor(True)) == []
+    assert look() == ["a", "b"]  # it was another step
