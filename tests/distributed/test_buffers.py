@@ -9,6 +9,7 @@ from torch import nn
 import lumen as lm
 from lumen.core import world
 from lumen.errors import MergeError, WorldError
+from lumen.parallel import Colwise, Rowwise
 from tests.laws.test_buffers import ROWS, RULES, Rebinding, Seen, loop, made, step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -42,6 +43,20 @@ class OwnNorm(Rebinding):
 
     def forward(self, x):
         return nn.Linear.forward(self, nn.functional.batch_norm(x, self.count, self.fixed, training=True))
+
+
+class Between(nn.Module):
+    """A buffer of features that lie on one process each."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(2, 4, dtype=torch.float64), nn.Linear(4, 1, dtype=torch.float64)
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        h = self.up(x)
+        self.total = self.total + h.detach().sum()
+        return self.down(h)
 
 
 class Ranked(Rebinding):
@@ -127,6 +142,9 @@ def refusals():
     wrapped = lm.compose(lm.compile(backend="eager"), lm.ddp())(step)
     with pytest.raises(MergeError, match=r"'count'.*'fixed'"):
         wrapped(wrapped.init(made(net=OwnNorm)), part([4, 3]))
+    wrapped = lm.tensor_parallel({"up": Colwise(), "down": Rowwise()})(step)
+    with pytest.raises(WorldError, match="different buffers: total"):
+        wrapped(wrapped.init(made(net=Between)), ROWS)
     return told
 
 
