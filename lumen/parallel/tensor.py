@@ -341,8 +341,8 @@ def _check_buffers(team: Team, state: Any) -> None:
     if names:
         raise WorldError(
             f"the processes along tensor compute the same rows, but came to different buffers: {', '.join(names)}. Were"
-            " they computed from a part of the features, or drawn at random? Compute them from what is whole, outside of"
-            " the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
+            " they computed from a part of the features, or drawn at random? Compute them from what is whole, outside"
+            " of the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
         )
 
 
