@@ -54,6 +54,10 @@ class HyperparameterError(LumenError, ValueError):
     """A hyperparameter outside its range, NaN included."""
 
 
+class MergeError(LumenError, ValueError):
+    """Parts of a batch changed a buffer, and nothing says how they make that of the whole batch."""
+
+
 class NonFiniteError(LumenError, FloatingPointError):
     """A loss, gradient or parameter that is not finite."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lumen.bridges.lightning_hooks import check_hooks, lightning_class, overrides
 from lumen.bridges.lightning_log import current, record_metrics, recording
 from lumen.bridges.torch_optim import Length, converted
+from lumen.core.buffers import Merges
 from lumen.core.gradient import value_and_grad
 from lumen.core.module import Pure, pure
 from lumen.core.primitives import Aux
@@ -48,6 +49,7 @@ def lightning(
     batches: int | None = None,
     seed: int = 0,
     ignore: Collection[str] = (),
+    merge: Merges | None = None,
 ) -> Bridged:
     """A LightningModule with automatic optimization as a pure step and its state, the module's code unchanged.
 
@@ -71,6 +73,7 @@ def lightning(
         batches: how many batches (updates) there are in an epoch; needed where there is a scheduler.
         seed: of the state.
         ignore: hooks of a Trainer's which the module overrides and which need not be called.
+        merge: how parts of a batch agree on the module's buffers, as in `lm.pure(module, merge=...)`.
 
     Raises:
         StepError: manual optimization, or hooks that nobody would call; the message says what to write instead.
@@ -108,7 +111,7 @@ def lightning(
     monitor = None
     if tx is None:
         tx, monitor = converted(module, module.configure_optimizers(), length)
-    apply, params, buffers = pure(module)
+    apply, params, buffers = pure(module, merge=merge)
     state = TrainState.create(Pure(apply.variant("lightning", record_metrics), params, buffers), tx, seed)
     return Bridged(
         step,

@@ -282,7 +282,8 @@ def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[
     Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
     closure holds a tensor that requires grad.
     """
-    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)  # a transform's wrapper serves every loss function
+    while hasattr(loss_fn, "__wrapped__"):  # a transform's wrapper serves every loss function
+        loss_fn = loss_fn.__wrapped__
     code = getattr(loss_fn, "__code__", None)
     if code is None or rules.is_tracing():
         return False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import rules
+from lumen.core.buffers import Merge, Merges, is_marking, mark_unwritten, merges_of, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
 from lumen.errors import ParamsError
@@ -30,7 +31,7 @@ class Pure(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-def pure(module: nn.Module) -> Pure:
+def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     """Take `module` apart into a pure function, its params and its buffers.
 
     Both dicts are flat, by fully qualified name in the order of `named_parameters()`; tied weights appear once.
@@ -38,7 +39,14 @@ def pure(module: nn.Module) -> Pure:
     own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
     or `eval()` mode is the one the module was in.
 
-    Raises `ParamsError` for a lazy module that has not seen its first input.
+    `merge` says, by patterns of buffers' names, how the new buffers of parts of a batch make that of the whole batch,
+    where several processes or the rows under `lm.private` compute them: "sum" adds up the changes from the start of the
+    step, "mean" averages by rows, "max", "min" and "any" are over all parts, "first" takes the first part's, "gather"
+    joins rows in order, and "sync" says that the module makes the buffer equal everywhere itself. Buffers of BatchNorm
+    and other modules of torch have their rules already. A buffer that has none may not change there.
+
+    Raises `ParamsError` for a lazy module that has not seen its first input, `PatternError` for a pattern that matches
+    no buffer, and `HyperparameterError` for a rule that does not exist or does not suit the buffer's dtype.
 
     >>> import lumen as lm, torch
     >>> model = lm.pure(torch.nn.Linear(2, 1, bias=False))
@@ -57,7 +65,8 @@ def pure(module: nn.Module) -> Pure:
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
-    return Pure(Apply(skeleton_of(module), frozenset(frozen)), params, {**buffers, **frozen})
+    apply = Apply(skeleton_of(module), frozenset(frozen), merges_of(module, merge))
+    return Pure(apply, params, {**buffers, **frozen})
 
 
 class Apply:
@@ -67,9 +76,12 @@ class Apply:
     statistics) come back as new tensors. `train()` and `eval()` give the function in the other mode.
     """
 
-    def __init__(self, skeleton: nn.Module, frozen: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, skeleton: nn.Module, frozen: frozenset[str] = frozenset(), merges: Mapping[str, Merge] | None = None
+    ) -> None:
         self.module = skeleton
         self.frozen = frozen
+        self.merges = merges_of(skeleton, None) if merges is None else merges
         self._places = places_of(skeleton)
         self._names = {name for _, _, name in self._places}
         self._modes: dict[bool, Apply] = {}
@@ -100,7 +112,7 @@ class Apply:
         if key not in self._variants:
             module = skeleton_of(self.module)
             change(module)
-            self._variants[key] = Apply(module, self.frozen if frozen is None else frozen)
+            self._variants[key] = Apply(module, self.frozen if frozen is None else frozen, self.merges)
         return self._variants[key]
 
     def calling(self, function: Callable[..., Any]) -> Apply:
@@ -140,11 +152,12 @@ class Apply:
         try:
             for table, key, name in self._places:
                 table[key] = given[name]
+            if not buffers:
+                return self.module(*args, **kwargs), {}
+            if is_marking():
+                return self._traced(given, buffers, args, kwargs)
             out = self.module(*args, **kwargs)
-            if buffers:
-                after = {name: table[key] for table, key, name in self._places if name in buffers}
-                buffers = {name: after[name] for name in buffers}
-            return out, dict(buffers)
+            return out, self._after(buffers)
         except RuntimeError as error:
             _explain(error, self.module)
             raise
@@ -152,11 +165,28 @@ class Apply:
             for (table, key, _), tensor in zip(self._places, before, strict=True):
                 table[key] = tensor
 
+    def _after(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What stands in the place of `buffers` now, in their order."""
+        after = {name: table[key] for table, key, name in self._places if name in buffers}
+        return {name: after[name] for name in buffers}
+
+    def _traced(
+        self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run the module, and mark the buffers that it does not write to."""
+        with touched([given[name] for name in buffers]) as now:
+            out = self.module(*args, **kwargs)
+        after = self._after(buffers)
+        for name, buffer in after.items():
+            if now.is_same(given[name], buffer):
+                mark_unwritten(buffer)
+        return out, after
+
     def _mode(self, training: bool) -> Apply:
         if self.module.training == training and not self._modes:
             self._modes[training] = self
         if training not in self._modes:
-            other = Apply(skeleton_of(self.module).train(training), self.frozen)
+            other = Apply(skeleton_of(self.module).train(training), self.frozen, self.merges)
             other._modes = self._modes
             self._modes.setdefault(self.module.training, self)
             self._modes[training] = other

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Aux:
     """What a loss function returns beside its loss: new `buffers`, and `metrics` (a dict of typed values).
 
-    Transforms that split a batch merge both: metrics by their type, buffers by their mean over the rows.
+    Transforms that split a batch merge both: metrics by their type, buffers by their rules (see `lm.pure`).
 
     >>> import lumen as lm, torch
     >>> def loss_fn(params, x):

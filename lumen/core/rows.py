@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.buffers import STATISTICS, Origin, merge_microbatches
 from lumen.core.primitives import Aux, Gradient
 from lumen.core.values import Mean, Value, is_value
 from lumen.errors import BatchError, LossError
@@ -50,8 +52,8 @@ def split(batch: Any, parts: int) -> list[Any]:
     return [tree.unflatten(spec, piece) for piece in zip(*pieces, strict=True)]
 
 
-def add_gradients(parts: Sequence[Gradient]) -> Gradient:
-    """The summed answer for a whole batch, from the summed answers for its parts."""
+def add_gradients(parts: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
+    """The summed answer for a whole batch, from the summed answers for its parts; `origins` is as in `merge_aux`."""
     losses = [part.loss for part in parts]
     first = parts[0]
     loss = losses[0]
@@ -59,20 +61,21 @@ def add_gradients(parts: Sequence[Gradient]) -> Gradient:
     for other in losses[1:]:
         loss = loss.merge(other)  # type: ignore[arg-type]
     sizes = [part.rows or 0 for part in parts]
-    return first.replace(loss=loss, aux=merge_aux([part.aux for part in parts], sizes), rows=sum(sizes))
+    return first.replace(loss=loss, aux=merge_aux([part.aux for part in parts], sizes, origins), rows=sum(sizes))
 
 
-def merge_aux(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+def merge_aux(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None = None) -> Any:
     """What a loss function's aux would have been on the whole batch.
 
-    Typed values merge by their type; floating scalars and buffers are averaged by rows; tensors with one entry for
-    each row are joined in order. Integer buffers (counters) take their largest.
+    Typed values merge by their type; floating scalars are averaged by rows; tensors with one entry for each row are
+    joined in order. Buffers merge by what they are, which `origins` tell (see `lumen.core.buffers.Tracker`); without
+    them, the statistics of BatchNorm are known by their names, and other buffers must be equal in all parts.
     """
     if len(parts) == 1:
         return parts[0]
     if all(isinstance(part, Aux) for part in parts):
         return parts[0].replace(
-            buffers=_merge_buffers([part.buffers for part in parts], sizes),
+            buffers=_merge_buffers([part.buffers for part in parts], sizes, origins),
             metrics=_merge_tree([part.metrics for part in parts], sizes),
         )
     return _merge_tree(parts, sizes)
@@ -103,16 +106,22 @@ def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
     )
 
 
-def _merge_buffers(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
-    def merge(*leaves: Tensor) -> Tensor:
-        first = leaves[0]
-        if all(leaf is first for leaf in leaves):
-            return first
-        if first.is_floating_point():
-            return _weighted(leaves, sizes)
-        return torch.stack(leaves).amax(0) if first.dtype != torch.bool else leaves[-1]
+def _merge_buffers(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None) -> Any:
+    columns = list(zip(*(tree.leaves(part) for part in parts), strict=True))
+    if origins is None:
+        origins = [_named(path, column) for path, column in zip(tree.paths(parts[0]), columns, strict=True)]
+    merged = [
+        merge_microbatches(origin, column, functools.partial(_weighted, column, sizes))
+        for origin, column in zip(origins, columns, strict=True)
+    ]
+    return tree.unflatten(tree.structure(parts[0]), merged)
 
-    return tree.map(merge, *parts)
+
+def _named(path: str, leaves: Sequence[Any]) -> Origin:
+    """What a buffer is by its name alone."""
+    merge = next((merge for name, merge in STATISTICS.items() if path.endswith(name)), None)
+    same = all(torch.equal(leaf, leaves[0]) for leaf in leaves[1:]) if merge is None else None
+    return Origin(path, leaves[0], merge, changed=None if same is None else not same, foreign=merge is None)
 
 
 def _weighted(leaves: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen import random, tree
+from lumen.core.buffers import Merges
 from lumen.core.dataclass import state, static
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
@@ -45,13 +46,26 @@ class TrainState:
             """A changed copy; `lm.state` gives it to every state class."""
 
     @classmethod
-    def create(cls, model: Pure | nn.Module, tx: Optimizer, seed: int = 0, **fields: Any) -> Self:
+    def create(
+        cls,
+        model: Pure | nn.Module,
+        tx: Optimizer,
+        seed: int = 0,
+        *,
+        merge: Merges | None = None,
+        **fields: Any,
+    ) -> Self:
         """A state at step 0 for a module (or `lm.pure(module)`) and an optimizer.
 
-        `fields` are those that a subclass adds. The params are the model's own tensors: a donated step changes
-        them, so `donate().init(state)` copies them first.
+        `merge` says how parts of a batch agree on a module's buffers, as in `lm.pure(module, merge=...)`. `fields` are
+        those that a subclass adds. The params are the model's own tensors: a donated step changes them, so
+        `donate().init(state)` copies them first.
         """
-        model = model if isinstance(model, Pure) else pure(model)
+        if isinstance(model, Pure):
+            if merge is not None:
+                raise ParamsError("the model has been taken apart already. Write lm.pure(net, merge={...}).")
+        else:
+            model = pure(model, merge=merge)
         if not model.params:
             raise ParamsError("the model has no trainable parameters: each has requires_grad=False, or it has none.")
         first = next(iter(model.params.values()))

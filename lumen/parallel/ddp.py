@@ -11,6 +11,7 @@ from lumen.core.rules import Primitive, Rule
 from lumen.core.step import StepFn, Transform, as_step, device_of
 from lumen.errors import HyperparameterError, OrderError
 from lumen.parallel import agree
+from lumen.parallel.aux_reduction import BufferChecks
 from lumen.parallel.buckets import Layouts, Wire
 from lumen.parallel.exchange import Buffers, RowsRule
 from lumen.parallel.mesh import Mesh
@@ -30,8 +31,10 @@ class ddp(Transform):
     `lm.Aux`; typed values stay this process's own, and merge when they are logged. An inner loop inside the loss (MAML)
     sees this process's rows alone.
 
-    `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" they are averaged over processes by
-    rows, as `accumulate` does over microbatches (integers take their largest); with "local" each process keeps its own.
+    `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" each follows its rule: that
+    of `lm.pure(net, merge=...)`, or of the module of torch that it belongs to (BatchNorm's running statistics are
+    averaged by rows, its counter takes the largest). One without a rule may not change: the first step that changes it
+    raises `MergeError`, which says what to write. With "local" each process keeps its own.
     BatchNorm in training mode then normalises by the statistics of each process's own rows; with "sync" by those of
     all rows, as one process does, at the cost of two more sums for each layer and of the overlap below.
 
@@ -108,16 +111,15 @@ class ddp(Transform):
         """The step with gradients summed over processes."""
         self._check_inside(as_step(step).transforms)
         layouts: Layouts | None = None
+        checks = BufferChecks("lm.ddp")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal layouts
             handlers: dict[Primitive, Rule] = {}
             if self.wire is not None:
                 layouts = layouts or Layouts(self.wire, self.bucket_mb * 2**20)
-                rule = RowsRule(self.wire, layouts, self.buffers, state)
-                handlers[Primitive.GRADIENT] = rule
-                if self.buffers == "sync":
-                    handlers[Primitive.APPLY] = rule.apply
+                rule = RowsRule(self.wire, layouts, self.buffers, state, checks)
+                handlers = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with self.mesh.bound(), rules.install(handlers):
                 return step(state, batch)
 

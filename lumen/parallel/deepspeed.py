@@ -23,12 +23,13 @@ from lumen.core.step import StepFn, Transform, as_step, compose, slot, with_slot
 from lumen.core.values import Mean
 from lumen.errors import AxisError, LossError, OrderError, ParamsError, StateError
 from lumen.parallel import agree, functional
+from lumen.parallel.aux_reduction import BufferChecks
 from lumen.parallel.buckets import Wire
 from lumen.parallel.deepspeed_config import INSTEAD, Setup, read, setup, stage_of
 from lumen.parallel.deepspeed_engine import Engine, meet
 from lumen.parallel.deepspeed_optimizer import Update
 from lumen.parallel.deepspeed_spans import cut, gathered, whole
-from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
+from lumen.parallel.exchange import Exchange, RowsRule, weightless
 from lumen.parallel.lazy import Lazy, Stand, shell, whole_of
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
@@ -92,6 +93,7 @@ class deepspeed(Transform):
         self._number = 0
         self._places: list[tuple[int, str]] = []
         self._pending: Pending | None = None
+        self._checks = BufferChecks("lm.deepspeed")
         self._unreached: dict[Any, list[str]] = {}
 
     def __repr__(self) -> str:
@@ -180,9 +182,10 @@ class deepspeed(Transform):
             if rules.is_tracing():
                 raise OrderError("lm.compile cannot trace lm.deepspeed's engine. Leave lm.compile() out.")
             self._check_held(slot(state, self.name))
+            rule = _Rule(self, state)
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: self._apply,
-                Primitive.GRADIENT: _Rule(self, state),
+                Primitive.APPLY: functools.partial(self._apply, rule),
+                Primitive.GRADIENT: rule,
                 Primitive.UPDATE: self._update,
             }
             with self.mesh.bound(), rules.install(handlers):
@@ -237,7 +240,10 @@ class deepspeed(Transform):
 
     # The three primitives.
 
-    def _apply(self, next: Next, call: ApplyCall) -> Any:
+    def _apply(self, rule: RowsRule, next: Next, call: ApplyCall) -> Any:
+        return rule.apply(functools.partial(self._cast, next), call)
+
+    def _cast(self, next: Next, call: ApplyCall) -> Any:
         casts = self._of_engine().setup.casts
         if casts is None:
             return self._applied(next, call)
@@ -319,16 +325,15 @@ class _Rule(RowsRule):
     """What deepspeed makes of each P1 call of one step."""
 
     def __init__(self, transform: deepspeed, state: Any) -> None:
-        super().__init__(transform.wire, None, "merge", state)  # type: ignore[arg-type]
+        super().__init__(transform.wire, None, "merge", state, transform._checks)  # type: ignore[arg-type]
         self._transform, self._engine, self._params = transform, transform._of_engine(), state.params
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         self._check(call)
         size = rows.count(call.batch)
-        exchange = _Joined(self._wire, size, self._kept, self._device)
+        exchange = _Joined(self._wire, size, self, self._device)
         everyone = self._wire.launch(torch.tensor(float(size), device=self._device), exact=True)()
-        if not size:
-            call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
+        call = self._begun(call, size)
         each = self._wire.size / everyone  # the engine takes the mean over processes
         answers = []
         count = self._engine.setup.microbatches
@@ -336,10 +341,11 @@ class _Rule(RowsRule):
         for place in range(count):
             if place < len(parts):
                 answers.append(self._backward(call.replace(batch=parts[place]), each, place == count - 1))
+                self._tracker.carry(answers[-1].aux)
             else:
                 idle = call.replace(batch=parts[-1], loss_fn=weightless(call.loss_fn, call.has_aux))
                 self._backward(idle, each, place == count - 1)
-        answer = rows.add_gradients(answers)
+        answer = rows.add_gradients(answers, self._tracker.origins)
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))
         answer = exchange.finish(answer)
@@ -410,8 +416,8 @@ class _Rule(RowsRule):
 class _Joined(Exchange):
     """The joining of losses and aux; gradients are the engine's."""
 
-    def __init__(self, wire: Wire, size: int, kept: Callable[[Any], bool], device: torch.device) -> None:
-        super().__init__(wire, _NoBuckets(wire), size, kept, device)  # type: ignore[arg-type]
+    def __init__(self, wire: Wire, size: int, rule: RowsRule, device: torch.device) -> None:
+        super().__init__(wire, _NoBuckets(wire), size, rule, device)  # type: ignore[arg-type]
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
         """The answer of all processes."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import gradient, rows, rules, world
+from lumen.core.buffers import Origin, Tracker
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
 from lumen.core.values import Max, Mean, Min, Sum, Value, is_value
 from lumen.errors import AxisError, LossError, OrderError
+from lumen.parallel.aux_reduction import AuxReduction, BufferChecks
 from lumen.parallel.buckets import Buckets, Layouts, Wire
-from lumen.parallel.functional import Arrived
 from lumen.parallel.sync_norm import synchronised
 
 Buffers = Literal["merge", "local", "sync"]
@@ -29,14 +30,15 @@ STAND_IN = 2  # rows that an empty process computes in vain: BatchNorm takes no 
 class RowsRule:
     """What ddp makes of each P1 call of one step."""
 
-    def __init__(self, wire: Wire, layouts: Layouts, buffers: Buffers, state: Any) -> None:
+    def __init__(self, wire: Wire, layouts: Layouts, buffers: Buffers, state: Any, checks: BufferChecks) -> None:
         self._wire = wire
         self._layouts = layouts
         self._buffers = buffers
+        self.checks = checks
         self._counts = True  # whether the rows in work are the batch's own
         self._old = getattr(state, "buffers", None)
         held = state if self._old is None else self._old
-        self._held = {id(tensor) for tensor in tree.tensors(held)}
+        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(held)}, marks=True)
         self._device = device_of(state)
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
@@ -49,22 +51,32 @@ class RowsRule:
         size = rows.count(call.batch)
         # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
         overlap = size > 0 and self._buffers != "sync"
-        exchange = Exchange(self._wire, Buckets(self._wire, self._layouts, overlap), size, self._kept, self._device)
+        exchange = Exchange(self._wire, Buckets(self._wire, self._layouts, overlap), size, self, self._device)
         self._counts = size > 0
-        if not size:
-            call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
+        call = self._begun(call, size)
         answer: Gradient = next(call.replace(summed=True, reduction=exchange))
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))
         return answer if call.summed else exchange.normalized(answer)
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """BatchNorm over all processes."""
-        return synchronised(next, call, self._wire, self._counts)
+        """P0: where buffers come from; with "sync", BatchNorm over all processes."""
+        if self._buffers != "sync":
+            return self._tracker.apply(next, call)
+        return self._tracker.apply(lambda inner: synchronised(next, inner, self._wire, self._counts), call)
 
-    def _kept(self, buffer: Any) -> bool:
-        """Whether a buffer stays as it is here: by the user's choice, or because the loss did not change it."""
-        return self._buffers == "local" or id(buffer) in self._held
+    @property
+    def origins(self) -> Sequence[Origin] | None:
+        """What the buffers in the aux are; None where each process keeps its own."""
+        return None if self._buffers == "local" else self._tracker.origins
+
+    def _begun(self, call: GradientCall, size: int) -> GradientCall:
+        """The call watched, with rows that stand in where this process has none."""
+        self._tracker.begin()
+        call = call.replace(loss_fn=self._tracker.watching(call.loss_fn, call.has_aux))
+        if size:
+            return call
+        return call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
 
     def _neutral(self, aux: Any) -> Any:
         """What a loss returned for rows that do not exist."""
@@ -122,13 +134,11 @@ class Exchange:
 
     within = False
 
-    def __init__(
-        self, wire: Wire, buckets: Buckets, size: int, kept: Callable[[Any], bool], device: torch.device
-    ) -> None:
+    def __init__(self, wire: Wire, buckets: Buckets, size: int, rule: RowsRule, device: torch.device) -> None:
         self._wire = wire
         self._buckets = buckets
         self.rows = size
-        self._kept = kept
+        self._rule = rule
         self._device = device
         self._grads: Any = None
 
@@ -160,36 +170,44 @@ class Exchange:
             )
         if not self.rows:
             leaves = [torch.zeros_like(leaf) for leaf in leaves]
-        aux = _Shared(answer.aux, self.rows or STAND_IN, self._kept)
-        maxima = aux.launch_maxima(self._wire)
-        sums, tail = self._buckets.finish(leaves, self._tail(answer, aux.averaged(), independent is None))
+        aux = AuxReduction(answer.aux, self.rows, STAND_IN, self._rule.origins, self._wire)
+        sent = aux.launch()
+        weighted, changes = aux.weighted(), aux.changes()
+        sums, tail = self._buckets.finish(leaves, self._tail(answer, weighted, changes, independent is None))
         if independent is not None and not tail[_LIVE]:
             raise independent
         loss = answer.loss
         assert isinstance(loss, Mean)
         self._grads = rebuild(sums)
+        means, changed = tail[_HEAD:].split([sum(x.numel() for x in each) for each in (weighted, changes)])
+        found = aux.joined(means / tail[_ROWS], changed, sent)
+        aux.check(self._rule.checks)
         return Gradient(
             Mean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
             self._grads,
-            aux.joined(tail, maxima),
+            found,
             answer.scalar,
             answer.rows,
             joint=True,
         )
 
-    def _tail(self, answer: Gradient, averaged: Sequence[Tensor], live: bool) -> list[Tensor]:
-        """What else is summed: the loss's total and weight, rows, those that have a gradient, and means by rows."""
+    def _tail(
+        self, answer: Gradient, weighted: Sequence[Tensor], changes: Sequence[Tensor], live: bool
+    ) -> list[Tensor]:
+        """What else is summed: the loss's total and weight, rows, those with a gradient, means by rows, and changes."""
         loss = answer.loss
         assert isinstance(loss, Mean)
         total, size = loss.total.detach(), self.rows
-        wide = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in averaged)}, torch.float32)
+        beside = [*weighted, *changes]
+        wide = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in beside)}, torch.float32)
         if not size:
-            return [total.new_zeros(_HEAD + sum(x.numel() for x in averaged), dtype=wide)]
+            return [total.new_zeros(_HEAD + sum(x.numel() for x in beside), dtype=wide)]
         count = loss.weight  # which a plain scalar has of its rows; in a narrow dtype not all numbers are
         if not answer.scalar or count.dtype is not wide:
             count = total.new_full((), size, dtype=wide)
-        means = [_as(x.detach(), wide) * size for x in averaged]
-        return [_as(total, wide), _as(loss.weight, wide), count, count if live else count * 0, *means]
+        means = [_as(x.detach(), wide) * size for x in weighted]
+        added = [_as(x.detach(), wide) for x in changes]
+        return [_as(total, wide), _as(loss.weight, wide), count, count if live else count * 0, *means, *added]
 
     def normalized(self, answer: Gradient) -> Gradient:
         """The gradient of the mean loss; in place where nobody has changed the buckets' own tensors since."""
@@ -205,63 +223,3 @@ class Exchange:
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in this dtype; asking torch for what there is to do costs as much as doing a little."""
     return x if x.dtype is dtype else x.to(dtype)
-
-
-class _Shared:
-    """What of an aux is joined over processes: changed buffers and plain scalars by rows, counters by their largest."""
-
-    def __init__(self, aux: Any, size: int, kept: Callable[[Any], bool]) -> None:
-        self._aux = aux
-        self._leaves: list[Any] = []
-        self._means: list[int] = []
-        self._maxima: list[int] = []
-        if aux is None:
-            return
-        held = len(tree.leaves(aux.buffers)) if isinstance(aux, Aux) else 0
-        self._leaves, self._spec = tree.flatten(aux, is_value)
-        for place, leaf in enumerate(self._leaves):
-            if place < held:
-                if isinstance(leaf, Tensor) and not kept(leaf):
-                    (self._means if leaf.is_floating_point() else self._maxima).append(place)
-            elif _is_mean(leaf, size, aux, place):
-                self._means.append(place)
-
-    def averaged(self) -> list[Tensor]:
-        """The tensors whose mean by rows is taken."""
-        return [self._leaves[place] for place in self._means]
-
-    def launch_maxima(self, wire: Wire) -> Arrived | None:
-        """The largest of each counter, on its way."""
-        if not self._maxima:
-            return None
-        flat = torch.cat([self._leaves[place].reshape(-1).to(torch.int64) for place in self._maxima])
-        return wire.launch(flat, "max")
-
-    def joined(self, tail: Tensor, maxima: Arrived | None) -> Any:
-        """The aux of all processes."""
-        if not self._means and not self._maxima:
-            return self._aux
-        leaves = list(self._leaves)
-        for places, flat in ((self._means, tail[_HEAD:] / tail[_ROWS]), (self._maxima, maxima and maxima())):
-            if flat is None:
-                continue
-            pieces = flat.split([leaves[place].numel() for place in places])
-            for place, piece in zip(places, pieces, strict=True):
-                leaves[place] = piece.reshape(leaves[place].shape).to(leaves[place].dtype, copy=True)
-        return self._spec.unflatten(leaves)
-
-
-def _is_mean(leaf: Any, size: int, aux: Any, place: int) -> bool:
-    """Whether a metric is averaged over processes by rows; others must be this process's own by what they are."""
-    if not isinstance(leaf, Tensor):
-        return False
-    if leaf.dim() == 0 and leaf.is_floating_point():
-        return True
-    if leaf.dim() and leaf.shape[0] == size:
-        return False
-    name = tree.paths(aux, is_value)[place]
-    raise LossError(
-        f"aux[{name!r}] is a tensor of shape {tuple(leaf.shape)} and {leaf.dtype}, and it is not clear how the"
-        " processes' parts make the whole batch's. Say what it is: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or"
-        " lm.Last(x); and put buffers into lm.Aux(buffers=...)."
-    )

@@ -20,8 +20,9 @@ from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without
 from lumen.core.values import Mean
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
 from lumen.parallel import agree, functional, offload
+from lumen.parallel.aux_reduction import BufferChecks
 from lumen.parallel.buckets import Buckets, Layouts, Wire
-from lumen.parallel.exchange import Exchange, RowsRule, stand_in, weightless
+from lumen.parallel.exchange import Exchange, RowsRule, weightless
 from lumen.parallel.fsdp_compiled import TracedSession
 from lumen.parallel.fsdp_run import Pass, Session, hooked
 from lumen.parallel.lazy import Lazy, whole_of
@@ -268,6 +269,7 @@ class fsdp(Transform):
         inside = as_step(step).transforms
         self._check_inside(inside)
         layouts: Layouts | None = None
+        checks = BufferChecks("lm.fsdp")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal layouts
@@ -279,9 +281,10 @@ class fsdp(Transform):
             layouts = layouts or Layouts(wire, 25 * 2**20)
             shapes = self._shapes(state)
             named = Named(cut, shapes)
-            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: _Rule(self, cut, wire, layouts, state)}
+            rule = _Rule(self, cut, wire, layouts, state, checks)
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             if self.sharded == 3:
-                handlers[Primitive.APPLY] = functools.partial(self._apply, shapes)
+                handlers[Primitive.APPLY] = functools.partial(self._apply, shapes, rule)
             else:
                 handlers[Primitive.UPDATE] = functools.partial(_update, cut, named, self.sharded)
             with self.mesh.bound(), rules.install(handlers):
@@ -329,8 +332,12 @@ class fsdp(Transform):
             self._found[apply] = find(apply.module, patterns, [*shapes])
         return self._found[apply]
 
-    def _apply(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
-        """P0: give the model its params' parts, and gather them where they are used."""
+    def _apply(self, shapes: Shapes, rule: RowsRule, next: Next, call: ApplyCall) -> Any:
+        """P0: where buffers come from, and the model on its params' parts."""
+        return rule.apply(functools.partial(self._on_parts, shapes, next), call)
+
+    def _on_parts(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
+        """Give the model its params' parts, and gather them where they are used."""
         if call.params.keys() != shapes.keys():  # another model than the one that was cut
             return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
         cut = self.cut
@@ -429,8 +436,10 @@ def _runs(wholes: Sequence[Tensor]) -> list[slice]:
 class _Rule(RowsRule):
     """What fsdp makes of each P1 call of one step."""
 
-    def __init__(self, transform: fsdp, cut: Cut, wire: Wire, layouts: Layouts, state: Any) -> None:
-        super().__init__(wire, layouts, "merge", state)
+    def __init__(
+        self, transform: fsdp, cut: Cut, wire: Wire, layouts: Layouts, state: Any, checks: BufferChecks
+    ) -> None:
+        super().__init__(wire, layouts, "merge", state, checks)
         self._transform, self._cut, self._shapes = transform, cut, transform._shapes(state)
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
@@ -440,8 +449,7 @@ class _Rule(RowsRule):
                 ' torch.func.grad. Leave out lm.ensemble and engine="func".'
             )
         size = rows.count(call.batch)
-        if not size:
-            call = call.replace(batch=stand_in(call.batch), loss_fn=weightless(call.loss_fn, call.has_aux))
+        call = self._begun(call, size)
         answer: Gradient = next(self._shared(call.replace(summed=True), size))
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))
@@ -451,13 +459,13 @@ class _Rule(RowsRule):
         """The call with its reduction; at level 3 for params that are gathered as they are used."""
         if self._transform.sharded == 1:
             buckets = Buckets(self._wire, self._layouts, size > 0)
-            return call.replace(reduction=Exchange(self._wire, buckets, size, self._kept, self._device))
+            return call.replace(reduction=Exchange(self._wire, buckets, size, self, self._device))
         parts: Any = _Parts(self._cut)
         if self._transform.sharded == 2:
-            return call.replace(reduction=Exchange(self._wire, parts, size, self._kept, self._device))
+            return call.replace(reduction=Exchange(self._wire, parts, size, self, self._device))
         _check_params(call.params, self._shapes)
         idle = self._gathering(weightless(call.loss_fn, call.has_aux), call.has_aux, idle=True)
-        exchange = _Summed(self._wire, parts, size, self._kept, self._device, idle)
+        exchange = _Summed(self._wire, parts, size, self, self._device, idle)
         return call.replace(loss_fn=self._gathering(call.loss_fn, call.has_aux, idle=not size), reduction=exchange)
 
     def _gathering(self, loss: Callable[..., Any], has_aux: bool, idle: bool) -> Callable[..., Any]:
@@ -502,8 +510,8 @@ class _Summed(Exchange):
     within = True
     _buckets: Any
 
-    def __init__(self, wire: Wire, parts: Any, size: int, kept: Any, device: Any, idle: Callable[..., Any]) -> None:
-        super().__init__(wire, parts, size, kept, device)
+    def __init__(self, wire: Wire, parts: Any, size: int, rule: RowsRule, device: Any, idle: Any) -> None:
+        super().__init__(wire, parts, size, rule, device)
         self._idle = idle
 
     def idle(self, call: GradientCall) -> GradientCall:

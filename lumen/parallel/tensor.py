@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import rules, sharding
+from lumen.core import rules, sharding, world
 from lumen.core.dataclass import state as state_class
 from lumen.core.dataclass import static
 from lumen.core.device import module_of
@@ -66,8 +66,9 @@ class tensor_parallel(Transform):
 
     Raises, on every process: `PatternError` for a pattern that matches nothing, a module that two match, and tied
     weights cut in two ways; `ParamsError` for sizes that the axis does not divide and layers that cannot be cut;
-    `HyperparameterError` for optimizers that need whole tensors; `WorldError` where states or meshes differ;
-    `OrderError` for what cannot stand around it or inside; `BatchError` where the first rows differ along the axis.
+    `HyperparameterError` for optimizers that need whole tensors; `WorldError` where states, meshes or
+    the buffers after the first step differ; `OrderError` for what cannot stand around it or inside; `BatchError` where
+    the first rows differ along the axis.
 
     >>> import lumen as lm
     >>> from lumen.parallel import Colwise, Rowwise
@@ -176,19 +177,22 @@ class tensor_parallel(Transform):
         return run
 
     def host(self, step: StepFn) -> StepFn:
-        """Check, once, that the processes along `tensor` were handed the same rows; let them draw alike."""
+        """Check, once, that the processes along `tensor` have the same rows, and then buffers; let them draw alike."""
         checked = False
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal checked
             if self.team is None:
                 return step(state, batch)
-            if not checked:
+            first, checked = not checked, True
+            if first:
                 _check_rows(self.team, batch, device_of(state))
-                checked = True
             if _draws(state.apply_fn.module):
                 _draw_alike(self.team, device_of(state))
-            return step(state, batch)
+            new, metrics = step(state, batch)
+            if first:
+                _check_buffers(self.team, new)
+            return new, metrics
 
         return run
 
@@ -321,6 +325,24 @@ def _check_rows(team: Team, batch: Any, device: torch.device) -> None:
             "the processes along tensor were handed different rows, and must compute the same ones together. Make"
             " batches with lm.Loader, made after the mesh, or cut them by lm.parallel.rows(): which part is this"
             " process's, and of how many."
+        )
+
+
+def _check_buffers(team: Team, state: Any) -> None:
+    """Raise `WorldError`, on every process, unless all came to the same buffers, which nothing joins."""
+    whole = {name: b for name, b in state.buffers.items() if name not in state.apply_fn.frozen}
+    if not whole or world.is_planned():
+        return
+    mine = torch.stack([agree.checksum(buffer) for buffer in whole.values()])
+    found = [torch.empty_like(mine) for _ in range(team.size)]
+    dist.all_gather(found, mine, group=team.group)
+    differs = torch.stack([(other != found[0]).any(1) for other in found]).any(0).tolist()
+    names = [name for name, bad in zip(whole, differs, strict=True) if bad]
+    if names:
+        raise WorldError(
+            f"the processes along tensor compute the same rows, but came to different buffers: {', '.join(names)}. Were"
+            " they computed from a part of the features, or drawn at random? Compute them from what is whole, outside"
+            " of the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
         )
 
 

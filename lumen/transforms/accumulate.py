@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import gradient, rows, rules
+from lumen.core.buffers import Tracker
 from lumen.core.dataclass import state as state_class
 from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
@@ -46,7 +47,8 @@ class accumulate(Transform):
 
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
     (losses travel as totals and weights). BatchNorm in training mode sees one microbatch at a time, as it must:
-    its running statistics are the mean of the parts' by rows, its counter advances once. Gradients of 16-bit params
+    its running statistics are the mean of the parts' by rows, its counter advances once. Any other buffer goes through
+    the microbatches in order, as in a loop: each begins with what the one before it left. Gradients of 16-bit params
     are summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and
     "auto" cuts finer on all processes once one has run out of memory; not under `lm.fsdp(level=3)`, where the others
     would wait in the middle of the gradient, and not while `lm.compile` traces.
@@ -75,7 +77,7 @@ class accumulate(Transform):
         self.auto = k == "auto"
         self.k = 1 if k == "auto" else k
         self.microbatch = microbatch
-        self._rows = 0  # of the batch that was cut last
+        self.rows = 0  # of the batch that was cut last
         self._updating = False
 
     def __repr__(self) -> str:
@@ -100,10 +102,16 @@ class accumulate(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients taken part by part."""
-        found: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: self._rule}
-        if self.auto:
-            found[Primitive.UPDATE] = self._update
-        return rules.under(found, step)
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            parts = _InParts(self)
+            handlers: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: parts, Primitive.APPLY: parts.tracker.apply}
+            if self.auto:
+                handlers[Primitive.UPDATE] = self._update
+            with rules.install(handlers):
+                return step(state, batch)
+
+        return run
 
     def host(self, step: StepFn) -> StepFn:
         """With "auto": after running out of memory, again in more parts."""
@@ -118,7 +126,7 @@ class accumulate(Transform):
                 self.k = count = 2 * count
                 # Said outside the handler of the error, whose traceback holds the activations that did not fit.
                 warnings.warn(
-                    f"out of memory: batches of {self._rows} rows are now computed in {self.k} parts."
+                    f"out of memory: batches of {self.rows} rows are now computed in {self.k} parts."
                     f" Write lm.accumulate({self.k}) to begin with that.",
                     InexactWarning,
                     stacklevel=2,
@@ -137,9 +145,7 @@ class accumulate(Transform):
         try:
             return step(state, batch)
         except (RuntimeError, MemoryError) as error:
-            again = isinstance(error, _Again) or (
-                not self._shared() and _is_out_of_memory(error) and parts < self._rows
-            )
+            again = isinstance(error, _Again) or (not self._shared() and _is_out_of_memory(error) and parts < self.rows)
             # What failed during an update may have changed a donated state already.
             if not again or self._updating or is_retired(state):
                 raise
@@ -155,75 +161,10 @@ class accumulate(Transform):
         self._updating = False
         return answer
 
-    def _rule(self, next: Next, call: GradientCall) -> Gradient:
-        if self.auto and rules.is_tracing() and call.reduction is not None:
-            raise OrderError(
-                "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where processes ask each"
-                " other whether all have had memory enough. Give a number: lm.accumulate(2)."
-            )
-        in_place = self._adds_in_place(call)
-        total = (self._fitting if self.auto and not rules.is_tracing() else self._total)(next, call, in_place)
-        if call.reduction is not None:
-            total = call.reduction.finish(total)
-        own = in_place and call.reduction is None
-        return total if call.summed else gradient.normalized(total, own=own)
-
-    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
-        """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
-        total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
-        try:
-            total = self._total(next, call, in_place)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            outcome, said = (_CUT if self.k is not None and self.k < self._rows else _FAILS), str(error)
-        worst = outcome if call.reduction is None else call.reduction.most(outcome)
-        if worst == _CUT:
-            raise _Again(said)
-        if worst == _FAILS:
-            raise torch.OutOfMemoryError(said)
-        assert total is not None
-        return total
-
-    def _total(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
-        alone = call.replace(summed=True, reduction=None)
-        pieces = self._split(call)
-        calls = [alone.replace(batch=piece) for piece in pieces]
-        reduction = call.reduction
-        if reduction is not None and reduction.within:
-            most = self.k or reduction.most(len(pieces))
-            calls += [reduction.idle(calls[-1])] * (most - len(pieces))
-        elif in_place:
-            return _in_place(next, alone, pieces)
-        parts: list[Gradient] = []
-        sums: list[Tensor] = []
-        spec: tree.Spec | None = None
-        for place, each in enumerate(calls):
-            part: Gradient = next(each)
-            grads, spec = tree.flatten(part.grads)
-            part = part.replace(grads=None)  # so that each gradient goes once it has been added
-            if place:
-                _add(sums, grads, own=place > 1)
-            else:
-                sums = _widened(grads)
-            if place < len(pieces):
-                parts.append(part)
-        assert spec is not None
-        return rows.add_gradients(parts).replace(grads=_like(spec.unflatten(sums), call.params))
-
-    def _adds_in_place(self, call: GradientCall) -> bool:
-        """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""
-        return (
-            rules.is_innermost(Primitive.GRADIENT, self._rule)
-            and not rules.is_tracing()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and not torch._C._len_torch_function_stack()
-            and all(type(leaf) is Tensor and leaf.dtype not in _NARROW for leaf in tree.leaves(call.params))
-        )
-
-    def _split(self, call: GradientCall) -> list[Any]:
+    def split(self, call: GradientCall) -> list[Any]:
+        """The batch in parts, in order."""
         batch, reduction = call.batch, call.reduction
-        self._rows = size = rows.count(batch)
+        self.rows = size = rows.count(batch)
         if reduction is not None and not reduction.rows:
             return [batch]
         if self.k is None:
@@ -245,12 +186,96 @@ class accumulate(Transform):
         return rows.split(batch, self.k)
 
 
-def _in_place(next: Next, call: GradientCall, pieces: list[Any]) -> Gradient:
-    leaves, rebuild = gradient.flat(call.params)
-    sums: list[Tensor | None] = [None] * len(leaves)
-    parts = [next(call.replace(batch=piece, into=sums)) for piece in pieces]
-    grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
-    return rows.add_gradients(parts).replace(grads=rebuild(grads))
+class _InParts:
+    """What accumulate makes of the P1 calls of one step."""
+
+    def __init__(self, settings: accumulate) -> None:
+        self.settings = settings
+        self.tracker = Tracker()
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of all rows, taken part by part."""
+        settings = self.settings
+        if settings.auto and rules.is_tracing() and call.reduction is not None:
+            raise OrderError(
+                "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where processes ask each"
+                " other whether all have had memory enough. Give a number: lm.accumulate(2)."
+            )
+        call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
+        in_place = self._adds_in_place(call)
+        total = (self._fitting if settings.auto and not rules.is_tracing() else self._total)(next, call, in_place)
+        if call.reduction is not None:
+            total = call.reduction.finish(total)
+        own = in_place and call.reduction is None
+        return total if call.summed else gradient.normalized(total, own=own)
+
+    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
+        """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
+        settings = self.settings
+        total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
+        try:
+            total = self._total(next, call, in_place)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            outcome = _CUT if settings.k is not None and settings.k < settings.rows else _FAILS
+            said = str(error)
+        worst = outcome if call.reduction is None else call.reduction.most(outcome)
+        if worst == _CUT:
+            raise _Again(said)
+        if worst == _FAILS:
+            raise torch.OutOfMemoryError(said)
+        assert total is not None
+        return total
+
+    def _total(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
+        self.tracker.begin()
+        alone = call.replace(summed=True, reduction=None)
+        pieces = self.settings.split(call)
+        calls = [alone.replace(batch=piece) for piece in pieces]
+        reduction = call.reduction
+        if reduction is not None and reduction.within:
+            most = self.settings.k or reduction.most(len(pieces))
+            calls += [reduction.idle(calls[-1])] * (most - len(pieces))
+        elif in_place:
+            return self._in_place(next, calls)
+        parts: list[Gradient] = []
+        sums: list[Tensor] = []
+        spec: tree.Spec | None = None
+        for place, each in enumerate(calls):
+            part: Gradient = next(each)
+            grads, spec = tree.flatten(part.grads)
+            part = part.replace(grads=None)  # so that each gradient goes once it has been added
+            if place:
+                _add(sums, grads, own=place > 1)
+            else:
+                sums = _widened(grads)
+            if place < len(pieces):
+                parts.append(part)
+                self.tracker.carry(part.aux)
+        assert spec is not None
+        total = rows.add_gradients(parts, self.tracker.origins)
+        return total.replace(grads=_like(spec.unflatten(sums), call.params))
+
+    def _in_place(self, next: Next, calls: list[GradientCall]) -> Gradient:
+        leaves, rebuild = gradient.flat(calls[0].params)
+        sums: list[Tensor | None] = [None] * len(leaves)
+        parts = []
+        for each in calls:
+            parts.append(next(each.replace(into=sums)))
+            self.tracker.carry(parts[-1].aux)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
+        return rows.add_gradients(parts, self.tracker.origins).replace(grads=rebuild(grads))
+
+    def _adds_in_place(self, call: GradientCall) -> bool:
+        """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""
+        return (
+            rules.is_innermost(Primitive.GRADIENT, self)
+            and not rules.is_tracing()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._len_torch_function_stack()
+            and all(type(leaf) is Tensor and leaf.dtype not in _NARROW for leaf in tree.leaves(call.params))
+        )
 
 
 def _widened(grads: list[Tensor]) -> list[Tensor]:

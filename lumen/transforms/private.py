@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core import rows, rules
-from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core.buffers import Tracker, Undeclared, merge_rows
+from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
@@ -31,6 +32,9 @@ class private(Transform):
 
     Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
     With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
+
+    A buffer that the model changes row by row needs a rule, `lm.pure(net, merge=...)`: without one, `MergeError` is
+    raised. Buffers are not private: what they gather is not clipped and has no noise.
 
     Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, and `HyperparameterError` for
     settings out of range. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
@@ -97,12 +101,14 @@ class private(Transform):
                     ' computes and clips row by row. Write lm.precision("bf16"), or a policy with loss_scale=None.'
                 )
 
+        undeclared = Undeclared(f"lm.{self.name}")
+
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             spent = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
-            update = _Update(self, key)
+            update = _Update(self, key, undeclared)
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: _refuse_batchnorm,
+                Primitive.APPLY: update.apply,
                 Primitive.GRADIENT: update.gradient,
                 Primitive.UPDATE: update.add_noise,
             }
@@ -116,11 +122,18 @@ class private(Transform):
 class _Update:
     """The private gradients of one step, and the noise that its updates owe."""
 
-    def __init__(self, settings: private, key: Tensor) -> None:
+    def __init__(self, settings: private, key: Tensor, undeclared: Undeclared) -> None:
         self.settings = settings
         self.key = key
+        self.undeclared = undeclared
+        self.tracker = Tracker(marks=True)
         self.rows = 0
         self.count = 0
+
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        """P0: refuse what mixes rows, and follow buffers."""
+        _refuse_batchnorm(call)
+        return self.tracker.apply(next, call)
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         """The sum of the clipped gradients of all rows; their mean unless the call asks for the sum."""
@@ -132,7 +145,11 @@ class _Update:
             )
         self.rows += size
 
-        def one_row(row: Any) -> tuple[Any, Any, Any]:
+        self.tracker.begin()
+        call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
+
+        def one_row(row: Any, lane: Tensor) -> tuple[Any, Any, Any]:
+            self.tracker.lane = lane
             single = tree.map(lambda x: x.unsqueeze(0), row)
             answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
             kept["answer"] = answer.replace(loss=None, grads=None, aux=None)
@@ -140,22 +157,33 @@ class _Update:
 
         kept: dict[str, Gradient] = {}
         mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
-        grads, losses, aux = mapped(call.batch)
+        lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
+        grads, losses, aux = mapped(call.batch, lanes)
+        self.tracker.lane = None
         grads = tree.map(lambda g: g.sum(0), grads)
         loss = Mean(losses.total.sum(), losses.weight.sum())
         if not call.summed:
             grads = tree.map(lambda g: g / size, grads)
         scalar = kept["answer"].scalar
         shown = loss.compute() if scalar and not call.summed else loss
-        parts = [tree.map(lambda x, i=i: x[i], aux) for i in range(size)] if aux != () else [None]
         return Gradient(
             # A private gradient is a mean over rows whatever the loss's own weights are, so they must not divide it.
             Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else shown,
             grads,
-            rows.merge_aux(parts, [1] * len(parts)),
+            None if aux == () else self._aux(aux, size),
             scalar,
             size,
         )
+
+    def _aux(self, aux: Any, size: int) -> Any:
+        """The aux of the batch from those of single rows, stacked: buffers by their rules."""
+        if not isinstance(aux, Aux) or not aux.buffers:
+            return _merged(aux, size)
+        leaves, spec = tree.flatten(aux.buffers)
+        beside = list(zip(self.tracker.origins, leaves, strict=True))
+        self.undeclared.look([(o, leaf) for o, leaf in beside if o.merge is None and not o.frozen], rows=True)
+        buffers = tree.unflatten(spec, [merge_rows(origin, leaf) for origin, leaf in beside])
+        return Aux(buffers, _merged(aux.metrics, size))
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         """Noise on the mean gradient: once for an update, however many parts it was computed in."""
@@ -179,11 +207,15 @@ def _clipped(grads: Any, bound: float) -> Any:
     return tree.map(lambda g: g * factor.to(g.dtype), grads)
 
 
-def _refuse_batchnorm(next: Next, call: ApplyCall) -> Any:
+def _merged(rows_of: Any, size: int) -> Any:
+    """A tree with an entry for each row as that of the batch."""
+    return rows.merge_aux([tree.map(lambda x, i=i: x[i], rows_of) for i in range(size)], [1] * size)
+
+
+def _refuse_batchnorm(call: ApplyCall) -> None:
     for name, module in call.target.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise PurityError(
                 f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so no"
                 " row has a gradient of its own to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."
             )
-    return next(call)

@@ -8,7 +8,7 @@ import torch
 
 import lumen as lm
 from lumen.core import rows
-from lumen.errors import BatchError, LossError
+from lumen.errors import BatchError, LossError, MergeError
 
 
 def test_count_is_the_shared_leading_size() -> None:
@@ -50,9 +50,16 @@ def test_equal_parts_average_to_that_part_bitwise() -> None:
     assert torch.equal(rows.merge_aux([{"x": x}, {"x": x.clone()}, {"x": x.clone()}], [1, 5, 3])["x"], x)
 
 
-def test_counters_among_buffers_take_the_largest() -> None:
-    parts = [lm.Aux(buffers={"n": torch.tensor(n)}) for n in (3, 4)]
-    assert int(rows.merge_aux(parts, [1, 1]).buffers["n"]) == 4
+def test_statistics_are_known_by_name_and_other_buffers_are_not() -> None:
+    def merged(name: str, *values: float) -> torch.Tensor:
+        parts = [lm.Aux(buffers={name: torch.tensor(value)}) for value in values]
+        return rows.merge_aux(parts, [1] * len(parts)).buffers[name]
+
+    assert int(merged("1.num_batches_tracked", 3, 4)) == 4
+    assert float(merged("1.running_mean", 3.0, 4.0)) == 3.5
+    assert int(merged("n", 3, 3)) == 3
+    with pytest.raises(MergeError, match=r"a leaf 'n' that no module returned"):
+        merged("n", 3, 4)
 
 
 def test_python_values_that_differ_cannot_be_merged() -> None:
