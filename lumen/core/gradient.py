@@ -200,7 +200,7 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
 
     A summed call needs `size`, the number of rows.
     """
-    out = call.loss_fn(params, call.batch, *call.extras)
+    out = rules.call_loss(call.loss_fn, params, call.batch, call.extras)
     loss, aux = _split_aux(out) if call.has_aux else (out, None)
     if isinstance(loss, Mean):
         _check_scalar(loss.total, call)
