@@ -115,6 +115,8 @@ def explained(transform: Any, why: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "double" in str(error).lower():
+            why = "autocast leaves float64 as it is. Give the model x.float()."
         if _MISMATCH.search(str(error)):
             error.add_note(f"Under {transform} the model met tensors of different dtypes: {why}")
         raise
