@@ -33,6 +33,7 @@ class RowsRule:
         self._wire = wire
         self._layouts = layouts
         self._buffers = buffers
+        self.applied = False  # whether the model was
         self._counts = True  # whether the rows in work are the batch's own
         self._old = getattr(state, "buffers", None)
         held = state if self._old is None else self._old
@@ -60,6 +61,7 @@ class RowsRule:
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         """BatchNorm over all processes."""
+        self.applied = True
         return synchronised(next, call, self._wire, self._counts)
 
     def _kept(self, buffer: Any) -> bool:
