@@ -22,6 +22,7 @@ from lumen.parallel.mesh import mesh
 from tests.distributed import models
 from tests.distributed.models import (
     AROUND,
+    CLASSES,
     WIDTH,
     bare,
     batches,
