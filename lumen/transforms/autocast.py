@@ -39,6 +39,11 @@ class Autocast:
             yield
 
 
+def is_on(params: Any, inputs: Any) -> bool:
+    """Whether autocast is on where these are."""
+    return torch.is_autocast_enabled(_device_of(params, inputs))
+
+
 def _device_of(params: Any, inputs: Any) -> str:
     """Where it computes: params may rest on the host."""
     kinds = [_at_rest(each).device.type for each in map(tree.first_tensor, (inputs, params)) if each is not None]

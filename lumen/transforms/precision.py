@@ -19,7 +19,7 @@ from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_s
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError
 from lumen.optim.norms import leaf_norms
-from lumen.transforms.autocast import NARROW, Autocast, explained
+from lumen.transforms.autocast import NARROW, Autocast, explained, is_on
 from lumen.transforms.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms.matmul import PRECISIONS, float32_products
 from lumen.transforms.unapplied import Unapplied
@@ -274,10 +274,9 @@ class _Autocasting:
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         self._used = True
-        inside = (
-            contextlib.nullcontext() if self._inside else self._autocast.over(call.params, (call.args, call.kwargs))
-        )
-        if self._early:
+        given = call.params, (call.args, call.kwargs)
+        inside = contextlib.nullcontext() if self._inside else self._autocast.over(*given)
+        if self._early and (not self._inside or is_on(*given)):
             call = call.replace(params=_matrices_in(call, self._policy.compute))
         advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._said!r}"
         with explained(self._transform, advice + ", cast='model'), or cast there: x.to(self.weight.dtype)."), inside:

@@ -371,3 +371,53 @@ def test_settings_that_cannot_be_are_refused() -> None:
         double = {**batch_of(), "x": batch_of()["x"].double()}
         lm.precision("bf16")(step)(state_of(), double)
     assert "Give the model x.float()" in "".join(caught.value.__notes__)
+
+
+def test_under_fsdp_matrices_are_cast_before_they_are_gathered() -> None:
+    """Autocast would keep what it makes of each whole weight until the backward pass."""
+    seen: dict[str, torch.dtype] = {}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer, self.norm = nn.Embedding(5, WIDTH), nn.Linear(WIDTH, 2), nn.LayerNorm(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.update({name: p.dtype for name, p in self.named_parameters()})
+            return self.norm(self.layer(x + self.table((x[:, 0] > 0).long())))
+
+    state, batch = state_of(Net), batch_of()
+    expected, _ = lm.precision("bf16")(step)(state, batch)
+    assert set(seen.values()) == {torch.float32}
+    spread = lm.compose(lm.fsdp(), lm.precision("bf16"))
+    new, _ = spread(step)(state, batch)
+    assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == {"layer.weight"}
+    assert_same(new.params, expected.params, exact=True)
+
+    def without(state: Any, batch: Any) -> Any:
+        def loss_fn(params: Any, batch: Any) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return state.apply(params, batch["x"])[0].square().mean()  # type: ignore[no-any-return]
+
+        return state, {"loss": lm.value_and_grad(loss_fn)(state.params, batch)[0]}
+
+    assert_same(spread(without)(state, batch)[1], without(state, batch)[1], exact=True)
+
+
+class Region(nn.Module):
+    """A product in float32 amid autocast, whose backward products are in float32 as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x.float() @ self.weight
+
+
+def test_the_backward_pass_of_a_compiled_block_is_outside_of_autocast() -> None:
+    state, batch = state_of(lambda: nn.Sequential(Region(), nn.Linear(WIDTH, 2))), batch_of()
+    expected, _ = lm.precision("bf16")(step)(state, batch)
+    found, _ = lm.compose(lm.compile(backend="eager", blocks="0"), lm.precision("bf16"))(step)(state, batch)
+    assert_same(found.params, expected.params, tolerance=1e-7)
