@@ -129,7 +129,7 @@ def gathered_negatives():
     whole = [{"x": batch["x"]} for batch in batches(3, 8)]
     parts = [part(batch, EVEN, world.rank()) for batch in whole]
     losses, state = train(ddp()(contrastive(True)), make_state("mlp"), parts)
-    wanted, other = train(contrastive(False), make_state("mlp"), whole)
+    wanted, other = train(lm.compose()(contrastive(False)), make_state("mlp"), whole)
     apart, _ = train(ddp()(contrastive(False)), make_state("mlp"), parts)
     uneven = part(whole[0], UNEVEN, world.rank())
     try:
