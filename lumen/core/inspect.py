@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ class _Means:
             parts = [_summed(call, each) for each in _cut(call.batch, first)]
         grads = tree.map(torch.add, *[part.grads for part in parts])
         one, several = normalized(whole), normalized(add_gradients(parts).replace(grads=grads))
-        if _near(one, several):
+        if _near(one, several, parts):
             return None
         return PurityError(
             f"the loss of {name} is no mean over the rows of its batch: it is {_loss(one):.6g} for all {size} rows, and"
@@ -175,13 +176,21 @@ def _loss(answer: Gradient) -> float:
     return float(loss.compute() if isinstance(loss, Mean) else loss)
 
 
-def _near(one: Gradient, several: Gradient) -> bool:
+def _near(one: Gradient, several: Gradient, parts: list[Gradient]) -> bool:
+    """Whether two answers are one but for rounding, which is as large as what the parts' answers are made of."""
+    answers = [one, *map(normalized, parts)]
+    grads = [leaf for each in answers for leaf in tree.leaves(each.grads) if leaf.numel()]
+    tolerance = max((torch.finfo(leaf.dtype).eps for leaf in grads), default=0.0) ** 0.5
+    largest = _largest([float(leaf.abs().max()) for leaf in grads])
+    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(each)) for each in answers]):
+        return False
     pairs = zip(tree.leaves(one.grads), tree.leaves(several.grads), strict=True)
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(one.grads))
-    tolerance = eps**0.5
-    scale = max([float(leaf.abs().max()) for leaf in tree.leaves(one.grads) if leaf.numel()], default=0.0)
-    near = abs(_loss(one) - _loss(several)) <= tolerance * max(abs(_loss(one)), abs(_loss(several)))
-    return near and all(bool(((a - b).abs() <= tolerance * scale).all()) for a, b in pairs)
+    return all(bool(((a - b).abs() <= tolerance * largest).all()) for a, b in pairs)
+
+
+def _largest(numbers: list[float]) -> float:
+    """The largest; a part that weighs nothing has no loss."""
+    return max(filter(math.isfinite, numbers), default=0.0)
 
 
 def _grads_apart(one: Gradient, several: Gradient) -> str:

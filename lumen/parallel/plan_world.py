@@ -95,16 +95,19 @@ def _register() -> None:
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(_DEVICE, backend_module=_Devices(), hook=Hook())
     for name in _PRODUCTS:
-        _library.impl(name, _autocast(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
+        operation = getattr(torch.ops.aten, name.partition(".")[0])
+        _library.impl(name, _autocast(operation), "AutocastPrivateUse1")
 
 
 # What autocast computes in 16 bits; torch has rules for the devices that it is built for.
 _PRODUCTS = (
     *("linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "scaled_dot_product_attention"),
-    *("conv1d", "conv2d", "conv3d"),
+    *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding"),
+    *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
 )
 _library = torch.library.Library("aten", "IMPL")  # it undoes what it registered when it goes
-_BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_core: Any = torch._C
+_BELOW = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
 
 
 def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +120,7 @@ def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
             wide = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
             return x.to(dtype) if wide else x
 
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW):
+        with _core._ExcludeDispatchKeyGuard(_BELOW):
             return operation(*map(cast, args), **{name: cast(each) for name, each in kwargs.items()})
 
     return run

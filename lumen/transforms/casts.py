@@ -54,7 +54,8 @@ def cast_inputs(
 
 def _positional(module: nn.Module, count: int) -> list[str]:
     """The names of the first arguments of a module's forward; those of `*args` have all the same one."""
-    names, rest = [], "args"
+    names: list[str] = []
+    rest = "args"
     for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             rest = name

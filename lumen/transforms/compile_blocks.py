@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config as functorch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
@@ -77,7 +77,8 @@ class Blocks:
             return None
         if graph not in self._graphs:
             # A step's backward pass runs outside of the autocast that its loss ran in.
-            with _unhooked(), functorch.patch(backward_pass_autocast="off"):
+            config: Any = torch._functorch.config
+            with _unhooked(), config.patch(backward_pass_autocast="off"):
                 self._graphs[graph] = Form(self._build(function, call.example()), function.outputs)
         return self._graphs[graph]
 

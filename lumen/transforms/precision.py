@@ -175,7 +175,7 @@ class precision(Transform):
         unapplied = Unapplied(self, step)
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            casting = _Casting(self) if self.cast == "model" else _Autocasting(self)
+            casting: _Casting | _Autocasting = _Casting(self) if self.cast == "model" else _Autocasting(self)
             with rules.install({Primitive.APPLY: casting.apply}), rules.around_losses(casting.around):
                 new = step(state, batch)
             if casting.idle(state):
@@ -275,7 +275,9 @@ class _Autocasting:
     def apply(self, next: Next, call: ApplyCall) -> Any:
         self._used = True
         given = call.params, (call.args, call.kwargs)
-        inside = contextlib.nullcontext() if self._inside else self._autocast.over(*given)
+        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self._inside:
+            inside = self._autocast.over(*given)
         if self._early and (not self._inside or is_on(*given)):
             call = call.replace(params=_matrices_in(call, self._policy.compute))
         advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._said!r}"

@@ -161,12 +161,13 @@ def _cast_as_autocast_does(layer: nn.Linear, device: str) -> Iterator[torch.dtyp
     if not torch.is_autocast_enabled(device):
         yield None
         return
-    dtype, before = torch.get_autocast_dtype(device), dict(layer._parameters)
+    table: dict[str, Any] = layer._parameters
+    dtype, before = torch.get_autocast_dtype(device), dict(table)
     try:
-        layer._parameters.update({name: None if p is None else p.to(dtype) for name, p in before.items()})  # type: ignore[misc]
+        table.update({name: p if p is None else p.to(dtype) for name, p in before.items()})
         yield dtype
     finally:
-        layer._parameters.update(before)
+        table.update(before)
 
 
 class _ContiguousGrad(torch.autograd.Function):

@@ -26,7 +26,9 @@ def state_of(*layers: nn.Module) -> lm.TrainState:
 def batch_of(rows: int = 7) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
-    return {"x": x, "mask": x[:, 1:] > -0.5}
+    mask = x[:, 1:] > -0.5
+    mask[:2] = False  # a part without weight
+    return {"x": x, "mask": mask}
 
 
 def step_of(loss: LossFn) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -64,6 +66,7 @@ def equal_in_value(state: Any, params: Any, batch: Any) -> Tensor:
 MEANS: dict[str, LossFn] = {
     "mean": lambda s, p, b: out_of(s, p, b).square().mean(),
     "masked": lambda s, p, b: lm.Mean.of(out_of(s, p, b).square(), b["mask"]),
+    "nothing on the whole": lambda s, p, b: (out_of(s, p, b) - out_of(s, p, b).detach()).mean(),
     "constant": lambda s, p, b: 0 * out_of(s, p, b).sum() + 2.0,
 }
 OTHERS: dict[str, LossFn] = {
