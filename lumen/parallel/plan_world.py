@@ -94,6 +94,7 @@ def _register() -> None:
 
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(_DEVICE, backend_module=_Devices(), hook=Hook())
+    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in _PRODUCTS:
         operation = getattr(torch.ops.aten, name.partition(".")[0])
         _library.impl(name, _autocast(operation), "AutocastPrivateUse1")
@@ -106,6 +107,7 @@ _PRODUCTS = (
     *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
 )
 _library = torch.library.Library("aten", "IMPL")  # it undoes what it registered when it goes
+_others = torch.library.Library("_", "IMPL")
 _core: Any = torch._C
 _BELOW = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
 
