@@ -95,7 +95,7 @@ def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState,
 
 def spread(strategy: lm.Transform) -> lm.Step:
     """The step as each process runs it."""
-    return lm.compose(strategy, lm.precision("bf16"), lm.remat("blocks.*"), lm.donate())(step)
+    return lm.compose(strategy, lm.precision("bf16", cast="model"), lm.remat("blocks.*"), lm.donate())(step)
 
 
 def make_state(config: Config) -> lm.TrainState:

@@ -13,6 +13,7 @@ from lumen import sinks as sinks
 from lumen import tree as tree
 from lumen.bridges.quantise import quantise as quantise
 from lumen.core import rules as rules
+from lumen.core.collectives import all_gather as all_gather
 from lumen.core.collectives import axis_index as axis_index
 from lumen.core.collectives import pmax as pmax
 from lumen.core.collectives import pmean as pmean

@@ -1,4 +1,4 @@
-"""`pmean`, `psum`, `pmax`, `axis_index`: collectives over a named axis, identities where it is unbound.
+"""`pmean`, `psum`, `pmax`, `all_gather`, `axis_index`: collectives over a named axis, identities where it is unbound.
 
 An axis is bound by `ensemble` (the lanes of a `vmap`) or by a parallel transform (the processes of a mesh).
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import rules, world
 from lumen.errors import AxisError
 
 
@@ -61,6 +61,41 @@ def pmean(values: Any, axis: str) -> Any:
     if bound is None:
         return values
     return tree.map(lambda x: x / bound.size, psum(values, axis))
+
+
+def all_gather(values: Any, axis: str) -> Any:
+    """The rows of all members of `axis`, in their order, from each tensor's own; `values` itself where it is unbound.
+
+    Each member must have equally many. Its transpose gives every member the sum of all members' gradients in its own
+    rows, so a loss of each member's rows against the rows of all (negatives from the global batch) has, summed over
+    members as `lm.ddp` sums, the gradient of that loss on the global batch.
+
+    Raises `AxisError`, on every process, where processes have unequally many rows.
+
+    >>> import lumen as lm, torch
+    >>> lm.all_gather(torch.tensor([1.0, 2.0]), "data")
+    tensor([1., 2.])
+    """
+    bound: Axis | None = rules.axis(axis)
+    if bound is None:
+        return values
+    return tree.map(lambda x: _gathered(x, bound, axis), values)
+
+
+def _gathered(x: Tensor, bound: Axis, axis: str) -> Tensor:
+    if not x.dim():
+        raise AxisError(f"all_gather over {axis!r} joins rows, and a tensor without dims has none. Write x[None].")
+    if bound.process and not rules.is_tracing() and not world.is_planned():
+        rows = torch.tensor([len(x), len(x) ** 2], device=x.device)
+        total, squares = _reduce(rows, axis, "sum").tolist()
+        if bound.size * squares != total**2:
+            raise AxisError(
+                f"all_gather over {axis!r} takes equally many rows of every process; here there are {len(x)}, of"
+                f" {total} on {bound.size} processes. Leave out the smaller last batch: lm.Loader(..., drop_last=True)."
+            )
+    own = torch.arange(bound.size, device=x.device) == bound.index().to(x.device)
+    spread = torch.where(own.view(-1, *[1] * x.dim()), x, torch.zeros_like(x))
+    return _reduce(spread, axis, "sum").flatten(0, 1)  # type: ignore[no-any-return]
 
 
 def axis_index(axis: str) -> Tensor:

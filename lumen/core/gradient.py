@@ -32,10 +32,10 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """A function that returns the value of `loss_fn` and its gradient in the first argument.
 
-    `loss_fn(params, batch, *extras)` returns a loss, or `(loss, aux)` with `has_aux=True`. The loss is a scalar
-    tensor (its weight is then the number of rows of the batch) or an `lm.Mean`. The result is called as
-    `(params, batch, *extras)` and answers `(loss, grads)`, or `((loss, aux), grads)`, in JAX's order; grads have the
-    structure of params and are those of the mean loss.
+    `loss_fn(params, batch, *extras)` returns a loss, or `(loss, aux)` with `has_aux=True`. The loss is a scalar tensor
+    (its weight is then the number of rows of the batch, over which it must be a mean where a transform splits that) or
+    an `lm.Mean`. The result is called as `(params, batch, *extras)` and answers `(loss, grads)`, or `((loss, aux),
+    grads)`, in JAX's order; grads have the structure of params and are those of the mean loss.
 
     The second argument is the batch: what `accumulate`, `ddp` and `private` split along its first dim. Further
     arguments pass through whole. `aux` is an `lm.Aux` or any tree of tensors and typed values.
@@ -200,7 +200,7 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
 
     A summed call needs `size`, the number of rows.
     """
-    out = call.loss_fn(params, call.batch, *call.extras)
+    out = rules.call_loss(call.loss_fn, params, call.batch, call.extras)
     loss, aux = _split_aux(out) if call.has_aux else (out, None)
     if isinstance(loss, Mean):
         _check_scalar(loss.total, call)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core.step import StepFn, as_step
+from lumen.core import rules
+from lumen.core.device import forked_rng, module_of
+from lumen.core.gradient import differentiate, normalized
+from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.rows import add_gradients, count
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, as_step, device_of
+from lumen.core.values import Mean
 from lumen.errors import PurityError
 
 
@@ -34,12 +44,18 @@ def inspect(step: StepFn, state: Any, batch: Any = None) -> str:
     return text
 
 
-def check_purity(step: StepFn, state: Any, batch: Any) -> None:
+def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) -> None:
     """Run `step` twice on the same input, and raise `PurityError` unless it behaves as a function.
 
     It must leave `state` and `batch` bitwise as they were and give the same answer both times. A step that draws from
     torch's global generators (dropout without `lm.seeded()`) is not pure; one that donates its state is, but
     cannot be run twice: check it without `lm.donate()`.
+
+    With `rows`, each loss that is differentiated must be a mean over the rows of its batch, as `lm.accumulate`,
+    `lm.ddp` and `lm.fsdp` take it to be: the loss of the batch is compared with that of two parts of it, weighted by
+    their rows, or by the weights of an `lm.Mean`; so are the gradients. A contrastive loss, whose rows are each other's
+    negatives, or the load balancing loss of a mixture of experts is no such mean. Neither is a loss through BatchNorm
+    in training mode. Give it the plain step, without transforms, and no dropout.
 
     >>> import lumen as lm, torch
     >>> lm.check_purity(lambda state, batch: (state + batch.sum(), {}), torch.zeros(()), torch.ones(3))
@@ -47,6 +63,13 @@ def check_purity(step: StepFn, state: Any, batch: Any) -> None:
     Traceback (most recent call last):
         ...
     lumen.errors.PurityError: the step gave another state when it was called again with the same input. ...
+    >>> def step(state, batch):
+    ...     loss, _ = lm.value_and_grad(lambda w, x: (x * w).max())(state, batch)
+    ...     return state, {"loss": loss}
+    >>> lm.check_purity(step, torch.ones(()), torch.arange(4.0), rows=True)
+    Traceback (most recent call last):
+        ...
+    lumen.errors.PurityError: the loss of <lambda> is no mean over the rows of its batch: it is 3 for all 4 rows, ...
     """
     given = (state, batch)
     before = [(path, tensor, tensor.clone()) for path, tensor in tree.named_tensors(given)]
@@ -57,7 +80,9 @@ def check_purity(step: StepFn, state: Any, batch: Any) -> None:
                 f"the step changed {_side(path)} in place. Make a changed copy instead: state.replace(...), x + 1 for"
                 " x.add_(1)."
             )
-    second = step(state, batch)
+    means = _Means()
+    with rules.install({Primitive.GRADIENT: means.rule} if rows else {}):
+        second = step(state, batch)
     if tree.structure(first) != tree.structure(second):
         raise PurityError("the step returned another structure when it was called again with the same input.")
     for (path, a), (_, b) in zip(tree.named_tensors(first), tree.named_tensors(second), strict=True):
@@ -68,6 +93,108 @@ def check_purity(step: StepFn, state: Any, batch: Any) -> None:
                 " outside its arguments: torch's global random generator (wrap it in lm.seeded(), or draw from"
                 " lm.random with state.key), a global, or a module's own buffers."
             )
+    if rows:
+        means.check()
+
+
+class _Means:
+    """Whether the losses of a step are means over rows, which transforms that cut a batch rely on."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._found: PurityError | None = None
+
+    def rule(self, next: Next, call: GradientCall) -> Gradient:
+        if rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+            raise PurityError("check_purity(rows=True) compares numbers: give it the step without transforms.")
+        self._seen += 1
+        answer: Gradient = next(call)
+        if self._found is None:
+            self._found = self._compared(call)
+        return answer
+
+    def check(self) -> None:
+        if self._found is not None:
+            raise self._found
+        if not self._seen:
+            raise PurityError(
+                "check_purity(rows=True) found no loss: the step never calls lm.value_and_grad(loss_fn)(params, batch)."
+            )
+
+    def _compared(self, call: GradientCall) -> PurityError | None:
+        size = count(call.batch)
+        if size < 2:
+            raise PurityError(f"check_purity(rows=True) needs a batch of at least two rows to cut; this has {size}.")
+        name = getattr(call.loss_fn, "__qualname__", repr(call.loss_fn)).rpartition(".")[2]
+        first = max(1, size // 3)  # of unequal sizes, so that wrong weights show too
+        device = device_of(call.params)
+        with forked_rng(device):
+            drawn = _generators(device)
+            whole = _summed(call, call.batch)
+            if any(not torch.equal(a, b) for a, b in zip(drawn, _generators(device), strict=True)):
+                raise PurityError(
+                    f"the loss of {name} draws random numbers, which differ for parts of a batch. Check it without"
+                    " dropout: lm.check_purity(step, state.eval(), batch, rows=True)."
+                )
+            parts = [_summed(call, each) for each in _cut(call.batch, first)]
+        grads = tree.map(torch.add, *[part.grads for part in parts])
+        one, several = normalized(whole), normalized(add_gradients(parts).replace(grads=grads))
+        if _near(one, several, parts):
+            return None
+        return PurityError(
+            f"the loss of {name} is no mean over the rows of its batch: it is {_loss(one):.6g} for all {size} rows, and"
+            f" {_loss(several):.6g} from {first} and {size - first} of them{_grads_apart(one, several)}. lm.accumulate,"
+            " lm.ddp and lm.fsdp would train on the second. A sum over masked tokens: return lm.Mean(total, tokens)."
+            " What needs all rows at once (negatives from the batch, a balance over it, BatchNorm in training mode)"
+            " cannot be cut: see 'Losses that are no mean over rows' in the docs of accumulate."
+        )
+
+
+def _summed(call: GradientCall, batch: Any) -> Gradient:
+    return differentiate(call.replace(summed=True, batch=batch)).replace(aux=None)
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    module = module_of(device)
+    return [torch.get_rng_state(), *([] if module is None else [module.get_rng_state(device)])]
+
+
+def _cut(batch: Any, first: int) -> list[Any]:
+    """Two parts of a batch, of which one has the `first` rows."""
+    leaves, spec = tree.flatten(batch)
+    split = [
+        torch.tensor_split(x, [first])
+        if isinstance(x, Tensor)
+        else (np.split(x, [first]) if isinstance(x, np.ndarray) else [x] * 2)
+        for x in leaves
+    ]
+    return [tree.unflatten(spec, each) for each in zip(*split, strict=True)]
+
+
+def _loss(answer: Gradient) -> float:
+    loss = answer.loss
+    return float(loss.compute() if isinstance(loss, Mean) else loss)
+
+
+def _near(one: Gradient, several: Gradient, parts: list[Gradient]) -> bool:
+    """Whether two answers are one but for rounding, which is as large as what the parts' answers are made of."""
+    answers = [one, *map(normalized, parts)]
+    grads = [leaf for each in answers for leaf in tree.leaves(each.grads) if leaf.numel()]
+    tolerance = max((torch.finfo(leaf.dtype).eps for leaf in grads), default=0.0) ** 0.5
+    largest = _largest([float(leaf.abs().max()) for leaf in grads])
+    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(each)) for each in answers]):
+        return False
+    pairs = zip(tree.leaves(one.grads), tree.leaves(several.grads), strict=True)
+    return all(bool(((a - b).abs() <= tolerance * largest).all()) for a, b in pairs)
+
+
+def _largest(numbers: list[float]) -> float:
+    """The largest; a part that weighs nothing has no loss."""
+    return max(filter(math.isfinite, numbers), default=0.0)
+
+
+def _grads_apart(one: Gradient, several: Gradient) -> str:
+    return "" if _loss(one) != _loss(several) else ", with other gradients"
 
 
 def human_bytes(count: float) -> str:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from enum import IntEnum
 from typing import Any
 
 Next = Callable[[Any], Any]
 Rule = Callable[[Next, Any], Any]
+LossContext = Callable[[Any], AbstractContextManager[Any]]
 
 
 class Primitive(IntEnum):
@@ -40,6 +42,7 @@ class _Stack(threading.local):
         self.in_update = 0
         self.tracing = 0
         self.axes: dict[str, Any] = {}
+        self.losses: list[LossContext] = []
 
 
 _stack = _Stack()
@@ -99,6 +102,34 @@ def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -
             return step(state, batch)
 
     return run
+
+
+class around_losses:  # noqa: N801
+    """`with around_losses(make):` runs each loss function inside `make((params, batch))`, but not its backward pass.
+
+    It is no rule of the gradient: who adds gradients in place, or joins them, is not kept from it.
+    """
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: LossContext) -> None:
+        self._make = make
+
+    def __enter__(self) -> None:
+        _stack.losses.append(self._make)
+
+    def __exit__(self, *_exc: object) -> None:
+        _stack.losses.pop()
+
+
+def call_loss(loss_fn: Callable[..., Any], params: Any, batch: Any, extras: tuple[Any, ...]) -> Any:
+    """What `loss_fn` returns, inside what transforms have put around losses."""
+    if not _stack.losses:
+        return loss_fn(params, batch, *extras)
+    with ExitStack() as entered:
+        for make in _stack.losses:
+            entered.enter_context(make((params, batch)))
+        return loss_fn(params, batch, *extras)
 
 
 class _Inside:

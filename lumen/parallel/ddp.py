@@ -16,6 +16,7 @@ from lumen.parallel.buckets import Layouts, Wire
 from lumen.parallel.exchange import Buffers, RowsRule
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
+from lumen.transforms.unapplied import Unapplied
 
 
 class ddp(Transform):
@@ -25,11 +26,12 @@ class ddp(Transform):
     or empty. Params are the same everywhere: `init` checks that all processes hold the same tree and takes the values
     of the first.
 
-    Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating
-    sums, since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some
-    processes only. The loss that `lm.value_and_grad` returns is that of the global batch, as are plain scalars in
-    `lm.Aux`; typed values stay this process's own, and merge when they are logged. An inner loop inside the loss (MAML)
-    sees this process's rows alone.
+    Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating sums,
+    since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some processes
+    only. The loss must be a mean over rows, or over what an `lm.Mean` counts: one that needs all rows at once
+    (negatives from the batch) gathers them by `lm.all_gather`; `lm.check_purity(..., rows=True)` tells. The loss that
+    `lm.value_and_grad` returns is that of the global batch, as are plain scalars in `lm.Aux`; typed values stay this
+    process's own, and merge when they are logged. An inner loop inside the loss (MAML) sees this process's rows alone.
 
     `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" each follows its rule: that
     of `lm.pure(net, merge=...)`, or of the module of torch that it belongs to (BatchNorm's running statistics are
@@ -112,16 +114,21 @@ class ddp(Transform):
         self._check_inside(as_step(step).transforms)
         layouts: Layouts | None = None
         checks = BufferChecks("lm.ddp")
+        unapplied = Unapplied(self, step, "synchronised no BatchNorm")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal layouts
-            handlers: dict[Primitive, Rule] = {}
-            if self.wire is not None:
-                layouts = layouts or Layouts(self.wire, self.bucket_mb * 2**20)
-                rule = RowsRule(self.wire, layouts, self.buffers, state, checks)
-                handlers = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
+            if self.wire is None:
+                with self.mesh.bound():
+                    return step(state, batch)
+            layouts = layouts or Layouts(self.wire, self.bucket_mb * 2**20)
+            rule = RowsRule(self.wire, layouts, self.buffers, state, checks)
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with self.mesh.bound(), rules.install(handlers):
-                return step(state, batch)
+                out = step(state, batch)
+            if self.buffers == "sync" and not rule.applied:
+                unapplied.warn()
+            return out
 
         return run
 

@@ -173,13 +173,14 @@ def _precision(config: Config, transform: precision) -> precision | None:
             raise HyperparameterError(f"{transform!r}: DeepSpeed's loss scale begins with a power of two.")
         _set(said, "initial_scale_power", int(power), transform)
         _set(said, "loss_scale_window", policy.growth_interval, transform)
-    return transform
+    # The engine's params have 16 bits themselves, so the whole model is cast whatever the transform says.
+    return precision(policy, cast="model", keep=transform.keep)
 
 
 def _casts_of(config: Config) -> precision | None:
     for key, dtype in _NARROW.items():
         if config.get(key, {}).get("enabled"):
-            return precision(Policy(compute=dtype))
+            return precision(Policy(compute=dtype), cast="model")
     return None
 
 

@@ -35,6 +35,7 @@ class RowsRule:
         self._layouts = layouts
         self._buffers = buffers
         self.checks = checks
+        self.applied = False  # whether the model was
         self._counts = True  # whether the rows in work are the batch's own
         self._old = getattr(state, "buffers", None)
         held = state if self._old is None else self._old
@@ -61,6 +62,7 @@ class RowsRule:
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         """P0: where buffers come from; with "sync", BatchNorm over all processes."""
+        self.applied = True
         if self._buffers != "sync":
             return self._tracker.apply(next, call)
         return self._tracker.apply(lambda inner: synchronised(next, inner, self._wire, self._counts), call)

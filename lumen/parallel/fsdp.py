@@ -92,11 +92,12 @@ class fsdp(Transform):
     The mesh's `shard` axis cuts; a `data` axis beside it (HSDP) holds copies, whose gradients are summed as well.
 
     Law: with any parts of the batch, also empty ones, params and loss are those of one process on the global batch, up
-    to the order of floating sums. Under bf16 compute, a gradient's sum is taken in float32 and rounded to bfloat16.
-    Losses and `lm.Aux` are as under `lm.ddp`. At level 3 all processes must run the same units in the same order, and
-    apply the model equally often; a unit that some processes pass over counts as run where the order is that of the
-    module. With `lm.accumulate` inside, gradients are summed once for an update; at level 3 once for a microbatch,
-    where a process with fewer microbatches repeats its last without weight.
+    to the order of floating sums, for losses that are means over rows, as under `lm.ddp`. Under bf16 compute, a
+    gradient's sum is taken in float32 and rounded to bfloat16. Losses and `lm.Aux` are as under `lm.ddp`. At level 3
+    all processes must run the same units in the same order, and apply the model equally often; a unit that some
+    processes pass over counts as run where the order is that of the module. With `lm.accumulate` inside, gradients are
+    summed once for an update; at level 3 once for a microbatch, where a process with fewer microbatches repeats its
+    last without weight.
 
     Muon, adafactor and lamb, which look at whole tensors, gather them leaf by leaf, and every process computes the
     whole update: give muon the matrices alone. Adafactor's rows and columns stay whole everywhere.

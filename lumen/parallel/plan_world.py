@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,10 +94,45 @@ def _register() -> None:
 
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
     setup(_DEVICE, backend_module=_Devices(), hook=Hook())
+    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _PRODUCTS:
+        operation = getattr(torch.ops.aten, name.partition(".")[0])
+        _library.impl(name, _autocast(operation), "AutocastPrivateUse1")
+
+
+# What autocast computes in 16 bits; torch has rules for the devices that it is built for.
+_PRODUCTS = (
+    *("linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "scaled_dot_product_attention"),
+    *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding"),
+    *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
+)
+_library = torch.library.Library("aten", "IMPL")  # it undoes what it registered when it goes
+_others = torch.library.Library("_", "IMPL")
+_core: Any = torch._C
+_BELOW = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
+
+
+def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """`operation` on tensors cast as autocast casts them."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(_DEVICE)
+
+        def cast(x: Any) -> Any:
+            wide = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+            return x.to(dtype) if wide else x
+
+        with _core._ExcludeDispatchKeyGuard(_BELOW):
+            return operation(*map(cast, args), **{name: cast(each) for name, each in kwargs.items()})
+
+    return run
 
 
 class _Devices:
     """What torch asks about devices of this kind: there is one while a plan is made, and it draws no random numbers."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
     def is_initialized(self) -> bool:
         return True

@@ -155,4 +155,5 @@ def _as_step(step: EvalStep, transforms: tuple[Transform, ...]) -> StepFn:
             )
         return state, metrics
 
+    adapted.__name__ = getattr(step, "__name__", type(step).__name__)  # by which messages speak of it
     return compose(*needed(transforms))(adapted)

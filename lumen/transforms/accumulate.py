@@ -46,12 +46,14 @@ class accumulate(Transform):
     step again, with one warning each time; the number is kept in a slot, so a run that goes on has it.
 
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
-    (losses travel as totals and weights). BatchNorm in training mode sees one microbatch at a time, as it must:
-    its running statistics are the mean of the parts' by rows, its counter advances once. Any other buffer goes through
-    the microbatches in order, as in a loop: each begins with what the one before it left. Gradients of 16-bit params
-    are summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and
-    "auto" cuts finer on all processes once one has run out of memory; not under `lm.fsdp(level=3)`, where the others
-    would wait in the middle of the gradient, and not while `lm.compile` traces.
+    (losses travel as totals and weights), where the loss is a mean over rows, or over what an `lm.Mean` counts. One
+    that needs all rows at once, as a contrastive loss does, becomes another loss in parts; `lm.check_purity(step,
+    state, batch, rows=True)` finds that. BatchNorm in training mode sees one microbatch at a time, as it must: its
+    running statistics are the mean of the parts' by rows, its counter advances once. Any other buffer goes through the
+    microbatches in order, as in a loop: each begins with what the one before it left. Gradients of 16-bit params are
+    summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and "auto"
+    cuts finer on all processes once one has run out of memory; not under `lm.fsdp(level=3)`, where the others would
+    wait in the middle of the gradient, and not while `lm.compile` traces.
 
     Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
     the error of running out of memory comes through where single rows do not fit, or the step failed while it was

@@ -21,11 +21,11 @@ from lumen import tree
 from lumen.core import rules
 from lumen.core.dataclass import SIGNATURE, copy_of
 from lumen.core.donation import check_unmoved, hand_over
-from lumen.core.rules import Primitive
 from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
 from lumen.transforms.blocks import Pattern
 from lumen.transforms.compile_blocks import Blocks
+from lumen.transforms.unapplied import applying
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _MANY = 8
@@ -108,7 +108,7 @@ class compile(Transform):
             return inner.hosted(_Compiled(inner, self))
         self._check_inside(inner.transforms)
         pattern = None if self.blocks is True else self.blocks
-        return rules.under({Primitive.APPLY: Blocks(pattern, repr(self), self._build, _breaks).rule}, inner)
+        return applying(self, inner, Blocks(pattern, repr(self), self._build, _breaks).rule)
 
     def _build(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
         """A function of tensors, with its derivative, compiled."""

@@ -7,13 +7,14 @@ compiling takes does not grow with their number. The rest of the step runs as it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
@@ -75,7 +76,9 @@ class Blocks:
             self.warn(str(error), block)
             return None
         if graph not in self._graphs:
-            with _unhooked():
+            # A step's backward pass runs outside of the autocast that its loss ran in.
+            config: Any = torch._functorch.config
+            with _unhooked(), config.patch(backward_pass_autocast="off"):
                 self._graphs[graph] = Form(self._build(function, call.example()), function.outputs)
         return self._graphs[graph]
 
@@ -87,7 +90,7 @@ class Blocks:
             warnings.warn(f"{self._asked}: {kind} runs uncompiled, since {why}", GraphBreakWarning, stacklevel=3)
 
 
-def _unhooked() -> AbstractContextManager[None]:
+def _unhooked() -> contextlib.AbstractContextManager[None]:
     """Tracing saves tensors too, which is no matter of those who keep a record of what the step saves (remat)."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
@@ -239,7 +242,10 @@ class _Function(nn.Module):
             if not differentiable or not over:
                 return outs
             ones = [torch.ones_like(out) for out in differentiable]
-            return outs, torch.autograd.grad(differentiable, over, ones, allow_unused=True)
+            with contextlib.ExitStack() as off:
+                for kind in {t.device.type for t in tensors}:
+                    off.enter_context(torch.autocast(kind, enabled=False))
+                return outs, torch.autograd.grad(differentiable, over, ones, allow_unused=True)
 
         traced = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
         return traced.code, *map(_literal, traced.graph.find_nodes(op="get_attr"))

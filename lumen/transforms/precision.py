@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as torch_pytree
 
 from lumen import tree
 from lumen.core import rules, sharding
 from lumen.core.dataclass import state as state_class
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
-from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError
 from lumen.optim.norms import leaf_norms
+from lumen.transforms.autocast import NARROW, Autocast, explained, is_on
+from lumen.transforms.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms.matmul import PRECISIONS, float32_products
+from lumen.transforms.unapplied import Unapplied
+
+Cast = Literal["autocast", "model"]
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -68,27 +74,51 @@ class LossScale:
 
 
 class precision(Transform):
-    """Run the model in another precision: "bf16", "fp16", "tf32", "fp32", "fp64", or a `Policy`.
+    """Compute in another precision: "bf16", "fp16", "tf32", "fp32", "fp64", or a `Policy`.
 
-    Params (frozen ones too) and inputs are cast where the model is applied, its outputs cast back, so the loss and
-    the update run in the params' own dtype and gradients arrive in it. BatchNorm's and InstanceNorm's params stay as
-    they are, as do all buffers. "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), kept in
-    `state.slots["precision"]`: it halves after a non-finite gradient, whose update is left out, and doubles after
-    2,000 good steps. "tf32" is "fp32" with matrix products in TF32, on GPUs that have it (compute capability 8.0 and
-    above); torch's own setting for these is what it was again when the step has returned.
+    In 16 bits, `cast` says what is cast. With "autocast", the default there, each operation of the loss function and of
+    the model gets the dtype that `torch.autocast` gives it: matrix products and convolutions compute in 16 bits, what
+    needs more digits in float32. Inputs, buffers, and tensors that the model makes stay as they are, so every model
+    that runs under `torch.autocast` runs, and a float input such as a time step of 999 is not rounded. It holds for a
+    loss that calls `torch.func.functional_call`, or is a plain function of params, as well; not for backward passes,
+    whose operations have the dtypes of the forward pass. A weight that is used several times is cast each time, and its
+    gradient summed in float32.
+
+    With "model" all params (frozen ones too) and all float inputs are cast where the model is applied, once: often
+    faster, with activations of half the size. BatchNorm's and InstanceNorm's params stay as they are, as do all
+    buffers. A model that makes float32 tensors of its own, or has buffers of them, may fail then, and inputs lose
+    digits; `keep` names arguments of the model's forward that are left alone (`"t"`, or `"batch.t"` in a dict;
+    globs). Policies of 32 or 64 bits always cast so, and so does `lm.deepspeed`, whose engine keeps 16-bit params.
+
+    Either way outputs come back in the policy's `output` dtype, in any pytree, dataclass or
+    `torch.distributions.Distribution`, and the update runs in the params' own dtype, in which their gradients
+    arrive. In `lm.fsdp()` at level 3, matrices outside of embeddings are cast before they are gathered, as by FSDP's
+    `MixedPrecisionPolicy(param_dtype=...)`; they travel, and are kept, in 16 bits.
+
+    "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), kept in `state.slots["precision"]`: it
+    halves after a non-finite gradient, whose update is left out, and doubles after 2,000 good steps. "tf32" is "fp32"
+    with matrix products in TF32, on GPUs that have it (compute capability 8.0 and above); torch's own setting for these
+    is what it was again when the step has returned.
 
     Declared change: rounding, and updates left out while the scale is too large.
 
+    Raises:
+        HyperparameterError: an unknown name or setting; params of float64, which autocast leaves as they are; a device
+            for which torch has no autocast.
+        PatternError: `keep` names no argument of the model.
+    Warns:
+        InexactWarning: once, for a step in which it changes nothing.
+
     >>> import lumen as lm
-    >>> lm.precision("bf16")
-    lm.precision('bf16')
+    >>> lm.precision("bf16"), lm.precision("bf16", cast="model", keep="t")
+    (lm.precision('bf16'), lm.precision('bf16', cast='model', keep='t'))
     """
 
     name = "precision"
     level = "precision"
     reason = "casts and loss scaling belong to each single gradient computation"
 
-    def __init__(self, policy: str | Policy) -> None:
+    def __init__(self, policy: str | Policy, *, cast: Cast | None = None, keep: str | Sequence[str] = ()) -> None:
         if isinstance(policy, str) and policy not in POLICIES:
             raise HyperparameterError(
                 f"precision {policy!r} is unknown; give one of {', '.join(map(repr, POLICIES))}, or a policy:"
@@ -97,18 +127,37 @@ class precision(Transform):
         if not isinstance(policy, str | Policy):
             raise HyperparameterError(f"precision takes a name or an lm.Policy, not {policy!r}.")
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
+        self.cast: Cast = cast or ("autocast" if self.policy.compute in NARROW else "model")
+        self.keep = keep if isinstance(keep, str) else tuple(keep)
         self._said = policy
+        self._check()
+
+    def _check(self) -> None:
+        if self.cast not in ("autocast", "model"):
+            raise HyperparameterError(f"precision(cast={self.cast!r}) is unknown; give 'autocast' or 'model'.")
+        if self.cast == "autocast" and self.policy.compute not in NARROW:
+            raise HyperparameterError(
+                f"precision({self._said!r}, cast='autocast'): torch.autocast computes in 16 bits alone. Leave cast out."
+            )
+        if self.cast == "autocast" and self.keep:
+            raise HyperparameterError(
+                f"precision({self._said!r}, keep={self.keep!r}): autocast leaves all inputs as they are. Leave keep"
+                " out, or write cast='model'."
+            )
 
     def __repr__(self) -> str:
-        return f"lm.precision({self._said!r})"
+        usual = "autocast" if self.policy.compute in NARROW else "model"
+        said = [repr(self._said)] + [f"cast={self.cast!r}"] * (self.cast != usual)
+        return f"lm.precision({', '.join(said + [f'keep={self.keep!r}'] * bool(self.keep))})"
 
     def init(self, state: Any) -> Any:
         """Cast params, buffers and optimizer state to the policy's `param`; add the loss scale's slot."""
-        if self.policy.param is not None:
+        dtype = self.policy.param
+        if dtype is not None:
             state = state.replace(
-                params=_cast(state.params, self.policy.param),
-                buffers=_cast(state.buffers, self.policy.param),
-                opt_state=tree.map(lambda x: _cast(x, self.policy.param) if x.dim() else x, state.opt_state),
+                params=cast_all(state.params, dtype),
+                buffers=cast_all(state.buffers, dtype),
+                opt_state=tree.map(lambda x: cast(x, dtype) if x.dim() else x, state.opt_state),
             )
         if self.policy.loss_scale is None:
             return state
@@ -122,20 +171,25 @@ class precision(Transform):
         return state if self.policy.loss_scale is None else without_slot(state, self.name)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with its model run under the policy."""
+        """The step computed under the policy."""
+        unapplied = Unapplied(self, step)
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            casting: _Casting | _Autocasting = _Casting(self) if self.cast == "model" else _Autocasting(self)
+            with rules.install({Primitive.APPLY: casting.apply}), rules.around_losses(casting.around):
+                new = step(state, batch)
+            if casting.idle(state):
+                unapplied.warn()
+            return new
+
         if self.policy.loss_scale is None:
-            return rules.under({Primitive.APPLY: self.apply}, step)
+            return run
 
         def scaled(state: Any, batch: Any) -> tuple[Any, Any]:
             old: LossScale = slot(state, self.name)
             scaling = _Scaling(old.scale)
-            handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: self.apply,
-                Primitive.GRADIENT: scaling.gradient,
-                Primitive.UPDATE: scaling.update,
-            }
-            with rules.install(handlers):
-                new, metrics = step(state, batch)
+            with rules.install({Primitive.GRADIENT: scaling.gradient, Primitive.UPDATE: scaling.update}):
+                new, metrics = run(state, batch)
             return with_slot(new, self.name, self._adjust(old, scaling.finite())), metrics
 
         return scaled
@@ -153,21 +207,90 @@ class precision(Transform):
         return run
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """The rule for P0: the model run in the policy's dtypes."""
-        compute, output = self.policy.compute, self.policy.output
-        kept, frozen = _norm_params(call.target), call.target.frozen - _norm_params(call.target)
-        params = {k: p if k in kept else _cast(p, compute) for k, p in call.params.items()}
-        given = {k: _cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
-        args, kwargs = torch_pytree.tree_map(lambda x: _cast(x, compute), (call.args, dict(call.kwargs)))
-        out, buffers = next(call.replace(params=params, buffers=given, args=args, kwargs=kwargs))
-        buffers = {k: call.buffers[k] if k in frozen else b.to(call.buffers[k].dtype) for k, b in buffers.items()}
-        return torch_pytree.tree_map(lambda x: _cast(x, output), out), buffers
+        """The rule for P0 that casts the model: its params and inputs before, its outputs after."""
+        compute = self.policy.compute
+        norms = _norm_params(call.target)
+        frozen = call.target.frozen - norms
+        params = {k: p if k in norms else cast(p, compute) for k, p in call.params.items()}
+        given = {k: cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
+        args, kwargs = cast_inputs(call.target.module, call.args, call.kwargs, compute, self.keep)
+        with explained(self, "it makes, or keeps as buffers, tensors of another dtype. Write " + self._autocast()):
+            out, buffers = next(call.replace(params=params, buffers=given, args=args, kwargs=kwargs))
+        return cast_all(out, self.policy.output), _as_before(buffers, call, frozen)
+
+    def _autocast(self) -> str:
+        if self.policy.compute not in NARROW:
+            return "x.to(self.weight.dtype) in the model."
+        return f"lm.precision({self._said!r}), which casts for each operation, or x.to(self.weight.dtype) in the model."
 
     def _adjust(self, old: LossScale, finite: Tensor) -> LossScale:
         grown = old.good + 1 >= self.policy.growth_interval
         up = torch.where(grown, old.scale * 2, old.scale)
         scale = torch.where(finite, up, (old.scale / 2).clamp(min=1.0))
         return LossScale(scale, torch.where(finite & ~grown, old.good + 1, torch.zeros_like(old.good)))
+
+
+class _Casting:
+    """One step with whole models cast."""
+
+    def __init__(self, transform: precision) -> None:
+        self._transform = transform
+        self._applied = False
+
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        self._applied = True
+        return self._transform.apply(next, call)
+
+    def around(self, given: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def idle(self, state: Any) -> bool:
+        """Whether the step was to compute in another dtype than its params', and did not."""
+        if self._applied:
+            return False
+        param = tree.first_tensor(getattr(state, "params", state))
+        return param is not None and param.dtype is not self._transform.policy.compute
+
+
+class _Autocasting:
+    """One step under autocast: its loss functions, and its models where they are applied outside of one."""
+
+    def __init__(self, transform: precision) -> None:
+        self._policy, self._transform = transform.policy, transform
+        self._autocast = Autocast(self._policy.compute)
+        self._early = _gathers_params(transform)
+        self._used = False
+        self._inside = 0  # losses; in one of them the user may have switched autocast off around a model
+
+    @contextlib.contextmanager
+    def around(self, given: Any) -> Iterator[None]:
+        self._used = True
+        self._inside += 1
+        try:
+            with self._autocast.over(*given):
+                yield
+        finally:
+            self._inside -= 1
+
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        self._used = True
+        given = call.params, (call.args, call.kwargs)
+        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self._inside:
+            inside = self._autocast.over(*given)
+        if self._early and (not self._inside or is_on(*given)):
+            call = call.replace(params=_matrices_in(call, self._policy.compute))
+        advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._said!r}"
+        with explained(self._transform, advice + ", cast='model'), or cast there: x.to(self.weight.dtype)."), inside:
+            out, buffers = next(call)
+        return map_tensors(self._widened, out), _as_before(buffers, call, call.target.frozen)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        return x.to(self._policy.output) if x.dtype is self._policy.compute else x
+
+    def idle(self, _state: Any) -> bool:
+        """Whether there was neither a loss nor a model."""
+        return not self._used
 
 
 class _Scaling:
@@ -223,22 +346,33 @@ class _Scaling:
 
 def _norm_params(target: Any) -> frozenset[str]:
     """Names of params that belong to batch or instance norms: their statistics need the wider dtype."""
-    cached = target.__dict__.get("_norm_params")
-    if cached is None:
-        cached = frozenset(
+    return _names_of(target, _NORMS, "_norm_params")
+
+
+def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> frozenset[str]:
+    """Names of params that modules of these kinds hold, kept on `target` under `key`."""
+    if key not in target.__dict__:
+        target.__dict__[key] = frozenset(
             f"{prefix}.{name}" if prefix else name
             for prefix, module in target.module.named_modules()
-            if isinstance(module, _NORMS)
+            if isinstance(module, kinds)
             for name in module._parameters
         )
-        target.__dict__["_norm_params"] = cached
-    return cached  # type: ignore[no-any-return]
+    return target.__dict__[key]  # type: ignore[no-any-return]
 
 
-def _cast(values: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(values, Tensor):
-        # Eight bits are codes, to which a scale belongs: what `lm.quantise` keeps.
-        return values.to(dtype) if values.is_floating_point() and values.itemsize > 1 else values
-    if isinstance(values, dict):
-        return {key: _cast(value, dtype) for key, value in values.items()}
-    return values
+def _as_before(buffers: Any, call: ApplyCall, frozen: frozenset[str]) -> Any:
+    """What the model made of its buffers, in their own dtypes; frozen params as they were given."""
+    return {k: call.buffers[k] if k in frozen else b.to(call.buffers[k].dtype) for k, b in buffers.items()}
+
+
+def _gathers_params(transform: precision) -> bool:
+    """Whether params lie in parts outside: what autocast made of them would be kept whole for the backward pass."""
+    outside = () if transform.within is None else transform.within.transforms
+    return any(getattr(each, "sharded", 0) == 3 for each in outside)
+
+
+def _matrices_in(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:
+    """Params with those cast that only products read, as far as their names and dims tell."""
+    tables = _names_of(call.target, (nn.Embedding, nn.EmbeddingBag), "_tables")
+    return {k: cast(p, compute) if p.dim() > 1 and k not in tables else p for k, p in call.params.items()}

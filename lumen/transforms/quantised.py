@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen.core import rules
 from lumen.core.primitives import ApplyCall
-from lumen.core.rules import Next, Primitive
+from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError, StepError
 from lumen.transforms.ao import Layers, capability, check_kind, chosen, torchao
+from lumen.transforms.unapplied import applying
 
 KINDS = ("int8", "fp8", "qat")
 _FP8_BLOCK = 16  # the sizes that a GPU's fp8 products come in
@@ -72,7 +73,7 @@ class quantised(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its linear layers computed so."""
-        return rules.under({Primitive.APPLY: self._apply}, step)
+        return applying(self, step, self._apply)
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
         for tensor in itertools.islice(itertools.chain(call.params.values(), call.buffers.values()), 1):
@@ -149,8 +150,24 @@ class _Product:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         _check_plain()
-        out = self._forward(self._layer, x.contiguous())
+        with _cast_as_autocast_does(self._layer, x.device.type) as dtype:
+            out = self._forward(self._layer, x.to(dtype or x.dtype).contiguous())
         return _ContiguousGrad.apply(out)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextlib.contextmanager
+def _cast_as_autocast_does(layer: nn.Linear, device: str) -> Iterator[torch.dtype | None]:
+    """The layer's params in the dtype that autocast gives a product, where it is on: torchao's function has no rule."""
+    if not torch.is_autocast_enabled(device):
+        yield None
+        return
+    table: dict[str, Any] = layer._parameters
+    dtype, before = torch.get_autocast_dtype(device), dict(table)
+    try:
+        table.update({name: p if p is None else p.to(dtype) for name, p in before.items()})
+        yield dtype
+    finally:
+        table.update(before)
 
 
 class _ContiguousGrad(torch.autograd.Function):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lumen.core import rules
 from lumen.core.primitives import ApplyCall
-from lumen.core.rules import Next, Primitive
+from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.transforms.blocks import Pattern, choose, keep_no_cache
+from lumen.transforms.unapplied import applying
 
 
 class remat(Transform):
@@ -47,7 +47,7 @@ class remat(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its matching modules recomputed."""
-        return rules.under({Primitive.APPLY: self._rule}, step)
+        return applying(self, step, self._rule)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:

@@ -13,7 +13,7 @@ import lumen as lm
 from lumen.core import gradient, rows, rules, world
 from lumen.core.rules import Primitive
 from lumen.core.step import Transform
-from lumen.errors import HyperparameterError, LossError, OrderError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, WorldError
 from lumen.parallel import agree
 from lumen.parallel.agree import check_equal
 from lumen.parallel.buckets import Buckets, Layouts, Wire, lay_out
@@ -22,6 +22,7 @@ from lumen.parallel.mesh import mesh
 from tests.distributed import models
 from tests.distributed.models import (
     AROUND,
+    CLASSES,
     WIDTH,
     bare,
     batches,
@@ -108,6 +109,44 @@ def test_in_bfloat16(world2):
     """The parts of a batch are rounded as the whole is, except where sums over rows are taken in bfloat16."""
     cases = [(model, ["bf16"], sizes) for model in ("mlp", "gpt", "outside") for sizes in (UNEVEN, EMPTY)]
     check_law(world2, cases, None, torch.float32, 5, tolerance=3e-2)
+
+
+def contrastive(gathers):
+    def contrasting(state, batch):
+        def loss_fn(params, batch):
+            own = F.normalize(state.apply(params, batch["x"])[0])
+            other = F.normalize(batch["x"][:, :CLASSES] + own)
+            rows, columns = (lm.all_gather(x, "data") if gathers else x for x in (own, other))
+            labels = lm.axis_index("data") * len(own) * gathers + torch.arange(len(own))
+            return F.cross_entropy(own @ columns.T / 0.1, labels) + F.cross_entropy(other @ rows.T / 0.1, labels)
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    return contrasting
+
+
+def gathered_negatives():
+    whole = [{"x": batch["x"]} for batch in batches(3, 8)]
+    parts = [part(batch, EVEN, world.rank()) for batch in whole]
+    losses, state = train(ddp()(contrastive(True)), make_state("mlp"), parts)
+    wanted, other = train(lm.compose()(contrastive(False)), make_state("mlp"), whole)
+    apart, _ = train(ddp()(contrastive(False)), make_state("mlp"), parts)
+    uneven = part(whole[0], UNEVEN, world.rank())
+    try:
+        ddp()(contrastive(True))(make_state("mlp"), uneven)
+    except AxisError as error:
+        said = str(error)
+    far = float((losses - wanted).abs().max()), furthest(bare(state), bare(other))[0]
+    return *far, float((apart - wanted).abs().max()), said
+
+
+def test_gathered_negatives_are_those_of_the_global_batch(world2):
+    for losses, worst, without, said in world2.run(gathered_negatives):
+        assert losses < 1e-10
+        assert worst < 1e-10
+        assert without > 0.1  # each process among its own rows, as an ungathered loss is
+        assert "equally many rows of every process" in said
 
 
 def test_buffers_are_merged_as_over_microbatches(world2):

@@ -48,7 +48,7 @@ class Layers(nn.Module):
         self.register_buffer("mask", torch.ones(T, T, dtype=torch.bool).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        x = self.first(x.to(self.first.weight.dtype))
         for block in self.blocks:
             x = self.run(block, x)
         return self.head(x)

@@ -247,7 +247,7 @@ def test_bf16_really_computes_in_bf16() -> None:
             seen.extend((x.dtype, self.weight.dtype))
             return super().forward(x)
 
-    step = lm.precision("bf16")(lambda state, x: (state, {"out": state.apply(state.params, x)[0]}))
+    step = lm.precision("bf16", cast="model")(lambda state, x: (state, {"out": state.apply(state.params, x)[0]}))
     state = step.init(lm.TrainState.create(Spy(2, 1), lm.optim.sgd(0.1)))
     _, metrics = step(state, torch.ones(1, 2))
     assert set(seen) == {torch.bfloat16}

@@ -219,3 +219,23 @@ def test_a_fine_tuning_is_that_of_the_trainer(make, first, tmp_path):
         assert abs(float(metrics["loss"].compute()) - float(log[number]["loss"])) < TOLERANCE
     assert float(log[0]["grad_norm"]) > 1.0, "nothing was clipped"
     assert float(log[-1]["loss"]) < float(log[0]["loss"])
+
+
+def test_a_router_of_transformers_counts_as_often_as_there_are_tokens():
+    config = hf.MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1, router_aux_loss_coef=0.5,
+        output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    state = lm.TrainState.create(hf.MixtralForCausalLM(config), lm.optim.sgd(0.1)).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    expected, _ = state.apply(state.params, **batch)
+
+    out, _ = state.apply(state.params, **batch, num_items_in_batch=1)
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    router = config.router_aux_loss_coef * out.aux_loss
+    loss = lm.Mean(out.loss + (tokens - 1) * router, tokens)
+    torch.testing.assert_close(loss.compute(), expected.loss, rtol=1e-5, atol=0)
+    assert not torch.isclose(lm.Mean(out.loss, tokens).compute(), expected.loss, rtol=1e-2)

@@ -81,7 +81,7 @@ def planned(*transforms, width=32, **options):
 @pytest.mark.slow
 def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says():
     def seven():
-        return make([lm.fsdp(), lm.precision("bf16"), lm.donate()], 50_304, 4096, 32, 32, 1, 128)
+        return make([lm.fsdp(), lm.precision("bf16", cast="model"), lm.donate()], 50_304, 4096, 32, 32, 1, 128)
 
     found = plan_loaded(lambda: seven, mesh={"shard": 64, "data": 16})
     params = 32 * (12 * 4096**2 + 10 * 4096) + 2 * 50_304 * 4096

@@ -70,3 +70,8 @@ def test_a_plan_leaves_no_device_behind():
     assert not torch.accelerator.is_available()
     with torch.random.fork_rng():
         torch.rand(1)
+
+
+def test_autocast_is_followed_on_a_device_that_is_not_there():
+    ours, theirs = found(lm.precision("bf16"), offload=True), found(offload=True)
+    assert ours.peak.parts["activations"] < theirs.peak.parts["activations"]
