@@ -119,7 +119,7 @@ class Fit:
         self._journal = Journal(
             self._sinks, self._progress, self.clock, runner.peak(state), self._everyone, History(better)
         )
-        self._signals = Signals(self._wake_up, self._everyone.rank)
+        self._signals = Signals(self._everyone.rank)
         self._agreed_signal: str | None = None
         self._wish = ""  # why a callback of this process would end the run
         self._gathers = True  # whether all processes come to this very place
@@ -150,7 +150,7 @@ class Fit:
             try:
                 self._everyone.check_alike(self._epoch_length())
                 self._go_on(resume)
-                with self._signals:
+                with self._signals.listening(self._wake_up):
                     self._progress.start(self._total(), self.clock.step)
                     self._train()
                     if self._store is not None:
@@ -158,10 +158,13 @@ class Fit:
                     self._everyone.wait()
             except BaseException as error:
                 first = self._everyone.failed(error, self._where())
-                self._failed(first)
-                if first is not error:
-                    raise first from error
-                raise
+                try:
+                    self._failed(first)
+                    if first is not error:
+                        raise first from error
+                    raise
+                finally:
+                    del first  # its traceback has this frame, and would keep the run alive
             finally:
                 self._close()
         result = self._result()
