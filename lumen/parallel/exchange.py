@@ -14,7 +14,7 @@ from lumen.core import gradient, rows, rules, world
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
-from lumen.core.values import Max, Mean, Min, Sum, Value, is_value
+from lumen.core.values import GlobalMean, Max, Mean, Min, Sum, Value, is_value
 from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.buckets import Buckets, Layouts, Wire
 from lumen.parallel.functional import Arrived
@@ -169,7 +169,7 @@ class Exchange:
         assert isinstance(loss, Mean)
         self._grads = rebuild(sums)
         return Gradient(
-            Mean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
+            GlobalMean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
             self._grads,
             aux.joined(tail, maxima),
             answer.scalar,

@@ -280,6 +280,53 @@ def test_a_signal_to_one_ends_all_after_the_same_step_and_the_run_goes_on_bitwis
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
+WINDOW = torch.arange(28, dtype=torch.float64).sqrt()  # six batches of 5 rows, the last of 3
+
+
+def window_step(state, batch):
+    def as_mean(params, batch):
+        return lm.Mean.of(batch["x"] + 0 * params["weight"][0])
+
+    loss, grads = lm.value_and_grad(as_mean)(state.params, batch)
+    scalar, _ = lm.value_and_grad(lambda params, batch: as_mean(params, batch).compute())(state.params, batch)
+    values = {"rows": lm.Mean.of(batch["x"]), "sum": lm.Sum.of(batch["x"]), "last": lm.Last(state.step + 1)}
+    return state.apply_gradients(grads), {"loss": loss, "scalar": scalar, **values}
+
+
+def run_windows(*parts):
+    """Of each directory's run the numbers of its window so far; a checkpoint is made before they are logged."""
+    found = []
+    for directory, steps in parts:
+        runner = lm.Runner(
+            window_step,
+            transforms=[ddp(lm.mesh(device="cpu"))],
+            checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2)),
+            log_every=100,
+            progress=False,
+        )
+        state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False).double(), lm.optim.sgd(0.1))
+        data = lm.Loader({"x": WINDOW}, batch_size=5, shuffle=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="this run goes on with")
+            found.append(runner.fit(state, data, until=lm.Steps(steps), resume="auto").metrics)
+    return found
+
+
+def test_a_window_cut_by_restarts_into_other_worlds_logs_the_uninterrupted_numbers(world2, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"  # by the number of processes that begin it
+    found = {(2, one): run_windows((one, 2))[0]}
+    found[4, one], found[2, two] = world2.run(run_windows, (one, 4), (two, 2))[0]
+    found[6, one], found[4, two] = run_windows((one, 6), (two, 4))
+    (found[6, two],), _ = world2.run(run_windows, (two, 6))
+    for (steps, _), numbers in found.items():
+        batches = WINDOW.split(5)[:steps]
+        rows = torch.cat(batches)
+        scalar = sum(float(batch.mean()) for batch in batches) / steps
+        mean = float(rows.mean())
+        wanted = {"loss": mean, "scalar": scalar, "rows": mean, "sum": float(rows.sum()), "last": steps}
+        assert {name: numbers[f"train/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
 def run_for_seconds(directory):
     """Each process's clock goes at its own pace."""
     ticks = iter(range(10**9))
