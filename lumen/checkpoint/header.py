@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -24,6 +25,8 @@ from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpoi
 FORMAT = 2  # the newest
 FILE = "meta/metadata"
 ITEMS = ("state", "extra")  # trees: what `like` describes, and what is read as it is
+
+_DIMS = 64  # that NumPy and torch know
 
 Files = dict[str, tuple[int, int]]  # size and CRC-32 by path
 
@@ -127,10 +130,12 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
             decode(kind, value)
         return Row(item, path, kind, value=value)
     shape = tuple(entry["shape"])
-    _demand(all(type(size) is int and 0 <= size < 2**63 for size in shape), "a shape")
+    _demand(all(type(size) is int and size >= 0 for size in shape) and len(shape) <= _DIMS, "a shape")
     parts = tuple(entry["parts"]) if "parts" in entry else None
     row = Row(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
     _demand(row.dtype in dtypes.TORCH, f"the dtype {row.dtype!r}")
+    # Sizes of zero do not help: torch computes strides from the others.
+    _demand(math.prod(max(1, size) for size in shape) * dtypes.itemsize(row.dtype) < 2**63, "a shape")
     if kind != "tensor":
         dtypes.numpy_dtype(row.dtype)
     _demand((row.array is None) == (row.nbytes == 0), "an array")
@@ -153,7 +158,8 @@ def _files(table: Any) -> Files:
 def check_path(path: str) -> None:
     """Raise ValueError for a path that is not one below the checkpoint."""
     parts = path.split("/")
-    _demand(not any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts), f"the path {path!r}")
+    sound = path.isprintable() and not any(part in ("", ".", "..") or "\\" in part for part in parts)
+    _demand(sound, f"the path {path!r}")
 
 
 def _demand(condition: bool, what: str) -> None:

@@ -23,11 +23,12 @@ from torch import Tensor
 from lumen.checkpoint import dtypes, grid, header, zarr
 from lumen.checkpoint.grid import Array, Block, Index
 from lumen.checkpoint.host import Row
-from lumen.checkpoint.leaves import ARRAYS, decode, name_of
+from lumen.checkpoint.leaves import ARRAYS, decode, name_of, printable
 from lumen.checkpoint.leaves import Path as Way
 from lumen.core.sharding import Box
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
+_ORBAX = "_CHECKPOINT_METADATA"  # its own file in each checkpoint
 _PIECE = 1 << 22  # read and summed while it is in the cache
 _ADVICE = "Restore another checkpoint, or a copy of this one."
 
@@ -225,7 +226,7 @@ def pick(reader: Reader, under: str) -> tuple[list[Row], int]:
         return reader.rows, 0
     picked = [row for row in reader.rows if f"{name_of(row.path)}/".startswith(f"{under}/")]
     if not picked:
-        first = sorted({name_of(row.path[:1]) for row in reader.rows})
+        first = sorted({printable(name_of(row.path[:1])) for row in reader.rows})
         raise CheckpointNotFoundError(f"{reader.path} holds nothing under {under!r}; it holds {', '.join(first)}.")
     return picked, len(under.split("/"))
 
@@ -245,11 +246,20 @@ def read_header(path: Path) -> header.Header:
         with open_file(path, header.FILE) as file:
             text = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "was not written by Lumen, or is damaged" if path.is_dir() else "does not exist"
+        if lost_header(path):
+            raise CorruptCheckpointError(f"{path} has lost its header (no {header.FILE}). {_ADVICE}") from error
+        hint = "was not written by Lumen" if path.is_dir() else "does not exist"
         raise CheckpointNotFoundError(f"{path} is no checkpoint: it {hint} (no {header.FILE}).") from error
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{path / header.FILE} cannot be read: {error}. {_ADVICE}") from error
     return header.load(text, str(path))
+
+
+def lost_header(path: Path) -> bool:
+    """Whether `path` is what is left of a checkpoint whose header is gone."""
+    if not path.is_dir() or path.is_symlink() or os.path.lexists(path / header.FILE):
+        return False
+    return any(os.path.lexists(path / name) for name in (*header.ITEMS, _ORBAX))
 
 
 @contextmanager

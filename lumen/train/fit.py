@@ -31,7 +31,6 @@ from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
-from lumen.sinks import configure, show_params
 from lumen.train import frozen, result_page
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
@@ -44,6 +43,7 @@ from lumen.train.place import Placed
 from lumen.train.plateau import fed
 from lumen.train.progress import Silent, make_progress
 from lumen.train.signals import Interrupted, Signals, interactive
+from lumen.train.sink_group import SinkGroup
 from lumen.train.validate import Validate, evaluate_until, params_for
 from lumen.transforms.unroll import stack, unroll
 
@@ -106,7 +106,7 @@ class Fit:
         self._limit = limit
         self._everyone = Everyone(state)
         # What is done once, whatever the number of processes.
-        self._sinks = runner.sinks if self._everyone.first else ()
+        self._sinks = SinkGroup(runner.sinks if self._everyone.first else ())
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
         spread = any(t.foreign or (t.shards and self._everyone.size > 1) for t in runner.step.transforms)
         saves = runner.checkpoint is not None and (spread or self._everyone.first)
@@ -159,14 +159,16 @@ class Fit:
             except BaseException as error:
                 first = self._everyone.failed(error, self._where())
                 try:
-                    self._failed(first)
+                    try:
+                        self._failed(first)
+                    finally:
+                        self._close(first)
                     if first is not error:
                         raise first from error
                     raise
                 finally:
                     del first  # its traceback has this frame, and would keep the run alive
-            finally:
-                self._close()
+            self._close()
         result = self._result()
         if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
             raise Interrupted(result)
@@ -180,8 +182,7 @@ class Fit:
     def _train(self) -> None:
         callbacks = self.runner.callbacks
         self._training = True
-        for sink in self._sinks:
-            configure(sink, self._description)
+        self._sinks.configure(self._description)
         self._show_params()
         callbacks.call("on_start", self._view(self._journal.newest))
         self._agree()
@@ -424,8 +425,7 @@ class Fit:
 
     def _show_params(self, last: bool = False) -> None:
         params = None if self._together is not None else getattr(self.state, "params", None)
-        for sink in self._sinks:
-            show_params(sink, self.clock.step, params, last)
+        self._sinks.show_params(self.clock.step, params, last)
 
     # ---------------------------------------------------------------------------------------- saving
 
@@ -473,7 +473,7 @@ class Fit:
         found = self._find(resume)
         if found is None:
             if self.runner.checkpoint is not None and self._everyone.first:
-                self._journal.rewind(self.runner.checkpoint.begin(resume, self._journal.positions()))
+                self._sinks.rewind(self.runner.checkpoint.begin(resume, self._sinks.positions()))
             return
         self.state, extra, meta, _ = found
         own, meters = self._everyone.own(extra, meta.get("processes", 1))
@@ -519,9 +519,12 @@ class Fit:
         except CorruptCheckpointError as error:
             damage = error
         first = self._everyone.agreed(str(damage or ""))
-        if first or found is None:
-            raise damage or CorruptCheckpointError(first)
-        return found
+        try:
+            if first or found is None:
+                raise damage or CorruptCheckpointError(first)
+            return found
+        finally:
+            del damage  # its traceback has this frame, and would keep the run alive
 
     def _read(self, path: Path) -> tuple[Any, Any, Any, Path]:
         meta = checkpoint.metadata(path)["meta"]
@@ -539,7 +542,8 @@ class Fit:
         error.add_note(f"raised {self._where()} (epoch {clock.epoch}, batch {clock.batch})")
         # Several processes make a checkpoint together, for which it is too late.
         alone = self._everyone.size == 1
-        savable = isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError)
+        # What the checkpoint's own disk did would only happen again; other disks are no reason to save nothing.
+        savable = isinstance(error, Exception) and not isinstance(error, CheckpointError)
         if alone and savable and self._is_whole():
             try:
                 self._save()
@@ -558,10 +562,14 @@ class Fit:
         half_done = self._before is not None and (donating or self.state is not self._before)
         return self.clock.step > 0 and not is_retired(self.state) and not half_done
 
-    def _close(self) -> None:
+    def _close(self, because: BaseException | None = None) -> None:
         self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            self._sinks.close()
+        except Exception as error:
+            if because is None:
+                raise
+            because.add_note(f"besides, a sink could not close: {type(error).__name__}: {error}")
 
     def _result(self) -> Result:
         journal = self._journal
