@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from lumen import checkpoint, tree
@@ -31,6 +32,7 @@ from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
+from lumen.parallel import agree
 from lumen.train import frozen, result_page
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
@@ -133,6 +135,7 @@ class Fit:
         self._fingerprint = frozen.fingerprint(state) if apart else None
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
         self._saved_at: tuple[Any, ...] = ()
+        self._compared = False  # what the processes hold, with the first checkpoint
         self._stopped = ""  # why a callback ended the run
         self._training = False
         self._before: Any = None  # the state that the step was given which is being made
@@ -436,6 +439,9 @@ class Fit:
             return
         if self._everyone.size > 1:
             self._read_clock()
+            if not self._compared:
+                self._compared = True
+                agree.check_fields(self.state, dist.group.WORLD, self.runner.step.pieces(self.state))
         self._save_timer.restart(self.clock)
         extra = self._everyone.gathered(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import field
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,43 @@ def test_a_window_cut_by_restarts_into_other_worlds_logs_the_uninterrupted_numbe
         mean = float(rows.mean())
         wanted = {"loss": mean, "scalar": scalar, "rows": mean, "sum": float(rows.sum()), "last": steps}
         assert {name: numbers[f"train/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+@lm.state
+class Remembering(lm.TrainState):
+    memory: torch.Tensor = field(kw_only=True)
+
+
+def run_with_memory(directory, differs):
+    """A field that every step makes anew of this process's rows, or of those of all; what the run ends with."""
+    mesh = lm.mesh(device="cpu")
+
+    def remembering(state, batch):
+        new, metrics = step(state, batch)
+        mean = batch["x"].mean()
+        return new.replace(memory=mean if differs else lm.pmean(mean, "data")), metrics
+
+    plain_state = make_state()
+    fields = {each.name: getattr(plain_state, each.name) for each in dataclasses.fields(plain_state)}
+    state = Remembering(**fields, memory=torch.zeros((), dtype=torch.float64))
+    runner = lm.Runner(
+        remembering,
+        transforms=[ddp(mesh)],
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2)),
+        progress=False,
+    )
+    data = lm.Loader(columns(), batch_size=5, seed=2)
+    try:
+        return lm.parallel.check_equal(runner.fit(state, data, until=lm.Steps(4)).state)
+    except lm.LumenError as error:
+        return f"{type(error).__name__}: {error} {error.__notes__}"
+
+
+def test_a_field_of_a_process_s_own_rows_is_refused_at_the_first_checkpoint(world2, tmp_path):
+    assert world2.run(run_with_memory, tmp_path / "same", False) == [None, None]
+    for said in world2.run(run_with_memory, tmp_path / "own", True):
+        assert said.startswith("WorldError: state.memory on rank 1 is not what rank 0 holds")
+        assert "raised after step 2" in said
 
 
 def run_for_seconds(directory):
