@@ -149,7 +149,7 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[in
 
     Of leaves that are `cut`, by their places among `lumen.tree.leaves`, each process has its own part.
     """
-    added = getattr(state, "_fields_", frozenset()) - _FIELDS
+    added: frozenset[str] = getattr(state, "_fields_", frozenset()) - _FIELDS
     if group is None or not added or not hasattr(state, "params"):
         return
     leaves = tree.leaves(state)
