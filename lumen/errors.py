@@ -83,7 +83,7 @@ class ValueKindError(LumenError, TypeError):
 
 
 class SinkError(LumenError, ValueError):
-    """A file that is another table, or a value that takes the name of a sink's own column."""
+    """A file that is another table, a value that takes the name of a sink's own column, or an unknown `on_error`."""
 
 
 class CheckpointError(LumenError, RuntimeError):

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -56,7 +56,10 @@ def _start_on_cpu() -> None:
 
 
 def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarray[Any, Any]]) -> None:
-    """Write a composite checkpoint: each item's arrays as a nested dict, and the item `meta`, an empty object."""
+    """Write a composite checkpoint: each item's arrays as a nested dict, and the item `meta`, an empty object.
+
+    What Orbax raises comes without the way it took through Orbax's threads and event loops: that is hundreds of lines.
+    """
     ocp = load()
     items: dict[str, Any] = {"meta": ocp.args.JsonSave({})}
     # One without arrays is left out: Orbax takes no empty tree.
@@ -64,8 +67,12 @@ def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarr
     # Orbax numbers the saves of a process, and two at once take each other's signals that a directory is there.
     with _saving, _quiet():
         handlers = {item: ocp.JsonCheckpointHandler() if item == "meta" else _tree_handler(ocp) for item in items}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            checkpointer.save(directory.absolute(), args=ocp.args.Composite(**items))
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+                checkpointer.save(directory.absolute(), args=ocp.args.Composite(**items))
+        except Exception as error:
+            error.__cause__ = error.__context__ = None
+            raise error.with_traceback(None) from None
 
 
 def _tree_handler(ocp: ModuleType) -> Any:
@@ -92,14 +99,47 @@ def _nested(arrays: Mapping[tuple[str, tuple[str, ...]], Any]) -> dict[str, Any]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Orbax warns of meanwhile, in whichever thread: that there is no OCDBT checkpoint to merge, say."""
+    """Without what Orbax logs meanwhile, in whichever thread: that there is no OCDBT checkpoint to merge, say.
+
+    The errors that it logs are said where it raises nothing; else they are what it raises, over and over.
+    """
+    errors: list[logging.LogRecord] = []
 
     def audible(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+        if "orbax" not in record.pathname:
+            return True
+        if record.levelno >= logging.ERROR:
+            errors.append(record)
+        return False
 
     logger = logging.getLogger("absl")
     logger.addFilter(audible)
+    before = sys.unraisablehook
+    sys.unraisablehook = ours = _without_late_writes(before)
     try:
         yield
+        if sys.unraisablehook is ours:  # after an error it stays: some writes end later
+            sys.unraisablehook = before
     finally:
         logger.removeFilter(audible)
+    for record in errors:
+        logger.handle(record)
+
+
+Hook = Callable[[Any], object]  # of `sys.unraisablehook`
+
+
+def _without_late_writes(hook: Hook) -> Hook:
+    """`hook` without what TensorStore says of each write that ends after Orbax, where another failed, has gone."""
+    if getattr(hook, "of_orbax", False):
+        return hook
+
+    def run(said: Any) -> None:
+        late = said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"
+        trace = said.exc_traceback
+        # It comes of no object, and in a thread of TensorStore's own nothing of Python lies around the call.
+        if not late or said.object is not None or trace.tb_frame.f_globals.get("__name__") != "asyncio.base_events":
+            hook(said)
+
+    run.of_orbax = True  # type: ignore[attr-defined]
+    return run

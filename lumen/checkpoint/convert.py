@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen.checkpoint.disk import sync_directory, sync_file
 from lumen.checkpoint.host import Row
-from lumen.checkpoint.leaves import ARRAYS, name_of
+from lumen.checkpoint.leaves import ARRAYS, name_of, printable
 from lumen.checkpoint.reading import Reader
 from lumen.checkpoint.writing import TEMPORARY
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
@@ -79,7 +79,7 @@ def _picked(reader: Reader, what: str) -> dict[str, Row]:
         found = {_flat(row, len(prefix)): row for row in arrays if row.path[: len(prefix)] == prefix}
         if found:
             return found
-    tops = sorted({name_of(row.path[:1]) for row in arrays})
+    tops = sorted({printable(name_of(row.path[:1])) for row in arrays})
     raise CheckpointNotFoundError(
         f"{reader.path} has no {what} to export: nothing under {'/'.join(_PARTS[what])!r}, itself or in 'state'. It"
         f" holds {', '.join(tops) or 'no arrays'}; what='state' exports all of it."

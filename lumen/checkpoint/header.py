@@ -3,29 +3,32 @@
 It is the item `meta` of the Orbax checkpoint, so that Orbax reads it too. Nothing in it is trusted: it may come from a
 stranger.
 
-Format 2 adds arrays in parts, written by several processes. A checkpoint is of the lowest format that can say what it
-holds, so that one without parts is read by versions that know format 1 alone; each version reads all formats before its
-own.
+Format 2 adds arrays in parts, written by several processes, format 3 many small arrays in one. A checkpoint is of the
+lowest format that can say what it holds, so that one without either is read by versions that know format 1 alone; each
+version reads all formats before its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 import torch
 
 from lumen.checkpoint import dtypes
-from lumen.checkpoint.host import Row
+from lumen.checkpoint.host import PACK, Row
 from lumen.checkpoint.leaves import ARRAYS, decode, name_of
 from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
 
-FORMAT = 2  # the newest
+FORMAT = 3  # the newest
 FILE = "meta/metadata"
 ITEMS = ("state", "extra")  # trees: what `like` describes, and what is read as it is
+
+_DIMS = 64  # that NumPy and torch know
 
 Files = dict[str, tuple[int, int]]  # size and CRC-32 by path
 
@@ -37,15 +40,18 @@ class Header:
     fields: dict[str, Any]  # everything as it stands in the file
     rows: list[Row]
     files: Files
+    packs: list[Row]  # arrays that hold many of the rows
 
 
 def dump(rows: list[Row], files: Files, **fields: Any) -> str:
     """The text of a header."""
+    packs = _packs_to_json(rows)
     content = {
-        "format": FORMAT if any(row.parts is not None for row in rows) else 1,
+        "format": 3 if packs else 2 if any(row.parts is not None for row in rows) else 1,
         **fields,
-        "leaves": [_row_to_json(row) for row in rows],
+        "leaves": [_row_to_json(row) for row in rows if row.start is None and row.kind != PACK],
         "files": {path: list(entry) for path, entry in files.items()},
+        **({"packs": packs} if packs else {}),
     }
     return _canonical({**content, "digest": _digest(content)})
 
@@ -79,7 +85,9 @@ def load(text: bytes, where: str) -> Header:
     if digest != _digest(fields):
         raise _corrupt(where, "its digest does not match")
     try:
-        return Header(fields, [_row_from_json(row) for row in fields["leaves"]], _files(fields["files"]))
+        rows, files = [_row_from_json(row) for row in fields["leaves"]], _files(fields["files"])
+        members, packs = _packs_from_json(fields.get("packs", []))
+        return Header(fields, [*rows, *members], files, packs)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise _corrupt(where, f"its table of leaves is not sound ({error})") from error
 
@@ -129,7 +137,7 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
             decode(kind, value)
         return Row(item, path, kind, value=value)
     shape = tuple(entry["shape"])
-    _demand(all(type(size) is int and 0 <= size < 2**63 for size in shape), "a shape")
+    _demand(all(type(size) is int and size >= 0 for size in shape) and len(shape) <= _DIMS, "a shape")
     parts = tuple(entry["parts"]) if "parts" in entry else None
     row = Row(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
     if row.dtype in dtypes.SINCE.keys() - dtypes.TORCH.keys():
@@ -139,6 +147,8 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
             f" 'torch>={dtypes.SINCE[row.dtype]}'."
         )
     _demand(row.dtype in dtypes.TORCH, f"the dtype {row.dtype!r}")
+    # Sizes of zero do not help: torch computes strides from the others.
+    _demand(math.prod(max(1, size) for size in shape) * dtypes.itemsize(row.dtype) < 2**63, "a shape")
     if kind != "tensor":
         dtypes.numpy_dtype(row.dtype)
     _demand((row.array is None) == (row.nbytes == 0), "an array")
@@ -151,6 +161,37 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
     return row
 
 
+def _packs_to_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The arrays that hold many leaves, and these in their order: as little of each as can be."""
+    packs: dict[tuple[str, str | None], list[Any]] = {(row.item, row.array): [] for row in rows if row.kind == PACK}
+    for row in rows:
+        if row.start is not None:
+            kind = [] if row.kind == "tensor" else [row.kind]
+            packs[row.item, row.array].append([list(row.path), list(row.shape), *kind])
+    return [
+        {"item": row.item, "array": row.array, "dtype": row.dtype, "leaves": packs[row.item, row.array]}
+        for row in rows
+        if row.kind == PACK
+    ]
+
+
+def _packs_from_json(table: Any) -> tuple[list[Row], list[Row]]:
+    """The leaves, and the arrays that hold them."""
+    members: list[Row] = []
+    packs: list[Row] = []
+    for entry in table:
+        common = {name: entry[name] for name in ("item", "array", "dtype")}
+        start = 0
+        for path, shape, *kind in entry["leaves"]:
+            row = _row_from_json({**common, "path": path, "shape": shape, "kind": kind[0] if kind else "tensor"})
+            _demand(row.kind in ARRAYS and row.array is not None, "a packed leaf")
+            members.append(replace(row, start=start))
+            start += math.prod(row.shape)
+        whole = _row_from_json({**common, "path": [entry["array"]], "shape": [start], "kind": "tensor"})
+        packs.append(replace(whole, kind=PACK))
+    return members, packs
+
+
 def _files(table: Any) -> Files:
     for path, (size, crc) in table.items():
         check_path(path)
@@ -161,7 +202,8 @@ def _files(table: Any) -> Files:
 def check_path(path: str) -> None:
     """Raise ValueError for a path that is not one below the checkpoint."""
     parts = path.split("/")
-    _demand(not any(part in ("", ".", "..") or "\0" in part or "\\" in part for part in parts), f"the path {path!r}")
+    sound = path.isprintable() and not any(part in ("", ".", "..") or "\\" in part for part in parts)
+    _demand(sound, f"the path {path!r}")
 
 
 def _demand(condition: bool, what: str) -> None:

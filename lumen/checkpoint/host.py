@@ -20,6 +20,7 @@ from lumen.core.sharding import Piece
 
 Key = tuple[str, tuple[str, ...]]  # the item, and the keys in it
 
+PACK = "pack"  # the kind of row of an array that holds many leaves
 _ALIGN = 64
 
 
@@ -28,7 +29,8 @@ class Row:
     """One leaf of the tree `item` as the header of a checkpoint lists it.
 
     An array has a `dtype`, a `shape` and the name of its directory, `array` (None if it holds no element), and where
-    several processes wrote it, the shape of its chunks; a scalar has its `value`, encoded.
+    several processes wrote it, the shape of its chunks; a scalar has its `value`, encoded. One that is packed with
+    others begins at entry `start` of the array of that name, which has a row of the kind `PACK`.
     """
 
     item: str
@@ -39,6 +41,7 @@ class Row:
     array: str | None = None
     value: Any = None
     parts: tuple[int, ...] | None = None
+    start: int | None = None
 
     @property
     def chunk(self) -> tuple[int, ...]:

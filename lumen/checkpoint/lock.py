@@ -60,6 +60,13 @@ class Lock:
                 stacklevel=4,
             )
 
+    def holds(self, directory: Path) -> bool:
+        """Whether it is the lock on what has that path now; a forked child asks in vain."""
+        try:
+            return os.path.samestat(os.stat(directory / FILE), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Let go; a forked child lets nothing go."""
         if self._key[0] == os.getpid() and _held.pop(self._key, None) is not None:

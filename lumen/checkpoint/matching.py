@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lumen import tree
 from lumen.checkpoint import dtypes, spread
 from lumen.checkpoint.host import Row
-from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named
+from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named, printable
 from lumen.checkpoint.reading import Reader, Wanted, as_kind
 from lumen.core.sharding import Piece
 from lumen.core.step import StepFn
@@ -118,7 +118,7 @@ class _Target:
         else:
             fits = row.kind == self.kind
         found = _array_text(row.dtype, row.shape) if row.kind in ARRAYS else f"a Python {row.kind}"
-        return "" if fits else f"{self.name}: {found} in the checkpoint, {self.described()} wanted"
+        return "" if fits else f"{printable(self.name)}: {found} in the checkpoint, {self.described()} wanted"
 
     def place(self, value: Tensor, device: torch.device | str | None) -> Any:
         """A saved array in the form of this leaf."""
@@ -200,7 +200,7 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     new = value.to(dtype)
     if _family(dtype) == "int" and not _equal_ints(new, value):
         raise CheckpointMismatchError(
-            f"{name} holds values that do not fit into {dtypes.NAMES[dtype]}: it was saved as"
+            f"{printable(name)} holds values that do not fit into {dtypes.NAMES[dtype]}: it was saved as"
             f" {dtypes.NAMES[value.dtype]}. Restore it as that, and convert it as it should be."
         )
     return new
@@ -233,11 +233,11 @@ class Problems:
                 continue
             row = saved.get(target.name)
             if row is None:
-                found.missing.append(f"{target.name}: {target.described()}")
+                found.missing.append(f"{printable(target.name)}: {target.described()}")
             elif why := target.mismatch(row, cast):
                 found.wrong.append(why)
         names = {target.name for target in targets}
-        found.unexpected = [name for name in saved if name not in names]
+        found.unexpected = [printable(name) for name in saved if name not in names]
         return found
 
     def any(self) -> bool:

@@ -23,11 +23,13 @@ from torch import Tensor
 from lumen.checkpoint import dtypes, grid, header, zarr
 from lumen.checkpoint.grid import Array, Block, Index
 from lumen.checkpoint.host import Row
-from lumen.checkpoint.leaves import ARRAYS, decode, name_of
+from lumen.checkpoint.leaves import ARRAYS, decode, name_of, printable
 from lumen.checkpoint.leaves import Path as Way
+from lumen.checkpoint.packing import unpack
 from lumen.core.sharding import Box
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
+_ORBAX = "_CHECKPOINT_METADATA"  # its own file in each checkpoint
 _PIECE = 1 << 22  # read and summed while it is in the cache
 _ADVICE = "Restore another checkpoint, or a copy of this one."
 
@@ -64,15 +66,32 @@ class Reader:
         """
         self._check_files(rows)
         parts = wanted or {}
+        packs = self._packs(rows)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as others:
-            return list(others.map(lambda row: self._value(row, place, parts.get(row.path)), rows))
+            return list(others.map(lambda row: self._value(row, place, parts.get(row.path), packs), rows))
 
-    def _value(self, row: Row, place: Callable[[Row, Tensor], Any] | None, part: Wanted | None) -> Any:
+    def _packs(self, rows: Sequence[Row]) -> dict[tuple[str, str | None], Array]:
+        """The arrays that hold these leaves among others."""
+        names = {(row.item, row.array) for row in rows if row.start is not None}
+        found = [row for row in self.header.packs if (row.item, row.array) in names]
+        return {
+            (row.item, row.array): dtypes.bits(self._array(row, _all_of(row))).numpy().view(_carrier(row))
+            for row in found
+        }
+
+    def _value(
+        self,
+        row: Row,
+        place: Callable[[Row, Tensor], Any] | None,
+        part: Wanted | None,
+        packs: Mapping[tuple[str, str | None], Array],
+    ) -> Any:
         if row.kind == "empty":
             return {} if row.value == "dict" else ()
         if row.kind not in ARRAYS:
             return decode(row.kind, row.value)
-        value = self._array(row, part or _all_of(row))
+        part = part or _all_of(row)
+        value = self._array(row, part) if row.start is None else _of_pack(row, part, packs[row.item, row.array])
         return as_kind(row.kind, value) if place is None else place(row, value)
 
     def _array(self, row: Row, part: Wanted) -> Tensor:
@@ -128,7 +147,8 @@ class Reader:
 
     def _check_files(self, rows: Sequence[Row]) -> None:
         """Everything but the arrays: small files, which Orbax reads and we do not."""
-        stored = [row for row in self.header.rows if row.array is not None]
+        alone = [row for row in self.header.rows if row.array is not None and row.start is None]
+        stored = [*alone, *self.header.packs]
         for row in stored:
             with self._damage(zarr.description(row), row):
                 if grid.count(row.shape, row.chunk) > len(self.header.files):
@@ -204,7 +224,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     ({'lr': 0.1}, {'kind': 'tensor', 'dtype': 'float32', 'shape': (2,)})
     """
     head = read_header(Path(path))
-    fields = {name: value for name, value in head.fields.items() if name not in ("files", "leaves")}
+    fields = {name: value for name, value in head.fields.items() if name not in ("files", "leaves", "packs")}
     tables: dict[str, dict[str, Any]] = {item: {} for item in header.ITEMS}
     for row in head.rows:
         tables[row.item][name_of(row.path)] = _described(row)
@@ -225,7 +245,7 @@ def pick(reader: Reader, under: str) -> tuple[list[Row], int]:
         return reader.rows, 0
     picked = [row for row in reader.rows if f"{name_of(row.path)}/".startswith(f"{under}/")]
     if not picked:
-        first = sorted({name_of(row.path[:1]) for row in reader.rows})
+        first = sorted({printable(name_of(row.path[:1])) for row in reader.rows})
         raise CheckpointNotFoundError(f"{reader.path} holds nothing under {under!r}; it holds {', '.join(first)}.")
     return picked, len(under.split("/"))
 
@@ -245,11 +265,20 @@ def read_header(path: Path) -> header.Header:
         with open_file(path, header.FILE) as file:
             text = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "was not written by Lumen, or is damaged" if path.is_dir() else "does not exist"
+        if lost_header(path):
+            raise CorruptCheckpointError(f"{path} has lost its header (no {header.FILE}). {_ADVICE}") from error
+        hint = "was not written by Lumen" if path.is_dir() else "does not exist"
         raise CheckpointNotFoundError(f"{path} is no checkpoint: it {hint} (no {header.FILE}).") from error
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{path / header.FILE} cannot be read: {error}. {_ADVICE}") from error
     return header.load(text, str(path))
+
+
+def lost_header(path: Path) -> bool:
+    """Whether `path` is what is left of a checkpoint whose header is gone."""
+    if not path.is_dir() or path.is_symlink() or os.path.lexists(path / header.FILE):
+        return False
+    return any(os.path.lexists(path / name) for name in (*header.ITEMS, _ORBAX))
 
 
 @contextmanager
@@ -273,6 +302,14 @@ def open_file(root: Path, name: str, size: int | None = None) -> Iterator[IO[byt
 def _all_of(row: Row) -> Wanted:
     zeros = (0,) * len(row.shape)
     return Wanted(row.shape, (Box(zeros, zeros, row.shape),) if row.nbytes else ())
+
+
+def _of_pack(row: Row, part: Wanted, pack: Array) -> Tensor:
+    """A leaf, or what is wanted of it, in memory of its own."""
+    dtype = dtypes.TORCH[row.dtype]
+    memory = torch.zeros(math.prod(part.shape) * dtype.itemsize, dtype=torch.uint8)
+    unpack(row, pack, memory.numpy().view(_carrier(row)).reshape(part.shape), part.boxes)
+    return memory.view(dtype).view(part.shape)
 
 
 def _carrier(row: Row) -> np.dtype[Any]:

@@ -8,9 +8,10 @@ import re
 import shutil
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from lumen.checkpoint.retention import Retention
 from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
 from lumen.core import world
 from lumen.core.step import StepFn
-from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, InexactWarning
 
 _REPLACED = re.compile(rf"\.([0-9]+){re.escape(writing.REPLACED)}")
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -179,9 +180,9 @@ class Store:
         try:
             self._check_open()
             talk = None if self._meeting is None else self._meeting.next()
-            with nullcontext() if talk is None else talk.failing_together():
+            with nullcontext() if talk is None else talk.failing_together(), _own_errors(self.directory):
                 self.wait()
-                self._check_free(step)
+                self._make_ready(step)
                 numbers = _numbers(metrics or {})
                 fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": _json(numbers)}
                 taken = self._snapshot(tree, extra)
@@ -189,11 +190,39 @@ class Store:
         finally:
             self.blocked += time.perf_counter() - began
 
-    def _check_free(self, step: int) -> None:
+    def _make_ready(self, step: int) -> None:
+        """See that the checkpoint of `step` can be written, and that the directory is still this store's."""
         if type(step) is not int or step < 0:
             raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
-        if self._first and os.path.lexists(self.path(step)) and step not in self.steps():
-            raise CheckpointExistsError(f"{self.path(step)} is there, and is no checkpoint: move it away.")
+        if not self._first:
+            return
+        self._keep_lock()
+        path = self.path(step)
+        if not os.path.lexists(path) or step in self.steps():
+            return
+        if not reading.lost_header(path):
+            raise CheckpointExistsError(f"{path} is there, and is no checkpoint: move it away.")
+        new = self.set_aside(path)
+        warnings.warn(
+            f"the checkpoint {path} has lost its header; it is now {new.name}, and step {step} is saved anew.",
+            InexactWarning,
+            stacklevel=4,
+        )
+
+    def _keep_lock(self) -> None:
+        """Take the lock again where somebody has deleted the directory under the run; another may have it by now."""
+        assert self._lock is not None
+        if self._lock.holds(self.directory):
+            return
+        self._lock.release()
+        self._lock = self._locked()
+        self._metrics.clear()
+        warnings.warn(
+            f"{self.directory} was deleted, or moved away, under the run, and with it the checkpoints that it held. It"
+            " is made again, and what is saved from now on is there.",
+            InexactWarning,
+            stacklevel=5,
+        )
 
     def _snapshot(self, tree: Any, extra: Any) -> Snapshot:
         spread.check(self._step, tree, f"with {self!r}.open(step) as store: store.save(...)")
@@ -207,8 +236,9 @@ class Store:
         count = 0
         while os.path.lexists(new := path.with_name(f"damaged-{path.name}" + (f"-{count}" if count else ""))):
             count += 1
-        os.rename(path, new)
-        sync_directory(self.directory)
+        with _own_errors(self.directory):
+            os.rename(path, new)
+            sync_directory(self.directory)
         self._metrics.pop(int(path.name), None)
         return new
 
@@ -278,12 +308,28 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
+        return [step for step in self._named() if (self.path(step) / header.FILE).is_file()]
+
+    def _named(self) -> list[int]:
+        """The steps that something in the directory is named by."""
         try:
-            with os.scandir(self.directory) as entries:
+            with (
+                _own_errors(self.directory, passing=(FileNotFoundError, NotADirectoryError)),
+                os.scandir(self.directory) as entries,
+            ):
                 names = [each.name for each in entries if _STEP.fullmatch(each.name) and not each.is_symlink()]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(name) for name in names if (self.directory / name / header.FILE).is_file())
+        return sorted(map(int, names))
+
+    def damaged(self) -> list[int]:
+        """The steps whose checkpoint has lost its header, ascending: they are none of `steps`.
+
+        >>> import lumen as lm, tempfile
+        >>> lm.checkpoint.Store(tempfile.mkdtemp()).damaged()
+        []
+        """
+        return [step for step in self._named() if reading.lost_header(self.path(step))]
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -346,6 +392,17 @@ class Store:
                     self._metrics[step] = _from_json(reading.read_header(self.path(step)).fields.get("metrics"))
             found[step] = self._metrics.get(step, {})
         return found
+
+
+@contextmanager
+def _own_errors(directory: Path, passing: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """An error of the disk as a `CheckpointError`, so that a run can tell it from those of its data and sinks."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (CheckpointError, *passing)):
+            raise
+        raise CheckpointError(f"the checkpoints in {directory} cannot be reached: {error}") from error
 
 
 def _remove(path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from lumen.checkpoint import _orbax, header, parts, spread, zarr
 from lumen.checkpoint.disk import sync, sync_directory
 from lumen.checkpoint.host import Row, Snapshot, snapshot
+from lumen.checkpoint.packing import packed
 from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
 from lumen.core import world
 from lumen.core.step import StepFn
@@ -126,6 +127,7 @@ def take_part(talk: Talk, taken: Snapshot) -> None:
 
 
 def _write_alone(temporary: Path, taken: Snapshot) -> Written:
+    taken = packed(taken)
     with ThreadPoolExecutor(1) as other:
         sums = other.submit(_sums, taken)
         _orbax.write(temporary, {taken.keys[place]: taken.data[place] for place in taken.stored})
@@ -141,13 +143,13 @@ def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> Written:
     plan = parts.plan(taken, others, folder)
     folder.mkdir()
     talk.say("plan", plan.to_json())
-    rows = plan.rows(taken.rows)
+    written = packed(taken)
+    rows = plan.rows(written.rows)
     with ThreadPoolExecutor(1) as other:
         writing = other.submit(parts.write, talk, taken, plan)
-        sums = other.submit(_sums, taken)
-        _orbax.write(
-            temporary, {taken.keys[place]: array for place, array in (taken.data | parts.stand_ins(taken)).items()}
-        )
+        sums = other.submit(_sums, written)
+        arrays = written.data | parts.stand_ins(written)
+        _orbax.write(temporary, {written.keys[place]: array for place, array in arrays.items()})
         _forget_places(temporary)
         parts.describe(plan, rows, temporary)
         files = writing.result()
@@ -155,7 +157,7 @@ def _write_first(temporary: Path, taken: Snapshot, talk: Talk) -> Written:
             files |= {name: (size, crc) for name, (size, crc) in found.items()}
         parts.collect(plan, rows, files, temporary)
         shutil.rmtree(folder)
-        return rows, _inspected(temporary, taken, sums.result(), files), files
+        return rows, _inspected(temporary, written, sums.result(), files), files
 
 
 def _commit(temporary: Path, final: Path, replace: bool) -> None:

@@ -70,7 +70,7 @@ def tail_size(text: bytes, row: Row) -> int:
         }
         for name, value in wanted.items():
             if found[name] != value:
-                raise ValueError(f"{name} is {found[name]}, expected {value}")
+                raise ValueError(f"{name} is {found[name]!r}, expected {value!r}")
         return _tail(found["codecs"], row)
     except (KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"the description is not sound: {error!r}") from error
@@ -86,7 +86,7 @@ def _tail(codecs: list[Any], row: Row) -> int:
         raise ValueError(f"the codecs are {codecs}")
     for name, value in wanted.items():
         if shard[name] != value:
-            raise ValueError(f"{name} of the shard is {shard[name]}, expected {value}")
+            raise ValueError(f"{name} of the shard is {shard[name]!r}, expected {value!r}")
     return _INDEX.size + _CHECKSUM
 
 

@@ -103,6 +103,25 @@ class Mean(Value):
 
 
 @state
+class GlobalMean(Mean):
+    """A mean over the rows of all processes, which each of them holds whole: the loss of `value_and_grad`.
+
+    It counts once where the values of processes merge, which other values, each of its own process's rows, do not.
+    """
+
+    def merge(self, other: Mean) -> Mean:  # type: ignore[override]  # with a process's own it is no longer that of all
+        """The mean over the elements of both."""
+        kind = type(self) if isinstance(other, GlobalMean) else Mean
+        return kind(self.total + other.total, self.weight + other.weight)
+
+    @classmethod
+    def merge_all(cls, parts: Sequence[Mean]) -> Mean:  # type: ignore[override]
+        """The mean over the elements of all parts."""
+        kind = cls if all(isinstance(part, GlobalMean) for part in parts) else Mean
+        return kind(_total([part.total for part in parts]), _total([part.weight for part in parts]))
+
+
+@state
 class Sum(Value):
     """A sum: of tokens seen, of errors, of anything that adds up.
 

@@ -46,6 +46,7 @@ class Workers:
             self._keep(loader)
             raise
         except BaseException as error:
+            release(error)
             # A worker dies in the midst of handing over: what is first seen may be a broken connection.
             try:
                 dead = _dead(loader, patience=_PATIENCE if isinstance(error, ConnectionError | EOFError) else 0)
@@ -83,6 +84,19 @@ class Workers:
             persistent_workers=True,
             generator=torch.Generator(),  # else each pass would draw from the global one
         )
+
+
+def release(error: BaseException) -> None:
+    """Let go of what torch's frame holds that raised what a worker process did: the error itself.
+
+    Through its traceback the error holds all that ran, so a run would live until the cyclic collector comes by.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "reraise" and frame.f_globals.get("__name__") == "torch._utils":
+            frame.clear()
+        trace = trace.tb_next
 
 
 def _dead(loader: DataLoader[Any], patience: float = 0) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import platform
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import world
+from lumen.core.state import TrainState
 from lumen.core.step import device_of
 from lumen.core.versions import own_version
 from lumen.errors import WorldError
 from lumen.parallel.mesh import Mesh
 
 _ALIKE = ("step", "seed")  # counters that every process must begin with
+_FIELDS = frozenset(each.name for each in dataclasses.fields(TrainState))
 
 
 def check_alike(lines: Sequence[str], group: dist.ProcessGroup, device: torch.device, what: str) -> None:
@@ -116,7 +119,7 @@ def broadcast(state: Any, group: dist.ProcessGroup) -> Any:
 
 
 def check_equal(state: Any, mesh: Mesh | None = None) -> None:
-    """Raise `WorldError`, on every process, unless all hold bitwise the same params.
+    """Raise `WorldError`, on every process, unless all hold bitwise the same params, and fields that a subclass adds.
 
     It compares two checksums for each leaf over the axes data and shard of `mesh`, by default over all processes, and
     names the first leaf that differs and the ranks that hold another than the first process.
@@ -128,21 +131,56 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     group = mesh.group("data", "shard") if mesh is not None else (dist.group.WORLD if world.is_distributed() else None)
     if group is None or world.is_planned():
         return
-    named = tree.named_tensors(getattr(state, "params", state))
-    mine = torch.stack([checksum(leaf) for _, leaf in named]).to(device_of(state))
+    params = tree.named_tensors(getattr(state, "params", state))
+    different = _different(params, group, device_of(state))
+    if different is not None:
+        name, ranks, others = different
+        raise WorldError(
+            f"params have come apart: {name} on {_named(ranks)} is not what rank"
+            f" {dist.get_global_rank(group, 0)} holds, nor are {others} other leaves."
+            " Every process must make the same updates: look for a rank-dependent branch after the gradient, a metric"
+            " or random number of one rank that decides about the update, or a device that computes wrongly."
+        )
+    check_fields(state, group)
+
+
+def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[int] = ()) -> None:
+    """Raise `WorldError`, on every process, unless all hold the same in the fields that a subclass of a state adds.
+
+    Of leaves that are `cut`, by their places among `lumen.tree.leaves`, each process has its own part.
+    """
+    added: frozenset[str] = getattr(state, "_fields_", frozenset()) - _FIELDS
+    if group is None or not added or not hasattr(state, "params"):
+        return
+    leaves = tree.leaves(state)
+    parts = {id(leaves[place]) for place in cut}
+    found = tree.named_tensors({name: getattr(state, name) for name in sorted(added)})
+    different = _different([pair for pair in found if id(pair[1]) not in parts], group, device_of(state))
+    if different is not None:
+        name, ranks, _ = different
+        raise WorldError(
+            f"state.{name} on {_named(ranks)} is not what rank {dist.get_global_rank(group, 0)} holds, and a state is"
+            " the same on every process: a checkpoint keeps the first one's, which all would go on from. What belongs"
+            " to a process's own rows, such as a hidden state, comes with its batches, or is made one value of all:"
+            " lm.pmean(x, 'data')."
+        )
+
+
+def _different(
+    named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device
+) -> tuple[str, list[int], int] | None:
+    """The first leaf that is not the same on all, on which ranks it is another, and how many such leaves follow."""
+    if not named:
+        return None
+    mine = torch.stack([checksum(leaf).to(device) for _, leaf in named])
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     different = torch.stack([(other != found[0]).any(1) for other in found])  # rank × leaf
     if not bool(different.any()):
-        return
+        return None
     leaf = int(different.any(0).int().argmax())
     ranks = [dist.get_global_rank(group, place) for place in different[:, leaf].nonzero().flatten().tolist()]
-    raise WorldError(
-        f"params have come apart: {named[leaf][0]} on {_named(ranks)} is not what rank"
-        f" {dist.get_global_rank(group, 0)} holds, nor are {int(different.any(0).sum()) - 1} other leaves."
-        " Every process must make the same updates: look for a rank-dependent branch after the gradient, a metric or"
-        " random number of one rank that decides about the update, or a device that computes wrongly."
-    )
+    return named[leaf][0], ranks, int(different.any(0).sum()) - 1
 
 
 def checksum(leaf: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lumen.core.buffers import Origin, Tracker
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
-from lumen.core.values import Max, Mean, Min, Sum, Value, is_value
+from lumen.core.values import GlobalMean, Max, Mean, Min, Sum, Value, is_value
 from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.aux_reduction import AuxReduction, BufferChecks
 from lumen.parallel.buckets import Buckets, Layouts, Wire
@@ -185,7 +185,7 @@ class Exchange:
         found = aux.joined(means / tail[_ROWS], changed, sent)
         aux.check(self._rule.checks)
         return Gradient(
-            Mean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
+            GlobalMean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
             self._grads,
             found,
             answer.scalar,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from lumen.errors import ValueKindError
+from lumen.errors import SinkError, ValueKindError
 
 Number = int | float
 
@@ -20,7 +20,9 @@ class Sink(Protocol):
     does. Each says which of `Histogram`, `Image` and `Text` it writes, and leaves out the others.
 
     A sink may also keep the configuration (`config`), show params (`take_params`) and go back to a checkpoint
-    (`position`, `rewind`): see `lumen.sinks.optional`. For a sink of your own, two methods are enough:
+    (`position`, `rewind`): see `lumen.sinks.optional`. An error of a sink ends the run, which saves where it stands,
+    unless the sink has an attribute `on_error = "warn"`, an argument of each sink of this package: then the run warns
+    and trains on, and the sink has a gap. For a sink of your own, two methods are enough:
 
     >>> import lumen as lm
     >>> class Best:
@@ -37,6 +39,16 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write what is pending and let go of the file; doing so again does nothing."""
+
+
+OnError = Literal["raise", "warn"]
+
+
+def check_on_error(on_error: str) -> bool:
+    """Whether a sink's errors are only warned of; raises SinkError for what says neither."""
+    if on_error not in ("raise", "warn"):
+        raise SinkError(f"a sink's on_error={on_error!r} is unknown; give 'raise' or 'warn'.")
+    return on_error == "warn"
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, Number]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.format import short
 from lumen.sinks.media import Text, split
@@ -30,8 +31,10 @@ class Console:
     sample: to be
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, *, on_error: OnError = "raise") -> None:
+        check_on_error(on_error)
         self._file = file
+        self.on_error = on_error
         self._widths: dict[str, int] = {}
 
     def config(self, values: Mapping[str, Any]) -> None:

@@ -45,12 +45,13 @@ class CSV(RowFile):
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one row."""
         record = stamped(step, self._clock(), split(values)[0])
-        file = self._opened()
-        added = [name for name in record if name not in self._columns]
-        if added:
-            file = self._widened(file, [*self._columns, *added])
-        _write(file, [[record.get(name, "") for name in self._columns]])
-        file.flush()
+        with self._writing():
+            file = self._opened()
+            added = [name for name in record if name not in self._columns]
+            if added:
+                file = self._widened(file, [*self._columns, *added])
+            _write(file, [[record.get(name, "") for name in self._columns]])
+            file.flush()
         self._rows += 1
 
     def _opened(self) -> TextIO:

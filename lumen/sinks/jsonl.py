@@ -41,11 +41,12 @@ class JSONL(RowFile):
         others = {name: _written(value) for name, value in media.items() if isinstance(value, Histogram | Text)}
         check_names(others)
         line = json.dumps({**record, **others}, allow_nan=False)
-        if self._file is None:
-            self._file = open_lines(self.path)
-            self._rows = self._count()
-        self._file.write(line + "\n")
-        self._file.flush()
+        with self._writing():
+            if self._file is None:
+                self._file = open_lines(self.path)
+                self._rows = self._count()
+            self._file.write(line + "\n")
+            self._file.flush()
         self._rows += 1
 
     @staticmethod

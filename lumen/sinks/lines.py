@@ -7,9 +7,11 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import write_beside
 
 _CHUNK = 1 << 16
@@ -18,8 +20,12 @@ _CHUNK = 1 << 16
 class RowFile(ABC):
     """What JSONL and CSV share: a file of rows that is opened late, continued, counted and cut."""
 
-    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, on_error: OnError = "raise", clock: Callable[[], float] = time.time
+    ) -> None:
+        check_on_error(on_error)
         self.path = Path(path)
+        self.on_error = on_error
         self._clock = clock
         self._file: TextIO | None = None
         self._rows = 0  # in the file, as long as it is open
@@ -48,6 +54,21 @@ class RowFile(ABC):
             file, self._file = self._file, None
             file.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Into the file that has the path: one that was taken away is begun anew; after an error it is opened again,
+        which cuts off a row that was half written."""
+        if self._file is not None and not _is_at(self._file, self.path):
+            self.close()
+        try:
+            yield
+        except OSError:
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+            raise
+
     def _count(self) -> int:
         return max(0, sum(1 for _ in self._ends()) - 1)
 
@@ -61,6 +82,13 @@ class RowFile(ABC):
     @abstractmethod
     def _row_ends(file: BinaryIO) -> Iterator[int]:
         """The same of an open file: rows that were not ended are none."""
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def open_lines(path: Path) -> TextIO:

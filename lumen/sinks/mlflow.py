@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.extras import load, require
 from lumen.sinks.media import Histogram, Image, Media, split
@@ -49,11 +50,14 @@ class MLflow:
         run_id: str | None = None,
         run_name: str | None = None,
         tags: Mapping[str, str] | None = None,
+        on_error: OnError = "raise",
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_on_error(on_error)
         require("mlflow", "MLflow")
         self.tracking_uri = tracking_uri
         self.experiment = experiment
+        self.on_error = on_error
         self.run_id = run_id
         self._run_name = run_name
         self._tags = dict(tags or {})

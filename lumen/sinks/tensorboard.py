@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lumen.errors import ValueKindError
 from lumen.sinks import projector
+from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.media import Histogram, Image, Media, split
 
@@ -53,8 +54,10 @@ class TensorBoard:
         *,
         embeddings: Sequence[str] = (),
         embed_every: int | None = None,
+        on_error: OnError = "raise",
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_on_error(on_error)
         _library()  # that it is missing should show before the first step
         if isinstance(embeddings, str):
             raise ValueKindError(f"embeddings={embeddings!r} is one name; write embeddings=({embeddings!r},).")
@@ -64,6 +67,7 @@ class TensorBoard:
         self._embed_every = embed_every
         self._embedded: int | None = None  # the step at which the projector's points were last due
         self.logdir = Path(logdir)
+        self.on_error = on_error
         self._clock = clock
         self._writer: Any = None
         self._last: int | None = None  # step

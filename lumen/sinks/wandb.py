@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json
 from lumen.sinks.extras import load, require
 from lumen.sinks.media import Histogram, Image, Media, split
@@ -37,8 +38,11 @@ class WandB:
         dir: str | os.PathLike[str] | None = None,  # noqa: A002 (W&B's name, as the next)
         mode: str | None = None,
         id: str | None = None,  # noqa: A002
+        on_error: OnError = "raise",
         **kwargs: Any,
     ) -> None:
+        check_on_error(on_error)
+        self.on_error = on_error
         require("wandb", "WandB")
         self.id = id
         self.run: Any = None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lumen.checkpoint import Store
 from lumen.errors import CheckpointError, CorruptCheckpointError
 from lumen.train.clock import Every
-from lumen.train.journal import Positions
+from lumen.train.sink_group import Positions
 
 Best = tuple[str, Literal["min", "max"]]
 
@@ -81,8 +81,11 @@ class Checkpointer:
             found: Positions = json.loads(note.read_text())["sinks"]
             return found
         beside = note.with_suffix(".new")
-        beside.write_text(json.dumps({"sinks": positions}))
-        beside.replace(note)
+        try:
+            beside.write_text(json.dumps({"sinks": positions}))
+            beside.replace(note)
+        except OSError as error:
+            raise CheckpointError(f"{note} cannot be written: {error.strerror}.") from error
         return positions
 
     def wants(self, fresh: Mapping[str, float]) -> bool:
@@ -101,11 +104,12 @@ def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]
                 'resume="auto" needs to know where the checkpoints are: write'
                 ' lm.Runner(step, checkpoint=lm.Checkpointer("runs/a"))'
             )
-        for step in reversed(checkpointer.store.steps()):
-            yield checkpointer.store.path(step), True
+        store = checkpointer.store
+        for step in sorted({*store.steps(), *store.damaged()}, reverse=True):
+            yield store.path(step), True
         return
     if resume == "never":
-        if checkpointer is not None and (last := checkpointer.store.latest()) is not None:
+        if checkpointer is not None and (last := _last(checkpointer.store)) is not None:
             raise CheckpointError(
                 f"{checkpointer.directory} holds the checkpoints of a run, up to step {last}, and a new run would"
                 ' mix with them. To go on from there, fit(…, resume="auto"); to start over, choose another directory'
@@ -113,9 +117,13 @@ def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]
             )
         return
     path = Path(resume)
-    store = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    newest = None if store is None else store.latest()
-    yield (path if store is None or newest is None else store.path(newest)), False
+    other = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    newest = None if other is None else other.latest()
+    yield (path if other is None or newest is None else other.path(newest)), False
+
+
+def _last(store: Store) -> int | None:
+    return max([*store.steps(), *store.damaged()], default=None)
 
 
 def first_whole(
@@ -129,17 +137,20 @@ def first_whole(
     damaged, the first one's error is raised.
     """
     damaged: list[tuple[Path, CorruptCheckpointError]] = []
-    for path, optional in list(paths):
-        try:
-            found = read(path)
-        except CorruptCheckpointError as error:
-            if not optional:
-                raise
-            damaged.append((path, error))
-            continue
-        for each, why in damaged:
-            set_aside(each, path, why)
-        return found
-    if damaged:
-        raise damaged[0][1]
-    return None
+    try:
+        for path, optional in list(paths):
+            try:
+                found = read(path)
+            except CorruptCheckpointError as error:
+                if not optional:
+                    raise
+                damaged.append((path, error))
+                continue
+            for each, why in damaged:
+                set_aside(each, path, why)
+            return found
+        if damaged:
+            raise damaged[0][1]
+        return None
+    finally:
+        damaged.clear()  # a traceback has this frame, and would keep the run alive

@@ -28,11 +28,11 @@ from lumen import tree
 from lumen.checkpoint import plain, rng
 from lumen.core import world
 from lumen.core.step import Transform, device_of
-from lumen.core.values import as_value, is_value, merge_metrics
+from lumen.core.values import GlobalMean, as_value, is_value, merge_metrics
 from lumen.errors import BatchError, InexactWarning, MetricError, WorldError
 from lumen.parallel.launch import launched
 from lumen.parallel.ranks import Watch
-from lumen.train.meter import Entry, parts, rebuilt
+from lumen.train.meter import Entry, adopted, parts, rebuilt
 
 Layout = list[tuple[str, str, tuple[int, ...], torch.dtype]]
 
@@ -176,7 +176,7 @@ class Everyone:
         """Of what `gathered` gave in a run of `processes`, this process's part, and the meters it goes on from.
 
         Where the number of processes has changed, random generators are seeded anew from those of the first, and
-        metrics that were not logged yet are all taken over by the first process.
+        metrics that were not logged yet are all taken over by the first process, weighed as in the run before.
         """
         others = unbundled(extra["ranks"]) if "ranks" in extra else []
         every: list[Mapping[str, Any]] = [extra, *others]
@@ -193,7 +193,7 @@ class Everyone:
                 stacklevel=2,
             )
         meters = [each.get("meter", {}) for each in every[::copies]] if self.first else []
-        return {**extra, "rng": None}, meters
+        return {**extra, "rng": None}, adopted(meters, world.rows()[1])
 
     def restore_random(self, own: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Put back this process's random generators, or seed them from the first process's."""
@@ -211,7 +211,7 @@ class Everyone:
     def merged(self, place: str, metrics: Any, finish: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         """The numbers that `finish` makes of the metrics of all; None is a process that has none.
 
-        Of processes that are handed the same rows the first counts.
+        Of processes that are handed the same rows the first counts, and of a `GlobalMean`, which all hold.
         Parts travel as bytes in one all-gather and are merged by each process in the same order, so that all have
         the same numbers to the bit. Where the parts of a `place` are not all of the form that they had before, they
         travel as objects.
@@ -226,9 +226,9 @@ class Everyone:
         numbers: dict[str, float] = {}
         if metrics is not None:
             _check_names(entries)
+            counted = [rebuilt(entries[rank], metrics) for rank in holders if rank % world.copies() == 0]
             # The first process comes last: it is the one whose Last counts.
-            counted = [rank for rank in holders if rank % world.copies() == 0]
-            numbers = finish(merge_metrics([rebuilt(entries[rank], metrics) for rank in reversed(counted)]))
+            numbers = finish(merge_metrics([*map(_without_shared, reversed(counted[1:])), counted[0]]))
         if len(holders) < self.size:  # who has none cannot know what they mean
             numbers = self.of_all(numbers)[holders[0]]
         return numbers
@@ -334,6 +334,15 @@ def _entry(layout: Layout, pieces: Sequence[Tensor]) -> dict[str, dict[str, Tens
 
 def _on_host(entry: Entry) -> dict[str, dict[str, Tensor]]:
     return {name: {key: t.detach().cpu() for key, t in held.items()} for name, held in entry.items()}
+
+
+def _without_shared(metrics: Any) -> Any:
+    """The metrics of one process without what all hold, which another one gives."""
+
+    def own(value: Any) -> Any:
+        return tree.map(torch.zeros_like, value) if isinstance(value, GlobalMean) else value
+
+    return tree.map(own, metrics, is_leaf=is_value)
 
 
 def _check_names(entries: Sequence[Any]) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from lumen import checkpoint, tree
@@ -31,7 +32,7 @@ from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
 from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
-from lumen.sinks import configure, show_params
+from lumen.parallel import agree
 from lumen.train import frozen, result_page
 from lumen.train.callbacks import View
 from lumen.train.checkpointer import candidates, first_whole
@@ -44,6 +45,7 @@ from lumen.train.place import Placed
 from lumen.train.plateau import fed
 from lumen.train.progress import Silent, make_progress
 from lumen.train.signals import Interrupted, Signals, interactive
+from lumen.train.sink_group import SinkGroup
 from lumen.train.validate import Validate, evaluate_until, params_for
 from lumen.transforms.unroll import stack, unroll
 
@@ -106,7 +108,7 @@ class Fit:
         self._limit = limit
         self._everyone = Everyone(state)
         # What is done once, whatever the number of processes.
-        self._sinks = runner.sinks if self._everyone.first else ()
+        self._sinks = SinkGroup(runner.sinks if self._everyone.first else ())
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
         spread = any(t.foreign or (t.shards and self._everyone.size > 1) for t in runner.step.transforms)
         saves = runner.checkpoint is not None and (spread or self._everyone.first)
@@ -119,7 +121,7 @@ class Fit:
         self._journal = Journal(
             self._sinks, self._progress, self.clock, runner.peak(state), self._everyone, History(better)
         )
-        self._signals = Signals(self._wake_up, self._everyone.rank)
+        self._signals = Signals(self._everyone.rank)
         self._agreed_signal: str | None = None
         self._wish = ""  # why a callback of this process would end the run
         self._gathers = True  # whether all processes come to this very place
@@ -133,6 +135,7 @@ class Fit:
         self._fingerprint = frozen.fingerprint(state) if apart else None
         self._save_timer = None if runner.checkpoint is None else Timer(runner.checkpoint.every, self.clock)
         self._saved_at: tuple[Any, ...] = ()
+        self._compared = False  # what the processes hold, with the first checkpoint
         self._stopped = ""  # why a callback ended the run
         self._training = False
         self._before: Any = None  # the state that the step was given which is being made
@@ -150,7 +153,7 @@ class Fit:
             try:
                 self._everyone.check_alike(self._epoch_length())
                 self._go_on(resume)
-                with self._signals:
+                with self._signals.listening(self._wake_up):
                     self._progress.start(self._total(), self.clock.step)
                     self._train()
                     if self._store is not None:
@@ -158,12 +161,17 @@ class Fit:
                     self._everyone.wait()
             except BaseException as error:
                 first = self._everyone.failed(error, self._where())
-                self._failed(first)
-                if first is not error:
-                    raise first from error
-                raise
-            finally:
-                self._close()
+                try:
+                    try:
+                        self._failed(first)
+                    finally:
+                        self._close(first)
+                    if first is not error:
+                        raise first from error
+                    raise
+                finally:
+                    del first  # its traceback has this frame, and would keep the run alive
+            self._close()
         result = self._result()
         if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
             raise Interrupted(result)
@@ -177,8 +185,7 @@ class Fit:
     def _train(self) -> None:
         callbacks = self.runner.callbacks
         self._training = True
-        for sink in self._sinks:
-            configure(sink, self._description)
+        self._sinks.configure(self._description)
         self._show_params()
         callbacks.call("on_start", self._view(self._journal.newest))
         self._agree()
@@ -421,8 +428,7 @@ class Fit:
 
     def _show_params(self, last: bool = False) -> None:
         params = None if self._together is not None else getattr(self.state, "params", None)
-        for sink in self._sinks:
-            show_params(sink, self.clock.step, params, last)
+        self._sinks.show_params(self.clock.step, params, last)
 
     # ---------------------------------------------------------------------------------------- saving
 
@@ -433,6 +439,9 @@ class Fit:
             return
         if self._everyone.size > 1:
             self._read_clock()
+            if not self._compared:
+                self._compared = True
+                agree.check_fields(self.state, dist.group.WORLD, self.runner.step.pieces(self.state))
         self._save_timer.restart(self.clock)
         extra = self._everyone.gathered(
             {
@@ -470,7 +479,7 @@ class Fit:
         found = self._find(resume)
         if found is None:
             if self.runner.checkpoint is not None and self._everyone.first:
-                self._journal.rewind(self.runner.checkpoint.begin(resume, self._journal.positions()))
+                self._sinks.rewind(self.runner.checkpoint.begin(resume, self._sinks.positions()))
             return
         self.state, extra, meta, _ = found
         own, meters = self._everyone.own(extra, meta.get("processes", 1))
@@ -516,9 +525,12 @@ class Fit:
         except CorruptCheckpointError as error:
             damage = error
         first = self._everyone.agreed(str(damage or ""))
-        if first or found is None:
-            raise damage or CorruptCheckpointError(first)
-        return found
+        try:
+            if first or found is None:
+                raise damage or CorruptCheckpointError(first)
+            return found
+        finally:
+            del damage  # its traceback has this frame, and would keep the run alive
 
     def _read(self, path: Path) -> tuple[Any, Any, Any, Path]:
         meta = checkpoint.metadata(path)["meta"]
@@ -536,7 +548,8 @@ class Fit:
         error.add_note(f"raised {self._where()} (epoch {clock.epoch}, batch {clock.batch})")
         # Several processes make a checkpoint together, for which it is too late.
         alone = self._everyone.size == 1
-        savable = isinstance(error, Exception) and not isinstance(error, CheckpointError | OSError)
+        # What the checkpoint's own disk did would only happen again; other disks are no reason to save nothing.
+        savable = isinstance(error, Exception) and not isinstance(error, CheckpointError)
         if alone and savable and self._is_whole():
             try:
                 self._save()
@@ -555,10 +568,14 @@ class Fit:
         half_done = self._before is not None and (donating or self.state is not self._before)
         return self.clock.step > 0 and not is_retired(self.state) and not half_done
 
-    def _close(self) -> None:
+    def _close(self, because: BaseException | None = None) -> None:
         self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
+        try:
+            self._sinks.close()
+        except Exception as error:
+            if because is None:
+                raise
+            because.add_note(f"besides, a sink could not close: {type(error).__name__}: {error}")
 
     def _result(self) -> Result:
         journal = self._journal

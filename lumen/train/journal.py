@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lumen.checkpoint import plain
 from lumen.optim import learning_rate
-from lumen.sinks import Sink, position, rewind
-from lumen.train.callbacks import by_class
 from lumen.train.clock import Clock
 from lumen.train.everyone import Everyone
 from lumen.train.history import History
 from lumen.train.meter import Meter
 from lumen.train.progress import Progress
-
-Positions = list[dict[str, Any]]
+from lumen.train.sink_group import SinkGroup
 
 
 class Journal:
@@ -27,7 +24,7 @@ class Journal:
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        sinks: SinkGroup,
         progress: Progress,
         clock: Clock,
         peak: float | None,
@@ -74,32 +71,21 @@ class Journal:
         self.newest.update(numbers)
         self.history.add(self._clock.step, numbers)
         self._fresh = (self._clock.step, {**self.fresh, **numbers})
-        for sink in self._sinks:
-            sink.log(self._clock.step, {"epoch": self._clock.epoch, **values})
+        self._sinks.log(self._clock.step, {"epoch": self._clock.epoch, **values})
         self._progress.show(self._clock, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the meter: plain data."""
         return {
             "metrics": {name: plain.number(value) for name, value in self.newest.items()},
-            "sinks": self.positions(),
+            "sinks": self._sinks.positions(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, and cut off what the sinks took in after it."""
         self.newest = {name: float(value) for name, value in state["metrics"].items()}
-        self.rewind(state["sinks"])
+        self._sinks.rewind(state["sinks"])
         self.mark()
-
-    def positions(self) -> Positions:
-        """Where each sink is."""
-        return [{"kind": type(sink).__name__, "position": position(sink)} for sink in self._sinks]
-
-    def rewind(self, positions: Positions) -> None:
-        """Cut off what the sinks took in after that."""
-        for each, sink in by_class(positions, self._sinks):
-            if sink is not None:
-                rewind(sink, each["position"])
 
     def _now(self) -> tuple[int, int, int, float]:
         return self._clock.step, self._clock.rows, self._clock.tokens, self._clock.seconds

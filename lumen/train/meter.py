@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.checkpoint import listed
-from lumen.core.values import compute_metrics, is_value, merge_metrics
+from lumen.core.values import GlobalMean, Mean, as_value, compute_metrics, is_value, merge_metrics
 from lumen.errors import InexactWarning
 from lumen.metrics.torchmetrics import MetricValue
 from lumen.optim.numerics import scalar_dtype
@@ -23,6 +23,7 @@ Entry = Mapping[str, Mapping[str, Tensor]]
 
 _MERGE_AFTER = 256  # bounds what is held between two readings
 _MANY = 64
+_GLOBAL, _PLAIN = "global", "plain"  # kinds of metrics, in checkpoints
 
 
 class Meter:
@@ -30,7 +31,9 @@ class Meter:
 
     def __init__(self) -> None:
         self._held: list[Any] = []
+        self._newest: Any = None  # as the step gave it: what was merged does not tell what it was
         self._saved: list[Entry] = []
+        self._saved_kinds: dict[str, str] = {}
 
     def add(self, metrics: Any) -> None:
         """Take in one step's metrics; nothing is computed."""
@@ -38,6 +41,7 @@ class Meter:
             self._held = [rebuilt(each, metrics) for each in self._saved]
             self._saved = []
         self._held.append(metrics)
+        self._newest = metrics
         if len(self._held) >= _MERGE_AFTER:
             self._held = [merge_metrics(self._held)]
 
@@ -51,7 +55,7 @@ class Meter:
 
         A metric that is a vector (one entry for each lane of an ensemble) becomes `name/0`, `name/1`, …
         """
-        held, self._held = self._held, []
+        held, self._held, self._newest = self._held, [], None
         merged = merge_metrics(held) if held else None
 
         def numbers(metrics: Any) -> dict[str, float]:
@@ -66,8 +70,12 @@ class Meter:
         entries = self._saved or [parts(each) for each in self._held]
         if not entries:
             return {}
+        found = self._saved_kinds if self._saved else kinds(self._newest)
+        return {**self._stacked(entries), **({"kinds": found} if found else {})}
+
+    def _stacked(self, entries: Sequence[Entry]) -> dict[str, Any]:
         if any(_shapes(each) != _shapes(entries[0]) for each in entries):
-            return {"entries": entries}
+            return {"entries": list(entries)}
         columns = {
             name: {key: torch.stack([each[name][key] for each in entries]) for key in held}
             for name, held in entries[0].items()
@@ -76,8 +84,49 @@ class Meter:
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
         """Hold again what `state_dict` gave, or several gave, also as `lm.checkpoint.load` gives it."""
-        self._held = []
+        self._held, self._newest = [], None
         self._saved = [entry for state in states for entry in _unstacked(state)]
+        self._saved_kinds = next((dict(state["kinds"]) for state in states if state.get("kinds")), {})
+
+
+def adopted(states: Sequence[Mapping[str, Any]], now: int) -> list[dict[str, Any]]:
+    """What the meters of several processes held, for one of `now` processes to go on from.
+
+    Values of a process's own rows are taken over as they are. A `GlobalMean` is the same on all, and counts once. Of
+    plain numbers each process gives one for each step: they weigh as much as those that `now` processes give.
+    """
+    share = now / max(1, len(states))
+    found = []
+    for place, state in enumerate(states):
+        known = state.get("kinds", {})
+        entries = [
+            {name: _weighed(held, known.get(name), place == 0, share) for name, held in entry.items()}
+            for entry in _unstacked(state)
+        ]
+        found.append({"entries": entries, "kinds": known})
+    return found
+
+
+def _weighed(held: Mapping[str, Tensor], kind: str | None, first: bool, share: float) -> Mapping[str, Tensor]:
+    if kind == _GLOBAL and not first:
+        return {key: torch.zeros_like(part) for key, part in held.items()}
+    if kind == _PLAIN:
+        mean = Mean(held["0"], held["1"]) if "1" in held else as_value(held["0"])
+        return {str(i): part * share for i, part in enumerate(tree.leaves(mean))}
+    return held
+
+
+def kinds(metrics: Any) -> dict[str, str]:
+    """Which metrics are not of a process's own rows, by name: means of all rows, and plain numbers."""
+    found = zip(tree.paths(metrics, is_leaf=is_value), tree.leaves(metrics, is_leaf=is_value), strict=True)
+    said = {name or "value": _kind(value) for name, value in found}
+    return {name: kind for name, kind in said.items() if kind}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, GlobalMean):
+        return _GLOBAL
+    return "" if is_value(value) else _PLAIN
 
 
 def _unstacked(state: Mapping[str, Any]) -> list[Entry]:
@@ -145,6 +194,8 @@ def rebuilt(saved: Entry, like: Any) -> Any:
         placed = {key: part.to(device) for key, part in held.items()}
         if isinstance(value, MetricValue):
             return value.metric.unpack(placed)
+        if not is_value(value) and len(placed) > 1:  # several plain numbers that were merged
+            return Mean(placed["0"], placed["1"])
         return tree.unflatten(tree.structure(value), [placed[str(i)] for i in range(len(placed))])
 
     return tree.map(rebuild, like, is_leaf=is_value)

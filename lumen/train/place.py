@@ -15,6 +15,7 @@ from lumen.core.step import device_of
 from lumen.data.feed import Feed
 from lumen.data.fetch import as_dict
 from lumen.data.move import Move
+from lumen.data.workers import release
 
 
 class Placed:
@@ -47,6 +48,7 @@ class Placed:
     def _placed(
         self, items: Iterator[Any], batch_of: Callable[[Any], Any], place: Callable[[Any], Any]
     ) -> Iterator[Any]:
+        items = _releasing(items)
         first = next(items, None)
         if first is None:
             return iter(())
@@ -64,3 +66,11 @@ class Placed:
             return self._move(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf
 
         return tree.map(place, as_dict(batch))
+
+
+def _releasing(items: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from items
+    except Exception as error:
+        release(error)
+        raise

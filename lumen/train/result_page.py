@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ def _far(result: Result) -> str:
     return " · ".join(said)
 
 
-def files(checkpoint: Checkpointer | None, sinks: Sequence[Sink]) -> dict[str, Path]:
+def files(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path]:
     """Where a run's checkpoints and the files of its sinks are."""
     found: dict[str, Path] = {}
     if checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -186,7 +187,7 @@ class Runner:
         """
         check_limit(batches)
         source = Placed(feed(data), state)
-        few = [batch for batch, _ in zip(source, range(batches), strict=False)]
+        few = list(itertools.islice(source, batches))
         return self._with(progress=self.progress, log_every=10).fit(state, few, until=until or Steps(100))
 
     def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> Finding:

@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 # EX_TEMPFAIL of BSD's sysexits.h: nothing is wrong, try again later. Distinct from 130 and 143, which say that a
 # signal killed the process, so that a scheduler can tell a run that saved from one that was cut off.
@@ -35,29 +36,33 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """While open, notes the first SIGTERM or SIGINT in `received` and calls `wake`; the second acts as it always does.
+    """While it listens, notes the first SIGTERM or SIGINT in `received` and calls `wake`; the second acts as always.
 
     Python lets only the main thread handle signals; elsewhere this does nothing. Under torchrun a signal that comes at
     once after another is the same one: Ctrl-C reaches its processes from the terminal, and again from torchrun.
     """
 
-    def __init__(self, wake: Callable[[], None], rank: int = 0) -> None:
+    def __init__(self, rank: int = 0) -> None:
         self.received: str | None = None
-        self._wake = wake
+        self._wake: Callable[[], None] = _sleep_on
         self._who = f"[rank {rank}] " if rank else ""
         self._since = 0.0
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._restore()
+    @contextmanager
+    def listening(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Handle signals meanwhile. `wake` is let go of afterwards: it is the run's, which has these signals."""
+        self._wake = wake
+        try:
+            if threading.current_thread() is threading.main_thread():
+                for number in _SIGNALS:
+                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                        self._previous[number] = signal.signal(number, self._handle)
+            yield
+        finally:
+            self._restore()
+            self._wake = _sleep_on
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -87,6 +92,10 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+def _sleep_on() -> None:
+    """Whom to wake while nobody listens."""
 
 
 def interactive() -> bool:

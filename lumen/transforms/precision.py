@@ -327,7 +327,7 @@ class _Scaling:
         grads = tree.map(lambda g: torch.where(hide.to(g.device), torch.zeros_like(g), g), grads)
         loss = answer.loss
         if isinstance(loss, Mean):
-            return answer.replace(loss=Mean(loss.total * inverse, loss.weight), grads=grads)
+            return answer.replace(loss=type(loss)(loss.total * inverse, loss.weight), grads=grads)
         return answer.replace(loss=loss * inverse, grads=grads)
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:

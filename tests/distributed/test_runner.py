@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import field
 from pathlib import Path
 
 import pytest
@@ -278,6 +280,90 @@ def test_a_signal_to_one_ends_all_after_the_same_step_and_the_run_goes_on_bitwis
         assert (code, steps) == (0, 60)
         assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+
+
+WINDOW = torch.arange(28, dtype=torch.float64).sqrt()  # six batches of 5 rows, the last of 3
+
+
+def window_step(state, batch):
+    def as_mean(params, batch):
+        return lm.Mean.of(batch["x"] + 0 * params["weight"][0])
+
+    loss, grads = lm.value_and_grad(as_mean)(state.params, batch)
+    scalar, _ = lm.value_and_grad(lambda params, batch: as_mean(params, batch).compute())(state.params, batch)
+    values = {"rows": lm.Mean.of(batch["x"]), "sum": lm.Sum.of(batch["x"]), "last": lm.Last(state.step + 1)}
+    return state.apply_gradients(grads), {"loss": loss, "scalar": scalar, **values}
+
+
+def run_windows(*parts):
+    """Of each directory's run the numbers of its window so far; a checkpoint is made before they are logged."""
+    found = []
+    for directory, steps in parts:
+        runner = lm.Runner(
+            window_step,
+            transforms=[ddp(lm.mesh(device="cpu"))],
+            checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2)),
+            log_every=100,
+            progress=False,
+        )
+        state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False).double(), lm.optim.sgd(0.1))
+        data = lm.Loader({"x": WINDOW}, batch_size=5, shuffle=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="this run goes on with")
+            found.append(runner.fit(state, data, until=lm.Steps(steps), resume="auto").metrics)
+    return found
+
+
+def test_a_window_cut_by_restarts_into_other_worlds_logs_the_uninterrupted_numbers(world2, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"  # by the number of processes that begin it
+    found = {(2, one): run_windows((one, 2))[0]}
+    found[4, one], found[2, two] = world2.run(run_windows, (one, 4), (two, 2))[0]
+    found[6, one], found[4, two] = run_windows((one, 6), (two, 4))
+    (found[6, two],), _ = world2.run(run_windows, (two, 6))
+    for (steps, _), numbers in found.items():
+        batches = WINDOW.split(5)[:steps]
+        rows = torch.cat(batches)
+        scalar = sum(float(batch.mean()) for batch in batches) / steps
+        mean = float(rows.mean())
+        wanted = {"loss": mean, "scalar": scalar, "rows": mean, "sum": float(rows.sum()), "last": steps}
+        assert {name: numbers[f"train/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+
+
+@lm.state
+class Remembering(lm.TrainState):
+    memory: torch.Tensor = field(kw_only=True)
+
+
+def run_with_memory(directory, differs):
+    """A field that every step makes anew of this process's rows, or of those of all; what the run ends with."""
+    mesh = lm.mesh(device="cpu")
+
+    def remembering(state, batch):
+        new, metrics = step(state, batch)
+        mean = batch["x"].mean()
+        return new.replace(memory=mean if differs else lm.pmean(mean, "data")), metrics
+
+    plain_state = make_state()
+    fields = {each.name: getattr(plain_state, each.name) for each in dataclasses.fields(plain_state)}
+    state = Remembering(**fields, memory=torch.zeros((), dtype=torch.float64))
+    runner = lm.Runner(
+        remembering,
+        transforms=[ddp(mesh)],
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2)),
+        progress=False,
+    )
+    data = lm.Loader(columns(), batch_size=5, seed=2)
+    try:
+        return lm.parallel.check_equal(runner.fit(state, data, until=lm.Steps(4)).state)
+    except lm.LumenError as error:
+        return f"{type(error).__name__}: {error} {error.__notes__}"
+
+
+def test_a_field_of_a_process_s_own_rows_is_refused_at_the_first_checkpoint(world2, tmp_path):
+    assert world2.run(run_with_memory, tmp_path / "same", False) == [None, None]
+    for said in world2.run(run_with_memory, tmp_path / "own", True):
+        assert said.startswith("WorldError: state.memory on rank 1 is not what rank 0 holds")
+        assert "raised after step 2" in said
 
 
 def run_for_seconds(directory):
