@@ -12,9 +12,19 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import device_of
-from lumen.data.feed import Feed
+from lumen.data.feed import Feed, feed, refusal
 from lumen.data.fetch import as_dict
 from lumen.data.move import Move
+from lumen.errors import BatchError
+from lumen.train.everyone import Everyone
+
+
+def opened(data: Any, state: Any, everyone: Everyone) -> Placed:
+    """The batches of `data` for this process; raises `BatchError` on all where it cannot be the data of one."""
+    refused = everyone.agreed(refusal(data))
+    if refused:
+        raise BatchError(refused)
+    return Placed(feed(data), state)
 
 
 class Placed:
