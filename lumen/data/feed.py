@@ -6,29 +6,27 @@ says so once. Under several processes each feed gives the rows of this rank, or 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from types import GeneratorType
 from typing import Any
 
-import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lumen.checkpoint import plain
 from lumen.core import world
 from lumen.data.cut import Cut
 from lumen.data.forks import quiet_forks
 from lumen.data.loader import Cursor, Loader
-from lumen.data.nested import announce_epoch, listeners, nested, shares
+from lumen.data.nested import announce_epoch, listeners, name_of, nested, shares
 from lumen.data.rank_data import PerRank
-from lumen.data.skip import SETTINGS, Start, is_known, resumed
-from lumen.data.streams import buffered_rows, is_stream, order_of, split, split_of
+from lumen.data.ranks import check_alike, is_stateful_loader, is_table_loader, refusal, split_by_rank
+from lumen.data.skip import Start, is_known, resumed
+from lumen.data.streams import buffered_rows, is_stream, order_of
 from lumen.data.workers import restarted
 from lumen.errors import BatchError, InexactWarning
 
 _SPENT = ("builtins", "itertools")  # whose iterators cannot begin anew
-_STATEFUL_LOADER = "torchdata.stateful_dataloader.stateful_dataloader"
 _END = object()
 
 
@@ -87,8 +85,8 @@ class Feed:
         if position and other:
             raise BatchError(
                 f"this run goes on at batch {position} of an epoch as one of {world.rows()[1]} ranks with rows of its"
-                f" own, and the checkpoint was made by {other[1]}: which rows are left of this {_name(self.data)} is not"
-                " known. Go on with as many processes, or from a checkpoint of an epoch's end"
+                f" own, and the checkpoint was made by {other[1]}: which rows are left of this {name_of(self.data)} is"
+                " not known. Go on with as many processes, or from a checkpoint of an epoch's end"
                 " (Every(epochs=1)). An lm.Loader, and a DataLoader over a map-style set, go on in any world."
             )
 
@@ -212,8 +210,8 @@ class _Stateful(Feed):
             return
         if state.get("order", "") != _order(self.data).get("order", ""):
             raise BatchError(
-                "this stream is shuffled in another order than that of the checkpoint, so its place there means nothing."
-                " Give the shuffle a seed: stream.shuffle(seed=0, buffer_size=…)."
+                "this stream is shuffled in another order than that of the checkpoint, so its place there means"
+                " nothing. Give the shuffle a seed: stream.shuffle(seed=0, buffer_size=…)."
             )
         self.data.load_state_dict(plain.unpack(state["state"]))
         self._confess()
@@ -226,7 +224,7 @@ class _Stateful(Feed):
         """
         if listeners(self.data):
             return False
-        if not _is_stateful_loader(self.data) or self._live is None:
+        if not is_stateful_loader(self.data) or self._live is None:
             return True
         whole = self.length is not None and self._given >= self.length
         return self._ended or (whole and next(self._live, _END) is _END)
@@ -235,8 +233,8 @@ class _Stateful(Feed):
         buffered = sum(buffered_rows(each) for each in nested(self.data) if is_stream(each))
         if buffered:
             _say(
-                f"this run goes on within an epoch of a stream with a shuffle buffer of {buffered} rows, which are in no"
-                " checkpoint: up to so many rows of this epoch (for each worker process) are not seen, and the order"
+                f"this run goes on within an epoch of a stream with a shuffle buffer of {buffered} rows, which are in"
+                " no checkpoint: up to so many rows of this epoch (for each worker process) are not seen, and the order"
                 " of the others is another one. An lm.Loader over a map-style set shuffles exactly."
             )
         elif not listeners(self.data):
@@ -251,7 +249,7 @@ class _Stateful(Feed):
             )
 
     def _counted(self, batches: Iterator[Any], position: int) -> Iterator[Any]:
-        """The batches; raises `BatchError` where an epoch begins in the middle, as the one that was gone on with did."""
+        """The batches; raises `BatchError` where an epoch begins where the one did that was gone on with."""
         self._given, self._ended = position, False
         for batch in batches:
             self._given += 1
@@ -277,119 +275,16 @@ def feed(data: Iterable[Any]) -> Feed:
     own = isinstance(data, PerRank)
     source: Any = data.data if isinstance(data, PerRank) else data
     if not own and world.rows()[1] > 1:
-        _check_repeats(source)
-        _check_same_order(source)
+        check_alike(source)
     if isinstance(source, Loader):
         return _Ordered(source)
-    if _has_rows(source):
+    if is_table_loader(source):
         return _Torch(source, cut=world.world_size() > 1 and not own and not shares(source))
     if not own:
-        source = _split(source)
+        source = split_by_rank(source)
     if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
         return _Stateful(source)
     return Feed(source)
-
-
-def refusal(data: Any) -> str:
-    """Why `data` cannot be what this process trains on: it is no iterable of batches, or not this rank's rows alone."""
-    source = data.data if isinstance(data, PerRank) else data
-    if isinstance(source, str | bytes | Mapping) or not hasattr(source, "__iter__"):
-        return (
-            f"the data must be an lm.Loader or an iterable of batches, not {type(source).__name__}."
-            " For tensors in memory write lm.Loader(data, batch_size=64)."
-        )
-    rank, size = world.rows()
-    if size == 1 or isinstance(data, PerRank):
-        return ""
-    declared = _declared(source)
-    if declared:
-        return _wrong_share(declared, rank, size)
-    if isinstance(source, Loader) or _has_rows(source) or _stream_of(source) is not None:
-        return ""
-    return (
-        f"this process is rank {rank} of {size}, and whose rows this {_name(source)} has is not known: if it gives each"
-        " rank the same, each row would be trained on, or counted, several times. Write lm.Loader(rows, batch_size=…),"
-        " which cuts each batch by rank, or, where each rank has rows of its own, lm.data.per_rank(data)."
-    )
-
-
-def _declared(source: Any) -> list[tuple[str, int, int, int]]:
-    """What says which rows it has: its name, the rank, the number of parts, and how many rows it repeats."""
-    if isinstance(source, Loader):
-        return [] if source.share in (None, (0, 1)) else [("lm.Loader", *source.share, 0)]
-    streams = [each for each in nested(source) if is_stream(each)]
-    splits = [("IterableDataset", *found, 0) for each in streams if (found := split_of(each)) is not None]
-    return [*shares(source), *splits]
-
-
-def _wrong_share(declared: Sequence[tuple[str, int, int, int]], rank: int, size: int) -> str:
-    for name, its_rank, its_size, _ in declared:
-        if (its_rank, its_size) != (rank, size):
-            return (
-                f"this process is rank {rank} of {size}, and its {name} gives the rows of rank {its_rank} of {its_size}."
-                f" Give it rank={rank} and {size} parts, which are lm.rank() and lm.world_size() after lm.mesh(), or"
-                " leave the cutting to Lumen."
-            )
-    return ""
-
-
-def _check_repeats(source: Any) -> None:
-    """Say that rows come twice."""
-    repeated = max((share.repeats for share in shares(source)), default=0)
-    if repeated:
-        _say(
-            f"this DistributedSampler repeats {repeated} rows, so that all ranks have equally many: they count twice."
-            " Leave the sampler out, and each batch is cut by rank, each row once; or write drop_last=True."
-        )
-
-
-def _check_same_order(source: Any) -> None:
-    """Raise `BatchError` where the ranks shuffle a stream in different orders: its parts would overlap."""
-    stream = _stream_of(source)
-    if stream is None or world.is_planned():
-        return
-    orders: list[Any] = [None] * world.world_size()
-    dist.all_gather_object(orders, order_of(stream))
-    if len(set(orders)) > 1:
-        raise BatchError(
-            "the ranks shuffle this stream in different orders, so that their parts would overlap. Give the shuffle a"
-            " seed, the same on each: stream.shuffle(seed=0, buffer_size=…)."
-        )
-
-
-def _has_rows(source: Any) -> bool:
-    """Whether it is a DataLoader over a map-style set whose batches are those of its sampler."""
-    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
-        return False
-    if _is_stateful_loader(source):
-        return not hasattr(source.dataset, "state_dict")  # a state of its own, which torchdata keeps
-    return type(source).__iter__ is DataLoader.__iter__
-
-
-def _is_stateful_loader(source: Any) -> bool:
-    return type(source).__name__ == "StatefulDataLoader" and type(source).__module__ == _STATEFUL_LOADER
-
-
-def _stream_of(source: Any) -> Any:
-    """The Hugging Face stream that `source` is, or that it has batches of, where it can be split by rank; or None."""
-    if is_stream(source):
-        return source
-    plain_loader = type(source) is DataLoader or _is_stateful_loader(source)
-    return source.dataset if plain_loader and is_stream(source.dataset) else None
-
-
-def _split(source: Any) -> Any:
-    """The rows of this rank of what holds a Hugging Face stream that was not split yet; anything else as it is."""
-    rank, size = world.rows()
-    stream = _stream_of(source)
-    if size == 1 or stream is None or split_of(stream) is not None:
-        return source
-    mine = split(stream, rank, size)
-    if stream is source:
-        return mine
-    names = (*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order")
-    names += ("snapshot_every_n_steps",) if _is_stateful_loader(source) else ()
-    return type(source)(mine, **{name: getattr(source, name) for name in names})
 
 
 def _order(data: Any) -> dict[str, str]:
@@ -421,21 +316,16 @@ def _after(batches: Iterator[Any], position: int, data: Any) -> Iterator[Any]:
     for number in range(position):
         if next(batches, _END) is _END:
             raise BatchError(
-                f"this run goes on at batch {position} of an epoch, and its {_name(data)} ended after {number}: it is"
+                f"this run goes on at batch {position} of an epoch, and its {name_of(data)} ended after {number}: it is"
                 " not the data of the checkpoint, or a one-shot iterator that was used before. Make it anew."
             )
     yield from batches
 
 
-def _name(data: Any) -> str:
-    inner = f" over {type(data.dataset).__name__}" if isinstance(data, DataLoader) else ""
-    return f"{type(data).__name__}{inner}"
-
-
 def _say_foreign(data: Any, position: int) -> None:
     _say(
-        f"this run goes on at batch {position} of an epoch of its {_name(data)}, and the checkpoint was made with data"
-        " of another kind: the batches after that place are not those that were left. Go on with the same data."
+        f"this run goes on at batch {position} of an epoch of its {name_of(data)}, and the checkpoint was made with"
+        " data of another kind: the batches after that place are not those that were left. Go on with the same data."
     )
 
 

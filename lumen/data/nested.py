@@ -57,6 +57,12 @@ def shares(data: Any) -> list[Share]:
     return [share for each in nested(data) if (share := _share(each)) is not None]
 
 
+def name_of(data: Any) -> str:
+    """What data is called in a message: its type, and that of the data set in a DataLoader."""
+    inner = f" over {type(data.dataset).__name__}" if isinstance(data, DataLoader) else ""
+    return f"{type(data).__name__}{inner}"
+
+
 def _share(thing: Any) -> Share | None:
     for size_name, rank_name in _NAMES:
         size, rank = getattr(thing, size_name, None), getattr(thing, rank_name, None)

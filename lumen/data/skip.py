@@ -56,9 +56,9 @@ _END = object()
 class Start(NamedTuple):
     """The random generators that an epoch's order is drawn from, as they were before it.
 
-    `shared` is torch's global one, `own` those of the loader and its samplers, `others` NumPy's and Python's, kept where
-    a sampler may draw from them. `workers` is what the loader draws beside the order: for new worker processes (2), for
-    an epoch in this process (1), or nothing, where its workers live on (0).
+    `shared` is torch's global one, `own` those of the loader and its samplers, `others` NumPy's and Python's, kept
+    where a sampler may draw from them. `workers` is what the loader draws beside the order: for new worker processes (2),
+    for an epoch in this process (1), or nothing, where its workers live on (0).
     """
 
     shared: Tensor
@@ -135,8 +135,8 @@ def resumed(loader: DataLoader[Any], start: Start, position: int) -> Iterator[An
 class Keys:
     """A sampler that gives what it was handed."""
 
-    def __init__(self, entries: Iterator[Any] = iter(())) -> None:
-        self.entries = entries
+    def __init__(self, entries: Iterator[Any] | None = None) -> None:
+        self.entries = iter(()) if entries is None else entries
 
     def __iter__(self) -> Iterator[Any]:
         return self.entries

@@ -583,8 +583,8 @@ class Fit:
         if self._resumed == self.clock.step:
             raise BatchError(
                 f"the run went on from step {self.clock.step}, in epoch {self.clock.epoch}, and its data gave no batch,"
-                f" where it is to train until {self.until!r}: nothing would be trained. A generator, or an iterator that"
-                " was used before, has one epoch: give data that can be iterated anew, or until= what was reached."
+                f" where it is to train until {self.until!r}: nothing would be trained. A generator, or an iterator"
+                " that was used before, has one epoch: give data that can be iterated anew, or until= what was reached."
             )
         self.reason = f"the data ended after {self.clock.epoch} epochs"
 
