@@ -38,8 +38,8 @@ def refusal(data: Any) -> str:
         return ""
     return (
         f"this process is rank {rank} of {size}, and whose rows this {name_of(source)} has is not known: if it gives"
-        " each rank the same, each row would be trained on, or counted, several times. Write lm.Loader(rows, batch_size=…),"
-        " which cuts each batch by rank, or, where each rank has rows of its own, lm.data.per_rank(data)."
+        " each rank the same, each row would be trained on, or counted, several times. Write lm.Loader(rows,"
+        " batch_size=…), which cuts each batch by rank, or, for rows that are this rank's own, lm.data.per_rank(data)."
     )
 
 

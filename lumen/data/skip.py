@@ -57,8 +57,8 @@ class Start(NamedTuple):
     """The random generators that an epoch's order is drawn from, as they were before it.
 
     `shared` is torch's global one, `own` those of the loader and its samplers, `others` NumPy's and Python's, kept
-    where a sampler may draw from them. `workers` is what the loader draws beside the order: for new worker processes (2),
-    for an epoch in this process (1), or nothing, where its workers live on (0).
+    where a sampler may draw from them. `workers` is what the loader draws beside the order: for new worker processes
+    (2), for an epoch in this process (1), or nothing, where its workers live on (0).
     """
 
     shared: Tensor
