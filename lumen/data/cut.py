@@ -15,7 +15,7 @@ from lumen.data.fetch import emptied
 from lumen.data.forks import quiet_forks
 from lumen.data.order import part
 from lumen.data.skip import Keys, Start, entries, is_sequential, with_keys
-from lumen.data.workers import restarted
+from lumen.data.workers import is_live, restarted
 from lumen.errors import BatchError
 
 
@@ -35,8 +35,11 @@ class Cut:
     def epoch(self, start: Start, position: int, *, fresh_workers: bool) -> tuple[Start, Iterator[Any]]:
         """The parts of the batches from `position`, and the start of the order that all agreed on."""
         rank, size = world.rows()
+        if fresh_workers and self._cut is not None:
+            restarted(self._cut)
         start = self._agreed(start)
-        order = entries(self._loader, start, position)
+        # As in one process, the first rank's generators are after it where the order has left them.
+        order = entries(self._loader, start, position, moves_on=not position and world.rank() == 0)
         first = next(order, None)
         self._compare(first)
         without_rows: deque[bool] = deque()  # workers run ahead of what is handed out
@@ -44,10 +47,13 @@ class Cut:
         if self._cut is None:
             persistent = self._loader.persistent_workers
             self._cut = with_keys(self._loader, self._keys, start.seed(position, rank), persistent=persistent)
-        elif fresh_workers:
-            restarted(self._cut)
         with quiet_forks():
             return start, _filtered(iter(self._cut), without_rows)
+
+    @property
+    def live(self) -> bool:
+        """Whether worker processes wait for the next epoch."""
+        return self._cut is not None and is_live(self._cut)
 
     def _agreed(self, start: Start) -> Start:
         """The first rank's start, where anything is drawn from it."""

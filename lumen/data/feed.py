@@ -23,7 +23,7 @@ from lumen.data.rank_data import PerRank
 from lumen.data.ranks import check_alike, is_stateful_loader, is_table_loader, refusal, split_by_rank
 from lumen.data.skip import Start, is_known, resumed
 from lumen.data.streams import buffered_rows, is_stream, order_of
-from lumen.data.workers import restarted
+from lumen.data.workers import is_live, restarted
 from lumen.errors import BatchError, InexactWarning
 
 _SPENT = ("builtins", "itertools")  # whose iterators cannot begin anew
@@ -36,7 +36,7 @@ class Feed:
     `length` is the number of batches in an epoch where that is known.
     """
 
-    _other_ranks: Sequence[int] = ()  # the world of the checkpoint, where its rows were spread in another way
+    _other_ranks = ""  # the world of the checkpoint, where its rows were spread in another way
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -66,12 +66,12 @@ class Feed:
 
     def state_dict(self, epoch: int, position: int) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from there, the place that was reached: plain data and tensors."""
-        return {"ranks": list(world.rows())} if world.rows()[1] > 1 else {}
+        return {"ranks": _ranks()} if world.rows()[1] > 1 else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make ready to go on from there."""
-        saved = [int(each) for each in state.get("ranks", (0, 1))]
-        self._other_ranks = saved if saved != list(world.rows()) else ()
+        saved = state.get("ranks", "0/1")
+        self._other_ranks = saved if saved != _ranks() else ""
 
     def _pass(self) -> Iterator[Any]:
         if isinstance(self.data, DataLoader):
@@ -81,11 +81,11 @@ class Feed:
 
     def _check_ranks(self, position: int) -> None:
         """Raise `BatchError` where rows that were spread over other ranks would go on within an epoch."""
-        other, self._other_ranks = self._other_ranks, ()
+        other, self._other_ranks = self._other_ranks, ""
         if position and other:
             raise BatchError(
                 f"this run goes on at batch {position} of an epoch as one of {world.rows()[1]} ranks with rows of its"
-                f" own, and the checkpoint was made by {other[1]}: which rows are left of this {name_of(self.data)} is"
+                f" own, and the checkpoint was made by {other.partition('/')[2]}: which rows are left of this {name_of(self.data)} is"
                 " not known. Go on with as many processes, or from a checkpoint of an epoch's end"
                 " (Every(epochs=1)). An lm.Loader, and a DataLoader over a map-style set, go on in any world."
             )
@@ -138,7 +138,8 @@ class _Torch(Feed):
             _say_foreign(self.data, position)
         elif position:
             self._confess()
-        self._start = saved if position and saved is not None else Start.here(self.data)
+        live = is_live(self.data) if self._cut is None else self._cut.live and not fresh
+        self._start = saved if position and saved is not None else Start.here(self.data, live)
         if self._cut is not None:
             self._start, batches = self._cut.epoch(self._start, position, fresh_workers=fresh)
             return batches
@@ -303,6 +304,11 @@ def _announce(data: Any, number: int) -> bool:
     if stale:
         restarted(data)
     return stale
+
+
+def _ranks() -> str:
+    """Whose rows this process's own data gives: "rank/size"."""
+    return "{}/{}".format(*world.rows())
 
 
 def _is_spent(data: Any) -> bool:

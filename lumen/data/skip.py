@@ -67,10 +67,9 @@ class Start(NamedTuple):
     workers: int
 
     @classmethod
-    def here(cls, loader: DataLoader[Any]) -> Start:
-        """As they are now."""
+    def here(cls, loader: DataLoader[Any], live: bool) -> Start:
+        """As they are now; whether the loader's workers are `live` and go on with this epoch."""
         others = {} if is_known(loader) else {name: rng.capture()[name] for name in ("numpy", "python")}
-        live = loader.persistent_workers and loader._iterator is not None
         workers = 0 if live else 2 if loader.num_workers else 1
         own = {name: each.get_state() for name, each in _generators(loader).items()}
         return cls(torch.get_rng_state(), own, others, workers)
@@ -91,23 +90,24 @@ class Start(NamedTuple):
         return hash64(zlib.crc32(self.shared.numpy().tobytes()), *words)
 
     @contextmanager
-    def put_back(self, loader: DataLoader[Any]) -> Iterator[None]:
-        """Have all generators as they were, and after it the global ones as they are now."""
+    def put_back(self, loader: DataLoader[Any], moves_on: bool) -> Iterator[None]:
+        """Have all generators as they were, and after it the global ones as they are now, unless they are to move on."""
         for name, each in _generators(loader).items():
             if name in self.own:
                 each.set_state(self.own[name])
-        with _global({"torch": self.shared, **self.others}):
+        with _global({"torch": self.shared, **self.others}, moves_on):
             yield
 
 
-def entries(loader: DataLoader[Any], start: Start, position: int) -> Iterator[Any]:
+def entries(loader: DataLoader[Any], start: Start, position: int, *, moves_on: bool = False) -> Iterator[Any]:
     """What the sampler of `loader` gives from `position` on, in the epoch that began at `start`.
 
-    The global generators are left as they are: between batches they belong to the step and the data set. A sampler that
-    is not one of torch's may draw from them in the middle of an epoch: it draws on where it has left off.
+    The global generators are left as they are, since between batches they belong to the step and the data set, or, as an
+    epoch begins, where they are after it (`moves_on`). A sampler that is not one of torch's may draw from them in the
+    middle of an epoch: it draws on where it has left off.
     """
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    with start.put_back(loader):
+    with start.put_back(loader, moves_on):
         order = iter(sampler)
         if start.workers:  # what a new iterator of torch draws as a seed for its workers
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
@@ -189,22 +189,24 @@ def _states() -> dict[str, Any]:
 
 
 @contextmanager
-def _global(states: Mapping[str, Any]) -> Iterator[None]:
-    """Set the host's global generators that `states` names, and put them back as they were."""
+def _global(states: Mapping[str, Any], moves_on: bool = False) -> Iterator[None]:
+    """Set the host's global generators that `states` names, and put them back as they were, unless they move on."""
     if states.keys() == {"torch"}:  # the usual case, in a twentieth of the time
         now = torch.get_rng_state()
         torch.set_rng_state(states["torch"])
         try:
             yield
         finally:
-            torch.set_rng_state(now)
+            if not moves_on:
+                torch.set_rng_state(now)
         return
     before = _states()
     rng.restore({**before, **states, "cuda": {}})
     try:
         yield
     finally:
-        rng.restore({**before, "cuda": {}})
+        if not moves_on:
+            rng.restore({**before, "cuda": {}})
 
 
 def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:

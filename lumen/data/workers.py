@@ -103,6 +103,11 @@ def _end(loader: DataLoader[Any]) -> None:
         loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
+def is_live(loader: DataLoader[Any]) -> bool:
+    """Whether the processes of its last epoch wait for the next one."""
+    return loader.persistent_workers and loader._iterator is not None
+
+
 def restarted(loader: DataLoader[Any]) -> None:
     """Have the next epoch of `loader` start new processes, where it keeps those of the last one."""
     _end(loader)
