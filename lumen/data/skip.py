@@ -91,7 +91,7 @@ class Start(NamedTuple):
 
     @contextmanager
     def put_back(self, loader: DataLoader[Any], moves_on: bool) -> Iterator[None]:
-        """Have all generators as they were, and after it the global ones as they are now, unless they are to move on."""
+        """Have all generators as they were, and after it the global ones as they are now, unless they move on."""
         for name, each in _generators(loader).items():
             if name in self.own:
                 each.set_state(self.own[name])
@@ -102,8 +102,8 @@ class Start(NamedTuple):
 def entries(loader: DataLoader[Any], start: Start, position: int, *, moves_on: bool = False) -> Iterator[Any]:
     """What the sampler of `loader` gives from `position` on, in the epoch that began at `start`.
 
-    The global generators are left as they are, since between batches they belong to the step and the data set, or, as an
-    epoch begins, where they are after it (`moves_on`). A sampler that is not one of torch's may draw from them in the
+    The global generators are left as they are, since between batches they belong to the step and the data set, or, as
+    an epoch begins, where they are after it (`moves_on`). A sampler that is not one of torch's may draw from them in the
     middle of an epoch: it draws on where it has left off.
     """
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
