@@ -103,8 +103,8 @@ def entries(loader: DataLoader[Any], start: Start, position: int, *, moves_on: b
     """What the sampler of `loader` gives from `position` on, in the epoch that began at `start`.
 
     The global generators are left as they are, since between batches they belong to the step and the data set, or, as
-    an epoch begins, where they are after it (`moves_on`). A sampler that is not one of torch's may draw from them in the
-    middle of an epoch: it draws on where it has left off.
+    an epoch begins, where they are after it (`moves_on`). A sampler that is not one of torch's may draw from them
+    in the middle of an epoch: it draws on where it has left off.
     """
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     with start.put_back(loader, moves_on):
