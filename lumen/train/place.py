@@ -19,6 +19,9 @@ from lumen.errors import BatchError
 from lumen.train.everyone import Everyone
 
 
+_END = object()
+
+
 def opened(data: Any, state: Any, everyone: Everyone) -> Placed:
     """The batches of `data` for this process; raises `BatchError` on all where it cannot be the data of one."""
     refused = everyone.agreed(refusal(data))
@@ -57,8 +60,8 @@ class Placed:
     def _placed(
         self, items: Iterator[Any], batch_of: Callable[[Any], Any], place: Callable[[Any], Any]
     ) -> Iterator[Any]:
-        first = next(items, None)
-        if first is None:
+        first = next(items, _END)
+        if first is _END:
             return iter(())
         chained = itertools.chain([first], items)
         return map(place, chained) if self._must_place(batch_of(first)) else chained

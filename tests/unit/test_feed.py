@@ -145,7 +145,7 @@ def hugging_face_stream(**shuffle):
 
 
 def test_hugging_face_streams():
-    make = lambda: hugging_face_stream(seed=0, buffer_size=1)  # noqa: E731
+    make = lambda: hugging_face_stream(seed=0, buffer_size=4)  # noqa: E731
     plain = lambda: pytest.importorskip("datasets").Dataset.from_dict({"x": ROWS}).to_iterable_dataset().batch(3)  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error", InexactWarning)
