@@ -18,7 +18,6 @@ from lumen.data.move import Move
 from lumen.errors import BatchError
 from lumen.train.everyone import Everyone
 
-
 _END = object()
 
 
