@@ -209,7 +209,7 @@ class _Stateful(Feed):
         self._unsaved = "state" not in state
         if self._unsaved:
             return
-        if state.get("order", "") != _order(self.data).get("order", ""):
+        if state.get("shuffles", "") != _order(self.data).get("shuffles", ""):
             raise BatchError(
                 "this stream is shuffled in another order than that of the checkpoint, so its place there means"
                 " nothing. Give the shuffle a seed: stream.shuffle(seed=0, buffer_size=…)."
@@ -291,7 +291,7 @@ def feed(data: Iterable[Any]) -> Feed:
 def _order(data: Any) -> dict[str, str]:
     """What tells a stream's order from another's."""
     found = [order_of(each) for each in nested(data) if is_stream(each)]
-    return {"order": "/".join(found)} if found else {}
+    return {"shuffles": "/".join(found)} if found else {}
 
 
 def _announce(data: Any, number: int) -> bool:
