@@ -216,7 +216,7 @@ def test_two_processes(world2):
         assert bool(mine[3]) >= (source.middle in (SAID, LOST))
         if "stream" not in name:
             seeded()
-            alone, *_ = read(make(name, 0))
+            alone, *_ = read(make(name, workers))
             parts = {epoch: [a + b for a, b in zip(mine[0][epoch], other[0][epoch], strict=True)] for epoch in alone}
             assert parts == alone, "the batches of one process, cut"
 
@@ -246,14 +246,16 @@ def odd_cases():
         "own loader": lambda: lm.data.per_rank(DataLoader(ALL[rank::2], batch_size=5)),
         "other lengths": lambda: DataLoader(ALL[: 9 + rank], batch_size=5),
         "sampler by hand": lambda: DataLoader(ALL, batch_size=3, sampler=ByHand()),
-        "batches": lambda: DataLoader(ALL, batch_size=None, sampler=[[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]),
+        "batches": lambda: DataLoader(torch.arange(N), batch_size=None, sampler=[[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]),
         "no batches": lambda: DataLoader(ALL, batch_size=None),
         "unlike orders": lambda: DataLoader(ALL, batch_size=3, sampler=ALL if rank else ALL[::-1]),
         "unseeded": lambda: stream(buffer_size=4).batch(3),
         "split": lambda: datasets.distributed.split_dataset_by_node(stream(), rank=rank, world_size=2).batch(3),
-        "split wrongly": lambda: datasets.distributed.split_dataset_by_node(stream(), rank=0, world_size=2).batch(3),
+        "split wrongly": lambda: datasets.distributed.split_dataset_by_node(
+            stream(), rank=1 - rank, world_size=2
+        ).batch(3),
         "loader of one": lambda: lm.Loader(ALL[rank::2], batch_size=3, rank=0, world=1),
-        "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=0, world=2),
+        "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world=2),
     }
     found = {}
     for name, data in cases.items():
