@@ -68,7 +68,7 @@ def shard_rows(shards):
 def stream(**shuffle):
     import datasets
 
-    rows = datasets.IterableDataset.from_generator(shard_rows, gen_kwargs={"shards": [0, 1]}).with_format("torch")
+    rows = datasets.IterableDataset.from_generator(shard_rows, gen_kwargs={"shards": [0, 1]})
     return rows.shuffle(**shuffle) if shuffle else rows
 
 
