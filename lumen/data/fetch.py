@@ -44,11 +44,16 @@ class Source(Protocol):
 class Fetch:
     """Batches by their rows: a pure function that worker processes get a copy of."""
 
-    def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
+    def __init__(self, source: Source, seed: int, shuffle: bool, listeners: Sequence[Any] = ()) -> None:
         self._source, self._seed, self._shuffle = source, seed, shuffle
         self._length = len(source)
+        self._listeners, self._epoch = listeners, -1
 
     def __getitem__(self, key: Rows) -> Any:
+        if self._listeners and key.epoch != self._epoch:
+            for each in self._listeners:  # here, as a worker process has its own copy of them
+                each.set_epoch(key.epoch)
+            self._epoch = key.epoch
         # The first position, and not the batch's number, so that ranks draw different numbers.
         batch = self._source.read(self._rows(key), order.hash64(self._seed, key.epoch, key.start))
         return batch if key.fill is None else _with_weight(batch, _weight(key))
@@ -132,7 +137,7 @@ class Samples:
         """The collated samples; an exception gets a note that names the row."""
         with Seeded(seed):
             if not len(rows):  # a rank without a part of this batch: the shapes are those of any sample
-                return tree.map(_empty, self._batch([0]))
+                return emptied(self._batch([0]))
             return self._batch(rows.tolist())
 
     def _batch(self, indices: list[int]) -> Any:
@@ -256,5 +261,17 @@ _NUMBERS: dict[type, Any] = {int: np.int64, float: np.float64, bool: np.bool_}
 _LEAVES = frozenset((Tensor, np.ndarray, *_NUMBERS))
 
 
-def _empty(leaf: Any) -> Any:
-    return leaf[:0] if isinstance(leaf, Tensor) and leaf.ndim else leaf
+def emptied(batch: Any) -> Any:
+    """A batch of one row without it; raises `BatchError` where nothing in it has rows that could be left out."""
+    batch = as_dict(batch)
+    if not any(_has_rows(leaf) for leaf in tree.leaves(batch)):
+        raise BatchError(
+            f"this rank has no rows of a batch, which is a {type(batch).__name__} without tensors or arrays of rows, so"
+            " it cannot be given without them. Use a collate that gives tensors, a batch size that is a multiple of the"
+            " number of processes, and drop_last=True."
+        )
+    return tree.map(lambda leaf: leaf[:0] if _has_rows(leaf) else leaf, batch)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0

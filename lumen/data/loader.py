@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import world as processes
+from lumen.data import order
 from lumen.data.check import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
 from lumen.data.move import Move
+from lumen.data.nested import listeners
 from lumen.data.workers import Workers
 from lumen.errors import BatchError
 
@@ -23,7 +25,12 @@ VERSION = 1  # of the order and of the state_dict
 
 
 class Cursor(NamedTuple):
-    """Where the next batch is: the epoch, and how many of its batches come before."""
+    """Where the next batch is: the epoch, and how many of its batches come before.
+
+    >>> import lumen as lm
+    >>> lm.data.Cursor(epoch=2)
+    Cursor(epoch=2, position=0)
+    """
 
     epoch: int = 0
     position: int = 0
@@ -108,7 +115,7 @@ class Loader:
         self._pad = pad
         self._share = _share(rank, world)
         self._move = None if device is None else Move(device)
-        self._read = Fetch(found, self.seed, shuffle)
+        self._read = Fetch(found, self.seed, shuffle, listeners(dataset))
         self._fetch = _fetcher(self._read, workers, prefetch)
         self._workers = workers
         self._cursor = Cursor()
@@ -173,6 +180,11 @@ class Loader:
             position += count
 
     @property
+    def share(self) -> tuple[int, int] | None:
+        """The `rank` and `world` that were given, or None where the processes are asked at each pass."""
+        return self._share
+
+    @property
     def cursor(self) -> Cursor:
         """Where the next pass starts."""
         return self._cursor
@@ -221,10 +233,9 @@ class Loader:
 
     def _part(self, epoch: int, position: int, rank: int, world: int) -> Rows:
         first = position * self.batch_size
-        size, extra = divmod(min(self.batch_size, self._rows - first), world)
-        start = first + rank * size + min(rank, extra)
+        start, stop = order.part(min(self.batch_size, self._rows - first), rank, world)
         fill = self.batch_size // world + (rank < self.batch_size % world) if self._pad else None
-        return Rows(epoch, start, start + size + (rank < extra), fill)
+        return Rows(epoch, first + start, first + stop, fill)
 
     def _placed(self, batch: Any) -> Any:
         move = self._move

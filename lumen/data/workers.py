@@ -113,8 +113,19 @@ def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
 
 def _end(loader: DataLoader[Any]) -> None:
     """Stop the processes now: an exception's traceback may hold them, and a dead one raises at every chance."""
-    if loader._iterator is not None:
+    if loader._iterator is not None and loader.num_workers:
         loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def is_live(loader: DataLoader[Any]) -> bool:
+    """Whether the processes of its last epoch wait for the next one."""
+    return loader.persistent_workers and loader._iterator is not None
+
+
+def restarted(loader: DataLoader[Any]) -> None:
+    """Have the next epoch of `loader` start new processes, where it keeps those of the last one."""
+    _end(loader)
+    loader._iterator = None
 
 
 def _end_in(process: int, loader: DataLoader[Any]) -> None:

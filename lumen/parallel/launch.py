@@ -14,12 +14,47 @@ from lumen.errors import WorldError
 from lumen.parallel.rendezvous import meet
 
 TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
+# What launchers tell their processes: how many there are, and which this is. Slurm's SLURM_NTASKS is set in a batch
+# script too, where one process runs; SLURM_STEP_NUM_TASKS by srun alone.
+_LAUNCHERS = (
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+    ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    ("flux run", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+)
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched() -> bool:
     """Whether something like torchrun started this process as one of several."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def check_launcher() -> None:
+    """Raise `WorldError` where a launcher other than torchrun started this process as one of several.
+
+    What it tells its processes is not what torch.distributed asks for, so each would train alone, on all rows.
+    """
+    if launched() or world.is_distributed():
+        return
+    for launcher, size_name, rank_name in _LAUNCHERS:
+        size, rank = os.environ.get(size_name, ""), os.environ.get(rank_name, "")
+        if size.isdecimal() and int(size) > 1 and rank:
+            raise WorldError(
+                f"this process is one of {size} that {launcher} started ({size_name}={size}, {rank_name}={rank}), and"
+                f" nothing joins them: each would train alone, on all rows. {_instead(launcher)} One process that is to"
+                f" train alone is started without that variable: env -u {size_name} python train.py"
+            )
+
+
+def _instead(launcher: str) -> str:
+    nodes = "$SLURM_JOB_NUM_NODES" if launcher == "srun" else "NODES"
+    alone = "For one node write: torchrun --nproc-per-node=PROCESSES train.py."
+    once = "srun --ntasks-per-node=1" if launcher == "srun" else "mpirun --map-by ppr:1:node"
+    rendezvous = "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
+    return f"{alone} For more: {once} torchrun --nnodes={nodes} --nproc-per-node=PROCESSES {rendezvous} train.py."
 
 
 def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> torch.device:
@@ -31,6 +66,7 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
     Raises `WorldError` where the environment is incomplete, or asks for GPUs that are not there.
     """
     found = _device(device)
+    check_launcher()
     if world.is_distributed() or not launched():
         return found
     missing = [name for name in _NAMES if name not in os.environ]

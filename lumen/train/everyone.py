@@ -30,7 +30,7 @@ from lumen.core import world
 from lumen.core.step import Transform, device_of
 from lumen.core.values import GlobalMean, as_value, is_value, merge_metrics
 from lumen.errors import BatchError, InexactWarning, MetricError, WorldError
-from lumen.parallel.launch import launched
+from lumen.parallel.launch import check_launcher, launched
 from lumen.parallel.ranks import Watch
 from lumen.train.meter import Entry, adopted, parts, rebuilt
 
@@ -277,6 +277,20 @@ def check_world(transforms: Sequence[Transform]) -> None:
                 stacklevel=3,
             )
         return
+    _check_joined()
+
+
+def join_world(transforms: Sequence[Transform]) -> None:
+    """Have parallel transforms join the processes, as `init` does; raise `WorldError` where several stay alone."""
+    for transform in transforms:
+        if transform.level in ("parallel", "tensor"):
+            getattr(transform, "mesh", None)  # made, and with it the world, as it is first asked for
+    if world.world_size() == 1:
+        _check_joined()
+
+
+def _check_joined() -> None:
+    check_launcher()
     if launched() and not world.is_distributed() and _asked_for() > 1:
         raise WorldError(
             f"this process is one of {_asked_for()} that were started together, and nothing joins them: each would make"

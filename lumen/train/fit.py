@@ -30,7 +30,6 @@ from lumen.checkpoint import rng
 from lumen.core.donation import is_retired
 from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
-from lumen.data.feed import feed
 from lumen.errors import BatchError, CheckpointError, CorruptCheckpointError, InexactWarning
 from lumen.parallel import agree
 from lumen.train import frozen, result_page
@@ -41,7 +40,7 @@ from lumen.train.counts import count_rows, count_tokens
 from lumen.train.everyone import Everyone
 from lumen.train.history import History
 from lumen.train.journal import Journal
-from lumen.train.place import Placed
+from lumen.train.place import opened
 from lumen.train.plateau import fed
 from lumen.train.progress import Silent, make_progress
 from lumen.train.signals import Interrupted, Signals, interactive
@@ -104,9 +103,15 @@ class Fit:
         self.clock = Clock(step=_step_of(state))
         self.reason = ""
         self._description = runner.description()  # once: it asks git
-        self._feed = Placed(feed(data), state)
         self._limit = limit
         self._everyone = Everyone(state)
+        self._feed = opened(data, state, self._everyone)
+        # Opened here, as what cannot be measured on is to be told before the first step.
+        self._held_out = [
+            [(name, opened(each, state, self._everyone)) for name, each in validate.loaders()]
+            for validate in validations
+        ]
+        self._resumed: int | None = None  # the step of the checkpoint, while no batch has come
         # What is done once, whatever the number of processes.
         self._sinks = SinkGroup(runner.sinks if self._everyone.first else ())
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
@@ -193,7 +198,9 @@ class Fit:
         if self.clock.step:  # what was due, and not done, when the checkpoint was made
             self._events(epoch_end=self.clock.batch == 0)
         while not self._over():
+            began = self.clock.batch
             self._epoch()
+            self._check_went_on(began)
             if self.reason and self.clock.batch != self._epoch_length():
                 break
             self._everyone.end_epoch(self.clock.epoch, self.clock.step)
@@ -256,7 +263,7 @@ class Fit:
             batches = self._measured(batches)
         if self._limit is None:
             return batches
-        return itertools.islice(batches, self._limit - self.clock.batch)
+        return itertools.islice(batches, max(0, self._limit - self.clock.batch))
 
     def _measured(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, after the FLOPs of a step on the first one were counted."""
@@ -348,9 +355,9 @@ class Fit:
         if self._log_timer.due(self.clock):
             self._log()
         save = False
-        for validate, timer in zip(self.validations, self._timers, strict=True):
+        for number, (validate, timer) in enumerate(zip(self.validations, self._timers, strict=True)):
             if (epoch_end or validate.every.epochs is None) and timer.due(self.clock):
-                if not self._validate(validate):
+                if not self._validate(number):
                     return  # a signal: what is left is done when the run goes on
                 timer.restart(self.clock)
                 save = save or self._makes_best()
@@ -360,10 +367,10 @@ class Fit:
     def _validate_last(self) -> bool:
         """Measure what asks for it at the end and was not measured at this step; whether there was any."""
         measured = False
-        for validate, timer in zip(self.validations, self._timers, strict=True):
+        for number, (validate, timer) in enumerate(zip(self.validations, self._timers, strict=True)):
             if not validate.last or self.reason == self._signal or timer.since == self.clock.step:
                 continue
-            if not self._validate(validate):
+            if not self._validate(number):
                 self.reason = str(self._signal)  # the run that goes on does it
                 break
             timer.restart(self.clock)
@@ -392,16 +399,17 @@ class Fit:
             self._show_params()
             self._agree()
 
-    def _validate(self, validate: Validate) -> bool:
+    def _validate(self, number: int) -> bool:
         """Whether it was done, rather than cut off by a signal."""
+        validate = self.validations[number]
         self._log()
         state = params_for(validate, self.state)
         found: dict[str, float] = {}
-        for name, data in validate.loaders():
+        for name, data in self._held_out[number]:
             values = evaluate_until(
                 validate.step,
                 state,
-                Placed(feed(data), self.state).epoch(0),
+                data.epoch(0),
                 self.runner.step.transforms,
                 self._everyone,
                 limit=validate.limit,
@@ -491,6 +499,7 @@ class Fit:
         self._journal.meter.load_state_dict(*meters)
         self.runner.callbacks.load_state_dict(meta["callbacks"])
         self._feed.load_state_dict(own.get("feed", {}))
+        self._resumed = self.clock.step
         if resume == "auto":  # a run that a callback ended is over
             self.reason = self._stopped = meta["stopped"]
         self._saved_at = self._place()
@@ -588,7 +597,23 @@ class Fit:
                 "the data is empty: it gave no batch. Check the dataset's length, and that batch_size with"
                 " drop_last=True is not larger than it; a generator that was used before is empty too."
             )
+        if self._resumed == self.clock.step:
+            raise BatchError(
+                f"the run went on from step {self.clock.step}, in epoch {self.clock.epoch}, and its data gave no batch,"
+                f" where it is to train until {self.until!r}: nothing would be trained. A generator, or an iterator"
+                " that was used before, has one epoch: give data that can be iterated anew, or until= what was reached."
+            )
         self.reason = f"the data ended after {self.clock.epoch} epochs"
+
+    def _check_went_on(self, began: int) -> None:
+        """Raise `BatchError` where an epoch was to go on from the batch `began`, and nothing came."""
+        length, ended = self._feed.length, self.clock.batch == began and not self.reason
+        limited = self._limit is not None and began >= self._limit
+        if began and ended and not limited and length is not None and began != length:
+            raise BatchError(
+                f"the run goes on at batch {began} of epoch {self.clock.epoch}, and its data gave none, while an epoch"
+                f" has {length}: it is not the data of the checkpoint, or its state there says that it is over."
+            )
 
     def _stop(self, reason: str) -> None:
         if self._everyone.size == 1:

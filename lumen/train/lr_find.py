@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepEr
 from lumen.optim.base import clone
 from lumen.optim.hyper import check_count, check_scalar
 from lumen.optim.set_lr import with_learning_rate
+from lumen.train.everyone import Everyone
+from lumen.train.place import Placed, opened
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ def lr_find(
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     curve = _Curve(smoothing, diverge)
     device = device_of(state)
+    source = batches if isinstance(batches, Placed) else opened(batches, state, Everyone(state))
     with forked_rng(device):
-        reason = _sweep(step, state, zip(lrs, _endless(batches), strict=False), metric, curve)
+        reason = _sweep(step, state, zip(lrs, _endless(source), strict=False), metric, curve)
     if not reason:
         reason = f"all {steps} steps were made" if len(curve.lrs) == steps else "the batches ended"
     index = _steepest(curve.losses, curve.smoothed, reach=max(1, steps // 10))
@@ -186,11 +190,11 @@ def _steepest(losses: Sequence[float], smoothed: Sequence[float], reach: int) ->
     return reach + int(slopes.argmin()) if slopes.min() < 0 else None
 
 
-def _endless(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches again and again, where they can be iterated more than once."""
-    while True:
+def _endless(batches: Placed) -> Iterator[Any]:
+    """Epoch after epoch, where the data can be iterated more than once."""
+    for number in itertools.count():
         empty = True
-        for batch in batches:
+        for batch in batches.epoch(number):
             empty = False
             yield batch
         if empty:

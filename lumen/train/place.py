@@ -12,10 +12,22 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import device_of
-from lumen.data.feed import Feed
+from lumen.data.feed import Feed, feed, refusal
 from lumen.data.fetch import as_dict
 from lumen.data.move import Move
 from lumen.data.workers import release
+from lumen.errors import BatchError
+from lumen.train.everyone import Everyone
+
+_END = object()
+
+
+def opened(data: Any, state: Any, everyone: Everyone) -> Placed:
+    """The batches of `data` for this process; raises `BatchError` on all where it cannot be the data of one."""
+    refused = everyone.agreed(refusal(data))
+    if refused:
+        raise BatchError(refused)
+    return Placed(feed(data), state)
 
 
 class Placed:
@@ -49,8 +61,8 @@ class Placed:
         self, items: Iterator[Any], batch_of: Callable[[Any], Any], place: Callable[[Any], Any]
     ) -> Iterator[Any]:
         items = _releasing(items)
-        first = next(items, None)
-        if first is None:
+        first = next(items, _END)
+        if first is _END:
             return iter(())
         chained = itertools.chain([first], items)
         return map(place, chained) if self._must_place(batch_of(first)) else chained

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import Transform, compose
-from lumen.data.feed import feed
 from lumen.errors import BatchError
-from lumen.train.place import Placed
+from lumen.train.everyone import Everyone, join_world
+from lumen.train.place import opened
 from lumen.train.validate import evaluated, needed
 
 
@@ -27,14 +27,17 @@ def predictions(
 ) -> Iterator[Any]:
     """The outputs of `step(state, batch)` for each batch of `data`, on the CPU, in evaluation mode.
 
+    In a world of several processes each gets the outputs of its own rows, which are cut as those of training are.
+
     >>> import lumen as lm, torch
     >>> [len(out) for out in lm.predictions(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
     [2, 1]
     """
+    join_world(transforms)
     run = compose(*needed(transforms))(lambda state, batch: (state, step(state, batch)))
     with torch.no_grad():
         state = evaluated(state)
-    for batch in itertools.islice(Placed(feed(data), state).epoch(0), limit):
+    for batch in itertools.islice(opened(data, state, Everyone(state)).epoch(0), limit):
         with torch.no_grad():
             _, outputs = run(state, batch)
         yield tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, outputs)

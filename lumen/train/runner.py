@@ -14,17 +14,17 @@ from lumen import tree
 from lumen.checkpoint import plain
 from lumen.core.flops import peak_flops
 from lumen.core.step import Transform, as_step, compose
-from lumen.data.feed import feed
+from lumen.data.rank_data import per_rank
 from lumen.errors import StepError
 from lumen.sinks import Sink, run_info
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every, Steps, Until
 from lumen.train.counts import TokenCount
-from lumen.train.everyone import check_world
+from lumen.train.everyone import Everyone, check_world, join_world
 from lumen.train.fit import Fit, Result, without_unroll
 from lumen.train.lr_find import Finding, lr_find
-from lumen.train.place import Placed
+from lumen.train.place import opened
 from lumen.train.plateau import check_plateau
 from lumen.train.predict import joined, predictions
 from lumen.train.validate import Validate, check_limit, evaluate
@@ -105,8 +105,8 @@ class Runner:
         """Train from `state` on `data` until told to end, and return the `Result`.
 
         `data` is an `lm.Loader`, or any iterable of batches; it is iterated anew for each epoch, of which `limit`
-        bounds the batches. A one-shot iterator is one epoch. Numpy batches become tensors; batches are moved to the
-        state's device.
+        bounds the batches. What shuffles by the epoch, however deep inside a DataLoader, is told its number. A one-shot
+        iterator is one epoch. Numpy batches become tensors; batches are moved to the state's device.
 
         `resume="auto"` goes on from the newest whole checkpoint of the run's directory, if there is one; a path goes
         on from that checkpoint; "never" begins anew, in a directory without checkpoints. What follows is bitwise what
@@ -117,13 +117,16 @@ class Runner:
         with code 75 that has the `result`; at a prompt and in a notebook Ctrl-C returns the result instead. A second
         signal ends it at once.
 
-        Under torchrun each process calls this. The first one writes checkpoints, sinks and the display, and its time
+        Under torchrun each process calls this, with the same data: each batch of an `lm.Loader` or of a DataLoader over
+        a map-style set is cut by rank, a Hugging Face stream is split; rows of any other data must be said to be this
+        rank's own, by `lm.data.per_rank`. The first one writes checkpoints, sinks and the display, and its time
         counts; numbers are those of all. Under transforms that spread the state, such as `lm.fsdp`, each process writes
         its parts of a checkpoint, and reads what it needs: the directory is to be on a file system that all share. A
         signal to any process ends all after the same step, and so does an error: the others raise `WorldError` with the
         first. Then nothing is saved; the last checkpoint stands.
 
-        Raises `BatchError` where the data is empty, or processes have different numbers of batches, `WorldError` where
+        Raises `BatchError` where the data is empty, has no batch where a run that goes on needs one, is not known to be
+        cut by rank, or has different numbers of batches for the processes, `WorldError` where
         another process failed, hangs or is gone, `CheckpointError` where there is nothing to go on from or no way
         to save. What the step raises comes through as it is, with a note that says at which step and batch.
         """
@@ -141,7 +144,7 @@ class Runner:
     ) -> dict[str, float]:
         """The merged metrics of `step(state, batch) -> metrics` over all of `data`, in evaluation mode."""
         check_limit(limit)
-        return evaluate(step, state, Placed(feed(data), state), self.step.transforms, limit=limit)
+        return evaluate(step, state, data, self.step.transforms, limit=limit)
 
     def predict(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
@@ -186,9 +189,11 @@ class Runner:
         saved. The state given is left as it is.
         """
         check_limit(batches)
-        source = Placed(feed(data), state)
+        join_world(self.transforms)
+        source = opened(data, state, Everyone(state))
         few = list(itertools.islice(source, batches))
-        return self._with(progress=self.progress, log_every=10).fit(state, few, until=until or Steps(100))
+        quick = self._with(progress=self.progress, log_every=10)
+        return quick.fit(state, per_rank(few), until=until or Steps(100))
 
     def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> Finding:
         """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.
@@ -196,7 +201,8 @@ class Runner:
         The state given is left as it is.
         """
         single, _ = without_unroll(self.step)
-        return lr_find(single, self.step.init(state), Placed(feed(data), state), **options)
+        begun = self.step.init(state)
+        return lr_find(single, begun, opened(data, state, Everyone(state)), **options)
 
     def description(self) -> dict[str, Any]:
         """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""

@@ -13,8 +13,9 @@ from lumen import tree
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
 from lumen.train.clock import Every
-from lumen.train.everyone import Everyone
+from lumen.train.everyone import Everyone, join_world
 from lumen.train.meter import Meter
+from lumen.train.place import opened
 from lumen.transforms.ema import ema
 
 EvalStep = Callable[[Any, Any], Any]
@@ -72,7 +73,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The merged metrics of `step(state, batch) -> metrics` over all batches of `data`, or the first `limit`.
 
-    In a world of several processes each gives its part of the data, which may be nothing, and gets the numbers of all.
+    In a world of several processes the data is cut by rank as that of training is; each gives its part, which may be
+    nothing, and gets the numbers of all.
     A batch without rows is passed over, unless the step runs under a transform that gathers params for it.
     Raises `BatchError` where there is no batch, `StepError` where the step returns no dict.
 
@@ -83,7 +85,10 @@ def evaluate(
     >>> lm.evaluate(largest, state, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])])
     {'largest': 6.0, 'mean': 3.0}
     """
-    found = evaluate_until(step, state, data, transforms, Everyone(state), limit=limit, stop=lambda: False)
+    join_world(transforms)
+    everyone = Everyone(state)
+    batches = opened(data, state, everyone)
+    found = evaluate_until(step, state, batches, transforms, everyone, limit=limit, stop=lambda: False)
     assert found is not None
     return found
 

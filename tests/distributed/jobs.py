@@ -93,7 +93,7 @@ def main(directory, options):
     data = loader
     if options["what"] == "end":
         short = options["at"] if world.rank() == options["rank"] else 10**6
-        data = (batch for (batch, _), _ in zip(loader.stream(), range(short), strict=False))
+        data = lm.data.per_rank(batch for (batch, _), _ in zip(loader.stream(), range(short), strict=False))
     if strategy == "none":
         warnings.filterwarnings("ignore", message=".*no transform joins")
     runner = lm.Runner(

@@ -202,7 +202,7 @@ def evaluate_parts(sizes, with_lists):
     before = sum(map(sum, sizes[: world.rank()]))
     parts = {name: leaf[before : before + sum(mine)].split(mine) if mine else () for name, leaf in rows.items()}
     batches = [{name: part[i] for name, part in parts.items()} for i in range(len(mine))]
-    return lm.Runner(step, progress=False).evaluate(measure, make_state(), batches)
+    return lm.Runner(step, progress=False).evaluate(measure, make_state(), lm.data.per_rank(batches))
 
 
 @pytest.mark.parametrize("with_lists", [False, True])
@@ -411,7 +411,7 @@ def test_a_callback_of_one_process_ends_all(world2, tmp_path):
 
 def run_on_lists(directory):
     data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + world.rank()]
-    make_runner(directory).fit(make_state(), data, until=lm.Epochs(1))
+    make_runner(directory).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
 
 
 def test_lists_of_different_lengths(world2, tmp_path):

@@ -14,6 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = (
     "tutorial",
     "pure_steps",
+    "data",
     "extending",
     "debugging",
     "performance",

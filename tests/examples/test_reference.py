@@ -11,7 +11,7 @@ import pytest
 import lumen as lm
 
 API = (Path(__file__).parents[2] / "docs/api.md").read_text()
-RE_EXPORTING = (lm, lm.bridges, lm.checkpoint, lm.metrics, lm.optim, lm.parallel, lm.sinks)
+RE_EXPORTING = (lm, lm.bridges, lm.checkpoint, lm.data, lm.metrics, lm.optim, lm.parallel, lm.sinks)
 DEFINING = (lm.random, lm.tree, lm.checkpoint.rng, lm.parallel.plans, lm.bridges.huggingface, lm.bridges.lora)
 
 # Names without an example of their own, by the reason.

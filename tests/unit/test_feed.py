@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import numpy as np
@@ -123,26 +124,81 @@ def test_what_cannot_start_in_the_middle_is_read_again_and_says_so(make):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-def test_stateful_data_loader(workers):
+def test_stateful_data_loader(workers, own):
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    make = lambda: stateful.StatefulDataLoader(ROWS, batch_size=3, shuffle=True, num_workers=workers)  # noqa: E731
-    with pytest.warns(InexactWarning, match="exactly to the end of its epoch"):
-        found = interrupted(make, 2, 1, 2)
-    assert found == uninterrupted(make, 2)
+
+    def make():
+        options = {"generator": generator()} if own else {}
+        return stateful.StatefulDataLoader(ROWS, batch_size=3, shuffle=True, num_workers=workers, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if workers else "error", InexactWarning)
+        assert interrupted(make, 3, 1, 2) == uninterrupted(make, 3), "later epochs too"
+
+
+def hugging_face_stream(*, shuffled=True, **shuffle):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"x": ROWS}).to_iterable_dataset(num_shards=2)
+    return (rows.shuffle(**shuffle) if shuffled else rows).with_format("torch").batch(3)
 
 
 def test_hugging_face_streams():
-    datasets = pytest.importorskip("datasets")
-
-    def make():
-        rows = datasets.Dataset.from_dict({"x": ROWS}).to_iterable_dataset(num_shards=2)
-        return rows.shuffle(seed=0, buffer_size=4).with_format("torch").batch(3)
-
+    make = lambda: hugging_face_stream(seed=0, buffer_size=4)  # noqa: E731
+    plain = lambda: hugging_face_stream(shuffled=False)  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error", InexactWarning)
-        assert interrupted(make, 3, 1, 2) == uninterrupted(make, 3)
+        assert interrupted(plain, 3, 1, 2) == uninterrupted(plain, 3)
     assert uninterrupted(make, 2)[0] != uninterrupted(make, 2)[1]
+
+
+def test_a_shuffle_buffer_says_that_its_rows_are_lost():
+    make = lambda: hugging_face_stream(seed=0, buffer_size=4)  # noqa: E731
+    with pytest.warns(InexactWarning, match="shuffle buffer of 4 rows"):
+        found = interrupted(make, 3, 1, 2)
+    assert found[2] == uninterrupted(make, 3)[2]
+
+
+def test_a_stream_that_is_shuffled_without_a_seed_cannot_go_on():
+    with pytest.raises(BatchError, match=r"shuffled in another order.*seed=0"):
+        interrupted(lambda: hugging_face_stream(buffer_size=4), 2, 1, 2)
+
+
+def test_workers_that_live_on_draw_no_seed_in_later_epochs():
+    make = lambda: DataLoader(ROWS, batch_size=3, shuffle=True, num_workers=1, persistent_workers=True)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactWarning)
+        found = interrupted(make, 3, 1, 2)
+    assert found[:2] == uninterrupted(make, 2)
+
+
+def shuffled_by_hand(draws):
+    class ByHand(torch.utils.data.Sampler):
+        def __len__(self):
+            return len(ROWS)
+
+        def __iter__(self):
+            yield from draws(list(ROWS))
+
+    return DataLoader(ROWS, batch_size=3, sampler=ByHand())
+
+
+def at_once(rows):
+    random.shuffle(rows)
+    return np.random.permutation(rows)  # noqa: NPY002
+
+
+def test_samplers_of_other_kinds_go_on_with_all_generators_and_say_so():
+    make = lambda: shuffled_by_hand(at_once)  # noqa: E731
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    wanted = uninterrupted(make, 2)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    with pytest.warns(InexactWarning, match="sampler is not one of torch's"):
+        found = interrupted(make, 2, 1, 2)
+    assert found == wanted
 
 
 def test_hugging_face_tables_are_samples_of_a_loader():
@@ -157,6 +213,66 @@ def test_epochs_are_announced_to_samplers_that_shuffle_by_them():
     first, second = ([values(batch) for batch in each.epoch(epoch)] for epoch in (0, 1))
     assert first != second
     assert [values(batch) for batch in each.epoch(0)] == first
+
+
+class ByEpoch(IterableDataset):
+    """One row: the epoch that it was told."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        yield self.epoch
+
+    def __len__(self):
+        return 1
+
+
+class Rows(torch.utils.data.Dataset):
+    """The epoch that it was told, in its row."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return torch.tensor([self.epoch])
+
+
+def told(each):
+    epochs = [[values(batch) for batch in each.epoch(epoch)] for epoch in (0, 1, 5)]
+    return [batches[0] for batches in epochs]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_epochs_reach_data_sets_in_loaders_and_their_workers(workers, persistent):
+    options = {"num_workers": workers, "persistent_workers": persistent and bool(workers)}
+    assert told(feed(DataLoader(ByEpoch(), batch_size=1, **options))) == [[0], [1], [5]]
+    nested = torch.utils.data.Subset(torch.utils.data.ConcatDataset([Rows(), Rows()]), [1])
+    assert told(feed(DataLoader(nested, batch_size=1, **options))) == [[[0]], [[1]], [[5]]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epochs_reach_the_data_set_of_a_loader(workers):
+    assert told(feed(lm.Loader(torch.utils.data.Subset(Rows(), [0]), batch_size=1, workers=workers))) == [
+        [[0]],
+        [[1]],
+        [[5]],
+    ]
+
+
+def test_epochs_reach_samplers_in_batch_samplers():
+    sampler = torch.utils.data.DistributedSampler(ROWS, num_replicas=1, rank=0)
+    each = feed(DataLoader(ROWS, batch_sampler=BatchSampler(sampler, 3, drop_last=False)))
+    first, second = ([values(batch) for batch in each.epoch(epoch)] for epoch in (0, 1))
+    assert first != second
 
 
 def test_state_without_a_plain_form_is_left_out_and_says_so_once():

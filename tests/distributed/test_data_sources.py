@@ -1,0 +1,430 @@
+"""The table of docs/data.md: each source of data gives each row once, says what it cannot keep, or is refused by name.
+
+One process and two, a run that goes on in the middle of an epoch and at its end, in this process and with workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, get_worker_info
+
+import lumen as lm
+from lumen.checkpoint import plain
+from lumen.core import world
+from lumen.data.feed import feed
+from lumen.errors import BatchError, InexactWarning
+from lumen.parallel.ddp import ddp
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
+    pytest.mark.filterwarnings("ignore::lumen.InexactWarning"),
+]
+
+N, EPOCHS = 10, 2  # batches of 3, 3, 3 and 1: the last one has no row for the second rank
+ALL = list(range(N))
+
+
+class Stream(IterableDataset):
+    """Cut by worker, as torch asks; by rank it is not."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        info = get_worker_info()
+        return iter(order if info is None else order[info.id :: info.num_workers])
+
+
+def stateful(*args, **options):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(*args, batch_size=3, **options)
+
+
+def table():
+    import datasets
+
+    return datasets.Dataset.from_dict({"x": ALL}).with_format("torch")
+
+
+def shard_rows(shards):
+    for shard in shards:
+        for row in ALL[shard::4]:
+            yield {"x": row}
+
+
+def stream(**shuffle):
+    import datasets
+
+    rows = datasets.IterableDataset.from_generator(shard_rows, gen_kwargs={"shards": [0, 1, 2, 3]})
+    return rows.shuffle(**shuffle) if shuffle else rows
+
+
+ONCE, SAID, REFUSED = "each row once", "each row once, and says what may differ", "refused by name"
+LOST = "says that rows of the buffer are not seen"
+
+
+@dataclass
+class Source:
+    """How it is made, and what becomes of a run that goes on in the middle, at an epoch's end, and of two processes."""
+
+    make: Any
+    middle: str = ONCE
+    end: str = ONCE
+    two: str = ONCE
+    workers: bool = True
+
+
+SOURCES = {
+    "lm.Loader": Source(lambda **w: lm.Loader(ALL, batch_size=3, workers=w.get("num_workers", 0))),
+    "DataLoader": Source(lambda **w: DataLoader(ALL, batch_size=3, shuffle=True, **w)),
+    "DataLoader, iterable": Source(lambda **w: DataLoader(Stream(), batch_size=3, **w), SAID, ONCE, REFUSED),
+    "DataLoader, HF stream": Source(lambda **w: DataLoader(stream(), batch_size=3, **w), SAID),
+    "StatefulDataLoader": Source(lambda **w: stateful(ALL, shuffle=True, **w)),
+    "StatefulDataLoader, HF stream": Source(lambda **w: stateful(stream(), **w)),
+    "HF map": Source(lambda **w: lm.Loader(table(), batch_size=3, workers=w.get("num_workers", 0))),
+    "HF stream": Source(lambda: stream().batch(3), workers=False),
+    "HF stream, shuffled": Source(lambda: stream(seed=0, buffer_size=4).batch(3), LOST, workers=False),
+    "list": Source(lambda: list(torch.arange(N).split(3)), ONCE, ONCE, REFUSED, workers=False),
+    "generator": Source(lambda: iter(torch.arange(N).split(3)), SAID, REFUSED, REFUSED, workers=False),
+}
+CASES = [(name, n) for name, source in SOURCES.items() for n in ((0, 2) if source.workers else (0,))]
+
+
+def make(name, workers):
+    return SOURCES[name].make(**{"num_workers": workers} if workers else {})
+
+
+def rows(batch):
+    return torch.as_tensor(batch["x"] if isinstance(batch, dict) else batch).reshape(-1).tolist()
+
+
+def read(data, *, epoch=0, position=0, state=None, batches=10**9, epochs=EPOCHS):
+    """The rows of each epoch as `fit` would read them, and where it stopped with the state for a checkpoint."""
+    each, found = feed(data), {}
+    if state is not None:
+        each.load_state_dict(plain.unpack(state))
+    while epoch < epochs and batches:
+        for batch in each.epoch(epoch, position):
+            found.setdefault(epoch, []).append(rows(batch))
+            position, batches = position + 1, batches - 1
+            if not batches and position != each.length:
+                return found, epoch, position, plain.pack(each.state_dict(epoch, position))
+        epoch, position = epoch + 1, 0
+    return found, epoch, 0, plain.pack(each.state_dict(epoch, 0))
+
+
+def once(found):
+    return {epoch: sorted(row for batch in batches for row in batch) for epoch, batches in found.items()}
+
+
+def said(function, *args, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InexactWarning)
+        result = function(*args, **options)
+    return result, [str(each.message) for each in caught if each.category is InexactWarning]
+
+
+@pytest.mark.parametrize(("name", "workers"), CASES)
+def test_one_process_and_a_run_that_goes_on(name, workers):
+    source = SOURCES[name]
+    generator = name == "generator"
+    torch.manual_seed(1)
+    whole, *_ = read(make(name, workers))
+    assert once(whole) == {0: ALL} if generator else {0: ALL, 1: ALL}
+
+    torch.manual_seed(1)
+    before, *place, state = read(make(name, workers), batches=2)
+    assert place == [0, 2]
+    torch.manual_seed(2)
+    (after, *_), words = said(
+        read, make(name, workers), epoch=0, position=2, state=state, epochs=1 if generator else EPOCHS
+    )
+    joined = {0: before[0] + after[0], **({} if generator else {1: after[1]})}
+    if source.middle == LOST:
+        missing = set(ALL) - set(once(joined)[0])
+        assert 0 < len(missing) <= 4
+        assert "shuffle buffer of 4 rows" in words[0]
+        assert once(joined)[1] == ALL, "the next epoch is whole"
+    else:
+        assert once(joined) == once(whole)
+        assert joined[0] == whole[0], "in the same order"
+        assert bool(words) == (
+            source.middle == SAID or (workers and "Loader" in name and "stream" not in name and name != "lm.Loader")
+        )
+
+    whole_epoch, epoch, position, state = read(make(name, workers), batches=sum(len(each) > 0 for each in whole[0]))
+    assert once(whole_epoch) == {0: ALL}
+    later, *_ = read(make(name, workers), epoch=epoch, position=position, state=state)
+    assert once(later) == ({} if source.end == REFUSED else {1: ALL}), "the next epoch, whole; none of a generator"
+
+
+# ----------------------------------------------------------------------------------------------- two processes
+
+
+def seeded(rank=0):
+    """Each rank's global generators are at another place, as after dropout."""
+    torch.manual_seed(10 + rank)
+
+
+def read_on_two(cases):
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
+    found = {}
+    for name, workers in cases:
+        try:
+            seeded(world.rank())
+            whole, *_ = read(make(name, workers))
+            seeded(world.rank())
+            before, epoch, position, state = read(make(name, workers), batches=2)
+            seeded(50 + world.rank())
+            (after, *_), words = said(read, make(name, workers), epoch=epoch, position=position, state=state)
+            found[name, workers] = whole, before, after, words
+        except BatchError as error:
+            found[name, workers] = str(error)
+    return found
+
+
+def test_two_processes(world2):
+    first, second = world2.run(read_on_two, CASES)
+    for name, workers in CASES:
+        source, (mine, other) = SOURCES[name], (first[name, workers], second[name, workers])
+        if source.two == REFUSED:
+            assert "lm.data.per_rank(data)" in mine, mine
+            assert "rank 1 of 2" in other
+            continue
+        assert not isinstance(mine, str), mine
+        whole = {epoch: mine[0][epoch] + other[0][epoch] for epoch in range(EPOCHS)}
+        assert once(whole) == dict.fromkeys(range(EPOCHS), ALL), (name, workers)
+        gone_on = {
+            0: [*mine[1][0], *mine[2].get(0, []), *other[1][0], *other[2].get(0, [])],
+            1: mine[2][1] + other[2][1],
+        }
+        if source.middle != LOST:
+            assert once(gone_on) == once(whole), (name, workers)
+        assert bool(mine[3]) >= (source.middle in (SAID, LOST))
+        if "stream" not in name:
+            seeded()
+            alone, *_ = read(make(name, workers))
+            parts = {epoch: [a + b for a, b in zip(mine[0][epoch], other[0][epoch], strict=True)] for epoch in alone}
+            assert parts == alone, "the batches of one process, cut"
+
+
+class ByHand(Sampler):
+    """Draws as it goes, from Python's global generator."""
+
+    def __len__(self):
+        return N
+
+    def __iter__(self):
+        left = list(ALL)
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
+def odd_cases():
+    """What a rank gets of data that is declared, or is not what it should be: rows, or the error's words."""
+    import datasets
+
+    rank = world.rank()
+    cases = {
+        "distributed sampler": lambda: DataLoader(ALL, batch_size=5, sampler=DistributedSampler(ALL, 2, rank)),
+        "of another rank": lambda: DataLoader(ALL, batch_size=5, sampler=DistributedSampler(ALL, 4, rank)),
+        "repeating": lambda: DataLoader(ALL[:9], batch_size=5, sampler=DistributedSampler(ALL[:9], 2, rank)),
+        "own rows": lambda: lm.data.per_rank([torch.tensor(ALL[rank::2])]),
+        "own loader": lambda: lm.data.per_rank(DataLoader(ALL[rank::2], batch_size=5)),
+        "other lengths": lambda: DataLoader(ALL[: 9 + rank], batch_size=5),
+        "sampler by hand": lambda: DataLoader(ALL, batch_size=3, sampler=ByHand()),
+        "batches": lambda: DataLoader(torch.arange(N), batch_size=None, sampler=[[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]),
+        "no batches": lambda: DataLoader(ALL, batch_size=None),
+        "unlike orders": lambda: DataLoader(ALL, batch_size=3, sampler=ALL if rank else ALL[::-1]),
+        "unseeded": lambda: stream(buffer_size=4).batch(3),
+        "split": lambda: datasets.distributed.split_dataset_by_node(stream(), rank=rank, world_size=2).batch(3),
+        "split wrongly": lambda: datasets.distributed.split_dataset_by_node(
+            stream(), rank=1 - rank, world_size=2
+        ).batch(3),
+        "loader of one": lambda: lm.Loader(ALL[rank::2], batch_size=3, rank=0, world=1),
+        "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world=2),
+    }
+    found = {}
+    for name, data in cases.items():
+        torch.manual_seed(rank)
+        try:
+            (batches, *_), words = said(read, data(), epochs=1)
+            found[name] = sorted(row for batch in batches[0] for row in batch), words
+        except BatchError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_what_is_declared_and_what_cannot_be_right(world2):
+    first, second = world2.run(odd_cases)
+    for name in (
+        "distributed sampler",
+        "own rows",
+        "own loader",
+        "sampler by hand",
+        "batches",
+        "split",
+        "loader of one",
+    ):
+        assert not isinstance(first[name], str), (name, first[name])
+        assert sorted(first[name][0] + second[name][0]) == ALL, name
+        assert not first[name][1], name
+    assert len(first["repeating"][0]) == len(second["repeating"][0]) == 5
+    assert "repeats 1 rows" in first["repeating"][1][0]
+    for name, words in {
+        "of another rank": "rank 0 of 4",
+        "other lengths": r"data sets of [9, 10] rows",
+        "no batches": "batch_size=None",
+        "unlike orders": "orders that begin with [[9, 8, 7], [0, 1, 2]]",
+        "unseeded": "seed, the same on each",
+    }.items():
+        assert words in first[name], (name, first[name])
+        assert isinstance(second[name], str)
+    for name in ("split wrongly", "loader of another"):
+        assert "rank 0 of 2" in second[name], (name, second[name])
+
+
+def go_on_alone_or_not():
+    """Two steps of two processes: the states for a checkpoint."""
+    states = {}
+    for name, data in {
+        "DataLoader": lambda: DataLoader(ALL, batch_size=3, shuffle=True),
+        "list": lambda: lm.data.per_rank(list(torch.arange(N).split(3))),
+    }.items():
+        seeded(world.rank())
+        states[name] = read(data(), batches=2)[3]
+    return states
+
+
+def test_another_number_of_processes(world2):
+    states = world2.run(go_on_alone_or_not)[0]
+    seeded()
+    whole, *_ = read(DataLoader(ALL, batch_size=3, shuffle=True))
+    seeded(70)
+    after, *_ = read(DataLoader(ALL, batch_size=3, shuffle=True), position=2, state=states["DataLoader"], epochs=1)
+    assert after[0] == whole[0][2:]
+    with pytest.raises(BatchError, match="was made by 2"):
+        read(list(torch.arange(N).split(3)), position=2, state=states["list"])
+
+
+# ----------------------------------------------------------------------------------------------- the law
+
+
+def squared(state, batch):
+    def loss_fn(params, batch):
+        out, _ = state.apply(params, batch[0])
+        return lm.Mean.of((out - batch[0].sum(1, keepdim=True)).square().mean(1))
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def counted(state, batch):
+    return {"rows": lm.Sum.of(torch.ones(len(batch[0]))), "total": lm.Sum.of(batch[0])}
+
+
+def train_on_a_torch_loader():
+    from torch.utils.data import TensorDataset
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(N, 2, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    state = lm.TrainState.create(torch.nn.Linear(2, 1).double(), lm.optim.adam(0.1))
+    runner = lm.Runner(squared, transforms=[ddp(lm.mesh(device="cpu"))], progress=False)
+    seeded(world.rank())
+    data = DataLoader(TensorDataset(x), batch_size=3, shuffle=True)
+    held_out = DataLoader(TensorDataset(x), batch_size=3)
+    result = runner.fit(state, data, until=lm.Epochs(3), validate=lm.Validate(counted, held_out))
+    predicted = runner.predict(lambda state, batch: batch[0], result.state, held_out)
+    measured = runner.evaluate(counted, result.state, held_out)
+    few = runner.overfit(state, data, batches=2, until=lm.Steps(4)).clock.rows
+    numbers = {**measured, "trained": result.clock.rows, "validated": result.metrics["val/rows"], "few": few}
+    refused = []
+    if world.world_size() > 1:
+        for ask in (runner.evaluate, runner.predict, runner.overfit):
+            try:
+                ask(*([counted] * (ask != runner.overfit)), state, [(x,)])
+            except BatchError as error:
+                refused.append("lm.data.per_rank(data)" in str(error))
+    return {name: leaf.clone() for name, leaf in result.state.params.items()}, numbers, predicted, refused
+
+
+def test_a_torch_loader_on_two_processes_trains_as_on_one(world2):
+    params, numbers, rows, _ = train_on_a_torch_loader()
+    assert (numbers["trained"], numbers["rows"], numbers["few"]) == (3 * N, N, 12)
+    found = world2.run(train_on_a_torch_loader)
+    for leaves, counts, _, refused in found:
+        assert counts == pytest.approx(numbers, rel=1e-12)
+        assert refused == [True] * 3
+        for name, leaf in params.items():
+            torch.testing.assert_close(leaves[name], leaf, rtol=1e-9, atol=1e-11)
+    both = torch.cat([each[2] for each in found])
+    assert len(both) == N
+    assert torch.equal(both.sort(0).values, rows.sort(0).values), "each rank predicts its own rows"
+
+
+# ----------------------------------------------------------------------------------------------- the run
+
+
+def keep(state, batch):
+    return state, {"rows": lm.Sum.of(torch.as_tensor(batch))}
+
+
+def fit(data, until, directory, **options):
+    state = {"at": torch.zeros(())}
+    runner = lm.Runner(keep, checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=1)), progress=False)
+    return runner.fit(state, data, until=until, resume="auto", **options)
+
+
+@pytest.mark.parametrize("make_data", [lambda: stateful(ALL, shuffle=True), lambda: DataLoader(ALL, batch_size=3)])
+def test_a_run_that_was_stopped_at_the_last_batch_of_an_epoch_goes_on(make_data, tmp_path):
+    assert fit(make_data(), lm.Steps(4), tmp_path).clock.epoch == 1
+    assert fit(make_data(), lm.Steps(10), tmp_path).clock.step == 10
+
+
+def test_a_run_that_finds_no_batch_where_some_are_due_is_an_error(tmp_path):
+    parts = torch.arange(N).split(3)
+    assert fit(iter(parts), lm.Epochs(5), tmp_path / "a").reason == "the data ended after 1 epochs"
+    with pytest.raises(BatchError, match="gave no batch, where it is to train until Epochs\\(5\\)"):
+        fit(iter(parts), lm.Epochs(5), tmp_path / "a")
+    fit(parts, lm.Steps(3), tmp_path / "b")
+    with pytest.raises(BatchError, match="goes on at batch 3"):
+        fit(parts[:2], lm.Steps(9), tmp_path / "b")
+
+
+class Stuck(Stream):
+    """Begins each later epoch where its loaded state says."""
+
+    set_epoch = None
+    at = start = 0
+
+    def __iter__(self):
+        for row in range(self.start, N):
+            self.at = row + 1
+            yield row
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.start = state["at"]
+
+
+def test_an_epoch_that_begins_in_the_middle_is_an_error():
+    before, epoch, position, state = read(stateful(Stuck()), batches=2)
+    assert before == {0: [[0, 1, 2], [3, 4, 5]]}
+    with pytest.raises(BatchError, match="began a new epoch at batch 2"):
+        read(stateful(Stuck()), epoch=epoch, position=position, state=state, epochs=3)
