@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -26,6 +28,8 @@ from lumen.errors import OrderError
 from lumen.parallel.deepspeed_config import Setup
 from lumen.parallel.deepspeed_optimizer import Adapter
 from lumen.parallel.deepspeed_spans import Span, spans
+from lumen.parallel.groups import close_on_leave
+from lumen.parallel.launch import leave_at_exit
 
 _BUILD = 20 * 60.0  # seconds that no build of one extension takes
 
@@ -37,11 +41,35 @@ def library(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
         found = importlib.import_module("deepspeed")
+    _unbind(importlib.import_module("deepspeed.comm.torch").TorchBackend)
+    close_on_leave(_library)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
     return found
+
+
+class _Library:
+    """What DeepSpeed itself keeps of a world: groups, in tables of its modules."""
+
+    def close(self) -> None:
+        """Destroy the world in DeepSpeed's way, which empties them."""
+        comm = importlib.import_module("deepspeed.comm")
+        if comm.is_initialized() and dist.is_initialized():
+            comm.destroy_process_group()
+
+
+_library = _Library()
+
+
+def _unbind(backend: type) -> None:
+    """Have two functions look for the world's group when they are called: it is the default value of an argument, which
+    keeps the world alive in which DeepSpeed was imported (0.19.8)."""
+    for name in ("barrier", "monitored_barrier"):
+        function = inspect.unwrap(getattr(backend, name))
+        defaults = function.__defaults__ or ()
+        function.__defaults__ = tuple(None if isinstance(each, dist.ProcessGroup) else each for each in defaults)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -74,6 +102,7 @@ def meet(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # which the engine asks for
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    atexit.register(leave_at_exit, os.getpid())
 
 
 class Root(nn.Module):

@@ -47,7 +47,7 @@ class GroupRef:
 _number = 0  # of worlds that this process has been in
 _world: weakref.ref[Any] | None = None  # the newest of them
 _meshes: dict[Hashable, DeviceMesh] = {}  # and its meshes
-_closables: weakref.WeakSet[Any] = weakref.WeakSet()
+_closables: list[weakref.ref[Closable]] = []
 _noted: weakref.WeakSet[Any] = weakref.WeakSet()  # groups that somebody outside may have kept
 
 
@@ -90,12 +90,14 @@ def survivors() -> list[str]:
 
 def close_on_leave(thing: Closable) -> None:
     """Close `thing` before this world is left, unless nothing refers to it by then."""
-    _closables.add(thing)
+    _closables[:] = [each for each in _closables if each() is not None]
+    if not any(each() is thing for each in _closables):
+        _closables.append(weakref.ref(thing))
 
 
 def closables() -> list[Closable]:
-    """What is to be closed now, which is not asked for again."""
-    found = list(_closables)
+    """What is to be closed now, the newest last; it is not asked for again."""
+    found = [thing for each in _closables if (thing := each()) is not None]
     _closables.clear()
     return found
 
