@@ -234,9 +234,11 @@ class Engine:
         return None if found is None else found.view(self.shapes[name])
 
     def close(self) -> None:
-        """Let go of the engine's hooks and memory."""
+        """Let go of the engine's hooks and memory, and have its params, which a state may hold, hold no group."""
         with quiet():
             self.engine.destroy()
+        for param in self.params.values():
+            vars(param).clear()
 
 
 def _made_real(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> nn.Module:

@@ -45,7 +45,7 @@ def test_no_thread_outlives_the_world(tmp_path):
         for rank in ("0", "1")
     ]
     try:
-        said = [job.communicate(timeout=2000)[1] for job in jobs]
+        said = [job.communicate(timeout=500)[1] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
