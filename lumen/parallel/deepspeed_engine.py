@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
 import sys
@@ -41,7 +40,6 @@ def library(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
         found = importlib.import_module("deepspeed")
-    _unbind(importlib.import_module("deepspeed.comm.torch").TorchBackend)
     close_on_leave(_library)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
@@ -61,15 +59,6 @@ class _Library:
 
 
 _library = _Library()
-
-
-def _unbind(backend: type) -> None:
-    """Have two functions look for the world's group when they are called: it is the default value of an argument, which
-    keeps the world alive in which DeepSpeed was imported (0.19.8)."""
-    for name in ("barrier", "monitored_barrier"):
-        function = inspect.unwrap(getattr(backend, name))
-        defaults = function.__defaults__ or ()
-        function.__defaults__ = tuple(None if isinstance(each, dist.ProcessGroup) else each for each in defaults)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -234,11 +223,22 @@ class Engine:
         return None if found is None else found.view(self.shapes[name])
 
     def close(self) -> None:
-        """Let go of the engine's hooks and memory, and have its params, which a state may hold, hold no group."""
+        """Let go of the engine's hooks and memory, and of process groups, whoever holds the engine or its params."""
         with quiet():
             self.engine.destroy()
         for param in self.params.values():
             vars(param).clear()
+        for part in (self.engine, self.optimizer, getattr(self.optimizer, "parameter_offload", None)):
+            if part is not None:
+                _forget_groups(vars(part))
+
+
+def _forget_groups(attributes: dict[str, Any]) -> None:
+    """Take process groups out of an object: hooks of DeepSpeed's that cannot be taken back refer to its engine."""
+    for name, value in attributes.items():
+        held = value if isinstance(value, list | tuple) else [value]
+        if any(issubclass(type(each), dist.ProcessGroup) for each in held):
+            attributes[name] = None
 
 
 def _made_real(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> nn.Module:

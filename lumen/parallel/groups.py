@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lumen.core._torch_compat import release_groups
+from lumen.core._torch_compat import release_default_groups, release_groups
 from lumen.errors import WorldError
 
 
@@ -75,6 +75,12 @@ def release() -> None:
     """Have the meshes of a world that was left hold no group any more, whoever holds the meshes."""
     while _meshes:
         release_groups(_meshes.popitem()[1])
+
+
+def release_all() -> None:
+    """The same, and torch's own functions."""
+    release()
+    release_default_groups()
 
 
 def noted(group: dist.ProcessGroup) -> dist.ProcessGroup:

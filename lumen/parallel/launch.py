@@ -69,7 +69,7 @@ def leave() -> None:
     """
     with ExitStack() as last_first:  # all of it is done, whatever fails
         last_first.callback(gc.collect)  # frames of a step that failed refer to its groups, in cycles
-        last_first.callback(groups.release)
+        last_first.callback(groups.release_all)
         last_first.callback(_destroy)
         for each in groups.closables():
             last_first.callback(each.close)

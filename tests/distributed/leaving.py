@@ -7,6 +7,7 @@ steps and a Runner still held, and once more after `atexit`, at the end of a run
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ def world_of_many(directory):
         graph = lm.psum(torch.ones(1, requires_grad=True), "data")
     runner = lm.Runner(jobs.step, transforms=[lm.ddp(mesh)], checkpoint=lm.Checkpointer(directory), progress=False)
     lm.mesh(data=-1)
+    importlib.import_module("torch.distributed.nn.functional")  # whose default arguments are the world's group
     data = lm.Loader(jobs.columns(), batch_size=jobs.SIZE, seed=2)
     result = runner.fit(jobs.make_state(), data, until=lm.Steps(2))
     return mesh, [*held, graph, runner, result, data, mesh.torch, mesh.torch["data"], sharded, tensor]
