@@ -9,10 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
+from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 TRIED = ("2.11", "2.12", "2.13", "2.14")
 """The minor versions of torch that were asked for all of `PRIVATE`."""
@@ -49,7 +54,8 @@ _USES = (
     ),
     # Which transform of torch.func, which mode, which tracer a call runs under
     Use(
-        "torch._C._functorch.peek_interpreter_stack torch._C._functorch.is_functorch_wrapped_tensor"
+        "torch._C torch._C._functorch torch._C._functorch.peek_interpreter_stack"
+        " torch._C._functorch.is_functorch_wrapped_tensor"
         " torch._C._functorch.TransformType.Vmap",
         "whether a call runs inside of a transform of torch.func, which kernels, hooks and reads of values must not",
     ),
@@ -63,6 +69,13 @@ _USES = (
         " torch._C.DispatchKey.BackendSelect",
         "whether a mode for random numbers stands between a call and its kernel",
     ),
+    Use(
+        "torch._C._functorch.is_gradtrackingtensor torch._C._functorch.get_unwrapped"
+        " torch._C._functorch.is_batchedtensor",
+        "whether a buffer differs between the rows of a vmap",
+    ),
+    Use("torch._C._ExcludeDispatchKeyGuard", "autocast on the device that a plan is made on"),
+    Use("torch._functorch.config", "a compiled block whose backward pass runs outside of the autocast of its forward"),
     # Autograd
     Use("torch.autograd.graph._engine_run_backward", "backward with the gradients added where Lumen holds them"),
     Use(
@@ -121,7 +134,8 @@ _USES = (
     ),
     Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
     Use(
-        "torch.nn.modules.batchnorm._BatchNorm torch.nn.modules.instancenorm._InstanceNorm"
+        "torch.nn.modules.batchnorm._BatchNorm torch.nn.modules.batchnorm._NormBase"
+        " torch.nn.utils.parametrizations._SpectralNorm torch.nn.modules.instancenorm._InstanceNorm"
         " torch.nn.modules.dropout._DropoutNd",
         "all layers of a kind, whatever their dims",
     ),
@@ -132,6 +146,7 @@ _USES = (
         "to end a loader's processes at once, and to say which of them died",
     ),
     # Several processes
+    Use("torch.distributed.device_mesh.DeviceMesh._pg_registry", "to let go of a mesh's groups when a world is left"),
     Use(
         "torch._C._nn.flatten_dense_tensors torch._C._nn.unflatten_dense_tensors",
         "many tensors in one buffer, and back",
@@ -221,3 +236,50 @@ def _sets(cls: type, attribute: str) -> bool:
     """Whether objects of this class have the attribute from when they are made."""
     code = getattr(getattr(cls, "__init__", None), "__code__", None)
     return code is not None and attribute in (*code.co_names, *code.co_consts)
+
+
+# ---------------------------------------------------------------------------------------- process groups
+
+_PACKAGES = ("torch.distributed.", "deepspeed.comm.")
+
+
+def release_groups(mesh: DeviceMesh) -> None:
+    """Have a mesh hold its process groups no longer; its sizes and names stay.
+
+    torch 2.11 to 2.13: `_pg_registry` of the mesh that others were cut from holds the groups of all of them, for
+    `torch.compile` to look them up. Elsewhere a mesh keeps their names.
+    """
+    getattr(mesh, "_pg_registry", {}).clear()
+
+
+def release_default_groups() -> None:
+    """Make None of process groups that are default arguments; it means the group of the world at the time of the call.
+
+    torch 2.11 to 2.13: `torch.distributed.nn.functional`, `ZeroRedundancyOptimizer` and others write
+    `group=dist.group.WORLD`, and so keep the world for good in which they were imported; DeepSpeed 0.19.8 does, too.
+    """
+    for name, module in [*sys.modules.items()]:
+        if f"{name}.".startswith(_PACKAGES):
+            for function in _functions(vars(module)):
+                _release_defaults(function)
+
+
+def _functions(names: Any) -> Iterator[FunctionType]:
+    for value in [*names.values()]:
+        kind = type(value)  # not isinstance, of which some objects there warn
+        if issubclass(kind, type):
+            yield from (inspect.unwrap(each) for each in vars(value).values() if type(each) is FunctionType)
+        elif kind is FunctionType:
+            yield inspect.unwrap(value)
+
+
+def _release_defaults(function: FunctionType) -> None:
+    defaults, named = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
+    if defaults and any(map(_is_group, defaults)):
+        function.__defaults__ = tuple(None if _is_group(each) else each for each in defaults)
+    for key in [key for key, each in (named or {}).items() if _is_group(each)]:
+        named[key] = None
+
+
+def _is_group(value: Any) -> bool:
+    return issubclass(type(value), dist.ProcessGroup)

@@ -19,6 +19,7 @@ from lumen.core import rules, world
 from lumen.parallel import functional
 from lumen.parallel.agree import check_alike
 from lumen.parallel.functional import Arrived
+from lumen.parallel.groups import GroupRef
 
 _flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 _unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
@@ -31,10 +32,15 @@ class Wire:
     """Sums over the processes of a group, and counts the bytes that were handed to it."""
 
     def __init__(self, group: dist.ProcessGroup, compress: str | None = None) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
+        self._group = GroupRef(group)
+        self.size = self._group.size
         self.compress = compress
         self.sent = 0
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes."""
+        return self._group()
 
     def __deepcopy__(self, _memo: Any) -> Wire:
         return self  # a module that sums over it may be copied, the processes may not

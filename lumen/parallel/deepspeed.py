@@ -30,6 +30,7 @@ from lumen.parallel.deepspeed_engine import Engine, meet
 from lumen.parallel.deepspeed_optimizer import Update
 from lumen.parallel.deepspeed_spans import cut, gathered, whole
 from lumen.parallel.exchange import Exchange, RowsRule, weightless
+from lumen.parallel.groups import close_on_leave
 from lumen.parallel.lazy import Lazy, Stand, shell, whole_of
 from lumen.parallel.mesh import Mesh
 from lumen.parallel.mesh import mesh as make_mesh
@@ -151,6 +152,7 @@ class deepspeed(Transform):
         )
         state = agree.broadcast(state, wire.group)
         self._engine = engine = self._made(state, engine_setup)
+        close_on_leave(self)
         engine.load(state.params)
         self._number, self._pending = next(_numbers), None
         self._places = places_of(state.opt_state, {name: p.shape for name, p in params.items()})
@@ -160,6 +162,12 @@ class deepspeed(Transform):
             opt_state=cut(state.opt_state, self._places, engine.spans),
         )
         return with_slot(state, self.name, held)
+
+    def close(self) -> None:
+        """Let go of the engine, and with it of the process groups that it keeps."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._made_for = None
 
     def export(self, state: Any) -> Any:
         """The whole plain state, in memory of its own, on every process."""

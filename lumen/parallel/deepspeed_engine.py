@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -26,6 +27,8 @@ from lumen.errors import OrderError
 from lumen.parallel.deepspeed_config import Setup
 from lumen.parallel.deepspeed_optimizer import Adapter
 from lumen.parallel.deepspeed_spans import Span, spans
+from lumen.parallel.groups import close_on_leave
+from lumen.parallel.launch import leave_at_exit
 
 _BUILD = 20 * 60.0  # seconds that no build of one extension takes
 
@@ -37,11 +40,25 @@ def library(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
         found = importlib.import_module("deepspeed")
+    close_on_leave(_library)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
     return found
+
+
+class _Library:
+    """What DeepSpeed itself keeps of a world: groups, in tables of its modules."""
+
+    def close(self) -> None:
+        """Destroy the world in DeepSpeed's way, which empties them."""
+        comm = importlib.import_module("deepspeed.comm")
+        if comm.is_initialized() and dist.is_initialized():
+            comm.destroy_process_group()
+
+
+_library = _Library()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -74,6 +91,7 @@ def meet(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # which the engine asks for
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    atexit.register(leave_at_exit, os.getpid())
 
 
 class Root(nn.Module):
@@ -205,9 +223,22 @@ class Engine:
         return None if found is None else found.view(self.shapes[name])
 
     def close(self) -> None:
-        """Let go of the engine's hooks and memory."""
+        """Let go of the engine's hooks and memory, and of process groups, whoever holds the engine or its params."""
         with quiet():
             self.engine.destroy()
+        for param in self.params.values():
+            vars(param).clear()
+        for part in (self.engine, self.optimizer, getattr(self.optimizer, "parameter_offload", None)):
+            if part is not None:
+                _forget_groups(vars(part))
+
+
+def _forget_groups(attributes: dict[str, Any]) -> None:
+    """Take process groups out of an object: hooks of DeepSpeed's that cannot be taken back refer to its engine."""
+    for name, value in attributes.items():
+        held = value if isinstance(value, list | tuple) else [value]
+        if any(issubclass(type(each), dist.ProcessGroup) for each in held):
+            attributes[name] = None
 
 
 def _made_real(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> nn.Module:

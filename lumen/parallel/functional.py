@@ -37,7 +37,7 @@ def all_reduce(parts: Tensor | Sequence[Tensor], op: str, group: dist.ProcessGro
         return _waiting(_graph().all_reduce(flat, op, group.group_name), shape)
     flat = parts if isinstance(parts, Tensor) else _flatten(list(parts))
     reduce = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-    return _after(dist.all_reduce(flat, reduce, group, async_op=True), flat)
+    return _Pending(dist.all_reduce(flat, reduce, group, async_op=True), flat)
 
 
 def all_gather(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
@@ -46,7 +46,7 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
     if rules.is_tracing():
         return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
     out = flat.new_empty(size * flat.numel())
-    return _after(_all_gather(out, flat, group=group, async_op=True), out)
+    return _Pending(_all_gather(out, flat, group=group, async_op=True), out)
 
 
 def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
@@ -55,7 +55,7 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
     if rules.is_tracing():
         return _waiting(_graph().reduce_scatter_tensor(flat, "sum", size, group.group_name), (-1,))
     out = flat.new_empty(flat.numel() // size)
-    return _after(_reduce_scatter(out, flat, group=group, async_op=True), out)
+    return _Pending(_reduce_scatter(out, flat, group=group, async_op=True), out)
 
 
 def all_to_all(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
@@ -65,7 +65,7 @@ def all_to_all(flat: Tensor, group: dist.ProcessGroup) -> Arrived:
         each = [flat.numel() // size] * size
         return _waiting(_graph().all_to_all_single(flat, each, each, group.group_name), (-1,))
     out = torch.empty_like(flat)
-    return _after(dist.all_to_all_single(out, flat, group=group, async_op=True), out)
+    return _Pending(dist.all_to_all_single(out, flat, group=group, async_op=True), out)
 
 
 def _graph() -> Any:
@@ -79,12 +79,20 @@ def _waiting(pending: Tensor, shape: Sequence[int]) -> Arrived:
     return lambda: torch.ops._c10d_functional.wait_tensor(pending).view(shape)
 
 
-def _after(work: Any, out: Tensor) -> Arrived:
-    def arrived() -> Tensor:
-        work.wait()
-        return out
+class _Pending:
+    """What waits for `work`, which holds on to the threads of its group and so is let go of: not kept by a closure, of
+    which the frames of an error's traceback could not be cleared."""
 
-    return arrived
+    __slots__ = ("_out", "_work")
+
+    def __init__(self, work: Any, out: Tensor) -> None:
+        self._work, self._out = work, out
+
+    def __call__(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._out
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

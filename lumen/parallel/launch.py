@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import atexit
 import datetime as dt
+import gc
 import os
+import sys
+import traceback
+import warnings
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 
 from lumen.core import world
 from lumen.errors import WorldError
+from lumen.parallel import groups
 from lumen.parallel.rendezvous import meet
 
 TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
@@ -88,12 +94,48 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
         world_size=size,
         device_id=found if found.type == "cuda" else None,
     )
-    atexit.register(leave)
+    atexit.register(leave_at_exit, os.getpid())
     return found
 
 
 def leave() -> None:
-    """Leave the world; doing so again does nothing."""
+    """Leave the world, with no thread of it alive afterwards; doing so again does nothing.
+
+    Who holds a mesh of this world, or a step on one, can keep it, and is told so where it is used.
+    """
+    with ExitStack() as last_first:  # all of it is done, whatever fails
+        last_first.callback(gc.collect)  # frames of a step that failed refer to its groups, in cycles
+        last_first.callback(groups.release_all)
+        last_first.callback(_destroy)
+        for each in groups.closables():
+            last_first.callback(each.close)
+
+
+def leave_at_exit(process: int) -> None:
+    """Leave the world of `process` as it ends: a fork of it has the groups, and not their threads."""
+    if process != os.getpid():
+        return
+    _clear_frames(getattr(sys, "last_value", None))
+    leave()
+    if groups.survivors():
+        warnings.warn(
+            f"torch's process groups {', '.join(groups.survivors())} are still referred to, so that their threads live"
+            " on, and can abort this process as it ends. Keep the mesh, not what mesh.group(...) gives.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames hold that an error has come through, and those behind it: groups, for one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _destroy() -> None:
     if world.is_distributed():
         dist.destroy_process_group()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,10 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import rules, world
 from lumen.errors import WorldError
-from lumen.parallel import functional
+from lumen.parallel import functional, groups
+from lumen.parallel.groups import GroupRef
 from lumen.parallel.launch import TIMEOUT, join
 
 AXES = ("data", "shard", "tensor")
+_Device: TypeAlias = torch.device  # a mesh has a property of the module's name
 
 
 class Mesh:
@@ -26,16 +27,29 @@ class Mesh:
 
     The rows of a batch are spread over `data` and `shard` together; processes along `tensor` are handed the same ones.
     Every axis exists; one that was not asked for has size 1. `device` is where this process computes.
+
+    It lasts as long as the world that it was made in: once that was left, what needs its processes raises `WorldError`.
     """
 
-    def __init__(self, sizes: Mapping[str, int], device: torch.device, torch_mesh: DeviceMesh | None) -> None:
+    def __init__(self, sizes: Mapping[str, int], device: _Device, torch_mesh: DeviceMesh | None) -> None:
         self.sizes = dict(sizes)
         self.device = device
-        self.torch = torch_mesh
+        self._torch = torch_mesh
+        self._world = 0 if torch_mesh is None else groups.world_number()
         self._axes = {name: ProcessAxis(self, name) for name in AXES}
 
     def __repr__(self) -> str:
         return f"lm.mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items() if size > 1)})"
+
+    def __deepcopy__(self, _memo: Any) -> Mesh:
+        return self  # what stands on it may be copied, the processes may not
+
+    @property
+    def torch(self) -> DeviceMesh | None:
+        """Torch's own mesh, None where this process is alone. Its groups are destroyed when the world is left."""
+        if self._torch is not None and self._world != groups.world_number():
+            groups.raise_left(repr(self))
+        return self._torch
 
     def size(self, *axes: str) -> int:
         """How many processes there are along `axes` together, by default all."""
@@ -43,21 +57,27 @@ class Mesh:
 
     def index(self, axis: str) -> int:
         """This process's place along `axis`."""
-        return 0 if self.torch is None else self.torch.get_local_rank(axis)
+        found = self.torch
+        return 0 if found is None else found.get_local_rank(axis)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """The processes that differ from this one in their place along `axes` only; None where it is alone there."""
+        """The processes that differ from this one in their place along `axes` only; None where it is alone there.
+
+        Do not keep it: Gloo's threads live as long as anything refers to it, also after the world was left.
+        """
         wide = [name for name in axes if self.sizes[name] > 1]
-        if not wide or self.torch is None:
+        found = self.torch
+        if not wide or found is None:
             return None
         if len(wide) == 1:
-            return self.torch.get_group(wide[0])
+            return groups.noted(found.get_group(wide[0]))
         flat = "_".join(wide)
         with world.real_tensors():
-            return self.torch[tuple(wide)]._flatten(flat).get_group()
+            return groups.noted(found[tuple(wide)]._flatten(flat).get_group())
 
     def bound(self) -> AbstractContextManager[None]:
         """With every axis bound for `lm.psum` and its kin."""
+        _ = self.torch  # raises where its world was left
         return rules.bound_axes(self._axes)
 
 
@@ -77,13 +97,13 @@ class ProcessAxis:
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum or maximum over the axis; the gradient of every member reaches every member."""
         group = self._mesh.group(self._name)
-        return x if group is None else _Reduce.apply(x, op, group)  # type: ignore[no-untyped-call]
+        return x if group is None else _Reduce.apply(x, op, GroupRef(group))  # type: ignore[no-untyped-call]
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
-        out = functional.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, group)()
+    def forward(ctx: Any, x: Tensor, op: str, group: GroupRef) -> Tensor:
+        out = functional.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, group())()
         ctx.op, ctx.group = op, group
         ctx.save_for_backward(x, out)
         return out
@@ -126,19 +146,12 @@ def mesh(
     return Mesh(sizes, found, _grid(found.type, sizes))
 
 
-_made: tuple[Any, dict[Any, DeviceMesh]] = (lambda: None, {})  # the world that this process is in, and its grids
-
-
 def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
-    """Torch's own mesh. One is made for each form: its groups have threads and connections until the world ends."""
-    global _made
-    if _made[0]() is not dist.group.WORLD:
-        _made = weakref.ref(dist.group.WORLD), {}
-    key = device, *sizes.items()
-    if key not in _made[1]:
+    def make() -> DeviceMesh:
         with world.real_tensors():
-            _made[1][key] = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return _made[1][key]
+            return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    return groups.mesh_of((device, *sizes.items()), make)
 
 
 def _sizes(asked: Mapping[str, int | None], processes: int) -> dict[str, int]:

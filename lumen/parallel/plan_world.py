@@ -15,6 +15,7 @@ from torch import Tensor
 from lumen.core import world
 from lumen.core.step import Step, StepFn, Transform, as_step, compose
 from lumen.errors import WorldError
+from lumen.parallel import groups
 from lumen.parallel.mesh import Mesh
 
 
@@ -48,6 +49,7 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        groups.release()
 
 
 def moved(step: StepFn, mesh: Mesh | None) -> Step:

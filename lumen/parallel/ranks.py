@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from lumen.errors import BatchError, WorldError
+from lumen.parallel.groups import close_on_leave
 
 GRACE = 5.0  # seconds in which a process should end by itself after another one failed
 SILENCE = 30.0  # seconds without a word after which a process counts as gone
@@ -51,16 +52,21 @@ class Watch:
         self._beats = 0
         self._turn = threading.Lock()
         self._closed = threading.Event()
+        self._ended = threading.Event()
+        self._owner = 0
         self._thread = threading.Thread(target=self._run, name="lumen ranks", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
+        self._owner = os.getpid()
         self._thread.start()
+        close_on_leave(self)
 
     def close(self) -> None:
-        """The run is over here."""
+        """The run is over here; the thread has ended, unless the store does not answer it."""
         self._closed.set()
-        if self._thread.is_alive():
+        if self._owner == os.getpid():  # a fork has no thread
+            self._ended.wait(GRACE)  # an interrupted `Thread.join` takes the thread for ended (Python 3.11)
             self._thread.join(GRACE)
 
     # ---------------------------------------------------------------------------------------- meetings
@@ -242,6 +248,8 @@ class Watch:
             self.failure = self.failure or (0, f"rank 0 is gone, and with it the store of this world ({error}).")
             if not self._closed.is_set():
                 self._end()
+        finally:
+            self._ended.set()
 
     # ---------------------------------------------------------------------------------------- the store
 

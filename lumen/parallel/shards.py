@@ -21,6 +21,7 @@ from lumen.core.sharding import Box, Piece
 from lumen.errors import ParamsError
 from lumen.parallel import functional
 from lumen.parallel.functional import Arrived
+from lumen.parallel.groups import GroupRef
 from lumen.parallel.opaque import Operator
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -40,12 +41,25 @@ class Cut:
         everyone: dist.ProcessGroup,
         device: torch.device | None = None,
     ) -> None:
-        self.group = group
-        self.replicas = replicas
-        self.everyone = everyone
+        self._group, self._everyone = GroupRef(group), GroupRef(everyone)
+        self._replicas = None if replicas is None else GroupRef(replicas)
         self.device = device
-        self.size = dist.get_world_size(group)
-        self.index = dist.get_rank(group)
+        self.size, self.index = self._group.size, self._group.index
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes that hold the parts of one copy."""
+        return self._group()
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """Those that hold the same part of other copies."""
+        return None if self._replicas is None else self._replicas()
+
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """Both together."""
+        return self._everyone()
 
     def rows(self, whole: Sequence[int]) -> tuple[int, int]:
         """The first row of this process's part of a tensor of shape `whole`, and the row after its last."""
@@ -71,7 +85,7 @@ class Cut:
         start, stop = self.rows(whole)
         rest = tuple(0 for _ in whole[1:])
         box = Box((0, *rest), (start, *rest), (stop - start, *whole[1:]))
-        owner = self.replicas is None or dist.get_rank(self.replicas) == 0
+        owner = self._replicas is None or self._replicas.index == 0
         return Piece(tuple(whole), (box,) if stop > start else (), owner)
 
     def padded(self, whole: torch.Size) -> int:
@@ -234,8 +248,9 @@ def _summed(cut: Cut, wholes: Sequence[Tensor], wide: torch.dtype, after: Sequen
     sizes = [cut.padded(whole.shape) for whole in wholes]
     spread: Any = _SPREAD_OUT if rules.is_tracing() else _spread_out
     mine = functional.reduce_scatter(spread(wholes, sizes, cut.size, wide, after), cut.group)()
-    if cut.replicas is not None:
-        mine = functional.all_reduce(mine, "sum", cut.replicas)()
+    replicas = cut.replicas
+    if replicas is not None:
+        mine = functional.all_reduce(mine, "sum", replicas)()
     shapes = [cut.shape(whole.shape) for whole in wholes]
     pieces = mine.split(sizes)
     return [piece[: math.prod(shape)].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lumen.errors import ParamsError
 from lumen.parallel.functional import _all_gather, _reduce_scatter
+from lumen.parallel.groups import GroupRef
 
 Op = Literal["copy", "sum", "slice", "gather", "scatter", "spread"]
 
@@ -36,9 +37,13 @@ class Team:
     """The processes along a mesh's `tensor` axis, as this one sees them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
-        self.index = dist.get_rank(group)
+        self._group = GroupRef(group)
+        self.size, self.index = self._group.size, self._group.index
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes."""
+        return self._group()
 
     def __deepcopy__(self, _memo: Any) -> Team:
         return self  # a module that moves tensors over it may be copied, the processes may not

@@ -61,6 +61,15 @@ class Checkpointer:
             self.directory / "checkpoints", keep=keep, best=best, keep_best=keep_best, keep_every=keep_every
         )
 
+    @property
+    def interrupted(self) -> Path:
+        """A file that is there while a run that a signal has ended waits to be started again.
+
+        It is written once the run's last checkpoint is whole, and removed where a run begins. A job script goes by it:
+        exit code 75 says the same, but torchrun makes 1 of it.
+        """
+        return self.directory / "interrupted.json"
+
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         step = self.store.latest()
@@ -87,6 +96,12 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(f"{note} cannot be written: {error.strerror}.") from error
         return positions
+
+    def mark_interrupted(self, reason: str, step: int) -> None:
+        """Write `interrupted`."""
+        beside = self.interrupted.with_suffix(".new")
+        beside.write_text(json.dumps({"reason": reason, "step": step}))
+        beside.replace(self.interrupted)
 
     def wants(self, fresh: Mapping[str, float]) -> bool:
         """Whether these numbers make a checkpoint that is among the best."""

@@ -61,10 +61,12 @@ class Everyone:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.failed(error, "outside of its steps")
-        if self._watch is not None:
-            self._watch.close()
+        try:
+            if error is not None:
+                self.failed(error, "outside of its steps")
+        finally:
+            if self._watch is not None:
+                self._watch.close()
 
     # ---------------------------------------------------------------------------------------- between steps
 

@@ -179,6 +179,8 @@ class Fit:
             self._close()
         result = self._result()
         if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
+            if self.runner.checkpoint is not None and self._everyone.first:
+                self.runner.checkpoint.mark_interrupted(self.reason, self.clock.step)
             raise Interrupted(result)
         return result
 
@@ -484,6 +486,8 @@ class Fit:
 
     def _go_on(self, resume: str | os.PathLike[str]) -> None:
         """Take up the run where the checkpoint left it, if there is one."""
+        if self.runner.checkpoint is not None and self._everyone.first:
+            self.runner.checkpoint.interrupted.unlink(missing_ok=True)
         found = self._find(resume)
         if found is None:
             if self.runner.checkpoint is not None and self._everyone.first:

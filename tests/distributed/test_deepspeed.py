@@ -13,9 +13,12 @@ import torch
 import lumen as lm
 from lumen.core import world
 from lumen.core.versions import version_of
+from lumen.errors import StateError
 from lumen.parallel import deepspeed_engine
 from lumen.parallel.deepspeed_engine import missing
+from lumen.parallel.launch import leave
 from tests.distributed import fsdp_models
+from tests.distributed.leaving import threads
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
 from tests.distributed.pool import TaskError
 from tests.distributed.test_ddp import cut
@@ -343,3 +346,18 @@ def test_a_lock_that_a_killed_build_left_is_told(tmp_path, monkeypatch):
     assert not any(str(lock) in each for each in missing())
     os.utime(lock, (0, 0))
     assert any(f"rm {lock}" in each for each in missing())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_alone_it_leaves_its_world_with_no_thread_of_it(stage, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which it sets, as the next
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    wrapped = zero(stage)(step)
+    held = wrapped.init(make_state("mlp", torch.float32, adamw()))
+    held = wrapped(held, batches(1, 4, torch.float32)[0]), wrapped.transforms[0].engine
+    assert "gloo_tcp_loop" in threads()
+    leave()
+    assert threads() == []
+    assert held
+    with pytest.raises(StateError, match="no engine"):
+        wrapped.export(held[0][0])

@@ -1,6 +1,9 @@
 """Every Python block of the README, and of the pages that say so, runs: in order, in one session for each."""
 
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,11 @@ def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.timeout(240)
 def test_runner_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    session = run_blocks(README.parent / "docs/runner.md")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        session = run_blocks(README.parent / "docs/runner.md")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert session["result"].metrics["val/clean/accuracy"] > 0.7
     assert session["stopped"].reason.startswith("val/loss has not improved")
     assert session["best"].best > 0.7
@@ -32,6 +39,30 @@ def test_runner_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert session["probabilities"].shape == (112, 3)
     assert (tmp_path / "lr.png").exists()
     assert list((tmp_path / "profile").glob("*.pt.trace.json"))
+
+
+@pytest.mark.parametrize(
+    ("train", "queued", "code"),
+    [
+        ("exit 0", False, 0),
+        ("exit 1", False, 1),  # also where the run before was interrupted
+        ("touch runs/a/interrupted.json; exit 1", True, 1),  # torchrun's code for 75
+        ("touch runs/a/interrupted.json; exit 75", True, 75),
+    ],
+)
+def test_slurm_script_starts_a_job_again_that_was_interrupted(train, queued, code, tmp_path: Path) -> None:
+    (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", (README.parent / "docs/runner.md").read_text(), re.DOTALL)
+    (tmp_path / "job.sh").write_text(script)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/interrupted.json").touch()
+    for name, body in {"srun": 'shift; exec "$@"', "torchrun": train, "scontrol": 'echo "$@" > queued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "queued").exists() is queued
+    assert not queued or (tmp_path / "queued").read_text() == "requeue 7\n"
 
 
 @pytest.mark.timeout(240)

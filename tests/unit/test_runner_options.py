@@ -659,3 +659,55 @@ def test_a_last_validation_that_a_signal_broke_off_is_done_by_the_run_that_goes_
     assert lm.Checkpointer(tmp_path / "broken").latest().name == "5"
     after, rows = measured(5, into=tmp_path / "broken", every=4, resume="auto")
     assert rows == whole[-1:] == [(5, after.metrics["val/loss"])]
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+
+class Raises(lm.Callback):
+    """Raises a signal after the second step; what is to come of others meanwhile is in `handlers`."""
+
+    def __init__(self, number):
+        self.number, self.handlers = number, {}
+
+    def on_step(self, view):
+        if view.clock.step == 2:
+            others = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+            self.handlers = {number: signal.getsignal(number) for number in others}
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture
+def usr1_as_term():
+    """The line of docs/runner.md."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_a_signal_ended_leaves_a_mark_until_it_begins_again(number, usr1_as_term, tmp_path):
+    checkpoint = lm.Checkpointer(tmp_path)
+    with pytest.raises(lm.Interrupted) as caught:
+        runner(checkpoint=checkpoint, callbacks=[Raises(number)]).fit(make_state(), loader(), until=lm.Steps(9))
+    assert caught.value.code == 75
+    assert json.loads(checkpoint.interrupted.read_text()) == {"reason": "SIGTERM", "step": 2}
+    assert checkpoint.latest().name == "2"
+    found = []
+
+    class Looks(lm.Callback):
+        def on_start(self, view):
+            found.append(checkpoint.interrupted.exists())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        runner(checkpoint=checkpoint, callbacks=[Looks()]).fit(make_state(), loader(), until=lm.Steps(9), resume="auto")
+    assert found == [False]
+    assert not checkpoint.interrupted.exists()  # an error is no reason to start it again
+
+
+def test_other_signals_are_left_alone(tmp_path):
+    callback = Raises(signal.SIGTERM)
+    with pytest.raises(lm.Interrupted):
+        runner(callbacks=[callback]).fit(make_state(), loader(), until=lm.Steps(9))
+    assert set(callback.handlers.values()) == {signal.SIG_DFL}

@@ -24,6 +24,7 @@ OTHERS = {
     *("_defaults", "_enable_compute_groups", "_groups_checked", "_reductions", "_to_sync"),  # torchmetrics
     *("_wrap_compute", "_wrap_update"),  # torchmetrics
     "_hp_mapping",  # DeepSpeed
+    *("_distributed", "_ex_iterable"),  # datasets
 }
 # What objects of torch have: on anything but `self` these are torch's, whoever else has one of that name.
 TORCHS = {

@@ -1,0 +1,133 @@
+"""Leaving the world: no thread of it lives on, whoever holds what was made in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import lumen as lm
+from lumen.errors import WorldError
+from lumen.parallel import groups
+from lumen.parallel.launch import leave, leave_at_exit
+from lumen.parallel.ranks import Watch
+from lumen.train.everyone import Everyone
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_ports(count):
+    with ExitStack() as open_ones:
+        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
+
+
+def test_no_thread_outlives_the_world(tmp_path):
+    ports = ",".join(free_ports(2))
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.distributed.leaving", ports, str(tmp_path)]
+    jobs = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**world, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [job.communicate(timeout=500)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    for rank, job in enumerate(jobs):
+        assert job.returncode == 1, said[rank]
+        assert "Invalid scalar type" in said[rank]
+        assert "terminate" not in said[rank]
+        assert "still referred to" not in said[rank]
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert sum("gloo_tcp" in name for name in found["in it"]) > 1, "this test looks for what is not there"
+        assert found["left"] == found["at exit"] == []
+        assert all("processes that this one has left" in text for text in found["refused"]), found["refused"]
+        index, size, old, *sizes = found["again"]
+        assert (index, size, sizes) == (rank, 2, [2, 1, 1])
+        assert "lm.mesh(data=2) belongs to a world" in old
+
+
+def watched():
+    """A watch over a world of one, as it lives."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    watch = Watch(store, 0, 1)
+    watch.start()
+    return watch, store
+
+
+def watchers():
+    return [thread for thread in threading.enumerate() if thread.name == "lumen ranks"]
+
+
+def test_leaving_ends_a_watch_that_nobody_closed():
+    watch, _store = watched()
+    assert len(watchers()) == 1
+    leave()
+    assert watchers() == []
+    watch.close()  # once more does nothing
+
+
+def test_a_watch_ends_where_telling_of_the_failure_fails(monkeypatch):
+    watch, _store = watched()
+    everyone = Everyone(None)
+    everyone._watch = watch
+    monkeypatch.setattr(watch, "fail", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        everyone.__exit__(ValueError, ValueError("first"), None)
+    assert watchers() == []
+
+
+@pytest.fixture
+def alone():
+    """A world of one, over Gloo."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    leave()
+
+
+def test_a_group_that_is_kept_is_told_of_at_exit_and_a_fork_leaves_nothing(alone):
+    mesh = lm.mesh(data=1, device="cpu")
+    kept = groups.noted(mesh.torch.get_group("data"))
+    leave_at_exit(os.getpid() + 1)
+    assert dist.is_initialized()
+    with pytest.warns(RuntimeWarning, match=r"Keep the mesh, not what mesh.group"):
+        leave_at_exit(os.getpid())
+    assert not dist.is_initialized()
+    with pytest.raises(WorldError, match="has left"):
+        _ = mesh.torch
+    assert (mesh.size(), repr(mesh)) == (1, "lm.mesh()")
+    del kept
+    leave_at_exit(os.getpid())
+
+
+def test_a_world_that_was_destroyed_by_hand_counts_as_left(alone):
+    mesh, ref = lm.mesh(data=1, device="cpu"), groups.GroupRef(dist.group.WORLD)
+    assert ref() is dist.group.WORLD
+    number = groups.world_number()
+    dist.destroy_process_group()
+    assert groups.world_number() == 0
+    for asked in (ref, lambda: mesh.torch, lambda: mesh.index("data"), mesh.bound):
+        with pytest.raises(WorldError, match="has left"):
+            asked()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert groups.world_number() == number + 1
+    for asked in (ref, lambda: mesh.torch):
+        with pytest.raises(WorldError, match="has left"):
+            asked()
+    assert lm.mesh(data=1, device="cpu").index("data") == 0
