@@ -195,9 +195,9 @@ class Min(Value):
 
     def psum(self, axis: str) -> Min:
         """The smallest over all members of `axis`."""
-        from lumen.core.collectives import pmax
+        from lumen.core.collectives import pmin
 
-        return Min(-pmax(-self.value, axis))
+        return Min(pmin(self.value, axis))
 
 
 @state

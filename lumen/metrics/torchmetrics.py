@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
-from lumen.core.collectives import pmax, pmean, psum
+from lumen.core.collectives import pmax, pmean, pmin, psum
 from lumen.core.dataclass import state, static
 from lumen.core.values import Value
 from lumen.errors import AxisError, MetricError
@@ -239,7 +239,7 @@ class TorchMetric:
         if slot.join == "max":
             return pmax(content, axis)
         if slot.join == "min":
-            return -pmax(-content, axis)
+            return pmin(content, axis)
         if slot.join == "mean":
             return (pmean(slot.whole(content, content[0].device), axis),) if content else ()
         # The one place that a gather over the axis will have to go to.
