@@ -103,6 +103,10 @@ class Apply:
             self._variants[key] = Apply(module, self.frozen if frozen is None else frozen)
         return self._variants[key]
 
+    def forms(self) -> list[Apply]:
+        """This function and its variants that were made so far."""
+        return [self, *(form for each in self._variants.values() for form in each.forms())]
+
     def calling(self, function: Callable[..., Any]) -> Apply:
         """The same with `function(module, *args, **kwargs)` in place of the module's forward: another method, say.
 
