@@ -7,6 +7,7 @@ from typing import Any
 
 from lumen.checkpoint import plain
 from lumen.optim import learning_rate
+from lumen.optim.combine import group_rates
 from lumen.sinks import Sink, position, rewind
 from lumen.train.callbacks import by_class
 from lumen.train.clock import Clock
@@ -16,6 +17,12 @@ from lumen.train.meter import Meter
 from lumen.train.progress import Progress
 
 Positions = list[dict[str, Any]]
+
+
+def _group_rates(opt_state: Any) -> dict[str, float]:
+    """The learning rate of each part of a partition that has several, in the order of its rules."""
+    rates = {f"lr/{i}": lr for i, lr in enumerate(group_rates(opt_state)) if lr is not None and lr.dim() == 0}
+    return {name: float(lr) for name, lr in rates.items()} if len(rates) > 1 else {}
 
 
 class Journal:
@@ -66,6 +73,7 @@ class Journal:
         lr = learning_rate(getattr(state, "opt_state", None))
         if lr is not None and lr.dim() == 0:
             values["lr"] = float(lr)
+        values.update(_group_rates(getattr(state, "opt_state", None)))
         return values
 
     def publish(self, values: Mapping[str, Any]) -> None:
