@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ def pure(module: nn.Module) -> Pure:
     own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
     or `eval()` mode is the one the module was in.
 
-    Raises `ParamsError` for a lazy module that has not seen its first input.
+    Raises `ParamsError` for a lazy module that has not seen its first input, and for two parameters in the same memory
+    that are not one `nn.Parameter` in two places: updates would move them apart.
 
     >>> import lumen as lm, torch
     >>> model = lm.pure(torch.nn.Linear(2, 1, bias=False))
@@ -54,10 +56,30 @@ def pure(module: nn.Module) -> Pure:
             f"{type(module).__name__} has uninitialised lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
             " known yet. Run it once before: net(example_input); model = lm.pure(net)"
         )
+    _check_memory(named)
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
     return Pure(Apply(skeleton_of(module), frozenset(frozen)), params, {**buffers, **frozen})
+
+
+def _check_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise `ParamsError` where two parameters, of which one is trained, lie in the same memory."""
+    by_storage: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for name, p in named.items():
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        if type(p) is nn.Parameter and 0 < p.numel() == extent:  # others may be interleaved without sharing an entry
+            begin = p.storage_offset() * p.element_size()
+            entry = begin, begin + extent * p.element_size(), name, p.requires_grad
+            by_storage.setdefault(p.untyped_storage()._cdata, []).append(entry)
+    for held in by_storage.values():
+        for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(held)):
+            if begin < end and (trained or other_trained):
+                raise ParamsError(
+                    f"{name!r} and {other!r} are two parameters in the same memory, which updates would move apart."
+                    " Make them one: layer.weight = other.weight. peft makes such pairs of adapters: leave"
+                    " ensure_weight_tying=True out of its config."
+                )
 
 
 class Apply:

@@ -242,3 +242,24 @@ def test_a_side_loss_is_returned_from_inside_the_model_and_a_stale_one_is_refuse
     for step in (stale, lm.precision("fp64")(stale)):
         with pytest.raises(lm.errors.PurityError, match=r"reads 'side' from a Sequential.*forward of Sided"):
             lm.compose()(step)(state, x)
+
+
+def test_two_parameters_in_one_memory_are_refused() -> None:
+    """As peft's adapters of tied layers are: the one is the other's transpose."""
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+    net[1].weight = nn.Parameter(net[0].weight.t())
+    with pytest.raises(lm.errors.ParamsError, match=r"'0.weight' and '1.weight' are two.*ensure_weight_tying"):
+        lm.pure(net)
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(lm.errors.ParamsError, match="two parameters in the same memory"):
+        lm.pure(net)
+    net[1].weight.requires_grad_(False)
+    assert list(lm.pure(net).params) == []
+
+    flat = torch.zeros(12)  # as an RNN lays its weights out: side by side
+    for i, layer in enumerate(net):
+        layer.weight = nn.Parameter(flat[6 * i : 6 * i + 6].view(layer.weight.shape))
+    assert list(lm.pure(net).params) == ["0.weight", "1.weight"]
+    interleaved = torch.zeros(3, 4)
+    net[0].weight, net[1].weight = (nn.Parameter(interleaved[:, i : i + 2]) for i in (0, 2))
+    assert list(lm.pure(net).params) == ["0.weight", "1.weight"]
