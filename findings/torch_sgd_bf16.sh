@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Package:  torch 2.13.0, on a CPU.
-# Input:    SGD(fused=True) on bfloat16 and float16 params of 17 entries, all 1, with gradients of 1 and a rate of 0.5.
-# Behavior: full blocks of 16 entries are not updated; the rest is. Right is 0.5 everywhere, as foreach=False gives.
+# Input:    SGD(fused=True) on bfloat16 and float16 params of 65 entries, all 1, with gradients of 1 and a rate of 0.5.
+# Behavior: full blocks of a vector register (16 entries, 32 with AVX-512) are not updated; the rest is. Right is 0.5 everywhere, as foreach=False gives.
 # Output:   torch.bfloat16: fused [1.0, 0.5], plain [0.5]; the same for torch.float16
 set -euo pipefail
 work="$(mktemp -d)"
@@ -13,7 +13,7 @@ import torch
 
 
 def step(dtype, **options):
-    param = torch.nn.Parameter(torch.ones(17, dtype=dtype))
+    param = torch.nn.Parameter(torch.ones(65, dtype=dtype))
     param.grad = torch.ones_like(param)
     torch.optim.SGD([param], lr=0.5, **options).step()
     return sorted(set(param.tolist()), reverse=True)

@@ -59,8 +59,8 @@ def row_scales(weight: Tensor) -> Tensor:
     is exact, are quantized alike at every size.
     """
     largest = weight.detach().float().abs().amax(1, keepdim=True)
-    _, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp(-126, 126))
+    exponent = largest.view(torch.int32) & 0xFF << 23  # its field in a float32, the fraction being 0
+    return exponent.clamp(1 << 23, 253 << 23).view(torch.float32)  # a normal number, and so is its inverse
 
 
 def check_kind(what: str, kind: object, kinds: Sequence[str]) -> None:
