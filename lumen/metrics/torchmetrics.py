@@ -192,7 +192,7 @@ class TorchMetric:
         """The value that `pack` was given."""
         states: dict[str, Any] = {}
         names = [name for slot in self.slots for name in self._packed_names(slot)]
-        for name in [_UPDATES, *([_AS_LOGITS] if self._guesses else []), *names]:
+        for name in [*names, _UPDATES, *([_AS_LOGITS] if self._guesses else [])]:
             if name not in packed:
                 raise MetricError(
                     f"{name!r} is missing, so this was not packed by {self!r}; found {', '.join(packed)}."
