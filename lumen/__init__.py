@@ -17,6 +17,7 @@ from lumen.core.collectives import all_gather as all_gather
 from lumen.core.collectives import axis_index as axis_index
 from lumen.core.collectives import pmax as pmax
 from lumen.core.collectives import pmean as pmean
+from lumen.core.collectives import pmin as pmin
 from lumen.core.collectives import psum as psum
 from lumen.core.dataclass import state as state
 from lumen.core.dataclass import static as static

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lumen.core.module import places_of
 from lumen.core.step import field_of
 from lumen.errors import HyperparameterError, ParamsError, StateError
-from lumen.transforms.ao import Layers, check_kind, chosen, torchao
+from lumen.transforms.ao import Layers, check_kind, chosen, row_scales, torchao
 
 KINDS = ("int8", "fp8")
 _CONFIGS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
@@ -33,14 +33,15 @@ def quantise(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
 
     Args:
         state: a plain state: what `step.export(state)` gives, and not one that `donate` has used up.
-        kind: "int8", each row scaled to its largest entry: within 1/254 of that for each weight. "fp8" is float8_e4m3,
-            scaled likewise: within 1/16 of each weight, whatever its size; on devices that have the type.
+        kind: "int8", each row scaled to its largest entry: each weight within 1/254 of that. "fp8" is float8_e4m3,
+            scaled likewise, on devices that have the type: each weight within 1/16 of its own size, or within
+            1/450,000 of the row's largest entry where that is more. Rows of zeros stay zeros.
         layers: which `nn.Linear`: globs or regular expressions over their names, one or several, or a predicate
             `(name, module) -> bool`. By default all whose weight is not shared with another layer, an embedding say.
 
     Raises:
         HyperparameterError: another kind, or one that the device of the weights does not have.
-        ParamsError: a layer that cannot be quantised was named, there is none, or a weight is not whole.
+        ParamsError: a layer that cannot be quantised was named, there is none, or a weight is not whole or not finite.
         PatternError: a pattern that matches no linear layer.
         ImportError: torchao is missing.
 
@@ -96,8 +97,10 @@ class _Packed:
         """`weight` [outputs, inputs], packed."""
         ao = torchao("quantization")
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        # torchao takes no float64; what a weight is made from is also what it claims to be.
-        layer.weight = nn.Parameter(weight.float() if weight.dtype == torch.float64 else weight, requires_grad=False)
+        scales = row_scales(weight)
+        held = weight.float()
+        has_entries = (held != 0).any(1, keepdim=True)
+        layer.weight = nn.Parameter(torch.where(has_entries, held / scales, 1.0), requires_grad=False)
         try:
             ao.quantize_(layer, getattr(ao, _CONFIGS[kind])())
         except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
@@ -108,7 +111,12 @@ class _Packed:
             ) from error
         packed: Any = layer.weight.detach()
         inner, attributes = packed.__tensor_flatten__()
-        return cls(type(packed), {f"weight_{name}": getattr(packed, name) for name in inner}, attributes)
+        parts = {f"weight_{name}": getattr(packed, name) for name in inner}
+        codes = parts["weight_qdata"]
+        parts["weight_qdata"] = (codes.view(torch.uint8) * has_entries).view(codes.dtype)
+        parts["weight_scale"] = parts["weight_scale"] * scales
+        dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype  # torchao has no float64
+        return cls(type(packed), parts, attributes | {"dtype": dtype})
 
     def put_into(self, layer: nn.Module) -> None:
         """Let a layer of a skeleton hold these parts in place of its weight."""
@@ -133,7 +141,10 @@ class Quantised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        return F.linear(x, self._made({"dtype": x.dtype}), self.bias)
+        weight: Any = self._made({"dtype": x.dtype})
+        if x.dtype == torch.float16:  # in which torchao's int8 product would overflow, and its scales underflow
+            weight = weight.dequantize(torch.float32).to(x.dtype)
+        return F.linear(x, weight, self.bias)
 
     def _made(self, other: dict[str, Any]) -> Tensor:
         kind, names, attributes = self._form
@@ -173,6 +184,8 @@ def _whole(name: str, layer: nn.Linear, held: Mapping[str, Any]) -> Tensor:
     weight = held.get(name)
     wanted = (layer.out_features, layer.in_features)
     if type(weight) is Tensor and weight.shape == wanted and weight.is_floating_point():
+        if not weight.float().isfinite().all():
+            raise ParamsError(f"{name!r} has entries that are NaN or infinite, for which there is no scale of a row.")
         return weight
     found = "nothing" if weight is None else f"a {type(weight).__name__} of shape {tuple(weight.shape)}"
     raise ParamsError(

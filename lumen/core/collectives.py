@@ -1,4 +1,4 @@
-"""`pmean`, `psum`, `pmax`, `all_gather`, `axis_index`: collectives over a named axis, identities where it is unbound.
+"""`pmean`, `psum`, `pmax`, `pmin`, `all_gather`, `axis_index`: collectives over a named axis, identities where unbound.
 
 An axis is bound by `ensemble` (the lanes of a `vmap`) or by a parallel transform (the processes of a mesh).
 """
@@ -25,7 +25,7 @@ class Axis(Protocol):
         """This member's place along the axis."""
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """`x` summed (`op="sum"`) or maximised (`op="max"`) over the axis; every member gets the result."""
+        """The sum, "max" or "min" (`op`) of `x` over the axis, NaN where any member has NaN; every member gets it."""
 
 
 def psum(values: Any, axis: str) -> Any:
@@ -41,13 +41,23 @@ def psum(values: Any, axis: str) -> Any:
 
 
 def pmax(values: Any, axis: str) -> Any:
-    """The maximum of each tensor in `values` over the members of `axis`.
+    """The maximum of each tensor in `values` over the members of `axis`; NaN where any member has NaN.
 
     >>> import lumen as lm, torch
     >>> lm.pmax(torch.tensor(2.0), "data")
     tensor(2.)
     """
     return _reduce(values, axis, "max")
+
+
+def pmin(values: Any, axis: str) -> Any:
+    """The minimum of each tensor in `values` over the members of `axis`; NaN where any member has NaN.
+
+    >>> import lumen as lm, torch
+    >>> lm.pmin(torch.tensor(2.0), "data")
+    tensor(2.)
+    """
+    return _reduce(values, axis, "min")
 
 
 def pmean(values: Any, axis: str) -> Any:
@@ -136,7 +146,7 @@ class LaneAxis:
         return self._lane
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """Sum or maximum over the lanes."""
+        """The sum, maximum or minimum over the lanes."""
         # A tensor that does not vary over the lanes never meets the vmap rule of a Function: tie it to the lane.
         varying = x + torch.zeros_like(x) * self._lane.to(x.dtype)
         return _LaneReduce.apply(varying, op)  # type: ignore[no-any-return, no-untyped-call]
@@ -169,4 +179,6 @@ class _LaneReduce(torch.autograd.Function):
         dim = in_dims[0]
         if dim is None:
             return (x * info.batch_size if op == "sum" else x), None
-        return (x.sum(dim) if op == "sum" else x.amax(dim)), None
+        if op == "sum":
+            return x.sum(dim), None
+        return (x.amax(dim) if op == "max" else x.amin(dim)), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,9 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     joins rows in order, and "sync" says that the module makes the buffer equal everywhere itself. Buffers of BatchNorm
     and other modules of torch have their rules already. A buffer that has none may not change there.
 
-    Raises `ParamsError` for a lazy module that has not seen its first input, `PatternError` for a pattern that matches
-    no buffer, and `HyperparameterError` for a rule that does not exist or does not suit the buffer's dtype.
+    Raises `ParamsError` for a lazy module that has not seen its first input, and for two parameters in the same memory
+    that are not one `nn.Parameter` in two places (updates would move them apart), `PatternError` for a pattern that
+    matches no buffer, and `HyperparameterError` for a rule that does not exist or does not suit the buffer's dtype.
 
     >>> import lumen as lm, torch
     >>> model = lm.pure(torch.nn.Linear(2, 1, bias=False))
@@ -62,11 +64,31 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
             f"{type(module).__name__} has uninitialised lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
             " known yet. Run it once before: net(example_input); model = lm.pure(net)"
         )
+    _check_memory(named)
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach() for name, p in named.items() if not p.requires_grad}
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
     apply = Apply(skeleton_of(module), frozenset(frozen), merges_of(module, merge))
     return Pure(apply, params, {**buffers, **frozen})
+
+
+def _check_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise `ParamsError` where two parameters, of which one is trained, lie in the same memory."""
+    by_storage: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for name, p in named.items():
+        extent = 1 + sum(int((size - 1) * stride) for size, stride in zip(p.shape, p.stride(), strict=True))
+        if type(p) is nn.Parameter and 0 < p.numel() == extent:  # others may be interleaved without sharing an entry
+            begin = int(p.storage_offset()) * p.element_size()
+            entry = begin, begin + extent * p.element_size(), name, p.requires_grad
+            by_storage.setdefault(p.untyped_storage()._cdata, []).append(entry)
+    for held in by_storage.values():
+        for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(held)):
+            if begin < end and (trained or other_trained):
+                raise ParamsError(
+                    f"{name!r} and {other!r} are two parameters in the same memory, which updates would move apart."
+                    " Make them one: layer.weight = other.weight. peft makes such pairs of adapters: leave"
+                    " ensure_weight_tying=True out of its config."
+                )
 
 
 class Apply:
@@ -114,6 +136,10 @@ class Apply:
             change(module)
             self._variants[key] = Apply(module, self.frozen if frozen is None else frozen, self.merges)
         return self._variants[key]
+
+    def forms(self) -> list[Apply]:
+        """This function and its variants that were made so far."""
+        return [self, *(form for each in self._variants.values() for form in each.forms())]
 
     def calling(self, function: Callable[..., Any]) -> Apply:
         """The same with `function(module, *args, **kwargs)` in place of the module's forward: another method, say.

@@ -43,6 +43,7 @@ class _Stack(threading.local):
         self.tracing = 0
         self.axes: dict[str, Any] = {}
         self.losses: list[LossContext] = []
+        self.step: Any = None
 
 
 _stack = _Stack()
@@ -169,6 +170,28 @@ def is_innermost(primitive: Primitive, rule: Rule) -> bool:
 def intercepts_updates() -> bool:
     """Whether a transform must see updates that are made now."""
     return bool(_stack.rules[Primitive.UPDATE]) and not _stack.in_update and not _stack.in_loss
+
+
+class running:  # noqa: N801
+    """`with running(step):` while a step is called, prepared or exported, unless it is part of one that already is."""
+
+    __slots__ = ("_before", "_step")
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        self._before = _stack.step
+        if self._before is None or not self._before.has(self._step):
+            _stack.step = self._step
+
+    def __exit__(self, *_exc: object) -> None:
+        _stack.step = self._before
+
+
+def current_step() -> Any:
+    """The outermost step that is being called, prepared or exported, or None."""
+    return _stack.step
 
 
 class bound_axes:  # noqa: N801

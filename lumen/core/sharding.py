@@ -77,7 +77,7 @@ class Shards(Protocol):
         """
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """`x` summed (`op="sum"`) or maximised (`op="max"`) over them; a new tensor."""
+        """The sum (`op="sum"`) or maximum (`op="max"`) of `x` over them; a new tensor."""
 
 
 class Wholes(Protocol):

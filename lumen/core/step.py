@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lumen import tree
-from lumen.core import order, rules
+from lumen.core import order, rules, stale_reads
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -55,7 +55,6 @@ class Transform:
     shards: bool = False  # whether each process holds a part of the state only; its slot is then static
     foreign: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
     instead: Mapping[str, str] = {}  # of transforms that cannot stand beside this one, by name: what to do
-    within: Step | None = None  # the outermost step that it is part of, for messages and records
 
     def init(self, state: State) -> State:
         """The state this transform needs, from a plain one."""
@@ -76,6 +75,15 @@ class Transform:
     def pieces(self, state: State) -> Mapping[int, Piece]:
         """What the leaves of a state are that this transform cuts, by their places among `tree.leaves(state)`."""
         return {}
+
+    @property
+    def within(self) -> Step | None:
+        """While a step that this transform is part of is called, prepared or exported: the outermost such step.
+
+        It is not kept here, as the same transform may be part of several steps.
+        """
+        step: Step | None = rules.current_step()
+        return step if step is not None and any(each is self for each in step.transforms) else None
 
     @property
     def key(self) -> Hashable:
@@ -114,36 +122,41 @@ class Step:
         else:
             self._traceable = transforms[0].wrap(inner)
             self._run = transforms[0].host(self._traceable)
-            for transform in transforms:
-                transform.within = self
+        self._parts: frozenset[int] = frozenset((id(self), *(() if inner is None else inner._parts)))
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
         """One step."""
-        if rules.is_tracing():
-            return self._traceable(state, batch)
-        return self._run(state, batch)
+        with rules.running(self):
+            return self._traceable(state, batch) if rules.is_tracing() else self._run(state, batch)
+
+    def has(self, step: Step) -> bool:
+        """Whether `step` is this one, or what some of its transforms are around."""
+        return id(step) in self._parts
 
     def init(self, state: State) -> State:
         """The state that this step takes, from a plain one."""
         lanes = self._lanes()
-        for place, transform in reversed(list(enumerate(self.transforms))):
-            state = _each(transform.init, state) if place > lanes >= 0 else transform.init(state)
+        with rules.running(self):
+            for place, transform in reversed(list(enumerate(self.transforms))):
+                state = _each(transform.init, state) if place > lanes >= 0 else transform.init(state)
         return state
 
     def export(self, state: State) -> State:
         """The plain state, without slots and in ordinary places: the inverse of `init`."""
         lanes = self._lanes()
-        for place, transform in enumerate(self.transforms):
-            state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
+        with rules.running(self):
+            for place, transform in enumerate(self.transforms):
+                state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
         return state
 
     def pieces(self, state: State) -> dict[int, Piece]:
         """What the leaves of a state are that transforms cut, by their places among `tree.leaves(state)`."""
         found: dict[int, Piece] = {}
-        for transform in reversed(self.transforms):
-            for place, piece in transform.pieces(state).items():
-                found[place] = composed(found[place], piece) if place in found else piece
+        with rules.running(self):
+            for transform in reversed(self.transforms):
+                for place, piece in transform.pieces(state).items():
+                    found[place] = composed(found[place], piece) if place in found else piece
         return found
 
     def _lanes(self) -> int:
@@ -266,8 +279,11 @@ class _Checked:
         before = [] if _wrapped() else [(p, t, t._version) for p, t in tree.named_tensors(state)]
         spec = tree.structure(state)
         given: set[int] = set()
+        applies = stale_reads.applies_of(state)  # before it may be retired
         with rules.install({Primitive.UPDATE: _noting_donated(given)} if rules.intercepts_updates() else {}):
             out = self._user(state, batch)
+        if not _wrapped():
+            stale_reads.check_reads(self._user, applies)
         for path, tensor, version in before:
             if tensor._version != version and id(tensor) not in given and not is_retired(state):
                 raise PurityError(

@@ -159,7 +159,7 @@ class Sum(Value):
 
 @state
 class Max(Value):
-    """A maximum.
+    """A maximum; of no elements it is the lowest number of their dtype, -inf for floats, which merges as if not there.
 
     >>> import lumen as lm, torch
     >>> lm.Max.of(torch.tensor([1.0, 4.0])).merge(lm.Max.of(torch.tensor([2.0]))).compute()
@@ -171,7 +171,7 @@ class Max(Value):
     @classmethod
     def of(cls, values: Tensor) -> Self:
         """The largest element."""
-        return cls(values.amax())
+        return cls(values.amax() if values.numel() else values.new_full((), extremes(values.dtype)[0]))
 
     def merge(self, other: Max) -> Max:
         """The larger of both."""
@@ -190,7 +190,7 @@ class Max(Value):
 
 @state
 class Min(Value):
-    """A minimum.
+    """A minimum; of no elements it is the highest number of their dtype, inf for floats, which merges as if not there.
 
     >>> import lumen as lm, torch
     >>> lm.Min.of(torch.tensor([3.0, 4.0])).merge(lm.Min.of(torch.tensor([2.0]))).compute()
@@ -202,7 +202,7 @@ class Min(Value):
     @classmethod
     def of(cls, values: Tensor) -> Self:
         """The smallest element."""
-        return cls(values.amin())
+        return cls(values.amin() if values.numel() else values.new_full((), extremes(values.dtype)[1]))
 
     def merge(self, other: Min) -> Min:
         """The smaller of both."""
@@ -214,9 +214,9 @@ class Min(Value):
 
     def psum(self, axis: str) -> Min:
         """The smallest over all members of `axis`."""
-        from lumen.core.collectives import pmax
+        from lumen.core.collectives import pmin
 
-        return Min(-pmax(-self.value, axis))
+        return Min(pmin(self.value, axis))
 
 
 @state
@@ -246,6 +246,13 @@ class Last(Value):
     def psum(self, axis: str) -> Last:
         """The value as it is: members of an axis have no order in time."""
         return self
+
+
+def extremes(dtype: torch.dtype) -> tuple[float, float]:
+    """The lowest and the highest number of a dtype: what a maximum and a minimum of nothing are."""
+    if dtype.is_floating_point:
+        return -torch.inf, torch.inf
+    return (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
 
 
 def is_value(node: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
-from lumen.core.collectives import pmax, pmean, psum
+from lumen.core.collectives import pmax, pmean, pmin, psum
 from lumen.core.dataclass import state, static
 from lumen.core.values import Value
-from lumen.errors import AxisError, MetricError
+from lumen.errors import AxisError, InexactWarning, MetricError
+from lumen.metrics.logits import form_of_logits
 from lumen.metrics.skeleton import Note, Skeleton, Slot
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _FOLD_MANY: dict[str, Callable[[Tensor], Tensor]] = {
     "min": lambda stacked: stacked.amin(0),
 }
 _UPDATES = "updates"
+_AS_LOGITS = ":as_logits"
 _SHAPES = ":shapes"
 
 
@@ -38,11 +41,13 @@ class MetricValue(Value):
     """What a torchmetrics metric has seen; made by `TorchMetric.of`, and merged like any typed value.
 
     `states` holds the metric's states by name: a tensor where parts fold into one, a tuple of tensors where they are
-    kept until `compute`. `updates` counts the updates.
+    kept until `compute`. `updates` counts the updates, and `as_logits` those whose predictions torchmetrics took for
+    logits; it is () where there is nothing to guess.
     """
 
     states: Mapping[str, Any]
     updates: Tensor
+    as_logits: Any
     metric: TorchMetric = static()
     notes: tuple[Note, ...] = static(default=())
 
@@ -71,12 +76,16 @@ class TorchMetric:
     when they are the same object.
     """
 
-    def __init__(self, metric: Metric | MetricCollection) -> None:
+    def __init__(self, metric: Metric | MetricCollection, logits: bool = False) -> None:
         self._skeleton = Skeleton(metric)
         self._elsewhere: dict[torch.device, Skeleton] = {}
+        self._logits = logits
+        self._form = form_of_logits(self._skeleton, logits)
+        self._guesses = self._form is not None and not logits
 
     def __repr__(self) -> str:
-        return f"lm.metrics.from_torchmetrics({type(self._skeleton.metric).__name__}(...))"
+        logits = ", logits=True" if self._logits else ""
+        return f"lm.metrics.from_torchmetrics({type(self._skeleton.metric).__name__}(...){logits})"
 
     def __copy__(self) -> TorchMetric:
         return self
@@ -86,16 +95,23 @@ class TorchMetric:
 
     def init(self) -> MetricValue:
         """The value that has seen nothing; merging it changes nothing."""
-        device = self._skeleton.device
-        states = {slot.key: _default(slot, device) if slot.folds else () for slot in self._skeleton.slots}
-        return MetricValue(states, torch.zeros((), dtype=torch.int64, device=device), self)
+        return self._empty(self._skeleton.device, None)
+
+    def _empty(self, device: torch.device, tie: Tensor | None) -> MetricValue:
+        states = {slot.key: _start(slot, None, device, tie) if slot.folds else () for slot in self._skeleton.slots}
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        none = none if tie is None else none + tie
+        return MetricValue(states, none, none.clone() if self._guesses else (), self)
 
     def of(self, /, *args: Any, **kwargs: Any) -> MetricValue:
-        """The value of one batch; takes what the metric's `update` takes. States live where its tensors do."""
+        """The value of one batch; takes what the metric's `update` takes. States live where its tensors do.
+
+        A batch without rows, as a process may have under `lm.ddp`, is no update: its value is that of `init`.
+        """
         return self._run(None, args, kwargs)
 
     def update(self, value: MetricValue, /, *args: Any, **kwargs: Any) -> MetricValue:
-        """`value` and one batch more."""
+        """`value` and one batch more; `value` itself where that has no rows."""
         self._check(value)
         if value.updates.dim() or any(
             not s.folds and s.join != "list" and len(value.states[s.key]) > 1 for s in self.slots
@@ -116,7 +132,8 @@ class TorchMetric:
             return value
         states = {slot.key: _join(slot, [part.states[slot.key] for part in parts]) for slot in self.slots}
         updates = _fold("sum", [part.updates for part in parts])
-        return MetricValue(states, updates, self, next((part.notes for part in parts if part.notes), ()))
+        as_logits = _fold("sum", [part.as_logits for part in parts]) if self._guesses else ()
+        return MetricValue(states, updates, as_logits, self, next((part.notes for part in parts if part.notes), ()))
 
     def compute(self, value: MetricValue) -> Any:
         """What the metric's own `compute` answers for what `value` has seen."""
@@ -124,6 +141,8 @@ class TorchMetric:
         if value.updates.dim():
             lanes = [self.compute(tree.map(lambda leaf, i=i: leaf[i], value)) for i in range(len(value.updates))]
             return tree.map(lambda *each: torch.stack([torch.as_tensor(x) for x in each]), *lanes)
+        if self._guesses:
+            self._check_guesses(value)
         skeleton = self._on(value.updates.device)
         shells = skeleton.live(_count(value.updates), value.notes)
         for slot in skeleton.slots:
@@ -143,7 +162,8 @@ class TorchMetric:
         if rules.axis(axis) is None:
             return value
         states = {slot.key: self._psum(slot, value.states[slot.key], axis) for slot in self.slots}
-        return value.replace(states=states, updates=psum(value.updates, axis))  # type: ignore[attr-defined, no-any-return]
+        counts = {"updates": psum(value.updates, axis), "as_logits": psum(value.as_logits, axis)}
+        return value.replace(states=states, **counts)  # type: ignore[attr-defined, no-any-return]
 
     def pack(self, value: MetricValue) -> dict[str, Tensor]:
         """`value` as a flat dict of few tensors, for a checkpoint: each row of tensors becomes one, and its shapes.
@@ -159,7 +179,7 @@ class TorchMetric:
         if value.notes:
             names = ", ".join(repr(name) for _, name, _ in value.notes)
             raise MetricError(f"{self!r} keeps {names} beside its states, which is no tensor and cannot be saved.")
-        packed = {_UPDATES: value.updates}
+        packed = {_UPDATES: value.updates, **({_AS_LOGITS: value.as_logits} if self._guesses else {})}
         for slot in self.slots:
             content = value.states[slot.key]
             if slot.folds:
@@ -171,15 +191,16 @@ class TorchMetric:
     def unpack(self, packed: Mapping[str, Tensor]) -> MetricValue:
         """The value that `pack` was given."""
         states: dict[str, Any] = {}
-        for slot in self.slots:
-            missing = [name for name in self._packed_names(slot) if name not in packed]
-            if missing:
+        names = [name for slot in self.slots for name in self._packed_names(slot)]
+        for name in [*names, _UPDATES, *([_AS_LOGITS] if self._guesses else [])]:
+            if name not in packed:
                 raise MetricError(
-                    f"{missing[0]!r} is missing, so this was not packed by {self!r}; found {', '.join(packed)}."
+                    f"{name!r} is missing, so this was not packed by {self!r}; found {', '.join(packed)}."
                 )
+        for slot in self.slots:
             content = packed[slot.key]
             states[slot.key] = content if slot.folds else _row(content, packed[slot.key + _SHAPES])
-        return MetricValue(states, packed[_UPDATES], self)
+        return MetricValue(states, packed[_UPDATES], packed[_AS_LOGITS] if self._guesses else (), self)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -197,20 +218,52 @@ class TorchMetric:
             device = given[0].device
         else:
             device = self._skeleton.device if value is None else before.device
-        skeleton = self._on(device)
         tie = _tie(given)
+        if _without_rows((*args, *kwargs.values())):
+            return self._empty(device, tie) if value is None else value
+        args, kwargs, outside = self._predictions(args, kwargs)
+        skeleton = self._on(device)
         shells = skeleton.live(0, () if value is None else value.notes)
         for slot in skeleton.slots:
-            start = _start(slot, None if value is None else value.states[slot.key], device)
-            shells[slot.node].__dict__[slot.name] = (
-                start if tie is None or type(start) is list else start + tie.to(start)
-            )
+            content = None if value is None else value.states[slot.key]
+            shells[slot.node].__dict__[slot.name] = _start(slot, content, device, tie)
         with torch.no_grad():
             self._call(shells[0].update, *args, **kwargs)
         states = {slot.key: _content(slot, getattr(shells[slot.node], slot.name)) for slot in skeleton.slots}
         notes = skeleton.retire(shells)
         updates = before.to(device) + 1
-        return MetricValue(states, updates if tie is None else updates + tie, self, notes)
+        as_logits = outside if value is None or not self._guesses else value.as_logits.to(device) + outside
+        return MetricValue(states, updates if tie is None else updates + tie, as_logits, self, notes)
+
+    def _predictions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any, Any]:
+        """The arguments of an update, logits as probabilities; and 1 where torchmetrics will guess that they are such.
+
+        It does where a prediction lies outside [0, 1].
+        """
+        given = kwargs.get("preds", args[0] if args else None)
+        if self._form is None or not isinstance(given, Tensor):
+            return args, kwargs, torch.zeros((), dtype=torch.int64) if self._guesses else ()
+        if not self._logits:
+            return args, kwargs, (~((given >= 0) & (given <= 1)).all() & given.is_floating_point()).to(torch.int64)
+        preds = (
+            given if not given.is_floating_point() else given.sigmoid() if self._form == "sigmoid" else given.softmax(1)
+        )
+        return (args, {**kwargs, "preds": preds}, ()) if "preds" in kwargs else ((preds, *args[1:]), kwargs, ())
+
+    def _check_guesses(self, value: MetricValue) -> None:
+        """Warn where torchmetrics took predictions for logits in some updates, and for probabilities in others."""
+        if rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        guessed, updates = int(value.as_logits), int(value.updates)
+        if 0 < guessed < updates:
+            warnings.warn(
+                f"{self!r}: torchmetrics takes predictions for logits where one of a batch lies outside [0, 1], as in"
+                f" {guessed} of {updates} updates, and for probabilities in the others, so the number is not that of"
+                " all the data together. For logits write lm.metrics.from_torchmetrics(metric, logits=True); or hand"
+                " it probabilities.",
+                InexactWarning,
+                stacklevel=3,
+            )
 
     def _on(self, device: torch.device) -> Skeleton:
         if device == self._skeleton.device:
@@ -239,7 +292,7 @@ class TorchMetric:
         if slot.join == "max":
             return pmax(content, axis)
         if slot.join == "min":
-            return -pmax(-content, axis)
+            return pmin(content, axis)
         if slot.join == "mean":
             return (pmean(slot.whole(content, content[0].device), axis),) if content else ()
         # The one place that a gather over the axis will have to go to.
@@ -262,7 +315,7 @@ class TorchMetric:
         )
 
 
-def from_torchmetrics(metric: Metric | MetricCollection) -> TorchMetric:
+def from_torchmetrics(metric: Metric | MetricCollection, *, logits: bool = False) -> TorchMetric:
     """`metric` as pure functions on typed values, equal to torchmetrics on all the data together.
 
     `handle.of(*args)` in a step is a value as `lm.Mean.of` is: it merges over microbatches, steps and lanes and is
@@ -272,7 +325,12 @@ def from_torchmetrics(metric: Metric | MetricCollection) -> TorchMetric:
     `metric` is copied and never changed; what it has seen so far is not taken over. In a collection each metric sees
     each batch, unless its compute groups are given, or were found by an update before.
 
-    Raises `MetricError` for what is no metric, and for one that keeps what it sees outside its states.
+    Binary and multilabel metrics, and multiclass curves, take predictions for logits where one of a batch lies outside
+    [0, 1], so batches of one data set may be taken differently; then `compute` gives an `InexactWarning`. With
+    `logits=True` predictions are logits in every batch.
+
+    Raises `MetricError` for what is no metric, for one that keeps what it sees outside its states, and for
+    `logits=True` where no metric takes logits.
 
     >>> import lumen as lm, torch, torchmetrics
     >>> accuracy = lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAccuracy(3, average="micro"))
@@ -289,7 +347,7 @@ def from_torchmetrics(metric: Metric | MetricCollection) -> TorchMetric:
             f"from_torchmetrics takes a torchmetrics.Metric or MetricCollection, not {found}."
             " Write: lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAccuracy(10))"
         )
-    return TorchMetric(metric)
+    return TorchMetric(metric, logits)
 
 
 def _default(slot: Slot, device: torch.device) -> Tensor:
@@ -297,13 +355,29 @@ def _default(slot: Slot, device: torch.device) -> Tensor:
     return slot.default.detach().to(device, copy=True)
 
 
-def _start(slot: Slot, content: Any, device: torch.device) -> Any:
-    """A state as the metric is to find it: its own copy, since metrics add in place."""
+def _start(slot: Slot, content: Any, device: torch.device, tie: Tensor | None) -> Any:
+    """A state as the metric is to find it: its own copy, since metrics add in place, which varies as `tie` does."""
     if slot.join == "list":
         return list(content or ())
     if not slot.folds:
         content = content[0] if content else None
-    return _default(slot, device) if content is None else content.to(device, copy=True)
+    start = _default(slot, device) if content is None else content.to(device, copy=True)
+    return start if tie is None else start + tie.to(start)
+
+
+def _without_rows(args: Sequence[Any]) -> bool:
+    """Whether no argument of an update has rows, though some could."""
+    counts = [count for arg in args if (count := _rows(arg)) is not None]
+    return bool(counts) and not any(counts)
+
+
+def _rows(arg: Any) -> int | None:
+    """The rows of an argument: entries along a tensor's first dim, or of a list; None for what has none, as a flag."""
+    if isinstance(arg, Tensor):
+        return arg.shape[0] if arg.dim() else None
+    if isinstance(arg, Mapping):
+        return max((count for each in arg.values() if (count := _rows(each)) is not None), default=None)
+    return len(arg) if isinstance(arg, list | tuple) else None
 
 
 def _content(slot: Slot, found: Any) -> Any:

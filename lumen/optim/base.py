@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ class Transform:
     matrices"); it is empty for rules that look at single entries, which run on parts of tensors as they are. A rule
     that `gathers` makes parts whole by itself, with `lumen.optim.wholes`; others are refused by `lm.fsdp`.
 
+    `unused_fn(params) -> [bool, ...]`, where given, says of each leaf whether its gradient has no effect: `lm.clip`
+    leaves those out of the norm.
+
     >>> import torch, lumen as lm
     >>> def update(grads, count, params):
     ...     return lm.tree.map(lambda g: -g / count, grads), count + 1
@@ -55,6 +58,7 @@ class Transform:
     scale_fn: Callable[[State], Tensor] | None = None
     whole: str = ""
     gathers: bool = False
+    unused_fn: Callable[[Params], Sequence[bool]] | None = None
 
     def init(self, params: Params) -> State:
         """The optimizer's state for `params` (a pytree of floating tensors)."""
@@ -110,9 +114,13 @@ class Transform:
 
 
 def needs(*transforms: Transform) -> dict[str, Any]:
-    """What a transform made of these takes from whole tensors: its fields `whole` and `gathers`."""
+    """Fields of a transform that runs these one after another: `whole`, `gathers` and `unused_fn`."""
     found = sorted((t for t in transforms if t.whole), key=lambda t: t.gathers)
-    return {"whole": found[0].whole, "gathers": found[0].gathers} if found else {}
+    fields: dict[str, Any] = {"whole": found[0].whole, "gathers": found[0].gathers} if found else {}
+    each = [t.unused_fn for t in transforms if t.unused_fn is not None]
+    if each:
+        fields["unused_fn"] = lambda params: [any(flags) for flags in zip(*(fn(params) for fn in each), strict=True)]
+    return fields
 
 
 def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,16 +27,22 @@ def global_norm(grads: Any) -> Tensor:
     return _global_norm(grads, None)
 
 
-def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None) -> Any:
-    """Grads scaled to a global norm of at most `bound`; `norms` are those of the leaves, where they are known."""
-    return scaled(grads, torch.clamp(bound / (_global_norm(grads, norms) + 1e-6), max=1.0))
+def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None, unused: Sequence[bool] | None = None) -> Any:
+    """Grads scaled to a global norm of at most `bound`; `norms` are those of the leaves, where they are known.
+
+    Leaves that are `unused` do not count.
+    """
+    return scaled(grads, torch.clamp(bound / (_global_norm(grads, norms, unused) + 1e-6), max=1.0))
 
 
-def _global_norm(grads: Any, norms: Tensor | None) -> Tensor:
+def _global_norm(grads: Any, norms: Tensor | None, unused: Sequence[bool] | None = None) -> Tensor:
     leaves = tree.leaves(grads)
     if not leaves:
         return torch.zeros(())
-    return sharding.norm(leaf_norms(leaves) if norms is None else norms, grads)
+    norms = leaf_norms(leaves) if norms is None else norms
+    if unused is not None and any(unused):
+        norms = torch.where(torch.tensor(unused, device=norms.device), 0.0, norms)
+    return sharding.norm(norms, grads)
 
 
 def clip_by_global_norm(max_norm: Scalar) -> Transform:

@@ -15,6 +15,7 @@ from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import PatternError
 from lumen.optim.base import Transform, clone, needs
+from lumen.optim.hyper import children, learning_rate
 from lumen.optim.kernels import columns
 from lumen.optim.names import Pattern, dotted_names, matching
 
@@ -77,7 +78,9 @@ def _shorten(start: Any, params: Any, scale: Tensor) -> None:
 def freeze(pattern: Pattern | None = None, inner: Transform | None = None) -> Transform:
     """Zero updates for the leaves that `pattern` matches; the others go through `inner`, or stay as they are.
 
-    Without a pattern, for every leaf. Frozen leaves have no memory in `inner`.
+    Without a pattern, for every leaf. Frozen leaves have no memory in `inner`. `lm.clip` leaves their gradients out of
+    the norm; in a chain write `freeze(pattern, chain(clip_by_global_norm(1.0), adamw(1e-3)))`, as a clip before the
+    freeze counts them.
 
     Raises:
         PatternError: at init, when the pattern matches nothing.
@@ -93,6 +96,7 @@ def freeze(pattern: Pattern | None = None, inner: Transform | None = None) -> Tr
         lambda _params: (),
         lambda _grads, state, params: (tree.map(torch.zeros_like, params), state),
         lambda _grads, state, _params, _skip: state,
+        unused_fn=lambda params: [True] * len(tree.leaves(params)),
     )
     if pattern is None:
         return zero
@@ -139,6 +143,24 @@ def partition(
     return _Partition(rules, default, label).transform()
 
 
+def group_rates(opt_state: Any) -> list[Tensor | None]:
+    """The learning rate of each part of the first partition in an optimizer's state; [] where there is none.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
+    >>> [float(lr) for lr in group_rates(tx.init({"fc.weight": torch.ones(1), "fc.bias": torch.ones(1)}))]
+    [0.5, 0.25]
+    """
+    if isinstance(opt_state, PartitionState):
+        return [learning_rate(part) for part in opt_state.parts]
+    below = list(children(opt_state))
+    rates = next((found for found in map(group_rates, below) if found), [])
+    if type(opt_state) is tuple:  # a chain, whose other members may scale
+        for neighbor in below:
+            rates = [None if lr is None else lr * getattr(neighbor, "scale", 1.0) for lr in rates]
+    return rates
+
+
 class _Partition:
     """The leaves cut into a dict for each part, by name, and put together again."""
 
@@ -154,7 +176,9 @@ class _Partition:
         self.label = label
 
     def transform(self) -> Transform:
-        return Transform(self.init, self.update, self.fused, **needs(*self.parts))
+        unused = any(part.unused_fn is not None for part in self.parts)
+        fields = {**needs(*self.parts), "unused_fn": self.unused if unused else None}
+        return Transform(self.init, self.update, self.fused, **fields)
 
     def init(self, params: Any) -> PartitionState:
         groups = self._cut(params)
@@ -177,6 +201,13 @@ class _Partition:
         return PartitionState(
             tuple(part.in_place(gs, inner, ps, skip) if ps else inner for part, inner, (ps, gs) in groups)
         )
+
+    def unused(self, params: Any) -> list[bool]:
+        flags: dict[str, bool] = {}
+        for part, (ps,) in zip(self.parts, self._cut(params), strict=True):
+            of_part = [False] * len(ps) if part.unused_fn is None else part.unused_fn(ps)
+            flags.update(zip(ps, of_part, strict=True))
+        return [flags[name] for name in dotted_names(params)]
 
     def _cut(self, params: Any, *trees: Any) -> list[tuple[dict[str, Any], ...]]:
         """For each part, a dict by name of its leaves in each tree."""

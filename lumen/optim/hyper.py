@@ -205,7 +205,7 @@ def learning_rate(opt_state: Any) -> Tensor | None:
     for key in ("scheduled_lr", "lr"):
         if key in hparams:
             return hparams[key]  # type: ignore[no-any-return]
-    below = list(_children(opt_state))
+    below = list(children(opt_state))
     lr = next((found for found in map(learning_rate, below) if found is not None), None)
     if lr is not None and type(opt_state) is tuple:
         for neighbour in below:
@@ -213,7 +213,7 @@ def learning_rate(opt_state: Any) -> Tensor | None:
     return lr
 
 
-def _children(node: Any) -> Iterable[Any]:
+def children(node: Any) -> Iterable[Any]:
     """What may hold further states: the values of a state's fields, of a dict or a sequence."""
     if dataclasses.is_dataclass(node):
         return [getattr(node, field.name) for field in dataclasses.fields(node)]

@@ -108,11 +108,11 @@ def broadcast(state: Any, group: dist.ProcessGroup) -> Any:
     first = dist.get_rank(group) == 0
     for (dtype, _), places in kinds.items():
         flat = torch.cat([leaves[place].detach().reshape(-1) for place in places])
-        sent = flat.to(torch.uint8) if dtype == torch.bool else flat
+        sent = flat.view(torch.uint8)  # as bytes: Gloo does not know all dtypes
         dist.broadcast(sent, group=group, group_src=0)
         if first:  # its own tensors are what the others have received
             continue
-        pieces = sent.to(dtype).split([leaves[place].numel() for place in places])
+        pieces = sent.view(dtype).split([leaves[place].numel() for place in places])
         for place, piece in zip(places, pieces, strict=True):
             leaves[place] = piece.view(leaves[place].shape).clone()
     return spec.unflatten(leaves)

@@ -15,7 +15,7 @@ from lumen.core.buffers import Origin, Tracker
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
-from lumen.core.values import GlobalMean, Max, Mean, Min, Sum, Value, is_value
+from lumen.core.values import GlobalMean, Max, Mean, Min, Sum, Value, extremes, is_value
 from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.aux_reduction import AuxReduction, BufferChecks
 from lumen.parallel.buckets import Buckets, Layouts, Wire
@@ -115,7 +115,7 @@ def _without_rows(leaf: Any) -> Any:
     if isinstance(leaf, Mean | Sum):
         return tree.map(torch.zeros_like, leaf)
     if isinstance(leaf, Max | Min):
-        low, high = _bounds(leaf.value.dtype)
+        low, high = extremes(leaf.value.dtype)
         return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
     if isinstance(leaf, Value):
         empty = getattr(getattr(leaf, "metric", None), "init", None)  # torchmetrics' own
@@ -123,12 +123,6 @@ def _without_rows(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == STAND_IN:
         return leaf[:0]
     return leaf
-
-
-def _bounds(dtype: torch.dtype) -> tuple[float, float]:
-    if dtype.is_floating_point:
-        return -torch.inf, torch.inf
-    return (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
 
 
 class Exchange:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.core import rules
+from lumen.errors import AxisError
 from lumen.parallel.opaque import Operator
 
 Arrived = Callable[[], Tensor]  # waits, and gives the result
@@ -25,19 +26,72 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_UNSUMMED = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # by Gloo
+_WIDE = (torch.int64, torch.uint32)  # integers that need all of int64
+
 
 def all_reduce(parts: Tensor | Sequence[Tensor], op: str, group: dist.ProcessGroup) -> Arrived:
-    """The sum (`op="sum"`) or maximum (`op="max"`) over `group` of a tensor, or of several of one dtype as a flat one.
+    """The sum, "max" or "min" (`op`) over `group` of a tensor, or of several of one dtype as a flat one.
 
-    It may lie in the memory of the one tensor.
+    It may lie in the memory of the one tensor. A maximum or minimum is NaN where any process has NaN, on any backend.
     """
+    if op == "sum":
+        return _summed(parts, group)
+    flat = parts if isinstance(parts, Tensor) else _joined(parts)
+    reduced = _reduced(_to_ordered_ints(flat, op), op, group)
+    return lambda: _from_ordered_ints(reduced(), flat.dtype)
+
+
+def _summed(parts: Tensor | Sequence[Tensor], group: dist.ProcessGroup) -> Arrived:
+    dtype = parts.dtype if isinstance(parts, Tensor) else parts[0].dtype
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise AxisError(f"{dtype} values are rounded codes, which cannot be summed. Sum x.float(), and scale it first.")
+    if dtype not in _UNSUMMED:
+        return _reduced(parts, "sum", group)
+    flat = parts if isinstance(parts, Tensor) else _joined(parts)
+    reduced = _reduced(flat.to(torch.int64), "sum", group)
+    return lambda: reduced().to(dtype)
+
+
+def _reduced(parts: Tensor | Sequence[Tensor], op: str, group: dist.ProcessGroup) -> Arrived:
     if rules.is_tracing():
         shape = parts.shape if isinstance(parts, Tensor) else (-1,)
         flat = _JOINED([parts] if isinstance(parts, Tensor) else list(parts))
         return _waiting(_graph().all_reduce(flat, op, group.group_name), shape)
     flat = parts if isinstance(parts, Tensor) else _flatten(list(parts))
-    reduce = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-    return _Pending(dist.all_reduce(flat, reduce, group, async_op=True), flat)
+    return _Pending(dist.all_reduce(flat, _OPS[op], group, async_op=True), flat)
+
+
+def _to_ordered_ints(values: Tensor, op: str) -> Tensor:
+    """`values` as a new tensor of int32 or int64 in the same order, with NaN above (`op="max"`) or below all numbers.
+
+    Gloo compares floats by `<`, so its result depends on which rank has the NaN; and it reduces neither int16 nor
+    unsigned integers wider than 8 bits.
+    """
+    if values.is_complex():
+        raise AxisError(
+            "complex numbers have no order, so no maximum or minimum. Reduce x.abs(), or x.real and x.imag."
+        )
+    if values.dtype == torch.uint64:
+        return values.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    if not values.is_floating_point():
+        return values.to(torch.int64 if values.dtype in _WIDE else torch.int32, copy=True)
+    bits = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+    bits = bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32)
+    limits = torch.iinfo(bits.dtype)
+    order = torch.where(bits < 0, bits ^ limits.max, bits)
+    return torch.where(values.isnan(), limits.max if op == "max" else limits.min, order)
+
+
+def _from_ordered_ints(order: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that `_to_ordered_ints` was given, in their dtype; the largest and the least integer are NaN."""
+    if dtype == torch.uint64:
+        return (order ^ torch.iinfo(torch.int64).min).view(dtype)
+    if not dtype.is_floating_point:
+        return order.to(dtype)
+    bits = torch.where(order < 0, order ^ torch.iinfo(order.dtype).max, order)
+    return bits.view(torch.float64 if order.dtype == torch.int64 else torch.float32).to(dtype)
 
 
 def all_gather(flat: Tensor, group: dist.ProcessGroup) -> Arrived:

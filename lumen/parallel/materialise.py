@@ -79,7 +79,8 @@ def keeping(cut: Cut | None, parted: Collection[str]) -> Keep:
     def keep(name: str, whole: Tensor) -> Tensor:
         if cut is None:
             return whole
-        sent = whole.view(torch.uint8) if whole.dtype == torch.bool else whole
+        # As bytes where Gloo may not know the dtype.
+        sent = whole if whole.is_floating_point() and whole.itemsize > 1 else whole.view(-1).view(torch.uint8)
         dist.broadcast(sent, group=cut.everyone, group_src=0)
         return cut.part(whole).clone() if name in parted else whole
 

@@ -95,7 +95,7 @@ class ProcessAxis:
         return torch.tensor(self._mesh.index(self._name), device=self._mesh.device)
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum or maximum over the axis; the gradient of every member reaches every member."""
+        """The sum, maximum or minimum over the axis; the gradient of every member reaches every member."""
         group = self._mesh.group(self._name)
         return x if group is None else _Reduce.apply(x, op, GroupRef(group))  # type: ignore[no-untyped-call]
 

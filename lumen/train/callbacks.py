@@ -89,6 +89,10 @@ class Callbacks:
         """Whether any callback has something to do at `point`."""
         return bool(self._at[point])
 
+    def may_publish(self) -> bool:
+        """Whether any is of the user's own: those of Lumen publish no numbers."""
+        return any(not type(each).__module__.startswith("lumen.") for each in self._all)
+
     def call(self, point: str, view: View, *args: Any) -> None:
         """Run all callbacks at `point`, in the order they were given."""
         for fn in self._at[point]:

@@ -29,7 +29,8 @@ class Checkpointer:
         every: how often to save.
         keep: how many of the newest to keep; None keeps all.
         best: a metric and whether it is to be small or large, `("val/loss", "min")`: the `keep_best` best are kept
-            besides, and a validation that makes one of them is saved even when nothing else is due.
+            besides, and a validation that makes one of them is saved even when nothing else is due. A name that the run
+            does not publish is a `StepError`, before the first step or at the first validation.
         keep_best: how many.
         keep_every: keep each checkpoint whose step is divisible by this.
         frozen: whether parameters that are not trained are saved too. Without them the checkpoints of a fine-tuning are

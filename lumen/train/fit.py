@@ -40,6 +40,7 @@ from lumen.train.counts import count_rows, count_tokens
 from lumen.train.everyone import Everyone
 from lumen.train.history import History
 from lumen.train.journal import Journal
+from lumen.train.monitor import Monitors, names_of
 from lumen.train.place import opened
 from lumen.train.plateau import fed
 from lumen.train.progress import Silent, make_progress
@@ -126,6 +127,7 @@ class Fit:
         self._journal = Journal(
             self._sinks, self._progress, self.clock, runner.peak(state), self._everyone, History(better)
         )
+        self._monitors = Monitors(runner, names_of(validations))
         self._signals = Signals(self._everyone.rank)
         self._agreed_signal: str | None = None
         self._wish = ""  # why a callback of this process would end the run
@@ -220,6 +222,9 @@ class Fit:
         self._log()
         self._show_params(last=True)
         self._save(again)
+        if self._everyone.first:
+            for message in self._monitors.never_published(self._journal.newest):
+                warnings.warn(message, InexactWarning, stacklevel=2)
         callbacks.call("on_end", self._view(self._journal.newest))
 
     def _epoch(self) -> None:
@@ -398,6 +403,7 @@ class Fit:
         values = self._journal.training(self.state)
         if values:
             self._publish(values)
+            self._monitors.check(self._journal.newest)
             self._show_params()
             self._agree()
 
@@ -426,6 +432,8 @@ class Fit:
         if self.runner.plateau in found or f"{self.runner.plateau}/0" in found:
             self.state = fed(self.state, str(self.runner.plateau), found)
         self.runner.callbacks.call("on_validate", self._view(self._journal.newest))
+        self._monitors.validated([name for name, _ in validate.loaders()], found)
+        self._monitors.check(self._journal.newest)
         self._agree()
         self._read_clock()
         self._journal.mark()  # throughput is that of training alone

@@ -7,12 +7,19 @@ from typing import Any
 
 from lumen.checkpoint import plain
 from lumen.optim import learning_rate
+from lumen.optim.combine import group_rates
 from lumen.train.clock import Clock
 from lumen.train.everyone import Everyone
 from lumen.train.history import History
 from lumen.train.meter import Meter
 from lumen.train.progress import Progress
 from lumen.train.sink_group import SinkGroup
+
+
+def _group_rates(opt_state: Any) -> dict[str, float]:
+    """The learning rate of each part of a partition that has several, in the order of its rules."""
+    rates = {f"lr/{i}": lr for i, lr in enumerate(group_rates(opt_state)) if lr is not None and lr.dim() == 0}
+    return {name: float(lr) for name, lr in rates.items()} if len(rates) > 1 else {}
 
 
 class Journal:
@@ -63,6 +70,7 @@ class Journal:
         lr = learning_rate(getattr(state, "opt_state", None))
         if lr is not None and lr.dim() == 0:
             values["lr"] = float(lr)
+        values.update(_group_rates(getattr(state, "opt_state", None)))
         return values
 
     def publish(self, values: Mapping[str, Any]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import device_of
-from lumen.data.feed import Feed, feed, refusal
+from lumen.data.feed import Feed, feed
 from lumen.data.fetch import as_dict
 from lumen.data.move import Move
+from lumen.data.ranks import refusal
 from lumen.data.workers import release
 from lumen.errors import BatchError
 from lumen.train.everyone import Everyone

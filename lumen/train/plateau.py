@@ -33,7 +33,7 @@ def check_plateau(state: Any, name: str | None, validations: list[str]) -> None:
             f"plateau={name!r} has no reduce_on_plateau to feed. Build the optimizer as"
             " lm.optim.chain(lm.optim.adamw(1e-3), lm.optim.reduce_on_plateau())"
         )
-    if name is not None and name.partition("/")[0] not in validations:
+    if name is not None and not any(name.startswith(f"{each}/") for each in validations):
         raise StepError(
             f"plateau={name!r} is no metric of a validation; those of this run are called"
             f" {', '.join(validations) or 'nothing, as there are none'}."

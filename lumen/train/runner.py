@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from lumen import tree
@@ -24,6 +24,7 @@ from lumen.train.counts import TokenCount
 from lumen.train.everyone import Everyone, check_world, join_world
 from lumen.train.fit import Fit, Result, without_unroll
 from lumen.train.lr_find import Finding, lr_find
+from lumen.train.monitor import Monitors, names_of
 from lumen.train.place import opened
 from lumen.train.plateau import check_plateau
 from lumen.train.predict import joined, predictions
@@ -41,7 +42,8 @@ class Runner:
         sinks: get the merged numbers each `log_every` steps: metrics as `train/…`, those of validation under its name,
             the learning rate, and the throughput.
         callbacks: watch the run; see `lm.Callback`.
-        plateau: the validation metric that `lm.optim.reduce_on_plateau` is told, such as "val/loss".
+        plateau: the validation metric that `lm.optim.reduce_on_plateau` is told, such as "val/loss". A name that
+            validations do not give is a `StepError` at the first one.
         config: what the run was made with, a mapping or a dataclass: logged, and kept in checkpoints.
         log_every: steps between two logging points.
         tokens: counts the tokens of a batch, for `lm.Tokens` and the throughput.
@@ -134,7 +136,8 @@ class Runner:
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
-        check_plateau(state, self.plateau, [name for each in validations for name, _ in each.loaders()])
+        check_plateau(state, self.plateau, names_of(validations))
+        Monitors(self, names_of(validations)).check_before()
         state = self.step.init(state)  # where the processes of a parallel transform join
         check_world(self.step.transforms)
         return Fit(self, state, data, until, validations, limit).run(resume)
@@ -235,10 +238,12 @@ def _mapping(config: Any) -> dict[str, Any]:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _jsonable(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_jsonable(each) for each in value]
     if value is None or isinstance(value, str | bool | int):
         return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _jsonable(dataclasses.asdict(value))
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):  # OmegaConf's lists, too
+        return [_jsonable(each) for each in value]
     if isinstance(value, float):
         return plain.number(value)
     return str(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lumen.core.module import places_of
 from lumen.errors import HyperparameterError, ParamsError
@@ -49,6 +49,18 @@ def torchao(module: str) -> Any:
 
 def _telling(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_CHATTER)
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """For each row of `weight` [outputs, inputs] a power of two near its largest entry: float32, [outputs, 1].
+
+    torchao's int8 scales are no smaller than 1.2e-7, its float8 scale of a row of zeros is 0, by which it divides, and
+    it computes scales in the dtype of the weight, where those of float16 underflow. Rows divided by these powers, which
+    is exact, are quantized alike at every size.
+    """
+    largest = weight.detach().float().abs().amax(1, keepdim=True)
+    exponent = largest.view(torch.int32) & 0xFF << 23  # its field in a float32, the fraction being 0
+    return exponent.clamp(1 << 23, 253 << 23).view(torch.float32)  # a normal number, and so is its inverse
 
 
 def check_kind(what: str, kind: object, kinds: Sequence[str]) -> None:

@@ -17,9 +17,9 @@ from lumen.optim.hyper import check_scalar
 class clip(Transform):
     """Scale each update's grads down to a global L2 `norm`, or cut every entry to [-value, value].
 
-    The norm is that of all leaves together, after accumulation and loss scaling. Declared change: grads above the
-    bound. With a norm, grads are multiplied by `min(1, norm / (global_norm + 1e-6))`, as
-    `torch.nn.utils.clip_grad_norm_` does.
+    The norm is that of all leaves together, after accumulation and loss scaling, but for those that `lm.optim.freeze`
+    keeps as they are. Declared change: grads above the bound. With a norm, grads are multiplied by
+    `min(1, norm / (global_norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
 
     >>> import lumen as lm
     >>> lm.clip(1.0), lm.clip(value=0.5)
@@ -58,4 +58,5 @@ class clip(Transform):
             return cut(call.grads, self.value)
         assert self.norm is not None
         known = None if call.norms is None else call.norms.of(leaves)
-        return clipped(call.grads, self.norm, known)
+        unused_fn = getattr(call.tx, "unused_fn", None)
+        return clipped(call.grads, self.norm, known, None if unused_fn is None else unused_fn(call.params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from lumen.core.dataclass import state as state_class
 from lumen.core.donation import is_retired
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive
-from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
+from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError, NonFiniteError
 from lumen.optim.norms import Norms
@@ -58,8 +59,9 @@ class guard(Transform):
             raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
         self.on_nonfinite = on_nonfinite
         self.directory = os.fspath(directory)
-        self._looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
-        self._seen = Seen()
+        # By the outermost step, as one guard may be part of several.
+        self._records: weakref.WeakKeyDictionary[Step, _Record] = weakref.WeakKeyDictionary()
+        self._alone = _Record()
 
     def __repr__(self) -> str:
         return f"lm.guard({self.on_nonfinite!r})"
@@ -82,8 +84,9 @@ class guard(Transform):
             watch = _Watch(old.bad.device)
             with rules.install({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
                 new, metrics = step(state, batch)
-            self._looked_at = watch.looked_at
-            self._seen = self._seen.more(watch.updates, rules.is_tracing())
+            record = self._record()
+            record.looked_at = watch.looked_at
+            record.seen = record.seen.more(watch.updates, rules.is_tracing())
             skip, bad = watch.verdict()
             if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
                 bad = torch.where(old.bad >= 0, old.bad, bad)
@@ -106,12 +109,13 @@ class guard(Transform):
             number = getattr(state, "step", None)
             number = None if number is None else int(number.max())
             before = Before.of(state, taking) if self.on_nonfinite == "dump" else None
-            self._seen = Seen()
+            record = self._record()
+            record.seen = Seen()
             new, metrics = step(state, batch)
-            taking = taking.after(self._seen, is_retired(state))
+            taking = taking.after(record.seen, is_retired(state))
             bad = int(slot(new, self.name).bad.max())
             if bad >= 0:
-                message = _message(self._name(bad), module, number)
+                message = _message(record.name(bad), module, number)
                 if before is not None:
                     message += before.written(self.directory, self.within, taking.steps, number, batch, message)
                 raise NonFiniteError(message)
@@ -119,9 +123,21 @@ class guard(Transform):
 
         return run
 
-    def _name(self, bad: int) -> str:
+    def _record(self) -> _Record:
+        step = self.within
+        return self._alone if step is None else self._records.setdefault(step, _Record())
+
+
+class _Record:
+    """What a guard met in one step."""
+
+    def __init__(self) -> None:
+        self.looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
+        self.seen = Seen()
+
+    def name(self, bad: int) -> str:
         """The leaf at place `bad` of all that was checked."""
-        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self._looked_at]
+        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self.looked_at]
         return [name for some in names for name in some][bad]
 
 

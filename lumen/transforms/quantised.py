@@ -15,7 +15,7 @@ from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError, StepError
-from lumen.transforms.ao import Layers, capability, check_kind, chosen, torchao
+from lumen.transforms.ao import Layers, capability, check_kind, chosen, row_scales, torchao
 from lumen.transforms.unapplied import applying
 
 KINDS = ("int8", "fp8", "qat")
@@ -210,8 +210,9 @@ class _FakeQuantised:
         _check_plain()
         weight = self._layer.weight
         given = weight.detach()
-        held = given.float() if given.dtype == torch.float64 else given  # which torchao does not take
-        rounded = self._kind.from_hp(held, self._rows).dequantize(held.dtype).to(given.dtype)
+        scales = row_scales(given)
+        packed = self._kind.from_hp(given.float() / scales, self._rows)
+        rounded = (packed.dequantize(torch.float32) * scales).to(given.dtype)
         # Adding an exact zero keeps the rounded numbers bit for bit, and gives the weight their gradient.
         return F.linear(x, rounded + (weight - given), self._layer.bias)
 

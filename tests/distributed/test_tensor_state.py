@@ -11,7 +11,6 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import world
-from lumen.core.sharding import composed
 from lumen.errors import (
     BatchError,
     HyperparameterError,
@@ -67,10 +66,7 @@ def parts(around, axes, model):
     wrapped = lm.compose(*outer, tensor_parallel(PLANS[model, False], grid))(step)
     plain = make_state(model)
     state = wrapped.init(plain)
-    found = {}
-    for transform in reversed(wrapped.transforms):
-        for place, piece in transform.pieces(state).items():
-            found[place] = composed(found[place], piece) if place in found else piece
+    found = wrapped.pieces(state)
     leaves = lm.tree.leaves(state)
     owned = {place: (leaves[place], piece.boxes) for place, piece in found.items() if piece.owner}
     paths = lm.tree.paths(state)

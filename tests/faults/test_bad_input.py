@@ -619,7 +619,7 @@ class Processes:
         return 2 * x
 
 
-@pytest.mark.parametrize("collective", [lm.psum, lm.pmean, lm.pmax], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("collective", [lm.psum, lm.pmean, lm.pmax, lm.pmin], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("around", [torch.func.vmap, torch.func.grad], ids=lambda f: f.__name__)
 def test_a_process_collective_inside_a_functorch_transform(collective: Any, around: Any) -> None:
     x = torch.ones(3) if around is torch.func.vmap else torch.tensor(1.0)

@@ -1,4 +1,4 @@
-"""`psum`, `pmean`, `pmax` over the lanes of a vmap: right values, and right derivatives."""
+"""`psum`, `pmean`, `pmax`, `pmin` over the lanes of a vmap: right values, and right derivatives."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ LANES = st.lists(st.floats(-5, 5), min_size=1, max_size=5).map(lambda v: torch.t
 @settings(max_examples=20)
 @given(LANES)
 def test_values(x: Tensor) -> None:
-    found = over_lanes(lambda v: (lm.psum(v, "lanes"), lm.pmean(v, "lanes"), lm.pmax(v, "lanes")), x)
-    for got, want in zip(found, (x.sum(), x.mean(), x.max()), strict=True):
+    collectives = (lm.psum, lm.pmean, lm.pmax, lm.pmin)
+    found = over_lanes(lambda v: tuple(collective(v, "lanes") for collective in collectives), x)
+    for got, want in zip(found, (x.sum(), x.mean(), x.max(), x.min()), strict=True):
         torch.testing.assert_close(got, want.expand(len(x)))
+
+
+@pytest.mark.parametrize("collective", [lm.pmax, lm.pmin], ids=lambda f: f.__name__)
+def test_a_nan_in_any_lane_comes_out(collective: Any) -> None:
+    for lane in range(3):
+        x = torch.where(torch.arange(3) == lane, torch.nan, torch.arange(3.0))
+        assert over_lanes(lambda v: collective(v, "lanes"), x).isnan().all()
 
 
 def test_a_constant_counts_once_for_each_lane() -> None:
@@ -55,7 +63,7 @@ def test_the_transpose_of_psum_is_psum(x: Tensor, seed: int) -> None:
     torch.testing.assert_close(live.grad, weights.sum().expand(len(x)))
 
 
-@pytest.mark.parametrize("collective", [lm.psum, lm.pmean, lm.pmax], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("collective", [lm.psum, lm.pmean, lm.pmax, lm.pmin], ids=lambda f: f.__name__)
 def test_gradients_agree_with_differences(collective: Any) -> None:
     def through(x: Tensor) -> Tensor:
         return over_lanes(lambda v: torch.sin(v) * collective(v * v, "lanes"), x)

@@ -52,6 +52,32 @@ def test_clip_value_cuts_every_entry(job: Job, bound: float) -> None:
     assert_same(new.params, state.apply_gradients(cut).params)
 
 
+def test_clip_leaves_out_what_the_optimizer_freezes() -> None:
+    """The update is that of a model whose frozen part has no gradient at all, whatever the frozen gradients are."""
+    sgd = lm.optim.sgd(1.0)
+    params = {"body.weight": torch.ones(3, dtype=torch.float64), "head.weight": torch.ones(2, dtype=torch.float64)}
+    grads = {
+        "body.weight": torch.tensor([torch.nan, 5.0, 5.0]).double(),
+        "head.weight": torch.tensor([3.0, 4.0]).double(),
+    }
+    wanted = 1 - torch.tensor([0.6, 0.8], dtype=torch.float64) / (1 + 1e-6 / 5)
+    finite = {name: g.nan_to_num(7.0) for name, g in grads.items()}
+    cases = [
+        (lm.optim.freeze("body.*", sgd), grads),
+        (lm.optim.partition({"body.*": lm.optim.freeze()}, default=sgd), grads),
+        (lm.optim.apply_if_finite(lm.optim.chain(lm.optim.freeze("body.*", sgd)), 10), finite),
+    ]
+    for tx, found in cases:
+
+        def step(state: Any, batch: Any, tx: Any = tx) -> Any:
+            moved, opt_state = lm.apply_updates(tx, batch, state["opt"], state["params"])
+            return {"params": moved, "opt": opt_state}, {}
+
+        new, _ = lm.clip(1.0)(step)({"params": params, "opt": tx.init(params)}, found)
+        assert torch.equal(new["params"]["body.weight"], params["body.weight"])
+        torch.testing.assert_close(new["params"]["head.weight"], wanted, rtol=0, atol=1e-12)
+
+
 def test_clip_bounds_the_whole_batch_not_each_part() -> None:
     job = Job(optimizer="sgd", rows=6)
     stack = lm.compose(lm.clip(0.05), lm.accumulate(3))

@@ -46,6 +46,89 @@ def same(a: Any, b: Any) -> bool:
     return len(first) == len(second) and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+LOGITS = {
+    "BinaryAccuracy": (cl.BinaryAccuracy, ()),
+    "BinaryAUROC": (lambda: cl.BinaryAUROC(thresholds=11), ()),
+    "BinaryCalibrationError": (cl.BinaryCalibrationError, ()),
+    "MultilabelF1": (lambda: cl.MultilabelF1Score(3), (3,)),
+    "MulticlassAveragePrecision": (lambda: cl.MulticlassAveragePrecision(3, thresholds=11), (3,)),
+    "Collection": (lambda: torchmetrics.MetricCollection([cl.BinaryAccuracy(), cl.BinaryF1Score()]), ()),
+}
+
+
+@pytest.mark.filterwarnings(MISSING_CLASS)
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_are_logits_in_every_batch(name: str) -> None:
+    make, shape = LOGITS[name]
+    random = torch.Generator().manual_seed(0)
+    preds = torch.randn(12, *shape, generator=random).abs() * 0.4  # some rows lie in [0, 1], others do not
+    preds[::5] += 2
+    target = torch.randint(3 if name.startswith("Multiclass") else 2, preds.shape, generator=random)
+    target = target[:, 0] if name.startswith("Multiclass") else target
+    whole = make()
+    whole.update(preds, target)
+    sure, guessing = from_torchmetrics(make(), logits=True), from_torchmetrics(make())
+    for size in (12, 3, 1):
+        parts = zip(preds.split(size), target.split(size), strict=True)
+        values = [(sure.of(p, t), sure.update(sure.init(), preds=p, target=t), guessing.of(p, t)) for p, t in parts]
+        by_place, by_name, guessed = (lm.merge_metrics([{"m": each[i]} for each in values])["m"] for i in range(3))
+        torch.testing.assert_close(by_place.compute(), whole.compute())
+        assert same(by_place.compute(), by_name.compute())
+        if size == 12:
+            assert same(guessed.compute(), whole.compute())
+            continue
+        back = guessing.unpack(guessing.pack(guessed))
+        with pytest.warns(lm.InexactWarning, match=r"as in \d of .*logits=True"):
+            back.compute()
+
+
+def test_probabilities_and_labels_are_not_guessed_at() -> None:
+    handle = from_torchmetrics(cl.BinaryAccuracy(validate_args=False))
+    target = torch.tensor([0, 1, 1])
+    value = handle.of(torch.tensor([0.0, 0.7, 1.0]), target).merge(handle.of(torch.tensor([0, 1, 0]), target))
+    assert (int(value.as_logits), int(value.updates)) == (0, 2)
+    assert float(value.compute()) == pytest.approx(5 / 6)
+    assert from_torchmetrics(cl.MulticlassAccuracy(3)).init().as_logits == ()
+    with pytest.raises(MetricError, match="not for MeanSquaredError"):
+        from_torchmetrics(regression.MeanSquaredError(), logits=True)
+    with pytest.raises(MetricError, match="some take a sigmoid"):
+        from_torchmetrics(torchmetrics.MetricCollection([cl.BinaryAccuracy(), cl.MulticlassAUROC(3)]), logits=True)
+
+
+class Boxes(torchmetrics.Metric):
+    """Takes lists of dicts, as detection does: an image without boxes is a row all the same."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, found: list[dict[str, Tensor]], real: bool) -> None:
+        self.images += len(found)
+
+    def compute(self) -> Tensor:
+        return self.images
+
+
+def test_a_batch_without_rows_is_no_update() -> None:
+    accuracy = from_torchmetrics(cl.MulticlassAccuracy(3))
+    nothing = accuracy.of(*rows(0))
+    assert same(nothing, accuracy.init())
+    boxes = from_torchmetrics(Boxes())
+    no_boxes = {"boxes": torch.zeros(0, 4)}
+    assert int(boxes.of([no_boxes, no_boxes], real=True).compute()) == 2
+    assert int(boxes.of([], real=True).updates) == 0
+    assert int(from_torchmetrics(torchmetrics.SumMetric()).of(3.0).compute()) == 3
+    with pytest.raises((ValueError, RuntimeError), match="shape"):
+        accuracy.of(rows(0)[0], rows(2)[1])  # a mistake is torchmetrics' to report
+
+    total = from_torchmetrics(torchmetrics.SumMetric(nan_strategy="disable"))
+    lanes, full = (torch.func.vmap(total.of)(torch.ones(4, size)) for size in (0, 3))
+    assert lanes.updates.tolist() == [0] * 4
+    assert lanes.merge(full).compute().tolist() == [3.0] * 4
+
+
 @pytest.mark.filterwarnings(MISSING_CLASS)
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=15, deadline=None)

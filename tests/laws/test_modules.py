@@ -189,3 +189,77 @@ def test_a_method_runs_under_transforms(transform: Any) -> None:
     found, _ = wrapped(wrapped.init(state), x)
     for name, value in wanted.params.items():
         torch.testing.assert_close(found.params[name], value, rtol=1e-10, atol=1e-12)
+
+
+class Sided(nn.Module):
+    """Keeps a side loss where its user would look for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.side = torch.zeros(())
+        self.sides: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        self.side = out.square().mean()
+        self.sides = [self.side]
+        return out.tanh()
+
+
+def with_side(module: Any, x: Tensor) -> Any:
+    return module(x), module[0].side
+
+
+def test_a_side_loss_is_returned_from_inside_the_model_and_a_stale_one_is_refused() -> None:
+    net = nn.Sequential(Sided(), nn.Linear(4, 1)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    out = net(x)
+    expected = out.mean() + net[0].side
+    net[0].side, net[0].sides = torch.zeros(()), []
+    state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+
+    def right(state: Any, batch: Tensor) -> Any:
+        def loss_fn(params: Any, batch: Tensor) -> Tensor:
+            (out, side), _ = state.apply_fn.calling(with_side)(params, state.buffers, batch)
+            return out.mean() + side
+
+        assert isinstance(net, nn.Module)  # a module of the step's own may be at hand
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    def stale(state: Any, batch: Tensor) -> Any:
+        def loss_fn(params: Any, batch: Tensor) -> Tensor:
+            return state.apply(params, batch)[0].mean() + net[0].side
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    new, metrics = right(state, x)
+    assert_same(metrics["loss"], expected)
+    lm.seeded()(right)(state, x)
+    assert not torch.equal(new.params["0.inner.weight"], state.params["0.inner.weight"])
+    for step in (stale, lm.precision("fp64")(stale)):
+        with pytest.raises(lm.errors.PurityError, match=r"reads 'side' from a Sequential.*forward of Sided"):
+            lm.compose()(step)(state, x)
+
+
+def test_two_parameters_in_one_memory_are_refused() -> None:
+    """As peft's adapters of tied layers are: the one is the other's transpose."""
+    net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+    net[1].weight = nn.Parameter(net[0].weight.t())
+    with pytest.raises(lm.errors.ParamsError, match=r"'0.weight' and '1.weight' are two.*ensure_weight_tying"):
+        lm.pure(net)
+    net[0].weight.requires_grad_(False)
+    with pytest.raises(lm.errors.ParamsError, match="two parameters in the same memory"):
+        lm.pure(net)
+    net[1].weight.requires_grad_(False)
+    assert list(lm.pure(net).params) == []
+
+    flat = torch.zeros(12)  # as an RNN lays its weights out: side by side
+    for i, layer in enumerate(net):
+        layer.weight = nn.Parameter(flat[6 * i : 6 * i + 6].view(layer.weight.shape))
+    assert list(lm.pure(net).params) == ["0.weight", "1.weight"]
+    interleaved = torch.zeros(3, 4)
+    net[0].weight, net[1].weight = (nn.Parameter(interleaved[:, i : i + 2]) for i in (0, 2))
+    assert list(lm.pure(net).params) == ["0.weight", "1.weight"]

@@ -73,23 +73,35 @@ def outputs(state: Any, x: Tensor) -> Tensor:
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(2, 40)),
-    scale=st.sampled_from([1e-4, 1.0, 300.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    scale=st.sampled_from([1e-25, 1e-6, 1.0, 300.0]),
+    decades=st.sampled_from([0, 8]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 99),
 )
 def test_each_weight_is_within_the_bound_that_is_promised(
-    shape: tuple[int, int], scale: float, dtype: torch.dtype, kind: str, seed: int
+    shape: tuple[int, int], scale: float, decades: int, dtype: torch.dtype, kind: str, seed: int
 ) -> None:
-    weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    """Also for rows of zeros, for tiny rows, and for tiny weights beside large ones."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(*shape, generator=random) * scale * 10 ** (-decades * torch.rand(*shape, generator=random))
+    weight = (weight * (torch.rand(shape[0], 1, generator=random) > 0.2)).to(dtype)
     net = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     net.weight.data = weight
     small = lm.quantise(fresh(net), kind)
     kept = outputs(small, torch.eye(shape[1], dtype=dtype)).T.double()
     largest = weight.double().abs().amax(1, keepdim=True)
-    bound = largest / 254 if kind == "int8" else weight.double().abs() / 16 + largest * 2**-18
+    bound = largest / 254 if kind == "int8" else torch.maximum(weight.double().abs() / 16, largest / 450_000)
     # What comes out has been rounded to the dtype too.
-    assert ((kept - weight.double()).abs() <= bound + 2 * torch.finfo(dtype).eps * largest).all()
+    limits = torch.finfo(dtype)
+    assert ((kept - weight.double()).abs() <= bound + limits.eps * (2 * kept.abs() + limits.tiny)).all()
+
+
+def test_a_weight_without_a_scale_is_named() -> None:
+    net = nn.Linear(4, 3)
+    net.weight.data[1, 2] = torch.inf
+    with pytest.raises(lm.errors.ParamsError, match="'weight' has entries that are NaN or infinite"):
+        lm.quantise(fresh(net))
 
 
 @settings(max_examples=15, deadline=None)
@@ -247,11 +259,15 @@ def test_it_composes(kind: str, other: str) -> None:
     assert float((both - alone).norm()) <= near * float(alone.norm())
 
 
-def test_aware_training_sees_the_model_that_quantise_makes() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_aware_training_sees_the_model_that_quantise_makes(scale: float) -> None:
     state = fresh()
+    state = state.replace(params={name: p * (scale if p.dim() > 1 else 0) for name, p in state.params.items()})
     seen = lm.quantised("qat")(lambda s, b: (s, {"out": lm.Last(s.apply(s.params, b["x"])[0])}))(state, data())[1]
-    assert_same(seen["out"].value, outputs(lm.quantise(state), data()["x"]), tolerance=1e-5)
-    assert not torch.allclose(seen["out"].value, outputs(state, data()["x"]), rtol=1e-5)
+    plain = outputs(state, data()["x"])
+    unit = plain.abs().max()
+    assert_same(seen["out"].value / unit, outputs(lm.quantise(state), data()["x"]) / unit, tolerance=1e-5)
+    assert not torch.allclose(seen["out"].value / unit, plain / unit, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

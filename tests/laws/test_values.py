@@ -26,6 +26,17 @@ def test_merged_parts_are_the_whole(kind: Any, parts: list[torch.Tensor]) -> Non
     assert torch.equal(merged.compute(), kind.of(torch.cat(parts)).compute())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_a_part_without_rows_counts_nothing(kind: Any, dtype: torch.dtype) -> None:
+    part = torch.tensor([1, 0, 1]).to(dtype)
+    for rows in (part, part[:1], part[1:2]):
+        empty, found = kind.of(rows[:0]), kind.of(rows)
+        for merged in (empty.merge(found), found.merge(empty), kind.merge_all([empty, found, empty])):
+            assert torch.equal(merged.compute(), found.compute())
+            assert merged.compute().dtype == found.compute().dtype
+
+
 @pytest.mark.parametrize("kind", [*KINDS, lm.Last], ids=lambda k: k.__name__)
 @settings(max_examples=30)
 @given(a=ROWS, b=ROWS, c=ROWS)

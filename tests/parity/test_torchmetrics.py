@@ -238,6 +238,10 @@ def test_merged_parts_are_the_whole(name: str) -> None:
         equal(grouped(values, rng).compute(), expected)
         equal(lm.compute_metrics(lm.merge_metrics([{"m": value} for value in values]))["m"], expected)
         equal(metric.init().merge(grouped(values, rng)).compute(), expected)
+    no_rows = {name: column[:0] for name, column in data.items()}
+    value = metric.of(**data)
+    equal(metric.merge(metric.of(**no_rows), value, metric.of(**no_rows)).compute(), expected)
+    assert metric.update(value, **no_rows) is value
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -198,7 +198,7 @@ def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> No
     (found,) = recorded.transforms([repr(transform)])
     assert type(found) is type(transform)
     assert repr(found) == repr(transform)
-    kept = ("directory", "_seen", "_transform")
+    kept = ("directory", "_records", "_alone", "_transform")
     assert {k: v for k, v in vars(found).items() if k not in kept} == {
         k: v for k, v in vars(transform).items() if k not in kept
     }
@@ -212,3 +212,40 @@ def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> No
 def test_transforms_that_cannot_be_read_say_what_to_write(transform: lm.Transform) -> None:
     with pytest.raises(StepError, match=r"return lm.compose\(...\)\(step\), state"):
         recorded.transforms([repr(transform)])
+
+
+def other(state: Any, x: Any) -> tuple[Any, Any]:
+    def loss_fn(params: Any, x: Any) -> Any:
+        return (x * params["weight"].sqrt()).sum()  # whose gradient at zero is infinite
+
+    loss, grads = lm.value_and_grad(loss_fn)({"weight": state.params["weight"]}, x)
+    return state.apply_gradients({**grads, "bias": torch.zeros(1)}), {"loss": loss}
+
+
+class Around(lm.Transform):
+    """Does nothing, wherever it stands."""
+
+    name = "around"
+
+
+def test_a_guard_in_several_steps_dumps_the_one_that_failed(tmp_path: Path) -> None:
+    guard = lm.guard("dump", tmp_path)
+    alone = guard(step)
+    around = Around()(alone)
+    apart = guard(other)
+    lm.compose(guard, lm.ema(0.5))(step)
+    runs = [
+        (alone, torch.full((3, 2), torch.nan), "step", ["lm.guard('dump')"], "the loss is not finite"),
+        (around, torch.full((3, 2), torch.nan), "step", ["lm.around()", "lm.guard('dump')"], "the loss is not finite"),
+        (apart, torch.ones(1, 2), "other", ["lm.guard('dump')"], r"gradient of params\['weight'\]"),
+    ]
+    for each, batch, function, transforms, message in runs:
+        given = each.init(state())
+        given = given.replace(params={**given.params, "weight": torch.zeros(1, 2)})
+        with pytest.raises(lm.NonFiniteError, match=message) as caught:
+            each(given, batch)
+        path = str(caught.value).rpartition(" ")[2]
+        meta = lm.checkpoint.metadata(path)["meta"]
+        assert meta["function"].rpartition(":")[2] == function
+        assert meta["transforms"] == transforms
+    assert guard.within is None

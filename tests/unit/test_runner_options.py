@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
 import math
+import re
 import signal
 
 import pytest
@@ -318,6 +320,61 @@ def test_a_plateau_that_nothing_feeds(plateau, tx, says):
         )
 
 
+class Logging(lm.Callback):
+    """Publishes a number after each validation, as only a callback of the user's own does."""
+
+    def on_validate(self, view):
+        view.log({"mine": 1.0})
+
+
+def watching(tmp_path, best=None, plateau=None, **options):
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()) if plateau else None
+    checkpoint = lm.Checkpointer(tmp_path, best=(best, "min")) if best else None
+    seen = []
+
+    def counted(state, batch):
+        seen.append(1)
+        return step(state, batch)
+
+    job = lm.Runner(counted, progress=False, checkpoint=checkpoint, plateau=plateau, log_every=2, **options)
+    data = {"clean": loader(), "noisy": loader()} if "clean" in f"{best}{plateau}" else loader()
+    try:
+        job.fit(make_state(tx), loader(), until=lm.Epochs(3), validate=lm.Validate(eval_step, data))
+    except StepError as error:
+        return len(seen), str(error)
+    return len(seen), ""
+
+
+@pytest.mark.parametrize(
+    ("watched", "steps", "says"),
+    [
+        ({"best": "val/lss"}, 3, r"Checkpointer\(best=\('val/lss', 'min'\)\).*'lr'.*'train/loss', 'val/loss'"),
+        ({"best": "train/lss"}, 2, r"'train/lss'.*'train/loss'"),
+        ({"best": "val_loss"}, 0, r"'val_loss'.*'val/…'.*Write \"val/loss\""),
+        ({"best": "vall/loss"}, 0, r"'vall/loss'.*'val/…'"),
+        ({"best": "val_loss", "callbacks": [lm.EarlyStop("val/loss")]}, 0, "'val/…'"),
+        ({"best": "val/lss", "callbacks": [Logging()]}, 3, r"'mine'.*'val/loss'"),
+        ({"plateau": "val/lss"}, 3, r"plateau='val/lss'.*What was: 'val/loss'\."),
+        ({"plateau": "val/mine", "callbacks": [Logging()]}, 3, "plateau='val/mine'"),
+        ({"plateau": "val/clean/lss"}, 3, "'val/clean/loss', 'val/noisy/loss'"),
+        ({"best": "val/loss"}, 9, "^$"),
+        ({"best": "train/loss"}, 9, "^$"),
+        ({"best": "lr"}, 9, "^$"),
+        ({"best": "mine", "callbacks": [Logging()]}, 9, "^$"),
+        ({"plateau": "val/clean/loss"}, 9, "^$"),
+    ],
+)
+def test_a_monitored_name_that_there_is_not_is_an_error_by_the_first_validation(tmp_path, watched, steps, says):
+    done, error = watching(tmp_path, **watched)
+    assert done == steps
+    assert re.search(says, error), error
+
+
+def test_a_name_that_no_callback_came_to_publish_is_a_warning_at_the_end(tmp_path):
+    with pytest.warns(lm.InexactWarning, match=r"best=\('main', 'min'\).*'mine'"):
+        assert watching(tmp_path, best="main", callbacks=[Logging()]) == (9, "")
+
+
 @pytest.mark.parametrize(
     ("series", "patience", "epochs"), [([6, 5, 5, 5, 5, 5], 3, 5), ([6, 5, 4, 4, 3, 3], 1, 4), ([3, 2, 1], 1, 3)]
 )
@@ -484,6 +541,31 @@ def test_what_is_logged_beside_the_numbers(tmp_path):
         assert "git" in found
     with pytest.raises(StepError, match="mapping or a dataclass"):
         runner(config=3)
+
+
+@dataclasses.dataclass
+class Widths:
+    layers: tuple[int, ...] = (3, 1)
+
+
+def test_a_configuration_keeps_its_nested_lists():
+    plain = {"model": {"widths": [8, [2, "x"]], "lr": 0.1}, "names": ["a", None]}
+    like_omegaconf = collections.UserDict(
+        {"model": {"widths": collections.UserList([8, (2, "x")]), "lr": 0.1}, "names": ["a", None]}
+    )
+    assert runner(config=like_omegaconf).description()["config"] == plain
+    assert runner(config={"all": [Widths()]}).description()["config"] == {"all": [{"layers": [3, 1]}]}
+    omegaconf = pytest.importorskip("omegaconf")
+    assert runner(config=omegaconf.OmegaConf.create(plain)).description()["config"] == plain
+
+
+def test_each_group_of_a_partition_logs_its_learning_rate():
+    rules = {"bias": lm.optim.sgd(0.5)}
+    for default, expected in ((lm.optim.sgd(lm.optim.linear(0.25, 0.0, 4)), [0.5, 0.25]), (lm.optim.freeze(), [])):
+        tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.partition(rules, default=default))
+        metrics = runner(log_every=1).fit(make_state(tx), loader(), until=lm.Steps(1)).metrics
+        assert metrics["lr"] == 0.5
+        assert [metrics[name] for name in sorted(metrics) if name.startswith("lr/")] == expected
 
 
 def test_half_merged_torchmetrics_survive_an_interruption(tmp_path):
