@@ -135,7 +135,8 @@ def test_a_batch_without_rows_is_no_update() -> None:
 @given(sizes=st.lists(st.integers(1, 6), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_merge_is_associative_with_init_as_its_unit(name: str, sizes: list[int], seed: int) -> None:
     metric = from_torchmetrics(MAKERS[name]())
-    x, y, z = (metric.of(*rows(n, seed + i)) for i, n in enumerate(sizes))
+    data = [rows(n, seed + i) for i, n in enumerate(sizes)]
+    x, y, z = (metric.of(logits.softmax(-1), target) for logits, target in data)
     assert same(x.merge(y).merge(z), x.merge(y.merge(z)))
     assert same(x.merge(y).merge(z).compute(), metric.merge(x, y, z).compute())
     assert same(metric.init().merge(x).states, x.states)

@@ -72,8 +72,10 @@ OPTIMIZERS = {
 }
 STACKS = {
     "none": lm.compose(),
-    "many": lm.compose(lm.guard(), lm.clip(1.0), lm.ema(0.9), lm.accumulate(2), lm.precision("bf16"), lm.remat()),
-    "fp16": lm.precision("fp16"),
+    "many": lm.compose(
+        lm.guard(), lm.clip(1.0), lm.ema(0.9), lm.accumulate(2), lm.precision("bf16", cast="model"), lm.remat()
+    ),
+    "fp16": lm.precision("fp16", cast="model"),  # torch has no autocast for what stands in for a device
 }
 
 
