@@ -69,8 +69,8 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
     for name, p in named.items():
         extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
         if type(p) is nn.Parameter and 0 < p.numel() == extent:  # others may be interleaved without sharing an entry
-            begin = p.storage_offset() * p.element_size()
-            entry = begin, begin + extent * p.element_size(), name, p.requires_grad
+            begin = int(p.storage_offset() * p.element_size())
+            entry = begin, begin + p.nbytes, name, p.requires_grad
             by_storage.setdefault(p.untyped_storage()._cdata, []).append(entry)
     for held in by_storage.values():
         for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(held)):

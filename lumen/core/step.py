@@ -122,7 +122,7 @@ class Step:
         else:
             self._traceable = transforms[0].wrap(inner)
             self._run = transforms[0].host(self._traceable)
-        self._parts = frozenset((id(self), *(() if inner is None else inner._parts)))
+        self._parts: frozenset[int] = frozenset((id(self), *(() if inner is None else inner._parts)))
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
