@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lumen.checkpoint import dtypes
 from lumen.checkpoint.disk import sync_directory, sync_file
 from lumen.checkpoint.host import Row
 from lumen.checkpoint.leaves import ARRAYS, name_of, printable
@@ -29,9 +30,10 @@ def export(
 ) -> Path:
     """Write tensors of the checkpoint at `path` to the file `to`, as one flat dict by name; returns its path.
 
-    `what` is "params", "buffers", "ema" (the averaged params), which have the names of the module, or "state": all
-    arrays, by their names in the checkpoint (`params/fc.weight`). The state may be the checkpoint's tree, or its
-    entry `state`. `format` is "safetensors" or "torch", which `torch.load(to, weights_only=True)` reads.
+    `what` is "params", "buffers", "ema" (the averaged params, in the params' dtypes), which have the names of the
+    module, or "state": all arrays, by their names in the checkpoint (`params/fc.weight`). The state may be the
+    checkpoint's tree, or its entry `state`. `format` is "safetensors" or "torch", which
+    `torch.load(to, weights_only=True)` reads.
 
     Raises `CheckpointExistsError` where `to` exists, and `CheckpointNotFoundError` where there is no such part.
 
@@ -55,6 +57,8 @@ def export(
     rows = _picked(reader, what)
     values = reader.read(list(rows.values()), lambda _, value: value)
     tensors = dict(zip(rows, values, strict=True))
+    if what == "ema":
+        tensors = _in_dtypes_of_params(tensors, reader)
     temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +88,15 @@ def _picked(reader: Reader, what: str) -> dict[str, Row]:
         f"{reader.path} has no {what} to export: nothing under {'/'.join(_PARTS[what])!r}, itself or in 'state'. It"
         f" holds {', '.join(tops) or 'no arrays'}; what='state' exports all of it."
     )
+
+
+def _in_dtypes_of_params(averaged: dict[str, Tensor], reader: Reader) -> dict[str, Tensor]:
+    """The averages of 16-bit params, which are kept in float32, as `lm.ema.params` gives them."""
+    try:
+        rows = _picked(reader, "params")
+    except CheckpointNotFoundError:
+        return averaged
+    return {n: a.to(dtypes.TORCH[rows[n].dtype]) if n in rows else a for n, a in averaged.items()}
 
 
 def _flat(row: Row, depth: int) -> str:

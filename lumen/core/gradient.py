@@ -24,6 +24,7 @@ from lumen.core.values import Mean
 from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
+NARROW = (torch.float16, torch.bfloat16)
 _MISSING = object()
 
 
@@ -95,7 +96,13 @@ def normalized(total: Gradient, *, own: bool = False) -> Gradient:
     loss = total.loss
     assert isinstance(loss, Mean)
     divide = Tensor.div_ if own else Tensor.div
-    grads = tree.map(lambda g: divide(g, loss.weight.to(g.device, g.dtype)), total.grads)
+
+    def mean(g: Tensor) -> Tensor:
+        if g.dtype in NARROW:  # which does not have every number of rows
+            return (g.float() / loss.weight.to(g.device)).to(g.dtype)
+        return divide(g, loss.weight.to(g.device, g.dtype))
+
+    grads = tree.map(mean, total.grads)
     return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
 
 
@@ -210,8 +217,9 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
     if not call.summed:
         return loss, loss, aux, True
     assert size is not None
-    weight = loss.detach().new_full((), size)
-    total = loss * weight
+    total = loss.float() if loss.dtype in NARROW else loss
+    weight = total.detach().new_full((), size)
+    total = total * weight
     return total, Mean(total, weight), aux, True
 
 

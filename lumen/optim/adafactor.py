@@ -11,7 +11,7 @@ from torch import Tensor
 from lumen.core.dataclass import state
 from lumen.optim.base import Transform
 from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule, check_scalar
-from lumen.optim.numerics import Coefficients, Scalar, time, widen, widened
+from lumen.optim.numerics import Coefficients, Scalar, time, wide_dtype, widen, widened
 from lumen.optim.wholes import whole_init, whole_map
 
 
@@ -90,9 +90,10 @@ def adafactor(
 
 
 def _zeros(p: Tensor) -> dict[str, Tensor]:
+    dtype = wide_dtype(p.dtype)
     if p.dim() < 2:
-        return {"full": torch.zeros_like(p)}
-    return {"row": torch.zeros_like(p[..., :1]), "col": torch.zeros_like(p[..., :1, :])}
+        return {"full": torch.zeros_like(p, dtype=dtype)}
+    return {"row": torch.zeros_like(p[..., :1], dtype=dtype), "col": torch.zeros_like(p[..., :1, :], dtype=dtype)}
 
 
 def _second_moment(g: Tensor, v: dict[str, Tensor], new: Any, least: float) -> tuple[Tensor, dict[str, Tensor]]:

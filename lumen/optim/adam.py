@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def adamw(
             predicate `(name, leaf) -> bool`. None means all. `lm.optim.matrices` leaves out norms and biases.
         eps_root: added under the root; keeps meta-gradients finite where a gradient is zero.
         amsgrad: divide by the root of the largest second moment so far (Reddi et al., 2018).
-        moment_dtype: the dtype of the moments; the params' own when None.
+        moment_dtype: the dtype of the moments; when None the params' own, and float32 for 16-bit params. In 16 bits
+            a mean whose decay rate is above 0.996 never falls, as a change of it is rounded away.
 
     Raises:
         HyperparameterError: a value outside its range, NaN included.
@@ -194,7 +196,7 @@ class _Adam:
 
     def fused(self, grads: Any, state: AdamState, params: Any, skip: Tensor | None) -> Any:
         hyper = self.hyper
-        held = kernels.Held.of(hyper, state, params, state.mu, state.nu, state.nu_max)
+        held = kernels.Held.of(_TRIALS[self.decoupled], hyper, state, params, state.mu, state.nu, state.nu_max)
         if held is None or any(value.requires_grad for value in state.hparams.values()):
             return plain_in_place(self.update, grads, state, params, skip)
         ps, *moments = held.lists
@@ -230,3 +232,11 @@ class _Adam:
         if self.hyper.is_zero("weight_decay"):
             return False
         return True if self.decay_mask is None else selected(self.decay_mask, params)
+
+
+def _examples(decoupled: bool) -> list[_Adam]:
+    hyper = _hyper(0.5, (0.5, 0.75), 0.25, 0.25, 0.0)
+    return [_Adam(hyper, None, decoupled=decoupled, amsgrad=amsgrad, moment_dtype=None) for amsgrad in (False, True)]
+
+
+_TRIALS = {decoupled: kernels.Trial(functools.partial(_examples, decoupled)) for decoupled in (False, True)}

@@ -12,7 +12,7 @@ from lumen.core.dataclass import state
 from lumen.optim import kernels
 from lumen.optim.base import Transform, plain_in_place
 from lumen.optim.hyper import HParams, Hyper, ScalarOrSchedule, check_scalar
-from lumen.optim.numerics import Coefficients, Scalar, time, widened, zeros_like, zip_map
+from lumen.optim.numerics import Coefficients, Scalar, time, wide_dtype, widened, zeros_like, zip_map
 
 
 @state
@@ -204,7 +204,8 @@ class _Adagrad:
 
     def init(self, params: Any) -> AdagradState:
         count, hparams = self.hyper.init(params)
-        return AdagradState(count, tree.map(lambda p: torch.full_like(p, self.initial), params), hparams)
+        total = tree.map(lambda p: torch.full_like(p, self.initial, dtype=wide_dtype(p.dtype)), params)
+        return AdagradState(count, total, hparams)
 
     def update(self, grads: Any, state: AdagradState, params: Any) -> tuple[Any, AdagradState]:
         eps, lr_decay, decay = self.hyper.values(state.hparams)
@@ -225,7 +226,7 @@ class _Adagrad:
 
     def fused(self, grads: Any, state: AdagradState, params: Any, skip: Tensor | None) -> Any:
         lists = kernels.columns(params, grads, state.total)
-        if not kernels.usable(self.hyper, state.hparams, lists[0], lists[2]):
+        if not kernels.usable(self.hyper, state.hparams, lists[0], lists[2], trial=_TRIAL):
             return plain_in_place(self.update, grads, state, params, skip)
         eps, lr_decay, decay = self.hyper.numbers(state.hparams)
         lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
@@ -245,3 +246,10 @@ class _Adagrad:
                 found_inf=found_inf,
             )
         return AdagradState(state.count, state.total, kernels.kept(state.hparams, hparams, skip))
+
+
+def _examples() -> list[_Adagrad]:
+    return [_Adagrad(Hyper(0.5, eps=0.25, lr_decay=0.5, weight_decay=0.25), 0.25)]
+
+
+_TRIAL = kernels.Trial(_examples)

@@ -16,6 +16,7 @@ from lumen.errors import ParamsError, UpdateInterceptedError
 from lumen.optim import lanes
 from lumen.optim.hyper import check_scalar as check_scalar
 from lumen.optim.kernels import alike, allowed, columns, eager
+from lumen.optim.numerics import NARROW, is_narrow, wide_dtype
 
 Params = Any
 State = Any
@@ -161,6 +162,13 @@ def clone(values: Any) -> Any:
     return tree.unflatten(spec, leaves)
 
 
+def wide_clone(params: Params) -> Params:
+    """A copy of `params`, of 16-bit ones in float32: what an average over steps begins with."""
+    if not is_narrow(params):
+        return clone(params)
+    return tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params)
+
+
 def matched(params: Params, grads: Any) -> list[list[Tensor]]:
     """The leaves of both in the same order; ParamsError where structures or shapes differ.
 
@@ -181,4 +189,6 @@ def can_fuse(params: Params, grads: Any) -> bool:
     if alike(params, grads):
         return eager()
     ps, gs = matched(params, grads)
-    return allowed(ps + gs) and [p.dtype for p in ps] == [g.dtype for g in gs]
+    return allowed(ps + gs) and all(
+        p.dtype == g.dtype or (p.dtype in NARROW and g.dtype == torch.float32) for p, g in zip(ps, gs, strict=True)
+    )

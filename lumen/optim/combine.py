@@ -14,10 +14,11 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import PatternError
-from lumen.optim.base import Transform, clone, needs
+from lumen.optim.base import Transform, clone, needs, plain_in_place
 from lumen.optim.hyper import children, learning_rate
 from lumen.optim.kernels import columns
 from lumen.optim.names import Pattern, dotted_names, matching
+from lumen.optim.numerics import is_narrow
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -44,22 +45,16 @@ def chain(*transforms: Transform) -> Transform:
         return tuple(transform.init_fn(params) for transform in transforms)
 
     def update(grads: Any, states: tuple[Any, ...], params: Any) -> tuple[Any, tuple[Any, ...]]:
-        new = []
-        for transform, old in zip(transforms, states, strict=True):
-            grads, after = transform.update_fn(grads, old, params)
-            new.append(after)
+        grads, new = _through(transforms, grads, states, params)
         return grads, tuple(new)
 
     def fused(grads: Any, states: tuple[Any, ...], params: Any, skip: Tensor | None) -> tuple[Any, ...]:
-        new = []
-        for transform, old in zip(transforms[:main], states[:main], strict=True):
-            grads, after = transform.update_fn(grads, old, params)
-            new.append(after if skip is None else tree.select(skip, old, after))
-        scales = [
-            transform.scale_fn(kept)
-            for transform, kept in zip(transforms[main + 1 :], states[main + 1 :], strict=True)
-            if transform.scale_fn is not None
-        ]
+        if main + 1 < len(transforms) and is_narrow(params):  # rescaled after they were rounded, small steps would go
+            return plain_in_place(update, grads, states, params, skip)  # type: ignore[no-any-return]
+        grads, new = _through(transforms[:main], grads, states[:main], params)
+        if skip is not None:
+            new = tree.select(skip, list(states[:main]), new)
+        scales = _scales(transforms[main + 1 :], states[main + 1 :])
         start = clone(params) if scales else None
         new.append(transforms[main].in_place(grads, states[main], params, skip))
         if start is not None:
@@ -68,6 +63,20 @@ def chain(*transforms: Transform) -> Transform:
 
     has_fused = bool(transforms) and transforms[main].fused_fn is not None
     return Transform(init, update, fused if has_fused else None, **needs(*transforms))
+
+
+def _through(transforms: Sequence[Transform], grads: Any, states: Sequence[Any], params: Any) -> tuple[Any, list[Any]]:
+    """The updates that come out of `transforms`, one after another, and their new states."""
+    new = []
+    for transform, old in zip(transforms, states, strict=True):
+        grads, after = transform.update_fn(grads, old, params)
+        new.append(after)
+    return grads, new
+
+
+def _scales(transforms: Sequence[Transform], states: Sequence[Any]) -> list[Tensor]:
+    pairs = zip(transforms, states, strict=True)
+    return [transform.scale_fn(kept) for transform, kept in pairs if transform.scale_fn is not None]
 
 
 def _shorten(start: Any, params: Any, scale: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import rules, world
 from lumen.core.dataclass import state, static
 from lumen.errors import HyperparameterError, PurityError
 from lumen.optim import kernels
@@ -42,7 +42,9 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Transfo
 
     Its numbers are bitwise torch's own. It runs in eager mode only, since such optimizers change tensors in
     place: not under `vmap`, `lm.compile` or differentiation. A learning rate lives in
-    `opt_state.hparams["lr"]` and may be a schedule.
+    `opt_state.hparams["lr"]` and may be a schedule. Gradients are laid out in memory as their params are, as autograd
+    lays out `.grad`. What the optimizer keeps has the dtype that it makes it in: torch's keep the moments of 16-bit
+    params in 16 bits, where means stop moving; `lm.optim.adamw` keeps them in float32.
 
     Args:
         optimizer: the class, of torch or of another library.
@@ -50,7 +52,7 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Transfo
 
     Raises:
         HyperparameterError: the class refuses the arguments, needs a closure, or keeps memory outside its
-            state.
+            state; or, at init, its fused kernel in this version of torch is wrong for the dtype of a param.
         PurityError: at an update that is traced, vmapped or differentiated.
 
     >>> import torch, lumen as lm
@@ -87,6 +89,7 @@ class _TorchRule:
 
     def init(self, params: Any) -> TorchState:
         """The memory's structure: torch makes it at the first step, so one is taken here, on copies."""
+        self._check_kernel(params)
         count, hparams = self.hyper.init({"cpu": torch.zeros(())})
         leaves, spec = tree.flatten(clone(params))
         _, lr = self._lr(count, hparams)
@@ -128,6 +131,23 @@ class _TorchRule:
         kept = [{key: _as_tensor(value) for key, value in memory.items()} for memory in memories]
         return TorchState(state.count + 1, tree.unflatten(spec, kept), hparams, state.numbers)
 
+    def _check_kernel(self, params: Any) -> None:
+        """Refuse a fused kernel that does not train the params."""
+        if not self.kwargs.get("fused") or world.is_planned():
+            return
+        for dtype, device in {(leaf.dtype, leaf.device): None for leaf in tree.leaves(params)}:
+            key = (self.optimizer, dtype, device.type)
+            if key not in _works:
+                _works[key] = _fused_works(self.optimizer, self.kwargs, dtype, device)
+            if not _works[key]:
+                name = self.optimizer.__name__
+                own = f" or lm.optim.{name.lower()}" if name.lower() in ("sgd", "adam", "adamw", "adagrad") else ""
+                raise HyperparameterError(
+                    f"from_torch({name}, fused=True): the fused kernel of torch {torch.__version__} gives wrong numbers"
+                    f" for {dtype} params on {device.type}. Write lm.optim.from_torch(torch.optim.{name}, fused=False,"
+                    f" ...){own}."
+                )
+
     def _lr(self, count: Tensor, hparams: HParams) -> tuple[HParams, float | None]:
         if not self.hyper.has_lr:
             return hparams, None
@@ -138,19 +158,55 @@ class _TorchRule:
         self, params: list[Tensor], grads: list[Tensor], memories: list[Memory] | None, lr: float | None
     ) -> list[Memory]:
         """One step of a fresh optimizer that is given the memory; params change in place."""
-        aliases = [p.detach() for p in params]  # the user's own tensors get no `.grad`
+        aliases = [_walkable(p.detach()) for p in params]  # the user's own tensors get no `.grad`
         for alias, grad in zip(aliases, grads, strict=True):
-            alias.grad = grad
+            alias.grad = _laid_out(grad, alias, alias.dtype)
         optimizer = _build(self.optimizer, aliases, self.kwargs, lr)
         if memories is not None:
-            optimizer.state.update(zip(aliases, memories, strict=True))
+            for alias, memory in zip(aliases, memories, strict=True):
+                optimizer.state[alias] = {
+                    k: _laid_out(v, alias, v.dtype) if isinstance(v, Tensor) and v.shape == alias.shape else v
+                    for k, v in memory.items()
+                }
         before = [_options(group) for group in optimizer.param_groups]
         optimizer.step()
         if [_options(group) for group in optimizer.param_groups] != before:
             raise HyperparameterError(
                 f"{self.optimizer.__name__} keeps memory in its param_groups, which cannot be carried in a pytree."
             )
+        for alias, param in zip(aliases, params, strict=True):
+            if alias.data_ptr() != param.data_ptr():
+                param.copy_(alias)
         return [dict(optimizer.state[alias]) for alias in aliases]
+
+
+_works: dict[tuple[Any, torch.dtype, str], bool] = {}  # for each optimizer, whether its fused kernel does
+
+
+def _fused_works(
+    optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a step by the fused kernel is one by plain operations in float64, for more entries than a few vectors."""
+    start = torch.linspace(-1.0, 1.0, 1031, dtype=torch.float64, device="cpu").to(device, dtype)
+    found, exact = start.clone(), start.double()
+    for param, fused in ((found, True), (exact, False)):
+        param.grad = 0.5 - param
+        _build(optimizer, [param], {**kwargs, "fused": fused}, 0.125).step()
+    tolerance = 4 * torch.finfo(dtype).eps
+    return torch.allclose(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def _walkable(leaf: Tensor) -> Tensor:
+    """`leaf`, or a copy of it without gaps or overlaps: fused kernels walk memory from its first entry on."""
+    dense = leaf.is_contiguous() or torch.empty_like(leaf).stride() == leaf.stride()
+    return leaf if dense else leaf.contiguous()
+
+
+def _laid_out(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` with the strides of `like`, in memory of its own where they differ."""
+    if value.stride() == like.stride() and value.dtype == dtype:
+        return value
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=value.device).copy_(value)
 
 
 def _build(

@@ -4,11 +4,17 @@ The fused CPU kernels walk memory from `data_ptr` and trust that every tensor of
 strides; on a transposed gradient they are silently wrong and on an expanded one they read past its end
 (torch 2.13). So gradients are made contiguous here, and where params or moments are not, a rule takes its
 plain lowering.
+
+They never see 16-bit tensors: moments are wider than such params, and of torch's own 16-bit kernels one skips most of
+what it is given (SGD on the CPU, torch 2.12 and 2.13). Such leaves are widened, some at a time, updated by the float32
+kernel and rounded once. What a fused kernel of the installed torch does to float32 and float64 is tried out before
+its first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -20,7 +26,9 @@ from lumen import tree
 from lumen.core import world
 from lumen.errors import ParamsError
 from lumen.optim.hyper import HParams, Hyper
-from lumen.optim.numerics import absent
+from lumen.optim.numerics import NARROW, absent, wide_dtype
+
+_AT_ONCE = 2**22  # entries that are widened at once
 
 
 def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
@@ -88,8 +96,10 @@ def alike(params: Any, grads: Any) -> bool:
     return True
 
 
-def usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
-    """Whether a fused kernel may run on these lists; if not, the caller takes its plain lowering."""
+def usable(
+    hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor], trial: Trial | None = None
+) -> bool:
+    """Whether a kernel may run on these lists; if not, the caller takes its plain lowering."""
     if not params:
         return False
     first = params[0]
@@ -103,24 +113,72 @@ def usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[
     for column in moments:
         if column and not (
             all(map(Tensor.is_contiguous, column))
-            and [m.dtype for m in column] == dtypes
+            and ((kinds := [m.dtype for m in column]) == dtypes or _meet_in_float32(dtypes, kinds))
             and [*map(Tensor.numel, column)] == sizes
         ):
             return False
-    return True
+    return trial is None or trial.passed({*dtypes}, first.device)
+
+
+def _meet_in_float32(params: list[torch.dtype], moments: list[torch.dtype]) -> bool:
+    """Whether each moment is as wide as its param, or both are computed with in float32."""
+    pairs = zip(params, moments, strict=True)
+    return all(p == m or (p in NARROW and wide_dtype(m) == torch.float32) for p, m in pairs)
+
+
+class Trial:
+    """Whether a fused kernel of the installed torch does what it should, tried on first use for each dtype and device.
+
+    `rules` are examples of rules whose fused lowering calls it. Two steps of each are compared with the plain lowering
+    in float64.
+    """
+
+    def __init__(self, rules: Callable[[], Iterable[Any]]) -> None:
+        self._rules = rules
+        self._results: dict[tuple[torch.dtype, str], bool] = {}
+
+    def passed(self, dtypes: Iterable[torch.dtype], device: torch.device) -> bool:
+        """Whether the kernel may be used for leaves of all these dtypes."""
+        return all(self._passed((dtype, device.type), device) for dtype in dtypes)
+
+    def _passed(self, key: tuple[torch.dtype, str], device: torch.device) -> bool:
+        result = self._results.get(key)
+        if result is None:
+            # A plan's tensors have no numbers, and a graph that is captured cannot wait for them.
+            if world.is_planned() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                return True
+            self._results[key] = result = True  # while it is tried
+            try:
+                result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
+            finally:
+                del self._results[key]
+            self._results[key] = result
+        return result
+
+
+def _works(rule: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    sizes = (1, 17, 4097)  # less than a vector of entries, one and a rest, many blocks and a rest
+    exact = {str(n): torch.linspace(-1.0, 1.0, n, dtype=torch.float64, device="cpu") for n in sizes}
+    grads = {name: 0.5 - p for name, p in exact.items()}
+    given = {name: g.to(device, dtype) for name, g in grads.items()}
+    params = {name: p.to(device, dtype, copy=True) for name, p in exact.items()}
+    state, exact_state = rule.init(params), rule.init(exact)
+    for _ in range(2):
+        state = rule.fused(given, state, params, None)
+        updates, exact_state = rule.update(grads, exact_state, exact)
+        exact = {name: p + updates[name] for name, p in exact.items()}
+    tolerance = math.sqrt(torch.finfo(dtype).eps)
+    return all(
+        torch.allclose(p.cpu().double(), exact[name], rtol=tolerance, atol=tolerance) for name, p in params.items()
+    )
 
 
 def foreach_usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
-    """Whether an in-place foreach lowering may run and pays: on the CPU, in float32 or float64.
+    """Whether an in-place foreach lowering may run and pays: on the CPU.
 
-    It takes its scalars as Python numbers, which elsewhere would wait for the device, and rounds after each
-    of its operations, which half types would feel.
+    It takes its scalars as Python numbers, which elsewhere would wait for the device.
     """
-    return (
-        usable(hyper, hparams, params, *moments)
-        and params[0].is_cpu
-        and {p.dtype for p in params} <= {torch.float32, torch.float64}
-    )
+    return usable(hyper, hparams, params, *moments) and params[0].is_cpu
 
 
 class Held:
@@ -138,13 +196,13 @@ class Held:
         self._flat = [leaf for column in lists for leaf in column]
 
     @classmethod
-    def of(cls, hyper: Hyper, state: Any, params: Any, *moments: Any) -> Held | None:
+    def of(cls, trial: Trial, hyper: Hyper, state: Any, params: Any, *moments: Any) -> Held | None:
         """What `state` remembers if it still holds, else what is found now; None where no kernel may run."""
         remembered: Held | None = state.__dict__.get(cls._KEY)
         if remembered is not None and remembered._holds(params, *moments):
             return remembered
         lists = columns(params, *moments)
-        if not usable(hyper, state.hparams, *lists):
+        if not usable(hyper, state.hparams, *lists, trial=trial):
             return None
         held = state.__dict__[cls._KEY] = cls(lists)
         return held
@@ -174,21 +232,52 @@ def batches(
 ) -> Iterator[tuple[Any, Sequence[list[Tensor]]]]:
     """`lists` cut into batches of one label, dtype and device of the first list, as `(label, lists)`.
 
-    `labels` is one label for all, or a list of one for each leaf.
+    The lists are params, grads and then moments. `labels` is one label for all, or a list of one for each leaf. For
+    16-bit params a batch is a copy in float32, which is written back, but for the grads, when the next is asked for.
     """
     first = lists[0]
     keys: list[Hashable] = [(leaf.dtype, leaf.get_device()) for leaf in first]
     if isinstance(labels, list):
         keys = list(zip(keys, labels, strict=True))
     elif keys.count(keys[0]) == len(keys):
-        yield labels, lists
+        if first[0].dtype in NARROW:
+            yield from _widened(labels, lists)
+        else:
+            yield labels, lists
         return
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     for indices in groups.values():
         label = labels[indices[0]] if isinstance(labels, list) else labels
-        yield label, [[column[i] for i in indices] if column else [] for column in lists]
+        batch = [[column[i] for i in indices] if column else [] for column in lists]
+        if batch[0][0].dtype in NARROW:
+            yield from _widened(label, batch)
+        else:
+            yield label, batch
+
+
+def _widened(label: Any, lists: Sequence[list[Tensor]]) -> Iterator[tuple[Any, Sequence[list[Tensor]]]]:
+    """`lists` in float32, some leaves at a time, and what the caller made of them, rounded, in their place."""
+    for some in _portions([leaf.numel() for leaf in lists[0]]):
+        part = [column[some] for column in lists]
+        wide = [[leaf.to(torch.float32) for leaf in column] for column in part]
+        yield label, wide
+        for place, (column, made) in enumerate(zip(part, wide, strict=True)):
+            changed = [(old, new) for old, new in zip(column, made, strict=True) if old is not new]
+            if changed and place != 1:
+                torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
+
+
+def _portions(sizes: list[int]) -> Iterator[slice]:
+    """Runs of leaves with no more than `_AT_ONCE` entries together, or of one leaf."""
+    begin = total = 0
+    for place, size in enumerate(sizes):
+        if place > begin and total + size > _AT_ONCE:
+            yield slice(begin, place)
+            begin, total = place, 0
+        total += size
+    yield slice(begin, len(sizes))
 
 
 def advance(count: Tensor, skip: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ def lion(
         betas: the share of the momentum in the step, and its decay rate; both in [0, 1).
         weight_decay: decay by `lr · weight_decay` at each step.
         decay_mask: which leaves decay, as in `adamw`.
-        moment_dtype: the dtype of the momentum; the params' own when None.
+        moment_dtype: the dtype of the momentum; when None the params' own, and float32 for 16-bit params.
 
     Raises:
         HyperparameterError: a value outside its range.

@@ -10,9 +10,9 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import StateError
-from lumen.optim.base import Transform, apply_updates, clone, needs
+from lumen.optim.base import Transform, needs, plain_in_place, wide_clone
 from lumen.optim.hyper import HParams, Hyper, check_count
-from lumen.optim.numerics import Coefficients, Scalar, widen, zip_map
+from lumen.optim.numerics import Coefficients, Scalar, is_narrow, wide_dtype, widen, zip_map
 
 
 @state
@@ -29,7 +29,7 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
     """Every `period` updates `slow <- slow + slow_step · (fast − slow)`, `fast <- slow` (Zhang et al., 2019).
 
     The params of the training state are the fast ones; evaluate with `lookahead_slow_params`, or at a
-    multiple of `period`, where both are equal.
+    multiple of `period`, where both are equal. The slow ones of 16-bit params are kept in float32.
 
     Args:
         inner: the fast optimizer.
@@ -53,7 +53,7 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
 
     def init(params: Any) -> LookaheadState:
         count, hparams = hyper.init(params)
-        return LookaheadState(count, clone(params), inner.init_fn(params), hparams)
+        return LookaheadState(count, wide_clone(params), inner.init_fn(params), hparams)
 
     def synchronised(count: Tensor, slow: Any, fast: Any, hparams: HParams) -> tuple[Any, Any]:
         due = count % period == 0
@@ -61,8 +61,8 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
 
         def leaf(fast: Tensor, slow: Tensor) -> tuple[Tensor, Tensor]:
             wide = widen(slow)
-            met = (wide + share.like(wide)[0] * (widen(fast) - wide)).to(slow.dtype)
-            return torch.where(due, met, fast), torch.where(due, met, slow)
+            met = wide + share.like(wide)[0] * (widen(fast) - wide)
+            return torch.where(due, met.to(fast.dtype), fast), torch.where(due, met.to(slow.dtype), slow)
 
         fast, slow = zip_map(leaf, fast, slow)
         return fast, slow
@@ -70,12 +70,15 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
     def update(grads: Any, state: LookaheadState, params: Any) -> tuple[Any, LookaheadState]:
         updates, new_inner = inner.update_fn(grads, state.inner, params)
         count = state.count + 1
-        fast, slow = synchronised(count, state.slow, apply_updates(params, updates), state.hparams)
+        fast = tree.map(lambda p, u: (p + u).to(wide_dtype(p.dtype)), params, updates)
+        fast, slow = synchronised(count, state.slow, fast, state.hparams)
         due = count % period == 0
         updates = tree.map(lambda f, p, u: torch.where(due, widen(f) - widen(p), widen(u)), fast, params, updates)
         return updates, LookaheadState(count, slow, new_inner, state.hparams)
 
     def fused(grads: Any, state: LookaheadState, params: Any, skip: Tensor | None) -> LookaheadState:
+        if is_narrow(params):  # the slow params go towards the fast ones as they are before these are rounded
+            return plain_in_place(update, grads, state, params, skip)  # type: ignore[no-any-return]
         new_inner = inner.in_place(grads, state.inner, params, skip)
         count = state.count + (1 if skip is None else ~skip)
         fast, slow = synchronised(count, state.slow, params, state.hparams)
@@ -88,8 +91,13 @@ def lookahead(inner: Transform, period: int = 6, slow_step: Scalar = 0.5) -> Tra
     return Transform(init, update, fused if inner.fused_fn is not None else None, **needs(inner))
 
 
-def lookahead_slow_params(opt_state: Any) -> Any:
+def lookahead_slow_params(opt_state: Any, params: Any = None) -> Any:
     """The slow params, for evaluation, of the `lookahead` optimizer in `opt_state`, which may be nested in a chain.
+
+    Args:
+        opt_state: the optimizer's state.
+        params: the training state's params: the slow ones come in their dtypes. Without them they come as they are
+            kept, those of 16-bit params in float32.
 
     Raises:
         StateError: there is none.
@@ -102,7 +110,8 @@ def lookahead_slow_params(opt_state: Any) -> Any:
     found = [s for s in tree.leaves(opt_state, is_leaf=_is_lookahead) if _is_lookahead(s)]
     if not found:
         raise StateError("lookahead_slow_params found no lookahead optimizer in this opt_state.")
-    return found[0].slow
+    slow = found[0].slow
+    return slow if params is None else tree.map(lambda s, p: s.to(p.dtype), slow, params)
 
 
 def _is_lookahead(node: Any) -> bool:

@@ -1,7 +1,9 @@
 """Scalars and leaves: the arithmetic that every rule here shares.
 
-A rule computes in its leaf's dtype, half types in float32, as torch's fused kernels do; only what it keeps is
-rounded. Scalars (learning rates, bias corrections) are 0-d float64 tensors until they meet a leaf.
+A rule computes in its leaf's dtype, 16-bit types in float32; only what it keeps is rounded. What a rule averages over
+steps (moments, momentum) it keeps in float32 for 16-bit params: there, a change of less than 1/256 of an entry would
+be rounded away, at each step anew. Scalars (learning rates, bias corrections) are 0-d float64 tensors until they meet
+a leaf.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lumen.core import rules
 Scalar = float | Tensor
 
 NO_FLOAT64 = {"mps"}  # types of devices
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -31,9 +34,19 @@ def time(count: Tensor) -> Tensor:
     return count.to(scalar_dtype(count.device))
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are averaged and computed with: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def widen(leaf: Tensor) -> Tensor:
     """`leaf` in at least float32."""
-    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+    return leaf.to(wide_dtype(leaf.dtype))
+
+
+def is_narrow(params: Any) -> bool:
+    """Whether a leaf is of 16 bits."""
+    return any(leaf.dtype in NARROW for leaf in tree.leaves(params))
 
 
 def widened(*leaves: Tensor | None) -> Any:
@@ -85,8 +98,8 @@ def one_minus_power(base: Scalar, count: Tensor) -> Tensor:
 
 
 def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
-    """Zeros in the shapes of `params`, in `dtype` or else the params' own dtypes."""
-    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype or p.dtype), params)
+    """Zeros in the shapes of `params`, in `dtype` or else in the params' dtypes, and at least float32."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype or wide_dtype(p.dtype)), params)
 
 
 def as_tree(values: Any, params: Any) -> Any:

@@ -10,16 +10,20 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dataclass import state
 from lumen.errors import HyperparameterError, StateError
-from lumen.optim.base import Transform, clone, needs
+from lumen.optim.base import Transform, needs, wide_clone
 from lumen.optim.hyper import HParams, Hyper, learning_rate
-from lumen.optim.numerics import Coefficients, Scalar, scalar_dtype, widen, zip_map
+from lumen.optim.numerics import Coefficients, Scalar, is_narrow, scalar_dtype, widen, zip_map
 
 
 @state
 class ScheduleFreeState:
-    """The base iterates `z`, the largest learning rate and the weights' sum so far, and the inner state."""
+    """The base iterates `z`, the largest learning rate and the weights' sum so far, and the inner state.
+
+    `x` is the average, in float32, where a param is of 16 bits; else it is empty, as params and `z` say what it is.
+    """
 
     z: Any
+    x: Any
     max_lr: Tensor
     weight_sum: Tensor
     inner: Any
@@ -32,7 +36,8 @@ def schedule_free(inner: Transform, beta: Scalar = 0.9, weight_power: Scalar = 2
     The params of the training state are `y`, where gradients are taken. With `γ` the inner learning rate's
     maximum so
     far: `z <- z + inner's update`, `x <- (1 − c) x + c z` with `c = γ^weight_power / Σ γ^weight_power`, and
-    `y <- β x + (1 − β) z`. `x` is not stored: `schedule_free_eval_params` recovers it for evaluation.
+    `y <- β x + (1 − β) z`. `x` is not stored: `schedule_free_eval_params` recovers it for evaluation. But where a param
+    is of 16 bits, `x` and `z` are kept in float32: recovered from a rounded `y`, the average would stand still.
 
     Args:
         inner: `sgd(lr)` or `adamw(lr, betas=(0.0, 0.999))`: `beta` stands in for its momentum. A learning
@@ -61,7 +66,8 @@ def schedule_free(inner: Transform, beta: Scalar = 0.9, weight_power: Scalar = 2
         zero = torch.zeros((), dtype=scalar_dtype(count.device), device=count.device)
         # evaluation needs beta beside the state, so it is there even when it is a constant
         hparams.setdefault("beta", zero + hyper("beta", hparams))
-        return ScheduleFreeState(clone(params), zero, zero.clone(), inner.init_fn(params), hparams)
+        average = wide_clone(params) if is_narrow(params) else ()
+        return ScheduleFreeState(wide_clone(params), average, zero, zero.clone(), inner.init_fn(params), hparams)
 
     def update(grads: Any, state: ScheduleFreeState, params: Any) -> tuple[Any, ScheduleFreeState]:
         updates, new_inner = inner.update_fn(grads, state.inner, params)
@@ -72,17 +78,16 @@ def schedule_free(inner: Transform, beta: Scalar = 0.9, weight_power: Scalar = 2
         share = torch.where(weight_sum > 0, weight / weight_sum, 0.0)  # 0/0 at a learning rate of 0
         scalars = Coefficients(hyper("beta", state.hparams), share)
 
-        def leaf(y: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            wide_y, wide_z = widen(y), widen(z)
-            beta, share = scalars.like(wide_y)
-            x = (wide_y - (1 - beta) * wide_z) / beta
-            new_z = (wide_z + u).to(z.dtype)
-            wide_z = widen(new_z)
-            x = (1 - share) * x + share * wide_z
-            return beta * x + (1 - beta) * wide_z - wide_y, new_z
+        def leaf(y: Tensor, z: Tensor, x: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            y = widen(y)
+            beta, share = scalars.like(y)
+            old_x = (y - (1 - beta) * z) / beta if x is None else x
+            new_z = (z + u).to(z.dtype)
+            new_x = (1 - share) * old_x + share * new_z
+            return beta * new_x + (1 - beta) * new_z - y, new_z, None if x is None else new_x
 
-        updates, z = zip_map(leaf, params, state.z, updates)
-        return updates, ScheduleFreeState(z, max_lr, weight_sum, new_inner, state.hparams)
+        updates, z, x = zip_map(leaf, params, state.z, state.x, updates)
+        return updates, ScheduleFreeState(z, x, max_lr, weight_sum, new_inner, state.hparams)
 
     return Transform(init, update, **needs(inner))
 
@@ -110,16 +115,22 @@ def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
     for part in found:
         scalars = Coefficients(part.hparams["beta"])
         if tree.structure(part.z) == tree.structure(params):
-            params = tree.map(lambda y, z, s=scalars: _average(y, z, s), params, part.z)
+            (params,) = zip_map(lambda y, z, x, s=scalars: (_average(y, z, x, s),), params, part.z, part.x)
         else:  # a part of a partition: its leaves by name
-            params = {name: _average(y, part.z[name], scalars) if name in part.z else y for name, y in params.items()}
+            x = part.x or {}
+            params = {
+                name: _average(y, part.z[name], x.get(name), scalars) if name in part.z else y
+                for name, y in params.items()
+            }
     return params
 
 
-def _average(y: Tensor, z: Tensor, scalars: Coefficients) -> Tensor:
+def _average(y: Tensor, z: Tensor, x: Tensor | None, scalars: Coefficients) -> Tensor:
+    if x is not None:
+        return x.to(y.dtype)
     wide_y = widen(y)
     (beta,) = scalars.like(wide_y)
-    return ((wide_y - (1 - beta) * widen(z)) / beta).to(y.dtype)
+    return ((wide_y - (1 - beta) * z) / beta).to(y.dtype)
 
 
 def _is_schedule_free(node: Any) -> bool:

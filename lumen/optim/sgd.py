@@ -118,7 +118,7 @@ class _SGD:
         lists = kernels.columns(params, grads, state.trace)
         # Only dampening makes the first step special, and the kernel takes "is first" as a Python flag.
         syncs = self.dampened and not state.count.is_cpu
-        if syncs or not kernels.usable(hyper, state.hparams, lists[0], lists[2]):
+        if syncs or not kernels.usable(hyper, state.hparams, lists[0], lists[2], trial=_TRIAL):
             return plain_in_place(self.update, grads, state, params, skip)
         momentum, dampening, decay = hyper.numbers(state.hparams)
         lr, hparams = hyper.eager_lr(state.count, state.hparams)
@@ -147,3 +147,13 @@ class _SGD:
         if self.hyper.is_zero("weight_decay"):
             return False
         return True if self.decay_mask is None else selected(self.decay_mask, params)
+
+
+def _examples() -> list[_SGD]:
+    return [
+        _SGD(Hyper(0.5, momentum=momentum, dampening=0.0, weight_decay=0.25), nesterov=False, decay_mask=None)
+        for momentum in (0.0, 0.5)
+    ]
+
+
+_TRIAL = kernels.Trial(_examples)

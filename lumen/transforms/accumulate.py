@@ -24,6 +24,7 @@ from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
 
 _NARROW = (torch.float16, torch.bfloat16)
 _GROUP = 16 * 2**20  # bytes of sums that are made at once
+Dtypes = list[torch.dtype] | None
 _FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
 
 
@@ -205,13 +206,16 @@ class _InParts:
             )
         call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
         in_place = self._adds_in_place(call)
-        total = (self._fitting if settings.auto and not rules.is_tracing() else self._total)(next, call, in_place)
+        take = self._fitting if settings.auto and not rules.is_tracing() else self._total
+        total, dtypes = take(next, call, in_place)
         if call.reduction is not None:
-            total = call.reduction.finish(total)
+            total, dtypes = call.reduction.finish(_rounded(total, dtypes)), None
+        if call.summed:
+            return _rounded(total, dtypes)
         own = in_place and call.reduction is None
-        return total if call.summed else gradient.normalized(total, own=own)
+        return _rounded(gradient.normalized(total, own=own), dtypes)
 
-    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
+    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
         """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
         settings = self.settings
         total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
@@ -230,7 +234,8 @@ class _InParts:
         assert total is not None
         return total
 
-    def _total(self, next: Next, call: GradientCall, in_place: bool) -> Gradient:
+    def _total(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
+        """The gradient of the sum, of 16-bit params in float32, and the dtypes that the parts' grads had."""
         self.tracker.begin()
         alone = call.replace(summed=True, reduction=None)
         pieces = self.settings.split(call)
@@ -240,13 +245,14 @@ class _InParts:
             most = self.settings.k or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
         elif in_place:
-            return self._in_place(next, calls)
+            return self._in_place(next, calls), None
         parts: list[Gradient] = []
         sums: list[Tensor] = []
         spec: tree.Spec | None = None
         for place, each in enumerate(calls):
             part: Gradient = next(each)
             grads, spec = tree.flatten(part.grads)
+            dtypes = [g.dtype for g in grads]
             part = part.replace(grads=None)  # so that each gradient goes once it has been added
             if place:
                 _add(sums, grads, own=place > 1)
@@ -257,7 +263,7 @@ class _InParts:
                 self.tracker.carry(part.aux)
         assert spec is not None
         total = rows.add_gradients(parts, self.tracker.origins)
-        return total.replace(grads=_like(spec.unflatten(sums), call.params))
+        return total.replace(grads=spec.unflatten(sums)), dtypes
 
     def _in_place(self, next: Next, calls: list[GradientCall]) -> Gradient:
         leaves, rebuild = gradient.flat(calls[0].params)
@@ -314,8 +320,12 @@ def _leading(leaves: list[Tensor]) -> int:
     return len(leaves)
 
 
-def _like(grads: Any, params: Any) -> Any:
-    return tree.map(lambda g, p: g.to(p.dtype), grads, params)
+def _rounded(total: Gradient, dtypes: Dtypes) -> Gradient:
+    """`total` with grads in these dtypes; as it is for None."""
+    if dtypes is None:
+        return total
+    grads, spec = tree.flatten(total.grads)
+    return total.replace(grads=spec.unflatten([g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

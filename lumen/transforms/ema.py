@@ -12,11 +12,12 @@ from lumen import tree
 from lumen.core.dataclass import state as state_class
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
+from lumen.optim.numerics import Coefficients, time, wide_dtype
 
 
 @state_class
 class Averaged:
-    """The slot of `ema`: the averaged `params`, and how many were averaged (int64 scalar)."""
+    """The slot of `ema`: the averaged `params`, at least in float32, and how many were averaged (int64 scalar)."""
 
     params: Any
     count: Tensor
@@ -29,6 +30,9 @@ class ema(Transform):
     `warmup`, the decay is at most `(1 + n) / (10 + n)` after n steps (as in TensorFlow's
     `ExponentialMovingAverage`). `decay=None` keeps the plain mean of all params seen (stochastic weight averaging,
     Izmailov et al. 2018). `start` counts the steps that pass before averaging begins.
+
+    The average of 16-bit params is kept in float32: in 16 bits it would not move, as a change of less than 1/256 of an
+    entry is rounded away. `lm.ema.params` casts it to the params' dtypes.
 
     Law: params, optimizer state and metrics are those of the step without it. Evaluate with
     `state.replace(params=lm.ema.params(state))`.
@@ -57,18 +61,18 @@ class ema(Transform):
 
     @staticmethod
     def params(state: Any) -> Mapping[str, Tensor]:
-        """The averaged params, with the structure of `state.params`."""
+        """The averaged params, with the structure and in the dtypes of `state.params`."""
         averaged: Averaged = slot(state, "ema")
-        return averaged.params  # type: ignore[no-any-return]
+        return tree.map(lambda a, p: a.to(p.dtype), averaged.params, state.params)  # type: ignore[no-any-return]
 
     def init(self, state: Any) -> Any:
-        """Add the slot: a copy of the params."""
+        """Add the slot: a copy of the params, of 16-bit ones in float32."""
 
         params = field_of(state, "params", self.name)
 
         def make() -> Averaged:
             count = torch.full((), -self.start, dtype=torch.int64, device=device_of(params))
-            return Averaged(tree.map(torch.clone, params), count)
+            return Averaged(tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params), count)
 
         return add_slot(state, self.name, make)
 
@@ -93,7 +97,7 @@ class ema(Transform):
 
     def _weight(self, count: Tensor) -> Tensor:
         """The share of the newest params; 1 until averaging has begun."""
-        n = count.clamp(min=1).to(torch.float32)
+        n = time(count.clamp(min=1))
         if self.decay is None:
             weight = 1.0 / n
         elif self.warmup:
@@ -106,4 +110,10 @@ class ema(Transform):
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
     held, spec = tree.flatten(old)
     target = tree.leaves(new)
-    return tree.unflatten(spec, [torch.lerp(a, b, weight.to(a.dtype)) for a, b in zip(held, target, strict=True)])
+    shares = Coefficients(weight)
+
+    def leaf(a: Tensor, b: Tensor) -> Tensor:
+        (share,) = shares.like(a)
+        return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), share)
+
+    return tree.unflatten(spec, [leaf(a, b) for a, b in zip(held, target, strict=True)])

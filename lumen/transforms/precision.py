@@ -19,6 +19,7 @@ from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_s
 from lumen.core.values import Mean
 from lumen.errors import HyperparameterError
 from lumen.optim.norms import leaf_norms
+from lumen.optim.numerics import wide_dtype, widen
 from lumen.transforms.autocast import NARROW, Autocast, explained, is_on
 from lumen.transforms.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms.matmul import PRECISIONS, float32_products
@@ -154,11 +155,15 @@ class precision(Transform):
         """Cast params, buffers and optimizer state to the policy's `param`; add the loss scale's slot."""
         dtype = self.policy.param
         if dtype is not None:
+            averages = wide_dtype(dtype)
             state = state.replace(
                 params=cast_all(state.params, dtype),
                 buffers=cast_all(state.buffers, dtype),
-                opt_state=tree.map(lambda x: cast(x, dtype) if x.dim() else x, state.opt_state),
+                opt_state=tree.map(lambda x: cast(x, averages) if x.dim() else x, state.opt_state),
             )
+            if "ema" in getattr(state, "slots", ()):
+                params = cast_all(state.slots["ema"].params, averages)
+                state = with_slot(state, "ema", state.slots["ema"].replace(params=params))
         if self.policy.loss_scale is None:
             return state
         device = device_of(state)
@@ -316,7 +321,8 @@ class _Scaling:
         scaled_loss.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
         answer: Gradient = next(call.replace(loss_fn=scaled_loss))
         inverse = 1.0 / self.scale
-        grads = tree.map(lambda g: g * inverse.to(g.device, g.dtype), answer.grads)
+        # Those of 16-bit params stay in float32: what had to be scaled to be seen there would be lost again.
+        grads = tree.map(lambda g: widen(g) * inverse.to(g.device, wide_dtype(g.dtype)), answer.grads)
         # Where params are kept on the host, so are their gradients, and flags; a scale lives with the loss.
         finite = leaf_norms(tree.leaves(grads)).isfinite().all().to(self.scale.device)
         self._flags.append(finite)

@@ -117,6 +117,27 @@ def test_saved_by_four_it_is_restored_by_any_number_under_any_strategy(level, wo
         assert_same(bits(again), wanted)
 
 
+def test_float32_averages_of_16_bit_params_are_cut_and_joined_as_they_are(worlds, tmp_path):
+    path, dtype = tmp_path / "first", torch.bfloat16
+    wanted = worlds(2).run(save_trained, path, "fsdp3", "deep", dtype)[0]
+    alone = lm.compose(*models.transforms(["ema", "donate"]))(models.step)
+    like, state = (alone.init(models.make_state("deep", dtype)) for _ in range(2))
+    assert_same(bits(lm.checkpoint.restore(path, like)), wanted)
+    for found in worlds(2).run(restore_under, path, "fsdp1", "deep", dtype):
+        assert_same(found, wanted)
+    for batch in models.batches(2, 8, dtype):
+        state, _ = alone(state, batch)
+    for name, leaf in bits(state).items():
+        assert wanted[name].dtype == leaf.dtype, name
+        torch.testing.assert_close(wanted[name], leaf, rtol=0.05, atol=0.02, msg=name)
+    exported = torch.load(
+        lm.checkpoint.export(path, tmp_path / "ema.pt", format="torch", what="ema"), weights_only=True
+    )
+    for name, averaged in lm.ema.params(lm.checkpoint.restore(path, like)).items():
+        assert averaged.dtype == dtype
+        assert torch.equal(exported[name], averaged)
+
+
 # ------------------------------------------------------------------------------------- any tree, cut in any way
 
 

@@ -154,3 +154,49 @@ def test_bad_arguments_are_refused(cls, kwargs, message):
 def test_memory_in_param_groups_is_refused():
     with pytest.raises(HyperparameterError, match="param_groups"):
         optim.from_torch(GroupMemory).init({"w": torch.zeros(2)})
+
+
+LAYOUTS = {
+    "transposed": lambda shape, seed: normal((shape[3], *shape[1:3], shape[0]), seed).transpose(0, 3),
+    "channels last": lambda shape, seed: normal(shape, seed).to(memory_format=torch.channels_last),
+    "expanded": lambda shape, seed: normal(shape[1:], seed).expand(shape),
+    "sliced": lambda shape, seed: normal((*shape[:3], 2 * shape[3]), seed)[..., ::2],
+    "contiguous": lambda shape, seed: normal(shape, seed),
+}
+
+
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_fused_optimizers_take_gradients_and_params_of_any_layout(cls):
+    """A fused kernel walks memory; what it is given is laid out as autograd lays out `.grad`."""
+    shape, base = (5, 3, 4, 6), torch.zeros(5, 3, 4, 12)
+    fused, by_hand = optim.from_torch(cls, lr=0.1, fused=True), optim.from_torch(cls, lr=0.1, foreach=False)
+    for layout in ("contiguous", "channels last", "transposed", "sliced"):
+        for other in LAYOUTS:
+            params = {"w": LAYOUTS[layout](shape, 0)}
+            if layout == "sliced":  # in the memory of others, who keep theirs
+                params = {"w": base.zero_()[..., ::2].copy_(params["w"])}
+            plain = {"w": params["w"].clone().contiguous()}
+            opt_state, plain_state = fused.init(params), by_hand.init(plain)
+            for step in range(3):
+                grads = {"w": LAYOUTS[other](shape, step + 1)}
+                opt_state = lm.tree.map(
+                    lambda x: x.clone(memory_format=torch.contiguous_format), opt_state
+                )  # as loaded
+                params, opt_state = fused.apply(grads, opt_state, params, donate=True)
+                plain, plain_state = by_hand.apply({"w": grads["w"].contiguous()}, plain_state, plain)
+            torch.testing.assert_close(params["w"], plain["w"], rtol=1e-5, atol=1e-6, msg=f"{layout}, {other}")
+            assert not base[..., 1::2].any()
+
+
+def test_a_fused_kernel_that_does_not_train_is_refused(monkeypatch):
+    monkeypatch.setattr("lumen.optim.interop._works", {})
+    params = {"w": torch.ones(64, dtype=torch.bfloat16)}
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: None)
+    with pytest.raises(HyperparameterError, match=r"fused kernel of torch .*bfloat16 params on cpu.*fused=False"):
+        optim.from_torch(torch.optim.SGD, lr=0.1, fused=True).init(params)
+    tx = optim.from_torch(torch.optim.SGD, lr=0.1, fused=False)
+    assert tx.apply(params, tx.init(params), params)[0]["w"].unique().item() == pytest.approx(0.9, abs=4e-3)

@@ -1,5 +1,6 @@
 """Laws that every optimizer keeps, in both of its lowerings."""
 
+import importlib
 import math
 import re
 
@@ -99,15 +100,150 @@ def test_both_lowerings_give_the_same_numbers(name, dtype, tolerance):
     assert_close(run(tx, dtype=dtype), run(plain(tx), dtype=dtype), tolerance)
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_both_lowerings_agree_in_bfloat16(name):
+LINKS = {"traced": 2, "clipped": 2}  # of a chain, which hand on gradients in their dtype
+DTYPES = {"half": torch.float16, "brain": torch.bfloat16, "single": torch.float32, "double": torch.float64}
+
+
+def leaf_of(shape, dtype, generator):
+    """Entries of size 0.1 and more: what a rule takes the sign of, or divides by, is no matter of rounding."""
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return (x + 0.1 * x.sign()).to(dtype)
+
+
+def leaves_of(seed, sizes):
+    """A vector of each size and a matrix, in each dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {f"v{n}.{{}}.bias": (n,) for n in sizes} | {"a.{}.weight": (5, 3)}
+    return {
+        name.format(key): leaf_of(shape, dtype, generator)
+        for key, dtype in DTYPES.items()
+        for name, shape in shapes.items()
+    }
+
+
+def strided_leaves(seed):
+    """Transposed, sliced and channels-last leaves in each dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = {}
+    for key, dtype in DTYPES.items():
+        leaves[f"a.{key}.weight"] = leaf_of((17, 15), dtype, generator).t()
+        leaves[f"b.{key}.weight"] = leaf_of((4, 34), dtype, generator)[:, ::2]
+        leaves[f"c.{key}.bias"] = leaf_of((2, 3, 4, 5), dtype, generator).to(memory_format=torch.channels_last)
+    return leaves
+
+
+def spaced(leaf):
+    """The same entries with gaps between them."""
+    return torch.stack([leaf, leaf], -1)[..., 0]
+
+
+def rounded_once(tx, params, all_grads):
+    """The params that `tx` leads to in float64, rounded to their dtypes after each step."""
+    exact = {name: p.double() for name, p in params.items()}
+    opt_state = tx.init(exact)
+    for grads in all_grads:
+        updates, opt_state = tx.update_fn({name: g.double() for name, g in grads.items()}, opt_state, exact)
+        exact = {name: (p + updates[name]).to(params[name].dtype).double() for name, p in exact.items()}
+    return exact
+
+
+def assert_rounded_once(found, exact, times=1):
+    """`times` is in how many places 16-bit numbers are rounded."""
+    for name, p in found.items():
+        eps = torch.finfo(p.dtype).eps
+        bound = (
+            times * eps * exact[name].abs().clamp(min=0.05)
+            if p.dtype.itemsize == 2
+            else 32 * eps * (1 + exact[name].abs())
+        )
+        wrong = (p.double() - exact[name]).abs() > bound
+        assert not wrong.any(), (name, int(wrong.sum()), (p.double() - exact[name]).abs().max().item())
+
+
+def train(tx, params, all_grads):
+    opt_state = tx.init(params)
+    for grads in all_grads:
+        params, opt_state = tx.apply(grads, opt_state, params)
+    return params
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_lowering_is_float64_rounded_once(name):
+    """Fused, foreach and plain; of any dtype, size and layout."""
     tx = make()[name]
-    params, opt_state = run(tx, 3, torch.bfloat16)
-    expected, expected_state = run(plain(tx), 3, torch.bfloat16)
-    assert lm.tree.structure(opt_state) == lm.tree.structure(expected_state)
-    for leaf, other in zip(params.values(), expected.values(), strict=True):
-        assert leaf.dtype is torch.bfloat16
-        torch.testing.assert_close(leaf, other, rtol=0.02, atol=0.02)
+    sizes = (1, 15, 16, 17, 64, 1000, 4097)
+    cases = [
+        (leaves_of(0, sizes), [{key: spaced(g) for key, g in leaves_of(s + 1, sizes).items()} for s in range(3)]),
+        (strided_leaves(0), [lm.tree.map(torch.Tensor.contiguous, strided_leaves(s + 1)) for s in range(3)]),
+    ]
+    for params, grads in cases:
+        exact = rounded_once(tx, params, grads)
+        for lowering in (tx, plain(tx)):
+            assert_rounded_once(train(lowering, params, grads), exact, LINKS.get(name, 1))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", [name for name in ALL if "schedule" not in name or name == "schedule_free"])
+def test_every_lane_is_float64_rounded_once(name, large, monkeypatch):
+    monkeypatch.setattr(by_lane, "_WORTH", 0 if large else 2**60)
+    tx = make()[name]
+    lanes = [leaves_of(seed, (17, 64)) for seed in (0, 10)]
+    grads = [[leaves_of(seed + s, (17, 64)) for s in (1, 2, 3)] for seed in (0, 10)]
+    stacked, *all_grads = [
+        {key: torch.stack([lane[key] for lane in each], -1) for key in lanes[0]}
+        for each in (lanes, *zip(*grads, strict=True))
+    ]
+    together = torch.func.vmap(lambda p, gs: train(tx, p, gs), in_dims=-1)(stacked, all_grads)
+    for i, lane in enumerate(lanes):
+        assert_rounded_once(
+            {key: p[i] for key, p in together.items()}, rounded_once(tx, lane, grads[i]), LINKS.get(name, 1)
+        )
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd nesterov", "lion", "rmsprop", "adagrad", "schedule_free"])
+def test_a_compiled_update_is_float64_rounded_once(name):
+    tx = make()[name]
+    params, *grads = [leaves_of(s, (17,)) for s in range(3)]
+    state = lm.TrainState.create(torch.nn.Linear(1, 1), tx).replace(params=params, opt_state=tx.init(params))
+    step = lm.compile(backend="eager")(lambda state, grads: (state.apply_gradients(grads), {}))
+    for each in grads:
+        state, _ = step(state, each)
+    assert_rounded_once(state.params, rounded_once(tx, params, grads))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module", "name"),
+    [
+        ("_fused_sgd_", "sgd", "sgd nesterov"),
+        ("_fused_adamw_", "adam", "adamw"),
+        ("_fused_adam_", "adam", "adam"),
+        ("_fused_adagrad_", "adaptive", "adagrad"),
+    ],
+)
+def test_a_fused_kernel_that_is_wrong_is_not_used(kernel, module, name, monkeypatch):
+    right = run(plain(make()[name]), 2)
+    # As torch's of 16-bit SGD, which leaves params alone.
+    monkeypatch.setattr(torch, kernel, lambda *args, **kwargs: None)
+    for trial in trials(importlib.import_module(f"lumen.optim.{module}")):
+        monkeypatch.setattr(trial, "_results", {})
+    assert_same(run(make()[name], 2), right)
+
+
+def trials(module):
+    return module._TRIALS.values() if hasattr(module, "_TRIALS") else [module._TRIAL]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_averaged_is_kept_in_float32(name):
+    """Of 16-bit params; of float64 params in float64."""
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        opt_state = make()[name].init(tensors(0, dtype))
+        if name != "adamw wide moments":
+            assert {leaf.dtype for leaf in lm.tree.tensors(opt_state) if leaf.dim()} <= {wide}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -268,11 +404,12 @@ def test_scalar_params_keep_their_dtype():
 def test_moments_in_another_dtype():
     params = {key: p.bfloat16() for key, p in tensors(0).items()}
     grads = {key: g.bfloat16() for key, g in tensors(1).items()}
-    tx = optim.adamw(0.01, moment_dtype=torch.float32)
-    for lowering in (tx, plain(tx)):
-        new, opt_state = lowering.apply(grads, lowering.init(params), params)
-        assert {leaf.dtype for leaf in lm.tree.leaves((opt_state.mu, opt_state.nu))} == {torch.float32}
-        assert {leaf.dtype for leaf in new.values()} == {torch.bfloat16}
+    for dtype in (torch.bfloat16, torch.float64):
+        tx = optim.adamw(0.01, moment_dtype=dtype)
+        for lowering in (tx, plain(tx)):
+            new, opt_state = lowering.apply(grads, lowering.init(params), params)
+            assert {leaf.dtype for leaf in lm.tree.leaves((opt_state.mu, opt_state.nu))} == {dtype}
+            assert {leaf.dtype for leaf in new.values()} == {torch.bfloat16}
 
 
 def test_bias_correction_keeps_its_digits():
