@@ -234,8 +234,11 @@ def _found(name: str) -> Any:
 
 def _sets(cls: type, attribute: str) -> bool:
     """Whether objects of this class have the attribute from when they are made."""
-    code = getattr(getattr(cls, "__init__", None), "__code__", None)
-    return code is not None and attribute in (*code.co_names, *code.co_consts)
+    begin = inspect.unwrap(getattr(cls, "__init__", object.__init__))  # DeepSpeed wraps that of nn.Module
+    code = getattr(begin, "__code__", None)
+    if code is not None and attribute in (*code.co_names, *code.co_consts):
+        return True
+    return cls is torch.nn.Module and hasattr(cls(), attribute)  # whose __init__ others replace
 
 
 # ---------------------------------------------------------------------------------------- process groups

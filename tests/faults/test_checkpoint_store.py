@@ -334,12 +334,9 @@ def test_files_of_another_length_or_order(saved, change):
             file.write_bytes(content[4096:8192] + content[:4096] + content[8192:])
         else:
             file.write_bytes({"truncated": content[:-1], "empty": b"", "longer": content + b"\0"}[change])
-        with pytest.raises((CorruptCheckpointError, CheckpointNotFoundError)) as caught:
+        with pytest.raises(CorruptCheckpointError) as caught:
             read_all(saved)
         assert (file.name if file == saved / header.FILE else str(file)) in str(caught.value)
-        assert isinstance(caught.value, CheckpointNotFoundError) == (
-            change == "missing" and file == saved / header.FILE
-        )
         file.write_bytes(content)
     read_all(saved)
 
@@ -391,8 +388,9 @@ def relisted(path):
 
 
 def test_a_newer_format_says_upgrade(saved):
-    forge(saved, format=lambda _: 3)
-    with pytest.raises(CheckpointFormatError, match="written by format 3, this Lumen reads up to 2: upgrade"):
+    newer = header.FORMAT + 1
+    forge(saved, format=lambda _: newer)
+    with pytest.raises(CheckpointFormatError, match=f"format {newer}, this Lumen reads up to {newer - 1}: upgrade"):
         checkpoint.metadata(saved)
 
 

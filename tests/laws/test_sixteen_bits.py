@@ -223,6 +223,7 @@ def half_policy(scale: float) -> lm.Policy:
     return lm.Policy(compute=torch.float32, loss_scale=scale)
 
 
+@pytest.mark.filterwarnings("ignore:.*never calls state.apply")  # what scales the loss is all that is asked of it
 @pytest.mark.parametrize(
     ("transforms", "size", "ulps"),
     [
