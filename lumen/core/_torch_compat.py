@@ -277,10 +277,10 @@ def _functions(names: Any) -> Iterator[FunctionType]:
 
 
 def _release_defaults(function: FunctionType) -> None:
-    defaults, named = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
-    if defaults and any(map(_is_group, defaults)):
+    defaults: tuple[Any, ...] = getattr(function, "__defaults__", None) or ()
+    named: dict[str, Any] = getattr(function, "__kwdefaults__", None) or {}
+    if any(map(_is_group, defaults)):
         function.__defaults__ = tuple(None if _is_group(each) else each for each in defaults)
-    named = named or {}
     for key in [key for key, each in named.items() if _is_group(each)]:
         named[key] = None
 

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -73,6 +74,8 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
     """
     found = _device(device)
     check_launcher()
+    if world.is_distributed() and not world.is_planned():
+        _at_exit(own=False)
     if world.is_distributed() or not launched():
         return found
     missing = [name for name in _NAMES if name not in os.environ]
@@ -94,7 +97,7 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
         world_size=size,
         device_id=found if found.type == "cuda" else None,
     )
-    atexit.register(leave_at_exit, os.getpid())
+    _at_exit(own=True)
     return found
 
 
@@ -103,21 +106,34 @@ def leave() -> None:
 
     Who holds a mesh of this world, or a step on one, can keep it, and is told so where it is used.
     """
+    _let_go(_destroy)
+
+
+def _let_go(*others: Callable[[], None]) -> None:
     with ExitStack() as last_first:  # all of it is done, whatever fails
         last_first.callback(gc.collect)  # frames of a step that failed refer to its groups, in cycles
         last_first.callback(groups.release_all)
-        last_first.callback(_destroy)
-        for each in groups.closables():
-            last_first.callback(each.close)
+        for each in (*others, *(thing.close for thing in groups.closables())):
+            last_first.callback(each)
 
 
-def leave_at_exit(process: int) -> None:
+_ends: set[int] = set()  # the worlds that are seen to as this process ends
+
+
+def _at_exit(own: bool) -> None:
+    """Have this world left as the process ends, or where it is not Lumen's `own`, our hold on it let go."""
+    if groups.world_number() not in _ends:
+        _ends.add(groups.world_number())
+        atexit.register(leave_at_exit, os.getpid(), own)
+
+
+def leave_at_exit(process: int, own: bool = True) -> None:
     """Leave the world of `process` as it ends: a fork of it has the groups, and not their threads."""
     if process != os.getpid():
         return
     _clear_frames(getattr(sys, "last_value", None))
-    leave()
-    if groups.survivors():
+    _let_go(*[_destroy] * own)
+    if groups.survivors() and not world.is_distributed():
         warnings.warn(
             f"torch's process groups {', '.join(groups.survivors())} are still referred to, so that their threads live"
             " on, and can abort this process as it ends. Keep the mesh, not what mesh.group(...) gives.",

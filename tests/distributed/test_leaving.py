@@ -20,6 +20,7 @@ from lumen.parallel import groups
 from lumen.parallel.launch import leave, leave_at_exit
 from lumen.parallel.ranks import Watch
 from lumen.train.everyone import Everyone
+from tests.distributed.leaving import threads
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -131,3 +132,13 @@ def test_a_world_that_was_destroyed_by_hand_counts_as_left(alone):
         with pytest.raises(WorldError, match="has left"):
             asked()
     assert lm.mesh(data=1, device="cpu").index("data") == 0
+
+
+def test_a_world_that_somebody_else_has_joined_is_left_to_them(alone):
+    held = lm.mesh(data=1, device="cpu"), lm.mesh(data=1, device="cpu").torch
+    assert "gloo_tcp_loop" in threads()
+    leave_at_exit(os.getpid(), own=False)
+    assert dist.is_initialized()
+    dist.destroy_process_group()
+    assert threads() == []
+    assert held

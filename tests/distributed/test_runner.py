@@ -275,7 +275,10 @@ def test_a_signal_to_one_ends_all_after_the_same_step_and_the_run_goes_on_bitwis
     assert stopped[0] == stopped[1]
     assert stopped[0][0] == 75
     assert 11 <= stopped[0][1] < 60
+    mark = lm.Checkpointer(tmp_path / "parts").interrupted
+    assert json.loads(mark.read_text()) == {"reason": "SIGTERM", "step": stopped[0][1]}
     found = world2.run(run_with_dropout, tmp_path / "parts")
+    assert not mark.exists()
     for (code, steps, state), (_, _, expected) in zip(found, wanted, strict=True):
         assert (code, steps) == (0, 60)
         assert all(torch.equal(state[name], expected[name]) for name in expected)
