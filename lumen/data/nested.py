@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -67,13 +67,14 @@ def _share(thing: Any) -> Share | None:
     for size_name, rank_name in _NAMES:
         size, rank = getattr(thing, size_name, None), getattr(thing, rank_name, None)
         if isinstance(size, int) and isinstance(rank, int):
-            repeats = (
-                max(0, thing.total_size - len(cast(Sized, thing.dataset)))
-                if isinstance(thing, DistributedSampler)
-                else 0
+            return Share(
+                type(thing).__name__, rank, size, _repeats(thing) if isinstance(thing, DistributedSampler) else 0
             )
-            return Share(type(thing).__name__, rank, size, repeats)
     return None
+
+
+def _repeats(sampler: Any) -> int:
+    return max(0, int(sampler.total_size) - len(sampler.dataset))
 
 
 def _inside(thing: Any) -> Iterator[Any]:

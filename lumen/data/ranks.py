@@ -124,6 +124,6 @@ def split_by_rank(source: Any) -> Any:
     mine = split(stream, rank, size)
     if stream is source:
         return mine
-    names: tuple[str, ...] = (*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order")
-    names += ("snapshot_every_n_steps",) if is_stateful_loader(source) else ()
+    names = [*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order"]
+    names += ["snapshot_every_n_steps"] if is_stateful_loader(source) else []
     return type(source)(mine, **{name: getattr(source, name) for name in names})

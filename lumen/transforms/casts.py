@@ -102,7 +102,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
     >>> map_tensors(Tensor.float, policy).base_dist.loc.dtype
     torch.float32
     """
-    return values if isinstance(values, str) else _Mapped(change)(values)
+    return _Mapped(change)(values)
 
 
 class _Mapped:
