@@ -114,9 +114,10 @@ def published():
         batch = part(batches(1, 8, torch.float32)[0], (4, 4), world.rank())
         if world.rank() == holder:
             batch["x"][1, 1] = math.nan
+        rows = lm.data.per_rank([batch])
         runner = lm.Runner(step, transforms=[lm.guard("skip"), ddp()], progress=False, log_every=1)
-        numbers = runner.fit(make_state("mlp", torch.float32), [batch], until=lm.Steps(1)).metrics
-        checked = lm.evaluate(lambda state, batch: step(state, batch)[1], make_state("mlp", torch.float32), [batch])
+        numbers = runner.fit(make_state("mlp", torch.float32), rows, until=lm.Steps(1)).metrics
+        checked = lm.evaluate(lambda state, batch: step(state, batch)[1], make_state("mlp", torch.float32), rows)
         found += [numbers["train/most"], numbers["train/least"], checked["most"], checked["least"]]
     return found
 

@@ -84,11 +84,11 @@ def plain(state):
     return {path: leaf.clone() for path, leaf in lm.tree.named_tensors(state)}
 
 
-def make_runner(directory, *, callbacks=(), **options):
+def make_runner(directory, *, best=("val/loss", "min"), callbacks=(), **options):
     return lm.Runner(
         step,
         transforms=[ddp(lm.mesh(device="cpu"))],
-        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=4), keep=2, best=("val/loss", "min")),
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=4), keep=2, best=best),
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl")],
         callbacks=callbacks,
         log_every=3,
@@ -172,7 +172,7 @@ def test_padded_batches_on_two_are_the_smaller_ones_on_one(world2, tmp_path):
 
 def run_for_tokens(directory):
     """Batches of 5 rows, cut into 3 and 2: alone, the processes would not end together."""
-    runner = make_runner(directory, tokens=lambda batch: 7 * len(batch["y"]))
+    runner = make_runner(directory, best=None, tokens=lambda batch: 7 * len(batch["y"]))
     result = runner.fit(make_state(), lm.Loader(columns(), batch_size=5, seed=2), until=lm.Tokens(400))
     return result.clock.step, result.clock.tokens, result.clock.rows
 
@@ -190,7 +190,7 @@ def evaluate_parts(sizes, with_lists):
     """Each process has its own number of batches, of its own sizes."""
     import torchmetrics
 
-    auroc = lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAUROC(CLASSES))
+    auroc = lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAUROC(CLASSES), logits=True)
 
     def measure(state, batch):
         logits, _ = state.apply(state.params, batch["x"])
@@ -414,7 +414,7 @@ def test_a_callback_of_one_process_ends_all(world2, tmp_path):
 
 def run_on_lists(directory):
     data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + world.rank()]
-    make_runner(directory).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
+    make_runner(directory, best=None).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
 
 
 def test_lists_of_different_lengths(world2, tmp_path):
