@@ -122,10 +122,11 @@ class Engine:
         self.params: dict[str, nn.Parameter] = {name: tables[name][0][tables[name][1]] for name in params}
         self.adapter = Adapter(list(self.params.values()))
         deepspeed = library(device)
-        with quiet():
+        with quiet(), _linear() as torchs:
             self.engine, *_ = deepspeed.initialize(
                 model=Root(net), optimizer=self.adapter, config=setup.config, dist_init_required=False
             )
+            self._linear = torchs["linear"]  # at stage 3, one of the engine's own
         self.optimizer = self.engine.optimizer
         # Looked up anew: at stage 3 the engine has put tables of its own in their place, which gather.
         self._net: nn.Module = self.engine.module.net
@@ -142,14 +143,14 @@ class Engine:
         """`run()` as the engine's forward pass."""
         self._inside = True
         try:
-            with quiet():
+            with quiet(), _linear(self._linear):
                 return self.engine(run)  # type: ignore[no-any-return]
         finally:
             self._inside = False
 
     def backward(self, objective: Tensor, last: bool) -> None:
         """Add the gradients of `objective`; after the `last` of an update they are joined over the processes."""
-        with quiet():
+        with quiet(), _linear(self._linear):  # what is recomputed runs here
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(objective, scale_wrt_gas=False)
             if not last:
@@ -231,6 +232,21 @@ class Engine:
         for part in (self.engine, self.optimizer, getattr(self.optimizer, "parameter_offload", None)):
             if part is not None:
                 _forget_groups(vars(part))
+
+
+@contextlib.contextmanager
+def _linear(function: Callable[..., Tensor] | None = None) -> Iterator[dict[str, Any]]:
+    """`torch.nn.functional` with this `linear` for a while; afterwards it has the one from before.
+
+    DeepSpeed's stage 3 puts a function of its own there for the rest of the process, which other steps must not meet.
+    """
+    names = vars(nn.functional)
+    before = names["linear"]
+    names["linear"] = function or before
+    try:
+        yield names
+    finally:
+        names["linear"] = before
 
 
 def _forget_groups(attributes: dict[str, Any]) -> None:
