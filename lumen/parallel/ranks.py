@@ -47,6 +47,7 @@ class Watch:
         self._interval = max(0.1, size / _STORES)
         self._wanted = False
         self._failed_itself = False
+        self._parted = False
         self._round = 0
         self._meet_at: int | None = None
         self._beats = 0
@@ -68,6 +69,22 @@ class Watch:
         if self._owner == os.getpid():  # a fork has no thread
             self._ended.wait(GRACE)  # an interrupted `Thread.join` takes the thread for ended (Python 3.11)
             self._thread.join(GRACE)
+            if self.failure is None and not self._failed_itself and not self._parted:
+                self._part()
+
+    def _part(self) -> None:
+        """Ask the store no more; rank 0, whose process may hold it, waits a while until nobody does.
+
+        Without torchrun, whose agent has the store, it ends with rank 0: a rank that had not yet read that all have
+        come to the end would take that for a failure.
+        """
+        self._parted = True
+        try:
+            self._store.add("parted", 1)
+            if self._rank == 0:
+                self._wait_for(lambda: self._store.add("parted", 0) >= self._size, GRACE)
+        except RuntimeError:  # it is gone already, and nobody waits for an answer
+            return
 
     # ---------------------------------------------------------------------------------------- meetings
 

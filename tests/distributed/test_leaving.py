@@ -84,6 +84,21 @@ def test_leaving_ends_a_watch_that_nobody_closed():
     watch.close()  # once more does nothing
 
 
+def test_the_rank_with_the_store_ends_after_those_that_ask_it():
+    """Without torchrun the store ends with rank 0, whose peers would take that for a failure."""
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    first, second = (Watch(store, rank, 2) for rank in (0, 1))
+    first.start()
+    second.start()
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    closing.join(1.0)
+    assert closing.is_alive()
+    second.close()
+    closing.join(3.0)
+    assert not closing.is_alive()
+
+
 def test_a_watch_ends_where_telling_of_the_failure_fails(monkeypatch):
     watch, _store = watched()
     everyone = Everyone(None)
