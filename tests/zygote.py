@@ -296,7 +296,6 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _fresh_random()
     sys.path[:0] = [each for each in request["env"].get("PYTHONPATH", "").split(os.pathsep) if each]
-    _coverage()
     _main(request["args"])
 
 
@@ -308,13 +307,6 @@ def _fresh_random() -> None:
 
     random.seed()
     np.random.seed()  # noqa: NPY002 (third-party code may still draw from it)
-
-
-def _coverage() -> None:
-    if "COVERAGE_PROCESS_START" in os.environ:
-        import coverage
-
-        coverage.process_startup(force=True)
 
 
 def _main(args: list[str]) -> None:

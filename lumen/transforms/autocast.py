@@ -121,7 +121,7 @@ def explained(transform: Any, why: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "double" in str(error).lower():
-            why = "autocast leaves float64 as it is. Give the model x.float()."
+            why = "autocast leaves float64 as it is. Give the model x.float(), or write cast='model'."
         if _MISMATCH.search(str(error)):
             error.add_note(f"Under {transform} the model met tensors of different dtypes: {why}")
         raise

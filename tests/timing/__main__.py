@@ -46,6 +46,7 @@ def _environment(log: Path, folder: Path) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     if os.environ.get("COVERAGE"):
         options = ["branch = true", "parallel = true", "source = lumen", "sigterm = true"]
+        options.append("patch = _exit, fork")  # forks end without Python's exit handlers
         settings = folder / "coveragerc"
         settings.write_text("\n".join(["[run]", *options, f"data_file = {folder / '.coverage'}"]))
         environment["COVERAGE_PROCESS_START"] = str(settings)
