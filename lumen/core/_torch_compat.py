@@ -102,6 +102,10 @@ _USES = (
     ),
     Use("torch.utils._python_dispatch.TorchDispatchMode", "to see every operation of a plan"),
     Use(
+        "torch.utils._python_dispatch._disable_current_modes",
+        "to try a kernel unseen by those who count operations or memory",
+    ),
+    Use(
         "torch.utils._pytree.tree_flatten torch.utils._pytree.tree_leaves torch.utils._pytree.tree_map"
         " torch.utils._pytree.tree_unflatten torch.utils._pytree.register_pytree_node torch.utils._pytree.GetAttrKey",
         "the trees that torch.func and torch.export know; Lumen's own dataclasses among them",

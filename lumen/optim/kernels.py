@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lumen import tree
@@ -149,7 +150,8 @@ class Trial:
                 return True
             self._results[key] = result = True  # while it is tried
             try:
-                result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
+                with _disable_current_modes():  # whoever counts operations or memory counts the user's
+                    result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
             finally:
                 del self._results[key]
             self._results[key] = result
