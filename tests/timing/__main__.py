@@ -45,7 +45,7 @@ def _environment(log: Path, folder: Path) -> dict[str, str]:
     environment["PATH"] = f"{HERE / 'bin'}:{os.environ['PATH']}"
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     if os.environ.get("COVERAGE"):
-        options = ["branch = true", "parallel = true", "source = lumen", "sigterm = true"]
+        options = ["branch = true", "parallel = true", f"source = {ROOT / 'lumen'}", "sigterm = true"]
         options.append("patch = _exit, fork")  # forks end without Python's exit handlers
         settings = folder / "coveragerc"
         settings.write_text("\n".join(["[run]", *options, f"data_file = {folder / '.coverage'}"]))
