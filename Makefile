@@ -23,6 +23,9 @@ ifneq ($(TORCH),$(shell printf '%s' '$(TORCH)' | grep -Ex '[0-9]+[.][0-9]+([.+][
 $(error TORCH=$(TORCH) is no version of torch. Write one out, as in: make test TORCH=2.14.1)
 endif
 
+# Kernels that DeepSpeed builds: beside the torch that they are built for, and apart from those of other runs.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+
 # One environment, filled as far as a target needs it. A stamp is as new as what it was made from.
 BASE  := $(VENV)/.base
 CORE  := $(VENV)/.core
