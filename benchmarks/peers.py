@@ -238,9 +238,9 @@ def _jax_gpt(params: Any, x: Any) -> Any:
         return x @ params[f"{name}.weight"] + params[f"{name}.bias"]
 
     def norm(name: str, x: Any) -> Any:
-        centred = x - x.mean(-1, keepdims=True)
-        scale = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return centred * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
+        centered = x - x.mean(-1, keepdims=True)
+        scale = jax.lax.rsqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+        return centered * scale * params[f"{name}.weight"] + params[f"{name}.bias"]
 
     x = params["embed.weight"][x] + params["place"]
     for i in range(4):

@@ -39,13 +39,13 @@ def svg(rows: Sequence[Row]) -> str:
 
 def _row(row: Row, y: int, low: float, high: float) -> Iterator[str]:
     ratio = row.ratio or 1.0
-    colour = OURS if row.ours else OTHERS
+    color = OURS if row.ours else OTHERS
     x = _x(ratio, low, high)
     yield _text(LEFT - 10, y + 4, row.variant, anchor="end")
     if row.low and row.high:
         start, end = _x(row.low, low, high), _x(row.high, low, high)
-        yield f'<path d="M{start:.1f} {y}H{end:.1f}" stroke="{colour}" stroke-width="5" stroke-opacity="0.45"/>'
-    yield f'<circle cx="{x:.1f}" cy="{y}" r="3.5" fill="{colour}"/>'
+        yield f'<path d="M{start:.1f} {y}H{end:.1f}" stroke="{color}" stroke-width="5" stroke-opacity="0.45"/>'
+    yield f'<circle cx="{x:.1f}" cy="{y}" r="3.5" fill="{color}"/>'
     yield _text(LEFT + ACROSS + RIGHT - 8, y + 4, f"{ratio:.2f}", anchor="end")
 
 

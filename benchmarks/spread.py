@@ -94,7 +94,7 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
         "torch DDP": torch_ddp,
         "torch DDP again": torch_ddp,
         "Lumen: ddp": lumen(lm.ddp),
-        "Lumen: ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, compress="bf16")),
+        "Lumen: ddp, bf16 on the wire": lumen(functools.partial(lm.ddp, reduce_dtype="bf16")),
     },
     "compiled": {
         "torch.compile(DDP)": torch_compiled,
@@ -106,7 +106,7 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
         "torch fully_shard": torch_fsdp,
         "torch fully_shard again": torch_fsdp,
         "Lumen: fsdp": lumen(lm.fsdp),
-        "Lumen: fsdp, level 2": lumen(functools.partial(lm.fsdp, level=2)),
+        "Lumen: fsdp, stage 2": lumen(functools.partial(lm.fsdp, stage=2)),
     },
 }
 

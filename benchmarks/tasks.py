@@ -45,7 +45,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block, normalised first."""
+    """A transformer block, normalized first."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

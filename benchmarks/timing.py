@@ -115,7 +115,7 @@ class Marked:
 def compare(task: Task, variants: list[Variant], *, rounds: int, steps: int) -> list[Found]:
     """Time every variant in `rounds` interleaved rounds, each next to the raw loop, which is `variants[0]`.
 
-    The ratios are those of such neighbours, so what slows the machine for a while slows both.
+    The ratios are those of such neighbors, so what slows the machine for a while slows both.
     """
     found = [Found(variant.label) for variant in variants]
     measures: list[Measure | None] = []

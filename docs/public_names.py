@@ -4,7 +4,7 @@ import griffe
 
 
 class PublicNames(griffe.Extension):
-    """Marks the names that each `__init__.py` re-exports, so that mkdocstrings lists them."""
+    """Marks the names in each package's `__all__`, so that mkdocstrings lists them."""
 
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
         """Visit the package just loaded, and the packages inside."""
@@ -13,7 +13,7 @@ class PublicNames(griffe.Extension):
             package = packages.pop()
             for name, member in package.members.items():
                 if member.is_alias:
-                    member.public = not name.startswith("_")
+                    member.public = name in (package.exports or ())
                 elif member.is_module and member.is_init_module:
                     packages.append(member)
 

@@ -8,7 +8,7 @@ Two views of an image (turned, sheared, shifted, a patch hidden) shall have alik
 loss compares the rows of a batch with each other (NT-Xent; Chen et al., 2020), so that it is another one where a batch
 is cut: under torchrun each process compares its own rows.
 
-The probe is a logistic regression on few labelled images.
+The probe is a logistic regression on few labeled images.
 
 Expected: the probe with 50 labels finds about 91% on the trained features, 87% on pixels, 84% on untrained features.
 """
@@ -37,7 +37,7 @@ class Config:
     batch_size: int = 256
     temperature: float = 0.2
     labels: int = 50
-    """Labelled images for the probe, equally many of each digit."""
+    """Labeled images for the probe, equally many of each digit."""
     lr: float = 4e-3
     seed: int = 0
     logdir: Path = Path("runs/contrastive")

@@ -9,7 +9,7 @@ reads them from the state. The teacher sees an image slightly turned and shifted
 the student shall say of the same image turned further and spoiled (Sohn et al., 2020). For comparison the same net is
 first trained on the labels alone.
 
-Expected: 84% of held-out digits are recognised, and 75% by the net that saw the labels alone. With so few labels much
+Expected: 84% of held-out digits are recognized, and 75% by the net that saw the labels alone. With so few labels much
 depends on which they are: --seed 1 gains one point only, 77% against 76%.
 """
 
@@ -111,7 +111,7 @@ def make_step(consistency: float):
             sure, guess = teacher.softmax(-1).max(-1)
             apart = lm.Mean.of(F.cross_entropy(student, guess, reduction="none") * (sure > CONFIDENT))
             total = lm.Mean(loss.total + weight * apart.total, loss.weight)
-            metrics = {"labelled": loss, "apart": apart, "sure": lm.Mean.of(sure > CONFIDENT)}
+            metrics = {"labeled": loss, "apart": apart, "sure": lm.Mean.of(sure > CONFIDENT)}
             return total, lm.Aux(metrics=metrics)
 
         (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)

@@ -1,13 +1,13 @@
 """Train on scikit-learn's handwritten digits with differential privacy, and say what was spent.
 
-    python examples/dp_sgd.py                 # about 10 seconds on 2 cores; needs lumen-torch[private]
+    python examples/dp_sgd.py                 # about 10 seconds on 2 cores; needs lumen-torch[dp-sgd]
     python examples/dp_sgd.py --noise 4 --steps 400 --logdir runs/dp_sgd_4
 
-DP-SGD (Abadi et al., 2016) is one transform, `lm.private`, round the step that trains without privacy, too. Batches are
+DP-SGD (Abadi et al., 2016) is one transform, `lm.dp_sgd`, round the step that trains without privacy, too. Batches are
 drawn as its accountant assumes: each row is in a batch with the same probability (Poisson sampling), so that batches
 differ in size. The draws are a function of the seed and the batch's number, so a run that goes on draws the same.
 
-Expected: 95% of held-out images are recognised at an epsilon of 5.3 (delta 1e-4), and 97% without privacy.
+Expected: 95% of held-out images are recognized at an epsilon of 5.3 (delta 1e-4), and 97% without privacy.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def sample_rate(data: Batch, config: Config) -> float:
 def main(config: Config) -> None:
     """Train with and without privacy, and compare."""
     logging.getLogger("absl").setLevel("ERROR")  # the accountant tells of each bound that it leaves out
-    private = lm.private(clip=config.clip, noise=config.noise, batch_size=config.batch_size)
+    private = lm.dp_sgd(clip=config.clip, noise=config.noise, batch_size=config.batch_size)
     found = train("private", [private], config)
     plain = train("plain", [], config)
     spent = private.epsilon(found.state, delta=config.delta, sample_rate=sample_rate(load(config.seed)[0], config))

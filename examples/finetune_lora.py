@@ -98,7 +98,7 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
     return {"loss": token_loss(state, state.params, batch)}
 
 
-def optimizer(lr: float, steps: int) -> lm.optim.Transform:
+def optimizer(lr: float, steps: int) -> lm.optim.GradientTransformation:
     """AdamW with warmup and a cosine."""
     schedule = lm.optim.warmup_cosine(lr, warmup=max(steps // 20, 1), steps=steps)
     return lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adamw(schedule, weight_decay=0.0))

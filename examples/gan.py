@@ -42,7 +42,7 @@ class Config:
     progress: Literal["auto", "bar", "lines"] = "auto"
 
 
-@lm.state
+@lm.dataclass
 class Game:
     """Two players, each with its params, optimizer and counter."""
 
@@ -54,7 +54,7 @@ def mlp(inside: int, width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inside, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
-def centres() -> Tensor:
+def centers() -> Tensor:
     """The middles [8, 2] of the Gaussians."""
     angles = torch.arange(MODES) * (2 * torch.pi / MODES)
     return 2 * torch.stack([angles.cos(), angles.sin()], -1)
@@ -63,7 +63,7 @@ def centres() -> Tensor:
 def load(seed: int, size: int = 25_600) -> Tensor:
     """Points [N, 2], equally many of each Gaussian."""
     spread = SPREAD * lm.random.normal(lm.random.key(seed), (size, 2))
-    return centres()[torch.arange(size) % MODES] + spread
+    return centers()[torch.arange(size) % MODES] + spread
 
 
 def draw(key: Tensor, rows: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def make_step(penalty: float):
 def eval_step(state: Game, rows: Tensor) -> dict[str, Tensor | lm.Mean]:
     """How many of the Gaussians are reached, and the share of points within four standard deviations of one."""
     points, _ = state.generator.apply(state.generator.params, draw(lm.random.key(0), rows))
-    distance, nearest = torch.cdist(points, centres()).min(-1)
+    distance, nearest = torch.cdist(points, centers()).min(-1)
     near = distance < 4 * SPREAD
     share = F.one_hot(nearest, MODES)[near].float().sum(0) / len(points)
     # Each Gaussian is an eighth of the data; one that gets less than a quarter of that counts as lost.

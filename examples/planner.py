@@ -119,7 +119,7 @@ def strategies(world: int) -> dict[str, tuple[lm.Transform, dict[str, int]]]:
     """Transforms, and the meshes that they are planned on, by name."""
     found: dict[str, tuple[lm.Transform, dict[str, int]]] = {
         "ddp": (lm.ddp(), {"data": world}),
-        "fsdp, optimizer only": (lm.fsdp(level=1), {"shard": world}),
+        "fsdp, optimizer only": (lm.fsdp(stage=1), {"shard": world}),
         "fsdp": (lm.fsdp(), {"shard": world}),
     }
     for parts in (64, 8):

@@ -139,7 +139,7 @@ def main(config: Config) -> lm.Result:
     """Train, and see how long the poles stay up."""
     torch.manual_seed(config.seed)
     steps = config.updates
-    tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adam(lm.optim.linear(config.lr, 0.0, steps)))
+    tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adam(lm.optim.linear(config.lr, steps, 0.0)))
     state = lm.TrainState.create(ActorCritic(), tx, seed=config.seed)
     # Each epoch is one batch with the same seeds: what differs from step to step is the key of the state.
     loader = lm.Loader(torch.arange(config.carts), batch_size=config.carts, shuffle=False)

@@ -1,4 +1,4 @@
-"""Train a variational autoencoder on scikit-learn's handwritten digits (1,797 images of 8x8 pixels, 17 levels of grey).
+"""Train a variational autoencoder on scikit-learn's handwritten digits (1,797 images of 8x8 pixels, 17 levels of gray).
 
     python examples/vae.py                    # about 20 seconds on 2 cores
     python examples/vae.py --latent 2 --epochs 60 --logdir runs/vae_2d
@@ -85,7 +85,7 @@ def elbo(logits: Tensor, mean: Tensor, log_variance: Tensor, images: Tensor) -> 
 
 
 def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-    """Maximise the ELBO."""
+    """Maximize the ELBO."""
 
     def loss_fn(params, batch):
         out, _ = state.apply(params, batch["image"], state.key, batch["row"])

@@ -3,95 +3,150 @@
 Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, or let a `Runner` drive it.
 """
 
-from lumen import bridges as bridges
-from lumen import checkpoint as checkpoint
-from lumen import metrics as metrics
-from lumen import optim as optim
-from lumen import parallel as parallel
-from lumen import random as random
-from lumen import sinks as sinks
-from lumen import tree as tree
-from lumen.bridges.quantise import quantise as quantise
-from lumen.core import rules as rules
-from lumen.core.collectives import all_gather as all_gather
-from lumen.core.collectives import axis_index as axis_index
-from lumen.core.collectives import pmax as pmax
-from lumen.core.collectives import pmean as pmean
-from lumen.core.collectives import pmin as pmin
-from lumen.core.collectives import psum as psum
-from lumen.core.dataclass import state as state
-from lumen.core.dataclass import static as static
-from lumen.core.flops import flops_of as flops_of
-from lumen.core.flops import peak_flops as peak_flops
-from lumen.core.gradient import value_and_grad as value_and_grad
-from lumen.core.inspect import check_purity as check_purity
-from lumen.core.inspect import inspect as inspect
-from lumen.core.module import Apply as Apply
-from lumen.core.module import Pure as Pure
-from lumen.core.module import pure as pure
-from lumen.core.primitives import Aux as Aux
-from lumen.core.primitives import apply_updates as apply_updates
-from lumen.core.rules import Primitive as Primitive
-from lumen.core.state import TrainState as TrainState
-from lumen.core.step import Step as Step
-from lumen.core.step import Transform as Transform
-from lumen.core.step import compose as compose
-from lumen.core.values import Last as Last
-from lumen.core.values import Max as Max
-from lumen.core.values import Mean as Mean
-from lumen.core.values import Min as Min
-from lumen.core.values import Sum as Sum
-from lumen.core.values import Value as Value
-from lumen.core.values import compute_metrics as compute_metrics
-from lumen.core.values import merge_metrics as merge_metrics
-from lumen.core.world import rank as rank
-from lumen.core.world import world_size as world_size
-from lumen.data import Loader as Loader
-from lumen.errors import DonatedError as DonatedError
-from lumen.errors import GraphBreakWarning as GraphBreakWarning
-from lumen.errors import InexactWarning as InexactWarning
-from lumen.errors import LumenError as LumenError
-from lumen.errors import NonFiniteError as NonFiniteError
-from lumen.parallel.ddp import ddp as ddp
-from lumen.parallel.deepspeed import deepspeed as deepspeed
-from lumen.parallel.fsdp import fsdp as fsdp
-from lumen.parallel.mesh import mesh as mesh
-from lumen.parallel.plan import plan as plan
-from lumen.parallel.tensor import tensor_parallel as tensor_parallel
-from lumen.train.callbacks import Callback as Callback
-from lumen.train.callbacks import View as View
-from lumen.train.checkpointer import Checkpointer as Checkpointer
-from lumen.train.clock import Epochs as Epochs
-from lumen.train.clock import Every as Every
-from lumen.train.clock import Seconds as Seconds
-from lumen.train.clock import Steps as Steps
-from lumen.train.clock import Tokens as Tokens
-from lumen.train.early_stop import EarlyStop as EarlyStop
-from lumen.train.fit import Result as Result
-from lumen.train.lr_find import Finding as Finding
-from lumen.train.lr_find import lr_find as lr_find
-from lumen.train.predict import predictions as predictions
-from lumen.train.profile import Profile as Profile
-from lumen.train.replay import replay as replay
-from lumen.train.runner import Runner as Runner
-from lumen.train.signals import Interrupted as Interrupted
-from lumen.train.summary import Summary as Summary
-from lumen.train.summary import summary as summary
-from lumen.train.validate import Validate as Validate
-from lumen.train.validate import evaluate as evaluate
-from lumen.transforms.accumulate import accumulate as accumulate
-from lumen.transforms.clip import clip as clip
-from lumen.transforms.compile import compile as compile  # noqa: A004
-from lumen.transforms.donate import donate as donate
-from lumen.transforms.ema import ema as ema
-from lumen.transforms.ensemble import ensemble as ensemble
-from lumen.transforms.ensemble import sweep as sweep
-from lumen.transforms.guard import guard as guard
-from lumen.transforms.precision import Policy as Policy
-from lumen.transforms.precision import precision as precision
-from lumen.transforms.private import private as private
-from lumen.transforms.quantised import quantised as quantised
-from lumen.transforms.remat import remat as remat
-from lumen.transforms.seeded import seeded as seeded
-from lumen.transforms.unroll import stack as stack
-from lumen.transforms.unroll import unroll as unroll
+from lumen import bridges, checkpoint, data, extend, metrics, optim, parallel, planner, random, sinks, tree
+from lumen.bridges.quantize import quantize
+from lumen.core.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
+from lumen.core.distributed import rank, world_size
+from lumen.core.flops import flops_of, peak_flops
+from lumen.core.gradient import value_and_grad
+from lumen.core.inspect import check_purity, inspect
+from lumen.core.metrics import Last, Max, Mean, Metric, Min, Sum, compute_metrics, merge_metrics
+from lumen.core.module import Apply, Pure, pure
+from lumen.core.primitives import Aux, apply_gradients
+from lumen.core.pytree_dataclass import dataclass, static
+from lumen.core.state import TrainState
+from lumen.core.step import Step, Transform, compose
+from lumen.data import Loader
+from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.ddp.ddp import ddp
+from lumen.parallel.deepspeed.deepspeed import deepspeed
+from lumen.parallel.fsdp.fsdp import fsdp
+from lumen.parallel.tensor.tensor_parallel import tensor_parallel
+from lumen.planner.plan import plan
+from lumen.train.callbacks import Callback, CallbackContext
+from lumen.train.checkpointer import Checkpointer
+from lumen.train.clock import Epochs, Every, Seconds, Steps, Tokens
+from lumen.train.early_stop import EarlyStop
+from lumen.train.loop import Result
+from lumen.train.lr_find import LRFinderResult, lr_find
+from lumen.train.predict import predict
+from lumen.train.profile import Profile
+from lumen.train.replay import replay
+from lumen.train.runner import Runner
+from lumen.train.signals import Interrupted
+from lumen.train.summary import Summary, summary
+from lumen.train.validate import Validate, evaluate
+from lumen.transforms._accumulate import accumulate
+from lumen.transforms._clip import clip
+from lumen.transforms._compile import compile  # noqa: A004
+from lumen.transforms._donate import donate
+from lumen.transforms._dp_sgd import dp_sgd
+from lumen.transforms._ema import ema
+from lumen.transforms._ensemble import ensemble, sweep
+from lumen.transforms._guard import guard
+from lumen.transforms._precision import Policy, precision
+from lumen.transforms._quantized_matmul import quantized_matmul
+from lumen.transforms._remat import remat
+from lumen.transforms._seeded import seeded
+from lumen.transforms._unroll import stack, unroll
+
+__all__ = [
+    "Apply",
+    "Aux",
+    "Callback",
+    "CallbackContext",
+    "Checkpointer",
+    "DonatedError",
+    "EarlyStop",
+    "Epochs",
+    "Every",
+    "GraphBreakWarning",
+    "InexactWarning",
+    "Interrupted",
+    "LRFinderResult",
+    "Last",
+    "Loader",
+    "LumenError",
+    "Max",
+    "Mean",
+    "Metric",
+    "Min",
+    "NonFiniteError",
+    "Policy",
+    "Profile",
+    "Pure",
+    "Result",
+    "Runner",
+    "Seconds",
+    "Step",
+    "Steps",
+    "Sum",
+    "Summary",
+    "Tokens",
+    "TrainState",
+    "Transform",
+    "Validate",
+    "accumulate",
+    "all_gather",
+    "apply_gradients",
+    "axis_index",
+    "bridges",
+    "check_purity",
+    "checkpoint",
+    "clip",
+    "compile",
+    "compose",
+    "compute_metrics",
+    "data",
+    "dataclass",
+    "ddp",
+    "deepspeed",
+    "donate",
+    "dp_sgd",
+    "ema",
+    "ensemble",
+    "evaluate",
+    "extend",
+    "flops_of",
+    "fsdp",
+    "guard",
+    "inspect",
+    "lr_find",
+    "merge_metrics",
+    "mesh",
+    "metrics",
+    "optim",
+    "parallel",
+    "peak_flops",
+    "plan",
+    "planner",
+    "pmax",
+    "pmean",
+    "pmin",
+    "precision",
+    "predict",
+    "psum",
+    "pure",
+    "quantize",
+    "quantized_matmul",
+    "random",
+    "rank",
+    "remat",
+    "replay",
+    "seeded",
+    "sinks",
+    "stack",
+    "static",
+    "summary",
+    "sweep",
+    "tensor_parallel",
+    "tree",
+    "unroll",
+    "value_and_grad",
+    "world_size",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,7 +16,7 @@ class LossError(LumenError, ValueError):
 
 
 class ParamsError(LumenError, ValueError):
-    """Params or a module that cannot be trained: integer, uninitialised, missing or unexpected leaves."""
+    """Params or a module that cannot be trained: integer, uninitialized, missing or unexpected leaves."""
 
 
 class StepError(LumenError, TypeError):

@@ -110,7 +110,9 @@ def first_tensor(tree: Any) -> Tensor | None:
     return next((found for child in children if (found := first_tensor(child)) is not None), None)
 
 
-CHILDREN: dict[type, Callable[[Any], tuple[Any, ...]]] = {}  # of the registered dataclasses; see lumen.core.dataclass
+CHILDREN: dict[
+    type, Callable[[Any], tuple[Any, ...]]
+] = {}  # of the registered dataclasses; see lumen.core.pytree_dataclass
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 
 

@@ -66,7 +66,7 @@ def packages() -> None:
         raise BrokenError(f"{', '.join(lacking)} not installed: make distclean test, which makes the environment anew")
     try:
         import lumen
-        from lumen.cli import installed
+        from lumen.cli.doctor import packages as installed
     except Exception as error:
         said = " ".join(str(error).split())
         raise BrokenError(
@@ -82,7 +82,7 @@ def packages() -> None:
 
 def launcher() -> None:
     """Whether the tests are no launcher's children: each would take itself for one process of several."""
-    from lumen.cli.children import LAUNCHER
+    from lumen.cli.subprocesses import LAUNCHER
 
     told = [name for name in LAUNCHER if name in os.environ]
     if told:
@@ -136,7 +136,7 @@ def space(places: Iterable[tuple[Path, int, str]] | None = None) -> None:
 
 def locks() -> None:
     """Whether a build of a kernel that was cut off has left a lock, for which tests would wait without end."""
-    from lumen.parallel.deepspeed_engine import stale_locks
+    from lumen.parallel.deepspeed.engine import stale_locks
 
     left = stale_locks()
     if left:

@@ -41,11 +41,11 @@ def picture() -> str:
     for place, (name, call, rules, base) in enumerate(
         [
             ("P0 apply", "state.apply", "precision, remat, tensor_parallel, fsdp", "module as a function"),
-            ("P1 gradient", "lm.value_and_grad", "ddp, fsdp, accumulate, private, precision", "gradient engine"),
+            ("P1 gradient", "lm.value_and_grad", "ddp, fsdp, accumulate, dp_sgd, precision", "gradient engine"),
             (
                 "P2 update",
                 "state.apply_gradients",
-                "guard, clip, private, precision, donate",
+                "guard, clip, dp_sgd, precision, donate",
                 "optimizer: plain or fused",
             ),
         ]

@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Two convolutions, each normalised in groups of channels, and a linear head."""
+    """Two convolutions, each normalized in groups of channels, and a linear head."""
 
     def __init__(self, width: int = 32, dropout: float = 0.2) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> float:
-    """Train as the configuration says; the validation accuracy, which a sweeper may maximise."""
+    """Train as the configuration says; the validation accuracy, which a sweeper may maximize."""
     torch.manual_seed(config.seed)
     rundir = Path(HydraConfig.get().runtime.output_dir)
     train_set, val_set = load(config.seed)

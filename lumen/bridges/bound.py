@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lumen.core.module import places_of, skeleton_of
+from lumen.core.module import param_slots, skeleton_of
 from lumen.errors import ParamsError
 
 
@@ -28,7 +28,7 @@ def module(state: Any) -> nn.Module:
     held = {**state.params, **state.buffers}
     parameters: dict[str, nn.Parameter] = {}
     found: list[tuple[dict[str, Any], str, Any]] = []
-    for table, key, name in places_of(made):
+    for table, key, name in param_slots(made):
         tensor = held.get(name)
         if tensor is None or tensor.shape != table[key].shape:
             raise _not_whole(name, table[key], tensor)

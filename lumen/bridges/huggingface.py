@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen.bridges import lora
-from lumen.checkpoint.writing import TEMPORARY
+from lumen.checkpoint._save import TEMPORARY
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError
 
 _SHOWN = 6  # names that a message lists

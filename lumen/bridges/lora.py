@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen.bridges.bound import module as bound
-from lumen.core.module import places_of
+from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
-from lumen.optim.names import Pattern, matching
-from lumen.parallel.tensor_cut import is_transposed
+from lumen.optim._param_names import Pattern, matching
+from lumen.parallel.tensor.layout import is_transposed
 
 _NAMES = ("lora_a", "lora_b")
 
@@ -160,7 +160,7 @@ def _picked(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) 
 
 
 def _check(module: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    places = places_of(module)
+    places = param_slots(module)
     shared = {name for name, count in Counter(name for _, _, name in places).items() if count > 1}
     owners = {id(sub._parameters): prefix for prefix, sub in module.named_modules()}
     tied = {owners[id(table)] for table, _, name in places if name in shared and id(table) in owners}

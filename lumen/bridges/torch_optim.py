@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lumen.errors import HyperparameterError
 from lumen.optim import adagrad, adam, adamw, chain, freeze, from_torch, partition, reduce_on_plateau, rmsprop, sgd
-from lumen.optim.base import Transform
+from lumen.optim._base import GradientTransformation
 
-_OURS: dict[type, tuple[Callable[..., Transform], frozenset[str]]] = {
+_OURS: dict[type, tuple[Callable[..., GradientTransformation], frozenset[str]]] = {
     torch.optim.SGD: (sgd, frozenset({"momentum", "dampening", "weight_decay", "nesterov"})),
     torch.optim.Adam: (adam, frozenset({"betas", "eps", "weight_decay", "amsgrad"})),
     torch.optim.AdamW: (adamw, frozenset({"betas", "eps", "weight_decay", "amsgrad"})),
@@ -27,7 +27,7 @@ _HOW = ("foreach", "fused", "capturable")  # options that say how torch computes
 class Configured(NamedTuple):
     """An optimizer, and the metric that its `reduce_on_plateau` watches."""
 
-    tx: Transform
+    tx: GradientTransformation
     monitor: str | None
 
 
@@ -137,7 +137,7 @@ def _config(found: Any, monitor: str | None = None) -> dict[str, Any] | None:
     return config
 
 
-def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], rate: Any) -> Transform:
+def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], rate: Any) -> GradientTransformation:
     """The rule for one group of params."""
     options = _options(optimizer, group)
     made, taken = _OURS.get(type(optimizer), (None, frozenset()))
@@ -189,7 +189,7 @@ def _options(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict
     return {key: group[key] for key in optimizer.defaults if key not in apart}
 
 
-def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Transform:
+def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> GradientTransformation:
     """ReduceLROnPlateau's rule, in units of the learning rate."""
     scheduler = config["scheduler"]
     if config["interval"] != "epoch" or config["frequency"] != 1:

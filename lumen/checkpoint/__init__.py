@@ -1,10 +1,23 @@
 """Checkpoints in Orbax's format: written in the background, complete or invisible, checked when they are read."""
 
-from lumen.checkpoint import rng as rng
-from lumen.checkpoint.convert import export as export
-from lumen.checkpoint.matching import restore as restore
-from lumen.checkpoint.reading import listed as listed
-from lumen.checkpoint.reading import load as load
-from lumen.checkpoint.reading import metadata as metadata
-from lumen.checkpoint.store import Store as Store
-from lumen.checkpoint.writing import save as save
+from lumen.checkpoint import rng
+from lumen.checkpoint._export import export
+from lumen.checkpoint._load import listed, load, metadata
+from lumen.checkpoint._restore import restore
+from lumen.checkpoint._save import save
+from lumen.checkpoint.store import Store
+
+__all__ = [
+    "Store",
+    "export",
+    "listed",
+    "load",
+    "metadata",
+    "restore",
+    "rng",
+    "save",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

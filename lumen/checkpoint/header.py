@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 
 from lumen.checkpoint import dtypes
-from lumen.checkpoint.host import PACK, Row
 from lumen.checkpoint.leaves import ARRAYS, decode, name_of
+from lumen.checkpoint.snapshot import PACK, LeafRecord
 from lumen.errors import CheckpointError, CheckpointFormatError, CorruptCheckpointError
 
 FORMAT = 3  # the newest
@@ -38,12 +38,12 @@ class Header:
     """The header of a checkpoint, checked."""
 
     fields: dict[str, Any]  # everything as it stands in the file
-    rows: list[Row]
+    rows: list[LeafRecord]
     files: Files
-    packs: list[Row]  # arrays that hold many of the rows
+    packs: list[LeafRecord]  # arrays that hold many of the rows
 
 
-def dump(rows: list[Row], files: Files, **fields: Any) -> str:
+def dump(rows: list[LeafRecord], files: Files, **fields: Any) -> str:
     """The text of a header."""
     packs = _packs_to_json(rows)
     content = {
@@ -116,7 +116,7 @@ def _digest(content: Any) -> str:
 # --------------------------------------------------------------------------------------------------- rows
 
 
-def _row_to_json(row: Row) -> dict[str, Any]:
+def _row_to_json(row: LeafRecord) -> dict[str, Any]:
     entry: dict[str, Any] = {"item": row.item, "path": list(row.path), "kind": row.kind}
     if row.kind in ARRAYS:
         parts = {} if row.parts is None else {"parts": list(row.parts)}
@@ -124,7 +124,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
     return {**entry, "value": row.value}
 
 
-def _row_from_json(entry: dict[str, Any]) -> Row:
+def _row_from_json(entry: dict[str, Any]) -> LeafRecord:
     path = tuple(entry["path"])
     _demand(all(type(part) in (str, int) for part in path), "a path")
     item, kind = entry["item"], entry["kind"]
@@ -135,11 +135,11 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
             _demand(value in ("dict", "tuple"), "a container")
         else:
             decode(kind, value)
-        return Row(item, path, kind, value=value)
+        return LeafRecord(item, path, kind, value=value)
     shape = tuple(entry["shape"])
     _demand(all(type(size) is int and size >= 0 for size in shape) and len(shape) <= _DIMS, "a shape")
     parts = tuple(entry["parts"]) if "parts" in entry else None
-    row = Row(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
+    row = LeafRecord(item, path, kind, entry["dtype"], shape, entry["array"], parts=parts)
     if row.dtype in dtypes.SINCE.keys() - dtypes.TORCH.keys():
         raise CheckpointFormatError(
             f"the checkpoint's leaf {name_of(path)!r} is of dtype {row.dtype}, which torch {torch.__version__} does not"
@@ -161,7 +161,7 @@ def _row_from_json(entry: dict[str, Any]) -> Row:
     return row
 
 
-def _packs_to_json(rows: list[Row]) -> list[dict[str, Any]]:
+def _packs_to_json(rows: list[LeafRecord]) -> list[dict[str, Any]]:
     """The arrays that hold many leaves, and these in their order: as little of each as can be."""
     packs: dict[tuple[str, str | None], list[Any]] = {(row.item, row.array): [] for row in rows if row.kind == PACK}
     for row in rows:
@@ -175,10 +175,10 @@ def _packs_to_json(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _packs_from_json(table: Any) -> tuple[list[Row], list[Row]]:
+def _packs_from_json(table: Any) -> tuple[list[LeafRecord], list[LeafRecord]]:
     """The leaves, and the arrays that hold them."""
-    members: list[Row] = []
-    packs: list[Row] = []
+    members: list[LeafRecord] = []
+    packs: list[LeafRecord] = []
     for entry in table:
         common = {name: entry[name] for name in ("item", "array", "dtype")}
         start = 0

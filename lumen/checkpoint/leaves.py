@@ -86,7 +86,7 @@ def kind_of(value: Any, path: Sequence[Part]) -> str:
         raise CheckpointLeafError(
             f"the leaf {name_of(path)!r} is {problem}. A checkpoint holds dense tensors, numpy arrays of numbers, int,"
             " float, complex, bool, str and None: nothing that would have to be pickled. Turn it into one of these, or"
-            " keep it out of the tree: a field of an @lm.state class is left out with lm.static()."
+            " keep it out of the tree: a field of an @lm.dataclass class is left out with lm.static()."
         )
     return kind
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from lumen.checkpoint import grid
-from lumen.checkpoint.grid import Array
-from lumen.checkpoint.host import PACK, Row, Snapshot
-from lumen.checkpoint.naming import directory_of
-from lumen.core.sharding import Box
+from lumen.checkpoint import chunk_grid
+from lumen.checkpoint.chunk_grid import Array
+from lumen.checkpoint.orbax_names import directory_of
+from lumen.checkpoint.snapshot import PACK, LeafRecord, Snapshot
+from lumen.core.sharding import Slice
 
 SMALL = 1 << 16  # bytes of an array that is packed
 MANY = 1000  # small arrays up to which each stays an array that Orbax knows by its name
@@ -44,14 +44,14 @@ def packed(taken: Snapshot) -> Snapshot:
             start += math.prod(rows[place].shape)
         keys[len(rows)] = (item, name)
         data[len(rows)] = np.concatenate([taken.data[place].reshape(-1) for place in places])
-        rows.append(Row(item, name, PACK, dtype, (start,), directory_of(name)))
+        rows.append(LeafRecord(item, name, PACK, dtype, (start,), directory_of(name)))
     return Snapshot(rows, keys, data, taken.cut)
 
 
-def unpack(row: Row, pack: Array, into: Array, boxes: Sequence[Box]) -> None:
+def unpack(row: LeafRecord, pack: Array, into: Array, boxes: Sequence[Slice]) -> None:
     """Copy the boxes of a leaf from the array that holds it among others."""
     assert row.start is not None
     whole = pack[row.start : row.start + math.prod(row.shape)].reshape(row.shape)
     for box in boxes:
         there = [slice(low, low + size) for low, size in zip(box.whole, box.size, strict=True)]
-        grid.in_box(into, box)[...] = grid.view(whole, there)
+        chunk_grid.in_box(into, box)[...] = chunk_grid.view(whole, there)

@@ -42,7 +42,7 @@ def capture() -> dict[str, Any]:
 
 
 def _cuda_states() -> list[torch.Tensor]:
-    # Asking would initialise CUDA, which a process that forks workers must not do by the way.
+    # Asking would initialize CUDA, which a process that forks workers must not do by the way.
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 

@@ -19,19 +19,19 @@ from typing import Any, Self
 
 import torch
 
-from lumen.checkpoint import _orbax, header, matching, plain, reading, spread, writing
-from lumen.checkpoint.disk import sync_directory
-from lumen.checkpoint.host import HostMemory, Snapshot, snapshot
+from lumen.checkpoint import _load, _orbax, _restore, _save, header, json_tree, shard_specs
+from lumen.checkpoint.coordinator import TIMEOUT, SaveCoordinator, SaveSession
+from lumen.checkpoint.fsync import sync_directory
 from lumen.checkpoint.lock import Lock
 from lumen.checkpoint.retention import Retention
-from lumen.checkpoint.talk import TIMEOUT, Meeting, Talk
-from lumen.core import world
+from lumen.checkpoint.snapshot import HostMemory, Snapshot, snapshot
+from lumen.core import distributed
 from lumen.core.step import StepFn
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, InexactWarning
 
-_REPLACED = re.compile(rf"\.([0-9]+){re.escape(writing.REPLACED)}")
+_REPLACED = re.compile(rf"\.([0-9]+){re.escape(_save.REPLACED)}")
 _STEP = re.compile(r"0|[1-9][0-9]*")
-_LEFT = re.compile(rf"\.[0-9]+(\.[0-9]+)?({re.escape(writing.TEMPORARY)}|{re.escape(writing.DELETED)})(\..*)?")
+_LEFT = re.compile(rf"\.[0-9]+(\.[0-9]+)?({re.escape(_save.TEMPORARY)}|{re.escape(_save.DELETED)})(\..*)?")
 
 
 class Store:
@@ -81,7 +81,7 @@ class Store:
         self._owner = 0  # the process that opened it
         self._timeout = timeout
         self._step: StepFn | None = None  # whose states it holds
-        self._meeting: Meeting | None = None  # with the other processes
+        self._meeting: SaveCoordinator | None = None  # with the other processes
         self._first = True  # of all processes
         self._job = _Job()
         self._metrics: dict[int, dict[str, float]] = {}  # of the checkpoints that were looked at
@@ -100,12 +100,12 @@ class Store:
         """
         if self._is_open:
             raise CheckpointError(f"{self!r} is open already.")
-        together = step is not None and world.world_size() > 1
-        self._first = not together or world.rank() == 0
+        together = step is not None and distributed.world_size() > 1
+        self._first = not together or distributed.rank() == 0
         if self._first:
             self._lock = self._locked()
         self._step = step
-        self._meeting = Meeting(self._timeout) if together else None
+        self._meeting = SaveCoordinator(self._timeout) if together else None
         self._owner = os.getpid()
         return self
 
@@ -200,9 +200,9 @@ class Store:
         path = self.path(step)
         if not os.path.lexists(path) or step in self.steps():
             return
-        if not reading.lost_header(path):
+        if not _load.lost_header(path):
             raise CheckpointExistsError(f"{path} is there, and is no checkpoint: move it away.")
-        new = self.set_aside(path)
+        new = self.quarantine(path)
         warnings.warn(
             f"the checkpoint {path} has lost its header; it is now {new.name}, and step {step} is saved anew.",
             InexactWarning,
@@ -225,11 +225,11 @@ class Store:
         )
 
     def _snapshot(self, tree: Any, extra: Any) -> Snapshot:
-        spread.check(self._step, tree, f"with {self!r}.open(step) as store: store.save(...)")
-        items = {"state": spread.bare(self._step, tree), "extra": {} if extra is None else extra}
-        return snapshot(items, self._memory, spread.pieces(self._step, tree), whole=self._first)
+        shard_specs.check(self._step, tree, f"with {self!r}.open(step) as store: store.save(...)")
+        items = {"state": shard_specs.strip_sharding(self._step, tree), "extra": {} if extra is None else extra}
+        return snapshot(items, self._memory, shard_specs.shard_specs(self._step, tree), whole=self._first)
 
-    def set_aside(self, path: Path) -> Path:
+    def quarantine(self, path: Path) -> Path:
         """Rename a checkpoint of this store that is damaged, so that it is none of its steps; returns the new path."""
         self._check_open()
         self.wait()
@@ -273,7 +273,7 @@ class Store:
                 _remove(path)
 
     def _write(
-        self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float], talk: Talk | None
+        self, step: int, taken: Snapshot, fields: dict[str, Any], metrics: dict[str, float], talk: SaveSession | None
     ) -> None:
         if talk is None:
             self._write_first(step, taken, fields, metrics)
@@ -281,9 +281,9 @@ class Store:
         with talk.failing_together():
             if self._first:
                 self._write_first(step, taken, fields, metrics, talk)
-                talk.leave()
+                talk.finish()
             else:
-                writing.take_part(talk, taken)
+                _save.write_shard(talk, taken)
 
     def _write_first(
         self,
@@ -291,15 +291,15 @@ class Store:
         taken: Snapshot,
         fields: dict[str, Any],
         metrics: dict[str, float],
-        talk: Talk | None = None,
+        talk: SaveSession | None = None,
     ) -> None:
-        temporary = self.directory / f".{step}{writing.TEMPORARY}"
-        writing.write(self.path(step), temporary, taken, fields, replace=True, talk=talk)
+        temporary = self.directory / f".{step}{_save.TEMPORARY}"
+        _save.write(self.path(step), temporary, taken, fields, replace=True, talk=talk)
         self._metrics[step] = metrics
         saved = self._saved()
         for old in sorted(saved.keys() - self._retention.kept(saved) - {step}):
             try:
-                writing.delete(self.path(old))
+                _save.delete(self.path(old))
             except OSError as error:
                 raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
             self._metrics.pop(old, None)
@@ -329,7 +329,7 @@ class Store:
         >>> lm.checkpoint.Store(tempfile.mkdtemp()).damaged()
         []
         """
-        return [step for step in self._named() if reading.lost_header(self.path(step))]
+        return [step for step in self._named() if _load.lost_header(self.path(step))]
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -354,11 +354,11 @@ class Store:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """See `lm.checkpoint.metadata`."""
-        return reading.metadata(self._existing(step))
+        return _load.metadata(self._existing(step))
 
     def load(self, step: int, *, item: str = "state", under: str = "") -> Any:
         """See `lm.checkpoint.load`."""
-        return reading.load(self._existing(step), item=item, under=under)
+        return _load.load(self._existing(step), item=item, under=under)
 
     def restore(
         self,
@@ -367,12 +367,12 @@ class Store:
         *,
         strict: bool = True,
         cast: bool = False,
-        rename: matching.Rename | None = None,
+        rename: _restore.Rename | None = None,
         device: torch.device | str | None = None,
     ) -> Any:
         """See `lm.checkpoint.restore`; the `step` is that with which the store was opened."""
         path = self._existing(step)
-        return matching.restore(path, like, strict=strict, cast=cast, rename=rename, device=device, step=self._step)
+        return _restore.restore(path, like, strict=strict, cast=cast, rename=rename, device=device, step=self._step)
 
     def _existing(self, step: int) -> Path:
         steps = self.steps()
@@ -389,7 +389,7 @@ class Store:
             if step not in self._metrics:
                 # One that is damaged, or deleted just now, has no metrics, and is nobody's best.
                 with contextlib.suppress(CheckpointError):
-                    self._metrics[step] = _from_json(reading.read_header(self.path(step)).fields.get("metrics"))
+                    self._metrics[step] = _from_json(_load.read_header(self.path(step)).fields.get("metrics"))
             found[step] = self._metrics.get(step, {})
         return found
 
@@ -425,7 +425,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _json(numbers: dict[str, float]) -> dict[str, float | str]:
-    return {name: plain.number(value) for name, value in numbers.items()}
+    return {name: json_tree.number(value) for name, value in numbers.items()}
 
 
 def _from_json(metrics: Any) -> dict[str, float]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from lumen.checkpoint import dtypes, grid
-from lumen.checkpoint.host import Row
+from lumen.checkpoint import chunk_grid, dtypes
+from lumen.checkpoint.snapshot import LeafRecord
 
 _INDEX = struct.Struct("<QQ")  # where the only chunk of a shard begins, and its length
 _CHECKSUM = 4
@@ -23,12 +23,12 @@ _FLAT = {"configuration": {"separator": "."}, "name": "default"}  # side by side
 _BYTES = [[_ENDIAN], [{"name": "bytes"}]]  # types of one byte have no order
 
 
-def description(row: Row) -> str:
+def description(row: LeafRecord) -> str:
     """The file that describes the array of `row`."""
     return f"{row.item}/{row.array}/zarr.json"
 
 
-def data_file(row: Row, place: tuple[int, ...] | None = None) -> str:
+def data_file(row: LeafRecord, place: tuple[int, ...] | None = None) -> str:
     """The file that holds its bytes, or those of the chunk at `place`."""
     numbers = map(str, place or (0,) * len(row.shape))
     if row.parts is not None:
@@ -36,17 +36,17 @@ def data_file(row: Row, place: tuple[int, ...] | None = None) -> str:
     return str(PurePosixPath(folder(row), "c", *numbers))
 
 
-def folder(row: Row) -> str:
+def folder(row: LeafRecord) -> str:
     """Where the files of the array are."""
     return f"{row.item}/{row.array}"
 
 
-def data_files(row: Row) -> Iterator[str]:
+def data_files(row: LeafRecord) -> Iterator[str]:
     """All of them."""
-    return (data_file(row, place) for place in grid.chunks(grid.whole(row.shape), row.chunk))
+    return (data_file(row, place) for place in chunk_grid.chunks(chunk_grid.whole(row.shape), row.chunk))
 
 
-def of_parts(text: bytes, row: Row) -> str:
+def of_parts(text: bytes, row: LeafRecord) -> str:
     """What describes the array of `row`, in parts, where `text` describes a single number of its dtype."""
     description = json.loads(text)
     description["shape"] = list(row.shape)
@@ -56,7 +56,7 @@ def of_parts(text: bytes, row: Row) -> str:
     return json.dumps(description, separators=(",", ":"))
 
 
-def tail_size(text: bytes, row: Row) -> int:
+def tail_size(text: bytes, row: LeafRecord) -> int:
     """How many bytes follow a chunk's own in its file; raises ValueError where it is not in the form we write."""
     try:
         found = json.loads(text)
@@ -76,7 +76,7 @@ def tail_size(text: bytes, row: Row) -> int:
         raise ValueError(f"the description is not sound: {error!r}") from error
 
 
-def _tail(codecs: list[Any], row: Row) -> int:
+def _tail(codecs: list[Any], row: LeafRecord) -> int:
     if codecs in _BYTES:
         return 0
     shard = codecs[0]["configuration"]
@@ -90,7 +90,7 @@ def _tail(codecs: list[Any], row: Row) -> int:
     return _INDEX.size + _CHECKSUM
 
 
-def check_tail(tail: bytes, row: Row) -> None:
+def check_tail(tail: bytes, row: LeafRecord) -> None:
     """Raise ValueError where the index says that the array is elsewhere than before it."""
     if tail and _INDEX.unpack_from(tail) != (0, row.chunk_bytes):
         raise ValueError(f"the index of the shard is {_INDEX.unpack_from(tail)}, expected {(0, row.chunk_bytes)}")

@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen import optim
-from lumen.cli import command, show
-from lumen.core import world
+from lumen.cli import command, tables
+from lumen.core import distributed
 from lumen.core.gradient import value_and_grad
+from lumen.core.metrics import Mean
 from lumen.core.primitives import Aux
 from lumen.core.state import TrainState
-from lumen.core.values import Mean
 from lumen.data import Loader
 from lumen.errors import HyperparameterError, LumenError
-from lumen.parallel.ddp import ddp
+from lumen.parallel.ddp.ddp import ddp
 from lumen.sinks import JSONL, TensorBoard
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Epochs, Every
-from lumen.train.fit import Result
+from lumen.train.loop import Result
 from lumen.train.runner import Runner
 from lumen.train.validate import Validate
-from lumen.transforms.donate import donate
-from lumen.transforms.seeded import seeded
+from lumen.transforms._donate import donate
+from lumen.transforms._seeded import seeded
 
 Batch = dict[str, Tensor]
 _LR = 3e-3
@@ -62,12 +62,12 @@ def run(options: argparse.Namespace) -> int:
     if options.epochs < 1:
         raise HyperparameterError(f"--epochs takes a positive number, not {options.epochs}.")
     result, best = trained(options.epochs, options.seed, options.rundir)
-    if world.rank() == 0:
+    if distributed.rank() == 0:
         print(f"\n{result.clock.step} steps, {result.clock.seconds:.1f} s of training")
-        show.facts({name: f"{result.metrics[name]:.4f}" for name in ("val/loss", "val/accuracy")})
-        print(show.readable(f"best checkpoint: {best}"))
-        print(show.readable(f"look into it:    lumen inspect {best}"))
-        print(show.readable(f"curves:          lumen plot {options.rundir}"))
+        tables.facts({name: f"{result.metrics[name]:.4f}" for name in ("val/loss", "val/accuracy")})
+        print(tables.readable(f"best checkpoint: {best}"))
+        print(tables.readable(f"look into it:    lumen inspect {best}"))
+        print(tables.readable(f"curves:          lumen plot {options.rundir}"))
     return 0
 
 

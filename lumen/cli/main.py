@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lumen.cli import demo, doctor, exporting, inspecting, planning, plotting, replaying
-from lumen.cli.show import readable
+from lumen.cli import demo, export, inspect, plan, replay
+from lumen.cli.doctor import doctor
+from lumen.cli.plot import command
+from lumen.cli.tables import readable
 from lumen.core.versions import own_version
 from lumen.errors import LumenError
 
@@ -48,6 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, doctor, planning, plotting, inspecting, exporting, replaying):
+    for module in (demo, doctor, plan, command, inspect, export, replay):
         module.add(commands)
     return parser

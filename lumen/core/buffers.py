@@ -23,7 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from lumen import tree
-from lumen.core import rules, world
+from lumen.core import distributed, rules
 from lumen.core.primitives import ApplyCall, Aux
 from lumen.core.rules import Next
 from lumen.errors import HyperparameterError, MergeError, PatternError
@@ -334,7 +334,7 @@ class Undeclared:
     def look(self, found: Sequence[tuple[Origin, Tensor]], rows: bool = False) -> None:
         """Look at buffers without a rule, each beside what it is now; with `rows`, beside that of each row, stacked."""
         found = [(origin, new) for origin, new in found if origin.changed is not False and new is not origin.start]
-        if not found or world.is_planned():
+        if not found or distributed.is_dry_run():
             return
         if rules.is_tracing() or any(origin.changed for origin, _ in found):  # in a trace, what was touched is left
             raise self._error([origin for origin, _ in found if origin.changed or rules.is_tracing()])

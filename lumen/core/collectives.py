@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules, world
+from lumen.core import distributed, rules
 from lumen.errors import AxisError
 
 
@@ -95,7 +95,7 @@ def all_gather(values: Any, axis: str) -> Any:
 def _gathered(x: Tensor, bound: Axis, axis: str) -> Tensor:
     if not x.dim():
         raise AxisError(f"all_gather over {axis!r} joins rows, and a tensor without dims has none. Write x[None].")
-    if bound.process and not rules.is_tracing() and not world.is_planned():
+    if bound.process and not rules.is_tracing() and not distributed.is_dry_run():
         rows = torch.tensor([len(x), len(x) ** 2], device=x.device)
         total, squares = _reduce(rows, axis, "sum").tolist()
         if bound.size * squares != total**2:

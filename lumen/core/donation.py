@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import DonatedError
 
 Addresses = list[set[int]]
@@ -46,7 +46,7 @@ def is_retired(state: Any) -> bool:
     return type(state) is Retired
 
 
-def hand_over(old: list[Tensor], new: list[Tensor]) -> None:
+def copy_into(old: list[Tensor], new: list[Tensor]) -> None:
     """Copy new leaves into the memory of the old; for transforms that compute out of place."""
     for target, source in zip(old, new, strict=True):
         if target is not source:
@@ -81,7 +81,7 @@ def _tree_fields(state: Any) -> list[str]:
 
 def _pointers(values: Any) -> list[int]:
     found = [values] if isinstance(values, Tensor) else tree.tensors(values)
-    if world.is_planned():  # tensors that lie nowhere, but are views of each other as real ones are
+    if distributed.is_dry_run():  # tensors that lie nowhere, but are views of each other as real ones are
         return [hash((t.untyped_storage()._cdata, t.storage_offset())) for t in found if t.numel()]
     return [t.data_ptr() for t in found if t.numel()]
 

@@ -50,7 +50,7 @@ def count(step: StepFn, state: Any, batch: Any) -> tuple[int | None, str]:
         return _counted(user, state, batch), ""
     except PurityError:  # an optimizer that cannot be traced, `from_torch`: count the step without its update
         try:
-            with rules.install({Primitive.UPDATE: _standing_still}):
+            with rules.rule_context({Primitive.UPDATE: _standing_still}):
                 return _counted(user, state, batch), ""
         except Exception as error:
             return None, _reason(error)

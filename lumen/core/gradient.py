@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from lumen import tree
-from lumen.core import rows, rules
+from lumen.core import batching, rules
+from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Primitive
-from lumen.core.values import Mean
 from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
@@ -121,17 +121,17 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         _check_params(leaves, call.params)
         raise
     with rules.inside_loss:
-        size = rows.count(call.batch) if call.summed else None
+        size = batching.count(call.batch) if call.summed else None
         objective, loss, aux, scalar = objective_of(call, rebuild(live), size)
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
-            if call.engine == "auto" and _reaches_foreign(call.loss_fn, objective, live):
+            if call.engine == "auto" and _depends_on_external_grad(call.loss_fn, objective, live):
                 return _by_func(call)
-            if call.into is not None:
-                _add_into(call.into, objective, live)
+            if call.grad_buffers is not None:
+                _add_into(call.grad_buffers, objective, live)
                 return Gradient(detached(loss), None, detached(aux), scalar, size)
             if call.reduction is not None:
-                call.reduction.watch(live)
+                call.reduction.register_hooks(live)
             grads = _backward(objective, live)
     independent = None
     if type(None) in map(type, grads):
@@ -180,7 +180,7 @@ def _finished(call: GradientCall, answer: Gradient, independent: LossError | Non
 
 def _by_func(call: GradientCall) -> Gradient:
     kept: dict[str, Any] = {}
-    size = rows.count(call.batch) if call.summed else None
+    size = batching.count(call.batch) if call.summed else None
 
     def objective_fn(params: Any) -> tuple[Tensor, list[Tensor]]:
         with rules.inside_loss:
@@ -194,10 +194,12 @@ def _by_func(call: GradientCall) -> Gradient:
     tensors = iter(found)
     leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
     loss, aux = tree.unflatten(kept["spec"], leaves)
-    if call.into is not None:
+    if call.grad_buffers is not None:
         made, _ = flat(grads)
         # Autograd may hand out one tensor twice; a sum is in memory of its own.
-        call.into[:] = [g.clone() if total is None else total + g for g, total in zip(made, call.into, strict=True)]
+        call.grad_buffers[:] = [
+            g.clone() if total is None else total + g for g, total in zip(made, call.grad_buffers, strict=True)
+        ]
         grads = None
     return _finished(call, Gradient(loss, grads, aux, kept["scalar"], size))
 
@@ -284,7 +286,7 @@ _examined: set[CodeType] = set()
 _nested: set[CodeType] = set()
 
 
-def _reaches_foreign(loss_fn: Callable[..., Any], objective: Tensor, live: list[Tensor]) -> bool:
+def _depends_on_external_grad(loss_fn: Callable[..., Any], objective: Tensor, live: list[Tensor]) -> bool:
     """Whether the loss depends on tensors outside params that require grad, found once for each loss function.
 
     Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.batching import add_gradients, count
 from lumen.core.device import forked_rng, module_of
 from lumen.core.gradient import differentiate, normalized
+from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
-from lumen.core.rows import add_gradients, count
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, as_step, device_of
-from lumen.core.values import Mean
 from lumen.errors import PurityError
 
 
@@ -81,7 +81,7 @@ def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) ->
                 " x.add_(1)."
             )
     means = _Means()
-    with rules.install({Primitive.GRADIENT: means.rule} if rows else {}):
+    with rules.rule_context({Primitive.GRADIENT: means.rule} if rows else {}):
         second = step(state, batch)
     if tree.structure(first) != tree.structure(second):
         raise PurityError("the step returned another structure when it was called again with the same input.")

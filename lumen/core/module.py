@@ -41,7 +41,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     or `eval()` mode is the one the module was in.
 
     `merge` says, by patterns of buffers' names, how the new buffers of parts of a batch make that of the whole batch,
-    where several processes or the rows under `lm.private` compute them: "sum" adds up the changes from the start of the
+    where several processes or the rows under `lm.dp_sgd` compute them: "sum" adds up the changes from the start of the
     step, "mean" averages by rows, "max", "min" and "any" are over all parts, "first" takes the first part's, "gather"
     joins rows in order, and "sync" says that the module makes the buffer equal everywhere itself. Buffers of BatchNorm
     and other modules of torch have their rules already. A buffer that has none may not change there.
@@ -61,7 +61,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     lazy += [name for name, b in module.named_buffers() if is_lazy(b)]
     if lazy:
         raise ParamsError(
-            f"{type(module).__name__} has uninitialised lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
+            f"{type(module).__name__} has uninitialized lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
             " known yet. Run it once before: net(example_input); model = lm.pure(net)"
         )
     _check_memory(named)
@@ -104,7 +104,7 @@ class Apply:
         self.module = skeleton
         self.frozen = frozen
         self.merges = merges_of(skeleton, None) if merges is None else merges
-        self._places = places_of(skeleton)
+        self._places = param_slots(skeleton)
         self._names = {name for _, _, name in self._places}
         self._modes: dict[bool, Apply] = {}
         self._variants: dict[Any, Apply] = {}
@@ -259,7 +259,7 @@ def _explain(error: RuntimeError, module: nn.Module) -> None:
     """Say what helps where a model of transformers looks at its attention mask's values under vmap."""
     if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
         error.add_note(
-            "lm.private and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
+            "lm.dp_sgd and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
             " mask masks anything. Write net.set_attn_implementation('eager') before lm.pure(net); an encoder, as BERT,"
             " also needs its mask ready made: attention_mask[:, None, None, :].expand(-1, 1, T, -1).bool()"
         )
@@ -276,7 +276,7 @@ def skeleton_of(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+def param_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     """Each table and key where a tensor must stand for a call, with the one name that tied tensors share."""
     first: dict[int, str] = {}
     places = []

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 CHAINS: tuple[tuple[str, ...], ...] = (
     (
         *("compile", "unroll", "seeded", "ensemble", "parallel", "tensor"),
-        *("accumulate", "private", "precision", "quantised", "remat"),
+        *("accumulate", "dp_sgd", "precision", "quantized_matmul", "remat"),
     ),
     ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),
-    ("guard", "private"),
+    ("guard", "dp_sgd"),
 )
 
 
@@ -35,8 +35,8 @@ def check(transforms: Sequence[Transform]) -> None:
             " parts write lm.fsdp(lm.mesh(data=..., shard=...))."
         )
     for each, other in permutations(transforms, 2):
-        if other.name in each.instead:
-            raise OrderError(f"{other!r} cannot stand beside lm.{each.name}: {each.instead[other.name]}.")
+        if other.name in each.incompatible:
+            raise OrderError(f"{other!r} cannot stand beside lm.{each.name}: {each.incompatible[other.name]}.")
     for chain in CHAINS:
         places = {level: place for place, level in enumerate(chain)}
         members = [t for t in transforms if t.level in places]

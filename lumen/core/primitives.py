@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
-from lumen.core.dataclass import state
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Primitive
 
 if TYPE_CHECKING:
-    from lumen.core.values import Mean
+    from lumen.core.metrics import Mean
     from lumen.errors import LossError
 
 
-@state
+@pytree_dataclass
 class Aux:
     """What a loss function returns beside its loss: new `buffers`, and `metrics` (a dict of typed values).
 
@@ -61,7 +61,7 @@ class Reduction(Protocol):
     rows: int
     within: bool
 
-    def watch(self, live: Sequence[Tensor]) -> None:
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Called before the backward pass with the leaves that are differentiated, in the order of params."""
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
@@ -131,7 +131,7 @@ class GradientCall(_Call):
     summed: bool = False
     engine: str = "auto"
     reduction: Reduction | None = None
-    into: list[Tensor | None] | None = None
+    grad_buffers: list[Tensor | None] | None = None
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ class UpdateCall(_Call):
         return self.replace(skip=bad if self.skip is None else bad | self.skip)
 
 
-def apply_updates(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+def apply_gradients(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     """P2: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
 
     Returns `(params, opt_state)`. `TrainState.apply_gradients` calls it; a step with a state of its own (a GAN's two
@@ -181,7 +181,7 @@ def apply_updates(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tup
     >>> import lumen as lm, torch
     >>> tx = lm.optim.sgd(0.5)
     >>> params = {"w": torch.ones(2)}
-    >>> params, opt_state = lm.apply_updates(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params, opt_state = lm.apply_gradients(tx, {"w": torch.ones(2)}, tx.init(params), params)
     >>> params["w"]
     tensor([0.5000, 0.5000])
     """

@@ -26,7 +26,7 @@ class Primitive(IntEnum):
     """The three calls through which a step touches the machinery.
 
     >>> import lumen as lm
-    >>> [each.name for each in lm.Primitive]
+    >>> [each.name for each in lm.extend.Primitive]
     ['APPLY', 'GRADIENT', 'UPDATE']
     """
 
@@ -67,8 +67,18 @@ def _descend(rules: list[Rule], depth: int, base: Next, call: Any) -> Any:
     return rules[depth](lambda inner: _descend(rules, depth + 1, base, inner), call)
 
 
-class install:  # noqa: N801
-    """`with install({primitive: rule}):` adds one rule for each primitive, inside those that are already there."""
+class rule_context:  # noqa: N801
+    """`with rule_context({primitive: rule}):` adds one rule for each primitive, inside those that are already there.
+
+    >>> import lumen as lm, torch
+    >>> def rule(next, call):
+    ...     print(f"update of {sorted(call.params)}")
+    ...     return next(call)
+    >>> state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False), lm.optim.sgd(1.0))
+    >>> with lm.extend.rule_context({lm.extend.Primitive.UPDATE: rule}):
+    ...     _ = state.apply_gradients({"weight": torch.ones(1, 1)})
+    update of ['weight']
+    """
 
     __slots__ = ("_rules",)
 
@@ -84,7 +94,7 @@ class install:  # noqa: N801
             _stack.rules[primitive].pop()
 
 
-def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def with_rules(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """`step` with `handlers` installed for as long as it runs: all that a transform without memory does.
 
     >>> import lumen as lm, torch
@@ -93,13 +103,13 @@ def under(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -
     >>> def step(state, batch):
     ...     return state.apply_gradients({"weight": batch}), {}
     >>> state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False), lm.optim.sgd(1.0))
-    >>> new, _ = lm.rules.under({lm.Primitive.UPDATE: twice}, step)(state, torch.ones(1, 1))
+    >>> new, _ = lm.extend.with_rules({lm.extend.Primitive.UPDATE: twice}, step)(state, torch.ones(1, 1))
     >>> round(float(state.params["weight"] - new.params["weight"]), 4)
     2.0
     """
 
     def run(state: Any, batch: Any) -> Any:
-        with install(handlers):
+        with rule_context(handlers):
             return step(state, batch)
 
     return run

@@ -2,7 +2,7 @@
 
 While its step runs, those who look at all params at once (clip, guard) join what they find over the processes: of one
 transform, or of two, where what is a part by the inner one is cut once more by the outer. Between steps, those who read
-or write the whole state (checkpoints) ask for a `Piece` of each leaf.
+or write the whole state (checkpoints) ask for a `ShardSpec` of each leaf.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEYS = ("<shards>", "<shards within>")
 _WHOLES = "<wholes>"
 
 
-class Box(NamedTuple):
+class Slice(NamedTuple):
     """A block of entries: where it begins in this process's tensor (`here`), in the `whole`, and its `size`."""
 
     here: tuple[int, ...]
@@ -30,18 +30,18 @@ class Box(NamedTuple):
     size: tuple[int, ...]
 
 
-class Piece(NamedTuple):
+class ShardSpec(NamedTuple):
     """What a process's tensor is of a whole one of `shape`: the boxes that it consists of, none if it is empty.
 
     Of the processes that hold the same, one is the `owner`, which writes it.
     """
 
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[Slice, ...]
     owner: bool
 
 
-def composed(inner: Piece, outer: Piece) -> Piece:
+def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
     """The piece that is made by `outer` of what was a piece by `inner` already.
 
     >>> rows = Piece((8, 2), (Box((0, 0), (4, 0), (4, 2)),), owner=True)
@@ -59,8 +59,8 @@ def composed(inner: Piece, outer: Piece) -> Piece:
             if all(a < b for a, b in zip(low, high, strict=True)):
                 here = tuple(h + a - w for h, a, w in zip(last.here, low, last.whole, strict=True))
                 whole = tuple(w + a - h for w, a, h in zip(first.whole, low, first.here, strict=True))
-                boxes.append(Box(here, whole, tuple(b - a for a, b in zip(low, high, strict=True))))
-    return Piece(inner.shape, tuple(boxes), inner.owner and outer.owner)
+                boxes.append(Slice(here, whole, tuple(b - a for a, b in zip(low, high, strict=True))))
+    return ShardSpec(inner.shape, tuple(boxes), inner.owner and outer.owner)
 
 
 class Spread:
@@ -80,7 +80,7 @@ class Shards(Protocol):
         """The sum (`op="sum"`) or maximum (`op="max"`) of `x` over them; a new tensor."""
 
 
-class Wholes(Protocol):
+class ParamGatherer(Protocol):
     """What makes parts whole, for rules that need it; on every process in the same order."""
 
     def shape(self, name: str) -> torch.Size:
@@ -93,7 +93,7 @@ class Wholes(Protocol):
         """This process's part, a view."""
 
 
-def bound(shards: Shards, wholes: Wholes | None = None) -> AbstractContextManager[None]:
+def bound(shards: Shards, wholes: ParamGatherer | None = None) -> AbstractContextManager[None]:
     """While it is entered, trees of params and grads are parts, and `shards` can join what is said about them."""
     free = next(key for key in _KEYS if rules.axis(key) is None)
     return rules.bound_axes({free: shards} if wholes is None else {free: shards, _WHOLES: wholes})
@@ -103,7 +103,7 @@ def _bound() -> list[Shards]:
     return [shards for key in _KEYS if (shards := rules.axis(key)) is not None]
 
 
-def wholes() -> Wholes | None:
+def wholes() -> ParamGatherer | None:
     """What makes parts whole here, None where nothing is cut."""
     return rules.axis(_WHOLES)
 
@@ -128,7 +128,7 @@ def norm(norms: Tensor, values: Any) -> Tensor:
     return total.sqrt()
 
 
-def everywhere(flags: Tensor, apart: bool = False) -> Tensor:
+def all_ranks(flags: Tensor, apart: bool = False) -> Tensor:
     """Where each of the boolean `flags` is true on every process that holds a part.
 
     With `apart` they were found on this process's rows alone, and those with other rows are asked too.
@@ -144,8 +144,8 @@ def everywhere(flags: Tensor, apart: bool = False) -> Tensor:
     return bad == 0
 
 
-def is_asked(apart: bool = False) -> bool:
-    """Whether `everywhere` asks other processes here."""
+def is_collective(apart: bool = False) -> bool:
+    """Whether `all_ranks` asks other processes here."""
     return bool(_bound() or (apart and _other_rows()))
 
 

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core.buffers import Merges
-from lumen.core.dataclass import state, static
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
-from lumen.core.primitives import Optimizer, apply_updates
+from lumen.core.primitives import Optimizer, apply_gradients
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
 from lumen.errors import ParamsError, StateError
 
 
-@state
+@pytree_dataclass
 class TrainState:
     """Params, buffers, optimizer state, counters and slots; the model's function and optimizer are static.
 
     `step` counts calls of `apply_gradients` (int64 scalar), `seed` is an int64 scalar, `slots` holds what transforms
-    with memory keep, by their name. Subclass it with `@lm.state` to add fields.
+    with memory keep, by their name. Subclass it with `@lm.dataclass` to add fields.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1), seed=0)
@@ -43,7 +44,7 @@ class TrainState:
     if TYPE_CHECKING:
 
         def replace(self, **changes: Any) -> Self:
-            """A changed copy; `lm.state` gives it to every state class."""
+            """A changed copy; `lm.dataclass` gives it to every state class."""
 
     @classmethod
     def create(
@@ -97,7 +98,7 @@ class TrainState:
                 f"grads and params differ: {'; '.join(tree.differences(self.params, grads))}."
                 " Pass the grads that lm.value_and_grad gave for state.params."
             )
-        params, opt_state = apply_updates(self.tx, grads, self.opt_state, self.params)
+        params, opt_state = apply_gradients(self.tx, grads, self.opt_state, self.params)
         if buffers:
             changes["buffers"] = buffers
         new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)

@@ -22,7 +22,7 @@ from lumen.core import order, rules, stale_reads
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import Piece, composed
+from lumen.core.sharding import ShardSpec, composed
 from lumen.errors import PurityError, SlotError, StateError, StepError
 
 State = Any
@@ -53,8 +53,8 @@ class Transform:
     reason: str = ""
     donates: bool = False
     shards: bool = False  # whether each process holds a part of the state only; its slot is then static
-    foreign: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
-    instead: Mapping[str, str] = {}  # of transforms that cannot stand beside this one, by name: what to do
+    opaque_state: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
+    incompatible: Mapping[str, str] = {}  # of transforms that cannot stand beside this one, by name: what to do
 
     def init(self, state: State) -> State:
         """The state this transform needs, from a plain one."""
@@ -64,7 +64,7 @@ class Transform:
         """The step under this transform."""
         return step
 
-    def host(self, step: StepFn) -> StepFn:
+    def wrap_host(self, step: StepFn) -> StepFn:
         """The step with this transform's host-side work around it; skipped while the step is being traced."""
         return step
 
@@ -72,7 +72,7 @@ class Transform:
         """The plain state again."""
         return state
 
-    def pieces(self, state: State) -> Mapping[int, Piece]:
+    def shard_specs(self, state: State) -> Mapping[int, ShardSpec]:
         """What the leaves of a state are that this transform cuts, by their places among `tree.leaves(state)`."""
         return {}
 
@@ -121,7 +121,7 @@ class Step:
             self._run: StepFn = self._traceable
         else:
             self._traceable = transforms[0].wrap(inner)
-            self._run = transforms[0].host(self._traceable)
+            self._run = transforms[0].wrap_host(self._traceable)
         self._parts: frozenset[int] = frozenset((id(self), *(() if inner is None else inner._parts)))
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
@@ -150,12 +150,12 @@ class Step:
                 state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
         return state
 
-    def pieces(self, state: State) -> dict[int, Piece]:
+    def shard_specs(self, state: State) -> dict[int, ShardSpec]:
         """What the leaves of a state are that transforms cut, by their places among `tree.leaves(state)`."""
-        found: dict[int, Piece] = {}
+        found: dict[int, ShardSpec] = {}
         with rules.running(self):
             for transform in reversed(self.transforms):
-                for place, piece in transform.pieces(state).items():
+                for place, piece in transform.shard_specs(state).items():
                     found[place] = composed(found[place], piece) if place in found else piece
         return found
 
@@ -163,11 +163,11 @@ class Step:
         """The place of `ensemble`, inside which transforms meet one lane's state at a time; -1 without one."""
         return next((place for place, t in enumerate(self.transforms) if t.level == "ensemble"), -1)
 
-    def hosted(self, run: StepFn) -> StepFn:
+    def with_host_hooks(self, run: StepFn) -> StepFn:
         """`run`, a compiled form of this step, with the host-side work of all its transforms around it."""
         hosted = run
         for transform in reversed(self.transforms):
-            hosted = transform.host(hosted)
+            hosted = transform.wrap_host(hosted)
         if hosted is run:
             return run
         return lambda state, batch: run(state, batch) if rules.is_tracing() else hosted(state, batch)
@@ -217,7 +217,14 @@ def compose(*transforms: Transform) -> Callable[[StepFn], Step]:
 
 
 def slot(state: State, name: str) -> Any:
-    """What the transform `name` keeps in `state`; `SlotError` where it is missing."""
+    """What the transform `name` keeps in `state`; `SlotError` where it is missing.
+
+    >>> import lumen as lm, torch
+    >>> step = lm.ema(0.9)(lambda state, batch: (state, {}))
+    >>> state = step.init(lm.TrainState.create(torch.nn.Linear(1, 1), lm.optim.sgd(0.1)))
+    >>> sorted(lm.extend.slot(state, "ema").params)
+    ['bias', 'weight']
+    """
     slots = getattr(state, "slots", None)
     if slots is None:
         raise StateError(
@@ -249,19 +256,38 @@ def field_of(state: State, name: str, transform: str) -> Any:
 
 
 def with_slot(state: State, name: str, value: Any) -> State:
-    """`state` with `value` as the slot of the transform `name`."""
+    """`state` with `value` as the slot of the transform `name`.
+
+    >>> import lumen as lm, torch
+    >>> state = lm.TrainState.create(torch.nn.Linear(1, 1), lm.optim.sgd(0.1))
+    >>> lm.extend.slot(lm.extend.with_slot(state, "calls", torch.tensor(3)), "calls")
+    tensor(3)
+    """
     if not hasattr(state, "slots"):
         slot(state, name)
     return state.replace(slots={**state.slots, name: value})
 
 
 def add_slot(state: State, name: str, make: Callable[[], Any]) -> State:
-    """`state` with a slot for the transform `name`, made by `make` unless it has one already."""
+    """`state` with a slot for the transform `name`, made by `make` unless it has one already.
+
+    >>> import lumen as lm, torch
+    >>> state = lm.TrainState.create(torch.nn.Linear(1, 1), lm.optim.sgd(0.1))
+    >>> state = lm.extend.add_slot(state, "calls", lambda: torch.tensor(0))
+    >>> lm.extend.add_slot(state, "calls", lambda: torch.tensor(9)).slots
+    {'calls': tensor(0)}
+    """
     return state if name in getattr(state, "slots", ()) else with_slot(state, name, make())
 
 
 def without_slot(state: State, name: str) -> State:
-    """`state` without the slot of the transform `name`."""
+    """`state` without the slot of the transform `name`.
+
+    >>> import lumen as lm, torch
+    >>> state = lm.TrainState.create(torch.nn.Linear(1, 1), lm.optim.sgd(0.1))
+    >>> lm.extend.without_slot(lm.extend.with_slot(state, "calls", 1), "calls").slots
+    {}
+    """
     return state.replace(slots={key: value for key, value in state.slots.items() if key != name})
 
 
@@ -280,7 +306,7 @@ class _Checked:
         spec = tree.structure(state)
         given: set[int] = set()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        with rules.install({Primitive.UPDATE: _noting_donated(given)} if rules.intercepts_updates() else {}):
+        with rules.rule_context({Primitive.UPDATE: _noting_donated(given)} if rules.intercepts_updates() else {}):
             out = self._user(state, batch)
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)

@@ -1,6 +1,16 @@
 """Data: a loader whose order is a pure function of (seed, epoch), and whose cursor is data."""
 
-from lumen.data.loader import Cursor as Cursor
-from lumen.data.loader import Loader as Loader
-from lumen.data.order import permute as permute
-from lumen.data.rank_data import per_rank as per_rank
+from lumen.data._per_rank import per_rank
+from lumen.data.loader import Cursor, Loader
+from lumen.data.permutation import permute
+
+__all__ = [
+    "Cursor",
+    "Loader",
+    "per_rank",
+    "permute",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from lumen import tree
-from lumen.data import order
-from lumen.data.seeds import Seeded
+from lumen.data import permutation
+from lumen.data.rng import Seeded
 from lumen.errors import BatchError
 
 Collate = Callable[[list[Any]], Any]
@@ -37,7 +37,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """The number of rows."""
 
-    def read(self, rows: order.Indices, seed: int) -> Any:
+    def read(self, rows: permutation.Indices, seed: int) -> Any:
         """The batch of these rows, in this order; whatever is random in it is a function of `seed`."""
 
 
@@ -55,7 +55,7 @@ class Fetch:
                 each.set_epoch(key.epoch)
             self._epoch = key.epoch
         # The first position, and not the batch's number, so that ranks draw different numbers.
-        batch = self._source.read(self._rows(key), order.hash64(self._seed, key.epoch, key.start))
+        batch = self._source.read(self._rows(key), permutation.hash64(self._seed, key.epoch, key.start))
         return batch if key.fill is None else _with_weight(batch, _weight(key))
 
     def stacked(self, keys: Sequence[Rows]) -> Any:
@@ -71,8 +71,8 @@ class Fetch:
         """Whether batches can be read stacked."""
         return isinstance(self._source, Columns)
 
-    def _rows(self, key: Rows) -> order.Indices:
-        rows = order.rows(self._length, self._seed if self._shuffle else None, key.epoch, key.start, key.stop)
+    def _rows(self, key: Rows) -> permutation.Indices:
+        rows = permutation.rows(self._length, self._seed if self._shuffle else None, key.epoch, key.start, key.stop)
         if key.fill is None or key.fill == len(rows):
             return rows
         return np.resize(rows, key.fill) if len(rows) else np.zeros(key.fill, np.int64)
@@ -118,7 +118,7 @@ class Columns:
         """One row, for a `collate` that takes samples."""
         return tree.unflatten(self._spec, [torch.as_tensor(leaf[index]) for leaf in self._leaves])
 
-    def read(self, rows: order.Indices, seed: int) -> Any:
+    def read(self, rows: permutation.Indices, seed: int) -> Any:
         """The rows of each column; nothing here is random."""
         index = torch.from_numpy(rows)
         return tree.unflatten(self._spec, [_take(leaf, rows, index) for leaf in self._leaves])
@@ -133,7 +133,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def read(self, rows: order.Indices, seed: int) -> Any:
+    def read(self, rows: permutation.Indices, seed: int) -> Any:
         """The collated samples; an exception gets a note that names the row."""
         with Seeded(seed):
             if not len(rows):  # a rank without a part of this batch: the shapes are those of any sample
@@ -227,7 +227,7 @@ def _column(leaf: Any, name: str) -> Column:
     return np.asarray(leaf)  # a memory map stays one: rows are read from the file as they are needed
 
 
-def _take(column: Column, rows: order.Indices, index: Tensor) -> Tensor:
+def _take(column: Column, rows: permutation.Indices, index: Tensor) -> Tensor:
     if isinstance(column, Tensor):
         return column.index_select(0, index.to(column.device))
     return torch.from_numpy(column.take(rows, axis=0))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import world as processes
-from lumen.data import order
-from lumen.data.check import SEEDS, integer
+from lumen.core import distributed as processes
+from lumen.data import permutation
+from lumen.data.arguments import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
-from lumen.data.move import Move
 from lumen.data.nested import listeners
+from lumen.data.to_device import Move
 from lumen.data.workers import Workers
 from lumen.errors import BatchError
 
@@ -63,9 +63,9 @@ class Loader:
         device: where to put the batches.
         rank: which part of each global batch to read. Parts are contiguous and as even as possible (the rule
             of `torch.tensor_split`), so that all of them in order are the batch; some may have 0 rows. By
-            default what the last `lm.mesh` says, or that of `torch.distributed` where it is initialised, else
+            default what the last `lm.mesh` says, or that of `torch.distributed` where it is initialized, else
             0 of 1.
-        world: how many parts there are; give both or neither.
+        world_size: how many parts there are; give both or neither.
         prefetch: batches that each worker prepares ahead.
 
     Raises:
@@ -96,7 +96,7 @@ class Loader:
         collate: Collate | None = None,
         device: torch.device | str | None = None,
         rank: int | None = None,
-        world: int | None = None,
+        world_size: int | None = None,
         prefetch: int = 2,
     ) -> None:
         self.dataset = dataset
@@ -113,7 +113,7 @@ class Loader:
         if pad and drop_last:
             raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or filled up.")
         self._pad = pad
-        self._share = _share(rank, world)
+        self._share = _share(rank, world_size)
         self._move = None if device is None else Move(device)
         self._read = Fetch(found, self.seed, shuffle, listeners(dataset))
         self._fetch = _fetcher(self._read, workers, prefetch)
@@ -165,23 +165,23 @@ class Loader:
         return self._stacked(self._check(epoch, start), stop, size) if self._read.stacks and not self._workers else None
 
     def _stacked(self, at: Cursor, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]]:
-        rank, world = self._share or processes.rows()
+        rank, world_size = self._share or processes.rows()
         epoch, position = at
         end = min(stop, self._batches)
         full = end if self._pad else min(end, self._rows // self.batch_size)
         while position < end:
             count = size()
             if count == 1 or position + count > full:
-                batch, count = self._read[self._part(epoch, position, rank, world)], 1
+                batch, count = self._read[self._part(epoch, position, rank, world_size)], 1
             else:
-                parts = [self._part(epoch, each, rank, world) for each in range(position, position + count)]
+                parts = [self._part(epoch, each, rank, world_size) for each in range(position, position + count)]
                 batch = self._read.stacked(parts)
             yield self._placed(batch), count
             position += count
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """The `rank` and `world` that were given, or None where the processes are asked at each pass."""
+        """The `rank` and `world_size` that were given, or None where the processes are asked at each pass."""
         return self._share
 
     @property
@@ -216,7 +216,7 @@ class Loader:
 
     def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
         # Asked for at each pass, as a loader may be made before the processes have found each other.
-        rank, world = self._share or processes.rows()
+        rank, world_size = self._share or processes.rows()
         pending: deque[Cursor] = deque()  # workers run ahead of what is handed out
 
         def keys() -> Generator[Rows]:
@@ -224,17 +224,17 @@ class Loader:
                 for position in range(start.position if epoch == start.epoch else 0, self._batches):
                     last = position + 1 == self._batches
                     pending.append(Cursor(epoch + 1) if last else Cursor(epoch, position + 1))
-                    yield self._part(epoch, position, rank, world)
+                    yield self._part(epoch, position, rank, world_size)
 
         # Closed at once: worker processes that wait for the next pass would else keep this loader alive.
         with closing(keys()) as wanted:
             for batch in self._fetch(wanted):
                 yield self._placed(batch), pending.popleft()
 
-    def _part(self, epoch: int, position: int, rank: int, world: int) -> Rows:
+    def _part(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
         first = position * self.batch_size
-        start, stop = order.part(min(self.batch_size, self._rows - first), rank, world)
-        fill = self.batch_size // world + (rank < self.batch_size % world) if self._pad else None
+        start, stop = permutation.part(min(self.batch_size, self._rows - first), rank, world_size)
+        fill = self.batch_size // world_size + (rank < self.batch_size % world_size) if self._pad else None
         return Rows(epoch, first + start, first + stop, fill)
 
     def _placed(self, batch: Any) -> Any:
@@ -252,10 +252,10 @@ def _fetcher(fetch: Fetch, workers: int, prefetch: int) -> Callable[[Iterable[Ro
     return Workers(fetch, count, ahead).map if count else lambda keys: map(fetch.__getitem__, keys)
 
 
-def _share(rank: int | None, world: int | None) -> tuple[int, int] | None:
-    if rank is None and world is None:
+def _share(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    if rank is None and world_size is None:
         return None
-    if rank is None or world is None:
-        raise BatchError(f"Loader got rank={rank} and world={world}; give both or neither.")
-    world = integer("world", world, 1)
-    return integer("rank", rank, 0, world), world
+    if rank is None or world_size is None:
+        raise BatchError(f"Loader got rank={rank} and world_size={world_size}; give both or neither.")
+    world_size = integer("world_size", world_size, 1)
+    return integer("rank", rank, 0, world_size), world_size

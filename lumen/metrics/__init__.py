@@ -1,5 +1,11 @@
 """Metrics from other libraries as Lumen's typed values."""
 
-from lumen.metrics.torchmetrics import from_torchmetrics as from_torchmetrics
+from lumen.metrics.torchmetrics import from_torchmetrics
 
-__all__ = ["from_torchmetrics"]
+__all__ = [
+    "from_torchmetrics",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

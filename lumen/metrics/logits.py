@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lumen.errors import MetricError
-from lumen.metrics.skeleton import Skeleton
+from lumen.metrics.template import Skeleton
 
 Form = Literal["sigmoid", "softmax"]
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.collectives import pmax, pmean, pmin, psum
-from lumen.core.dataclass import state, static
-from lumen.core.values import Value
+from lumen.core.metrics import Metric as LumenMetric
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
 from lumen.errors import AxisError, InexactWarning, MetricError
 from lumen.metrics.logits import form_of_logits
-from lumen.metrics.skeleton import Note, Skeleton, Slot
+from lumen.metrics.template import Note, Skeleton, Slot
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -36,8 +37,8 @@ _AS_LOGITS = ":as_logits"
 _SHAPES = ":shapes"
 
 
-@state
-class MetricValue(Value):
+@pytree_dataclass
+class MetricValue(LumenMetric):
     """What a torchmetrics metric has seen; made by `TorchMetric.of`, and merged like any typed value.
 
     `states` holds the metric's states by name: a tensor where parts fold into one, a tuple of tensors where they are

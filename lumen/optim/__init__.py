@@ -1,51 +1,90 @@
 """Optimizers and schedules: `chain` them, `partition` them by name, `vmap` them, or run them fused."""
 
-from lumen.optim.adafactor import adafactor as adafactor
-from lumen.optim.adam import adam as adam
-from lumen.optim.adam import adamw as adamw
-from lumen.optim.adam import scale_by_adam as scale_by_adam
-from lumen.optim.adaptive import adagrad as adagrad
-from lumen.optim.adaptive import rmsprop as rmsprop
-from lumen.optim.base import Transform as Transform
-from lumen.optim.base import apply_updates as apply_updates
-from lumen.optim.clip import clip_by_global_norm as clip_by_global_norm
-from lumen.optim.clip import clip_by_value as clip_by_value
-from lumen.optim.clip import global_norm as global_norm
-from lumen.optim.combine import chain as chain
-from lumen.optim.combine import freeze as freeze
-from lumen.optim.combine import partition as partition
-from lumen.optim.finite import apply_if_finite as apply_if_finite
-from lumen.optim.hyper import Schedule as Schedule
-from lumen.optim.hyper import learning_rate as learning_rate
-from lumen.optim.interop import from_torch as from_torch
-from lumen.optim.lamb import lamb as lamb
-from lumen.optim.lamb import scale_by_trust_ratio as scale_by_trust_ratio
-from lumen.optim.lion import lion as lion
-from lumen.optim.lookahead import lookahead as lookahead
-from lumen.optim.lookahead import lookahead_slow_params as lookahead_slow_params
-from lumen.optim.muon import muon as muon
-from lumen.optim.nadam import nadam as nadam
-from lumen.optim.nadam import radam as radam
-from lumen.optim.names import matrices as matrices
-from lumen.optim.plateau import plateau_step as plateau_step
-from lumen.optim.plateau import reduce_on_plateau as reduce_on_plateau
-from lumen.optim.scaling import add_decayed_weights as add_decayed_weights
-from lumen.optim.scaling import identity as identity
-from lumen.optim.scaling import scale as scale
-from lumen.optim.scaling import scale_by_learning_rate as scale_by_learning_rate
-from lumen.optim.scaling import scale_by_schedule as scale_by_schedule
-from lumen.optim.scaling import trace as trace
-from lumen.optim.schedule_free import schedule_free as schedule_free
-from lumen.optim.schedule_free import schedule_free_eval_params as schedule_free_eval_params
-from lumen.optim.schedules import constant as constant
-from lumen.optim.schedules import cosine as cosine
-from lumen.optim.schedules import exponential as exponential
-from lumen.optim.schedules import join as join
-from lumen.optim.schedules import linear as linear
-from lumen.optim.schedules import one_cycle as one_cycle
-from lumen.optim.schedules import piecewise as piecewise
-from lumen.optim.schedules import polynomial as polynomial
-from lumen.optim.schedules import step_decay as step_decay
-from lumen.optim.schedules import warmup_cosine as warmup_cosine
-from lumen.optim.set_lr import with_learning_rate as with_learning_rate
-from lumen.optim.sgd import sgd as sgd
+from lumen.optim._adafactor import adafactor
+from lumen.optim._adam import adam, adamw, scale_by_adam
+from lumen.optim._adaptive import adagrad, rmsprop
+from lumen.optim._apply_if_finite import apply_if_finite
+from lumen.optim._base import GradientTransformation, apply_updates
+from lumen.optim._clip import clip_by_global_norm, clip_by_value, global_norm
+from lumen.optim._combine import chain, freeze, partition
+from lumen.optim._from_torch import from_torch
+from lumen.optim._hyperparams import Schedule, learning_rate
+from lumen.optim._lamb import lamb, scale_by_trust_ratio
+from lumen.optim._lion import lion
+from lumen.optim._lookahead import lookahead, lookahead_slow_params
+from lumen.optim._muon import muon
+from lumen.optim._nadam import nadam, radam
+from lumen.optim._param_names import matrices
+from lumen.optim._plateau import plateau_step, reduce_on_plateau
+from lumen.optim._scaling import add_decayed_weights, identity, scale, scale_by_learning_rate, scale_by_schedule, trace
+from lumen.optim._schedule_free import schedule_free, schedule_free_eval_params
+from lumen.optim._schedules import (
+    constant,
+    cosine,
+    exponential,
+    join,
+    linear,
+    one_cycle,
+    piecewise,
+    polynomial,
+    step_decay,
+    warmup_cosine,
+)
+from lumen.optim._sgd import sgd
+from lumen.optim._with_learning_rate import with_learning_rate
+
+__all__ = [
+    "GradientTransformation",
+    "Schedule",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamw",
+    "add_decayed_weights",
+    "apply_if_finite",
+    "apply_updates",
+    "chain",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "constant",
+    "cosine",
+    "exponential",
+    "freeze",
+    "from_torch",
+    "global_norm",
+    "identity",
+    "join",
+    "lamb",
+    "learning_rate",
+    "linear",
+    "lion",
+    "lookahead",
+    "lookahead_slow_params",
+    "matrices",
+    "muon",
+    "nadam",
+    "one_cycle",
+    "partition",
+    "piecewise",
+    "plateau_step",
+    "polynomial",
+    "radam",
+    "reduce_on_plateau",
+    "rmsprop",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_schedule",
+    "scale_by_trust_ratio",
+    "schedule_free",
+    "schedule_free_eval_params",
+    "sgd",
+    "step_decay",
+    "trace",
+    "warmup_cosine",
+    "with_learning_rate",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,25 +3,43 @@
 A sink may also keep a run's configuration, show params, and go back to a checkpoint: see `lumen.sinks.optional`.
 """
 
-from lumen.sinks.base import Sink as Sink
-from lumen.sinks.base import scalars as scalars
-from lumen.sinks.console import Console as Console
-from lumen.sinks.csv import CSV as CSV
-from lumen.sinks.info import run_info as run_info
-from lumen.sinks.jsonl import JSONL as JSONL
-from lumen.sinks.media import Histogram as Histogram
-from lumen.sinks.media import Image as Image
-from lumen.sinks.media import Text as Text
-from lumen.sinks.media import figure as figure
-from lumen.sinks.media import split as split
-from lumen.sinks.memory import Memory as Memory
-from lumen.sinks.mlflow import MLflow as MLflow
-from lumen.sinks.optional import Configurable as Configurable
-from lumen.sinks.optional import Resumable as Resumable
-from lumen.sinks.optional import ShowsParams as ShowsParams
-from lumen.sinks.optional import configure as configure
-from lumen.sinks.optional import position as position
-from lumen.sinks.optional import rewind as rewind
-from lumen.sinks.optional import show_params as show_params
-from lumen.sinks.tensorboard import TensorBoard as TensorBoard
-from lumen.sinks.wandb import WandB as WandB
+from lumen.sinks.base import Sink, scalars
+from lumen.sinks.console import Console
+from lumen.sinks.csv import CSV
+from lumen.sinks.info import run_info
+from lumen.sinks.jsonl import JSONL
+from lumen.sinks.media import Histogram, Image, Text, figure, split
+from lumen.sinks.memory import Memory
+from lumen.sinks.mlflow import MLflow
+from lumen.sinks.optional import Configurable, Resumable, ShowsParams, configure, position, rewind, show_params
+from lumen.sinks.tensorboard import TensorBoard
+from lumen.sinks.wandb import WandB
+
+__all__ = [
+    "CSV",
+    "JSONL",
+    "Configurable",
+    "Console",
+    "Histogram",
+    "Image",
+    "MLflow",
+    "Memory",
+    "Resumable",
+    "ShowsParams",
+    "Sink",
+    "TensorBoard",
+    "Text",
+    "WandB",
+    "configure",
+    "figure",
+    "position",
+    "rewind",
+    "run_info",
+    "scalars",
+    "show_params",
+    "split",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,7 +16,7 @@ _CONFIG = 200  # characters of the configuration that are shown
 
 
 class Console:
-    """Prints one line for each `log`, numbers under numbers: in colour on a terminal, plain elsewhere.
+    """Prints one line for each `log`, numbers under numbers: in color on a terminal, plain elsewhere.
 
     A `Text` follows on lines of its own; histograms and images are left out. The configuration is one line, cut at 200
     characters. `file` is the standard output unless given. The Runner's own display shows the same numbers: give it

@@ -30,7 +30,7 @@ class CSV(RowFile):
 
     >>> import lumen as lm, tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.csv")
-    >>> sink = lm.sinks.CSV(path, clock=lambda: 12.5)
+    >>> sink = lm.sinks.CSV(path, time_fn=lambda: 12.5)
     >>> sink.log(0, {"loss": 0.5})
     >>> sink.log(1, {"loss": 0.25, "accuracy": 0.75})
     >>> sink.close()
@@ -44,7 +44,7 @@ class CSV(RowFile):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one row."""
-        record = stamped(step, self._clock(), split(values)[0])
+        record = stamped(step, self._time_fn(), split(values)[0])
         with self._writing():
             file = self._opened()
             added = [name for name in record if name not in self._columns]

@@ -27,7 +27,7 @@ class JSONL(RowFile):
 
     >>> import lumen as lm, tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
-    >>> sink = lm.sinks.JSONL(path, clock=lambda: 12.5)
+    >>> sink = lm.sinks.JSONL(path, time_fn=lambda: 12.5)
     >>> sink.log(3, {"loss": 0.25, "norm": float("inf"), "sample": lm.sinks.Text("to be")})
     >>> sink.close()
     >>> print(path.read_text())
@@ -37,7 +37,7 @@ class JSONL(RowFile):
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line."""
         numbers, media = split(values)
-        record = {name: plain_number(value) for name, value in stamped(step, self._clock(), numbers).items()}
+        record = {name: plain_number(value) for name, value in stamped(step, self._time_fn(), numbers).items()}
         others = {name: _written(value) for name, value in media.items() if isinstance(value, Histogram | Text)}
         check_names(others)
         line = json.dumps({**record, **others}, allow_nan=False)

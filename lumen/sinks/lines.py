@@ -21,12 +21,12 @@ class RowFile(ABC):
     """What JSONL and CSV share: a file of rows that is opened late, continued, counted and cut."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, on_error: OnError = "raise", clock: Callable[[], float] = time.time
+        self, path: str | os.PathLike[str], *, on_error: OnError = "raise", time_fn: Callable[[], float] = time.time
     ) -> None:
         check_on_error(on_error)
         self.path = Path(path)
         self.on_error = on_error
-        self._clock = clock
+        self._time_fn = time_fn
         self._file: TextIO | None = None
         self._rows = 0  # in the file, as long as it is open
 

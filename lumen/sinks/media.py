@@ -52,7 +52,7 @@ class Histogram:
 
 
 class Image:
-    """A picture from a tensor [C, H, W] with 1, 3 or 4 channels (grey, RGB, RGBA), or [H, W].
+    """A picture from a tensor [C, H, W] with 1, 3 or 4 channels (gray, RGB, RGBA), or [H, W].
 
     Floating point numbers are from 0 to 1: what lies outside is clipped, and NaN is black. uint8 is from 0 to 255, and
     booleans are black and white. `pixels` is uint8 [H, W, C]; `png()` is the file.

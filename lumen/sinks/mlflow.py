@@ -51,7 +51,7 @@ class MLflow:
         run_name: str | None = None,
         tags: Mapping[str, str] | None = None,
         on_error: OnError = "raise",
-        clock: Callable[[], float] = time.time,
+        time_fn: Callable[[], float] = time.time,
     ) -> None:
         check_on_error(on_error)
         require("mlflow", "MLflow")
@@ -61,7 +61,7 @@ class MLflow:
         self.run_id = run_id
         self._run_name = run_name
         self._tags = dict(tags or {})
-        self._clock = clock
+        self._time_fn = time_fn
         self._client: Any = None
         self._config: dict[str, Any] | None = None
 
@@ -76,7 +76,7 @@ class MLflow:
         if self._config is not None:
             self._log_config(client, self._config)
             self._config = None
-        metric, now = load("mlflow.entities").Metric, round(self._clock() * 1000)
+        metric, now = load("mlflow.entities").Metric, round(self._time_fn() * 1000)
         metrics = [metric(_name(name), float(value), now, int(step)) for name, value in numbers.items()]
         for some in _batches(metrics, _METRICS):
             client.log_batch(self.run_id, metrics=some)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lumen.errors import SinkError, ValueKindError
-from lumen.optim.names import matching
+from lumen.optim._param_names import matching
 
 _LIST = "projector_config.pbtxt"
 

@@ -55,7 +55,7 @@ class TensorBoard:
         embeddings: Sequence[str] = (),
         embed_every: int | None = None,
         on_error: OnError = "raise",
-        clock: Callable[[], float] = time.time,
+        time_fn: Callable[[], float] = time.time,
     ) -> None:
         check_on_error(on_error)
         _library()  # that it is missing should show before the first step
@@ -68,7 +68,7 @@ class TensorBoard:
         self._embedded: int | None = None  # the step at which the projector's points were last due
         self.logdir = Path(logdir)
         self.on_error = on_error
-        self._clock = clock
+        self._time_fn = time_fn
         self._writer: Any = None
         self._last: int | None = None  # step
         self._restart: int | None = None  # the first step to drop
@@ -137,7 +137,7 @@ class TensorBoard:
         return self._writer
 
     def _write(self, writer: Any, step: int, **what: Any) -> None:
-        writer.write_event(_library().Event(wall_time=self._clock(), step=step, **what))
+        writer.write_event(_library().Event(wall_time=self._time_fn(), step=step, **what))
 
 
 def _media_value(name: str, value: Media) -> Any:

@@ -16,7 +16,7 @@ def _ignore(*_args: Any) -> None:
 
 
 @dataclass(frozen=True)
-class View:
+class CallbackContext:
     """What a callback sees: the run's `clock`, its current `state`, `metrics` and `batch`, and what it may ask for.
 
     `metrics` are the step's own, on the device, in `on_step`; the numbers just published in `on_log`; the newest of
@@ -46,25 +46,25 @@ class Callback:
     ...             view.stop("accurate enough")
     """
 
-    def on_start(self, view: View) -> None:
+    def on_start(self, view: CallbackContext) -> None:
         """Before the first step."""
 
-    def on_step(self, view: View) -> None:
+    def on_step(self, view: CallbackContext) -> None:
         """After each step (after each k with `unroll(k)`)."""
 
-    def on_log(self, view: View) -> None:
+    def on_log(self, view: CallbackContext) -> None:
         """After numbers were published: those of training, or of a validation."""
 
-    def on_validate(self, view: View) -> None:
+    def on_validate(self, view: CallbackContext) -> None:
         """After each validation."""
 
-    def on_checkpoint(self, view: View) -> None:
+    def on_checkpoint(self, view: CallbackContext) -> None:
         """After each checkpoint was taken; it may still be on its way to the disk."""
 
-    def on_exception(self, view: View, error: BaseException) -> None:
+    def on_exception(self, view: CallbackContext, error: BaseException) -> None:
         """When the run is about to end with `error`, which is an `lm.Interrupted` where a signal asked it to."""
 
-    def on_end(self, view: View) -> None:
+    def on_end(self, view: CallbackContext) -> None:
         """After the last step of a run that ended without an exception."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Callbacks:
         """Whether any is of the user's own: those of Lumen publish no numbers."""
         return any(not type(each).__module__.startswith("lumen.") for each in self._all)
 
-    def call(self, point: str, view: View, *args: Any) -> None:
+    def call(self, point: str, view: CallbackContext, *args: Any) -> None:
         """Run all callbacks at `point`, in the order they were given."""
         for fn in self._at[point]:
             fn(view, *args)

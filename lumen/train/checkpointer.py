@@ -145,11 +145,11 @@ def _last(store: Store) -> int | None:
 def first_whole(
     paths: Iterator[tuple[Path, bool]],
     read: Callable[[Path], Any],
-    set_aside: Callable[[Path, Path, CorruptCheckpointError], None],
+    quarantine: Callable[[Path, Path, CorruptCheckpointError], None],
 ) -> Any:
     """What `read` gives for the first checkpoint that is not damaged, None where there is none at all.
 
-    Of damaged ones before it, `set_aside` is told, with the one that is whole, and what was wrong; where all are
+    Of damaged ones before it, `quarantine` is told, with the one that is whole, and what was wrong; where all are
     damaged, the first one's error is raised.
     """
     damaged: list[tuple[Path, CorruptCheckpointError]] = []
@@ -163,7 +163,7 @@ def first_whole(
                 damaged.append((path, error))
                 continue
             for each, why in damaged:
-                set_aside(each, path, why)
+                quarantine(each, path, why)
             return found
         if damaged:
             raise damaged[0][1]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lumen.sinks.format import short
 
-# Colours and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
-COLOURS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
+# Colors and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
+COLORS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
 _LEAST = 1e-300  # below it, a tenth of a number is not much of a distance
 _MOST = 308.25  # the power of ten of the largest number, nearly
@@ -24,7 +24,7 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    color: int = 0
     dash: int = 0
     raw: Sequence[float] | None = None
 

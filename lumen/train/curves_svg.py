@@ -1,4 +1,4 @@
-"""Curves as SVG, for a page or a notebook, whose colours of text and ground it takes."""
+"""Curves as SVG, for a page or a notebook, whose colors of text and ground it takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lumen.sinks.format import short
-from lumen.train.curves import COLOURS, DASHES, Line, Panel, fraction, ticks, value_ticks
+from lumen.train.curves import COLORS, DASHES, Line, Panel, fraction, ticks, value_ticks
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14
 
 
 def svg(panel: Panel) -> str:
-    """The panel as an SVG element, drawn in the colour of the text round it."""
+    """The panel as an SVG element, drawn in the color of the text round it."""
     rows = _legend_rows(panel)
     height = _TOP + _HEIGHT + _BOTTOM + _LINE * len(rows) + 4
     width = _LEFT + _WIDTH + 12
@@ -56,7 +56,7 @@ def _axes(panel: Panel, across: tuple[float, float], up: tuple[float, float]) ->
 
 
 def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[float, float]) -> Iterator[str]:
-    colour, dash = COLOURS[line.colour % len(COLOURS)], DASHES[line.dash % len(DASHES)]
+    color, dash = COLORS[line.color % len(COLORS)], DASHES[line.dash % len(DASHES)]
     raw = [(piece, ' opacity="0.25"') for piece in panel.pieces(line, raw=True)] if line.raw is not None else []
     for piece, look in [*raw, *((piece, "") for piece in panel.pieces(line))]:
         # What was smoothed may leave the axes before it was.
@@ -65,11 +65,11 @@ def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[floa
         points = " ".join(f"{x},{y}" for x, y in places)
         if len(places) == 1:
             x, y = places[0]
-            yield f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"{look}/>'
+            yield f'<circle cx="{x}" cy="{y}" r="2" fill="{color}"{look}/>'
         else:
             dashes = f' stroke-dasharray="{dash}"' if dash else ""
             yield (
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"'
+                f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"'
                 f' stroke-linejoin="round"{dashes}{look}/>'
             )
 
@@ -108,7 +108,7 @@ def _legend(rows: Sequence[Sequence[tuple[float, Line]]]) -> Iterator[str]:
         for x, line in row:
             dash = DASHES[line.dash % len(DASHES)]
             yield (
-                f'<path d="M{x} {y - 3}h18" stroke="{COLOURS[line.colour % len(COLOURS)]}" stroke-width="2"'
+                f'<path d="M{x} {y - 3}h18" stroke="{COLORS[line.color % len(COLORS)]}" stroke-width="2"'
                 + (f' stroke-dasharray="{dash}"' if dash else "")
                 + f'/><text x="{x + 22}" y="{y}">{html.escape(line.name)}</text>'
             )

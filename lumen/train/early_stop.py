@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lumen.checkpoint import plain
+from lumen.checkpoint import json_tree
 from lumen.errors import HyperparameterError, InexactWarning, StepError
-from lumen.optim.hyper import check_count, check_scalar
-from lumen.train.callbacks import Callback, View
+from lumen.optim._hyperparams import check_count, check_scalar
+from lumen.train.callbacks import Callback, CallbackContext
 
 
 class EarlyStop(Callback):
@@ -38,7 +38,7 @@ class EarlyStop(Callback):
     >>> import lumen as lm
     >>> stop = lm.EarlyStop("val/loss", patience=2)
     >>> for loss in (1.0, 0.5, 0.6, 0.5):
-    ...     stop.on_log(lm.train.callbacks.View(lm.train.clock.Clock(), None, {"val/loss": loss}, stop=print))
+    ...     stop.on_log(lm.CallbackContext(lm.train.clock.Clock(), None, {"val/loss": loss}, stop=print))
     val/loss has not improved on 0.5 for 2 reports
     """
 
@@ -72,14 +72,14 @@ class EarlyStop(Callback):
     def __repr__(self) -> str:
         return f"lm.EarlyStop({self.metric!r}, {self.mode!r}, patience={self.patience})"
 
-    def on_start(self, view: View) -> None:
+    def on_start(self, view: CallbackContext) -> None:
         """A new run begins without memory; one that goes on keeps it."""
         if view.clock.step == 0:
             self._forget()
         self._stopped = False
         self._published.clear()
 
-    def on_log(self, view: View) -> None:
+    def on_log(self, view: CallbackContext) -> None:
         """Take in a report of the metric."""
         if self.metric in view.metrics:
             if not self._stopped:  # what is published while the run winds up decides nothing
@@ -90,20 +90,20 @@ class EarlyStop(Callback):
             raise self._missing()
         self._published.update(view.metrics)
 
-    def on_validate(self, view: View) -> None:
+    def on_validate(self, view: CallbackContext) -> None:
         """A validation that should have given the metric did."""
         self._published.update(view.metrics)
         if not self._reports and any(map(self._alike, self._published)):
             raise self._missing()
 
-    def on_end(self, view: View) -> None:
+    def on_end(self, view: CallbackContext) -> None:
         """Say that the metric was never published; the run's result is not to be lost for it."""
         if not self._reports:
             warnings.warn(str(self._missing()), InexactWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """The best report, the number of reports without improvement since, and of all."""
-        return {"best": plain.number(self._best), "bad": self._bad, "reports": self._reports}
+        return {"best": json_tree.number(self._best), "bad": self._bad, "reports": self._reports}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
@@ -116,7 +116,7 @@ class EarlyStop(Callback):
         self._stopped = False
         self._published: set[str] = set()
 
-    def _report(self, value: float, view: View) -> None:
+    def _report(self, value: float, view: CallbackContext) -> None:
         self._reports += 1
         reason = self._at_once(value) or self._patience(value)
         if reason:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from lumen.core.device import forked_rng
+from lumen.core.metrics import compute_metrics
 from lumen.core.step import StepFn, device_of
-from lumen.core.values import compute_metrics
 from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepError
-from lumen.optim.base import clone
-from lumen.optim.hyper import check_count, check_scalar
-from lumen.optim.set_lr import with_learning_rate
-from lumen.train.everyone import Everyone
-from lumen.train.place import Placed, opened
+from lumen.optim._base import clone
+from lumen.optim._hyperparams import check_count, check_scalar
+from lumen.optim._with_learning_rate import with_learning_rate
+from lumen.train.device_feed import DeviceIterator, opened
+from lumen.train.distributed import ProcessGroupContext
 
 
 @dataclass(frozen=True)
-class Finding:
+class LRFinderResult:
     """What `lm.lr_find` measured: the loss at each of the `lrs`, its running mean, and what they suggest.
 
     `index` is the place of the `suggestion` among them; both are None where the loss never fell, or the search ended
@@ -43,7 +43,7 @@ class Finding:
 
     def __repr__(self) -> str:
         lr = "None" if self.suggestion is None else f"{self.suggestion:.3g}"
-        return f"Finding(suggestion={lr}, {len(self.lrs)} points, {self.reason!r})"
+        return f"LRFinderResult(suggestion={lr}, {len(self.lrs)} points, {self.reason!r})"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write the curve as an image, with the suggestion marked."""
@@ -74,7 +74,7 @@ def lr_find(
     diverge: float | None = 4.0,
     metric: str = "loss",
     plot: str | os.PathLike[str] | None = None,
-) -> Finding:
+) -> LRFinderResult:
     """Train for a few steps while the learning rate grows from `low` to `high`, and suggest one to train with.
 
     This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186). The
@@ -117,13 +117,13 @@ def lr_find(
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     curve = _Curve(smoothing, diverge)
     device = device_of(state)
-    source = batches if isinstance(batches, Placed) else opened(batches, state, Everyone(state))
+    source = batches if isinstance(batches, DeviceIterator) else opened(batches, state, ProcessGroupContext(state))
     with forked_rng(device):
         reason = _sweep(step, state, zip(lrs, _endless(source), strict=False), metric, curve)
     if not reason:
         reason = f"all {steps} steps were made" if len(curve.lrs) == steps else "the batches ended"
     index = _steepest(curve.losses, curve.smoothed, reach=max(1, steps // 10))
-    found = Finding(tuple(curve.lrs), tuple(curve.losses), tuple(curve.smoothed), index, reason)
+    found = LRFinderResult(tuple(curve.lrs), tuple(curve.losses), tuple(curve.smoothed), index, reason)
     if plot is not None:
         found.plot(plot)
     return found
@@ -176,7 +176,7 @@ def _sweep(step: StepFn, state: Any, points: Iterable[tuple[float, Any]], metric
 
 
 def _steepest(losses: Sequence[float], smoothed: Sequence[float], reach: int) -> int | None:
-    """Where the loss falls fastest: the centre of the line through 2·reach + 1 losses that falls fastest.
+    """Where the loss falls fastest: the center of the line through 2·reach + 1 losses that falls fastest.
 
     It is the losses themselves that are fitted. Their running mean lags behind: it falls fastest where the loss is
     about to rise. Beyond the lowest running mean nothing counts, since a loss that has blown up may fall again.
@@ -190,7 +190,7 @@ def _steepest(losses: Sequence[float], smoothed: Sequence[float], reach: int) ->
     return reach + int(slopes.argmin()) if slopes.min() < 0 else None
 
 
-def _endless(batches: Placed) -> Iterator[Any]:
+def _endless(batches: DeviceIterator) -> Iterator[Any]:
     """Epoch after epoch, where the data can be iterated more than once."""
     for number in itertools.count():
         empty = True

@@ -10,10 +10,10 @@ import torch
 from lumen import tree
 from lumen.errors import StepError
 from lumen.optim import plateau_step
-from lumen.optim.plateau import PlateauState
+from lumen.optim._plateau import PlateauState
 
 
-def fed(state: Any, name: str, values: Mapping[str, float]) -> Any:
+def update_plateau(state: Any, name: str, values: Mapping[str, float]) -> Any:
     """The state after its optimizer was told the metric `name`; in an ensemble, that of each lane."""
     lanes = [key for key in values if key.startswith(f"{name}/")]
     metric = values[name] if name in values else torch.tensor([values[f"{name}/{i}"] for i in range(len(lanes))])

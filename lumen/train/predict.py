@@ -12,12 +12,12 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.step import Transform, compose
 from lumen.errors import BatchError
-from lumen.train.everyone import Everyone, join_world
-from lumen.train.place import opened
+from lumen.train.device_feed import opened
+from lumen.train.distributed import ProcessGroupContext, join_world
 from lumen.train.validate import evaluated, needed
 
 
-def predictions(
+def predict(
     step: Callable[[Any, Any], Any],
     state: Any,
     data: Iterable[Any],
@@ -30,14 +30,14 @@ def predictions(
     In a world of several processes each gets the outputs of its own rows, which are cut as those of training are.
 
     >>> import lumen as lm, torch
-    >>> [len(out) for out in lm.predictions(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
+    >>> [len(out) for out in lm.predict(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
     [2, 1]
     """
     join_world(transforms)
     run = compose(*needed(transforms))(lambda state, batch: (state, step(state, batch)))
     with torch.no_grad():
         state = evaluated(state)
-    for batch in itertools.islice(opened(data, state, Everyone(state)).epoch(0), limit):
+    for batch in itertools.islice(opened(data, state, ProcessGroupContext(state)).epoch(0), limit):
         with torch.no_grad():
             _, outputs = run(state, batch)
         yield tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, outputs)

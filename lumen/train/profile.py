@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lumen.errors import HyperparameterError
-from lumen.optim.hyper import check_count
-from lumen.train.callbacks import Callback, View
+from lumen.optim._hyperparams import check_count
+from lumen.train.callbacks import Callback, CallbackContext
 
 _ROWS = 30  # of the table
 
@@ -79,13 +79,13 @@ class Profile(Callback):
         each = f", {self._repeat} times" if self._repeat > 1 else ""
         return f"lm.Profile({str(self.directory)!r}, the last {self._active} of {self._length} steps{each})"
 
-    def on_start(self, view: View) -> None:
+    def on_start(self, view: CallbackContext) -> None:
         """Begin the first cycle."""
         self._stop()  # what a run that never ended may have left
         self._cycles = self._repeat
         self._begin()
 
-    def on_step(self, view: View) -> None:
+    def on_step(self, view: CallbackContext) -> None:
         """Count a step."""
         profiler = self._profiler
         if profiler is None:
@@ -97,14 +97,14 @@ class Profile(Callback):
             if self._cycles:
                 self._begin()
 
-    def on_exception(self, view: View, error: BaseException) -> None:
+    def on_exception(self, view: CallbackContext, error: BaseException) -> None:
         """Stop, without standing in the way of the error."""
         try:
             self._stop()
         except Exception as failure:
             error.add_note(f"the profile was lost too: {failure!r}")
 
-    def on_end(self, view: View) -> None:
+    def on_end(self, view: CallbackContext) -> None:
         """Stop, where the run was shorter than the profile."""
         self._stop()
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from lumen import checkpoint, tree
-from lumen.checkpoint import listed, plain, rng
+from lumen.checkpoint import json_tree, listed, rng
 from lumen.core.step import Step, StepFn, as_step, compose, device_of
 from lumen.errors import CheckpointError, CheckpointMismatchError, CorruptCheckpointError, StepError
-from lumen.transforms.dump import KIND
-from lumen.transforms.guard import guard
-from lumen.transforms.unroll import unroll
+from lumen.transforms._guard import guard
+from lumen.transforms._support.snapshot_dump import KIND
+from lumen.transforms._unroll import unroll
 
 
 def replay(path: str | os.PathLike[str], step: StepFn, state: Any, *, batch: Any = None) -> tuple[Any, Any]:
@@ -109,7 +109,7 @@ def _batch(path: str | os.PathLike[str], meta: dict[str, Any], like: Any) -> Any
     tensors = checkpoint.load(path, under="batch")
     if meta["batch"] is not None:
         try:
-            return plain.unpack({"text": meta["batch"], "tensors": tensors})
+            return json_tree.unpack({"text": meta["batch"], "tensors": tensors})
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise _damaged(path, f"its batch is not sound ({error})") from error
     spec, leaves = tree.structure(like), listed(tensors)

@@ -11,25 +11,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from lumen import tree
-from lumen.checkpoint import plain
+from lumen.checkpoint import json_tree
 from lumen.core.flops import peak_flops
 from lumen.core.step import Transform, as_step, compose
-from lumen.data.rank_data import per_rank
+from lumen.data._per_rank import per_rank
 from lumen.errors import StepError
 from lumen.sinks import Sink, run_info
+from lumen.train.batch_size import TokenCount
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every, Steps, Until
-from lumen.train.counts import TokenCount
-from lumen.train.everyone import Everyone, check_world, join_world
-from lumen.train.fit import Fit, Result, without_unroll
-from lumen.train.lr_find import Finding, lr_find
-from lumen.train.monitor import Monitors, names_of
-from lumen.train.place import opened
+from lumen.train.device_feed import opened
+from lumen.train.distributed import ProcessGroupContext, check_world, join_world
+from lumen.train.loop import Fit, Result, without_unroll
+from lumen.train.lr_find import LRFinderResult, lr_find
+from lumen.train.monitored_metrics import Monitors, names_of
 from lumen.train.plateau import check_plateau
-from lumen.train.predict import joined, predictions
+from lumen.train.predict import joined
+from lumen.train.predict import predict as predict_batches
 from lumen.train.validate import Validate, check_limit, evaluate
-from lumen.transforms.precision import precision
+from lumen.transforms._precision import precision
 
 
 class Runner:
@@ -47,9 +48,9 @@ class Runner:
         config: what the run was made with, a mapping or a dataclass: logged, and kept in checkpoints.
         log_every: steps between two logging points.
         tokens: counts the tokens of a batch, for `lm.Tokens` and the throughput.
-        mfu: log the model FLOPs utilisation: True takes the published peak of the GPU, a number is the peak in FLOP/s.
+        mfu: log the model FLOPs utilization: True takes the published peak of the GPU, a number is the peak in FLOP/s.
         progress: True (a bar on a terminal or in a notebook, lines elsewhere), "bar", "lines" or False.
-        clock: gives seconds, for tests.
+        time_fn: gives seconds, for tests.
 
     >>> import lumen as lm, torch
     >>> def step(state, batch):
@@ -79,7 +80,7 @@ class Runner:
         tokens: TokenCount | None = None,
         mfu: bool | float = False,
         progress: bool | str = True,
-        clock: Callable[[], float] = time.monotonic,
+        time_fn: Callable[[], float] = time.monotonic,
     ) -> None:
         self.transforms = tuple(transforms)
         self.step = compose(*transforms)(step) if transforms else as_step(step)
@@ -90,7 +91,7 @@ class Runner:
         self.log_every = Every(steps=log_every)
         self.tokens = tokens
         self.progress = progress
-        self.now = clock
+        self.now = time_fn
         self.mfu = mfu
         self._config = _mapping(config)
 
@@ -155,7 +156,7 @@ class Runner:
         """What `step(state, batch) -> outputs` gives for all of `data`, in evaluation mode, as one tree on the CPU.
 
         Tensors are joined along their first dim, lists are appended, in the order of the data; anything else comes as
-        a list with an entry for each batch. For more than fits into memory use `lm.predictions`, which yields batch by
+        a list with an entry for each batch. For more than fits into memory use `lm.predict`, which yields batch by
         batch.
 
         >>> import lumen as lm, torch
@@ -167,7 +168,7 @@ class Runner:
         torch.Size([5, 1])
         """
         check_limit(limit)
-        return joined(predictions(step, state, data, self.step.transforms, limit=limit))
+        return joined(predict_batches(step, state, data, self.step.transforms, limit=limit))
 
     def smoke(
         self, state: Any, data: Iterable[Any], *, validate: Validate | Sequence[Validate] | None = None
@@ -193,19 +194,19 @@ class Runner:
         """
         check_limit(batches)
         join_world(self.transforms)
-        source = opened(data, state, Everyone(state))
+        source = opened(data, state, ProcessGroupContext(state))
         few = list(itertools.islice(source, batches))
         quick = self._with(progress=self.progress, log_every=10)
         return quick.fit(state, per_rank(few), until=until or Steps(100))
 
-    def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> Finding:
+    def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> LRFinderResult:
         """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.
 
         The state given is left as it is.
         """
         single, _ = without_unroll(self.step)
         begun = self.step.init(state)
-        return lr_find(single, begun, opened(data, state, Everyone(state)), **options)
+        return lr_find(single, begun, opened(data, state, ProcessGroupContext(state)), **options)
 
     def description(self) -> dict[str, Any]:
         """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
@@ -221,7 +222,7 @@ class Runner:
 
     def _with(self, **changes: Any) -> Runner:
         """A Runner of the same step that leaves no traces."""
-        quiet = {"progress": False, "log_every": 10**9, "clock": self.now, "tokens": self.tokens}
+        quiet = {"progress": False, "log_every": 10**9, "time_fn": self.now, "tokens": self.tokens}
         return Runner(self.step, **{**quiet, **changes})
 
 
@@ -245,5 +246,5 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):  # OmegaConf's lists, too
         return [_jsonable(each) for each in value]
     if isinstance(value, float):
-        return plain.number(value)
+        return json_tree.number(value)
     return str(value)

@@ -16,7 +16,7 @@ from lumen.core.flops import peak_flops as peak_flops
 from lumen.core.inspect import human_bytes
 from lumen.core.step import StepFn
 from lumen.errors import StepError
-from lumen.optim.hyper import check_count
+from lumen.optim._hyperparams import check_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What `lm.summary` found; `print` it, or `show` it with colours on a terminal.
+    """What `lm.summary` found; `print` it, or `show` it with colors on a terminal.
 
     `parts` are its lines, the whole model first. `nbytes` has the bytes of each field of the state. `flops` are those
     of one step, None where no step was given or where it cannot be counted, for the `reason`.

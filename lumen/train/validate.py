@@ -13,10 +13,10 @@ from lumen import tree
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
 from lumen.train.clock import Every
-from lumen.train.everyone import Everyone, join_world
-from lumen.train.meter import Meter
-from lumen.train.place import opened
-from lumen.transforms.ema import ema
+from lumen.train.device_feed import opened
+from lumen.train.distributed import ProcessGroupContext, join_world
+from lumen.train.metric_buffer import MetricAccumulator
+from lumen.transforms._ema import ema
 
 EvalStep = Callable[[Any, Any], Any]
 
@@ -86,7 +86,7 @@ def evaluate(
     {'largest': 6.0, 'mean': 3.0}
     """
     join_world(transforms)
-    everyone = Everyone(state)
+    everyone = ProcessGroupContext(state)
     batches = opened(data, state, everyone)
     found = evaluate_until(step, state, batches, transforms, everyone, limit=limit, stop=lambda: False)
     assert found is not None
@@ -98,7 +98,7 @@ def evaluate_until(
     state: Any,
     data: Iterable[Any],
     transforms: tuple[Transform, ...],
-    everyone: Everyone,
+    everyone: ProcessGroupContext,
     *,
     limit: int | None,
     stop: Callable[[], bool],
@@ -106,7 +106,7 @@ def evaluate_until(
 ) -> dict[str, float] | None:
     """`evaluate`, or None where `stop` became true on the way; `place` tells apart what is evaluated in one run."""
     run = _as_step(step, transforms)
-    meter = Meter()
+    meter = MetricAccumulator()
     skips = everyone.size > 1 and not any(t.shards for t in transforms)
     with torch.no_grad():
         state = evaluated(state)

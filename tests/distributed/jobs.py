@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 
 ROWS, SIZE = 60, 12
 DEFAULTS = {
@@ -65,7 +65,7 @@ class Misfortune:
 
     def __call__(self, state):
         options = self.options
-        if options["rank"] != world.rank() or options["at"] != int(state.step) + 1 or self.mark.exists():
+        if options["rank"] != distributed.rank() or options["at"] != int(state.step) + 1 or self.mark.exists():
             return
         self.mark.touch()
         if options["what"] == "raise":
@@ -81,7 +81,7 @@ def main(directory, options):
     strategy = options["strategy"]
     mesh = lm.mesh(device="cpu", timeout=options["timeout"], **{"shard" if strategy == "fsdp" else "data": -1})
     happens = Misfortune(directory, options)
-    seen = (directory / f"rows-{world.rank()}.jsonl").open("a")
+    seen = (directory / f"rows-{distributed.rank()}.jsonl").open("a")
 
     def watched(state, batch):
         happens(state)
@@ -92,7 +92,7 @@ def main(directory, options):
     loader = lm.Loader(columns(), batch_size=SIZE, seed=2)
     data = loader
     if options["what"] == "end":
-        short = options["at"] if world.rank() == options["rank"] else 10**6
+        short = options["at"] if distributed.rank() == options["rank"] else 10**6
         data = lm.data.per_rank(batch for (batch, _), _ in zip(loader.stream(), range(short), strict=False))
     if strategy == "none":
         warnings.filterwarnings("ignore", message=".*no transform joins")
@@ -106,7 +106,7 @@ def main(directory, options):
     )
     result = runner.fit(make_state(), data, until=lm.Steps(options["steps"]), resume="auto")
     state = runner.step.export(result.state)
-    if world.rank() == 0:
+    if distributed.rank() == 0:
         lm.checkpoint.save(directory / "final", state)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import lumen as lm
-from lumen.core import world
-from lumen.parallel.launch import leave
+from lumen.core import distributed
+from lumen.parallel.comm.init import leave
 from tests.distributed import jobs
 
 
@@ -78,7 +78,7 @@ def main(ports, directory):
     found["refused"] = [refused(each) for each in (*asked, lambda: step(state, jobs.columns()))]
     os.environ["MASTER_PORT"] = ports[1]
     again = lm.mesh(data=-1, device="cpu")
-    found["again"] = [again.index("data"), world.world_size(), refused(lambda: mesh.torch), *again.sizes.values()]
+    found["again"] = [again.index("data"), distributed.world_size(), refused(lambda: mesh.torch), *again.sizes.values()]
     with again.bound():
         lm.psum(torch.ones(1).to(torch.float8_e4m3fn), "data")  # codes, which have no sum
 

@@ -47,7 +47,7 @@ class GPT(nn.Module):
         return self.mix(h).mean(1) + self.head(h).mean((1, 2)).unsqueeze(-1) * torch.arange(1.0, 4, dtype=h.dtype)
 
 
-class Outside(nn.Module):
+class FullParamView(nn.Module):
     """A param that the loss uses without the module, and a layer that nothing uses."""
 
     def __init__(self):
@@ -77,7 +77,7 @@ class Routed(nn.Module):
         return out
 
 
-MODELS = {"mlp": mlp, "conv": ConvNet, "gpt": GPT, "outside": Outside, "routed": Routed}
+MODELS = {"mlp": mlp, "conv": ConvNet, "gpt": GPT, "outside": FullParamView, "routed": Routed}
 
 
 def register(**kinds):

@@ -17,7 +17,7 @@ WIDTH, DEPTH, ROWS = 2048, 6, 256  # 100 MB of params
 STRATEGIES = {
     "alone": list,
     "ddp": lambda: [lm.ddp(), lm.donate()],
-    "zero1": lambda: [lm.fsdp(level=1), lm.donate()],
+    "zero1": lambda: [lm.fsdp(stage=1), lm.donate()],
 }
 
 

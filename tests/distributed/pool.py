@@ -27,7 +27,7 @@ class TaskError(AssertionError):
 class World:
     """`size` processes joined over Gloo; `run(function, *args)` calls `function` in each and gives what they return.
 
-    `function` is a top-level function of a test module; arguments and results travel as pickles between processes of
+    `function` is a top-stage function of a test module; arguments and results travel as pickles between processes of
     one test run. After a task that took longer than its limit, or failed in other ways here and there, the processes
     are ended and started anew for the next: only where all raised the same are they sure to agree on what comes next.
     """
@@ -104,7 +104,7 @@ def serve(rank, size, port, pipe):
     import torch
 
     torch.set_num_threads(1)
-    from lumen.parallel.launch import join, leave
+    from lumen.parallel.comm.init import join, leave
 
     join("cpu", timeout=LIMIT / 2)
     while True:

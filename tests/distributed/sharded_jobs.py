@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import lumen as lm
-from lumen.checkpoint import parts
-from lumen.core import world
+from lumen.checkpoint import sharded
+from lumen.core import distributed
 from lumen.errors import CheckpointError
-from lumen.parallel.fsdp import fsdp
+from lumen.parallel.fsdp.fsdp import fsdp
 from tests import zygote
 
 ROWS = 4001
@@ -51,7 +51,7 @@ def save_on(directory, options):
             state = wrapped.init(value_of(number))
             store.save(number, state)
             store.save(number, state)  # replaces it
-            if world.rank() == 0:
+            if distributed.rank() == 0:
                 (directory / "done").write_text(str(number))
             number += 1
 
@@ -63,7 +63,7 @@ def save_hindered(directory, options):
     with store.open(wrapped):
         store.save(1, states[0])
         store.wait()
-        if world.rank() == options["rank"]:
+        if distributed.rank() == options["rank"]:
             hindrance = HINDRANCES[options["what"]](directory)
         try:
             store.save(2, states[1])
@@ -72,7 +72,7 @@ def save_hindered(directory, options):
         except CheckpointError as error:
             said = str(error)
         late = (directory / RETURNED).exists()
-        if world.rank() == options["rank"]:
+        if distributed.rank() == options["rank"]:
             hindrance()
         if options["what"] != "hang":
             store.save(3, states[2])
@@ -89,15 +89,15 @@ def full_disk(_directory):
 
 def hanging(directory):
     """The disk does not answer."""
-    real = parts._Writer._write
+    real = sharded._Writer._write
 
     def hang(self, path, content):
-        parts._Writer._write = real  # the next file is written
+        sharded._Writer._write = real  # the next file is written
         time.sleep(20)
         (directory / RETURNED).touch()
         return real(self, path, content)
 
-    parts._Writer._write = hang
+    sharded._Writer._write = hang
     return lambda: None
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lumen.parallel import Colwise, Rowwise, plans
+from lumen.parallel import Colwise, Rowwise
+from lumen.parallel.tensor import plans
 from tests.distributed import models
 from tests.distributed.models import CLASSES, WIDTH
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from tests.distributed.models import furthest, part
 
 pytestmark = pytest.mark.distributed
@@ -39,7 +39,7 @@ def lightning_parts(strategy):
     wrapped = {"ddp": lm.ddp, "fsdp": lm.fsdp}[strategy]()(bridged.step)
     found, wanted = wrapped.init(bridged.state), bridged.state
     for _ in range(3):
-        found, _ = wrapped(found, part(whole, [5, 3], world.rank()))
+        found, _ = wrapped(found, part(whole, [5, 3], distributed.rank()))
         wanted, _ = bridged.step(wanted, whole)
     return furthest(wrapped.export(found).params, wanted.params)[0]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import MergeError, WorldError
 from lumen.parallel import Colwise, Rowwise
 from tests.laws.test_buffers import ROWS, RULES, Rebinding, Seen, loop, made, step
@@ -63,12 +63,12 @@ class Ranked(Rebinding):
     """A buffer that is not equal everywhere."""
 
     def forward(self, x):
-        self.count += world.rank()
+        self.count += distributed.rank()
         return nn.Linear.forward(self, x)
 
 
 def part(sizes):
-    return ROWS.split(sizes)[world.rank()]
+    return ROWS.split(sizes)[distributed.rank()]
 
 
 def merged(sizes, k):
@@ -97,7 +97,7 @@ def laws():
     found = {}
     whole, _ = step(made(RULES), ROWS)
     for sizes in ([4, 3], [0, 7]):
-        for transform in (lm.ddp(), lm.fsdp(), lm.fsdp(level=2)):
+        for transform in (lm.ddp(), lm.fsdp(), lm.fsdp(stage=2)):
             wrapped = lm.compose(transform, lm.donate())(step)
             state, _ = wrapped(wrapped.init(made(RULES)), part(sizes))
             new = wrapped.export(state)
@@ -107,7 +107,7 @@ def laws():
             both = lm.compose(transform, lm.accumulate(2))(step)
             new, _ = both(both.init(made(RULES)), part(sizes))
             found[f"{transform} {sizes} accumulate"] = furthest(new.buffers, merged(sizes, 2))
-        wrapped = lm.ddp(compress="bf16")(step)
+        wrapped = lm.ddp(reduce_dtype="bf16")(step)
         kept, _ = wrapped(wrapped.init(made({"last": "gather", "most": "max"}, Kept)), part(sizes))
         bias = made(net=Kept).buffers["bias"]
         found[f"gather {sizes}"] = furthest(kept.buffers, {"last": ROWS, "bias": bias})

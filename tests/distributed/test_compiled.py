@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed as world
 from lumen.errors import OrderError
-from lumen.parallel.ddp import ddp
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.mesh import mesh
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.ddp.ddp import ddp
+from lumen.parallel.fsdp.fsdp import fsdp
 from tests.distributed import fsdp_models
 from tests.distributed.models import assert_within, bare, batches, furthest, make_state, part, step, train, transforms
 from tests.distributed.pool import TaskError
@@ -63,11 +63,11 @@ def test_compiled_ddp_on_parts_is_the_whole(model, world2):
     check(world2, cases)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("model", ["mlp", "deep", "stack"])
-def test_compiled_fsdp_on_parts_is_the_whole(model, level, world2):
-    cases = [("fsdp", {"level": level}, model, around, UNEVEN) for around in pick([STACK], [[], STACK])]
-    cases += [("fsdp", {"level": level}, model, [] if model == "stack" else ["accumulate"], EMPTY)]
+def test_compiled_fsdp_on_parts_is_the_whole(model, stage, world2):
+    cases = [("fsdp", {"stage": stage}, model, around, UNEVEN) for around in pick([STACK], [[], STACK])]
+    cases += [("fsdp", {"stage": stage}, model, [] if model == "stack" else ["accumulate"], EMPTY)]
     check(world2, cases)
 
 
@@ -78,7 +78,7 @@ def test_params_outside_their_unit_twice_or_never(world2):
 @pytest.mark.parametrize(("strategy", "sizes"), in_turns(["ddp", "fsdp"], [UNEVEN, EMPTY]))
 def test_by_inductor(strategy, sizes, world2):
     """Also where a process computes what its graph does not need, but for the collectives in it."""
-    options = {"bucket_mb": 2e-4} if strategy == "ddp" else {"units": ["0", "2"]}
+    options = {"bucket_mb": 2e-4} if strategy == "ddp" else {"wrap": ["0", "2"]}
     check(world2, [(strategy, options, "mlp", ["clip", "donate"], sizes)], "inductor")
 
 
@@ -86,12 +86,15 @@ def test_copies_of_parts_on_four_processes(world4):
     grid = {"data": 2, "shard": 2}
     check(
         world4,
-        [("fsdp", {"mesh": grid, "level": level}, "deep", ["clip"], [4, 0, 3, 1]) for level in pick([3], [1, 3])],
+        [("fsdp", {"mesh": grid, "stage": stage}, "deep", ["clip"], [4, 0, 3, 1]) for stage in pick([3], [1, 3])],
     )
 
 
 def test_in_bfloat16(world2):
-    cases = [("ddp", {"compress": "bf16"}, "mlp", ["bf16"], UNEVEN), ("fsdp", {"gather": "bf16"}, "deep", [], UNEVEN)]
+    cases = [
+        ("ddp", {"reduce_dtype": "bf16"}, "mlp", ["bf16"], UNEVEN),
+        ("fsdp", {"param_dtype": "bf16"}, "deep", [], UNEVEN),
+    ]
     check(world2, cases, "eager", 3, torch.float32, tolerance=5e-2)
 
 

@@ -22,11 +22,11 @@ def test_under_ddp_on_parts_is_the_whole(model, world2):
     check(world2, [("ddp", {}, model, [], EMPTY)])
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_under_fsdp_on_parts_is_the_whole(level, world2):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_under_fsdp_on_parts_is_the_whole(stage, world2):
     """Also where a process has no rows, and where activations are computed anew."""
-    cases = [("fsdp", {"level": level}, "deep", around, UNEVEN) for around in pick([STACK], [[], STACK])]
-    cases += [("fsdp", {"level": level}, "stack", [], UNEVEN), ("fsdp", {"level": level}, "deep", [], EMPTY)]
+    cases = [("fsdp", {"stage": stage}, "deep", around, UNEVEN) for around in pick([STACK], [[], STACK])]
+    cases += [("fsdp", {"stage": stage}, "stack", [], UNEVEN), ("fsdp", {"stage": stage}, "deep", [], EMPTY)]
     check(world2, cases)
 
 

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
 import lumen as lm
-from lumen.checkpoint import plain
-from lumen.core import world
-from lumen.data.feed import feed
+from lumen.checkpoint import json_tree
+from lumen.core import distributed
+from lumen.data.adapters import feed
 from lumen.errors import BatchError, InexactWarning
-from lumen.parallel.ddp import ddp
+from lumen.parallel.ddp.ddp import ddp
 from tests.tiers import pick
 
 pytestmark = [
@@ -119,15 +119,15 @@ def read(data, *, epoch=0, position=0, state=None, batches=10**9, epochs=EPOCHS)
     """The rows of each epoch as `fit` would read them, and where it stopped with the state for a checkpoint."""
     each, found = feed(data), {}
     if state is not None:
-        each.load_state_dict(plain.unpack(state))
+        each.load_state_dict(json_tree.unpack(state))
     while epoch < epochs and batches:
         for batch in each.epoch(epoch, position):
             found.setdefault(epoch, []).append(rows(batch))
             position, batches = position + 1, batches - 1
             if not batches and position != each.length:
-                return found, epoch, position, plain.pack(each.state_dict(epoch, position))
+                return found, epoch, position, json_tree.pack(each.state_dict(epoch, position))
         epoch, position = epoch + 1, 0
-    return found, epoch, 0, plain.pack(each.state_dict(epoch, 0))
+    return found, epoch, 0, json_tree.pack(each.state_dict(epoch, 0))
 
 
 def once(found):
@@ -188,11 +188,11 @@ def read_on_two(cases):
     found = {}
     for name, workers in cases:
         try:
-            seeded(world.rank())
+            seeded(distributed.rank())
             whole, *_ = read(make(name, workers))
-            seeded(world.rank())
+            seeded(distributed.rank())
             before, epoch, position, state = read(make(name, workers), batches=2)
-            seeded(50 + world.rank())
+            seeded(50 + distributed.rank())
             (after, *_), words = said(read, make(name, workers), epoch=epoch, position=position, state=state)
             found[name, workers] = whole, before, after, words
         except BatchError as error:
@@ -242,7 +242,7 @@ def odd_cases():
     """What a rank gets of data that is declared, or is not what it should be: rows, or the error's words."""
     import datasets
 
-    rank = world.rank()
+    rank = distributed.rank()
     cases = {
         "distributed sampler": lambda: DataLoader(ALL, batch_size=5, sampler=DistributedSampler(ALL, 2, rank)),
         "of another rank": lambda: DataLoader(ALL, batch_size=5, sampler=DistributedSampler(ALL, 4, rank)),
@@ -259,8 +259,8 @@ def odd_cases():
         "split wrongly": lambda: datasets.distributed.split_dataset_by_node(
             stream(), rank=1 - rank, world_size=2
         ).batch(3),
-        "loader of one": lambda: lm.Loader(ALL[rank::2], batch_size=3, rank=0, world=1),
-        "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world=2),
+        "loader of one": lambda: lm.Loader(ALL[rank::2], batch_size=3, rank=0, world_size=1),
+        "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world_size=2),
     }
     found = {}
     for name, data in cases.items():
@@ -309,7 +309,7 @@ def go_on_alone_or_not():
         "DataLoader": lambda: DataLoader(ALL, batch_size=3, shuffle=True),
         "list": lambda: lm.data.per_rank(list(torch.arange(N).split(3))),
     }.items():
-        seeded(world.rank())
+        seeded(distributed.rank())
         states[name] = read(data(), batches=2)[3]
     return states
 
@@ -349,7 +349,7 @@ def train_on_a_torch_loader():
     torch.manual_seed(0)
     state = lm.TrainState.create(torch.nn.Linear(2, 1).double(), lm.optim.adam(0.1))
     runner = lm.Runner(squared, transforms=[ddp(lm.mesh(device="cpu"))], progress=False)
-    seeded(world.rank())
+    seeded(distributed.rank())
     data = DataLoader(TensorDataset(x), batch_size=3, shuffle=True)
     held_out = DataLoader(TensorDataset(x), batch_size=3)
     result = runner.fit(state, data, until=lm.Epochs(3), validate=lm.Validate(counted, held_out))
@@ -358,7 +358,7 @@ def train_on_a_torch_loader():
     few = runner.overfit(state, data, batches=2, until=lm.Steps(4)).clock.rows
     numbers = {**measured, "trained": result.clock.rows, "validated": result.metrics["val/rows"], "few": few}
     refused = []
-    if world.world_size() > 1:
+    if distributed.world_size() > 1:
         for ask in (runner.evaluate, runner.predict, runner.overfit):
             try:
                 ask(*([counted] * (ask != runner.overfit)), state, [(x,)])

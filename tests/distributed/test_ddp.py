@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import lumen as lm
-from lumen.core import gradient, rows, rules, world
+from lumen.core import batching as rows
+from lumen.core import distributed as world
+from lumen.core import gradient, rules
 from lumen.core.rules import Primitive
 from lumen.core.step import Transform
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, WorldError
-from lumen.parallel import agree
-from lumen.parallel.agree import check_equal
-from lumen.parallel.buckets import Buckets, Layouts, Wire, lay_out
-from lumen.parallel.ddp import ddp
-from lumen.parallel.mesh import mesh
+from lumen.parallel.comm import consistency
+from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm, lay_out
+from lumen.parallel.comm.consistency import check_equal
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.ddp.ddp import ddp
 from tests.distributed import models
 from tests.distributed.models import (
     AROUND,
@@ -61,7 +63,7 @@ class cut(Transform):  # noqa: N801
             grads = lm.tree.map(lambda *each: sum(each), *(answer.grads for answer in answers))
             return gradient.normalized(total.replace(grads=grads))
 
-        return rules.under({Primitive.GRADIENT: rule}, step)
+        return rules.with_rules({Primitive.GRADIENT: rule}, step)
 
 
 def law(cases, options=None, dtype=torch.float64, steps=STEPS, parts=False):
@@ -163,13 +165,13 @@ def test_synchronised_batchnorm_is_that_of_the_whole_batch(world2):
 
 def test_gradients_sent_in_bfloat16(world2):
     cases = [(model, [], sizes) for model in ("mlp", "outside") for sizes in (UNEVEN, EMPTY)]
-    check_law(world2, cases, {"compress": "bf16"}, torch.float32, 5, tolerance=2e-2)
+    check_law(world2, cases, {"reduce_dtype": "bf16"}, torch.float32, 5, tolerance=2e-2)
 
 
 def compiled(cases):
     found = []
     for model, around, sizes, backend, options in cases:
-        dtype = torch.float32 if "compress" in options else torch.float64
+        dtype = torch.float32 if "reduce_dtype" in options else torch.float64
         wrapped = lm.compose(lm.compile(backend=backend), ddp(bucket_mb=2e-4, **options), *transforms(around))(step)
         data = [part(batch, sizes, world.rank()) for batch in batches(5, sum(sizes), dtype)]
         losses, state = train(wrapped, make_state(model, dtype), data)
@@ -185,13 +187,13 @@ def test_compiled_is_eager(backend, world2):
         ("mlp", ["donate"], UNEVEN, backend, {}),
         ("conv", [], UNEVEN, backend, {}),
         ("outside", ["accumulate"], EMPTY, backend, {}),
-        ("mlp", [], UNEVEN, backend, {"compress": "bf16"}),
+        ("mlp", [], UNEVEN, backend, {"reduce_dtype": "bf16"}),
         ("conv", [], UNEVEN, backend, {"buffers": "sync"}),
     ]
     cases = cases if backend == "eager" else cases[-1:]  # another is in test_compiled; each takes many seconds
     for found in world2.run(compiled, cases):
         for case, (losses, worst, leaf) in zip(cases, found, strict=True):
-            tolerance = 1e-3 if "compress" in case[-1] else 1e-10
+            tolerance = 1e-3 if "reduce_dtype" in case[-1] else 1e-10
             assert losses < tolerance, case
             assert worst < tolerance, (case, leaf)
 
@@ -217,7 +219,7 @@ def test_collectives_by_name_are_compiled(backend, world2):
 
 def first_loss(compress, sizes):
     data = [part(b, sizes, world.rank()) for b in batches(1, 8, torch.float32)]
-    losses, _ = train(ddp(compress=compress)(step), make_state("mlp", torch.float32), data)
+    losses, _ = train(ddp(reduce_dtype=compress)(step), make_state("mlp", torch.float32), data)
     return float(losses[0])
 
 
@@ -228,7 +230,7 @@ def test_compression_leaves_the_loss_exact(sizes, world2):
 
 
 def bytes_sent(compress):
-    wrapped = ddp(compress=compress)(step)
+    wrapped = ddp(reduce_dtype=compress)(step)
     train(
         wrapped, make_state("mlp", torch.float32), [part(b, EVEN, world.rank()) for b in batches(2, 8, torch.float32)]
     )
@@ -278,8 +280,8 @@ def test_buckets_are_launched_while_the_gradient_is_computed(world2):
 
 def launch_order():
     """Two processes whose gradients are ready in opposite orders."""
-    wire = Wire(mesh(device="cpu").group("data"))
-    layouts, sums = Layouts(wire, 1), []
+    wire = GradComm(mesh(device="cpu").group("data"))
+    layouts, sums = BucketPlanCache(wire, 1), []
     for _ in range(3):
         leaves = [
             torch.zeros(3, requires_grad=True),
@@ -287,7 +289,7 @@ def launch_order():
             torch.zeros(4, requires_grad=True),
         ]
         buckets = Buckets(wire, layouts, overlap=True)
-        buckets.watch(leaves)
+        buckets.register_hooks(leaves)
         order = [0, 1] if world.rank() else [2, 1]  # each leaves one out
         for place in order:
             (leaves[place].sum() * (place + 1)).backward()
@@ -379,7 +381,7 @@ def begin_differently(what):
     around = [lm.clip(1.0)] if what == "transforms" and rank else []
     with pytest.MonkeyPatch.context() as patch:
         if what == "versions" and rank:
-            patch.setattr(agree, "own_version", lambda: "0.0.1")
+            patch.setattr(consistency, "own_version", lambda: "0.0.1")
         lm.compose(ddp(), *around)(user).init(state)
 
 
@@ -593,13 +595,14 @@ def test_under_torch_func_and_with_two_gradients_in_a_step(world2):
 
 def test_what_cannot_stand_inside_is_refused():
     with pytest.raises(OrderError, match="noise"):
-        lm.compose(ddp(), lm.private(1.0, 1.0))(step)
+        lm.compose(ddp(), lm.dp_sgd(1.0, 1.0))(step)
     with pytest.raises(OrderError, match='buffers="merge"'):
         lm.compose(ddp(buffers="sync"), lm.accumulate(2))(step)
 
 
 @pytest.mark.parametrize(
-    "options", [{"buffers": "none"}, {"compress": "fp8"}, {"bucket_mb": 0}, {"check_every": 0}, {"check_every": True}]
+    "options",
+    [{"buffers": "none"}, {"reduce_dtype": "fp8"}, {"bucket_mb": 0}, {"check_every": 0}, {"check_every": True}],
 )
 def test_settings_out_of_range(options):
     with pytest.raises(HyperparameterError, match=next(iter(options))):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.core.versions import version_of
 from lumen.errors import StateError
-from lumen.parallel import deepspeed_engine
-from lumen.parallel.deepspeed_engine import missing
-from lumen.parallel.launch import leave
+from lumen.parallel.comm.init import leave
+from lumen.parallel.deepspeed import engine
+from lumen.parallel.deepspeed.engine import missing
 from tests.distributed import fsdp_models
 from tests.distributed.leaving import threads
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
@@ -52,7 +52,7 @@ def law(stage, cases, steps=STEPS, **config):
         inner = transforms([around] if around else [])
         wrapped = lm.compose(zero(stage, **config), *inner)(STEP[kind])
         whole = batches(steps, sum(sizes), torch.float32)
-        parts = [part(each, sizes, world.rank()) for each in whole]
+        parts = [part(each, sizes, distributed.rank()) for each in whole]
         losses, state = train(wrapped, make_state(model, torch.float32, adamw()), parts)
         beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner)(STEP[kind])
         wanted, other = train(beside, make_state(model, torch.float32, adamw()), whole)
@@ -128,7 +128,7 @@ def offloaded(zero_more):
 
 
 def rows(whole):
-    return [part(each, [5, 3], world.rank()) for each in whole]
+    return [part(each, [5, 3], distributed.rank()) for each in whole]
 
 
 def saved(stage, path, steps):
@@ -316,7 +316,7 @@ def refused(kind):
     if kind == "lamb":
         return zero(1)(step).init(make_state("mlp", torch.float32, lm.optim.lamb(1e-2)))
     if kind == "tree":
-        return zero(1)(step).init(make_state("mlp" if world.rank() else "gpt", torch.float32))
+        return zero(1)(step).init(make_state("mlp" if distributed.rank() else "gpt", torch.float32))
     raise AssertionError(kind)
 
 
@@ -343,7 +343,7 @@ def test_a_lock_that_a_killed_build_left_is_told(tmp_path, monkeypatch):
     with lock.open("w"):
         assert not any(str(lock) in each for each in missing())  # somebody is building
     assert any(f"rm {lock}" in each for each in missing())
-    monkeypatch.setattr(deepspeed_engine, "_open_files", lambda: None)  # a system that does not say who is
+    monkeypatch.setattr(engine, "_open_files", lambda: None)  # a system that does not say who is
     assert not any(str(lock) in each for each in missing())
     os.utime(lock, (0, 0))
     assert any(f"rm {lock}" in each for each in missing())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.parallel import ddp, fsdp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -26,8 +26,8 @@ class Buffered(nn.Module):
         super().__init__()
         self.linear = nn.Linear(3, 2)
         for i, dtype in enumerate(DTYPES):
-            self.register_buffer(f"b{i}", (torch.arange(5) + world.rank() + i).to(dtype))
-            self.register_buffer(f"one{i}", torch.tensor(1 + world.rank()).to(dtype))
+            self.register_buffer(f"b{i}", (torch.arange(5) + distributed.rank() + i).to(dtype))
+            self.register_buffer(f"one{i}", torch.tensor(1 + distributed.rank()).to(dtype))
             self.register_buffer(f"none{i}", torch.zeros(0, 2, dtype=dtype))
 
     def forward(self, x):

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import AxisError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
-from lumen.parallel import fsdp_run
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.mesh import mesh
-from lumen.parallel.optimizers import check_optimizer
-from lumen.parallel.units import find
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.fsdp import unshard
+from lumen.parallel.fsdp.fsdp import fsdp
+from lumen.parallel.fsdp.wrap import find
+from lumen.parallel.optimizer_check import check_optimizer
 from tests.distributed import fsdp_models, models
 from tests.distributed.models import (
     AROUND,
@@ -68,7 +68,7 @@ def law(cases, options=None, dtype=torch.float64, steps=STEPS, tx="adam", parts=
         whole = batches(steps, sum(sizes), dtype)
         if name == "plain":
             whole = [{key: leaf for key, leaf in batch.items() if key != "mask"} for batch in whole]
-        data = [part(batch, sizes, world.rank()) for batch in whole]
+        data = [part(batch, sizes, distributed.rank()) for batch in whole]
         losses, state = train(wrapped, make_state(model, dtype, OPTIMIZERS[tx]()), data)
         beside = lm.compose(*[cut(sizes)] * parts, *around)(STEP[name])
         wanted, other = train(beside, make_state(model, dtype, OPTIMIZERS[tx]()), whole)
@@ -84,39 +84,39 @@ def whole_of(wrapped, state):
 check_law = functools.partial(models.check_law, law)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("model", ["mlp", "deep", "outside", "routed"])
-def test_parts_on_two_processes_are_the_whole(model, level, world2):
+def test_parts_on_two_processes_are_the_whole(model, stage, world2):
     cases = [(model, *each) for each in in_turns(AROUND, (UNEVEN, EMPTY, UNEVEN, EVEN))]
     cases += [(model, ["accumulate", "clip", "donate"], EMPTY)]
-    check_law(world2, cases, {"level": level})
+    check_law(world2, cases, {"stage": stage})
 
 
 def test_what_is_used_outside_its_unit_twice_or_never(world2):
     check_law(world2, [("reaching", *each) for each in in_turns(([], ["clip"]), (EVEN, UNEVEN, EMPTY))])
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_parts_on_four_processes_are_the_whole(level, world4):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parts_on_four_processes_are_the_whole(stage, world4):
     cases = [
         (model, [], sizes) for model, sizes in in_turns(("deep", "routed", "outside"), ([4, 0, 3, 1], [2, 2, 2, 2]))
     ]
-    check_law(world4, cases, {"level": level})
+    check_law(world4, cases, {"stage": stage})
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_copies_of_parts_are_the_whole(level, world4):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_copies_of_parts_are_the_whole(stage, world4):
     cases = [
         (model, around, sizes)
         for model, around, sizes in in_turns(
             ("deep", "outside"), (["guard", "clip", "ema", "donate"], []), ([4, 0, 3, 1], [2, 2, 2, 2])
         )
     ]
-    check_law(world4, cases, {"level": level, "mesh": {"data": 2, "shard": 2}})
+    check_law(world4, cases, {"stage": stage, "mesh": {"data": 2, "shard": 2}})
 
 
 def test_units_that_one_process_passes_over(world2):
-    check_law(world2, [("routed", [], sizes) for sizes in (EVEN, UNEVEN, EMPTY)], {"units": ["one", "other"]})
+    check_law(world2, [("routed", [], sizes) for sizes in (EVEN, UNEVEN, EMPTY)], {"wrap": ["one", "other"]})
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -124,15 +124,15 @@ def test_prefetch_changes_no_number(prefetch, world2):
     check_law(world2, [("deep", around, UNEVEN) for around in ([], ["accumulate"])], {"prefetch": prefetch})
 
 
-@pytest.mark.parametrize("level", [1, 3])
-def test_a_plain_loss_weighs_by_its_rows(level, world2):
-    check_law(world2, [("mlp", [], sizes, "plain") for sizes in (EVEN, UNEVEN, EMPTY)], {"level": level})
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_plain_loss_weighs_by_its_rows(stage, world2):
+    check_law(world2, [("mlp", [], sizes, "plain") for sizes in (EVEN, UNEVEN, EMPTY)], {"stage": stage})
 
 
 @pytest.mark.parametrize("tx", OPTIMIZERS)
 def test_optimizers_that_run_on_parts(tx, world2):
-    for level, around in in_turns((1, 2, 3), (["donate"], [])):  # level 2 is 1 but for where gradients are kept
-        check_law(world2, [("deep", around, UNEVEN)], {"level": level}, torch.float64, 4, tx)
+    for stage, around in in_turns((1, 2, 3), (["donate"], [])):  # stage 2 is 1 but for where gradients are kept
+        check_law(world2, [("deep", around, UNEVEN)], {"stage": stage}, torch.float64, 4, tx)
 
 
 def test_in_float32(world2):
@@ -146,19 +146,19 @@ def test_in_16_bits(world2):
     check_law(world2, cases, {}, torch.float32, 5, "sgd", tolerance=5e-2)
 
 
-def scaled(level):
+def scaled(stage):
     """A loss scale that is far too large at first: sums over all rows overflow where means may not."""
-    wrapped = lm.compose(fsdp(level=level), lm.precision("fp16"))(step)
+    wrapped = lm.compose(fsdp(stage=stage), lm.precision("fp16"))(step)
     whole = batches(1, 8, torch.float32) * 30
     losses, state = train(
-        wrapped, make_state("mlp", torch.float32), [part(each, UNEVEN, world.rank()) for each in whole]
+        wrapped, make_state("mlp", torch.float32), [part(each, UNEVEN, distributed.rank()) for each in whole]
     )
     return losses.tolist(), float(state.slots["precision"].scale), int(state.opt_state.count)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_processes_agree_about_the_loss_scale(level, world2):
-    first, second = world2.run(scaled, level)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_processes_agree_about_the_loss_scale(stage, world2):
+    first, second = world2.run(scaled, stage)
     assert first == second
     losses, scale, updates = first
     assert 2.0**10 <= scale <= 2.0**16
@@ -167,19 +167,19 @@ def test_processes_agree_about_the_loss_scale(level, world2):
 
 
 def test_params_gathered_in_bfloat16(world2):
-    check_law(world2, [("deep", [], UNEVEN)], {"gather": "bf16"}, torch.float32, 5, tolerance=5e-2)
+    check_law(world2, [("deep", [], UNEVEN)], {"param_dtype": "bf16"}, torch.float32, 5, tolerance=5e-2)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_buffers_are_merged_as_over_microbatches(level, world2):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buffers_are_merged_as_over_microbatches(stage, world2):
     cases = [("stack", *each) for each in in_turns(([], ["guard", "clip"]), (EVEN, UNEVEN, EMPTY))]
-    check_law(world2, cases, {"level": level}, torch.float64, STEPS, "adam", True)
+    check_law(world2, cases, {"stage": stage}, torch.float64, STEPS, "adam", True)
 
 
 def most_at_once(prefetch):
     """How many units at once have their params whole, over one step."""
     whole, most = set(), [0]
-    fetch, free = fsdp_run.Held.fetch, fsdp_run.Held.free
+    fetch, free = unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free
 
     def fetched(held):
         whole.add(id(held))
@@ -193,11 +193,11 @@ def most_at_once(prefetch):
 
     wrapped = fsdp(prefetch=prefetch)(step)
     state = wrapped.init(make_state("deep"))
-    fsdp_run.Held.fetch, fsdp_run.Held.free = fetched, freed
+    unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free = fetched, freed
     try:
-        wrapped(state, part(batches(1, 8)[0], UNEVEN, world.rank()))
+        wrapped(state, part(batches(1, 8)[0], UNEVEN, distributed.rank()))
     finally:
-        fsdp_run.Held.fetch, fsdp_run.Held.free = fetch, free
+        unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free = fetch, free
     return most[0], len(whole)
 
 
@@ -216,8 +216,8 @@ def left_over():
     gc.collect()
     gc.disable()
     try:
-        wrapped(state, part(batches(1, 8)[0], UNEVEN, world.rank()))
-        kinds = (fsdp_run.Held, fsdp_run.Session, fsdp_run.Pass)
+        wrapped(state, part(batches(1, 8)[0], UNEVEN, distributed.rank()))
+        kinds = (unshard.UnshardedUnit, unshard.UnshardContext, unshard.ForwardPass)
         return sum(type(each) in kinds for each in gc.get_objects())
     finally:
         gc.enable()
@@ -254,12 +254,12 @@ def test_recomputed_units(world2):
 def law_with_remat():
     whole = batches(5, 8)
     wrapped = lm.compose(fsdp(), lm.remat())(step)
-    losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+    losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, distributed.rank()) for batch in whole])
     wanted, other = train(step_of(step), make_state("deep"), whole)
     return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0]
 
 
-def some_at_a_time(level, around):
+def some_at_a_time(stage, around):
     """The law where nothing that travels fits into one message, and how many messages an update takes."""
     module = sys.modules["lumen.parallel.fsdp"]
     kept, module._RUN = module._RUN, 200
@@ -276,17 +276,17 @@ def some_at_a_time(level, around):
     module.gather, module.reduce_scatter = counted(gather), counted(scatter)
     try:
         whole = batches(3, 8)
-        wrapped = lm.compose(fsdp(level=level), *transforms(around))(step)
-        losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+        wrapped = lm.compose(fsdp(stage=stage), *transforms(around))(step)
+        losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, distributed.rank()) for batch in whole])
     finally:
         module._RUN, module.gather, module.reduce_scatter = kept, gather, scatter
     wanted, other = train(lm.compose(*transforms(around))(step), make_state("deep"), whole)
     return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0], made[0]
 
 
-@pytest.mark.parametrize(("level", "around"), [(1, []), (1, ["donate"]), (2, []), (2, ["donate"])])
-def test_params_and_gradients_travel_some_at_a_time(level, around, world2):
-    for losses, worst, made in world2.run(some_at_a_time, level, around):
+@pytest.mark.parametrize(("stage", "around"), [(1, []), (1, ["donate"]), (2, []), (2, ["donate"])])
+def test_params_and_gradients_travel_some_at_a_time(stage, around, world2):
+    for losses, worst, made in world2.run(some_at_a_time, stage, around):
         assert losses < 1e-10
         assert worst < 1e-10
         assert made > 3 * 5  # three steps; all at once would be one or two for each
@@ -296,8 +296,8 @@ def step_of(function):
     return lm.compose()(function)
 
 
-def at_rest(level):
-    wrapped = fsdp(level=level)(step)
+def at_rest(stage):
+    wrapped = fsdp(stage=stage)(step)
     state = wrapped.init(make_state("deep"))
     whole = make_state("deep")
     back = wrapped.export(state)
@@ -306,13 +306,13 @@ def at_rest(level):
     return lm.tree.nbytes(state.params), lm.tree.nbytes(state.opt_state), lm.tree.nbytes(whole.params), same, plain
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_at_rest_a_state_is_cut_and_comes_back_bitwise(level, world4):
-    found = world4.run(at_rest, level)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_at_rest_a_state_is_cut_and_comes_back_bitwise(stage, world4):
+    found = world4.run(at_rest, stage)
     whole = found[0][2]
     assert all(same and plain == {torch.Tensor} for *_, same, plain in found)
     params = [each[0] for each in found]
-    assert max(params) < 0.35 * whole if level == 3 else params == [whole] * 4
+    assert max(params) < 0.35 * whole if stage == 3 else params == [whole] * 4
     assert max(each[1] for each in found) < 0.35 * 2 * whole + 64
 
 
@@ -334,7 +334,7 @@ def test_a_model_is_evaluated_on_parts(world2):
     assert world2.run(evaluated) == [True, True]
 
 
-def penalised(level):
+def penalized(stage):
     """A loss that reads params itself, by name and as a tree."""
 
     def penal(state, batch):
@@ -349,24 +349,24 @@ def penalised(level):
         return state.apply_gradients(grads), {"loss": loss}
 
     whole = batches(STEPS, 8)
-    wrapped = fsdp(level=level)(penal)
-    losses, state = train(wrapped, make_state("mlp"), [part(batch, UNEVEN, world.rank()) for batch in whole])
+    wrapped = fsdp(stage=stage)(penal)
+    losses, state = train(wrapped, make_state("mlp"), [part(batch, UNEVEN, distributed.rank()) for batch in whole])
     wanted, other = train(step_of(penal), make_state("mlp"), whole)
     return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0]
 
 
-@pytest.mark.parametrize("level", [2, 3])
-def test_a_loss_that_reads_params_itself(level, world2):
-    assert max(worst for found in world2.run(penalised, level) for worst in found) < 1e-10
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_loss_that_reads_params_itself(stage, world2):
+    assert max(worst for found in world2.run(penalized, stage) for worst in found) < 1e-10
 
 
-def not_finite(level):
+def not_finite(stage):
     """A NaN in the rows of one process is left out by all of them."""
-    wrapped = lm.compose(fsdp(level=level), lm.guard())(step)
+    wrapped = lm.compose(fsdp(stage=stage), lm.guard())(step)
     start = wrapped.init(make_state("deep"))
-    batch = part(batches(1, 8)[0], UNEVEN, world.rank())
+    batch = part(batches(1, 8)[0], UNEVEN, distributed.rank())
     assert int(wrapped(start, batch)[0].slots["guard"].skipped) == 0
-    new, _ = lm.compose(fsdp(level=level), lm.guard())(nan_step)(start, batch)
+    new, _ = lm.compose(fsdp(stage=stage), lm.guard())(nan_step)(start, batch)
     same = all(torch.equal(a, b) for a, b in zip(new.params.values(), start.params.values(), strict=True))
     return int(new.slots["guard"].skipped), same
 
@@ -374,16 +374,16 @@ def not_finite(level):
 def nan_step(state, batch):
     def loss_fn(params, batch):
         out = state.apply(params, batch["x"])[0]
-        factor = torch.where(torch.arange(len(out)) == 0, torch.nan if world.rank() == 1 else 1.0, 1.0)
+        factor = torch.where(torch.arange(len(out)) == 0, torch.nan if distributed.rank() == 1 else 1.0, 1.0)
         return lm.Mean.of(out.sum(-1) * factor)
 
     loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
     return state.apply_gradients(grads), {"loss": loss}
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_guard_leaves_an_update_out_everywhere(level, world2):
-    assert world2.run(not_finite, level) == [(1, True), (1, True)]
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_guard_leaves_an_update_out_everywhere(stage, world2):
+    assert world2.run(not_finite, stage) == [(1, True), (1, True)]
 
 
 def whole_torch():
@@ -391,7 +391,9 @@ def whole_torch():
 
 
 def of_the_user():
-    return lm.optim.Transform(lambda _: (), lambda grads, state, _: (grads, state), whole="mine takes the mean")
+    return lm.optim.GradientTransformation(
+        lambda _: (), lambda grads, state, _: (grads, state), whole="mine takes the mean"
+    )
 
 
 REFUSED = {
@@ -416,30 +418,30 @@ def refuse():
     fsdp()(step).init(make_state("mlp", tx=lm.optim.chain(lm.optim.clip_by_global_norm(1.0), of_the_user())))
 
 
-def moments_of_few_rows(level):
+def moments_of_few_rows(stage):
     """Adafactor's column of a matrix with one row for each process looks like a part, and is none."""
     torch.manual_seed(0)
-    wrapped = fsdp(level=level)(plain_step)
+    wrapped = fsdp(stage=stage)(plain_step)
     net = torch.nn.Sequential(torch.nn.Linear(models.WIDTH, 2), torch.nn.Linear(2, models.CLASSES)).double()
     state = wrapped.init(lm.TrainState.create(net, lm.optim.adafactor(1e-2)))
     data = [{"x": batch["x"], "y": batch["y"]} for batch in batches(3, 8)]
     for batch in data:
-        state, _ = wrapped(state, part(batch, UNEVEN, world.rank()))
-    pieces = wrapped.transforms[0].pieces(state)
+        state, _ = wrapped(state, part(batch, UNEVEN, distributed.rank()))
+    pieces = wrapped.transforms[0].shard_specs(state)
     cut_paths = [path for place, path in enumerate(lm.tree.paths(state)) if place in pieces]
     _, other = train(step_of(plain_step), lm.TrainState.create(net, lm.optim.adafactor(1e-2)), data)
     return furthest(whole_of(wrapped, state), bare(other))[0], [path for path in cut_paths if "nu" in path]
 
 
-@pytest.mark.parametrize("level", [1, 3])
-def test_moments_that_only_look_like_parts(level, world2):
-    for worst, cut_paths in world2.run(moments_of_few_rows, level):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_that_only_look_like_parts(stage, world2):
+    for worst, cut_paths in world2.run(moments_of_few_rows, stage):
         assert worst < 1e-10
         assert cut_paths == ["opt_state.nu[0.bias][full]", "opt_state.nu[1.bias][full]"]
 
 
 def bad_units():
-    fsdp(units="layers.*")(step).init(make_state("mlp"))
+    fsdp(wrap="layers.*")(step).init(make_state("mlp"))
 
 
 def no_shard_axis():
@@ -455,7 +457,7 @@ def other_params():
 
 
 def other_states():
-    fsdp()(step).init(make_state("mlp" if world.rank() else "deep"))
+    fsdp()(step).init(make_state("mlp" if distributed.rank() else "deep"))
 
 
 def with_func():
@@ -473,7 +475,7 @@ def with_func():
         (refuse, HyperparameterError, "mine takes the mean"),
         (other_states, WorldError, "differ"),
         (no_shard_axis, WorldError, r"lm\.mesh\(shard=-1\)"),
-        (other_params, ParamsError, r"lm\.fsdp\(level=2\)"),
+        (other_params, ParamsError, r"lm\.fsdp\(stage=2\)"),
         (with_func, AxisError, "torch.func"),
     ],
 )
@@ -493,7 +495,7 @@ def test_alone_it_is_the_identity():
     assert "fsdp" not in state.slots
 
 
-@pytest.mark.parametrize("options", [{"level": 4}, {"gather": "fp8"}, {"prefetch": -1}, {"level": 1, "units": "0"}])
+@pytest.mark.parametrize("options", [{"stage": 4}, {"gather": "fp8"}, {"prefetch": -1}, {"stage": 1, "wrap": "0"}])
 def test_options_that_are_not(options):
     with pytest.raises(HyperparameterError):
         fsdp(**options)
@@ -501,4 +503,4 @@ def test_options_that_are_not(options):
 
 def test_what_cannot_stand_inside():
     with pytest.raises(OrderError, match="noise"):
-        lm.compose(fsdp(), lm.private(1.0, 1.0))(step)
+        lm.compose(fsdp(), lm.dp_sgd(1.0, 1.0))(step)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed as world
 from lumen.errors import OrderError
-from lumen.parallel.agree import check_equal
-from lumen.parallel.ddp import ddp
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.mesh import mesh
+from lumen.parallel.comm.consistency import check_equal
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.ddp.ddp import ddp
+from lumen.parallel.fsdp.fsdp import fsdp
 from tests.distributed import fsdp_models, models
 from tests.distributed.models import assert_within, bare, batches, furthest, make_state, part, step, train
 from tests.distributed.pool import TaskError
@@ -28,8 +28,8 @@ UNEVEN, EMPTY, LONE = [5, 3], [8, 0], [7, 1]
 STEPS = pick(3, 8)
 SPREAD = {
     "ddp": ddp,
-    "fsdp1": functools.partial(fsdp, level=1),
-    "fsdp2": functools.partial(fsdp, level=2),
+    "fsdp1": functools.partial(fsdp, stage=1),
+    "fsdp2": functools.partial(fsdp, stage=2),
     "fsdp3": fsdp,
     "hsdp": lambda: fsdp(mesh(data=2, shard=2, device="cpu")),
 }
@@ -106,7 +106,7 @@ def test_gradients_are_summed_once_for_an_update(spread, sums, world2):
     assert world2.run(sums_of_a_step, spread, "three") == [sums] * 2
 
 
-def normalised(state, batch):
+def normalized(state, batch):
     """A loss whose gradient is not finite for rows of zeros, with metrics of each row."""
 
     def loss_fn(params, batch):
@@ -120,9 +120,9 @@ def normalised(state, batch):
 
 def of_no_rows(spread, sizes):
     whole = batches(4, 8)
-    wrapped = lm.compose(SPREAD[spread](), lm.accumulate(3))(normalised)
+    wrapped = lm.compose(SPREAD[spread](), lm.accumulate(3))(normalized)
     losses, state = train(wrapped, make_state("mlp"), [part(each, sizes, world.rank()) for each in whole])
-    wanted, other = train(lm.compose()(normalised), make_state("mlp"), whole)
+    wanted, other = train(lm.compose()(normalized), make_state("mlp"), whole)
     _, metrics = wrapped(state, part(whole[0], sizes, world.rank()))
     worst = furthest(whole_of(wrapped, state), bare(other))[0]
     return float((losses - wanted).abs().max()), worst, len(metrics["rows"])
@@ -228,9 +228,9 @@ def test_single_rows_that_do_not_fit_end_all_processes(world2):
 
 
 def test_where_auto_cannot_stand():
-    with pytest.raises(OrderError, match=r"lm\.fsdp\(level=2\)"):
+    with pytest.raises(OrderError, match=r"lm\.fsdp\(stage=2\)"):
         lm.compose(fsdp(), lm.accumulate("auto"))(step)
-    lm.compose(fsdp(level=2), lm.accumulate("auto"))(step)
+    lm.compose(fsdp(stage=2), lm.accumulate("auto"))(step)
 
 
 def compiled_auto():

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed as world
 from lumen.errors import OrderError
-from lumen.parallel import fsdp_run
-from lumen.parallel.ddp import ddp
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.mesh import mesh
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.ddp.ddp import ddp
+from lumen.parallel.fsdp import unshard
+from lumen.parallel.fsdp.fsdp import fsdp
 from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, step, train, transforms
 from tests.distributed.pool import TaskError
@@ -27,8 +27,8 @@ assert fsdp_models  # its models are registered where it is imported
 
 SPREAD = {
     "ddp": ddp,
-    "fsdp1": functools.partial(fsdp, level=1),
-    "fsdp2": functools.partial(fsdp, level=2),
+    "fsdp1": functools.partial(fsdp, stage=1),
+    "fsdp2": functools.partial(fsdp, stage=2),
     "fsdp3": fsdp,
     "hsdp": lambda: fsdp(mesh(data=2, shard=2, device="cpu")),
 }
@@ -90,7 +90,7 @@ def test_in_float32_and_bfloat16(spread, world2):
 def gathers(prefetch, *around):
     """How many times params are sent for in one step."""
     made = [0]
-    init = fsdp_run.Gathering.__init__
+    init = unshard.AllGatherHandle.__init__
 
     def counted(self, *args):
         made[0] += 1
@@ -98,11 +98,11 @@ def gathers(prefetch, *around):
 
     wrapped = lm.compose(fsdp(prefetch=prefetch), *transforms(around))(step)
     state = wrapped.init(make_state("deep"))
-    fsdp_run.Gathering.__init__ = counted
+    unshard.AllGatherHandle.__init__ = counted
     try:
         wrapped(state, part(batches(1, 8)[0], [5, 3], world.rank()))
     finally:
-        fsdp_run.Gathering.__init__ = init
+        unshard.AllGatherHandle.__init__ = init
     return made[0]
 
 
@@ -112,8 +112,8 @@ def test_recomputed_units_are_gathered_no_oftener(prefetch, world2):
     assert world2.run(gathers, prefetch) == world2.run(gathers, prefetch, "remat") == [7, 7]
 
 
-def recomputed(level, prefetch, pattern):
-    options = {"level": level, "prefetch": prefetch}
+def recomputed(stage, prefetch, pattern):
+    options = {"stage": stage, "prefetch": prefetch}
     whole = batches(3, 8)
     wrapped = lm.compose(fsdp(**options), lm.remat(pattern))(step)
     losses, state = train(wrapped, make_state("deep"), [part(batch, [5, 3], world.rank()) for batch in whole])
@@ -122,10 +122,10 @@ def recomputed(level, prefetch, pattern):
     return float((losses - wanted).abs().max()), furthest(bare(state), bare(other))[0]
 
 
-@pytest.mark.parametrize(("level", "prefetch"), [(1, 1), (2, 1), (3, 0), (3, 1), (3, 2)])
-def test_recomputation_at_every_level(level, prefetch, world2):
+@pytest.mark.parametrize(("stage", "prefetch"), [(1, 1), (2, 1), (3, 0), (3, 1), (3, 2)])
+def test_recomputation_at_every_level(stage, prefetch, world2):
     for pattern in (None, "blocks.*.up", "blocks.1"):
-        assert max(worst for found in world2.run(recomputed, level, prefetch, pattern) for worst in found) < 1e-10
+        assert max(worst for found in world2.run(recomputed, stage, prefetch, pattern) for worst in found) < 1e-10
 
 
 def recomputed_around(**options):
@@ -138,7 +138,7 @@ def recomputed_as_a_unit():
 
 
 def test_what_contains_units_cannot_be_recomputed(world2):
-    with pytest.raises(TaskError, match=r"lm\.fsdp\(units='body'\)") as caught:
+    with pytest.raises(TaskError, match=r"lm\.fsdp\(wrap='body'\)") as caught:
         world2.run(recomputed_around, limit=60)
     assert [kind for _, kind, _ in caught.value.errors] == [OrderError.__name__] * 2
     world2.run(recomputed_as_a_unit)

@@ -9,10 +9,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import ParamsError, StateError
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.materialise import materialise, reset
+from lumen.parallel.fsdp.fsdp import fsdp
+from lumen.parallel.fsdp.meta_init import materialise, reset
 from tests.distributed.models import CLASSES, WIDTH, bare, batches, part, step, train
 from tests.distributed.pool import TaskError
 from tests.tiers import in_turns
@@ -74,13 +74,13 @@ def on_meta(kind, tx, seed=3):
     return lm.TrainState.create(net, OPTIMIZERS[tx](), seed=seed)
 
 
-def whole(kind, tx, initialise=None, seed=3):
+def whole(kind, tx, initialize=None, seed=3):
     torch.manual_seed(seed)
     net = kind()
-    if initialise is not None:
+    if initialize is not None:
         torch.manual_seed(seed)
         for module in net.modules():
-            initialise(module)
+            initialize(module)
     return lm.TrainState.create(net, OPTIMIZERS[tx](), seed=seed)
 
 
@@ -90,32 +90,32 @@ def bits(found, wanted):
     return [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
 
-def made(level, tx):
+def made(stage, tx):
     around = [lm.accumulate(2), lm.precision("bf16"), lm.ema(0.9), lm.donate()]
-    wrapped = lm.compose(fsdp(level=level), *around[2:3], *around[:2])(step)
+    wrapped = lm.compose(fsdp(stage=stage), *around[2:3], *around[:2])(step)
     found = wrapped.init(on_meta(Tower, tx))
-    beside = lm.compose(fsdp(level=level), *around[2:3], *around[:2])(step)
+    beside = lm.compose(fsdp(stage=stage), *around[2:3], *around[:2])(step)
     wanted = beside.init(whole(Tower, tx))
     assert vars(found.slots["fsdp"]) == vars(wanted.slots["fsdp"])
     different = bits(found, wanted) + bits(wrapped.export(found), beside.export(wanted))
-    data = [part(batch, [4, 4], world.rank()) for batch in batches(3, 8, torch.float32)]
+    data = [part(batch, [4, 4], distributed.rank()) for batch in batches(3, 8, torch.float32)]
     losses = [
         train(each, state, data)[0] for each, state in ((wrapped, on_meta(Tower, tx)), (beside, whole(Tower, tx)))
     ]
     return different, torch.equal(*losses)
 
 
-@pytest.mark.parametrize(("tx", "level"), in_turns(list(OPTIMIZERS), [3, 1, 2]))
-def test_values_are_those_of_a_model_made_whole(level, tx, world2):
-    assert world2.run(made, level, tx) == [([], True)] * 2
+@pytest.mark.parametrize(("tx", "stage"), in_turns(list(OPTIMIZERS), [3, 1, 2]))
+def test_values_are_those_of_a_model_made_whole(stage, tx, world2):
+    assert world2.run(made, stage, tx) == [([], True)] * 2
 
 
-def made_by(initialise):
-    wrapped = fsdp(initialise=initialise, units=["one", "other"])(step)
-    return bits(wrapped.export(wrapped.init(on_meta(Tied, "adam"))), whole(Tied, "adam", initialise))
+def made_by(initialize):
+    wrapped = fsdp(param_init_fn=initialize, wrap=["one", "other"])(step)
+    return bits(wrapped.export(wrapped.init(on_meta(Tied, "adam"))), whole(Tied, "adam", initialize))
 
 
-def test_a_users_own_initialisation_and_tied_weights(world2):
+def test_a_users_own_initialization_and_tied_weights(world2):
     assert world2.run(made_by, own_weights) == [[], []]
 
 
@@ -124,12 +124,12 @@ def without_values():
 
 
 def test_what_has_no_value_is_named(world2):
-    with pytest.raises(TaskError, match=r"no.* value to scale.*lm\.fsdp\(initialise=fn\)") as caught:
+    with pytest.raises(TaskError, match=r"no.* value to scale.*lm\.fsdp\(param_init_fn=fn\)") as caught:
         world2.run(without_values)
     assert [kind for _, kind, _ in caught.value.errors] == [ParamsError.__name__] * 2
 
 
-@lm.state
+@lm.dataclass
 class More(lm.TrainState):
     more: torch.Tensor = None
 

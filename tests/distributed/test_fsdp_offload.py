@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import HyperparameterError, OrderError
-from lumen.parallel.fsdp import fsdp
-from lumen.parallel.mesh import mesh
-from lumen.parallel.tensor import tensor_parallel
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.fsdp.fsdp import fsdp
+from lumen.parallel.tensor.tensor_parallel import tensor_parallel
 from tests.distributed import fsdp_models
 from tests.distributed.models import batches, make_state, part, step, transforms
 
@@ -27,7 +27,7 @@ def bits(around, prefetch, offload, model="deep"):
     wrapped = lm.compose(fsdp(prefetch=prefetch, offload=offload), *inner)(step)
     state = wrapped.init(make_state(model, tx=lm.optim.adam(1e-2)))
     for batch in batches(3, 8):
-        state, metrics = wrapped(state, part(batch, [5, 3], world.rank()))
+        state, metrics = wrapped(state, part(batch, [5, 3], distributed.rank()))
     exported = wrapped.export(state)
     return [leaf.clone() for leaf in lm.tree.tensors((state, exported, metrics))]
 
@@ -50,14 +50,14 @@ def meta_saved_and_restored(path):
     """A model begun on the meta device, offloaded, saved, and restored without; and back."""
     with torch.device("meta"):
         state = make_state("mlp", torch.float32)
-    offloaded, plain = lm.compose(fsdp(offload=True, gather="bf16"))(step), fsdp()(step)
-    begun = offloaded.init(state)
-    begun, _ = offloaded(begun, part(batches(1, 8, torch.float32)[0], [4, 4], world.rank()))
-    lm.checkpoint.save(path / "a", begun, step=offloaded)
+    offloaded, plain = lm.compose(fsdp(offload=True, param_dtype="bf16"))(step), fsdp()(step)
+    init_from_meta = offloaded.init(state)
+    init_from_meta, _ = offloaded(init_from_meta, part(batches(1, 8, torch.float32)[0], [4, 4], distributed.rank()))
+    lm.checkpoint.save(path / "a", init_from_meta, step=offloaded)
     restored = lm.checkpoint.restore(path / "a", plain.init(make_state("mlp", torch.float32)), step=plain)
     lm.checkpoint.save(path / "b", restored, step=plain)
     again = lm.checkpoint.restore(path / "b", offloaded.init(make_state("mlp", torch.float32)), step=offloaded)
-    pairs = [zip(lm.tree.tensors(each), lm.tree.tensors(begun), strict=True) for each in (restored, again)]
+    pairs = [zip(lm.tree.tensors(each), lm.tree.tensors(init_from_meta), strict=True) for each in (restored, again)]
     return all(torch.equal(a, b) for pair in pairs for a, b in pair)
 
 
@@ -76,10 +76,10 @@ def test_compiled_steps_are_refused(world2):
     assert world2.run(refuse_compile) == [True, True]
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_whole_params_are_refused(level):
-    with pytest.raises(HyperparameterError, match=r"lm\.fsdp\(level=3, offload=True\)"):
-        fsdp(level=level, offload=True)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_whole_params_are_refused(stage):
+    with pytest.raises(HyperparameterError, match=r"lm\.fsdp\(stage=3, offload=True\)"):
+        fsdp(stage=stage, offload=True)
 
 
 def test_tensor_parallel_inside_is_refused():

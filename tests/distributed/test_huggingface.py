@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
-from lumen.core import world
-from lumen.parallel import plans
+from lumen.core import distributed
+from lumen.parallel.tensor import plans
 from tests.distributed.models import furthest, part, train
 
 pytest.importorskip("transformers")
@@ -79,7 +79,7 @@ def law(cases):
         state = lm.TrainState.create(make_net(name), lm.optim.adam(1e-2, eps=1e-4))
         batches = data(name)
         wrapped = lm.compose(*parallel)(step)
-        rows = [part(batch, sizes, world.rank() if len(sizes) > 1 else 0) for batch in batches]
+        rows = [part(batch, sizes, distributed.rank() if len(sizes) > 1 else 0) for batch in batches]
         losses, after = train(wrapped, state, rows)
         after = wrapped.export(after)
         one = lm.compose(*[lm.precision("bf16")] * (strategy == "fsdp-bf16"))(step)

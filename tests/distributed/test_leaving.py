@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 import lumen as lm
 from lumen.errors import WorldError
-from lumen.parallel import groups
-from lumen.parallel.launch import leave, leave_at_exit
-from lumen.parallel.ranks import Watch
-from lumen.train.everyone import Everyone
+from lumen.parallel.comm import process_groups
+from lumen.parallel.comm.init import leave, leave_at_exit
+from lumen.parallel.comm.rank_monitor import RankMonitor
+from lumen.train.distributed import ProcessGroupContext
 from tests.distributed.leaving import threads
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -67,7 +67,7 @@ def test_no_thread_outlives_the_world(tmp_path):
 def watched():
     """A watch over a world of one, as it lives."""
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    watch = Watch(store, 0, 1)
+    watch = RankMonitor(store, 0, 1)
     watch.start()
     return watch, store
 
@@ -87,7 +87,7 @@ def test_leaving_ends_a_watch_that_nobody_closed():
 def test_the_rank_with_the_store_ends_after_those_that_ask_it():
     """Without torchrun the store ends with rank 0, whose peers would take that for a failure."""
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-    first, second = (Watch(store, rank, 2) for rank in (0, 1))
+    first, second = (RankMonitor(store, rank, 2) for rank in (0, 1))
     first.start()
     second.start()
     closing = threading.Thread(target=first.close)
@@ -101,7 +101,7 @@ def test_the_rank_with_the_store_ends_after_those_that_ask_it():
 
 def test_a_watch_ends_where_telling_of_the_failure_fails(monkeypatch):
     watch, _store = watched()
-    everyone = Everyone(None)
+    everyone = ProcessGroupContext(None)
     everyone._watch = watch
     monkeypatch.setattr(watch, "fail", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -119,7 +119,7 @@ def alone():
 
 def test_a_group_that_is_kept_is_told_of_at_exit_and_a_fork_leaves_nothing(alone):
     mesh = lm.mesh(data=1, device="cpu")
-    kept = groups.noted(mesh.torch.get_group("data"))
+    kept = process_groups.noted(mesh.torch.get_group("data"))
     leave_at_exit(os.getpid() + 1)
     assert dist.is_initialized()
     with pytest.warns(RuntimeWarning, match=r"Keep the mesh, not what mesh.group"):
@@ -133,16 +133,16 @@ def test_a_group_that_is_kept_is_told_of_at_exit_and_a_fork_leaves_nothing(alone
 
 
 def test_a_world_that_was_destroyed_by_hand_counts_as_left(alone):
-    mesh, ref = lm.mesh(data=1, device="cpu"), groups.GroupRef(dist.group.WORLD)
+    mesh, ref = lm.mesh(data=1, device="cpu"), process_groups.GroupRef(dist.group.WORLD)
     assert ref() is dist.group.WORLD
-    number = groups.world_number()
+    number = process_groups.world_number()
     dist.destroy_process_group()
-    assert groups.world_number() == 0
+    assert process_groups.world_number() == 0
     for asked in (ref, lambda: mesh.torch, lambda: mesh.index("data"), mesh.bound):
         with pytest.raises(WorldError, match="has left"):
             asked()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert groups.world_number() == number + 1
+    assert process_groups.world_number() == number + 1
     for asked in (ref, lambda: mesh.torch):
         with pytest.raises(WorldError, match="has left"):
             asked()

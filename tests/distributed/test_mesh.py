@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import rules, world
+from lumen.core import distributed, rules
 from lumen.errors import AxisError, WorldError
 from lumen.parallel import mesh
-from lumen.parallel.mesh import _sizes
+from lumen.parallel.comm.mesh import _sizes
 from tests.distributed.pool import TaskError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -25,10 +25,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 def describe(**sizes):
     grid = mesh(**sizes, device="cpu")
     with grid.bound():
-        x = torch.tensor(float(world.rank()), requires_grad=True)
+        x = torch.tensor(float(distributed.rank()), requires_grad=True)
         total = lm.psum(x, "data")
         largest = lm.pmax(x, "shard")
-        (total * (1 + world.rank())).backward()
+        (total * (1 + distributed.rank())).backward()
         index = [int(lm.axis_index(name)) for name in ("data", "shard", "tensor")]
     assert rules.axis("data") is None
     return repr(grid), index, float(total), float(largest), float(x.grad)
@@ -126,7 +126,7 @@ def test_half_an_environment(monkeypatch):
 
 
 def die_on_one():
-    if world.rank() == 1:
+    if distributed.rank() == 1:
         os._exit(3)
     time.sleep(30)
 
@@ -138,7 +138,7 @@ def test_the_pool_itself_notices_a_death_and_recovers(world2):
 
 
 def both_ranks():
-    return world.rank()
+    return distributed.rank()
 
 
 def say(directory):

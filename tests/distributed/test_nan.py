@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.parallel import ddp, fsdp, mesh
 from tests.distributed.models import batches, make_state, part
 
@@ -30,7 +30,7 @@ def extremes():
                 table = table.to(torch.uint64).view(torch.int64).bitwise_xor(-(2**63)).view(torch.uint64)  # > 2⁶³
             both = table.to(dtype)[pairs]
             wide = both if dtype in (torch.uint64, torch.int64) else both.double()
-            mine = both[:, world.rank()].clone()
+            mine = both[:, distributed.rank()].clone()
             for collective, reduce in ((lm.pmax, torch.amax), (lm.pmin, torch.amin)):
                 found = collective(mine, "data")
                 signed = wide.view(torch.int64) ^ -(2**63) if dtype == torch.uint64 else wide
@@ -39,11 +39,13 @@ def extremes():
                 if found.dtype != dtype or not torch.equal(got.nan_to_num(12345), wanted.nan_to_num(12345)):
                     wrong.append((str(dtype), collective.__name__))
         merged = [
-            float(kind.of(torch.tensor([1.0, math.nan if world.rank() == holder else 2.0])).psum("data").compute())
+            float(
+                kind.of(torch.tensor([1.0, math.nan if distributed.rank() == holder else 2.0])).psum("data").compute()
+            )
             for kind in (lm.Max, lm.Min)
             for holder in (0, 1)
         ]
-        flags = torch.tensor([world.rank() == 1])
+        flags = torch.tensor([distributed.rank() == 1])
         smallest = lm.Min(flags).psum("data").compute()
         total = lm.psum(torch.tensor([300, -7], dtype=torch.int16), "data").tolist()
     return wrong, merged, smallest.tolist(), total
@@ -84,8 +86,8 @@ def decisions():
                 tx = lm.optim.apply_if_finite(tx, 3) if stack == "apply_if_finite" else tx
                 wrapped = lm.compose(*(outer if each == "parallel" else each for each in STACKS[stack]))(step)
                 state = wrapped.init(make_state("mlp", torch.float32, tx=tx))
-                batch = part(batches(1, 8, torch.float32)[0], (4, 4), world.rank())
-                if world.rank() == holder:
+                batch = part(batches(1, 8, torch.float32)[0], (4, 4), distributed.rank())
+                if distributed.rank() == holder:
                     batch["x"][0, 0] = math.nan
                 before = lm.tree.map(torch.clone, wrapped.export(state).params)
                 new, metrics = wrapped(state, batch)
@@ -111,8 +113,8 @@ def published():
     """What the Runner publishes of a run whose rows have a NaN on one process."""
     found = []
     for holder in (0, 1):
-        batch = part(batches(1, 8, torch.float32)[0], (4, 4), world.rank())
-        if world.rank() == holder:
+        batch = part(batches(1, 8, torch.float32)[0], (4, 4), distributed.rank())
+        if distributed.rank() == holder:
             batch["x"][1, 1] = math.nan
         rows = lm.data.per_rank([batch])
         runner = lm.Runner(step, transforms=[lm.guard("skip"), ddp()], progress=False, log_every=1)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import lumen as lm
-from lumen.core import world
-from lumen.parallel.plan import plan_loaded
-from lumen.parallel.plan_run import observed, planned
+from lumen.core import distributed
+from lumen.planner.dry_run import observed, planned
+from lumen.planner.plan import plan_loaded
 from tests.distributed import fsdp_models, models, plan_job  # noqa: F401
 from tests.tiers import in_turns
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.distributed
 
 STRATEGIES = {
     "ddp": lambda: lm.ddp(bucket_mb=0.002),
-    "zero1": lambda: lm.fsdp(level=1),
-    "zero2": lambda: lm.fsdp(level=2),
+    "zero1": lambda: lm.fsdp(stage=1),
+    "zero2": lambda: lm.fsdp(stage=2),
     "zero3": lambda: lm.fsdp(),
-    "bf16": lambda: lm.fsdp(gather="bf16"),
+    "bf16": lambda: lm.fsdp(param_dtype="bf16"),
     "hsdp": lambda: lm.fsdp(lm.mesh(shard=2, data=-1)),
 }
 
@@ -54,9 +54,9 @@ def made(strategy, model, inside, rows=32):
 
 def facts(seen):
     """Peaks by stage, the collectives of a step, and its floating point operations."""
-    sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.watch.sent if each.stage == "step")
-    peaks = {stage: seen.watch.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
-    flops = sum(each.flops for each in seen.watch.work if each.stage == "step")
+    sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.register_hooks.sent if each.stage == "step")
+    peaks = {stage: seen.register_hooks.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
+    flops = sum(each.flops for each in seen.register_hooks.work if each.stage == "step")
     return peaks, sent, flops
 
 
@@ -67,7 +67,9 @@ def measured(cases):
     """
     found = []
     for case in cases:
-        (peaks, *rest), (again, *_) = (facts(observed(made(*case), world.world_size(), world.rank())) for _ in range(2))
+        (peaks, *rest), (again, *_) = (
+            facts(observed(made(*case), distributed.world_size(), distributed.rank())) for _ in range(2)
+        )
         found.append(({stage: min(peak, again[stage]) for stage, peak in peaks.items()}, *rest))
     return found
 
@@ -123,6 +125,6 @@ def grown(strategy, size):
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="looks at the resident set as Linux tells it")
 @pytest.mark.parametrize(("strategy", "size"), [("alone", 1), ("ddp", 2), ("zero1", 2), ("ddp", 4)])
 def test_the_resident_set_of_fresh_processes_grows_by_what_is_planned(strategy, size):
-    found = plan_loaded(lambda: functools.partial(plan_job.make, strategy), world=size, device="cpu")
+    found = plan_loaded(lambda: functools.partial(plan_job.make, strategy), world_size=size, device="cpu")
     for nbytes in grown(strategy, size):
-        assert found.seen.watch.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)
+        assert found.seen.register_hooks.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)

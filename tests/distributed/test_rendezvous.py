@@ -9,7 +9,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
 import lumen as lm
-from lumen.parallel import rendezvous
+from lumen.parallel.comm import rendezvous
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -19,7 +19,7 @@ def meet(monkeypatch):
     """`meet(store, ranks, size)`: what each of these ranks gets, from threads in place of processes."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     here = threading.local()
-    monkeypatch.setattr(rendezvous, "rendezvous", lambda *args, **options: iter([here.given]))
+    monkeypatch.setattr(rendezvous, "torch_rendezvous", lambda *args, **options: iter([here.given]))
 
     def run(store, ranks, size, seconds=20.0):
         found = {}
@@ -27,7 +27,7 @@ def meet(monkeypatch):
         def each(rank):
             here.given = (store, rank, size)
             try:
-                found[rank] = rendezvous.meet(dt.timedelta(seconds=seconds))
+                found[rank] = rendezvous.rendezvous(dt.timedelta(seconds=seconds))
             except lm.LumenError as error:
                 found[rank] = error
 

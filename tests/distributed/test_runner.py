@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
-from lumen.core import world
-from lumen.parallel.ddp import ddp
+from lumen.core import distributed
+from lumen.parallel.ddp.ddp import ddp
 from tests.distributed import jobs
 from tests.distributed.pool import TaskError
 
@@ -198,8 +198,8 @@ def evaluate_parts(sizes, with_lists):
         return {**eval_step(state, batch), **extra}
 
     rows = columns(sum(map(sum, sizes)), seed=4)
-    mine = sizes[world.rank()] if world.world_size() > 1 else [n for each in sizes for n in each]
-    before = sum(map(sum, sizes[: world.rank()]))
+    mine = sizes[distributed.rank()] if distributed.world_size() > 1 else [n for each in sizes for n in each]
+    before = sum(map(sum, sizes[: distributed.rank()]))
     parts = {name: leaf[before : before + sum(mine)].split(mine) if mine else () for name, leaf in rows.items()}
     batches = [{name: part[i] for name, part in parts.items()} for i in range(len(mine))]
     return lm.Runner(step, progress=False).evaluate(measure, make_state(), lm.data.per_rank(batches))
@@ -216,11 +216,11 @@ def test_evaluation_over_uneven_parts_is_that_of_the_whole(sizes, with_lists, wo
 
 def merge_changing():
     """The same place, with values of another form, and last ones and plain numbers, from time to time."""
-    from lumen.train.everyone import Everyone
-    from lumen.train.meter import Meter
+    from lumen.train.distributed import ProcessGroupContext
+    from lumen.train.metric_buffer import MetricAccumulator
 
-    rank = world.rank()
-    everyone, meter, found = Everyone(make_state()), Meter(), []
+    rank = distributed.rank()
+    everyone, meter, found = ProcessGroupContext(make_state()), MetricAccumulator(), []
     forms = [
         {"a": lm.Mean.of(torch.tensor([1.0 + rank]))},
         {"a": lm.Mean.of(torch.tensor([2.0 + rank, 5.0]))},
@@ -252,12 +252,12 @@ class SignalAt(lm.Callback):
 
     def on_step(self, view):
         time.sleep(0.01)
-        if view.clock.step == self.at and world.rank() == self.rank:
+        if view.clock.step == self.at and distributed.rank() == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_with_dropout(directory, stop=None, epochs=12):
-    torch.manual_seed(100 + world.rank())  # each process draws its own masks
+    torch.manual_seed(100 + distributed.rank())  # each process draws its own masks
     runner = make_runner(directory, callbacks=[SignalAt(*stop)] if stop else [])
     held_out = lm.Loader(columns(7, seed=2), batch_size=3, shuffle=False)
     validate = lm.Validate(eval_step, held_out, every=lm.Every(steps=7))
@@ -332,7 +332,7 @@ def test_a_window_cut_by_restarts_into_other_worlds_logs_the_uninterrupted_numbe
         assert {name: numbers[f"train/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-12)
 
 
-@lm.state
+@lm.dataclass
 class Remembering(lm.TrainState):
     memory: torch.Tensor = field(kw_only=True)
 
@@ -372,7 +372,9 @@ def test_a_field_of_a_process_s_own_rows_is_refused_at_the_first_checkpoint(worl
 def run_for_seconds(directory):
     """Each process's clock goes at its own pace."""
     ticks = iter(range(10**9))
-    runner = make_runner(directory, clock=lambda: next(ticks) * (0.5 + 2 * world.rank()), callbacks=[SignalAt(0, 9)])
+    runner = make_runner(
+        directory, time_fn=lambda: next(ticks) * (0.5 + 2 * distributed.rank()), callbacks=[SignalAt(0, 9)]
+    )
     saved = []
 
     class Note(lm.Callback):
@@ -396,7 +398,7 @@ def test_the_first_process_has_the_time(world2, tmp_path):
 class StopOne(lm.Callback):
     def on_step(self, view):
         time.sleep(0.01)
-        if view.clock.step == 6 and world.rank() == 1:
+        if view.clock.step == 6 and distributed.rank() == 1:
             view.stop("rank 1 has seen enough")
 
 
@@ -413,7 +415,7 @@ def test_a_callback_of_one_process_ends_all(world2, tmp_path):
 
 
 def run_on_lists(directory):
-    data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + world.rank()]
+    data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + distributed.rank()]
     make_runner(directory, best=None).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
 
 

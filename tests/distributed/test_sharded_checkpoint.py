@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 import lumen as lm
 from lumen.cli.main import main
-from lumen.core import world
-from lumen.core.sharding import Box, Piece
+from lumen.core import distributed
+from lumen.core.sharding import ShardSpec, Slice
 from lumen.core.step import Transform
 from lumen.errors import CorruptCheckpointError
-from lumen.parallel.ddp import ddp
-from lumen.parallel.fsdp import fsdp
+from lumen.parallel.ddp.ddp import ddp
+from lumen.parallel.fsdp.fsdp import fsdp
 from tests.distributed import fsdp_models, models, sharded_jobs  # noqa: F401 (the first adds models)
 from tests.distributed.pool import TaskError
 from tests.tiers import pick
@@ -33,12 +33,12 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 def strategy(name, size=None):
     """A strategy by a short name, in a world of any size."""
-    size = size or world.world_size()
+    size = size or distributed.world_size()
     if name == "ddp":
         return ddp(lm.mesh(data=size, device="cpu"))
     if name == "hsdp":
         return fsdp(lm.mesh(data=2, shard=size // 2, device="cpu"))
-    return fsdp(lm.mesh(shard=size, device="cpu"), level=int(name[-1]))
+    return fsdp(lm.mesh(shard=size, device="cpu"), stage=int(name[-1]))
 
 
 def step_under(name, others=("ema", "donate")):
@@ -50,9 +50,9 @@ def trained(name, model="deep", dtype=torch.float32, steps=2):
     step = step_under(name)
     state = step.init(models.make_state(model, dtype))
     data = models.batches(steps, 8, dtype)
-    share = [2] * 4 if world.world_size() == 4 else [8 // world.world_size()] * world.world_size()
+    share = [2] * 4 if distributed.world_size() == 4 else [8 // distributed.world_size()] * distributed.world_size()
     for batch in data:
-        state, _ = step(state, models.part(batch, share, world.rank()))
+        state, _ = step(state, models.part(batch, share, distributed.rank()))
     return step, state
 
 
@@ -92,25 +92,25 @@ def restore_under(path, name, model="deep", dtype=torch.float32):
     like = step.init(models.make_state(model, dtype))
     state = lm.checkpoint.restore(path, like, step=step)
     assert lm.tree.structure(state) == lm.tree.structure(like)
-    lm.checkpoint.save(path.with_name(f"again-{world.world_size()}-{name}"), state, step=step)
+    lm.checkpoint.save(path.with_name(f"again-{distributed.world_size()}-{name}"), state, step=step)
     return whole(step, state)
 
 
 # ------------------------------------------------------------------------------------------------------- the law
 
 
-LEVELS = ["fsdp3", "fsdp2", "fsdp1", "hsdp"]
+STAGES = ["fsdp3", "fsdp2", "fsdp1", "hsdp"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_saved_by_four_it_is_restored_by_any_number_under_any_strategy(level, worlds, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_by_four_it_is_restored_by_any_number_under_any_strategy(stage, worlds, tmp_path):
     path = tmp_path / "first"
-    wanted = worlds(4).run(save_trained, path, level)[0]
+    wanted = worlds(4).run(save_trained, path, stage)[0]
     alone = lm.compose(*models.transforms(["ema", "donate"]))(models.step)
     like = alone.init(models.make_state("deep", torch.float32))
     assert_same(bits(lm.checkpoint.restore(path, like)), wanted)
     others = [(2, "ddp"), (2, "fsdp1"), (2, "fsdp3"), (3, "fsdp3"), (4, "hsdp"), (4, "fsdp2")]
-    for size, name in pick(others[LEVELS.index(level) :: 4], others):
+    for size, name in pick(others[STAGES.index(stage) :: 4], others):
         for found in worlds(size).run(restore_under, path, name):
             assert_same(found, wanted)
         again = lm.checkpoint.restore(tmp_path / f"again-{size}-{name}", like)
@@ -164,7 +164,7 @@ class Scatter(Transform):
             leaves[place], self.cut[place] = stacked(leaf, blocks, owner)
         return spec.unflatten(leaves)
 
-    def pieces(self, state):
+    def shard_specs(self, state):
         return self.cut
 
 
@@ -172,13 +172,13 @@ def stacked(leaf, blocks, owner):
     """A tensor with the blocks one below the other, and what it is of the leaf."""
     boxes, below = [], 0
     for low, size in blocks:
-        boxes.append(Box((below, *(0 for _ in low[1:])), tuple(low), tuple(size)))
+        boxes.append(Slice((below, *(0 for _ in low[1:])), tuple(low), tuple(size)))
         below += size[0]
     widest = [max((size[dim] for _, size in blocks), default=0) for dim in range(1, leaf.dim())]
     local = torch.zeros((below, *widest), dtype=leaf.dtype)
     for box in boxes:
         part(local, box.here, box.size).copy_(part(leaf, box.whole, box.size))
-    return local, Piece(tuple(leaf.shape), tuple(boxes), owner)
+    return local, ShardSpec(tuple(leaf.shape), tuple(boxes), owner)
 
 
 def part(tensor, low, size):
@@ -267,7 +267,7 @@ def random_tree(seed):
 
 
 def scattering(tree, seed):
-    transform = Scatter(seed, world.world_size(), world.rank())
+    transform = Scatter(seed, distributed.world_size(), distributed.rank())
     step = transform(models.step)
     return step, step.init(tree)
 
@@ -281,7 +281,7 @@ def save_random(directory, seeds):
 def restore_random(directory, seeds):
     """Under another cut than it was saved with."""
     for seed in seeds:
-        step, wanted = scattering(random_tree(seed), 2000 + seed + 17 * world.world_size())
+        step, wanted = scattering(random_tree(seed), 2000 + seed + 17 * distributed.world_size())
         like = lm.tree.map(lambda x: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x, wanted)
         found = lm.checkpoint.restore(directory / str(seed), like, step=step)
         for have, want in zip(lm.tree.tensors(found), lm.tree.tensors(wanted), strict=True):
@@ -328,7 +328,7 @@ def read_by_one(path, rank):
     """One process reads its part alone."""
     step = step_under("fsdp3")
     like = step.init(models.make_state("deep", torch.float32))
-    if world.rank() != rank:
+    if distributed.rank() != rank:
         return None
     return {"x": lm.checkpoint.restore(path, like, step=step).params["blocks.0.up.weight"]}
 
@@ -410,7 +410,7 @@ class EndAt(lm.Callback):
         self.at = at
 
     def on_step(self, view):
-        if view.clock.step == self.at and world.rank() == 1:
+        if view.clock.step == self.at and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -474,7 +474,7 @@ def test_a_run_goes_on_under_another_strategy_and_with_another_number_of_process
 def run_with_damage(directory):
     """The chunk of one process alone is damaged in the newest checkpoint."""
     run(directory, "fsdp3", None, 8)
-    if world.rank() == 0:
+    if distributed.rank() == 0:
         chunk = next((directory / "checkpoints" / "8" / "state").glob("params.0.weight/c.1.0"))
         content = bytearray(chunk.read_bytes())
         content[-1] ^= 1
@@ -517,7 +517,7 @@ def save_a_part(path):
 def save_different_trees(path):
     step = step_under("fsdp3")
     state = step.init(models.make_state("mlp"))
-    if world.rank() == 1:
+    if distributed.rank() == 1:
         state = state.replace(buffers={"own": torch.ones(1)})
     try:
         lm.checkpoint.save(path, state, step=step)
@@ -551,7 +551,7 @@ def save_and_go_on(path):
     with lm.checkpoint.Store(path).open(step) as store:
         store.save(1, state)
         for batch in models.batches(3, 8, torch.float32):
-            state, _ = step(state, models.part(batch, [4, 4], world.rank()))
+            state, _ = step(state, models.part(batch, [4, 4], distributed.rank()))
         store.wait()
         found = store.restore(1, state)
     return kept, whole(step, found)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.core import world
-from lumen.parallel.mesh import mesh
-from lumen.parallel.tensor import tensor_parallel
+from lumen.core import distributed as world
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.tensor.tensor_parallel import tensor_parallel
 from tests.distributed.models import (
     AROUND,
     assert_within,
@@ -34,8 +34,8 @@ def outer(name, grid):
     """The transform that joins rows, by name."""
     made = {
         "ddp": lambda: [lm.ddp(grid)],
-        "fsdp1": lambda: [lm.fsdp(grid, level=1)],
-        "fsdp2": lambda: [lm.fsdp(grid, level=2)],
+        "fsdp1": lambda: [lm.fsdp(grid, stage=1)],
+        "fsdp2": lambda: [lm.fsdp(grid, stage=2)],
         "fsdp3": lambda: [lm.fsdp(grid)],
         "alone": list,
     }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lumen as lm
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import (
     BatchError,
     HyperparameterError,
@@ -19,9 +19,10 @@ from lumen.errors import (
     PatternError,
     WorldError,
 )
-from lumen.parallel import Colwise, Region, Rowwise, SequenceParallel, plans
-from lumen.parallel.mesh import mesh
-from lumen.parallel.tensor import tensor_parallel
+from lumen.parallel import Colwise, Region, Rowwise, SequenceParallel
+from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.tensor import plans
+from lumen.parallel.tensor.tensor_parallel import tensor_parallel
 from tests.distributed import models, tensor_models
 from tests.distributed.models import bare, batches, furthest, make_state, step, train
 from tests.distributed.tensor_models import PLANS
@@ -62,11 +63,11 @@ def test_each_process_holds_its_share_of_the_matrices(world4):
 def parts(around, axes, model):
     """For each leaf that is a piece: its place, this process's values, and where they lie in the whole."""
     grid = mesh(**axes, device="cpu")
-    outer = {"alone": [], "ddp": [lm.ddp(grid)], "fsdp": [lm.fsdp(grid)], "fsdp1": [lm.fsdp(grid, level=1)]}[around]
+    outer = {"alone": [], "ddp": [lm.ddp(grid)], "fsdp": [lm.fsdp(grid)], "fsdp1": [lm.fsdp(grid, stage=1)]}[around]
     wrapped = lm.compose(*outer, tensor_parallel(PLANS[model, False], grid))(step)
     plain = make_state(model)
     state = wrapped.init(plain)
-    found = wrapped.pieces(state)
+    found = wrapped.shard_specs(state)
     leaves = lm.tree.leaves(state)
     owned = {place: (leaves[place], piece.boxes) for place, piece in found.items() if piece.owner}
     paths = lm.tree.paths(state)
@@ -139,7 +140,7 @@ def second_order(state, batch):
     return state.apply_gradients(grads), {"loss": loss}
 
 
-def penalised(state, batch):
+def penalized(state, batch):
     """A loss with a gradient penalty: autograd's own double backward through every layer."""
 
     def loss_fn(params, batch):
@@ -173,7 +174,7 @@ BLOCKS = {sequence: plans.gpt(sequence=sequence) for sequence in (False, True)}
 def gradients(names):
     """How far each kind of step is from one process."""
     found = []
-    steps = {"regular": regular, "func": by_func, "second": second_order, "penalised": penalised}
+    steps = {"regular": regular, "func": by_func, "second": second_order, "penalized": penalized}
     for name, model, sequence in names:
         plan = BLOCKS[sequence] if model == "blocks" else PLANS[model, sequence]
         wrapped = tensor_parallel(plan, mesh(tensor=-1, device="cpu"))(steps[name])
@@ -184,8 +185,8 @@ def gradients(names):
 
 
 KINDS = [("regular", "tiny", False), ("regular", "tiny", True), ("func", "tiny", False), ("func", "tiny", True)]
-KINDS += [("second", "tiny", False), ("second", "tiny", True), ("penalised", "blocks", False)]
-KINDS += [("penalised", "blocks", True)]
+KINDS += [("second", "tiny", False), ("second", "tiny", True), ("penalized", "blocks", False)]
+KINDS += [("penalized", "blocks", True)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -237,12 +238,12 @@ models.register(dropping=Dropping)
 
 def drawing(seeded):
     """The losses and whole params of a model with dropout, on processes that were seeded differently."""
-    torch.manual_seed(100 + world.rank())
+    torch.manual_seed(100 + distributed.rank())
     plan = {"up": Colwise(), "down": Rowwise()}
     around = [lm.seeded()] if seeded else []
     wrapped = lm.compose(*around, tensor_parallel(plan, mesh(tensor=-1, device="cpu")))(step)
     before = make_state("dropping")
-    torch.manual_seed(100 + world.rank())  # models are made from one seed
+    torch.manual_seed(100 + distributed.rank())  # models are made from one seed
     losses, state = train(wrapped, before, batches(10, 8))
     return losses.tolist(), {name: state.params[name].clone() for name in ("out.weight", "out.bias", "down.bias")}
 
@@ -330,7 +331,7 @@ def test_a_run_counts_each_row_once_and_makes_the_numbers_of_one_process(axes, a
 
 
 def odd_rows():
-    return {**batches(1, 4)[0], "x": torch.ones(4, 6, dtype=torch.float64) * world.rank()}
+    return {**batches(1, 4)[0], "x": torch.ones(4, 6, dtype=torch.float64) * distributed.rank()}
 
 
 def cut(plan, tx=None, model="tiny", batch=None, outer=(), inner=(), dim=None):
@@ -357,7 +358,7 @@ class Rank(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(6, 4 + 2 * world.rank())
+        self.up = nn.Linear(6, 4 + 2 * distributed.rank())
 
     def forward(self, x):
         return self.up(x)
@@ -390,7 +391,7 @@ BAD = {
     "states": (WorldError, "differ", lambda: cut({"up": Colwise(output="whole")}, model="rank")),
     "compile": (OrderError, "cannot trace lm.tensor_parallel", lambda: cut(GPT, outer=[lm.compile()])),
     "auto": (OrderError, "retry on the process", lambda: cut(GPT, inner=[lm.accumulate("auto")])),
-    "private": (OrderError, "each example's gradient", lambda: cut(GPT, inner=[lm.private(clip=1.0, noise=1.0)])),
+    "dp_sgd": (OrderError, "each example's gradient", lambda: cut(GPT, inner=[lm.dp_sgd(clip=1.0, noise=1.0)])),
     "nobody": (OrderError, "nothing joins their gradients", lambda: cut(GPT, dim={"data": 2})),
     "meshes": (WorldError, "share one mesh", lambda: cut(GPT, outer=[lm.ddp(mesh(data=2, device="cpu"))])),
 }

@@ -133,13 +133,13 @@ def test_an_undecorated_state_subclass() -> None:
         target: Any = None
 
     with pytest.raises(
-        errors.StateError, match=r"(?s)WithTarget subclasses TrainState.*@lm.state\n    class WithTarget"
+        errors.StateError, match=r"(?s)WithTarget subclasses TrainState.*@lm.dataclass\n    class WithTarget"
     ):
         WithTarget.create(nn.Linear(2, 1), lm.optim.sgd(0.1))
 
 
 def test_an_undecorated_subclass_of_a_decorated_subclass() -> None:
-    @lm.state
+    @lm.dataclass
     class Middle(lm.TrainState):
         extra: Any = None
 
@@ -158,7 +158,7 @@ def test_grads_of_other_params() -> None:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("transform", [lm.accumulate(2), lm.accumulate(microbatch=2), lm.private(1.0, 0.0)], ids=repr)
+@pytest.mark.parametrize("transform", [lm.accumulate(2), lm.accumulate(microbatch=2), lm.dp_sgd(1.0, 0.0)], ids=repr)
 def test_leaves_with_different_leading_sizes(transform: lm.Transform) -> None:
     batch = {"x": torch.zeros(6, 4), "y": torch.zeros(5, dtype=torch.int64)}
     run = transform(step)
@@ -314,7 +314,7 @@ def test_a_model_without_trainable_params() -> None:
 
 @pytest.mark.parametrize("net", [nn.LazyLinear(2), nn.Sequential(nn.LazyConv2d(2, 3)), nn.LazyBatchNorm1d()])
 def test_lazy_parameters(net: nn.Module) -> None:
-    with pytest.raises(errors.ParamsError, match=r"uninitialised lazy parameters.*net\(example_input\)"):
+    with pytest.raises(errors.ParamsError, match=r"uninitialized lazy parameters.*net\(example_input\)"):
         lm.pure(net)
 
 
@@ -348,13 +348,13 @@ WRONG = [
     (lm.accumulate(2), lm.compile()),
     (lm.remat(), lm.precision("bf16")),
     (lm.precision("bf16"), lm.accumulate(4)),
-    (lm.precision("bf16"), lm.private(1.0, 0.0)),
+    (lm.precision("bf16"), lm.dp_sgd(1.0, 0.0)),
     (lm.accumulate(2), lm.ensemble(3)),
     (lm.donate(), lm.guard()),
     (lm.ema(0.9), lm.clip(1.0)),
     (lm.guard(), lm.ensemble(2)),
     (lm.donate(), lm.ensemble(2)),
-    (lm.private(1.0, 0.0), lm.guard()),
+    (lm.dp_sgd(1.0, 0.0), lm.guard()),
     (lm.seeded(), lm.unroll(2)),
     (lm.ensemble(2), lm.seeded()),
     (lm.guard(), lm.ema(0.9), lm.accumulate(2), lm.compile(), lm.donate()),
@@ -404,7 +404,7 @@ def test_a_transform_twice() -> None:
 
 @pytest.mark.parametrize(
     "transform",
-    [lm.guard(), lm.ema(0.9), lm.private(1.0, 1.0), lm.precision("fp16")],
+    [lm.guard(), lm.ema(0.9), lm.dp_sgd(1.0, 1.0), lm.precision("fp16")],
     ids=lambda t: t.name,
 )
 def test_a_missing_slot(transform: lm.Transform) -> None:
@@ -419,7 +419,7 @@ def test_a_missing_slot_is_a_key_error_and_reads_well() -> None:
 
 
 def test_a_state_without_slots() -> None:
-    @lm.state
+    @lm.dataclass
     class Bare:
         params: Any
         step: Any
@@ -485,9 +485,9 @@ def test_ensemble_of_different_models() -> None:
         (lambda: lm.guard("ignore"), errors.HyperparameterError),
         (lambda: lm.precision("int8"), errors.HyperparameterError),
         (lambda: lm.precision(16), errors.HyperparameterError),
-        (lambda: lm.private(clip=math.nan, noise=1.0), errors.HyperparameterError),
-        (lambda: lm.private(clip=1.0, noise=-1.0), errors.HyperparameterError),
-        (lambda: lm.private(clip=1.0, noise=1.0, batch_size=0), errors.HyperparameterError),
+        (lambda: lm.dp_sgd(clip=math.nan, noise=1.0), errors.HyperparameterError),
+        (lambda: lm.dp_sgd(clip=1.0, noise=-1.0), errors.HyperparameterError),
+        (lambda: lm.dp_sgd(clip=1.0, noise=1.0, batch_size=0), errors.HyperparameterError),
         (lambda: lm.compile(mode="fastest"), errors.HyperparameterError),
         (lambda: lm.compile(backend="jax"), errors.HyperparameterError),
         (lambda: lm.unroll(0), errors.BatchError),
@@ -500,7 +500,7 @@ def test_a_bad_setting_is_refused_when_it_is_given(make: Any, error: type[Except
 
 
 def test_private_with_batchnorm_in_training_mode() -> None:
-    run = lm.private(1.0, 0.0)(step)
+    run = lm.dp_sgd(1.0, 0.0)(step)
     state = run.init(make_state(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))))
     with pytest.raises(errors.PurityError, match=r"module '1' is a BatchNorm1d in training mode.*GroupNorm"):
         run(state, make_batch())
@@ -508,7 +508,7 @@ def test_private_with_batchnorm_in_training_mode() -> None:
 
 def test_private_with_loss_scaling() -> None:
     with pytest.raises(errors.HyperparameterError, match=r'scales the loss.*lm.precision\("bf16"\)'):
-        lm.private(1.0, 1.0)(lm.precision("fp16")(step))
+        lm.dp_sgd(1.0, 1.0)(lm.precision("fp16")(step))
 
 
 def test_tx_update_by_hand_under_a_transform_that_must_see_it() -> None:
@@ -519,7 +519,7 @@ def test_tx_update_by_hand_under_a_transform_that_must_see_it() -> None:
         return state.replace(params=params, opt_state=opt_state), {"loss": loss}
 
     by_hand(make_state(), make_batch())
-    with pytest.raises(errors.UpdateInterceptedError, match=r"lm.apply_updates"):
+    with pytest.raises(errors.UpdateInterceptedError, match=r"lm.apply_gradients"):
         lm.clip(1.0)(by_hand)(make_state(), make_batch())
 
 
@@ -552,7 +552,7 @@ def test_a_donated_state_used_again_inside_the_step() -> None:
         run(run.init(make_state()), make_batch())
 
 
-@lm.state
+@lm.dataclass
 class WithTarget(lm.TrainState):
     """A state with a second copy of the params."""
 
@@ -647,6 +647,6 @@ def test_a_state_of_one_run_is_not_one_of_lanes() -> None:
 
 def test_what_several_processes_refuse_is_refused_alone() -> None:
     with pytest.raises(errors.PatternError, match="matches no module"):
-        lm.fsdp(units="layers.*")(step).init(make_state())
+        lm.fsdp(wrap="layers.*")(step).init(make_state())
     with pytest.raises(errors.OrderError, match="lm.compile cannot trace"):
         lm.compose(lm.compile(), lm.fsdp(offload=True))(step).init(make_state())

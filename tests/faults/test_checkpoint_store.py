@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lumen import checkpoint
-from lumen.checkpoint import Store, header, reading, writing
+from lumen.checkpoint import Store, _load, _save, header
 from lumen.errors import (
     CheckpointError,
     CheckpointFormatError,
@@ -102,9 +102,9 @@ def test_a_replacement_cut_short_is_undone(tmp_path):
     with Store(tmp_path) as store:
         store.save(3, value_of(3))
         store.wait()
-    os.rename(tmp_path / "3", tmp_path / f".3{writing.REPLACED}")
-    shutil.copytree(tmp_path / f".3{writing.REPLACED}", tmp_path / f".4{writing.DELETED}")
-    (tmp_path / f".5{writing.TEMPORARY}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    os.rename(tmp_path / "3", tmp_path / f".3{_save.REPLACED}")
+    shutil.copytree(tmp_path / f".3{_save.REPLACED}", tmp_path / f".4{_save.DELETED}")
+    (tmp_path / f".5{_save.TEMPORARY}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with Store(tmp_path) as store:
         assert store.steps() == [3]
         assert_whole(store, 3)
@@ -132,7 +132,7 @@ def test_a_process_that_ends_finishes_its_save(tmp_path, how):
 def test_a_failure_at_the_end_is_said(tmp_path):
     broken = """
 store.wait()
-import lumen.checkpoint.writing as writing
+import lumen.checkpoint._save as writing
 writing.sync = lambda *_: 1 / 0
 store.save(2, {"x": torch.ones(1)})
 """
@@ -142,7 +142,7 @@ store.save(2, {"x": torch.ones(1)})
 
 
 def test_an_interrupt_while_waiting(tmp_path, monkeypatch):
-    write = writing.write
+    write = _save.write
 
     def interrupted(*args, **kwargs):
         time.sleep(0.2)
@@ -151,7 +151,7 @@ def test_an_interrupt_while_waiting(tmp_path, monkeypatch):
         write(*args, **kwargs)
 
     store = Store(tmp_path).open()
-    monkeypatch.setattr(writing, "write", interrupted)
+    monkeypatch.setattr(_save, "write", interrupted)
     store.save(1, value_of(1))
     with pytest.raises(KeyboardInterrupt):
         store.wait()
@@ -167,7 +167,7 @@ SPOTS = {
     "rename": (os, "rename"),
     "open": (os, "open"),
     "header": (Path, "write_text"),
-    "orbax": (writing._orbax, "write"),
+    "orbax": (_save._orbax, "write"),
     "read": (Path, "read_bytes"),
 }
 
@@ -210,7 +210,7 @@ def test_an_error_anywhere_leaves_what_was_there(tmp_path, monkeypatch, spot, nt
 @pytest.mark.parametrize("call", ["check", "wait", "save", "close"])
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
     store = Store(tmp_path).open()
-    monkeypatch.setattr(writing, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr(_save, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     store.save(1, value_of(1))
     while store._job.running():
         time.sleep(0.01)
@@ -223,7 +223,7 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
 
 
 def test_the_first_error_is_the_one_to_see(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr(_save, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     with pytest.raises(ValueError, match="mine") as caught, Store(tmp_path) as store:
         store.save(1, value_of(1))
         raise ValueError("mine")
@@ -426,7 +426,7 @@ def test_shapes_take_no_memory_that_the_files_do_not_have(saved, monkeypatch):
     description.write_text(description.read_text().replace("[33]", f"[{10**13}]"))
     relisted(saved)
     forge(saved, leaves=changed_row(shape=[10**13]))
-    monkeypatch.setattr(reading.torch, "empty", lambda *a, **k: pytest.fail(f"{a} was taken"))
+    monkeypatch.setattr(_load.torch, "empty", lambda *a, **k: pytest.fail(f"{a} was taken"))
     with pytest.raises(CorruptCheckpointError, match="shape and dtype 20000000000020"):
         checkpoint.load(saved, under="half")
 

@@ -13,7 +13,7 @@ import torch
 
 import lumen as lm
 from lumen import checkpoint
-from lumen.checkpoint import header, reading, writing
+from lumen.checkpoint import _load, _save, header
 from lumen.errors import (
     CheckpointError,
     CheckpointLockedError,
@@ -97,7 +97,7 @@ def test_an_error_of_the_checkpoints_own_disk_is_not_met_twice(tmp_path, monkeyp
         saves.append(1)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writing, "_write_alone", full)
+    monkeypatch.setattr(_save, "_write_alone", full)
     with pytest.raises(CheckpointError, match="No space left"):
         fit(tmp_path, epochs=3)
     assert len(saves) == 1
@@ -236,4 +236,4 @@ def test_no_message_has_a_control_character_of_a_leafs_name(tmp_path):
     row = {"item": "state", "path": ["w"], "kind": "tensor", "dtype": "float32", "shape": [1], "array": "w\x1b"}
     with pytest.raises(ValueError, match=r"the path 'w\\x1b' is not allowed"):
         header._row_from_json(row)
-    assert reading.read_header(path).rows[0].path == (name,)
+    assert _load.read_header(path).rows[0].path == (name,)

@@ -41,11 +41,9 @@ LAWS = {
     "sweep": Law(lambda: lm.sweep(seed=list(range(LANES)))),
     "accumulate": Law(lambda: lm.accumulate(3), suits=lambda job: _one_by_one(job) and job.rows >= 3),
     "accumulate(microbatch)": Law(lambda: lm.accumulate(microbatch=2), suits=_one_by_one),
-    "private": Law(
-        lambda: lm.private(clip=1e9, noise=0.0), suits=lambda job: _one_by_one(job) and job.loss != "masked"
-    ),
+    "dp_sgd": Law(lambda: lm.dp_sgd(clip=1e9, noise=0.0), suits=lambda job: _one_by_one(job) and job.loss != "masked"),
     "precision": Law(lambda: lm.precision("fp64")),
-    "quantised": Law(lambda: lm.quantised("qat", layers=lambda name, module: False), exact=True),
+    "quantized_matmul": Law(lambda: lm.quantized_matmul("qat", layers=lambda name, module: False), exact=True),
     "remat": Law(
         lambda: lm.remat(lambda name, module: not list(module.children())),
         exact=True,

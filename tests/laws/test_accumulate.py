@@ -41,7 +41,7 @@ def test_any_size_of_part(job: Job, size: int) -> None:
 def test_sums_in_one_buffer_are_bitwise_those_of_separate_gradients(job: Job, data: st.DataObject) -> None:
     """A rule inside, even one that does nothing, is to see each microbatch's gradient by itself."""
     k = data.draw(st.integers(1, job.rows))
-    apart = rules.under({Primitive.GRADIENT: lambda next, call: next(call)}, job.step)
+    apart = rules.with_rules({Primitive.GRADIENT: lambda next, call: next(call)}, job.step)
     found, expected = (lm.accumulate(k)(step)(job.state(), job.batch()) for step in (job.step, apart))
     assert_same(found, expected, exact=True)
 
@@ -58,7 +58,7 @@ def test_a_rule_inside_sees_each_microbatch_alone() -> None:
         return params, lm.value_and_grad(lambda params, x: (params["w"] * x).mean())(params, batch)[1]
 
     params, batch = {"w": torch.tensor(1.0)}, torch.tensor([1.0, 2.0, 4.0])
-    _, grads = lm.accumulate(3)(rules.under({Primitive.GRADIENT: doubled}, step))(params, batch)
+    _, grads = lm.accumulate(3)(rules.with_rules({Primitive.GRADIENT: doubled}, step))(params, batch)
     assert [g.item() for g in seen] == [1.0, 2.0, 4.0]
     torch.testing.assert_close(grads["w"], torch.tensor(14.0 / 3))
 
@@ -193,7 +193,7 @@ class watched(Transform):  # noqa: N801
             self.given = [weakref.ref(g) for g in answer.grads.values()]
             return answer
 
-        return rules.under({Primitive.GRADIENT: rule}, step)
+        return rules.with_rules({Primitive.GRADIENT: rule}, step)
 
 
 def test_a_part_is_let_go_once_it_is_added() -> None:

@@ -98,7 +98,7 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated():
         calls.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.Transform(lambda params: {}, full))
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.GradientTransformation(lambda params: {}, full))
     fast = lm.accumulate("auto")(Small(rows=99).step)
     with pytest.raises(torch.OutOfMemoryError):
         fast(fast.init(make_state(tx)), make_batch())

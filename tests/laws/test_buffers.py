@@ -156,7 +156,7 @@ def test_spectral_norm_iterates_once_for_a_step() -> None:
 
 def test_rows_of_private_are_merged_by_their_rules() -> None:
     """Each row begins with the start; the numbers are those of the rules, computed by hand."""
-    wrapped = lm.private(clip=1e6, noise=0.0, chunk=3)(step)
+    wrapped = lm.dp_sgd(clip=1e6, noise=0.0, chunk=3)(step)
     start = made(RULES)
     new, _ = wrapped(wrapped.init(start), ROWS)
     assert int(new.buffers["rows"]) == 2 + 7
@@ -167,7 +167,7 @@ def test_rows_of_private_are_merged_by_their_rules() -> None:
     assert bool(new.buffers["any"])
     assert int(new.buffers["calls"]) == 1
     assert new.buffers["table"].tolist() == [0.0, 1.0, 0.0]
-    both = lm.compose(lm.accumulate(2), lm.private(clip=1e6, noise=0.0))(step)
+    both = lm.compose(lm.accumulate(2), lm.dp_sgd(clip=1e6, noise=0.0))(step)
     new, _ = both(both.init(made(RULES)), ROWS)
     assert int(new.buffers["rows"]) == 2 + 7
     torch.testing.assert_close(new.buffers["total"], 1 + ROWS.sum(0))
@@ -196,7 +196,7 @@ class InPlace(Rebinding):
 
 @pytest.mark.parametrize("net", [Rebinding, InPlace])
 def test_rows_of_private_need_a_rule(net: Any) -> None:
-    wrapped = lm.private(clip=1.0, noise=0.0)(step)
+    wrapped = lm.dp_sgd(clip=1.0, noise=0.0)(step)
     with pytest.raises(MergeError, match=r"'count'.*merge=\{'count': 'mean'\}"):
         wrapped(wrapped.init(made(net=net)), ROWS)
     wrapped(wrapped.init(made({"count": "sum"}, net)), ROWS)

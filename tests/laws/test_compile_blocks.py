@@ -347,7 +347,7 @@ def test_under_vmap_of_the_users_own_it_says_so() -> None:
     assert_same(found, each(state, batches(1)[0]))
 
 
-@pytest.mark.parametrize("inner", [lm.ensemble(2), lm.private(1.0, 1.0)])
+@pytest.mark.parametrize("inner", [lm.ensemble(2), lm.dp_sgd(1.0, 1.0)])
 def test_transforms_that_map_the_model_are_refused(inner: lm.Transform) -> None:
     with pytest.raises(
         lm.errors.OrderError, match=r"runs the model under vmap, inside which lm\.compile\(.*blocks=True\)"

@@ -70,7 +70,7 @@ def test_clip_leaves_out_what_the_optimizer_freezes() -> None:
     for tx, found in cases:
 
         def step(state: Any, batch: Any, tx: Any = tx) -> Any:
-            moved, opt_state = lm.apply_updates(tx, batch, state["opt"], state["params"])
+            moved, opt_state = lm.apply_gradients(tx, batch, state["opt"], state["params"])
             return {"params": moved, "opt": opt_state}, {}
 
         new, _ = lm.clip(1.0)(step)({"params": params, "opt": tx.init(params)}, found)
@@ -124,7 +124,7 @@ def test_guard_outside_clip_changes_nothing_and_takes_the_norms_once(job: Job, b
     step = lm.compose(lm.guard(), lm.clip(bound))(job.step)
     expected = lm.clip(bound)(job.step)(job.state(), job.batch())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lumen.optim.clip.leaf_norms", None)  # clip has guard's
+        patch.setattr("lumen.optim._clip.leaf_norms", None)  # clip has guard's
         new, metrics = step(step.init(job.state()), job.batch())
     assert_same((learned(new), metrics), (learned(expected[0]), expected[1]), exact=True)
 
@@ -398,7 +398,7 @@ def by_rows(job: Job, state: lm.TrainState, batch: Any, bound: float) -> dict[st
 @given(job=jobs(losses=("scalar", "mean")), bound=st.floats(1e-2, 3.0), parts=st.integers(1, 3))
 def test_private_without_noise_is_the_loop_over_rows(job: Job, bound: float, parts: int) -> None:
     job = replace(job, optimizer="sgd")
-    stack = [lm.private(clip=bound, noise=0.0)]
+    stack = [lm.dp_sgd(clip=bound, noise=0.0)]
     if 1 < parts <= job.rows:
         stack.insert(0, lm.accumulate(parts))
     step = lm.compose(*stack)(job.step)
@@ -410,7 +410,7 @@ def test_private_without_noise_is_the_loop_over_rows(job: Job, bound: float, par
 
 def test_private_reports_the_unclipped_loss() -> None:
     job = Job(rows=5)
-    step = lm.private(clip=1e-3, noise=0.0)(job.step)
+    step = lm.dp_sgd(clip=1e-3, noise=0.0)(job.step)
     _, metrics = step(step.init(job.state()), job.batch())
     _, expected = job.step(job.state(), job.batch())
     assert_same(lm.compute_metrics(metrics), lm.compute_metrics(expected))
@@ -425,13 +425,13 @@ def test_private_noise_is_that_of_one_update(parts: int) -> None:
         loss, grads = lm.value_and_grad(lambda p, x: lm.Mean.of(state.apply(p, x)[0] * 0.0))(state.params, x)
         return state.apply_gradients(grads), {"loss": loss}
 
-    noisy = lm.compose(lm.accumulate(parts), lm.private(clip=0.5, noise=2.0))(step)
+    noisy = lm.compose(lm.accumulate(parts), lm.dp_sgd(clip=0.5, noise=2.0))(step)
     state = noisy.init(lm.TrainState.create(net, lm.optim.sgd(1.0)))
     new, _ = noisy(state, torch.randn(8, 400, dtype=torch.float64))
     moved = new.params["weight"] - state.params["weight"]
     assert moved.std().item() == pytest.approx(2.0 * 0.5 / 8, rel=0.02)
     assert abs(moved.mean().item()) < 4 * (2.0 * 0.5 / 8) / 20_000**0.5
-    assert int(new.slots["private"]) == 1
+    assert int(new.slots["dp_sgd"]) == 1
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -440,13 +440,13 @@ def test_private_divides_by_the_expected_size(parts: int) -> None:
     job = Job(rows=6, loss="scalar", optimizer="sgd")
     moved = {}
     for size in (None, 6, 12):
-        private = lm.private(clip=0.1, noise=0.0, batch_size=size)
+        private = lm.dp_sgd(clip=0.1, noise=0.0, batch_size=size)
         step = lm.compose(*[lm.accumulate(parts)] * (parts > 1), private)(job.step)
         new, _ = step(step.init(job.state()), job.batch())
         moved[size] = lm.tree.map(lambda a, b: a - b, new.params, job.state().params)
     assert_same(moved[6], moved[None])
     assert_same(lm.tree.map(lambda x: x * 2, moved[12]), moved[None])
-    noisy = lm.private(clip=1.0, noise=3.0, batch_size=100)(lambda s, x: (s.apply_gradients(zeros(s, x)), {}))
+    noisy = lm.dp_sgd(clip=1.0, noise=3.0, batch_size=100)(lambda s, x: (s.apply_gradients(zeros(s, x)), {}))
     net = torch.nn.Linear(400, 50, bias=False).double()
     state = noisy.init(lm.TrainState.create(net, lm.optim.sgd(1.0)))
     new, _ = noisy(state, torch.randn(8, 400, dtype=torch.float64))
@@ -459,7 +459,7 @@ def zeros(state: lm.TrainState, x: torch.Tensor) -> Any:
 
 def test_private_noise_is_a_function_of_seed_and_step() -> None:
     job = Job()
-    step = lm.private(clip=1.0, noise=1.0)(job.step)
+    step = lm.dp_sgd(clip=1.0, noise=1.0)(job.step)
     state = step.init(job.state())
     one, _ = step(state, job.batch())
     assert_same(step(state, job.batch())[0], one, exact=True)
@@ -471,7 +471,7 @@ def test_private_noise_is_a_function_of_seed_and_step() -> None:
 
 def test_private_in_chunks_is_private() -> None:
     job = Job(rows=7)
-    whole, chunked = (lm.private(clip=0.1, noise=0.0, chunk=c)(job.step) for c in (None, 3))
+    whole, chunked = (lm.dp_sgd(clip=0.1, noise=0.0, chunk=c)(job.step) for c in (None, 3))
     assert_same(chunked(chunked.init(job.state()), job.batch()), whole(whole.init(job.state()), job.batch()))
 
 

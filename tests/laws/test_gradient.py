@@ -115,7 +115,7 @@ def test_maml_through_several_inner_updates_of_an_optimizer() -> None:
         opt_state = tx.init(params)
         for _ in range(3):
             _, grads = lm.value_and_grad(inner)(params, batch)
-            params, opt_state = lm.apply_updates(tx, grads, opt_state, params)
+            params, opt_state = lm.apply_gradients(tx, grads, opt_state, params)
         return inner(params, batch)
 
     _, grads = lm.value_and_grad(loss_fn)(state.params, job.batch())

@@ -411,7 +411,7 @@ def test_chance_makes_no_compute_group() -> None:
 
 
 def test_labels_beside_the_states_travel_along() -> None:
-    class Labelled(torchmetrics.SumMetric):
+    class Labeled(torchmetrics.SumMetric):
         kind: Any = None
 
         def update(self, value: Tensor) -> None:
@@ -421,7 +421,7 @@ def test_labels_beside_the_states_travel_along() -> None:
         def compute(self) -> Tensor:
             return super().compute().to(self.kind)
 
-    metric = from_torchmetrics(Labelled())
+    metric = from_torchmetrics(Labeled())
     value = metric.init().merge(metric.of(torch.ones(2, dtype=torch.float64)))
     assert value.compute().dtype == torch.float64
     with pytest.raises(MetricError, match="'kind'.*cannot be saved"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lumen.data import order, permute
+from lumen.data import permutation, permute
 from lumen.errors import BatchError
 
 sizes = st.integers(1, 400) | st.sampled_from([1, 2, 3, 255, 256, 257, 8191, 8192, 8193, 10_000])
@@ -49,8 +49,10 @@ def test_each_position_is_computed_alone(n, seed, epoch, data):
 def test_rows_are_a_slice_of_the_order(n, seed, epoch, data):
     start = data.draw(st.integers(0, n))
     stop = data.draw(st.integers(start, n))
-    assert np.array_equal(order.rows(n, seed, epoch, start, stop), permute(n, seed, epoch, np.arange(start, stop)))
-    assert np.array_equal(order.rows(n, None, epoch, start, stop), np.arange(start, stop))
+    assert np.array_equal(
+        permutation.rows(n, seed, epoch, start, stop), permute(n, seed, epoch, np.arange(start, stop))
+    )
+    assert np.array_equal(permutation.rows(n, None, epoch, start, stop), np.arange(start, stop))
 
 
 @given(seed=seeds, epoch=st.integers(0, 2**62))
@@ -65,7 +67,7 @@ def test_the_numbers_never_change():
     # A checkpoint's cursor means these; see `loader.VERSION`.
     assert permute(10, 0, 0, np.arange(10)).tolist() == [0, 2, 8, 7, 5, 9, 1, 4, 6, 3]
     assert permute(2**40 + 7, -3, 11, [0, 1, 2**40 + 6]).tolist() == [239753270118, 13359567881, 1137951380]
-    assert order.hash64(1, -2, 3) == 12056474070484764355
+    assert permutation.hash64(1, -2, 3) == 12056474070484764355
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])

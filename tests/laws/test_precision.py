@@ -166,7 +166,7 @@ def test_losses_that_never_apply_the_model_are_computed_in_16_bits(policy: str) 
     "transform",
     [
         lm.remat("layer"),
-        lm.quantised("qat"),
+        lm.quantized_matmul("qat"),
         lm.compile(backend="eager", blocks="layer"),
         lm.precision("bf16", cast="model"),
     ],
@@ -271,7 +271,7 @@ def test_under_vmap_each_lane_is_its_own_run(name: str) -> None:
     plain, _ = step(state, batch)
     lanes = lm.compose(lm.ensemble(2), lm.precision("bf16"))(step)
     new, _ = lanes(lanes.init([state, state]), batch)
-    rows = lm.compose(lm.private(1e6, 0.0), lm.precision("bf16"))(step)
+    rows = lm.compose(lm.dp_sgd(1e6, 0.0), lm.precision("bf16"))(step)
     private, _ = rows(rows.init(state), batch)
     far = max(float((alone.params[k] - plain.params[k]).abs().max()) for k in plain.params)
     for lane in (*lanes.export(new), private):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lumen as lm
-from lumen.checkpoint import disk
+from lumen.checkpoint import fsync
 from lumen.train.replay import described
 from tests import zygote
 
@@ -219,7 +219,7 @@ def test_an_ensemble(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- batches
 
 
-@lm.state
+@lm.dataclass
 class Rows:
     """A batch of a type of its own."""
 
@@ -269,7 +269,7 @@ def test_a_full_disk_does_not_hide_the_failure(tmp_path: Path, monkeypatch: pyte
     def full(path: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(disk, "sync_file", full)
+    monkeypatch.setattr(fsync, "sync_file", full)
     guarded = lm.guard("dump", tmp_path)(step)
     message, _ = failed(guarded, guarded.init(start()), batches("loss"))
     assert message.startswith("the loss is not finite at step 2.")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lumen as lm
 from lumen import optim
-from lumen.optim.numerics import NARROW
-from lumen.optim.schedule_free import ScheduleFreeState
+from lumen.optim._numerics import NARROW
+from lumen.optim._schedule_free import ScheduleFreeState
 
 STEPS = 500
 SHAPE = (6, 8)
@@ -36,7 +36,7 @@ def rounded(params: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.to(DTYPES[name]).double() for name, p in params.items()}
 
 
-def exact_run(tx: optim.Transform, all_grads: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Any]:
+def exact_run(tx: optim.GradientTransformation, all_grads: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Any]:
     """In float64; params are rounded to their dtypes after each step."""
     params = {name: p.double() for name, p in start().items()}
     opt_state = tx.init(params)
@@ -62,7 +62,7 @@ def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor], ulps: float 
 
 
 # Steps of one unit in the last place of bfloat16 or less.
-RULES: dict[str, Callable[[], optim.Transform]] = {
+RULES: dict[str, Callable[[], optim.GradientTransformation]] = {
     "sgd": lambda: optim.sgd(4.0),
     "sgd momentum": lambda: optim.sgd(0.5, 0.9, weight_decay=1e-4),
     "sgd nesterov": lambda: optim.sgd(0.5, 0.9, nesterov=True),

@@ -19,7 +19,7 @@ import lumen.optim
 import lumen.transforms
 
 
-@lm.state
+@lm.dataclass
 class Mixed:
     """Dynamic and static fields in turn."""
 
@@ -30,7 +30,7 @@ class Mixed:
 
 
 def registered() -> list[type]:
-    """Every `lm.state` class that the package defines, and one that mixes both sorts of field."""
+    """Every `lm.dataclass` class that the package defines, and one that mixes both sorts of field."""
     found: dict[type, None] = {Mixed: None}
     for package in (lumen.core, lumen.optim, lumen.transforms):
         for info in pkgutil.iter_modules(package.__path__):

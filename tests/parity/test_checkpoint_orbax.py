@@ -80,7 +80,7 @@ def test_orbax_reads_every_array(tmp_path):
         for step in (5, 10, 15):
             store.save(step, tree, extra={"rng": torch.arange(4, dtype=torch.uint8)}, meta={"lr": 0.1})
         store.wait()
-        store.set_aside(store.path(10))
+        store.quarantine(store.path(10))
         found = in_orbax(tmp_path)  # beside a run that writes
         store.save(20, tree)
     expected = {
@@ -174,7 +174,7 @@ def test_exports_that_cannot_be(saved, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="could not be written"):
         checkpoint.export(path, tmp_path / "there" / "a")
     with monkeypatch.context() as patch:
-        patch.setattr("lumen.checkpoint.convert.sync_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr("lumen.checkpoint._export.sync_file", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(CheckpointError, match="full"):
             checkpoint.export(path, tmp_path / "a")
     assert sorted(os.listdir(tmp_path)) == ["there", "x", "y"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumen.train.callbacks import View
+from lumen.train.callbacks import CallbackContext
 from lumen.train.clock import Clock
 from lumen.train.early_stop import EarlyStop
 
@@ -65,7 +65,7 @@ def _ours(series, rule):
     """The same for ours, and the reason."""
     mine, reasons = EarlyStop("val/loss", **rule), []
     for i, value in enumerate(series):
-        mine.on_log(View(Clock(step=i + 1), None, {"val/loss": value}, stop=reasons.append))
+        mine.on_log(CallbackContext(Clock(step=i + 1), None, {"val/loss": value}, stop=reasons.append))
         if reasons:
             break
     memory = mine.state_dict()

@@ -207,7 +207,7 @@ def test_a_fine_tuning_is_that_of_the_trainer(make, first, tmp_path):
     assert len(seen) == steps * parts
 
     peak, optim = 5e-3, lm.optim
-    schedule = optim.join([optim.linear(0.0, peak, warmup), optim.linear(peak, 0.0, steps - warmup)], [warmup])
+    schedule = optim.join([optim.linear(0.0, warmup, peak), optim.linear(peak, steps - warmup, 0.0)], [warmup])
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(schedule, weight_decay=0.1, decay_mask=optim.matrices))
     state = lm.TrainState.create(state_net.train(), tx)
     wrapped = lm.accumulate(parts)(counted_step(first))

@@ -87,7 +87,7 @@ def assert_same(left, right):
 
 def test_learning_rate_is_in_the_state_and_may_be_scheduled():
     grads = tensors(1)
-    tx = optim.from_torch(torch.optim.SGD, lr=optim.linear(0.1, 0.0, 10))
+    tx = optim.from_torch(torch.optim.SGD, lr=optim.linear(0.1, 10, 0.0))
     params, opt_state = tensors(0), tx.init(tensors(0))
     for step in range(3):
         params, opt_state = tx.apply(grads, opt_state, params)
@@ -193,7 +193,7 @@ def test_fused_optimizers_take_gradients_and_params_of_any_layout(cls):
 
 
 def test_a_fused_kernel_that_does_not_train_is_refused(monkeypatch):
-    monkeypatch.setattr("lumen.optim.interop._works", {})
+    monkeypatch.setattr("lumen.optim._from_torch._works", {})
     params = {"w": torch.ones(64, dtype=torch.bfloat16)}
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: None)
     with pytest.raises(HyperparameterError, match=r"fused kernel of torch .*bfloat16 params on cpu.*fused=False"):

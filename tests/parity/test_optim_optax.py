@@ -97,7 +97,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_plain_lowering_is_optax(case):
     ours, theirs = CASES[case]
-    assert largest_difference(optim.Transform(ours.init_fn, ours.update_fn), theirs) < 1e-10
+    assert largest_difference(optim.GradientTransformation(ours.init_fn, ours.update_fn), theirs) < 1e-10
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -135,7 +135,7 @@ def test_schedule_free_is_the_papers_recursion_with_a_warmup():
 def test_lookahead_is_optax(fused):
     ours = optim.lookahead(optim.adamw(1e-2, weight_decay=0.1), period=4, slow_step=0.3)
     if not fused:
-        ours = optim.Transform(ours.init_fn, ours.update_fn)
+        ours = optim.GradientTransformation(ours.init_fn, ours.update_fn)
     theirs = optax.lookahead(optax.adamw(1e-2, weight_decay=0.1), 4, 0.3)
     their_params = optax.LookaheadParams.init_synced(arrays(0))
     params = to_torch(arrays(0))

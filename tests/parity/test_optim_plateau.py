@@ -48,7 +48,7 @@ def test_scale_acts_on_the_updates_in_both_lowerings():
     assert torch.equal(whole["w"], alone["w"])  # a scale of one changes no bit
     for metric in (1.0, 1.0):
         opt_state = optim.plateau_step(opt_state, metric)
-    for lowering in (tx, optim.Transform(tx.init_fn, tx.update_fn)):
+    for lowering in (tx, optim.GradientTransformation(tx.init_fn, tx.update_fn)):
         part, _ = lowering.apply(grads, opt_state, params)
         expected = params["w"] + 0.25 * (whole["w"] - params["w"])
         torch.testing.assert_close(part["w"], expected, rtol=1e-6, atol=1e-6)

@@ -39,7 +39,7 @@ def largest_difference(tx, make_torch, *, dtype, shapes=SHAPES, steps=50, schedu
 
 
 def plain(tx):
-    return optim.Transform(tx.init_fn, tx.update_fn)
+    return optim.GradientTransformation(tx.init_fn, tx.update_fn)
 
 
 FUSED = {

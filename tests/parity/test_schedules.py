@@ -52,11 +52,11 @@ CASES = {
         partial(torch_schedules.ConstantLR, factor=1.0),
     ),
     "linear": (
-        optim.linear(0.3 * 0.25, 0.3 * 0.75, 20),
+        optim.linear(0.3 * 0.25, 20, 0.3 * 0.75),
         partial(torch_schedules.LinearLR, start_factor=0.25, end_factor=0.75, total_iters=20),
     ),
     "polynomial": (
-        optim.polynomial(0.3, 0.0, 40, power=2.5),
+        optim.polynomial(0.3, 40, 0.0, power=2.5),
         partial(torch_schedules.PolynomialLR, total_iters=40, power=2.5),
     ),
     "cosine": (
@@ -70,7 +70,7 @@ CASES = {
         partial(torch_schedules.MultiStepLR, milestones=[5, 17, 40], gamma=0.1),
     ),
     "join": (
-        optim.join([optim.linear(0.03, 0.3, 10), optim.cosine(0.3, 50, 0.01)], [10]),
+        optim.join([optim.linear(0.03, 10, 0.3), optim.cosine(0.3, 50, 0.01)], [10]),
         warmup_then_cosine,
     ),
     "warmup cosine": (optim.warmup_cosine(0.3, 60, 10, start=0.03, stop=0.01), warmup_then_cosine),
@@ -145,8 +145,8 @@ def test_exponential_stops_at_its_floor_and_climbs_a_staircase():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: optim.linear(0.1, 0.0, steps=0),
-        lambda: optim.linear(float("nan"), 0.0, steps=5),
+        lambda: optim.linear(0.1, steps=0, stop=0.0),
+        lambda: optim.linear(float("nan"), steps=5, stop=0.0),
         lambda: optim.cosine(-1.0, 10),
         lambda: optim.cosine(1.0, 2.5),
         lambda: optim.warmup_cosine(1.0, steps=10, warmup=10),

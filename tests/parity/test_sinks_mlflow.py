@@ -39,7 +39,7 @@ def history(uri, run_id, name):
 
 
 def test_numbers_are_read_back_exactly(uri):
-    sink = MLflow(uri, clock=iter([0.5, 12.25]).__next__)
+    sink = MLflow(uri, time_fn=iter([0.5, 12.25]).__next__)
     sink.log(3, {"train/loss": 0.1, "nan": math.nan, "inf": math.inf, "low": -math.inf, "n": 2**53})
     sink.log(10, {"train/loss": torch.tensor(0.25), "f1": [0.5, 1.0]})
     sink.close()

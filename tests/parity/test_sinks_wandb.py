@@ -136,9 +136,9 @@ def test_the_configuration_is_the_runs(tmp_path, make):
 
 
 def test_pictures_histograms_and_texts_are_wandbs_own(tmp_path, make):
-    image, grey = Image(torch.rand(3, 4, 5)), Image(torch.rand(4, 5))
+    image, gray = Image(torch.rand(3, 4, 5)), Image(torch.rand(4, 5))
     sink = make()
-    sink.log(0, {"i": image, "g": grey, "h": Histogram([0, 1, 1, 4], bins=2), "t": Text("a < b")})
+    sink.log(0, {"i": image, "g": gray, "h": Histogram([0, 1, 1, 4], bins=2), "t": Text("a < b")})
     sink.close()
     (row,) = rows(tmp_path)
     assert row["h/_type"] == "histogram"
@@ -146,7 +146,7 @@ def test_pictures_histograms_and_texts_are_wandbs_own(tmp_path, make):
     (files,) = tmp_path.rglob("files")
     assert row["t/_type"] == "html-file"
     assert "<pre>a &lt; b</pre>" in (files / row["t/path"]).read_text()
-    for name, logged in (("i", image), ("g", grey)):
+    for name, logged in (("i", image), ("g", gray)):
         assert row[f"{name}/_type"] == "image-file"
         assert (read_png(files / row[f"{name}/path"]) == logged.pixels).all()
 

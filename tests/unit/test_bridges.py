@@ -210,7 +210,7 @@ def test_merged_is_adapted(make, targets, layers, rows):
     assert type(merged) is type(net)
     assert {type(m) for m in merged.modules()} == {type(m) for m in net.modules()}
     assert tensors(merged).keys() == before.keys()
-    # transformers normalises in float32 whatever the dtype is, so 1e-10 holds where it does not.
+    # transformers normalizes in float32 whatever the dtype is, so 1e-10 holds where it does not.
     assert float((merged(**batch).logits - now).abs().max()) < (1e-5 if make is llama else 1e-10)
     changed = {name for name, t in tensors(merged).items() if not torch.equal(t, before[name])}
     assert len(changed) == layers

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lumen import checkpoint
-from lumen.checkpoint import dtypes, header, packing, reading
-from lumen.checkpoint.reading import Reader, Wanted
-from lumen.core.sharding import Box
+from lumen.checkpoint import _load, dtypes, header, packing
+from lumen.checkpoint._load import Reader, Wanted
+from lumen.core.sharding import Slice
 from lumen.errors import CorruptCheckpointError
 
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "uint16", "bool", "complex64")
@@ -88,7 +88,7 @@ def test_packed_leaves_are_what_they_were(packed, tmp_path):
 def test_parts_of_a_packed_leaf(packed):
     reader = Reader(packed)
     row = next(row for row in reader.rows if row.path == ("small", 2))
-    boxes = (Box(here=(0, 0), whole=(1, 1), size=(1, 2)), Box(here=(1, 0), whole=(0, 0), size=(1, 2)))
+    boxes = (Slice(here=(0, 0), whole=(1, 1), size=(1, 2)), Slice(here=(1, 0), whole=(0, 0), size=(1, 2)))
     (found,) = reader.read([row], None, {row.path: Wanted((2, 2), boxes)})
     whole = leaves()["small"][2]
     assert torch.equal(found, torch.stack([whole[1, 1:], whole[0, :2]]))
@@ -123,7 +123,7 @@ def test_damaged_and_forged_packs(packed, monkeypatch):
         lambda packs: packs.append(3),
         lambda packs: packs[0].pop("item"),
     ]
-    monkeypatch.setattr(reading.torch, "empty", lambda *a, **k: pytest.fail(f"{a} was taken"))
+    monkeypatch.setattr(_load.torch, "empty", lambda *a, **k: pytest.fail(f"{a} was taken"))
     for change in forgeries:
         forge(packed, change)
         with pytest.raises(CorruptCheckpointError):

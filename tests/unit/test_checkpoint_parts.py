@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lumen as lm
-from lumen.checkpoint import grid, parts, spread
-from lumen.checkpoint.grid import Block
-from lumen.checkpoint.host import snapshot
-from lumen.core.sharding import Box, Piece
+from lumen.checkpoint import chunk_grid, shard_specs, sharded
+from lumen.checkpoint.chunk_grid import Block
+from lumen.checkpoint.snapshot import snapshot
+from lumen.core.sharding import ShardSpec, Slice
 from lumen.core.step import Transform
 from lumen.errors import CheckpointError
 
@@ -23,21 +23,21 @@ def rows_of(length, starts, rest=()):
     """Boxes between these rows."""
     edges = [0, *sorted(starts), length]
     zeros = (0,) * len(rest)
-    return [Box((0, *zeros), (a, *zeros), (b - a, *rest)) for a, b in itertools.pairwise(edges) if a < b]
+    return [Slice((0, *zeros), (a, *zeros), (b - a, *rest)) for a, b in itertools.pairwise(edges) if a < b]
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 60), max_size=6), st.sampled_from([(), (4,), (2, 3)]))
 def test_each_box_is_made_of_whole_chunks(length, starts, rest):
     boxes = rows_of(length, [start for start in starts if start < length], rest)
     shape = (length, *rest)
-    assert grid.uncovered(shape, boxes) == ""
-    chunk = grid.common_chunk(shape, boxes, 10**9)
-    assert grid.uncovered(shape, boxes, chunk) == ""
-    places = [place for box in boxes for place in grid.chunks(Block(box.whole, box.size), chunk)]
-    assert sorted(places) == sorted(grid.chunks(grid.whole(shape), chunk))
-    assert len(places) == grid.count(shape, chunk)
+    assert chunk_grid.uncovered(shape, boxes) == ""
+    chunk = chunk_grid.common_chunk(shape, boxes, 10**9)
+    assert chunk_grid.uncovered(shape, boxes, chunk) == ""
+    places = [place for box in boxes for place in chunk_grid.chunks(Block(box.whole, box.size), chunk)]
+    assert sorted(places) == sorted(chunk_grid.chunks(chunk_grid.whole(shape), chunk))
+    assert len(places) == chunk_grid.count(shape, chunk)
     few = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True)) - 1
-    assert grid.common_chunk(shape, boxes, few) is None, "more chunks than are allowed"
+    assert chunk_grid.common_chunk(shape, boxes, few) is None, "more chunks than are allowed"
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,20 @@ def test_each_box_is_made_of_whole_chunks(length, starts, rest):
     [
         (rows_of(6, [2])[:1], "2 entries of 6"),
         ([*rows_of(6, [2]), *rows_of(6, [2])], "12 entries of 6"),
-        ([Box((0,), (0,), (3,)), Box((0,), (2,), (3,))], "twice"),
-        ([Box((0,), (0,), (3,)), Box((0,), (4,), (3,))], "beyond"),
+        ([Slice((0,), (0,), (3,)), Slice((0,), (2,), (3,))], "twice"),
+        ([Slice((0,), (0,), (3,)), Slice((0,), (4,), (3,))], "beyond"),
     ],
 )
 def test_parts_that_are_not_the_whole_are_refused_by_name(boxes, wrong, tmp_path):
     tree = {"a": torch.ones(6), "w": torch.ones(6)}
-    taken = snapshot({"state": tree}, cut={1: Piece((6,), tuple(boxes), owner=True)})
+    taken = snapshot({"state": tree}, cut={1: ShardSpec((6,), tuple(boxes), owner=True)})
     with pytest.raises(CheckpointError, match=f"the parts of 'w' do not make up the whole .*{wrong}"):
-        parts.plan(taken, [], tmp_path)
+        sharded.plan(taken, [], tmp_path)
 
 
 def test_a_copy_that_another_process_writes_is_not_taken():
     tree = {"a": torch.ones(6), "w": torch.ones(3), "n": 3, "none": None, "v": torch.ones(2)}
-    piece = Piece((6,), tuple(rows_of(3, [])), owner=False)
+    piece = ShardSpec((6,), tuple(rows_of(3, [])), owner=False)
     taken = snapshot({"state": tree}, cut={1: piece, 3: piece._replace(owner=True)}, whole=False)
     assert {taken.rows[place].path for place in taken.data} == {("v",)}
     assert [row.shape for row in taken.rows] == [(6,), (6,), (), (), (6,)], "as wholes"
@@ -73,14 +73,14 @@ class Rows(Transform):
     def __init__(self, name, low, whole):
         self.name, self.low, self.whole = name, low, whole
 
-    def pieces(self, state):
-        return {0: Piece((self.whole, 2), (Box((0, 0), (self.low, 0), (self.whole // 2, 2)),), owner=True)}
+    def shard_specs(self, state):
+        return {0: ShardSpec((self.whole, 2), (Slice((0, 0), (self.low, 0), (self.whole // 2, 2)),), owner=True)}
 
 
 def test_pieces_of_several_transforms_are_composed_from_the_innermost():
     step = Rows("outer", 2, 4)(Rows("inner", 4, 8)(lambda state, batch: (state, {})))
-    found = spread.pieces(step, {"w": torch.ones(2, 2)})
-    assert found == {0: Piece((8, 2), (Box((0, 0), (6, 0), (2, 2)),), owner=True)}
+    found = shard_specs.shard_specs(step, {"w": torch.ones(2, 2)})
+    assert found == {0: ShardSpec((8, 2), (Slice((0, 0), (6, 0), (2, 2)),), owner=True)}
 
 
 def test_a_checkpoint_without_parts_is_of_the_first_format(tmp_path):

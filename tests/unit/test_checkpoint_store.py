@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from lumen.checkpoint import Store, host, load, save, writing
+from lumen.checkpoint import Store, _save, load, save, snapshot
 from lumen.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -129,7 +129,7 @@ def test_set_aside(tmp_path):
         for _ in range(2):
             store.save(3, tree())
             store.wait()
-            assert store.set_aside(store.path(3)).is_dir()
+            assert store.quarantine(store.path(3)).is_dir()
         assert store.steps() == []
         assert len([name for name in os.listdir(tmp_path) if name.startswith("damaged-3")]) == 2
 
@@ -158,13 +158,13 @@ def test_misuse(tmp_path):
 
 def test_the_loop_waits_for_the_copy_alone(tmp_path, monkeypatch):
     go = threading.Event()
-    write = writing.write
+    write = _save.write
 
     def slow(*args, **kwargs):
         assert go.wait(30)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(writing, "write", slow)
+    monkeypatch.setattr(_save, "write", slow)
     value = tree(1)
     with Store(tmp_path) as store:
         store.save(1, value)
@@ -176,14 +176,14 @@ def test_the_loop_waits_for_the_copy_alone(tmp_path, monkeypatch):
 
 
 def test_blocked_is_measured_and_a_second_save_waits(tmp_path, monkeypatch):
-    write = writing.write
+    write = _save.write
 
     def slow(*args, **kwargs):
         time.sleep(0.2)
         write(*args, **kwargs)
 
     with Store(tmp_path, keep=None) as store:
-        monkeypatch.setattr(writing, "write", slow)
+        monkeypatch.setattr(_save, "write", slow)
         store.save(0, tree())
         assert store.blocked < 0.15
         store.save(1, tree())
@@ -194,7 +194,7 @@ def test_blocked_is_measured_and_a_second_save_waits(tmp_path, monkeypatch):
 def test_host_memory_lasts_for_the_run_and_no_longer(tmp_path, monkeypatch):
     taken = []
     empty = torch.empty
-    monkeypatch.setattr(host.torch, "empty", lambda *a, **k: taken.append(a) or empty(*a, **k))
+    monkeypatch.setattr(snapshot.torch, "empty", lambda *a, **k: taken.append(a) or empty(*a, **k))
     with Store(tmp_path) as store:
         for step in range(4):
             store.save(step, tree(step))

@@ -18,8 +18,8 @@ from torch import nn
 
 import lumen as lm
 from lumen import checkpoint
-from lumen.checkpoint import dtypes, leaves, naming
-from lumen.checkpoint.host import HostMemory, snapshot
+from lumen.checkpoint import dtypes, leaves, orbax_names
+from lumen.checkpoint.snapshot import HostMemory, snapshot
 from lumen.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning"
 Pair = namedtuple("Pair", "mu nu")
 
 
-@lm.state
-class Box:
+@lm.dataclass
+class Slice:
     inner: object
     unit: str = lm.static(default="m")
 
 
-@lm.state
+@lm.dataclass
 class Nothing:
     pass
 
@@ -135,7 +135,7 @@ TREES = st.recursive(
         | st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
         | st.builds(Pair, inner, inner)
-        | st.builds(Box, inner)
+        | st.builds(Slice, inner)
         | st.just(Nothing())
         | st.dictionaries(NAMES, inner, max_size=2).map(OrderedDict)
     ),
@@ -276,30 +276,30 @@ def test_something_there_already_is_not_touched(tmp_path):
 @given(paths=st.lists(st.lists(NAMES, max_size=4).map(tuple), unique=True, max_size=12))
 def test_names_stay_apart_and_inside(paths):
     leaf_paths = [p for p in paths if not any(q != p and q[: len(p)] == p for q in paths)]
-    keys = naming.array_keys(leaf_paths)
-    directories = [naming.directory_of(each) for each in keys]
+    keys = orbax_names.array_keys(leaf_paths)
+    directories = [orbax_names.directory_of(each) for each in keys]
     assert len({each.casefold() for each in directories}) == len(keys)
-    assert naming.array_keys(leaf_paths) == keys
+    assert orbax_names.array_keys(leaf_paths) == keys
     for each in directories:
         assert 0 < len(each.encode()) <= 230
         assert re.fullmatch(r"[ -~]+", each)
         assert not re.search(r"[/\\]", each)
         assert each[0] != "."
-        assert not naming._RESERVED.fullmatch(each)
+        assert not orbax_names._RESERVED.fullmatch(each)
 
 
 @given(st.text())
 def test_escaping_is_reversible(key):
     from urllib.parse import unquote_to_bytes
 
-    escaped = naming.escape(key)
+    escaped = orbax_names.escape(key)
     found = b"" if escaped == "%" else unquote_to_bytes(escaped)
     assert found == key.encode("utf-8", "surrogatepass")
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "layers.0.attn.in_proj_weight", "a-b_c", "m[0]", "x y"])
 def test_ordinary_names_stay(name):
-    assert naming.array_keys([("params", name)]) == [("params", name)]
+    assert orbax_names.array_keys([("params", name)]) == [("params", name)]
 
 
 # ---------------------------------------------------------------------------------------------- host memory

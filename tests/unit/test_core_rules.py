@@ -23,23 +23,23 @@ def said(name: str, log: list[str]) -> Any:
 def test_the_outermost_rule_sees_a_call_first() -> None:
     log: list[str] = []
     with (
-        rules.install({Primitive.UPDATE: said("outer", log)}),
-        rules.install({Primitive.UPDATE: said("inner", log)}),
+        rules.rule_context({Primitive.UPDATE: said("outer", log)}),
+        rules.rule_context({Primitive.UPDATE: said("inner", log)}),
     ):
         assert rules.bind(Primitive.UPDATE, lambda call: call + 1, 1) == 2
     assert log == ["outer", "inner"]
 
 
 def test_a_rule_may_call_on_several_times_or_never() -> None:
-    with rules.install({Primitive.APPLY: lambda next, call: next(call) + next(call)}):
+    with rules.rule_context({Primitive.APPLY: lambda next, call: next(call) + next(call)}):
         assert rules.bind(Primitive.APPLY, lambda call: call, 3) == 6
-    with rules.install({Primitive.APPLY: lambda next, call: "mine"}):
+    with rules.rule_context({Primitive.APPLY: lambda next, call: "mine"}):
         assert rules.bind(Primitive.APPLY, lambda call: call, 3) == "mine"
 
 
 def test_rules_leave_with_an_exception() -> None:
     def fails() -> None:
-        with rules.install({p: lambda next, call: next(call) for p in Primitive}):
+        with rules.rule_context({p: lambda next, call: next(call) for p in Primitive}):
             assert set(rules.depth().values()) == {1}
             raise KeyError
 
@@ -51,7 +51,7 @@ def test_rules_leave_with_an_exception() -> None:
 def test_inside_a_loss_only_apply_rules_hold() -> None:
     log: list[str] = []
     with (
-        rules.install({p: said(p.name, log) for p in Primitive}),
+        rules.rule_context({p: said(p.name, log) for p in Primitive}),
         rules.inside_loss,
     ):
         for primitive in Primitive:

@@ -54,7 +54,7 @@ def test_replace_leaves_the_original() -> None:
 
 
 def test_a_decorated_subclass_has_fields_of_its_own() -> None:
-    @lm.state
+    @lm.dataclass
     class Gan(lm.TrainState):
         critic: Any = None
         name: str = lm.static(default="gan", kw_only=True)

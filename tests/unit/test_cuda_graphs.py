@@ -13,7 +13,7 @@ from torch import Tensor
 import lumen as lm
 
 inductor = importlib.import_module("torch._inductor")
-compiling = importlib.import_module("lumen.transforms.compile")
+compiling = importlib.import_module("lumen.transforms._compile")
 
 
 class Graph:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lumen as lm
 from lumen.checkpoint import rng
 from lumen.core import device
-from lumen.optim import numerics
-from lumen.train import meter
+from lumen.optim import _numerics
+from lumen.train import metric_buffer
 
 WIDE = {torch.float64, torch.complex128}
 
@@ -85,7 +85,7 @@ STACKS = {
 def test_a_step_makes_nothing_wide_where_there_is_no_float64(
     optimizer: str, stack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(numerics, "NO_FLOAT64", {"meta"})
+    monkeypatch.setattr(_numerics, "NO_FLOAT64", {"meta"})
     with Watch() as watch:
         net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3)).to("meta")
         state = lm.TrainState.create(net, OPTIMIZERS[optimizer]())
@@ -107,10 +107,10 @@ def test_a_step_makes_nothing_wide_where_there_is_no_float64(
 def test_logged_numbers_lose_nothing_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     scalars = [torch.tensor(x) for x in (2**31 + 1, 0.5, True, -3, float("inf"))]
     scalars.append(torch.tensor(0.1, dtype=torch.bfloat16))
-    wide = meter._numbers(scalars)
-    monkeypatch.setattr(numerics, "NO_FLOAT64", {"cpu"})
+    wide = metric_buffer._numbers(scalars)
+    monkeypatch.setattr(_numerics, "NO_FLOAT64", {"cpu"})
     with Recorded() as recorded:
-        assert meter._numbers(scalars) == wide
+        assert metric_buffer._numbers(scalars) == wide
     assert not recorded.dtypes & WIDE
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumen.cli import installed, machine, storage
-from lumen.cli.children import alone, together
-from lumen.cli.findings import Finding, report, summed
+from lumen.cli.doctor import machine, packages, storage
+from lumen.cli.doctor.processes import environment, several
+from lumen.cli.doctor.report import Finding, report, summed
 from lumen.cli.main import main
-from lumen.cli.processes import environment, several
+from lumen.cli.subprocesses import alone, together
 from lumen.core.versions import version_of
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,9 @@ DEVELOPERS = {"bench", "dev", "docs"}
 
 def test_the_packages_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert sorted(installed.CORE) == sorted(project["dependencies"])
+    assert sorted(packages.CORE) == sorted(project["dependencies"])
     extras = {name: tuple(each) for name, each in project["optional-dependencies"].items() if name not in DEVELOPERS}
-    assert extras == installed.EXTRAS
+    assert extras == packages.EXTRAS
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def put(shelf: Path, name: str, version: str, code: str | None = "") -> None:
 
 
 def look(requirement: str, extra: str | None = None, quick: bool = False) -> tuple[str, str, str]:
-    found = installed.package(requirement, extra, quick=quick)
+    found = packages.package(requirement, extra, quick=quick)
     return found.status, found.found, found.fix
 
 
@@ -71,7 +71,7 @@ def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
 
 
 def test_all_that_is_installed_here_is_found() -> None:
-    found = {each.name: each for each in installed.software(quick=True)}
+    found = {each.name: each for each in packages.software(quick=True)}
     assert found["torch"].found.startswith(f"{version_of('torch')}, built for ")
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
 
@@ -79,8 +79,8 @@ def test_all_that_is_installed_here_is_found() -> None:
 def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = "torch._gone (for it; found in torch 2.11)"
     lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
-    monkeypatch.setattr(installed, "_PRIVATE", lacking + installed._PRIVATE)
-    found = installed.internals()
+    monkeypatch.setattr(packages, "_PRIVATE", lacking + packages._PRIVATE)
+    found = packages.internals()
     assert (found.status, found.found) == ("broken", f"ImportError: torch lacks {gone}")
     assert "pip install 'torch==2." in found.fix
 

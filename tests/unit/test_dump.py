@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.cli import recorded
+from lumen.cli import parse_transforms
 from lumen.cli.main import main
 from lumen.errors import CheckpointError, CorruptCheckpointError, StepError
 from lumen.train.replay import described
-from lumen.transforms.dump import KIND, Seen, Taking
+from lumen.transforms._support.snapshot_dump import KIND, CallTrace, SnapshotPolicy
 
 SOUND = {
     "kind": KIND,
@@ -43,16 +43,16 @@ def dump(path: Path, **changes: Any) -> Path:
 
 
 def test_what_must_be_copied_is_learned_from_the_call_before() -> None:
-    first = Taking()
+    first = SnapshotPolicy()
     assert first.copied == "all"
-    assert first.after(Seen(), donated=True) is first  # ran as it was compiled before
-    assert first.after(Seen(1, 1), donated=False) == Taking("nothing", 1)
-    assert first.after(Seen(1, 1), donated=True) == Taking("nothing", 1)
-    assert first.after(Seen(1, 2), donated=True) == Taking("all", 1)
-    assert first.after(Seen(1, 2), donated=False) == Taking("nothing", 1)
-    compiled = first.after(Seen().more(1, traced=True), donated=True)
-    assert compiled == Taking("others", 1)
-    assert first.after(Seen().more(1, True).more(1, True), donated=True) == Taking("all", 2)
+    assert first.after(CallTrace(), donated=True) is first  # ran as it was compiled before
+    assert first.after(CallTrace(1, 1), donated=False) == SnapshotPolicy("nothing", 1)
+    assert first.after(CallTrace(1, 1), donated=True) == SnapshotPolicy("nothing", 1)
+    assert first.after(CallTrace(1, 2), donated=True) == SnapshotPolicy("all", 1)
+    assert first.after(CallTrace(1, 2), donated=False) == SnapshotPolicy("nothing", 1)
+    compiled = first.after(CallTrace().more(1, traced=True), donated=True)
+    assert compiled == SnapshotPolicy("others", 1)
+    assert first.after(CallTrace().more(1, True).more(1, True), donated=True) == SnapshotPolicy("all", 2)
     left = ("params[fc.weight]", "opt_state[0].mu[fc.weight]", "buffers[mean]")
     assert not any(compiled.copies(path) for path in left)
     assert all(compiled.copies(path) for path in ("step", "slots[ema].params[fc.weight]", "params_target[fc.weight]"))
@@ -147,7 +147,7 @@ def test_hostile_transforms_run_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StepError, match="step with its transforms"):
-        recorded.transforms([text])
+        parse_transforms.transforms([text])
     (tmp_path / "train.py").write_text(
         "import torch, lumen as lm\n"
         "def step(state, x):\n    raise SystemExit('it was run')\n"
@@ -186,7 +186,7 @@ ROUND = [
     lm.ensemble(2),
     lm.guard("dump", "elsewhere"),
     lm.precision("fp16"),
-    lm.private(1.0, 0.5),
+    lm.dp_sgd(1.0, 0.5),
     lm.remat("blocks.*"),
     lm.seeded(),
     lm.unroll(2),
@@ -195,7 +195,7 @@ ROUND = [
 
 @pytest.mark.parametrize("transform", ROUND, ids=repr)
 def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> None:
-    (found,) = recorded.transforms([repr(transform)])
+    (found,) = parse_transforms.transforms([repr(transform)])
     assert type(found) is type(transform)
     assert repr(found) == repr(transform)
     kept = ("directory", "_records", "_alone", "_transform")
@@ -211,7 +211,7 @@ def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> No
 )
 def test_transforms_that_cannot_be_read_say_what_to_write(transform: lm.Transform) -> None:
     with pytest.raises(StepError, match=r"return lm.compose\(...\)\(step\), state"):
-        recorded.transforms([repr(transform)])
+        parse_transforms.transforms([repr(transform)])
 
 
 def other(state: Any, x: Any) -> tuple[Any, Any]:

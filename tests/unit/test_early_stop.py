@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lumen as lm
 from lumen.errors import HyperparameterError, InexactWarning, StepError
-from lumen.train.callbacks import View
+from lumen.train.callbacks import CallbackContext
 from lumen.train.clock import Clock
 from lumen.train.early_stop import EarlyStop
 
@@ -28,7 +28,7 @@ class Run:
         callback.on_start(self.view({}))
 
     def view(self, metrics):
-        return View(self.clock, None, metrics, stop=self.reasons.append)
+        return CallbackContext(self.clock, None, metrics, stop=self.reasons.append)
 
     def publish(self, **metrics):
         metrics = {name.replace("_", "/"): value for name, value in metrics.items()}

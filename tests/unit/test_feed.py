@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 import lumen as lm
-from lumen.checkpoint import plain
-from lumen.data.feed import feed
+from lumen.checkpoint import json_tree as plain
+from lumen.data.adapters import feed
 from lumen.errors import BatchError, InexactWarning
 
 ROWS = list(range(11))

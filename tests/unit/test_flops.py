@@ -81,8 +81,8 @@ def test_the_update_counts_where_it_multiplies_matrices():
 
 def test_an_optimizer_that_cannot_be_traced_is_left_out():
     net, batch = nn.Linear(8, 4), torch.ones(16, 8)
-    foreign = lm.optim.from_torch(torch.optim.Adamax, lr=0.1)
-    assert flops_of(make_step(), state_of(net, foreign), batch) == flops_of(make_step(), state_of(net), batch)
+    opaque_state = lm.optim.from_torch(torch.optim.Adamax, lr=0.1)
+    assert flops_of(make_step(), state_of(net, opaque_state), batch) == flops_of(make_step(), state_of(net), batch)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lumen as lm
-from lumen.parallel.launch import _LAUNCHERS, check_launcher
+from lumen.parallel.comm.init import _LAUNCHERS, check_launcher
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 
@@ -29,7 +29,7 @@ def told(monkeypatch):
         lambda: lm.mesh(device="cpu"),
         lambda: lm.Runner(step, progress=False).fit({}, [torch.ones(1)], until=lm.Steps(1)),
         lambda: lm.evaluate(lambda state, batch: {}, {}, [torch.ones(1)]),
-        lambda: list(lm.predictions(lambda state, batch: batch, {}, [torch.ones(1)])),
+        lambda: list(lm.predict(lambda state, batch: batch, {}, [torch.ones(1)])),
     ],
     ids=["mesh", "fit", "evaluate", "predict"],
 )

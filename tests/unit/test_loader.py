@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 import lumen.tree
-from lumen.core.dataclass import state
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.data import Cursor, Loader
-from lumen.data import seeds as generators
-from lumen.data.move import Move
+from lumen.data import rng as generators
+from lumen.data.to_device import Move
 from lumen.errors import BatchError
 
 sizes = st.integers(1, 60)
@@ -83,13 +83,13 @@ def test_nothing_is_lost_repeated_or_padded(n, batch_size, seed, epoch, shuffle)
     assert shuffle or found == list(range(n))
 
 
-@given(n=sizes, batch_size=batch_sizes, world=st.integers(1, 9), epoch=epochs)
-def test_the_ranks_parts_in_order_are_the_global_batch(n, batch_size, world, epoch):
+@given(n=sizes, batch_size=batch_sizes, world_size=st.integers(1, 9), epoch=epochs)
+def test_the_ranks_parts_in_order_are_the_global_batch(n, batch_size, world_size, epoch):
     columns = {"x": torch.randn(n, 2, 3), "y": np.arange(n)}
     whole = Loader(columns, batch_size, seed=1).epoch(epoch)
-    parts = [Loader(columns, batch_size, seed=1, rank=r, world=world) for r in range(world)]
+    parts = [Loader(columns, batch_size, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
     for batch, *shares in itertools.zip_longest(whole, *(part.epoch(epoch) for part in parts)):
-        cut = torch.tensor_split(batch["x"], world)
+        cut = torch.tensor_split(batch["x"], world_size)
         assert all(torch.equal(share["x"], piece) for share, piece in zip(shares, cut, strict=True))
         assert torch.equal(torch.cat([share["y"] for share in shares]), batch["y"])
 
@@ -106,12 +106,12 @@ def test_drop_last_leaves_out_the_small_batch_alone(n, batch_size, epoch):
     assert all(torch.equal(a, b) for a, b in zip(dropped, kept, strict=False))
 
 
-@given(n=sizes, batch_size=batch_sizes, world=st.integers(1, 5), epoch=epochs, columns=st.booleans())
-def test_padded_batches_have_one_shape_and_the_same_rows(n, batch_size, world, epoch, columns):
+@given(n=sizes, batch_size=batch_sizes, world_size=st.integers(1, 5), epoch=epochs, columns=st.booleans())
+def test_padded_batches_have_one_shape_and_the_same_rows(n, batch_size, world_size, epoch, columns):
     data = {"y": torch.arange(n)} if columns else [{"y": i} for i in range(n)]
-    for rank in range(world):
-        short = list(Loader(data, batch_size, rank=rank, world=world).epoch(epoch))
-        loader = Loader(data, batch_size, rank=rank, world=world, pad=True)
+    for rank in range(world_size):
+        short = list(Loader(data, batch_size, rank=rank, world_size=world_size).epoch(epoch))
+        loader = Loader(data, batch_size, rank=rank, world_size=world_size, pad=True)
         padded = list(loader.epoch(epoch))
         assert len({batch["y"].shape for batch in padded} | {batch["weight"].shape for batch in padded}) == 1
         for batch, own in zip(padded, short, strict=True):
@@ -203,11 +203,11 @@ def test_a_start_reads_nothing_before_it():
     assert read == batch.tolist()
 
 
-@given(n=sizes, batch_size=batch_sizes, epoch=epochs, world=st.integers(1, 3), data=st.data())
-def test_stacked_batches_are_the_batches(n, batch_size, epoch, world, data):
+@given(n=sizes, batch_size=batch_sizes, epoch=epochs, world_size=st.integers(1, 3), data=st.data())
+def test_stacked_batches_are_the_batches(n, batch_size, epoch, world_size, data):
     """Whatever sizes are asked for: full batches stacked, a smaller last one and what is left before it by itself."""
-    rank = data.draw(st.integers(0, world - 1))
-    loader = Loader({"x": rows(n), "y": rows(n).numpy()}, batch_size, rank=rank, world=world)
+    rank = data.draw(st.integers(0, world_size - 1))
+    loader = Loader({"x": rows(n), "y": rows(n).numpy()}, batch_size, rank=rank, world_size=world_size)
     plain = list(loader.epoch(epoch))
     start = data.draw(st.integers(0, len(plain)))
     stop = data.draw(st.integers(0, len(plain) + 1))
@@ -313,7 +313,7 @@ def test_workers_are_kept_from_pass_to_pass():
 def test_workers_read_columns_of_any_rank():
     columns = {"x": torch.randn(9, 2), "y": np.arange(9)}
     for rank in range(3):
-        plain, parallel = (Loader(columns, 4, rank=rank, world=3, workers=w) for w in (0, 1))
+        plain, parallel = (Loader(columns, 4, rank=rank, world_size=3, workers=w) for w in (0, 1))
         assert all(same(a, b) for a, b in zip(plain, parallel, strict=True))
 
 
@@ -398,7 +398,7 @@ def test_flat_samples_are_collated_as_any_trees_are():
 
 
 def test_chance_differs_between_rows_batches_epochs_and_ranks():
-    loaders = [Loader(Noisy(24), 6, rank=rank, world=2) for rank in range(2)]
+    loaders = [Loader(Noisy(24), 6, rank=rank, world_size=2) for rank in range(2)]
     noise = [b["noise"] for loader in loaders for epoch in (0, 1) for b in loader.epoch(epoch)]
     values = torch.cat(noise).flatten()
     assert len(values.unique()) == len(values) == 2 * 24 * 3
@@ -434,7 +434,7 @@ def test_a_dead_worker_is_named_and_the_loader_can_be_used_again():
 # ----------------------------------------------------------------------------------------- the data sets
 
 
-@state
+@pytree_dataclass
 class Pair:
     x: object
     y: object
@@ -483,7 +483,7 @@ def test_columns_and_samples_give_the_same_batches():
     columns = (torch.randn(11, 2), torch.arange(11))
     samples = list(zip(*columns, strict=True))
     for rank in range(3):
-        whole, single = (Loader(d, 4, rank=rank, world=3) for d in (columns, samples))
+        whole, single = (Loader(d, 4, rank=rank, world_size=3) for d in (columns, samples))
         assert all(same(a, b) for a, b in zip(whole, single, strict=True))
 
 
@@ -541,9 +541,9 @@ class Endless(IterableDataset):
         (lambda: Loader({"x": np.array(["a", "b"])}, 1), "unknown to torch"),
         (lambda: Loader(Endless(), 1), "pass it to Runner.fit directly"),
         (lambda: Loader(iter([1]), 1), "pass it to Runner.fit directly"),
-        (lambda: Loader(rows(3), 1, rank=2, world=2), r"rank is 2; it must be in \[0, 2\)"),
-        (lambda: Loader(rows(3), 1, rank=0), "rank=0 and world=None; give both or neither"),
-        (lambda: Loader(rows(3), 1, rank=0, world=0), "world is 0"),
+        (lambda: Loader(rows(3), 1, rank=2, world_size=2), r"rank is 2; it must be in \[0, 2\)"),
+        (lambda: Loader(rows(3), 1, rank=0), "rank=0 and world_size=None; give both or neither"),
+        (lambda: Loader(rows(3), 1, rank=0, world_size=0), "world is 0"),
         (lambda: Loader(rows(3), 1).epoch(-1), "epoch is -1"),
         (lambda: Loader(rows(3), 1).epoch(0, 4), r"position is 4; it must be in \[0, 4\)"),
         (lambda: Loader(rows(3), 1).stream(0, 0.5), "position is 0.5 of type float"),
@@ -556,13 +556,13 @@ def test_bad_arguments_are_named_at_once(make, message):
 
 def test_workers_start_in_silence_after_a_checkpoint_has_loaded_jax(tmp_path):
     script = """
-    import warnings, torch, lumen as lm, lumen.data.feed
+    import warnings, torch, lumen as lm, lumen.data.adapters
     lm.checkpoint.save(PATH, {"a": torch.ones(2)})
     warnings.simplefilter("error")
     loader = lm.Loader(list(range(8)), batch_size=4, workers=1)
     assert sum(len(batch) for batch in loader) == 8
     plain = torch.utils.data.DataLoader(list(range(8)), batch_size=4, num_workers=1)
-    assert sum(len(batch) for batch in lm.data.feed.feed(plain).epoch(0)) == 8
+    assert sum(len(batch) for batch in lm.data.adapters.feed(plain).epoch(0)) == 8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         list(plain)

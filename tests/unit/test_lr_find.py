@@ -15,7 +15,7 @@ from torch import nn
 import lumen as lm
 from lumen.errors import BatchError, HyperparameterError, StepError
 from lumen.optim import learning_rate
-from lumen.train.lr_find import Finding, _steepest, lr_find
+from lumen.train.lr_find import LRFinderResult, _steepest, lr_find
 
 
 def make_step(loss=lambda out, batch: F.mse_loss(out, batch["y"])):
@@ -91,9 +91,9 @@ def test_losses_are_those_of_a_loop_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_suggestion_trains_a_classifier(make, low, high, seed):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(10, 32, generator=generator)
+    centers = torch.randn(10, 32, generator=generator)
     labels = torch.randint(0, 10, (50, 64), generator=generator)
-    data = [{"x": centres[y] + torch.randn(64, 32, generator=generator), "y": y} for y in labels]
+    data = [{"x": centers[y] + torch.randn(64, 32, generator=generator), "y": y} for y in labels]
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
     step = make_step(lambda out, batch: F.cross_entropy(out, batch["y"]))
@@ -107,11 +107,11 @@ def test_the_suggestion_trains_a_classifier(make, low, high, seed):
 
 @given(st.integers(1, 10), st.integers(0, 40), st.floats(0.5, 3.0))
 def test_the_steepest_point_of_a_fall_is_its_middle(reach, shift, width):
-    # A logistic fall centred at 40 + shift, its plateau, then a blow-up with a second fall.
-    centre = 40 + shift
-    losses = [1 / (1 + math.exp((i - centre) / width)) for i in range(centre + 30)] + [50.0, 40.0, 20.0, 5.0, 1.0] * 4
-    smoothed = losses[: centre + 30] + [60.0] * 20
-    assert abs(_steepest(losses, smoothed, reach) - centre) <= 1
+    # A logistic fall centered at 40 + shift, its plateau, then a blow-up with a second fall.
+    center = 40 + shift
+    losses = [1 / (1 + math.exp((i - center) / width)) for i in range(center + 30)] + [50.0, 40.0, 20.0, 5.0, 1.0] * 4
+    smoothed = losses[: center + 30] + [60.0] * 20
+    assert abs(_steepest(losses, smoothed, reach) - center) <= 1
 
 
 def test_no_suggestion_where_the_loss_does_not_fall_or_there_is_too_little():
@@ -207,8 +207,8 @@ def test_a_loader_and_a_typed_metric_of_another_name():
 
 def test_the_plot_is_an_image_and_leaves_the_backend_alone(tmp_path):
     code = (
-        "import sys; from lumen.train.lr_find import Finding;"
-        "Finding((1e-3, 1e-2, 1e-1), (2., 1., 3.), (2., 1.5, 2.), 1, 'x').plot(sys.argv[1]);"
+        "import sys; from lumen.train.lr_find import LRFinderResult;"
+        "LRFinderResult((1e-3, 1e-2, 1e-1), (2., 1., 3.), (2., 1.5, 2.), 1, 'x').plot(sys.argv[1]);"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     path = tmp_path / "lr.png"
@@ -222,7 +222,7 @@ def test_the_plot_is_an_image_and_leaves_the_backend_alone(tmp_path):
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        Finding((1.0,), (1.0,), (1.0,), None, "").plot(tmp_path / "lr.png")
+        LRFinderResult((1.0,), (1.0,), (1.0,), None, "").plot(tmp_path / "lr.png")
 
 
 def test_what_is_refused():

@@ -8,7 +8,7 @@ import torch
 import lumen as lm
 from lumen import optim
 from lumen.errors import PatternError, StateError
-from lumen.optim.names import selected
+from lumen.optim._param_names import selected
 
 SHAPES = {"encoder.fc.weight": (4, 3), "encoder.fc.bias": (4,), "norm.weight": (4,), "head.weight": (2, 4)}
 
@@ -27,7 +27,7 @@ def steps(tx, count=3):
 
 
 def plain(tx):
-    return optim.Transform(tx.init_fn, tx.update_fn)
+    return optim.GradientTransformation(tx.init_fn, tx.update_fn)
 
 
 BOTH = pytest.mark.parametrize("lower", [lambda tx: tx, plain], ids=["fused", "plain"])
@@ -198,7 +198,7 @@ class TestChain:
         assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
 
     def test_skip_freezes_the_memory_of_earlier_members(self):
-        tx = optim.chain(optim.trace(0.9), optim.scale_by_schedule(optim.linear(1.0, 0.0, 9)), optim.sgd(0.1))
+        tx = optim.chain(optim.trace(0.9), optim.scale_by_schedule(optim.linear(1.0, 9, 0.0)), optim.sgd(0.1))
         params = tensors(0)
         _, opt_state = tx.apply(tensors(1), tx.init(params), params)
         for lowering in (tx, plain(tx)):
@@ -232,7 +232,7 @@ class TestLearningRate:
         assert optim.learning_rate(optim.scale_by_adam().init(params)) is None
 
     def test_of_a_schedule_is_that_of_the_last_update(self):
-        tx = optim.adamw(optim.linear(1.0, 0.0, 4))
+        tx = optim.adamw(optim.linear(1.0, 4, 0.0))
         for lowering in (tx, plain(tx)):
             params = tensors(0)
             opt_state = lowering.init(params)

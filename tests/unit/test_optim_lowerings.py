@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lumen as lm
 from lumen import optim
-from lumen.optim import lanes as by_lane
+from lumen.optim import _vmap_fused as by_lane
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "b.weight": (3, 4)}
 
@@ -68,7 +68,7 @@ def tensors(seed, dtype=torch.float32, shapes=SHAPES):
 
 
 def plain(tx):
-    return optim.Transform(tx.init_fn, tx.update_fn)
+    return optim.GradientTransformation(tx.init_fn, tx.update_fn)
 
 
 def run(tx, steps=8, dtype=torch.float32, **kwargs):
@@ -224,7 +224,7 @@ def test_a_fused_kernel_that_is_wrong_is_not_used(kernel, module, name, monkeypa
     right = run(plain(make()[name]), 2)
     # As torch's of 16-bit SGD, which leaves params alone.
     monkeypatch.setattr(torch, kernel, lambda *args, **kwargs: None)
-    for trial in trials(importlib.import_module(f"lumen.optim.{module}")):
+    for trial in trials(importlib.import_module(f"lumen.optim._{module}")):
         monkeypatch.setattr(trial, "_results", {})
     assert_same(run(make()[name], 2), right)
 
@@ -414,7 +414,7 @@ def test_moments_in_another_dtype():
 
 def test_bias_correction_keeps_its_digits():
     """`1 - 0.9999999**t` by subtraction has lost half of them in float32, and seven even in float64."""
-    from lumen.optim.numerics import one_minus_power
+    from lumen.optim._numerics import one_minus_power
 
     beta, t = 1 - 1e-7, 3
     exact = 3e-7 - 3e-14 + 1e-21  # 1 - (1 - x)^3, written out

@@ -14,16 +14,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import lumen as lm
 from lumen.cli.main import main
-from lumen.core import world
+from lumen.core import distributed
 from lumen.errors import HyperparameterError, StepError, WorldError
-from lumen.optim.adam import _TRIALS
-from lumen.parallel.plan import plan_loaded
-from lumen.parallel.plan_cost import compute_seconds, device, ring_bytes, ring_seconds
-from lumen.parallel.plan_memory import Memory
-from lumen.parallel.plan_picture import phases, sampled
-from lumen.parallel.plan_watch import Work
-from lumen.parallel.plan_wire import Sent, axes_of
-from lumen.parallel.plan_world import fake_world
+from lumen.optim._adam import _TRIALS
+from lumen.planner.comm_trace import Sent, axes_of
+from lumen.planner.fake_world import fake_world
+from lumen.planner.memory import Memory
+from lumen.planner.plan import plan_loaded
+from lumen.planner.render import phases, sampled
+from lumen.planner.roofline import compute_seconds, device, ring_bytes, ring_seconds
+from lumen.planner.tracker import Work
 
 
 def step(state, batch):
@@ -100,7 +100,7 @@ def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says
 
 
 def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
-    few, many = planned(lm.fsdp(), world=2), planned(lm.fsdp(), world=32)
+    few, many = planned(lm.fsdp(), world_size=2), planned(lm.fsdp(), world_size=32)
     assert many.peak.parts["optimizer"] * 14 < few.peak.parts["optimizer"]
     assert many.peak.parts["batch"] == few.peak.parts["batch"]
     assert many.flops == few.flops
@@ -116,9 +116,9 @@ def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():
 
 def test_a_plan_leaves_nothing_behind():
     resize = torch.UntypedStorage.resize_
-    planned(lm.ddp(), world=8)
-    assert not world.is_distributed()
-    assert not world.is_planned()
+    planned(lm.ddp(), world_size=8)
+    assert not distributed.is_distributed()
+    assert not distributed.is_dry_run()
     assert torch.UntypedStorage.resize_ is resize
     assert torch.ones(2).tolist() == [1.0, 1.0]
 
@@ -136,15 +136,15 @@ def test_no_weak_reference_of_torchs_is_copied(monkeypatch):
         with torch.device("meta"):
             return make()[1]
 
-    assert lm.plan(lm.fsdp()(step), on_meta, batch, world=8).peak.nbytes > 0
+    assert lm.plan(lm.fsdp()(step), on_meta, batch, world_size=8).peak.nbytes > 0
 
 
 def test_a_measurement_has_the_numbers_of_a_plan(monkeypatch):
     for trial in _TRIALS.values():  # as in a fresh process, where the fused kernel is tried on first use
         monkeypatch.setattr(trial, "_results", {})
     wrapped, _, batch = make([lm.donate()])
-    found = lm.plan(wrapped, lambda: make()[1], batch, world=1)
-    real = lm.parallel.measure(wrapped, lambda: make()[1], batch)
+    found = lm.plan(wrapped, lambda: make()[1], batch, world_size=1)
+    real = lm.planner.measure(wrapped, lambda: make()[1], batch)
     assert found.peak.nbytes == pytest.approx(real.peak.nbytes, rel=0.01)
     assert found.flops == real.flops
     assert real.seen.seconds > 0
@@ -207,7 +207,7 @@ def test_memory_follows_storages_their_views_and_their_sizes():
 
 
 def test_phases_and_samples_of_a_step():
-    timeline = planned(world=1).seen.watch.memory.timeline("step")
+    timeline = planned(world_size=1).seen.watch.memory.timeline("step")
     points = sampled(timeline, 50)
     assert len(points) == 50
     assert max(sum(parts.values()) for _, parts in points) == max(sum(parts.values()) for _, parts in timeline)
@@ -219,22 +219,22 @@ def test_phases_and_samples_of_a_step():
 
 
 def test_what_does_not_fit_gets_advice_and_what_fits_gets_none():
-    assert planned(lm.ddp(), lm.donate(), world=8).suggestions == []
-    need = planned(lm.ddp(), lm.donate(), world=8, width=256)
+    assert planned(lm.ddp(), lm.donate(), world_size=8).suggestions == []
+    need = planned(lm.ddp(), lm.donate(), world_size=8, width=256)
     limit = need.peak.parts["params"] * 3.4
     assert need.peak.nbytes > limit
-    (first, *_) = planned(lm.ddp(), lm.donate(), world=8, width=256, memory=limit).suggestions
-    assert "lm.fsdp(level=" in first
-    tight = planned(lm.fsdp(), world=8, memory=1e3)
+    (first, *_) = planned(lm.ddp(), lm.donate(), world_size=8, width=256, memory=limit).suggestions
+    assert "lm.fsdp(stage=" in first
+    tight = planned(lm.fsdp(), world_size=8, memory=1e3)
     assert not tight.fits
     said = " ".join(tight.suggestions)
     assert "shard=16" in said or "lm.remat()" in said
 
 
 def test_a_state_that_is_too_large_only_before_it_is_cut_is_told_apart():
-    whole = planned(lm.fsdp(), lm.donate(), world=32, width=256)
+    whole = planned(lm.fsdp(), lm.donate(), world_size=32, width=256)
     assert whole.start.nbytes > whole.peak.nbytes
-    found = planned(lm.fsdp(), lm.donate(), world=32, width=256, memory=whole.peak.nbytes)
+    found = planned(lm.fsdp(), lm.donate(), world_size=32, width=256, memory=whole.peak.nbytes)
     assert not found.fits
     assert [("meta device" in each) for each in found.suggestions] == [True]
 
@@ -245,25 +245,25 @@ def test_a_state_that_is_too_large_only_before_it_is_cut_is_told_apart():
 def refused(error, match, *transforms, **options):
     with pytest.raises(error, match=match):
         planned(*transforms, **options)
-    assert not world.is_distributed()
+    assert not distributed.is_distributed()
 
 
 def test_worlds_and_devices_that_do_not_go():
     refused(WorldError, "needs a world")
-    refused(WorldError, "does not make up the world", lm.ddp(), world=8, mesh={"data": 3})
+    refused(WorldError, "does not make up the world", lm.ddp(), world_size=8, mesh={"data": 3})
     refused(WorldError, "no axis 'rows'", lm.ddp(), mesh={"rows": 3})
-    refused(WorldError, "write world=", lm.ddp(), mesh={"data": -1})
-    refused(WorldError, "rank=9 is not in a world of 4", lm.ddp(), world=4, rank=9)
-    refused(WorldError, "world=0", world=0)
-    refused(HyperparameterError, "device='tpu' is unknown", world=2, device="tpu")
-    refused(HyperparameterError, "memory=-1", world=2, memory=-1)
-    refused(HyperparameterError, "speed= is no figure", world=2, speed=3)
-    refused(HyperparameterError, "up to 1", world=2, efficiency=2)
+    refused(WorldError, "write world_size=", lm.ddp(), mesh={"data": -1})
+    refused(WorldError, "rank=9 is not in a world of 4", lm.ddp(), world_size=4, rank=9)
+    refused(WorldError, "world_size=0", world_size=0)
+    refused(HyperparameterError, "device='tpu' is unknown", world_size=2, device="tpu")
+    refused(HyperparameterError, "memory=-1", world_size=2, memory=-1)
+    refused(HyperparameterError, "speed= is no figure", world_size=2, speed=3)
+    refused(HyperparameterError, "up to 1", world_size=2, efficiency=2)
 
 
 def test_a_plan_inside_a_world_is_refused():
     with fake_world(2), pytest.raises(WorldError, match="rank 0 of 2 already"):
-        planned(lm.ddp(), world=4)
+        planned(lm.ddp(), world_size=4)
     assert not dist.is_initialized()
 
 
@@ -278,7 +278,7 @@ def test_shapes_that_depend_on_values_are_refused_with_words():
 
     state = lm.TrainState.create(nn.Linear(4, 2), lm.optim.sgd(0.1))
     with pytest.raises(StepError, match="shape depends on values"):
-        lm.plan(selecting, state, torch.ones(3, 4), world=1)
+        lm.plan(selecting, state, torch.ones(3, 4), world_size=1)
 
 
 def test_numbers_that_a_step_reads_are_told():
@@ -287,12 +287,12 @@ def test_numbers_that_a_step_reads_are_told():
         return new, {"loss": float(metrics["loss"])}
 
     _, state, batch = make()
-    found = lm.plan(reading, state, batch, world=1)
+    found = lm.plan(reading, state, batch, world_size=1)
     assert any("reads 2 numbers" in each and "test_plan.py" in each for each in found.assumptions)
 
 
 def test_a_compiled_step_is_planned_without_and_says_so():
-    found = planned(lm.compile(), lm.ddp(), world=2)
+    found = planned(lm.compile(), lm.ddp(), world_size=2)
     assert any("lm.compile was left out" in each for each in found.assumptions)
 
 
@@ -341,19 +341,19 @@ def test_the_command_prints_a_table_and_writes_pictures(script, tmp_path, capsys
 
 def test_the_command_draws_with_matplotlib(script, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    code, _, _ = said(capsys, f"{script}:make", "--world", "4", "-o", str(tmp_path / "plan.png"))
+    code, _, _ = said(capsys, f"{script}:make", "--world-size", "4", "-o", str(tmp_path / "plan.png"))
     assert code == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_takes_another_strategy_and_speaks_to_programs(script, capsys):
-    code, out, _ = said(capsys, f"{script}:make", "--world", "8", "--strategy", "ddp", "--json")
+    code, out, _ = said(capsys, f"{script}:make", "--world-size", "8", "--strategy", "ddp", "--json")
     told = json.loads(out)
     assert code == 0
     assert {each["kind"] for each in told["traffic"]} == {"all-reduce"}
-    code, out, _ = said(capsys, f"{script}:make", "--world", "8", "--strategy", "fsdp(level=2)", "--memory", "1e3")
+    code, out, _ = said(capsys, f"{script}:make", "--world-size", "8", "--strategy", "fsdp(stage=2)", "--memory", "1e3")
     assert code == 1
-    assert out.startswith("lm.fsdp(level=2)(step)")
+    assert out.startswith("lm.fsdp(stage=2)(step)")
     assert "does NOT fit" in out
     assert "try:" in out
 
@@ -361,20 +361,20 @@ def test_the_command_takes_another_strategy_and_speaks_to_programs(script, capsy
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["{}:nope", "--world", "2"], "has no function 'nope'"),
-        (["{}:wrong", "--world", "2"], "must return (step, state, batch)"),
-        (["missing.py:make", "--world", "2"], "there is no file missing.py"),
+        (["{}:nope", "--world-size", "2"], "has no function 'nope'"),
+        (["{}:wrong", "--world-size", "2"], "must return (step, state, batch)"),
+        (["missing.py:make", "--world-size", "2"], "there is no file missing.py"),
         (["{}:make"], "needs a world"),
-        (["{}:make", "--world", "4", "--mesh", "shard=3"], "does not make up the world"),
-        (["{}:make", "--world", "4", "--strategy", "zip"], "--strategy takes ddp, fsdp"),
-        (["{}:make", "--world", "4", "-o", "plan.txt"], "not as 'plan.txt'"),
+        (["{}:make", "--world-size", "4", "--mesh", "shard=3"], "does not make up the world"),
+        (["{}:make", "--world-size", "4", "--strategy", "zip"], "--strategy takes ddp, fsdp"),
+        (["{}:make", "--world-size", "4", "-o", "plan.txt"], "not as 'plan.txt'"),
     ],
 )
 def test_the_command_says_what_is_wrong(script, capsys, argv, words):
     code, _, err = said(capsys, *(each.format(script) for each in argv))
     assert code == 1
     assert words in err
-    assert not world.is_distributed()
+    assert not distributed.is_distributed()
 
 
 def test_a_mesh_that_cannot_be_read_is_a_wrong_command_line(script):

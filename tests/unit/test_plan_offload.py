@@ -7,7 +7,7 @@ import torch
 
 import lumen as lm
 from lumen.errors import StepError
-from lumen.parallel.plan import plan
+from lumen.planner.plan import plan
 
 WIDTH, DEPTH, SHARDS = 64, 4, 4
 PART = DEPTH * (WIDTH + 1) * WIDTH // SHARDS * 4  # bytes of one process's params

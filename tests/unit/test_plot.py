@@ -14,9 +14,9 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import lumen as lm
-from lumen.cli import braille, choosing, figures
-from lumen.cli.logged import Logged, Row, read
 from lumen.cli.main import main
+from lumen.cli.plot import braille, figures, select
+from lumen.cli.plot.read_logs import Logged, Row, read
 from lumen.train.curves import Line, Panel, grouped, measures, ticks
 from lumen.train.curves_svg import svg
 
@@ -108,7 +108,7 @@ def test_a_run_that_went_back_shows_each_step_once(kind: str, tmp_path: Path) ->
     logged(tmp_path, kind=kind)
     logged(tmp_path, range(2, 6), kind=kind, scale=3.0)
     found = read(tmp_path)
-    curve = choosing.curve(found.rows, choosing.places(found, "step"), "train/loss")
+    curve = select.curve(found.rows, select.places(found, "step"), "train/loss")
     assert curve[0] == [0, 1, 2, 3, 4, 5]
     assert curve[1] == pytest.approx([1, 1 / 2, 1, 3 / 4, 3 / 5, 1 / 2], rel=1e-6)
     assert found.notes == ["the run went back to step 2: of what was logged twice, the later is shown"]
@@ -158,7 +158,7 @@ def test_the_horizontal_axis(tmp_path: Path, capsys: Capture) -> None:
     assert at("step") == [0, 1, 2, 3]
     assert at("seconds") == [0, 1, 3, 4]
     assert at("epoch") == [0.0, 1.0, 1.5, 2.0]
-    sink = lm.sinks.JSONL(tmp_path / "b" / "plain.jsonl", clock=lambda: NAN)
+    sink = lm.sinks.JSONL(tmp_path / "b" / "plain.jsonl", time_fn=lambda: NAN)
     sink.log(3, {"loss": 1.0})
     sink.close()
     assert "has no epochs" in said(capsys, tmp_path / "b", "--x", "epoch")[2]
@@ -166,8 +166,8 @@ def test_the_horizontal_axis(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_smoothing_keeps_gaps_and_what_was_logged(tmp_path: Path, capsys: Capture) -> None:
-    assert choosing.smoothing([1.0, 3.0, INF, 2.0], 0.0) == [1.0, 3.0, INF, 2.0]
-    assert choosing.smoothing([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
+    assert select.smoothing([1.0, 3.0, INF, 2.0], 0.0) == [1.0, 3.0, INF, 2.0]
+    assert select.smoothing([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
     found = data(capsys, logged(tmp_path), "--metric", "val/loss", "--smooth", "0.5")["runs"][0]["metrics"]["val/loss"]
     assert found["y"] == [1.0, 0.5]
     assert found["smoothed"] == pytest.approx([1.0, 2 / 3])
@@ -178,7 +178,7 @@ def test_smoothing_keeps_gaps_and_what_was_logged(tmp_path: Path, capsys: Captur
 def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
     def names(*paths: str, configs: Any = None) -> list[str]:
         configs = configs or [{}] * len(paths)
-        return choosing.run_names(
+        return select.run_names(
             [Logged(tmp_path / p, config={"config": c}) for p, c in zip(paths, configs, strict=True)]
         )
 
@@ -302,15 +302,15 @@ def test_any_numbers_can_be_drawn(values: list[float], log: bool) -> None:
     panel = Panel("x", [Line("x", list(range(len(values))), values)], log)
     drawn = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     assert sum(map(len, points(panel))) == len(drawn)
-    rows = list(braille.drawn(panel, 60, 5, colour=True))
+    rows = list(braille.drawn(panel, 60, 5, color=True))
     assert any("no finite number" in row for row in rows) == (not drawn)
     assert ticks(0.0, 5e-324) == []
 
 
 def test_colours_only_where_they_are_seen() -> None:
     panel = Panel("x", [Line("a", [0, 1], [0.0, 1.0]), Line("b", [0, 1], [1.0, 0.0])])
-    assert "\x1b[34m━\x1b[0m a" in "\n".join(braille.drawn(panel, 60, 5, colour=True))
-    plain = "\n".join(braille.drawn(panel, 60, 5, colour=False))
+    assert "\x1b[34m━\x1b[0m a" in "\n".join(braille.drawn(panel, 60, 5, color=True))
+    plain = "\n".join(braille.drawn(panel, 60, 5, color=False))
     assert "\x1b" not in plain
     assert "· a  o b" in plain
     assert max(map(len, plain.split("\n"))) <= 60

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lumen.cli import installed
-from lumen.cli.findings import Finding
+from lumen.cli.doctor import packages
+from lumen.cli.doctor.report import Finding
 from tests import preflight
 from tests.preflight import BrokenError
 
@@ -79,7 +79,7 @@ def test_a_python_without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = Finding("software", "torch", "broken", "not installed", "pip install 'torch>=2.11'")
-    monkeypatch.setattr(installed, "software", lambda quick: iter([finding]))
+    monkeypatch.setattr(packages, "software", lambda quick: iter([finding]))
     with pytest.raises(BrokenError, match=r"torch: not installed: make distclean test, or pip install 'torch>=2\.11'"):
         preflight.packages()
     monkeypatch.setattr(preflight, "ROOT", Path("/elsewhere"))

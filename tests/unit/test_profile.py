@@ -10,11 +10,11 @@ import torch
 
 import lumen as lm
 from lumen.errors import HyperparameterError
-from lumen.train.callbacks import View
+from lumen.train.callbacks import CallbackContext
 from lumen.train.clock import Clock
 from lumen.train.profile import Profile
 
-CALL = View(Clock(), None)
+CALL = CallbackContext(Clock(), None)
 RULE = {"wait": 1, "warmup": 1, "active": 2}
 
 

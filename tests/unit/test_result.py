@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import lumen as lm
 from lumen.core.step import as_step
 from lumen.train.history import History
-from lumen.train.result_page import panels
+from lumen.train.result import panels
 
 STEP = as_step(lambda state, batch: (state, {}))
 

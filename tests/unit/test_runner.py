@@ -99,7 +99,7 @@ def test_ends_at_whichever_limit_comes_first():
     assert fit(until=lm.Steps(4) | lm.Epochs(9)).clock.step == 4
     assert fit(until=lm.Steps(400) | lm.Epochs(1)).clock.step == 3
     now = itertools.count().__next__
-    assert fit(until=lm.Seconds(3) | lm.Steps(400), clock=lambda: float(now())).clock.step < 10
+    assert fit(until=lm.Seconds(3) | lm.Steps(400), time_fn=lambda: float(now())).clock.step < 10
 
 
 def test_steps_count_from_the_beginning_of_training():

@@ -95,7 +95,7 @@ def test_predictions_one_by_one_hold_nothing_back():
             read.append(i)
             yield torch.full((2,), float(i))
 
-    stream = lm.predictions(lambda state, batch: batch + 1, {}, batches())
+    stream = lm.predict(lambda state, batch: batch + 1, {}, batches())
     assert next(stream).tolist() == [1.0, 1.0]
     assert len(read) <= 2
     assert len(list(stream)) == 4
@@ -169,7 +169,7 @@ def test_smoke_finds_what_would_fail_hours_later():
     class Opaque:
         pass
 
-    @lm.state
+    @lm.dataclass
     class Odd(lm.TrainState):
         extra: object = None
 
@@ -238,7 +238,7 @@ def test_tokens_rows_and_throughput_are_logged():
         log_every=4,
         tokens=lambda batch: 10 * len(batch["x"]),
         mfu=1000.0,
-        clock=lambda: float(now()),
+        time_fn=lambda: float(now()),
         callbacks=[lm.Callback()],
     )
     job.fit(make_state(), batches, until=lm.Epochs(1) | lm.Seconds(1000))
@@ -269,7 +269,7 @@ def test_seconds_between_validations_are_those_of_the_clock():
     now = itertools.count(step=7).__next__
     sink = lm.sinks.Memory()
     validate = lm.Validate(eval_step, loader(), every=lm.Every(seconds=60))
-    runner(sinks=[sink], clock=lambda: float(now())).fit(
+    runner(sinks=[sink], time_fn=lambda: float(now())).fit(
         make_state(), [make_data(4)] * 40, until=lm.Epochs(1), validate=validate
     )
     assert len(sink["val/loss"][0]) >= 3
@@ -453,7 +453,7 @@ def test_a_save_each_60_seconds_of_7_second_batches(tmp_path):
             if view.clock.step == 128:
                 assert len(saved) == 14  # without the one at the end of the run
 
-    job = lm.Runner(slow, progress=False, checkpoint=checkpoint, callbacks=[Count()], clock=lambda: seconds[0])
+    job = lm.Runner(slow, progress=False, checkpoint=checkpoint, callbacks=[Count()], time_fn=lambda: seconds[0])
     job.fit(make_state(), [make_data(4)] * 128, until=lm.Epochs(1))
     assert saved == [9 * i for i in range(1, 15)] + [128]
     assert checkpoint.store.steps() == saved
@@ -561,7 +561,7 @@ def test_a_configuration_keeps_its_nested_lists():
 
 def test_each_group_of_a_partition_logs_its_learning_rate():
     rules = {"bias": lm.optim.sgd(0.5)}
-    for default, expected in ((lm.optim.sgd(lm.optim.linear(0.25, 0.0, 4)), [0.5, 0.25]), (lm.optim.freeze(), [])):
+    for default, expected in ((lm.optim.sgd(lm.optim.linear(0.25, 4, 0.0)), [0.5, 0.25]), (lm.optim.freeze(), [])):
         tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.partition(rules, default=default))
         metrics = runner(log_every=1).fit(make_state(tx), loader(), until=lm.Steps(1)).metrics
         assert metrics["lr"] == 0.5

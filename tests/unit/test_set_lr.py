@@ -6,7 +6,7 @@ import torch
 import lumen as lm
 from lumen.errors import HyperparameterError
 from lumen.optim import learning_rate
-from lumen.optim.set_lr import with_learning_rate
+from lumen.optim._with_learning_rate import with_learning_rate
 
 optim = lm.optim
 MAKE = {

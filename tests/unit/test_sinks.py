@@ -83,11 +83,11 @@ def test_what_is_logged_is_read_back(tmp_path_factory, make, name, logged, sessi
 def test_a_line_left_unfinished_by_a_crash_is_cut_off(tmp_path, make, name, cut):
     path = tmp_path / name
     for step in range(2):
-        sink = make(path, clock=lambda: 0.5)
+        sink = make(path, time_fn=lambda: 0.5)
         sink.log(step, {"loss": 0.25})
         sink.close()
     path.write_bytes(path.read_bytes()[:-cut])
-    sink = make(path, clock=lambda: 0.5)
+    sink = make(path, time_fn=lambda: 0.5)
     sink.log(2, {"loss": 0.25, "late": 1.0})
     sink.close()
     row = {"time": 0.5, "loss": 0.25}
@@ -107,7 +107,7 @@ def test_each_row_is_on_disk_when_log_returns(tmp_path, make, name):
 
 
 def test_json_is_strict(tmp_path):
-    sink = JSONL(tmp_path / "a", clock=lambda: 1.0)
+    sink = JSONL(tmp_path / "a", time_fn=lambda: 1.0)
     sink.log(0, {"a": math.nan, "b": math.inf, "c": -math.inf, "n": 3})
     sink.close()
     text = (tmp_path / "a").read_text()
@@ -117,7 +117,7 @@ def test_json_is_strict(tmp_path):
 
 
 def test_late_columns_come_last_and_leave_no_file_behind(tmp_path):
-    sink = CSV(tmp_path / "a.csv", clock=lambda: 1.0)
+    sink = CSV(tmp_path / "a.csv", time_fn=lambda: 1.0)
     sink.log(0, {"b": 1})
     sink.log(1, {"c": 2, "a": 3})
     sink.log(2, {"b": 4})

@@ -1,4 +1,4 @@
-"""The console: aligned lines, in colour where there is a terminal; and numbers as short text."""
+"""The console: aligned lines, in color where there is a terminal; and numbers as short text."""
 
 import io
 import math

@@ -137,7 +137,7 @@ LOGGED = {
 
 
 def test_jsonl_writes_texts_and_histograms(tmp_path):
-    sink = JSONL(tmp_path / "a", clock=lambda: 1.0)
+    sink = JSONL(tmp_path / "a", time_fn=lambda: 1.0)
     sink.log(0, LOGGED)
     sink.log(1, {"h": Histogram([0, 1], bins=1)})
     sink.close()
@@ -159,7 +159,7 @@ def test_a_text_cannot_take_the_name_of_jsonls_own(tmp_path):
 
 
 def test_csv_writes_numbers_alone(tmp_path):
-    sink = CSV(tmp_path / "a", clock=lambda: 1.0)
+    sink = CSV(tmp_path / "a", time_fn=lambda: 1.0)
     sink.log(0, LOGGED)
     sink.close()
     assert list(csv.reader(io.StringIO((tmp_path / "a").read_text()))) == [

@@ -24,7 +24,7 @@ class Run:
 
     def __init__(self, make, path):
         self.now = 0.0
-        self.sink = make(path, clock=lambda: self.now)
+        self.sink = make(path, time_fn=lambda: self.now)
 
     def log(self, logged, begin, end):
         for step in range(begin, end):
@@ -78,7 +78,7 @@ def test_a_file_that_was_moved_away_or_cut_stays_as_it_is(tmp_path, make, name):
 
 @pytest.mark.parametrize(("make", "name"), FILES)
 def test_a_sink_that_is_open_can_be_rewound(tmp_path, make, name):
-    sink = make(tmp_path / name, clock=lambda: 1.0)
+    sink = make(tmp_path / name, time_fn=lambda: 1.0)
     for step in range(3):
         sink.log(step, {"loss": 1.0})
     rewind(sink, 1)

@@ -111,7 +111,7 @@ def test_any_pytree():
 
 
 def test_the_state_of_a_users_own_class():
-    @lm.state
+    @lm.dataclass
     class Players:
         a: lm.TrainState
         b: torch.Tensor

@@ -39,7 +39,7 @@ SAID = [
     (lm.ensemble(3, batch_dim=0), "lm.ensemble(3, batch_dim=0)"),
     (lm.guard("raise"), "lm.guard('raise')"),
     (lm.precision("bf16"), "lm.precision('bf16')"),
-    (lm.private(1.0, 0.5), "lm.private(clip=1.0, noise=0.5)"),
+    (lm.dp_sgd(1.0, 0.5), "lm.dp_sgd(clip=1.0, noise=0.5)"),
     (lm.remat("blocks.*"), "lm.remat('blocks.*')"),
     (lm.seeded(), "lm.seeded()"),
     (lm.unroll(2), "lm.unroll(2)"),
@@ -117,7 +117,7 @@ def test_donate_writes_into_the_same_memory() -> None:
     assert after == before
 
 
-@pytest.mark.parametrize("wrap", [dict, lm.state(type("Two", (), {"__annotations__": {"a": Any, "b": Any}}))])
+@pytest.mark.parametrize("wrap", [dict, lm.dataclass(type("Two", (), {"__annotations__": {"a": Any, "b": Any}}))])
 def test_donate_takes_a_state_of_two_states(wrap: Any) -> None:
     def both(state: Any, batch: torch.Tensor) -> tuple[Any, dict[str, Any]]:
         a, b = (state["a"], state["b"]) if wrap is dict else (state.a, state.b)
@@ -189,7 +189,7 @@ def test_ensemble_lane_picks_one_run() -> None:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_epsilon_grows_with_the_steps(steps: int) -> None:
     pytest.importorskip("dp_accounting")
-    private = lm.private(clip=1.0, noise=1.0)
+    private = lm.dp_sgd(clip=1.0, noise=1.0)
     noisy = private(step)
     state = noisy.init(make_state())
     for _ in range(steps):

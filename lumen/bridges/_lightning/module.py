@@ -1,0 +1,257 @@
+"""`lm.bridges.lightning`: a LightningModule as a pure step, a state, and steps for validation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lumen.bridges._lightning.hooks import check_hooks, lightning_class, overrides
+from lumen.bridges._lightning.log import current, record_metrics, recording
+from lumen.bridges.torch_optim import Length, converted
+from lumen.core.buffers import Merges
+from lumen.core.gradient import value_and_grad
+from lumen.core.metrics import Metric
+from lumen.core.module import Pure, pure
+from lumen.core.primitives import Aux
+from lumen.core.state import TrainState
+from lumen.errors import LossError, PurityError, StepError
+from lumen.optim._base import GradientTransformation
+
+EvalStep = Callable[[Any, Any], dict[str, Any]]
+
+
+class Bridged(NamedTuple):
+    """What a LightningModule becomes.
+
+    `step` trains; `validation_step` and `test_step` give metrics, for `lm.Validate` and `lm.evaluate`, and are None
+    where the module has none; `predict_step` gives outputs, for `Runner.predict`. `plateau` is the metric that a
+    `ReduceLROnPlateau` watches, for `lm.Runner(plateau=...)`, under the name that a validation called "val" gives it.
+    """
+
+    step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+    state: TrainState
+    validation_step: EvalStep | None
+    test_step: EvalStep | None
+    predict_step: Callable[[Any, Any], Any]
+    plateau: str | None
+
+
+def lightning(
+    module: Any,
+    *,
+    tx: GradientTransformation | None = None,
+    epochs: int | None = None,
+    batches: int | None = None,
+    seed: int = 0,
+    ignore: Collection[str] = (),
+    merge: Merges | None = None,
+) -> Bridged:
+    """A LightningModule with automatic optimization as a pure step and its state, the module's code unchanged.
+
+    `training_step` becomes the loss function, `configure_optimizers` the optimizer, and `self.log` the metrics: means
+    by rows, or what `reduce_fx` says, and torchmetrics metrics that are logged as objects. What it runs under comes
+    from transforms and the Runner: `lm.precision` for `precision=`, `lm.clip` for `gradient_clip_val=`, and so on.
+
+    Law: under the same batches, params are those that `lightning.Trainer` gives, up to the order of floating sums.
+    Declared differences: all values that are logged for one name merge into one, without `_step` and `_epoch`; the
+    `batch_idx` of a training step is the step of the whole run, a tensor, and the metric's `forward` of a batch alone.
+    Torch's own SGD, Adam, AdamW, RMSprop and Adagrad become those of `lm.optim`, others `lm.optim.from_torch`;
+    a scheduler becomes a table of learning rates.
+
+    The state's params are the module's own tensors. `module.load_state_dict({**state.params, **state.buffers})`
+    brings the trained ones back (with strict=False where params are tied).
+
+    Args:
+        module: a LightningModule of `lightning` or `pytorch_lightning`.
+        tx: an optimizer of `lm.optim`, in place of `configure_optimizers`.
+        epochs: how many epochs the run takes; needed where there is a scheduler.
+        batches: how many batches (updates) there are in an epoch; needed where there is a scheduler.
+        seed: of the state.
+        ignore: hooks of a Trainer's which the module overrides and which need not be called.
+        merge: how parts of a batch agree on the module's buffers, as in `lm.pure(module, merge=...)`.
+
+    Raises:
+        StepError: manual optimization, or hooks that nobody would call; the message says what to write instead.
+        HyperparameterError: several optimizers, or a scheduler that changes more than learning rates.
+        MetricError: at the first step, for what cannot be merged.
+
+    >>> import lumen as lm, torch
+    >>> from lightning import LightningModule
+    >>> class Model(LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(2, 1)
+    ...     def training_step(self, batch, batch_idx):
+    ...         x, y = batch
+    ...         loss = ((self.layer(x) - y) ** 2).mean()
+    ...         self.log("train_loss", loss)
+    ...         return loss
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    >>> step, state, *_ = lm.bridges.lightning(Model())
+    >>> data = lm.Loader((torch.ones(8, 2), torch.zeros(8, 1)), batch_size=4)
+    >>> result = lm.Runner(step, transforms=[lm.clip(1.0)], progress=False).fit(state, data, until=lm.Epochs(3))
+    >>> result.clock.step
+    6
+    """
+    base = lightning_class(module)
+    check_hooks(module, base, ignore)
+    module = _private(module)
+    length = Length(epochs, batches)
+    if not overrides(module, base, "training_step"):
+        raise StepError(f"{type(module).__name__} has no training_step.")
+    if overrides(module, base, "configure_model"):
+        module.configure_model()
+    module.__class__ = _alone(type(module), base, length)
+    monitor = None
+    if tx is None:
+        tx, monitor = converted(module, module.configure_optimizers(), length)
+    apply, params, buffers = pure(module, merge=merge)
+    state = TrainState.create(Pure(apply.variant("lightning", record_metrics), params, buffers), tx, seed)
+    return Bridged(
+        step,
+        state,
+        _evaluation("validation_step") if overrides(module, base, "validation_step") else None,
+        _evaluation("test_step") if overrides(module, base, "test_step") else None,
+        predict_step,
+        None if monitor is None else f"val/{monitor}",
+    )
+
+
+def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    """One update of a state that `lm.bridges.lightning` made."""
+    train = state.apply_fn.calling(_training)
+
+    def loss_fn(params: Any, batch: Any, index: Tensor) -> Any:
+        (loss, logged), buffers = train(params, state.buffers, batch, index)
+        return loss, Aux(buffers=buffers, metrics=logged)
+
+    (loss, aux), grads = value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
+    return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss, **aux.metrics}
+
+
+def predict_step(state: Any, batch: Any) -> Any:
+    """What the module's `predict_step` gives for `batch`."""
+    out, _ = state.apply_fn.calling(_predicting)(state.params, state.buffers, batch, state.step)
+    return out
+
+
+def _evaluation(name: str) -> EvalStep:
+    def evaluating(module: Any, batch: Any, index: Tensor) -> dict[str, Metric]:
+        with recording(batch, index) as record:
+            _called(getattr(module, name), batch, index)
+        return record.values
+
+    def run(state: Any, batch: Any) -> dict[str, Any]:
+        logged: dict[str, Any]
+        logged, _ = state.apply_fn.calling(evaluating)(state.params, state.buffers, batch, state.step)
+        return logged
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _training(module: Any, batch: Any, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
+    with recording(batch, index) as record:
+        out = _called(module.training_step, batch, index)
+    loss = out.get("loss") if isinstance(out, dict) else out
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"training_step returned {type(out).__name__} where a loss is needed: a tensor, or a dict with one under"
+            " 'loss'. To leave out a batch, return a loss of zero: 0 * loss."
+        )
+    return loss, record.values
+
+
+def _predicting(module: Any, batch: Any, index: Tensor) -> Any:
+    with recording(batch, index):
+        return _called(module.predict_step, batch, index)
+
+
+def _called(method: Callable[..., Any], batch: Any, index: Tensor) -> Any:
+    """The method on a batch, with its index where it takes one; a dataloader's index is its default, or zero."""
+    code: Any = method.__code__
+    names = code.co_varnames[1 : code.co_argcount]
+    if len(names) < 2 and not code.co_flags & 0x04:  # *args
+        return method(batch)
+    if "dataloader_idx" in names[2:] and not method.__defaults__:
+        return method(batch, index, 0)
+    return method(batch, index)
+
+
+def _private(module: Any) -> Any:
+    """A copy with the same tensors, and without a Trainer."""
+    memo: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    trainer = module.__dict__.get("_trainer")
+    if trainer is not None:
+        memo[id(trainer)] = None
+    return copy.deepcopy(module, memo)
+
+
+def _alone(kind: type[nn.Module], base: type, length: Length) -> type[nn.Module]:
+    """The module's class for life without a Trainer: what it would ask of one is answered here, or refused."""
+
+    def refused(name: str, instead: str) -> property:
+        def get(self: Any) -> Any:
+            raise PurityError(f"self.{name} belongs to a Trainer, which a pure step does not have. {instead}")
+
+        return property(get)
+
+    class Alone(kind):  # type: ignore[valid-type, misc]
+        def log(self, name: str, value: Any, *_args: Any, reduce_fx: Any = "mean", **options: Any) -> None:
+            current("self.log").log(name, value, reduce_fx, options.get("batch_size"))
+
+        def log_dict(self, dictionary: Any, *_args: Any, **options: Any) -> None:
+            for name, value in dictionary.items():
+                self.log(name, value, **options)
+
+        def print(self, *args: Any, **options: Any) -> None:
+            print(*args, **options)  # noqa: T201
+
+        @property
+        def device(self) -> torch.device:
+            first = next(self.parameters(), None)
+            return torch.device("cpu") if first is None else first.device
+
+        @property
+        def global_step(self) -> Tensor:
+            index: Tensor = current("self.global_step").index
+            return index
+
+        @property
+        def trainer(self) -> Any:
+            return _Trainer(length)
+
+        logger = refused("logger", "Return what is to be logged with self.log, or write an lm.Callback.")
+        loggers = logger
+        current_epoch = refused("current_epoch", "Compute from self.global_step, a tensor.")
+        optimizers = refused("optimizers()", "A step of its own does what manual optimization does.")
+        lr_schedulers = refused("lr_schedulers()", "Return the scheduler from configure_optimizers.")
+        manual_backward = refused("manual_backward()", "Return the loss.")
+        toggle_optimizer = refused("toggle_optimizer()", "Return the loss.")
+        all_gather = refused("all_gather()", "Log values: they are merged over processes.")
+
+    Alone.__name__, Alone.__qualname__, Alone.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Alone
+
+
+class _Trainer(SimpleNamespace):
+    """What a schedule may ask of a Trainer: how long the run is."""
+
+    def __init__(self, length: Length) -> None:
+        known: dict[str, Any] = {"max_epochs": length.epochs, "num_training_batches": length.batches}
+        known["accumulate_grad_batches"] = 1
+        if length.epochs is not None and length.batches is not None:
+            known["estimated_stepping_batches"] = known["max_steps"] = length.epochs * length.batches
+        super().__init__(**{name: value for name, value in known.items() if value is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        raise PurityError(
+            f"self.trainer.{name} is not known here. lm.bridges.lightning(module, epochs=10, batches=len(loader)) tells"
+            " max_epochs, num_training_batches, max_steps and estimated_stepping_batches; nothing else is there."
+        )

@@ -1,0 +1,1 @@
+"""`lumen doctor`: whether this machine has all that Lumen needs."""

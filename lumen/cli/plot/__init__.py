@@ -1,0 +1,1 @@
+"""`lumen plot`: the curves of runs, on the terminal or in a file."""

@@ -1,0 +1,149 @@
+"""Rows of a batch: counting them, splitting a batch along its first dim, and joining what its parts gave."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.buffers import STATISTICS, Origin, merge_microbatches
+from lumen.core.metrics import Mean, Metric, is_value
+from lumen.core.primitives import Aux, Gradient
+from lumen.errors import BatchError, LossError
+
+
+def count(batch: Any) -> int:
+    """The number of rows of `batch`: the size of the first dim that all its leaves share.
+
+    Raises `BatchError` where there is no such number.
+    """
+    kind = type(batch)
+    leaves = batch.values() if kind is dict else batch if kind is tuple or kind is list else ()
+    if {*map(type, leaves)} == {Tensor}:  # the usual ones, by a shorter way
+        firsts = {leaf.shape[:1] for leaf in leaves}
+        if len(firsts) == 1 and (first := firsts.pop()):
+            return int(first[0])
+    sizes = {_rows_of(leaf, batch) for leaf in tree.leaves(batch)} - {None}
+    if len(sizes) == 1:
+        return sizes.pop()  # type: ignore[return-value]
+    if not sizes:
+        raise BatchError("the batch has no tensor, so it has no rows to count or split.")
+    listed = ", ".join(f"{path or 'batch'}: {tuple(leaf.shape)}" for path, leaf in tree.named_tensors(batch))
+    raise BatchError(
+        f"the leaves of the batch have different leading sizes ({listed}), so its rows cannot be counted or split."
+        " What belongs to no row goes in as a further argument: lm.value_and_grad(loss_fn)(params, batch, extra)"
+    )
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """`batch` cut into `parts` along the first dim, as evenly as possible and in order (`torch.tensor_split`)."""
+    leaves, spec = tree.flatten(batch)
+    pieces = [
+        torch.tensor_split(leaf, parts)
+        if isinstance(leaf, Tensor)
+        else (np.array_split(leaf, parts) if isinstance(leaf, np.ndarray) else [leaf] * parts)
+        for leaf in leaves
+    ]
+    return [tree.unflatten(spec, piece) for piece in zip(*pieces, strict=True)]
+
+
+def add_gradients(parts: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
+    """The summed answer for a whole batch, from the summed answers for its parts; `origins` is as in `merge_aux`."""
+    losses = [part.loss for part in parts]
+    first = parts[0]
+    loss = losses[0]
+    assert isinstance(loss, Mean)
+    for other in losses[1:]:
+        loss = loss.merge(other)  # type: ignore[arg-type]
+    sizes = [part.rows or 0 for part in parts]
+    return first.replace(loss=loss, aux=merge_aux([part.aux for part in parts], sizes, origins), rows=sum(sizes))
+
+
+def merge_aux(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None = None) -> Any:
+    """What a loss function's aux would have been on the whole batch.
+
+    Typed values merge by their type; floating scalars are averaged by rows; tensors with one entry for each row are
+    joined in order. Buffers merge by what they are, which `origins` tell (see `lumen.core.buffers.Tracker`); without
+    them, the statistics of BatchNorm are known by their names, and other buffers must be equal in all parts.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Aux) for part in parts):
+        return parts[0].replace(
+            buffers=_merge_buffers([part.buffers for part in parts], sizes, origins),
+            metrics=_merge_tree([part.metrics for part in parts], sizes),
+        )
+    return _merge_tree(parts, sizes)
+
+
+def _merge_tree(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    names = iter(tree.paths(parts[0], is_leaf=is_value))
+    return tree.map(lambda *leaves: _merge_leaf(next(names), leaves, sizes), *parts, is_leaf=is_value)
+
+
+def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
+    first = leaves[0]
+    if isinstance(first, Metric):
+        merged = first
+        for other in leaves[1:]:
+            merged = merged.merge(other)
+        return merged
+    if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point():
+        return _weighted(leaves, sizes)
+    if isinstance(first, Tensor) and all(x.dim() and x.shape[0] == n for x, n in zip(leaves, sizes, strict=True)):
+        return torch.cat(list(leaves))
+    if isinstance(first, int | float | str | bool) and all(leaf == first for leaf in leaves):
+        return first
+    shape = f"tensor of shape {tuple(first.shape)} and {first.dtype}" if isinstance(first, Tensor) else repr(first)
+    raise LossError(
+        f"aux[{path!r}] is a {shape}, and it is not clear how its microbatches' parts make the whole batch's."
+        " Say what it is: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or lm.Last(x)."
+    )
+
+
+def _merge_buffers(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None) -> Any:
+    columns = list(zip(*(tree.leaves(part) for part in parts), strict=True))
+    if origins is None:
+        origins = [_named(path, column) for path, column in zip(tree.paths(parts[0]), columns, strict=True)]
+    merged = [
+        merge_microbatches(origin, column, functools.partial(_weighted, column, sizes))
+        for origin, column in zip(origins, columns, strict=True)
+    ]
+    return tree.unflatten(tree.structure(parts[0]), merged)
+
+
+def _named(path: str, leaves: Sequence[Any]) -> Origin:
+    """What a buffer is by its name alone."""
+    merge = next((merge for name, merge in STATISTICS.items() if path.endswith(name)), None)
+    same = all(torch.equal(leaf, leaves[0]) for leaf in leaves[1:]) if merge is None else None
+    return Origin(path, leaves[0], merge, changed=None if same is None else not same, foreign=merge is None)
+
+
+def _weighted(leaves: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The mean by rows, written as steps from the first part, so that equal parts give that part bit for bit."""
+    total = sum(sizes)
+    mean = leaves[0]
+    for leaf, size in zip(leaves[1:], sizes[1:], strict=True):
+        mean = mean + (leaf - leaves[0]) * (size / total)
+    return mean
+
+
+def _rows_of(leaf: Any, batch: Any) -> int | None:
+    if isinstance(leaf, Tensor | np.ndarray):
+        if leaf.ndim == 0:
+            raise BatchError(
+                "the batch has a leaf without dims (a scalar tensor), which has no rows. Pass it as a further argument:"
+                " lm.value_and_grad(loss_fn)(params, batch, scalar)"
+            )
+        return int(leaf.shape[0])
+    if isinstance(leaf, bool | int | float):
+        return None
+    raise BatchError(
+        f"the batch has a leaf of type {type(leaf).__name__} ({leaf!r:.40}), which has no rows to count or split."
+        " Make it a tensor, or pass it as a further argument: lm.value_and_grad(loss_fn)(params, batch, extra)"
+    )

@@ -1,0 +1,95 @@
+"""Which of how many processes this is: the one place that asks `torch.distributed`.
+
+Processes that work on one model together (along a mesh's `tensor` axis) are handed the same rows. They are next to each
+other by rank, and count once wherever rows are cut or what was found in them is added up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group of several, or of one that was set up as a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number; 0 alone, and before `lm.mesh` or a parallel transform has joined the processes.
+
+    >>> import lumen as lm
+    >>> if lm.rank() == 0:
+    ...     print("once, however many processes there are")
+    once, however many processes there are
+    """
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes there are; 1 alone, and before they are joined.
+
+    >>> import lumen as lm
+    >>> lm.world_size()
+    1
+    """
+    return dist.get_world_size() if is_distributed() else 1
+
+
+_tp_degree = 1
+_planned: tuple[Callable[[], Any], bool] = (lambda: None, False)  # the world that was asked about, and the answer
+
+
+def tp_degree() -> int:
+    """How many processes are handed the same rows; 1 where each has rows of its own."""
+    return _tp_degree if is_distributed() else 1
+
+
+def set_tp_degree(processes: int) -> None:
+    """From now on, each `processes` that follow each other by rank are handed the same rows: what a mesh says."""
+    global _tp_degree
+    _tp_degree = processes
+
+
+def rows() -> tuple[int, int]:
+    """Which part of the rows is this process's, and how many parts there are.
+
+    >>> rows()
+    (0, 1)
+    """
+    return rank() // tp_degree(), world_size() // tp_degree()
+
+
+def store(prefix: str) -> Store:
+    """The keys below `prefix` that all processes share, over a connection of its own: its waits hold up no one else."""
+    shared = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+    own: Store = shared.clone()  # type: ignore[attr-defined]
+    return own
+
+
+def is_dry_run() -> bool:
+    """Whether the other processes are only thought of, as in `lm.plan`: nothing is sent, and tensors have no values.
+
+    So what compares processes, or reads a number from a tensor to go by it, must do without.
+    """
+    global _planned
+    world = dist.group.WORLD if dist.is_available() else None
+    if world is None:
+        return False
+    if _planned[0]() is not world:  # asked several times a step: torch takes a while to name its backend
+        _planned = weakref.ref(world), dist.get_backend() == dist.Backend.FAKE
+    return _planned[1]
+
+
+def real_tensors() -> AbstractContextManager[object]:
+    """While it is entered, new tensors have values, also where a run is only planned."""
+    if not is_dry_run():
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

@@ -1,0 +1,145 @@
+"""`lm.dataclass`: frozen dataclasses that are pytrees, for optree and torch alike.
+
+Both registrations are generated from the dataclass fields, so that a field cannot be forgotten in one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, TypeVar, dataclass_transform
+
+import optree
+from torch.utils import _pytree as torch_pytree
+
+from lumen import tree
+from lumen.errors import StateError
+
+C = TypeVar("C", bound=type)
+_STATIC = "lumen_static"
+SIGNATURE = "_signature"  # what `lm.compile` notes on a state that it made; it does not outlive a change
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of an `lm.dataclass` class that stays out of the tree: configuration, functions, names.
+
+    Takes the arguments of `dataclasses.field`. Two states whose static fields differ have different
+    structures, so a static value must be hashable and comparable.
+
+    >>> import lumen as lm
+    >>> @lm.dataclass
+    ... class Scaled:
+    ...     value: float
+    ...     unit: str = lm.static(default="m")
+    >>> lm.tree.leaves(Scaled(1.0, "km"))
+    [1.0]
+    """
+    metadata = {**kwargs.pop("metadata", {}), _STATIC: True}
+    return dataclasses.field(metadata=metadata, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+def dataclass(cls: C) -> C:
+    """Make `cls` a frozen dataclass whose fields are the children of a pytree node.
+
+    The class gains `replace(**changes)`, and works in `torch.func` transforms and `lumen.tree`. Fields marked
+    `lm.static()` stay out of the tree. A subclass must be decorated too: an undecorated one would silently be
+    one opaque leaf, so making an instance of it raises `StateError`.
+
+    >>> import lumen as lm
+    >>> @lm.dataclass
+    ... class Pair:
+    ...     left: int
+    ...     right: int
+    >>> lm.tree.map(lambda x: x + 1, Pair(1, 2)).replace(left=0)
+    Pair(left=0, right=3)
+    """
+    made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(made)
+    dynamic = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
+    fixed = tuple(f.name for f in fields if f.metadata.get(_STATIC))
+    made._fields_ = frozenset(f.name for f in fields)
+    made.replace = _replace
+    made.__setattr__ = _refuse_assignment
+    made.__new__ = _new
+    _register(made, dynamic, fixed)
+    return made  # type: ignore[no-any-return]
+
+
+def _new(cls: type, *_args: Any, **_kwargs: Any) -> Any:
+    if "_fields_" not in cls.__dict__:
+        base = next(base for base in cls.__mro__ if "_fields_" in base.__dict__)
+        raise StateError(
+            f"{cls.__name__} subclasses {base.__name__} without the decorator, so its fields would not be part of"
+            f" the tree. Write:\n\n    @lm.dataclass\n    class {cls.__name__}({base.__name__}): ..."
+        )
+    return object.__new__(cls)
+
+
+def _replace(self: Any, **changes: Any) -> Any:
+    if not changes.keys() <= self._fields_:
+        unknown = sorted(changes.keys() - self._fields_)
+        raise StateError(
+            f"{type(self).__name__} has no field {', '.join(map(repr, unknown))};"
+            f" its fields are {', '.join(sorted(self._fields_))}."
+        )
+    new = copy_of(self)
+    new.__dict__.update(changes)
+    new.__dict__.pop(SIGNATURE, None)
+    return new
+
+
+def copy_of(node: Any) -> Any:
+    """Another object with the same fields."""
+    new: Any = object.__new__(type(node))
+    new.__dict__.update(node.__dict__)
+    return new
+
+
+def _refuse_assignment(self: Any, name: str, _value: Any) -> None:
+    raise StateError(
+        f"{type(self).__name__}.{name} cannot be assigned: states are immutable."
+        f" Make a changed copy: state = state.replace({name}=...)"
+    )
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """All named attributes of an object as a tuple, by one call into C: this is most of what a flatten costs."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    if names:
+        only = attrgetter(names[0])
+        return lambda node: (only(node),)
+    return lambda _node: ()
+
+
+def _register(cls: type, dynamic: tuple[str, ...], fixed: tuple[str, ...]) -> None:
+    children, context = _getter(dynamic), _getter(fixed)
+
+    def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return list(children(node)), context(node)
+
+    def unflatten(context: tuple[Any, ...], children: Any) -> Any:
+        new: Any = object.__new__(cls)
+        new.__dict__.update(zip(dynamic, children, strict=True))
+        new.__dict__.update(zip(fixed, context, strict=True))
+        return new
+
+    tree.CHILDREN[cls] = children
+    optree.register_pytree_node(
+        cls,
+        lambda node: (children(node), context(node), dynamic),
+        unflatten,  # type: ignore[arg-type]
+        path_entry_type=optree.GetAttrEntry,
+        namespace=tree.NAMESPACE,
+    )
+    torch_pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda children, context: unflatten(context, children),
+        flatten_with_keys_fn=lambda node: (
+            [(torch_pytree.GetAttrKey(name), getattr(node, name)) for name in dynamic],
+            flatten(node)[1],
+        ),
+    )

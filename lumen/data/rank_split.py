@@ -1,0 +1,129 @@
+"""Whose rows data has: those of all ranks, which are cut or split here, those of this one, or nobody knows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from lumen.core import distributed
+from lumen.data._per_rank import PerRank
+from lumen.data.hf_streams import is_stream, order_of, split, split_of
+from lumen.data.loader import Loader
+from lumen.data.nested import name_of, nested, shares
+from lumen.data.resume import SETTINGS
+from lumen.errors import BatchError, InexactWarning
+
+_STATEFUL_LOADER = "torchdata.stateful_dataloader.stateful_dataloader"
+
+
+def refusal(data: Any) -> str:
+    """Why `data` cannot be what this process trains on: it is no iterable of batches, or not this rank's rows alone."""
+    source = data.data if isinstance(data, PerRank) else data
+    if isinstance(source, str | bytes | Mapping) or not hasattr(source, "__iter__"):
+        return (
+            f"the data must be an lm.Loader or an iterable of batches, not {type(source).__name__}."
+            " For tensors in memory write lm.Loader(data, batch_size=64)."
+        )
+    rank, size = distributed.rows()
+    if size == 1 or isinstance(data, PerRank):
+        return ""
+    declared = _declared(source)
+    if declared:
+        return _wrong_share(declared, rank, size)
+    if isinstance(source, Loader) or is_table_loader(source) or _stream_of(source) is not None:
+        return ""
+    return (
+        f"this process is rank {rank} of {size}, and whose rows this {name_of(source)} has is not known: if it gives"
+        " each rank the same, each row would be trained on, or counted, several times. Write lm.Loader(rows,"
+        " batch_size=…), which cuts each batch by rank, or, for rows that are this rank's own, lm.data.per_rank(data)."
+    )
+
+
+def _declared(source: Any) -> list[tuple[str, int, int, int]]:
+    """What says which rows it has: its name, the rank, the number of parts, and how many rows it repeats."""
+    if isinstance(source, Loader):
+        return [] if source.share in (None, (0, 1)) else [("lm.Loader", *source.share, 0)]
+    streams = [each for each in nested(source) if is_stream(each)]
+    splits = [("IterableDataset", *found, 0) for each in streams if (found := split_of(each)) is not None]
+    return [*shares(source), *splits]
+
+
+def _wrong_share(declared: Sequence[tuple[str, int, int, int]], rank: int, size: int) -> str:
+    for name, its_rank, its_size, _ in declared:
+        if (its_rank, its_size) != (rank, size):
+            return (
+                f"this process is rank {rank} of {size}, and its {name} gives the rows of rank {its_rank} of"
+                f" {its_size}. Give it rank={rank} and {size} parts, which are lm.rank() and lm.world_size() after"
+                " lm.mesh(), or leave the cutting to Lumen."
+            )
+    return ""
+
+
+def assert_same_on_all_ranks(source: Any) -> None:
+    """Raise `BatchError` where the ranks shuffle a stream in different orders; say where rows come twice."""
+    _check_same_order(source)
+    _check_repeats(source)
+
+
+def _check_repeats(source: Any) -> None:
+    repeated = max((share.repeats for share in shares(source)), default=0)
+    if repeated:
+        warnings.warn(
+            f"this DistributedSampler repeats {repeated} rows, so that all ranks have equally many: they count twice."
+            " Leave the sampler out, and each batch is cut by rank, each row once; or write drop_last=True.",
+            InexactWarning,
+            stacklevel=4,
+        )
+
+
+def _check_same_order(source: Any) -> None:
+    stream = _stream_of(source)
+    if stream is None or distributed.is_dry_run():
+        return
+    orders: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(orders, order_of(stream))
+    if len(set(orders)) > 1:
+        raise BatchError(
+            "the ranks shuffle this stream in different orders, so that their parts would overlap. Give the shuffle a"
+            " seed, the same on each: stream.shuffle(seed=0, buffer_size=…)."
+        )
+
+
+def is_table_loader(source: Any) -> bool:
+    """Whether it is a DataLoader over a map-style set whose batches are those of its sampler."""
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return False
+    if is_stateful_loader(source):
+        return not hasattr(source.dataset, "state_dict")  # a state of its own, which torchdata keeps
+    return type(source).__iter__ is DataLoader.__iter__
+
+
+def is_stateful_loader(source: Any) -> bool:
+    """Whether it is torchdata's loader."""
+    return type(source).__name__ == "StatefulDataLoader" and type(source).__module__ == _STATEFUL_LOADER
+
+
+def _stream_of(source: Any) -> Any:
+    """The Hugging Face stream that `source` is, or that it has batches of, where it can be split by rank; or None."""
+    if is_stream(source):
+        return source
+    plain_loader = type(source) is DataLoader or is_stateful_loader(source)
+    return source.dataset if plain_loader and is_stream(source.dataset) else None
+
+
+def split_by_rank(source: Any) -> Any:
+    """The rows of this rank of what holds a Hugging Face stream that was not split yet; anything else as it is."""
+    rank, size = distributed.rows()
+    stream = _stream_of(source)
+    if size == 1 or stream is None or split_of(stream) is not None:
+        return source
+    mine = split(stream, rank, size)
+    if stream is source:
+        return mine
+    names = [*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order"]
+    names += ["snapshot_every_n_steps"] if is_stateful_loader(source) else []
+    return type(source)(mine, **{name: getattr(source, name) for name in names})

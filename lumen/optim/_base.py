@@ -1,0 +1,194 @@
+"""Optimizers as pairs of pure functions, in optax's algebra, with a second lowering in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rules
+from lumen.core._torch_compat import clone_all
+from lumen.errors import ParamsError, UpdateInterceptedError
+from lumen.optim import _vmap_fused
+from lumen.optim._fused_kernels import alike, allowed, columns, eager
+from lumen.optim._hyperparams import check_scalar as check_scalar
+from lumen.optim._numerics import NARROW, is_narrow, wide_dtype
+
+Params = Any
+State = Any
+Update = Callable[[Any, State, Params], tuple[Any, State]]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientTransformation:
+    """A gradient transformation: `init(params) -> state`, `update(grads, state, params) -> (updates, state)`.
+
+    `update_fn` is plain tree mathematics: it works under `vmap`, `torch.compile` and differentiation.
+
+    `fused_fn(grads, state, params, skip) -> state`, where given, is the same rule by torch's fused or foreach
+    kernels: it changes `params` and the state's tensors in place. `skip` is None or a boolean scalar tensor;
+    where true, nothing may change. Both lowerings give the same numbers up to rounding.
+
+    `scale_fn(state) -> scalar` marks a transform that multiplies updates by that scalar and leaves its state
+    alone.
+
+    `whole` says in words what the rule takes from whole tensors ("muon takes the singular vectors of whole
+    matrices"); it is empty for rules that look at single entries, which run on parts of tensors as they are. A rule
+    that `gathers` makes parts whole by itself, with `lumen.optim._full_tensors`; others are refused by `lm.fsdp`.
+
+    `unused_fn(params) -> [bool, ...]`, where given, says of each leaf whether its gradient has no effect: `lm.clip`
+    leaves those out of the norm.
+
+    >>> import torch, lumen as lm
+    >>> def update(grads, count, params):
+    ...     return lm.tree.map(lambda g: -g / count, grads), count + 1
+    >>> tx = lm.optim.GradientTransformation(lambda params: torch.tensor(1), update)
+    >>> params = {"w": torch.ones(1)}
+    >>> params, count = tx.apply({"w": torch.ones(1)}, tx.init(params), params)
+    >>> params["w"], count
+    (tensor([0.]), tensor(2))
+    """
+
+    init_fn: Callable[[Params], State]
+    update_fn: Update
+    fused_fn: Callable[[Any, State, Params, Tensor | None], State] | None = None
+    scale_fn: Callable[[State], Tensor] | None = None
+    whole: str = ""
+    gathers: bool = False
+    unused_fn: Callable[[Params], Sequence[bool]] | None = None
+
+    def init(self, params: Params) -> State:
+        """The optimizer's state for `params` (a pytree of floating tensors)."""
+        for path, leaf in tree.named_tensors(params):
+            if not leaf.is_floating_point():
+                raise ParamsError(
+                    f"params[{path!r}] is {leaf.dtype}; only floating tensors can be trained."
+                    " Keep integer tensors among the buffers."
+                )
+        return self.init_fn(params)
+
+    def update(self, grads: Any, state: State, params: Params) -> tuple[Any, State]:
+        """The updates to add to `params`, and the next state.
+
+        Raises `UpdateInterceptedError` where a transform (clip, guard, donate …) must see the whole update.
+        """
+        if rules.intercepts_updates():
+            raise UpdateInterceptedError(
+                "tx.update was called by hand inside a step whose transforms intercept updates, so they would"
+                " not see this one. Write: params, opt_state = lm.apply_gradients(tx, grads, opt_state, params)"
+            )
+        return self.update_fn(grads, state, params)
+
+    def apply(
+        self, grads: Any, state: State, params: Params, *, skip: Tensor | None = None, donate: bool = False
+    ) -> tuple[Params, State]:
+        """The next params and state; with `donate`, in the memory of the given ones.
+
+        Takes the fused lowering where it is allowed: in eager mode, outside differentiation and outside
+        `torch.func` transforms, of large lanes also under `vmap`. Without `donate` it runs on copies.
+        """
+        with rules.inside_update:
+            may_fuse = can_fuse(params, grads)
+            if may_fuse and self.fused_fn is not None and not rules.is_tracing():
+                if not donate:
+                    params, state = clone((params, state))
+                return params, self.fused_fn(grads, state, params, skip)
+            if self.fused_fn is not None and _vmap_fused.should_fuse_under_vmap(params, grads, state, skip):
+                return _vmap_fused.update(self.in_place, grads, state, params, skip, donate)  # type: ignore[no-any-return]
+            if donate and not rules.is_tracing():
+                return params, plain_in_place(self.update_fn, grads, state, params, skip)
+            updates, new_state = self.update_fn(grads, state, params)
+            new_params = apply_updates(params, updates)
+            if skip is None:
+                return new_params, new_state
+            return tree.select(skip, params, new_params), tree.select(skip, state, new_state)
+
+    def in_place(self, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
+        """Change `params` in place, by the fused lowering if possible: for transforms made of others."""
+        if can_fuse(params, grads) and self.fused_fn is not None:
+            return self.fused_fn(grads, state, params, skip)
+        return plain_in_place(self.update_fn, grads, state, params, skip)
+
+
+def needs(*transforms: GradientTransformation) -> dict[str, Any]:
+    """Fields of a transform that runs these one after another: `whole`, `gathers` and `unused_fn`."""
+    found = sorted((t for t in transforms if t.whole), key=lambda t: t.gathers)
+    fields: dict[str, Any] = {"whole": found[0].whole, "gathers": found[0].gathers} if found else {}
+    each = [t.unused_fn for t in transforms if t.unused_fn is not None]
+    if each:
+        fields["unused_fn"] = lambda params: [any(flags) for flags in zip(*(fn(params) for fn in each), strict=True)]
+    return fields
+
+
+def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
+    """Change `params` in place by the plain lowering; the next state."""
+    # Where a learning rate is differentiated, the backward pass still needs the params as they were.
+    differentiated = any(leaf.requires_grad for leaf in tree.tensors(state))
+    updates, new_state = update_fn(grads, state, clone(params) if differentiated else params)
+    if skip is None:
+        tree.map(lambda p, u: p.add_(u), params, updates)
+        return new_state
+    tree.map(lambda p, new: p.copy_(torch.where(skip, p, new)), params, apply_updates(params, updates))
+    return tree.select(skip, state, new_state)
+
+
+def apply_updates(params: Params, updates: Any) -> Params:
+    """`params + updates`, leaf by leaf, in the params' dtypes.
+
+    >>> import torch, lumen as lm
+    >>> lm.optim.apply_updates({"w": torch.tensor(1.0)}, {"w": torch.tensor(-0.5)})
+    {'w': tensor(0.5000)}
+    """
+    return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
+
+
+def clone(values: Any) -> Any:
+    """A copy of every tensor in `values`; in eager mode by one foreach call for each dtype and device."""
+    leaves, spec = tree.flatten(values)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    by_list = allowed([leaves[i] for i in places])
+    groups: dict[Any, list[int]] = {}
+    for i in places:
+        groups.setdefault((leaves[i].dtype, leaves[i].device) if by_list else i, []).append(i)
+    for group in groups.values():
+        held = [leaves[i] for i in group]
+        copies = clone_all(held) if by_list else [held[0].clone()]
+        for i, copy in zip(group, copies, strict=True):
+            leaves[i] = copy
+    return tree.unflatten(spec, leaves)
+
+
+def wide_clone(params: Params) -> Params:
+    """A copy of `params`, of 16-bit ones in float32: what an average over steps begins with."""
+    if not is_narrow(params):
+        return clone(params)
+    return tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params)
+
+
+def matched(params: Params, grads: Any) -> list[list[Tensor]]:
+    """The leaves of both in the same order; ParamsError where structures or shapes differ.
+
+    A fused kernel would not notice another shape, and read beyond the end of the smaller one.
+    """
+    ps, gs = columns(params, grads)
+    if [p.shape for p in ps] != [g.shape for g in gs]:
+        names = [name for name, p, g in zip(tree.paths(params), ps, gs, strict=True) if p.shape != g.shape]
+        p, g = next((p, g) for p, g in zip(ps, gs, strict=True) if p.shape != g.shape)
+        raise ParamsError(
+            f"the gradient of {names[0]!r} has shape {tuple(g.shape)} where the parameter has {tuple(p.shape)}."
+        )
+    return [ps, gs]
+
+
+def can_fuse(params: Params, grads: Any) -> bool:
+    """Whether fused in-place kernels may be used on these trees here and now; ParamsError where they do not match."""
+    if alike(params, grads):
+        return eager()
+    ps, gs = matched(params, grads)
+    return allowed(ps + gs) and all(
+        p.dtype == g.dtype or (p.dtype in NARROW and g.dtype == torch.float32) for p, g in zip(ps, gs, strict=True)
+    )

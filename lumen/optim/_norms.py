@@ -1,0 +1,47 @@
+"""The L2 norm of each leaf: what says of gradients, in one pass, how large they are and whether they are finite."""
+
+from __future__ import annotations
+
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from lumen.optim import _fused_kernels
+
+
+def leaf_norms(leaves: list[Tensor]) -> Tensor:
+    """The L2 norm of each tensor, in float32 (float64 when one is), as a vector on the device of the first.
+
+    A norm is finite where every entry is, and their squares can be summed: not for entries of 1e19 and more, which no
+    bound and no optimizer that squares them could use either.
+    """
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    if _fused_kernels.allowed(leaves) and len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1:
+        return torch.stack(torch._foreach_norm(leaves, 2, dtype))
+    return torch.stack([torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves])
+
+
+class Norms:
+    """The norms that somebody took of `leaves`, for others who want them of the same."""
+
+    __slots__ = ("_leaves", "_versions", "values")
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.values = leaf_norms(leaves)
+        self._leaves = leaves
+        self._versions = _versions(leaves)
+
+    def of(self, leaves: list[Tensor]) -> Tensor | None:
+        """The norms, if `leaves` are those of which they were taken, and nobody has written to one since."""
+        same = len(leaves) == len(self._leaves) and all(map(is_, leaves, self._leaves))
+        return self.values if same and self._versions is not None and _versions(leaves) == self._versions else None
+
+
+def _versions(leaves: list[Tensor]) -> list[int] | None:
+    """How often each was written to; None where that is not counted, or does not show, as while a step is traced."""
+    if not _fused_kernels.eager() or any(leaf.is_inference() for leaf in leaves):
+        return None
+    return [leaf._version for leaf in leaves]

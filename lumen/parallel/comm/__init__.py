@@ -1,0 +1,1 @@
+"""Communication between processes: meshes and process groups, collectives, buckets, consistency checks."""

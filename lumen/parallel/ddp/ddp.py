@@ -1,0 +1,163 @@
+"""`lm.ddp`: the same params on every process, each with its own rows of the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lumen.core import rules
+from lumen.core.rules import Primitive, Rule
+from lumen.core.step import StepFn, Transform, as_step, device_of
+from lumen.errors import HyperparameterError, OrderError
+from lumen.parallel.comm import consistency
+from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
+from lumen.parallel.comm.mesh import Mesh
+from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.ddp.aux_reduction import BufferChecks
+from lumen.parallel.ddp.grad_reduction import Buffers, DataParallelRule
+from lumen.transforms._support.unapplied import Unapplied
+
+
+class ddp(Transform):
+    """Spread the rows of each batch over processes; gradients are summed over them while they are computed.
+
+    The batch that each process hands to the step is its part of the global batch; parts may be of different sizes,
+    or empty. Params are the same everywhere: `init` checks that all processes hold the same tree and takes the values
+    of the first.
+
+    Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating sums,
+    since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some processes
+    only. The loss must be a mean over rows, or over what an `lm.Mean` counts: one that needs all rows at once
+    (negatives from the batch) gathers them by `lm.all_gather`; `lm.check_purity(..., rows=True)` tells. The loss that
+    `lm.value_and_grad` returns is that of the global batch, as are plain scalars in `lm.Aux`; typed values stay this
+    process's own, and merge when they are logged. An inner loop inside the loss (MAML) sees this process's rows alone.
+
+    `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" each follows its rule: that
+    of `lm.pure(net, merge=...)`, or of the module of torch that it belongs to (BatchNorm's running statistics are
+    averaged by rows, its counter takes the largest). One without a rule may not change: the first step that changes it
+    raises `MergeError`, which says what to write. With "local" each process keeps its own.
+    BatchNorm in training mode then normalizes by the statistics of each process's own rows; with "sync" by those of
+    all rows, as one process does, at the cost of two more sums for each layer and of the overlap below.
+
+    `reduce_dtype="bf16"` sends float32 gradients in half the bytes. Declared change: each process's part and the sum
+    are rounded to bfloat16 (the sum is taken in float32). `check_every=n` compares the params of all processes every n
+    steps, see `lm.parallel.check_equal`. Buckets of `bucket_mb` MiB are launched while the backward pass goes on.
+
+    A process without rows runs the loss on two rows of zeros that weigh nothing, so that it takes part in every
+    collective. Processes must call `lm.value_and_grad` equally often and on the same params: the first call of each
+    kind is compared, later ones that are missing run into the mesh's timeout, and `TORCH_DISTRIBUTED_DEBUG=DETAIL`
+    finds them at once.
+
+    Raises `WorldError` on every process where their states, versions or steps differ, and `OrderError` for what cannot
+    stand inside it.
+
+    >>> import lumen as lm
+    >>> lm.ddp(reduce_dtype="bf16")
+    lm.ddp(reduce_dtype='bf16')
+    """
+
+    name = "ddp"
+    level = "parallel"
+    reason = "processes are joined once for an update, after everything that computes the gradient of their own rows"
+
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        buffers: Buffers = "merge",
+        reduce_dtype: Literal["bf16"] | None = None,
+        bucket_mb: float = 25.0,
+        check_every: int | None = None,
+    ) -> None:
+        if buffers not in ("merge", "local", "sync"):
+            raise HyperparameterError(f"ddp(buffers={buffers!r}) is unknown; give 'merge', 'local' or 'sync'.")
+        if reduce_dtype not in (None, "bf16"):
+            raise HyperparameterError(f"ddp(reduce_dtype={reduce_dtype!r}) is unknown; give 'bf16' or None.")
+        if not bucket_mb > 0:
+            raise HyperparameterError(f"ddp takes buckets of a positive size, got bucket_mb={bucket_mb!r}.")
+        if check_every is not None and (type(check_every) is not int or check_every < 1):
+            raise HyperparameterError(f"ddp(check_every={check_every!r}) must be a positive number of steps, or None.")
+        self.buffers = buffers
+        self.reduce_dtype = reduce_dtype
+        self.bucket_mb = bucket_mb
+        self.check_every = check_every
+        self._given = mesh
+
+    def __repr__(self) -> str:
+        said = [repr(self._given)] if self._given is not None else []
+        defaults = {"buffers": "merge", "reduce_dtype": None, "bucket_mb": 25.0, "check_every": None}
+        said += [f"{name}={getattr(self, name)!r}" for name, usual in defaults.items() if getattr(self, name) != usual]
+        return f"lm.ddp({', '.join(said)})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `data`."""
+        return self._given if self._given is not None else make_mesh()
+
+    @functools.cached_property
+    def wire(self) -> GradComm | None:
+        """The way to the processes that hold other rows; None where there are none."""
+        group = self.mesh.group("data", "shard")
+        return None if group is None else GradComm(group, self.reduce_dtype)
+
+    def init(self, state: Any) -> Any:
+        """The first process's state, after checking that all have the same."""
+        if self.wire is None:
+            return state
+        lines = consistency.fingerprint_lines(state, self.within)
+        consistency.assert_same_on_all_ranks(lines, self.wire.group, device_of(state), "the processes of lm.ddp")
+        return consistency.broadcast(state, self.wire.group)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with gradients summed over processes."""
+        self._check_inside(as_step(step).transforms)
+        layouts: BucketPlanCache | None = None
+        checks = BufferChecks("lm.ddp")
+        unapplied = Unapplied(self, step, "synchronized no BatchNorm")
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal layouts
+            if self.wire is None:
+                with self.mesh.bound():
+                    return step(state, batch)
+            layouts = layouts or BucketPlanCache(self.wire, self.bucket_mb * 2**20)
+            rule = DataParallelRule(self.wire, layouts, self.buffers, state, checks)
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
+            with self.mesh.bound(), rules.rule_context(handlers):
+                out = step(state, batch)
+            if self.buffers == "sync" and not rule.applied:
+                unapplied.warn()
+            return out
+
+        return run
+
+    def wrap_host(self, step: StepFn) -> StepFn:
+        """Compare the params of all processes, where that is asked for."""
+        every = self.check_every
+        if every is None:
+            return step
+        done = 0
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal done
+            new, metrics = step(state, batch)
+            done += 1
+            if done % every == 0:
+                consistency.check_equal(new, self.mesh)
+            return new, metrics
+
+        return run
+
+    def _check_inside(self, transforms: Sequence[Transform]) -> None:
+        for inner in transforms:
+            if inner.level == "dp_sgd":
+                raise OrderError(
+                    f"{inner!r} under lm.ddp would add its noise for the rows of one process, and account for them"
+                    " alone. Train it in one process, with lm.accumulate for large batches."
+                )
+            if inner.level == "accumulate" and self.buffers == "sync":
+                raise OrderError(
+                    f"{inner!r} shows BatchNorm a microbatch at a time, of which processes with fewer rows have fewer,"
+                    f' so {self!r} cannot join their statistics. Write lm.ddp(buffers="merge"), or leave one out.'
+                )

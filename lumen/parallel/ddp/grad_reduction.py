@@ -1,0 +1,225 @@
+"""What `ddp` and `fsdp` share: a batch whose rows lie on several processes, and one gradient, loss and aux of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import batching, distributed, gradient, rules
+from lumen.core.buffers import Origin, Tracker
+from lumen.core.metrics import GlobalMean, Max, Mean, Metric, Min, Sum, extremes, is_value
+from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
+from lumen.core.rules import Next
+from lumen.core.step import device_of
+from lumen.errors import AxisError, LossError, OrderError
+from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
+from lumen.parallel.ddp.aux_reduction import AuxReduction, BufferChecks
+from lumen.parallel.ddp.sync_batchnorm import synchronized
+
+Buffers = Literal["merge", "local", "sync"]
+
+_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what travels with each gradient, and how much: `Exchange._tail`
+STAND_IN = 2  # rows that an empty process computes in vain: BatchNorm takes no fewer
+
+
+class DataParallelRule:
+    """What ddp makes of each P1 call of one step."""
+
+    def __init__(
+        self, wire: GradComm, layouts: BucketPlanCache, buffers: Buffers, state: Any, checks: BufferChecks
+    ) -> None:
+        self._wire = wire
+        self._layouts = layouts
+        self._buffers = buffers
+        self.checks = checks
+        self.applied = False  # whether the model was
+        self._counts = True  # whether the rows in work are the batch's own
+        self._old = getattr(state, "buffers", None)
+        held = state if self._old is None else self._old
+        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(held)}, marks=True)
+        self._device = device_of(state)
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of the global batch."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise AxisError(
+                "lm.ddp sums gradients over processes, which torch cannot do inside vmap or torch.func.grad. Train one"
+                " model under lm.ddp, or an lm.ensemble in each process by itself."
+            )
+        size = batching.count(call.batch)
+        # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
+        overlap = size > 0 and self._buffers != "sync"
+        exchange = GradReducer(self._wire, Buckets(self._wire, self._layouts, overlap), size, self, self._device)
+        self._counts = size > 0
+        call = self._begun(call, size)
+        answer: Gradient = next(call.replace(summed=True, reduction=exchange))
+        if not size:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        return answer if call.summed else exchange.normalized(answer)
+
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        """P0: where buffers come from; with "sync", BatchNorm over all processes."""
+        self.applied = True
+        if self._buffers != "sync":
+            return self._tracker.apply(next, call)
+        return self._tracker.apply(lambda inner: synchronized(next, inner, self._wire, self._counts), call)
+
+    @property
+    def origins(self) -> Sequence[Origin] | None:
+        """What the buffers in the aux are; None where each process keeps its own."""
+        return None if self._buffers == "local" else self._tracker.origins
+
+    def _begun(self, call: GradientCall, size: int) -> GradientCall:
+        """The call watched, with rows that stand in where this process has none."""
+        self._tracker.begin()
+        call = call.replace(loss_fn=self._tracker.watching(call.loss_fn, call.has_aux))
+        if size:
+            return call
+        return call.replace(batch=dummy_batch(call.batch), loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
+
+    def _neutral(self, aux: Any) -> Any:
+        """What a loss returned for rows that do not exist."""
+        if not isinstance(aux, Aux):
+            return tree.map(_without_rows, aux, is_leaf=is_value)
+        changed: Any = aux
+        buffers = aux.buffers
+        if self._buffers == "local" and self._old is not None and buffers.keys() == self._old.keys():
+            buffers = self._old
+        return changed.replace(buffers=buffers, metrics=tree.map(_without_rows, aux.metrics, is_leaf=is_value))
+
+
+def dummy_batch(batch: Any) -> Any:
+    """Rows of zeros, for a process that has none."""
+    return tree.map(lambda x: x.new_zeros((STAND_IN, *x.shape[1:])) if isinstance(x, Tensor) else x, batch)
+
+
+def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The same loss, which weighs nothing."""
+
+    def run(*args: Any) -> Any:
+        out = loss_fn(*args)
+        loss, aux = out if has_aux else (out, None)
+        loss = Mean(loss.total * 0, loss.weight * 0) if isinstance(loss, Mean) else loss * 0
+        return (loss, aux) if has_aux else loss
+
+    run.__wrapped__ = loss_fn  # type: ignore[attr-defined]
+    run.__qualname__ = getattr(loss_fn, "__qualname__", "loss")
+    return run
+
+
+def _without_rows(leaf: Any) -> Any:
+    """A metric of rows that do not exist: the value that merges as if it were not there."""
+    if isinstance(leaf, Mean | Sum):
+        return tree.map(torch.zeros_like, leaf)
+    if isinstance(leaf, Max | Min):
+        low, high = extremes(leaf.value.dtype)
+        return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
+    if isinstance(leaf, Metric):
+        empty = getattr(getattr(leaf, "metric", None), "init", None)  # torchmetrics' own
+        return leaf if empty is None else empty()
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == STAND_IN:
+        return leaf[:0]
+    return leaf
+
+
+class GradReducer:
+    """The reduction of one gradient: `lumen.core.primitives.Reduction`."""
+
+    within = False
+
+    def __init__(
+        self, wire: GradComm, buckets: Buckets, size: int, rule: DataParallelRule, device: torch.device
+    ) -> None:
+        self._wire = wire
+        self._buckets = buckets
+        self.rows = size
+        self._rule = rule
+        self._device = device
+        self._grads: Any = None
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if rules.is_tracing():
+            raise OrderError(
+                "lm.compile cannot trace a step in which processes ask each other for the number of their microbatches."
+                " Give it: lm.accumulate(2)."
+            )
+        largest = self._wire.launch(torch.tensor(number, device=self._device), "max", exact=True)()
+        return number if distributed.is_dry_run() else int(largest)
+
+    def idle(self, call: GradientCall) -> GradientCall:
+        """The call with a loss that weighs nothing."""
+        return call.replace(loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
+
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
+        """Let the buckets fill."""
+        self._buckets.register_hooks(live)
+
+    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
+        """The answer of all processes."""
+        leaves, rebuild = gradient.flat(answer.grads)
+        if True in [leaf.requires_grad for leaf in leaves]:
+            raise AxisError(
+                "under lm.ddp a gradient was asked for that is to be differentiated again outside of a loss function."
+                " Take the inner gradient inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
+            )
+        if not self.rows:
+            leaves = [torch.zeros_like(leaf) for leaf in leaves]
+        aux = AuxReduction(answer.aux, self.rows, STAND_IN, self._rule.origins, self._wire)
+        sent = aux.launch()
+        weighted, changes = aux.weighted(), aux.changes()
+        sums, tail = self._buckets.finish(leaves, self._tail(answer, weighted, changes, independent is None))
+        if independent is not None and not tail[_LIVE]:
+            raise independent
+        loss = answer.loss
+        assert isinstance(loss, Mean)
+        self._grads = rebuild(sums)
+        means, changed = tail[_HEAD:].split([sum(x.numel() for x in each) for each in (weighted, changes)])
+        found = aux.joined(means / tail[_ROWS], changed, sent)
+        aux.check(self._rule.checks)
+        return Gradient(
+            GlobalMean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
+            self._grads,
+            found,
+            answer.scalar,
+            answer.rows,
+            joint=True,
+        )
+
+    def _tail(
+        self, answer: Gradient, weighted: Sequence[Tensor], changes: Sequence[Tensor], live: bool
+    ) -> list[Tensor]:
+        """What else is summed: the loss's total and weight, rows, those with a gradient, means by rows, and changes."""
+        loss = answer.loss
+        assert isinstance(loss, Mean)
+        total, size = loss.total.detach(), self.rows
+        beside = [*weighted, *changes]
+        wide = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in beside)}, torch.float32)
+        if not size:
+            return [total.new_zeros(_HEAD + sum(x.numel() for x in beside), dtype=wide)]
+        count = loss.weight  # which a plain scalar has of its rows; in a narrow dtype not all numbers are
+        if not answer.scalar or count.dtype is not wide:
+            count = total.new_full((), size, dtype=wide)
+        means = [_as(x.detach(), wide) * size for x in weighted]
+        added = [_as(x.detach(), wide) for x in changes]
+        return [_as(total, wide), _as(loss.weight, wide), count, count if live else count * 0, *means, *added]
+
+    def normalized(self, answer: Gradient) -> Gradient:
+        """The gradient of the mean loss; in place where nobody has changed the buckets' own tensors since."""
+        if answer.grads is not self._grads:
+            return gradient.normalized(answer)
+        loss = answer.loss
+        assert isinstance(loss, Mean)
+        for flat in self._buckets.flat:
+            flat.div_(_as(loss.weight, flat.dtype))
+        return answer.replace(loss=loss.compute()) if answer.scalar else answer
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in this dtype; asking torch for what there is to do costs as much as doing a little."""
+    return x if x.dtype is dtype else x.to(dtype)

@@ -1,0 +1,473 @@
+"""`lm.deepspeed`: the step under a DeepSpeed engine, which keeps params, gradients and optimizer state by ZeRO."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen.core import batching, gradient, rules
+from lumen.core.metrics import Mean
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.sharding import Spread
+from lumen.core.step import StepFn, Transform, as_step, compose, slot, with_slot, without_slot
+from lumen.errors import AxisError, LossError, OrderError, ParamsError, StateError
+from lumen.parallel.comm import collectives, consistency
+from lumen.parallel.comm.buckets import GradComm
+from lumen.parallel.comm.mesh import Mesh
+from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.comm.process_groups import close_on_leave
+from lumen.parallel.ddp.aux_reduction import BufferChecks
+from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
+from lumen.parallel.deepspeed.config import INSTEAD, Setup, read, setup, stage_of
+from lumen.parallel.deepspeed.engine import Engine, meet
+from lumen.parallel.deepspeed.optimizer import Update
+from lumen.parallel.deepspeed.partitions import cut, gathered, whole
+from lumen.parallel.fsdp.shard import flat_params, places_of
+from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta, whole_of
+from lumen.parallel.optimizer_check import check_optimizer
+from lumen.transforms._precision import precision
+
+_TAKEN_OVER = ("accumulate", "precision")  # by the engine's configuration
+_numbers = itertools.count(1)
+
+
+@pytree_dataclass
+class EngineSlot(Spread):
+    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, and the params' dtypes."""
+
+    number: int = static()
+    dtypes: tuple[tuple[str, torch.dtype], ...] = static()
+
+
+class deepspeed(Transform):
+    """Run the step under a DeepSpeed engine: ZeRO's stages 0 to 3, by DeepSpeed's own configuration.
+
+    `config` is what DeepSpeed takes, a dict or the path of a JSON file. Offload to the host, ZeRO++, communication,
+    profilers and logging go through it unchanged. The optimizer stays the state's own, any rule of `lumen.optim` that
+    updates entry by entry: the engine calls it on this process's part. What is written as `lm.accumulate(k)`,
+    `lm.precision(...)` and `lm.clip(norm)` becomes the engine's `gradient_accumulation_steps`, `bf16` or `fp16`, and
+    `gradient_clipping`; where the configuration says something else, an error names both.
+
+    Gradients stay in the engine: what `lm.value_and_grad` gives is to be handed to `state.apply_gradients`, and raises
+    `LossError` when it is read; `gradient(name)` of this transform gives one, whole. A step makes one gradient and one
+    update. The engine updates in place, so the state that was handed in is dead afterwards. At stage 3 `state.params`
+    are empty shells that gather when they are used. Between steps `export` gives the whole plain state on every
+    process, and checkpoints hold that, so that they move to and from other strategies.
+
+    Law: stages 0 to 3 give the params and the loss of one process on the global batch, with any parts of it, also empty
+    ones, up to the order of floating sums (params are float32). Losses and `lm.Aux` are as under `lm.ddp`. A param that
+    is used by some steps and not by others must be used by some process in the first one.
+
+    Raises `ImportError` without DeepSpeed (`pip install 'lumen-torch[deepspeed]'`), `OrderError` for transforms that
+    cannot stand beside an engine, `HyperparameterError` for a configuration at odds with them or with the optimizer,
+    `WorldError` where processes differ.
+
+    >>> import lumen as lm
+    >>> lm.deepspeed({"zero_optimization": {"stage": 2}})
+    lm.deepspeed({'zero_optimization': {'stage': 2}})
+    """
+
+    name = "deepspeed"
+    level = "parallel"
+    shards = True
+    opaque_state = True
+    incompatible = INSTEAD
+    reason = "the engine computes the gradients of this process's rows, and joins them"
+
+    def __init__(self, config: Mapping[str, Any] | str | os.PathLike[str], mesh: Mesh | None = None) -> None:
+        self.config = read(config)
+        self.stage = stage_of(self.config)
+        self._given = mesh
+        self._engine: Engine | None = None
+        self._made_for: Any = None
+        self._number = 0
+        self._places: list[tuple[int, str]] = []
+        self._pending: PendingGrads | None = None
+        self._checks = BufferChecks("lm.deepspeed")
+        self._unreached: dict[Any, list[str]] = {}
+
+    def __repr__(self) -> str:
+        said = [repr(self.config)] + [repr(self._given)] * (self._given is not None)
+        return f"lm.deepspeed({', '.join(said)})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `data`."""
+        return self._given if self._given is not None else make_mesh()
+
+    @functools.cached_property
+    def wire(self) -> GradComm:
+        """The way to the other processes."""
+        meet(self.mesh.device)
+        assert dist.group.WORLD is not None
+        return GradComm(dist.group.WORLD)
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's own engine, once `init` has made it."""
+        return self._of_engine().engine
+
+    def gradient(self, name: str) -> Tensor:
+        """The whole gradient of the param `name`, on every process, between `lm.value_and_grad` and the update.
+
+        All processes must ask for it. Raises `LossError` where there is none.
+        """
+        pending, engine = self._pending, self._of_engine()
+        found = None if pending is None else engine.gradient(name)
+        if pending is None or found is None:
+            raise LossError(f"there is no gradient of {name!r} now. Ask between lm.value_and_grad and apply_gradients.")
+        return found if pending.scale is None else found * pending.scale.to(found.device, found.dtype)
+
+    def init(self, state: Any) -> Any:
+        """The state held by an engine, after checking that all processes have the same; values are the first's."""
+        params = flat_params(state, "lm.deepspeed takes")
+        check_optimizer(state.tx, "lm.deepspeed", gathers=False)
+        wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
+        if wrong:
+            raise ParamsError(
+                f"lm.deepspeed keeps params in float32, and some are {', '.join(sorted(wrong))}. Write net.float(), and"
+                ' lm.precision("bf16") for the model to compute in bfloat16.'
+            )
+        scalars = [name for name, p in params.items() if not p.dim()]
+        if scalars and self.stage == 3:
+            raise ParamsError(
+                f"ZeRO's stage 3 takes no params without dims, as {scalars[0]!r} is. Make it torch.ones(1), or use"
+                ' {"zero_optimization": {"stage": 2}}.'
+            )
+        engine_setup = self._setup()
+        wire = self.wire
+        consistency.assert_same_on_all_ranks(
+            consistency.fingerprint_lines(state, self.within),
+            wire.group,
+            self.mesh.device,
+            "the processes of lm.deepspeed",
+        )
+        state = consistency.broadcast(state, wire.group)
+        self._engine = engine = self._made(state, engine_setup)
+        close_on_leave(self)
+        engine.load(state.params)
+        self._number, self._pending = next(_numbers), None
+        self._places = places_of(state.opt_state, {name: p.shape for name, p in params.items()})
+        held = EngineSlot(number=self._number, dtypes=tuple((name, p.dtype) for name, p in params.items()))
+        state = state.replace(
+            params={name: self._shown(name) for name in params},
+            opt_state=cut(state.opt_state, self._places, engine.spans),
+        )
+        return with_slot(state, self.name, held)
+
+    def close(self) -> None:
+        """Let go of the engine, and with it of the process groups that it keeps."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._made_for = None
+
+    def export(self, state: Any) -> Any:
+        """The whole plain state, in memory of its own, on every process."""
+        held: EngineSlot = slot(state, self.name)
+        self._check_held(held)
+        spans = self._of_engine().spans
+        params = {name: gathered(spans[name].master, spans[name]).to(dtype) for name, dtype in held.dtypes}
+        opt_state = whole(state.opt_state, self._places, spans)
+        return without_slot(state, self.name).replace(params=params, opt_state=opt_state)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step by the engine; transforms inside it that the engine takes over are left out."""
+        inner = as_step(step)
+        given = inner.transforms
+        if any(t.name in _TAKEN_OVER for t in given):
+            inner = compose(*[t for t in given if t.name not in _TAKEN_OVER])(inner.user)
+        setup(self.config, (self, *given))  # what cannot stand here is told at once
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            if rules.is_tracing():
+                raise OrderError("lm.compile cannot trace lm.deepspeed's engine. Leave lm.compile() out.")
+            self._check_held(slot(state, self.name))
+            rule = _Rule(self, state)
+            handlers: dict[Primitive, Rule] = {
+                Primitive.APPLY: functools.partial(self._apply, rule),
+                Primitive.GRADIENT: rule,
+                Primitive.UPDATE: self._update,
+            }
+            with self.mesh.bound(), rules.rule_context(handlers):
+                return inner(state, batch)
+
+        # How products of float32 matrices are computed is torch's setting, of which an engine knows nothing.
+        hosted: StepFn = run
+        for each in given:
+            hosted = each.wrap_host(hosted) if isinstance(each, precision) else hosted
+        return hosted
+
+    def _setup(self) -> Setup:
+        around = () if self.within is None else self.within.transforms
+        return setup(self.config, around)
+
+    def _of_engine(self) -> Engine:
+        if self._engine is None:
+            raise StateError("lm.deepspeed has no engine yet. Prepare the state: state = step.init(state)")
+        return self._engine
+
+    def _made(self, state: Any, engine_setup: Setup) -> Engine:
+        """An engine for this model: the one that there is, if it is that one's."""
+        key = (state.apply_fn.train().module, repr(engine_setup), tuple(state.params))
+        if self._engine is not None and self._made_for == key:
+            return self._engine
+        if self._engine is not None:
+            self._engine.close()
+        self._made_for = key
+        return Engine(state.apply_fn, state.params, state.buffers, engine_setup)
+
+    def _check_held(self, held: EngineSlot) -> None:
+        if held.number != self._number:
+            raise StateError(
+                "this state was held by an engine that has taken another one since: step.init(state) was called again."
+                " Keep a plain state for later: kept = step.export(state)."
+            )
+
+    def _shown(self, name: str) -> Tensor:
+        """The param as it stands in the state."""
+        engine = self._of_engine()
+        return engine.live(name).detach() if self.stage < 3 else PartitionedParam.of(self, name, engine.params[name])
+
+    # What a shell asks for: `lumen.parallel.lazy_param.Gathers`.
+
+    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
+        return empty_meta(self._of_engine().shapes[name], dtype)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The param `name`, gathered."""
+        return self._of_engine().whole(name)
+
+    # The three primitives.
+
+    def _apply(self, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
+        return rule.apply(functools.partial(self._cast, next), call)
+
+    def _cast(self, next: Next, call: ApplyCall) -> Any:
+        casts = self._of_engine().setup.casts
+        if casts is None:
+            return self._applied(next, call)
+        return casts.apply(functools.partial(self._applied, next), call)
+
+    def _applied(self, next: Next, call: ApplyCall) -> Any:
+        params = call.params
+        if self.stage < 3:
+            return next(call)
+        if params.keys() == self._of_engine().params.keys() and all(
+            isinstance(p, PartitionedParam) for p in params.values()
+        ):
+            return self._of_engine().run(call.target, call.buffers, call.args, call.kwargs)
+        return next(call.replace(params={name: whole_of(p) for name, p in params.items()}))
+
+    def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        pending, engine = self._pending, self._of_engine()
+        if pending is None or call.grads is not pending.grads:
+            raise LossError(
+                "under lm.deepspeed state.apply_gradients takes the very grads that lm.value_and_grad gave in this"
+                " step: the engine holds them, and applies them as they are. To change gradients use lm.fsdp()."
+            )
+        limit = engine.setup.clip
+        if limit and pending.scale is not None:
+            limit /= float(pending.scale)
+        scale = pending.scale
+        if self.stage == 0 and scale is not None:  # where the engine bounds the params' own gradients
+            for p in engine.params.values():
+                p.grad.mul_(scale.to(p.device, p.dtype))  # type: ignore[union-attr]
+            limit, scale = engine.setup.clip, None
+        engine.adapter.begin(Update(call.tx, call.opt_state, self._places, engine.spans, scale))
+        try:
+            engine.step(limit)
+        finally:
+            opt_state = engine.adapter.end()
+        self._pending = None
+        return call.params, opt_state
+
+
+_DESCRIBING = {
+    Tensor._version.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+}
+
+
+class PartitionedParam(LazyParam):
+    """A param of stage 3 as it stands in a state."""
+
+    form = LazyParam.form | _DESCRIBING
+
+
+class PendingGrads(NamedTuple):
+    """Gradients in the engine, and how the step knows them: times `scale` (None is 1) they are the mean loss's."""
+
+    grads: dict[str, Tensor]
+    scale: Tensor | None
+
+
+class EngineGrad(TensorProxy):
+    """The gradient of one param, of which only the form is known; the engine `does` the work of some transforms."""
+
+    form = TensorProxy.form | _DESCRIBING
+    does = ("clip",)
+
+    @classmethod
+    def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Nothing: it is held elsewhere."""
+        raise LossError(
+            "a gradient was read that DeepSpeed's engine holds, in parts. Hand grads to state.apply_gradients as they"
+            " are. To read one: strategy = lm.deepspeed(...), and inside the step, on every process,"
+            ' strategy.gradient("head.weight"); its norm: strategy.engine.get_global_grad_norm() after the update.'
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<a gradient of shape {tuple(self.shape)}, held by DeepSpeed's engine>"
+
+
+class _Rule(DataParallelRule):
+    """What deepspeed makes of each P1 call of one step."""
+
+    def __init__(self, transform: deepspeed, state: Any) -> None:
+        super().__init__(transform.wire, None, "merge", state, transform._checks)  # type: ignore[arg-type]
+        self._transform, self._engine, self._params = transform, transform._of_engine(), state.params
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        self._check(call)
+        size = batching.count(call.batch)
+        exchange = _Joined(self._wire, size, self, self._device)
+        everyone = self._wire.launch(torch.tensor(float(size), device=self._device), exact=True)()
+        call = self._begun(call, size)
+        each = self._wire.size / everyone  # the engine takes the mean over processes
+        answers = []
+        count = self._engine.setup.microbatches
+        parts = batching.split(call.batch, max(1, min(count, size))) if size else [call.batch]
+        for place in range(count):
+            if place < len(parts):
+                answers.append(self._backward(call.replace(batch=parts[place]), each, place == count - 1))
+                self._tracker.carry(answers[-1].aux)
+            else:
+                idle = call.replace(batch=parts[-1], loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
+                self._backward(idle, each, place == count - 1)
+        answer = batching.add_gradients(answers, self._tracker.origins)
+        if not size:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        answer = exchange.finish(answer)
+        loss = answer.loss
+        assert isinstance(loss, Mean)
+        pending = PendingGrads(
+            {name: _unread(p) for name, p in self._params.items()},
+            None if answer.scalar else everyone / loss.weight,
+        )
+        self._transform._pending = pending
+        return answer.replace(grads=pending.grads, loss=loss.compute() if answer.scalar else loss)
+
+    def _check(self, call: GradientCall) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+            raise AxisError(
+                "lm.deepspeed's engine differentiates by itself, and not inside vmap or torch.func.grad. Leave out"
+                ' lm.ensemble and engine="func".'
+            )
+        if call.summed:
+            raise OrderError("a transform outside lm.deepspeed asks for summed gradients, which its engine keeps.")
+        params = call.params
+        if not isinstance(params, Mapping) or any(params.get(name) is not p for name, p in self._params.items()):
+            raise ParamsError(
+                "under lm.deepspeed a loss is differentiated in the state's own params, which the engine holds:"
+                " lm.value_and_grad(loss_fn)(state.params, batch)."
+            )
+        if self._transform._pending is not None:
+            raise OrderError(
+                "a second gradient was asked for before the first one was applied, and the engine would add them. Under"
+                " lm.deepspeed a step makes one gradient and one update; for several use lm.fsdp()."
+            )
+
+    def _backward(self, call: GradientCall, each: Tensor, last: bool) -> Gradient:
+        """The gradient of one microbatch, left in the engine; its loss and aux."""
+        engine, transform = self._engine, self._transform
+        live = {name: engine.live(name) if transform.stage < 3 else p for name, p in self._params.items()}
+        found: list[Any] = []
+        size = batching.count(call.batch)
+
+        def run() -> Tensor:
+            with rules.inside_loss:
+                objective, *rest = gradient.objective_of(call.replace(summed=True), live, size)
+            found.extend(rest)
+            if not objective.requires_grad:
+                raise gradient.independent_of(call)
+            missing = transform._unreached
+            key = getattr(inspect.unwrap(call.loss_fn), "__code__", None)
+            if key not in missing:
+                missing[key] = self._agreed(objective)
+            return _tied(objective, [engine.live(name) for name in missing[key]])
+
+        with torch.enable_grad():
+            objective = engine.forward(run)
+            engine.backward(objective * each.to(objective.dtype), last)
+        loss, aux, scalar = found
+        return Gradient(gradient.detached(loss), None, gradient.detached(aux), scalar, size)
+
+    def _agreed(self, objective: Tensor) -> list[str]:
+        """The params that the loss does not reach on some process, and that must have gradients all the same."""
+        engine = self._engine
+        reached = {id(leaf) for leaf in gradient.graph_leaves(objective)}
+        names = list(engine.params)
+        missing = torch.tensor([float(id(engine.params[name]) not in reached) for name in names], device=self._device)
+        missing = self._wire.launch(missing, "max", exact=True)()
+        return [name for name, flag in zip(names, missing.tolist(), strict=True) if flag]
+
+
+class _Joined(GradReducer):
+    """The joining of losses and aux; gradients are the engine's."""
+
+    def __init__(self, wire: GradComm, size: int, rule: DataParallelRule, device: torch.device) -> None:
+        super().__init__(wire, _NoBuckets(wire), size, rule, device)  # type: ignore[arg-type]
+
+    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
+        """The answer of all processes."""
+        return super().finish(answer.replace(grads={}), independent)
+
+
+class _NoBuckets:
+    """In place of buckets: only what travels with them."""
+
+    def __init__(self, wire: GradComm) -> None:
+        self._wire = wire
+        self.flat: list[Tensor] = []
+
+    def finish(self, leaves: Any, tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """No sums, and that of `tail`."""
+        return [], collectives.all_reduce(tail, "sum", self._wire.group)()
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, objective: Tensor, *params: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in params]
+        return objective.view_as(objective)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return (grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like))
+
+
+def _tied(objective: Tensor, params: list[Tensor]) -> Tensor:
+    """`objective`, which gives these params a gradient of zeros beside what else they may have."""
+    if not params:
+        return objective
+    tied: Tensor = _Tie.apply(objective, *params)  # type: ignore[no-untyped-call]
+    return tied
+
+
+def _unread(like: Tensor) -> Tensor:
+    made: Tensor = torch.Tensor._make_subclass(EngineGrad, empty_meta(like.shape, like.dtype), False)
+    return made

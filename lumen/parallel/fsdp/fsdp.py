@@ -1,0 +1,563 @@
+"""`lm.fsdp`: params, gradients and optimizer state spread over processes, which each compute on their own rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import batching, gradient, rules, sharding
+from lumen.core.metrics import Mean
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.sharding import ShardSpec, Spread
+from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
+from lumen.parallel.comm import collectives, consistency
+from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
+from lumen.parallel.comm.mesh import Mesh
+from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.ddp.aux_reduction import BufferChecks
+from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
+from lumen.parallel.fsdp import cpu_offload as offload
+from lumen.parallel.fsdp.meta_init import (
+    Initialize,
+    Keep,
+    begins_on_meta,
+    init_from_meta,
+    make_keep_fn,
+    materialise,
+    reset,
+)
+from lumen.parallel.fsdp.shard import (
+    ShardedParamGatherer,
+    ShardLayout,
+    cut_tree,
+    flat_params,
+    gather,
+    never_cut,
+    places_of,
+    reduce_scatter,
+    whole_tree,
+)
+from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
+from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
+from lumen.parallel.fsdp.wrap import FSDPUnits, find
+from lumen.parallel.lazy_param import LazyParam, whole_of
+from lumen.parallel.optimizer_check import check_optimizer
+
+Shapes = Mapping[str, torch.Size]
+
+_RUN = 64 * 2**20  # bytes of whole params or gradients that travel at once at stages 1 and 2
+
+
+@pytree_dataclass
+class Sharding(Spread):
+    """The slot of `fsdp`, all static: each param's whole `shapes`, over how many processes they are cut, and the stage.
+
+    A leaf anywhere in the state that stands under a param's name, and has the shape of this process's part of it, is
+    such a part, except at the paths `kept`. At stages 1 and 2 that is so in the optimizer state alone.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = static()
+    size: int = static()
+    stage: int = static()
+    kept: tuple[str, ...] = static(default=())
+
+
+class fsdp(Transform):
+    """Spread params, gradients and optimizer state over processes; each computes the rows it is handed.
+
+    `stage=1` spreads the optimizer state alone, 2 the gradients too, 3 the params as well. `init` cuts each tensor
+    along its first dim (the layout of DTensor's `Shard(0)`; the last parts may be shorter, or empty) and takes the
+    values of the first process; tensors without dims stay whole. Inside the step, params and grads of stage 3 are this
+    process's parts, plain tensors, on which the optimizer runs; `export` gathers the whole state on every process.
+
+    A model meets its params whole: those of a unit are gathered when it runs, let go afterwards, gathered again for its
+    backward pass, and their gradients are summed as they come, each process keeping its part. `wrap` is one or more
+    patterns of module names, by default the repeated blocks of the model's lists and sequences; the rest is one more
+    unit, which stays from the start of the forward pass to the end of the backward pass. `prefetch` is how many units
+    are sent for ahead of time. A param that the loss function, or a module outside the unit, reads is gathered there
+    and then. `param_dtype="bf16"` sends float32 params in half the bytes. Declared change: their rounding; gradients
+    are summed in float32.
+
+    With `offload`, parts of params, gradients and optimizer state rest on the host (pinned for a GPU), where the
+    optimizer runs; a unit's parts are sent to the device before they are gathered, and its parts of the gradients come
+    back in the backward pass. The device then holds activations, buffers, and the units in work. Law: bitwise the step
+    without it, where the device is the CPU. `lm.donate` keeps params in the memory that was pinned once. It takes stage
+    3 and no `lm.compile`; alone, without other processes, it does nothing.
+
+    A model that was made under `torch.device("meta")` gets its values in `init`: unit by unit, each process keeping its
+    parts, so that none ever holds the whole. `param_init_fn(module)` is called for each module in order, after
+    `torch.manual_seed` with the state's seed, and sets what that module itself holds; by default it calls
+    `module.reset_parameters()`. Values are bitwise those of one process that does the same on the mesh's device.
+
+    The mesh's `shard` axis cuts; a `data` axis beside it (HSDP) holds copies, whose gradients are summed as well.
+
+    Law: with any parts of the batch, also empty ones, params and loss are those of one process on the global batch, up
+    to the order of floating sums, for losses that are means over rows, as under `lm.ddp`. Under bf16 compute, a
+    gradient's sum is taken in float32 and rounded to bfloat16. Losses and `lm.Aux` are as under `lm.ddp`. At stage 3
+    all processes must run the same units in the same order, and apply the model equally often; a unit that some
+    processes pass over counts as run where the order is that of the module. With `lm.accumulate` inside, gradients are
+    summed once for an update; at stage 3 once for a microbatch, where a process with fewer microbatches repeats its
+    last without weight.
+
+    Muon, adafactor and lamb, which look at whole tensors, gather them leaf by leaf, and every process computes the
+    whole update: give muon the matrices alone. Adafactor's rows and columns stay whole everywhere.
+
+    Raises, on every process: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
+    of torch's or of others that are not known to update entry by entry; `PatternError` for units that match nothing;
+    `OrderError` for what cannot stand around or inside it.
+
+    >>> import lumen as lm
+    >>> lm.fsdp(stage=2), lm.fsdp(wrap="blocks.*")
+    (lm.fsdp(stage=2), lm.fsdp(wrap='blocks.*'))
+    """
+
+    name = "fsdp"
+    level = "parallel"
+    shards = True
+    reason = "what is inside computes the gradient of this process's rows; params and grads are joined around it"
+    stage: int
+    patterns: str | Sequence[str] | None
+    param_dtype: str | None
+    prefetch: int
+    offload: bool
+    param_init_fn: Initialize | None
+    _given: Mesh | None
+
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        stage: Literal[1, 2, 3] = 3,
+        wrap: str | Sequence[str] | None = None,
+        param_dtype: Literal["bf16"] | None = None,
+        prefetch: int = 1,
+        offload: bool = False,
+        param_init_fn: Initialize | None = None,
+    ) -> None:
+        if type(stage) is not int or stage not in (1, 2, 3):
+            raise HyperparameterError(
+                f"fsdp(stage={stage!r}) is unknown; give 1 (optimizer state), 2 (and gradients) or 3 (and params)."
+            )
+        if param_dtype not in (None, "bf16"):
+            raise HyperparameterError(f"fsdp(param_dtype={param_dtype!r}) is unknown; give 'bf16' or None.")
+        if type(prefetch) is not int or prefetch < 0:
+            raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, from 0.")
+        if stage < 3 and (wrap is not None or param_dtype is not None):
+            raise HyperparameterError(
+                f"fsdp(stage={stage}) gathers no units: leave wrap and param_dtype out, or use 3."
+            )
+        if type(offload) is not bool:
+            raise HyperparameterError(f"fsdp(offload={offload!r}) must be True or False.")
+        if stage < 3 and offload:
+            raise HyperparameterError(
+                f"fsdp(stage={stage}) keeps whole params on the device, and offload is for parts. Write"
+                " lm.fsdp(stage=3, offload=True)."
+            )
+        self.stage = stage
+        self.patterns = wrap
+        self.param_dtype = param_dtype
+        self.prefetch = prefetch
+        self.offload = offload
+        self.param_init_fn = param_init_fn
+        self._given = mesh
+        self._found: dict[Any, FSDPUnits] = {}
+        self._passes: list[ForwardPass] = []
+
+    def __repr__(self) -> str:
+        said = [repr(self._given)] if self._given is not None else []
+        usual = {"stage": 3, "wrap": None, "param_dtype": None, "prefetch": 1, "offload": False}
+        values = {name: getattr(self, "patterns" if name == "wrap" else name) for name in usual}
+        said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
+        # Without its address, which differs between processes.
+        said += [f"param_init_fn={getattr(self.param_init_fn, '__qualname__', '...')}"] * (
+            self.param_init_fn is not None
+        )
+        return f"lm.fsdp({', '.join(said)})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `shard`."""
+        return self._given if self._given is not None else make_mesh(shard=-1)
+
+    @functools.cached_property
+    def cut(self) -> ShardLayout | None:
+        """How this process's parts lie in the whole; None where nothing is cut."""
+        group, everyone = self.mesh.group("shard"), self.mesh.group("data", "shard")
+        if group is None or everyone is None:
+            if everyone is not None:
+                raise WorldError(
+                    f"{self!r} has no processes along shard to cut params over. Write lm.mesh(shard=-1), or use"
+                    " lm.ddp() to copy them everywhere."
+                )
+            return None
+        return ShardLayout(group, self.mesh.group("data"), everyone, self.mesh.device if self.offload else None)
+
+    def init(self, state: Any) -> Any:
+        """This process's parts of the first process's state, after checking that all have the same."""
+        cut = self.cut
+        params = getattr(state, "params", None)
+        if cut is None:  # what several processes would be refused is refused here too
+            self._check_offload()
+            if self.patterns is not None and type(params) is dict:
+                self._units(state.apply_fn, {name: p.shape for name, p in params.items()})
+            return self._made(state, None) if begins_on_meta(state) else state
+        params = flat_params(state, "lm.fsdp cuts")
+        check_optimizer(state.tx)
+        self._check_offload()
+        lines = consistency.fingerprint_lines(state, self.within)
+        consistency.assert_same_on_all_ranks(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
+        shapes = {name: p.shape for name, p in params.items()}
+        kept = never_cut(self._cut_of(state), shapes)
+        self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
+        if begins_on_meta(state):
+            state = self._made(state, cut)
+        elif self.offload:
+            state = offload.shard_to_host(state, cut, shapes, self.mesh.device)
+        else:
+            state = consistency.broadcast(state, cut.everyone)
+            parts = cut_tree(cut, self._cut_of(state), shapes)
+            state = parts if self.stage == 3 else state.replace(opt_state=parts)
+        if self.offload:
+            state = offload.place_state(state, cut, shapes, kept, self.mesh.device)
+        record = tuple((name, tuple(shape)) for name, shape in shapes.items())
+        return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, stage=self.stage, kept=kept))
+
+    def _made(self, state: Any, cut: ShardLayout | None) -> Any:
+        """The state of a model on the meta device with values, made where they stay."""
+        units = self._units(state.apply_fn, {name: p.shape for name, p in state.params.items()})
+        kept = make_keep_fn(cut, state.params if self.stage == 3 else ())
+        at_rest = self.offload and cut is not None
+        keep: Keep = (lambda name, whole: offload.to_host(kept(name, whole))) if at_rest else kept
+        module = state.apply_fn.module
+        values = materialise(module, units.names, self.param_init_fn or reset, int(state.seed), self.mesh.device, keep)
+        within = () if self.within is None else self.within.transforms
+        inside = within[within.index(self) + 1 :] if self in within else ()
+        return init_from_meta(state, values, None if at_rest else self.mesh.device, cut, inside)
+
+    def _cut_of(self, state: Any) -> Any:
+        """What of a state is cut."""
+        return state if self.stage == 3 else state.opt_state
+
+    def export(self, state: Any) -> Any:
+        """The whole state, on every process; with `offload`, on the host."""
+        if self.cut is None:
+            return state
+        shapes, kept = self._shapes(state), slot(state, self.name).kept
+        state = without_slot(state, self.name)
+        whole = whole_tree(self.cut, self._cut_of(state), shapes, kept)
+        if self.offload:
+            return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, whole)
+        return whole if self.stage == 3 else state.replace(opt_state=whole)
+
+    def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
+        """This process's rows of each leaf that is cut."""
+        cut = self.cut
+        if cut is None:
+            return {}
+        shapes = self._shapes(state)
+        chosen = self._cut_of(state)
+        leaves = tree.leaves(chosen)
+        names = {
+            id(leaves[place]): name
+            for place, name in places_of(chosen, shapes, cut, slot(state, self.name).kept)
+            if shapes[name]
+        }
+        held = enumerate(tree.leaves(state))
+        return {place: cut.piece(shapes[names[id(leaf)]]) for place, leaf in held if id(leaf) in names}
+
+    def _shapes(self, state: Any) -> Shapes:
+        record: Sharding = slot(state, self.name)
+        return {name: torch.Size(shape) for name, shape in record.shapes}
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with params gathered as they are used, and gradients summed over processes."""
+        inside = as_step(step).transforms
+        self._check_inside(inside)
+        layouts: BucketPlanCache | None = None
+        checks = BufferChecks("lm.fsdp")
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal layouts
+            cut = self.cut
+            if cut is None:
+                with self.mesh.bound():
+                    return step(state, batch)
+            wire = GradComm(cut.everyone)
+            layouts = layouts or BucketPlanCache(wire, 25 * 2**20)
+            shapes = self._shapes(state)
+            named = ShardedParamGatherer(cut, shapes)
+            rule = _Rule(self, cut, wire, layouts, state, checks)
+            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
+            if self.stage == 3:
+                handlers[Primitive.APPLY] = functools.partial(self._apply, shapes, rule)
+            else:
+                handlers[Primitive.UPDATE] = functools.partial(_update, cut, named, self.stage)
+            with self.mesh.bound(), rules.rule_context(handlers):
+                if self.stage == 1:
+                    return step(state, batch)
+                with sharding.bound(cut, named):
+                    return step(state, batch)
+
+        return run
+
+    def session(self, shapes: Shapes) -> UnshardContext:
+        """A new chain of gathers."""
+        assert self.cut is not None
+        self._check_offload()
+        kind = TracedUnshardContext if rules.is_tracing() else UnshardContext
+        return kind(self.cut, shapes, torch.bfloat16 if self.param_dtype else None, self.prefetch)
+
+    def _check_offload(self) -> None:
+        outside = () if self.within is None else self.within.transforms
+        if self.offload and (rules.is_tracing() or any(t.level == "compile" for t in outside)):
+            raise OrderError(
+                "lm.compile cannot trace lm.fsdp(offload=True), whose params come from the host in the middle of the"
+                " step. Leave out lm.compile(), or write lm.fsdp()."
+            )
+
+    def _check_inside(self, transforms: Sequence[Transform]) -> None:
+        for inner in transforms:
+            if inner.level == "tensor" and self.offload:
+                raise OrderError(
+                    f"{inner!r} cuts params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
+                    " lm.fsdp() around it."
+                )
+            if inner.level == "dp_sgd":
+                raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
+            if getattr(inner, "auto", False) and self.stage == 3:
+                raise OrderError(
+                    f"{inner!r} cannot stand in lm.fsdp(stage=3): a process that runs out of memory between two gathers"
+                    " would leave the others waiting in the next. Give a number, lm.accumulate(2), or use"
+                    " lm.fsdp(stage=2), where processes meet only after each has computed its gradient."
+                )
+
+    def _units(self, apply: Any, shapes: Shapes) -> FSDPUnits:
+        if apply not in self._found:
+            patterns = [self.patterns] if isinstance(self.patterns, str) else self.patterns
+            self._found[apply] = find(apply.module, patterns, [*shapes])
+        return self._found[apply]
+
+    def _apply(self, shapes: Shapes, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
+        """P0: where buffers come from, and the model on its params' parts."""
+        return rule.apply(functools.partial(self._on_parts, shapes, next), call)
+
+    def _on_parts(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
+        """Give the model its params' parts, and gather them where they are used."""
+        if call.params.keys() != shapes.keys():  # another model than the one that was cut
+            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
+        cut = self.cut
+        assert cut is not None
+        call = call.replace(params={name: _inside(p) for name, p in call.params.items()})
+        lazy = _session_of(call.params)
+        session = lazy if lazy is not None else self.session(shapes)
+        whole = _whole_names(call.params, shapes, cut)
+        units = self._units(call.target, shapes)
+        target = call.target.variant((self.name, id(self)), register_unit_hooks(self._current, units))
+        params = {name: p.part if isinstance(p, LazyParam) else p for name, p in call.params.items()}
+        self._passes.append(ForwardPass(session, units, whole))
+        try:
+            return next(call.replace(target=target, params=params))
+        finally:
+            self._passes.pop()
+
+    def _current(self) -> ForwardPass:
+        if not self._passes:
+            raise OrderError(
+                "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
+                " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
+                " lm.fsdp(wrap='body')."
+            )
+        return self._passes[-1]
+
+
+def _lazy(session: UnshardContext, name: str, part: Tensor) -> LazyParam:
+    """The param `name` as a loss function sees it; where `lm.tensor_parallel` inside cut it, that gathers it last."""
+    if isinstance(part, LazyParam):
+        return LazyParam.of(part.session, name, LazyParam.of(session, name, part.part))
+    return LazyParam.of(session, name, part)
+
+
+def _inside(param: Any) -> Any:
+    """What `lm.tensor_parallel` inside makes whole, as it is there: its own part."""
+    return param.part if isinstance(param, LazyParam) and not isinstance(param.session, UnshardContext) else param
+
+
+def _session_of(params: Mapping[str, Any]) -> UnshardContext | None:
+    """The session that these params belong to, None for those from outside a loss function."""
+    found = (p.session for p in params.values() if isinstance(p, LazyParam))
+    return next((session for session in found if isinstance(session, UnshardContext)), None)
+
+
+def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: ShardLayout) -> frozenset[str]:
+    """Which params are whole already: computed from others in the loss function, say."""
+    if all(isinstance(p, LazyParam) for p in params.values()):
+        return frozenset()
+    plain = {name: p for name, p in params.items() if not isinstance(p, LazyParam)}
+    for name, p in plain.items():
+        if p.shape != shapes[name] and p.shape != cut.shape(shapes[name]):
+            raise ParamsError(
+                f"the model was applied to a param {name!r} of shape {tuple(p.shape)}, which is neither this process's"
+                f" part nor the whole of shape {tuple(shapes[name])}. Params that a loss function computes from others"
+                " (an inner step, say) take lm.fsdp(stage=2) where lm.tensor_parallel cuts them too."
+            )
+    certain = [name for name, p in plain.items() if p.shape == shapes[name] != cut.shape(shapes[name])]
+    return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()
+
+
+def _update(cut: ShardLayout, named: ShardedParamGatherer, stage: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+    """P2 of stages 1 and 2: update this process's rows, and give them to all."""
+    named.shapes.update({name: p.shape for name, p in call.params.items()})
+    parts = {name: cut.part(p) for name, p in call.params.items()}
+    grads = {name: cut.part(g) for name, g in call.grads.items()} if stage == 1 else call.grads
+    inner = call.replace(params=parts, grads=grads)
+    if stage == 1:
+        with sharding.bound(cut, named):
+            new, opt_state = next(inner)
+    else:
+        new, opt_state = next(inner)
+    donated = new is parts
+    names, wholes = [*call.params], dict(new)
+    for run in _runs([*call.params.values()]):
+        some = names[run]
+        found = gather(cut, [new[name] for name in some], [call.params[name].shape for name in some])
+        if donated:  # the state's own memory goes on
+            torch._foreach_copy_([call.params[name] for name in some], found)
+        else:
+            wholes.update(zip(some, found, strict=True))
+    return (call.params if donated else wholes), opt_state
+
+
+def _runs(wholes: Sequence[Tensor]) -> list[slice]:
+    """Some at a time, in order: what travels together is in memory once or twice more meanwhile."""
+    out, start, size = [], 0, 0
+    for place, whole in enumerate(wholes):
+        if place > start and size + whole.nbytes > _RUN:
+            out.append(slice(start, place))
+            start, size = place, 0
+        size += whole.nbytes
+    return [*out, slice(start, len(wholes))]
+
+
+class _Rule(DataParallelRule):
+    """What fsdp makes of each P1 call of one step."""
+
+    def __init__(
+        self,
+        transform: fsdp,
+        cut: ShardLayout,
+        wire: GradComm,
+        layouts: BucketPlanCache,
+        state: Any,
+        checks: BufferChecks,
+    ) -> None:
+        super().__init__(wire, layouts, "merge", state, checks)
+        self._transform, self._cut, self._shapes = transform, cut, transform._shapes(state)
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+            raise AxisError(
+                "lm.fsdp gathers params and sums gradients over processes, which torch cannot do inside vmap or"
+                ' torch.func.grad. Leave out lm.ensemble and engine="func".'
+            )
+        size = batching.count(call.batch)
+        call = self._begun(call, size)
+        answer: Gradient = next(self._shared(call.replace(summed=True), size))
+        if not size:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        return answer if call.summed else gradient.normalized(answer)
+
+    def _shared(self, call: GradientCall, size: int) -> GradientCall:
+        """The call with its reduction; at stage 3 for params that are gathered as they are used."""
+        if self._transform.stage == 1:
+            buckets = Buckets(self._wire, self._layouts, size > 0)
+            return call.replace(reduction=GradReducer(self._wire, buckets, size, self, self._device))
+        parts: Any = _Parts(self._cut)
+        if self._transform.stage == 2:
+            return call.replace(reduction=GradReducer(self._wire, parts, size, self, self._device))
+        _check_params(call.params, self._shapes)
+        idle = self._gathering(zero_weight_loss(call.loss_fn, call.has_aux), call.has_aux, idle=True)
+        exchange = _Summed(self._wire, parts, size, self, self._device, idle)
+        return call.replace(loss_fn=self._gathering(call.loss_fn, call.has_aux, idle=not size), reduction=exchange)
+
+    def _gathering(self, loss: Callable[..., Any], has_aux: bool, idle: bool) -> Callable[..., Any]:
+        """`loss` as a function of parts."""
+
+        def loss_fn(params: Any, *rest: Any) -> Any:
+            session = self._transform.session(self._shapes)
+            session.idle = idle
+            try:
+                with session.saving():
+                    out = loss({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
+                return _tied(session, out, has_aux)
+            finally:
+                session.close()
+
+        loss_fn.__wrapped__ = loss  # type: ignore[attr-defined]
+        loss_fn.__qualname__ = getattr(loss, "__qualname__", "loss")
+        return loss_fn
+
+
+def _check_params(params: Any, shapes: Shapes) -> None:
+    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
+        raise ParamsError(
+            "under lm.fsdp(stage=3) a loss is differentiated in the state's own params, whose parts and shapes are"
+            " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(stage=2)."
+        )
+
+
+def _tied(session: UnshardContext, out: Any, has_aux: bool) -> Any:
+    """The loss with the whole chain behind it, so that every process goes back through all of it."""
+    loss, aux = out if has_aux and type(out) is tuple and len(out) == 2 else (out, None)
+    if isinstance(loss, Mean):
+        loss = Mean(session.finish(loss.total), loss.weight)
+    elif isinstance(loss, Tensor):
+        loss = session.finish(loss)
+    return (loss, aux) if has_aux else loss
+
+
+class _Summed(GradReducer):
+    """The reduction of one gradient at stage 3, whose grads have been summed where they were made."""
+
+    within = True
+    _buckets: Any
+
+    def __init__(self, wire: GradComm, parts: Any, size: int, rule: DataParallelRule, device: Any, idle: Any) -> None:
+        super().__init__(wire, parts, size, rule, device)
+        self._idle = idle
+
+    def idle(self, call: GradientCall) -> GradientCall:
+        """The call with a loss that weighs nothing, and takes part in every gather."""
+        return call.replace(loss_fn=self._idle)
+
+    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
+        """The answer of all processes."""
+        self._buckets.summed = tree.leaves(answer.grads)
+        return super().finish(answer, independent)
+
+
+class _Parts:
+    """In place of buckets: this process's parts of the sums."""
+
+    def __init__(self, cut: ShardLayout) -> None:
+        self._cut = cut
+        self.flat: list[Tensor] = []
+        self.summed: list[Tensor] | None = None  # at stage 3, where even a process without rows holds sums
+
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
+        """Nothing to launch ahead of time."""
+
+    def finish(self, leaves: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The parts, and the sum of `tail`."""
+        parts = self.summed
+        if parts is None:
+            parts = [part for run in _runs(leaves) for part in reduce_scatter(self._cut, leaves[run])]
+        return parts, collectives.all_reduce(tail, "sum", self._cut.everyone)()

@@ -1,0 +1,85 @@
+"""Tensors without memory that stand for others: their form is known here, and what else is asked goes elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+
+from lumen.core import distributed
+
+
+def empty_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without memory."""
+    with distributed.real_tensors():
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class TensorProxy(Tensor):
+    """A tensor whose form can be looked at; any other torch function on it is for `answered` to answer."""
+
+    form: frozenset[Any] = frozenset({
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+    })  # fmt: skip
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in cls.form:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return cls.answered(func, args, kwargs or {})
+
+    @classmethod
+    def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function of such tensors gives."""
+        raise NotImplementedError
+
+
+class GatherSource(Protocol):
+    """Who knows the whole of a param from its part."""
+
+    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The param `name`, gathered."""
+
+
+class LazyParam(TensorProxy):
+    """A param that is here in part only, and is gathered by whatever torch function it is given to."""
+
+    form = TensorProxy.form | {Tensor.is_floating_point}
+    part: Tensor
+    key: str
+    session: GatherSource
+
+    @classmethod
+    def of(cls, session: GatherSource, name: str, part: Tensor) -> LazyParam:
+        """The param `name` as the loss function, or a module outside of its unit, is to see it."""
+        lazy: LazyParam = torch.Tensor._make_subclass(cls, session.empty_meta(name, part.dtype), False)
+        lazy.part, lazy.key, lazy.session = part, name, session
+        return lazy
+
+    @classmethod
+    def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What it gives of whole params."""
+        args, kwargs = torch_pytree.tree_map(whole_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Lazy({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def whole_of(value: Any) -> Any:
+    """A param that is gathered when it is used, whole; anything else as it is."""
+    return value.session.whole(value.key, value.part) if isinstance(value, LazyParam) else value

@@ -1,0 +1,1 @@
+"""Tensor parallelism: single matrices sharded over processes."""

@@ -1,0 +1,381 @@
+"""`lm.tensor_parallel`: single matrices cut over processes, which compute each row together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lumen import tree
+from lumen.core import distributed, rules, sharding
+from lumen.core.device import module_of
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.sharding import ShardSpec
+from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
+from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError
+from lumen.parallel.comm import consistency
+from lumen.parallel.comm.mesh import Mesh
+from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.fsdp.shard import flat_params
+from lumen.parallel.lazy_param import LazyParam, whole_of
+from lumen.parallel.optimizer_check import check_optimizer
+from lumen.parallel.tensor.autograd_collectives import TPGroup
+from lumen.parallel.tensor.layers import FullParamView, Run, cut_modules
+from lumen.parallel.tensor.layout import (
+    Layout,
+    Plan,
+    cut_tree,
+    module_styles,
+    name_in,
+    param_layouts,
+    pieces_of,
+    whole_tree,
+)
+from lumen.parallel.tensor.styles import Style
+
+_MANY = 4  # entries of a plan that messages do not spell out
+
+
+@pytree_dataclass
+class ParamLayouts:
+    """The slot of `tensor_parallel`, all static: how each param is laid out, by name, and over how many processes.
+
+    A leaf anywhere in the state that stands under a cut param's name, and has the shape of this process's part of it,
+    is such a part.
+    """
+
+    layouts: tuple[tuple[str, Layout], ...] = static()
+    size: int = static()
+
+
+class tensor_parallel(Transform):
+    """Cut single matrices over the processes along the mesh's `tensor` axis, which compute the same rows together.
+
+    `plan` says how, by patterns of module names: `Colwise()`, `Rowwise()`, `SequenceParallel()` and `Region()` of
+    `lm.parallel`, or a ready plan of `lm.parallel.plans`. What it does not name stays whole. Layers that it cuts are
+    `nn.Linear`, `nn.Embedding` and Hugging Face's `Conv1D`; their own forward gives way to the same on parts. Whoever
+    else reads a cut param, the loss function say, finds it whole: it is gathered there and then.
+
+    `init` cuts the tensors of the first process along the axis, frozen ones and the optimizer's too; inside the step
+    params and grads are this process's parts, plain tensors. `export` gathers them. All processes along `tensor` must
+    be handed the same rows, as `lm.Loader` does. Rows are spread over the mesh's other axes by `lm.ddp` or `lm.fsdp` on
+    the same mesh, which stand outside: `lm.fsdp(mesh)(lm.tensor_parallel(plan, mesh)(step))`.
+
+    Law: params, loss and metrics are those of one process, up to the order of floating sums. With dropout they are
+    those of other random numbers than one process draws: all processes of the axis draw alike, from the generator of
+    the first (a step of a model with dropout begins with its state), so that what is whole stays the same everywhere,
+    and what is cut (heads, features, parts of a sequence) has the same mask in each part.
+
+    Raises, on every process: `PatternError` for a pattern that matches nothing, a module that two match, and tied
+    weights cut in two ways; `ParamsError` for sizes that the axis does not divide and layers that cannot be cut;
+    `HyperparameterError` for optimizers that need whole tensors; `WorldError` where states, meshes or
+    the buffers after the first step differ; `OrderError` for what cannot stand around it or inside; `BatchError` where
+    the first rows differ along the axis.
+
+    >>> import lumen as lm
+    >>> from lumen.parallel import Colwise, Rowwise
+    >>> from lumen.parallel.tensor.tensor_parallel import tensor_parallel
+    >>> tensor_parallel({"mlp.up": Colwise(), "mlp.down": Rowwise()})
+    lm.tensor_parallel({'mlp.up': Colwise(), 'mlp.down': Rowwise()})
+    """
+
+    name = "tensor_parallel"
+    level = "tensor"
+    shards = True
+    reason = "rows are spread over groups of processes, each of which computes its rows together"
+
+    def __init__(self, plan: Plan, mesh: Mesh | None = None) -> None:
+        if not isinstance(plan, Mapping) or not plan or not all(isinstance(s, Style) for s in plan.values()):
+            raise HyperparameterError(
+                f"tensor_parallel takes a plan, a dict of styles by patterns of module names, not {plan!r:.200}. Write"
+                ' lm.tensor_parallel({"*.up": Colwise(), "*.down": Rowwise()}), or a plan of lm.parallel.plans.'
+            )
+        self.plan = dict(plan)
+        self._given = mesh
+        self._styles: dict[Any, dict[str, Style]] = {}
+        self._known: tuple[ParamLayouts, dict[str, Layout], FullParamView] | None = None
+
+    def __repr__(self) -> str:
+        mesh = "" if self._given is None else f", {self._given!r}"
+        plan = repr(self.plan) if len(self.plan) < _MANY else "plan"
+        return f"lm.tensor_parallel({plan}{mesh})"
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh that was given, or all processes along `tensor`."""
+        return self._given if self._given is not None else make_mesh(tensor=-1)
+
+    @functools.cached_property
+    def team(self) -> TPGroup | None:
+        """The processes along `tensor`; None where nothing is cut."""
+        group = self.mesh.group("tensor")
+        return None if group is None else TPGroup(group)
+
+    @functools.cached_property
+    def run(self) -> Run:
+        """What the layers share while a model runs."""
+        assert self.team is not None
+        return Run(self.team)
+
+    def init(self, state: Any) -> Any:
+        """This process's parts of the first process's state, after checking that all along `tensor` have the same."""
+        flat_params(state, "lm.tensor_parallel cuts")
+        team = self.team
+        if team is not None:
+            lines = consistency.fingerprint_lines(state, self.within)
+            lines += [f"the plan's {pattern} is {style!r}" for pattern, style in self.plan.items()]
+            consistency.assert_same_on_all_ranks(
+                lines, team.group, device_of(state), "the processes of lm.tensor_parallel"
+            )
+        layouts = param_layouts(
+            state.apply_fn.module, self._styles_of(state.apply_fn), 1 if team is None else team.size
+        )
+        self._check_outside()
+        if team is None:
+            return state
+        check_optimizer(state.tx, "lm.tensor_parallel", gathers=False)
+        state = cut_tree(team, consistency.broadcast(state, team.group), layouts)
+        return with_slot(state, self.name, ParamLayouts(layouts=tuple(layouts.items()), size=team.size))
+
+    def export(self, state: Any) -> Any:
+        """The whole state, on every process."""
+        if self.team is None:
+            return state
+        layouts, _ = self._layouts(state)
+        return whole_tree(self.team, without_slot(state, self.name), layouts)
+
+    def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
+        """What each leaf is that stands under a param's name: a part, or whole and written by one process.
+
+        Where `lm.fsdp` outside cuts a leaf once more, its piece is of what this one says.
+        """
+        team = self.team
+        if team is None:
+            return {}
+        found = pieces_of(state, self._layouts(state)[0], team.size, team.index)
+        first = not any(self.mesh.index(axis) for axis in ("data", "shard"))
+        around = () if self.within is None else self.within.transforms
+        outer = {place for t in around if t is not self and t.shards for place in t.shard_specs(state)}
+        return {
+            place: piece._replace(owner=piece.owner and (first or place in outer)) for place, piece in found.items()
+        }
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with its model run on parts."""
+        _check_inside(as_step(step).transforms)
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            team = self.team
+            if team is None:
+                return step(state, batch)
+            _check_engine()
+            layouts, outside = self._layouts(state)
+            handlers: dict[Primitive, Rule] = {
+                Primitive.APPLY: functools.partial(self._apply, layouts, outside),
+                Primitive.GRADIENT: functools.partial(self._gradient, outside),
+            }
+            with rules.rule_context(handlers), sharding.bound(_Parts(team, outside.layouts)):
+                if self._is_alone():
+                    with self.mesh.bound():
+                        return step(state, batch)
+                return step(state, batch)
+
+        return run
+
+    def wrap_host(self, step: StepFn) -> StepFn:
+        """Check, once, that the processes along `tensor` have the same rows, and then buffers; let them draw alike."""
+        checked = False
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal checked
+            if self.team is None:
+                return step(state, batch)
+            first, checked = not checked, True
+            if first:
+                _check_rows(self.team, batch, device_of(state))
+            if _draws(state.apply_fn.module):
+                _draw_alike(self.team, device_of(state))
+            new, metrics = step(state, batch)
+            if first:
+                _check_buffers(self.team, new)
+            return new, metrics
+
+        return run
+
+    def _styles_of(self, apply: Any) -> dict[str, Style]:
+        if apply not in self._styles:
+            self._styles[apply] = module_styles(apply.module, self.plan)
+        return self._styles[apply]
+
+    def _layouts(self, state: Any) -> tuple[dict[str, Layout], FullParamView]:
+        """What the slot says, and what makes params whole by it."""
+        record: ParamLayouts = slot(state, self.name)
+        if self._known is None or (self._known[0] is not record and self._known[0] != record):
+            assert self.team is not None
+            layouts = dict(record.layouts)
+            self._known = record, layouts, FullParamView(self.team, layouts)
+        return self._known[1:]
+
+    def _is_alone(self) -> bool:
+        """Whether nobody outside has bound the axes of the mesh."""
+        return rules.axis("tensor") is None
+
+    def _apply(self, layouts: Mapping[str, Layout], outside: FullParamView, next: Next, call: ApplyCall) -> Any:
+        """P0: run the model on the parts of its params."""
+        if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
+            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
+        params = {name: self._part(outside, name, p) for name, p in call.params.items()}
+        change = cut_modules(self.run, outside, self._styles_of(call.target))
+        target = call.target.variant((self.name, self), change)
+        try:
+            return next(call.replace(target=target, params=params))
+        finally:
+            self.run.leave()
+
+    @staticmethod
+    def _names(call: ApplyCall) -> set[str]:
+        return {*call.params, *call.buffers}
+
+    @staticmethod
+    def _part(outside: FullParamView, name: str, param: Tensor) -> Tensor:
+        """This process's part of a param, also of one that was computed from whole ones in the loss function."""
+        if isinstance(param, LazyParam) and param.session is outside:
+            return param.part
+        layout = outside.layouts.get(name)
+        if layout is None or param.shape != torch.Size(layout.shape):
+            return param
+        return outside.team.slice(param, layout.dim, layout.groups)
+
+    def _gradient(self, outside: FullParamView, next: Next, call: GradientCall) -> Gradient:
+        """P1: let the loss function see whole params, which are gathered if it reads them."""
+        if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(outside.layouts):
+            return next(call)  # type: ignore[no-any-return]
+
+        def loss_fn(params: Any, *rest: Any) -> Any:
+            return call.loss_fn({name: _seen(outside, name, p) for name, p in params.items()}, *rest)
+
+        loss_fn.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
+        loss_fn.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
+        try:
+            return next(call.replace(loss_fn=loss_fn))  # type: ignore[no-any-return]
+        finally:
+            self.run.leave()  # a layer that was computed again for the backward pass has entered once more
+
+    def _check_outside(self) -> None:
+        around = () if self.within is None else self.within.transforms
+        joining = next((t for t in around if t.level == "parallel"), None)
+        if joining is None and self.mesh.size("data", "shard") > 1:
+            raise OrderError(
+                f"{self.mesh!r} spreads rows over data and shard, and nothing joins their gradients. Write"
+                " lm.ddp(mesh)(lm.tensor_parallel(plan, mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
+            )
+        other = getattr(joining, "mesh", self.mesh)
+        if other.sizes != self.mesh.sizes:
+            raise WorldError(
+                f"{joining!r} stands on {other!r} and lm.tensor_parallel on {self.mesh!r}: they must share one mesh."
+                f" Write mesh = lm.mesh(data=..., tensor=...), lm.{joining.name if joining else 'ddp'}(mesh) and"
+                " lm.tensor_parallel(plan, mesh)."
+            )
+
+
+class _Parts:
+    """`lumen.core.sharding.Shards`: what is cut, and what all processes along `tensor` hold alike."""
+
+    def __init__(self, team: TPGroup, layouts: Mapping[str, Layout]) -> None:
+        self._team, self._layouts = team, layouts
+        self.reduce = team.reduce
+
+    def counts(self, path: str, leaf: Tensor) -> bool:
+        """Whether this process adds `leaf` to a sum over all entries."""
+        return self._team.index == 0 or name_in(path, self._layouts) is not None
+
+
+def _seen(outside: FullParamView, name: str, param: Tensor) -> Tensor:
+    layout = outside.layouts.get(name)
+    is_part = layout is not None and param.shape != torch.Size(layout.shape)
+    return LazyParam.of(outside, name, param) if is_part else param
+
+
+def _check_engine() -> None:
+    if rules.is_tracing():
+        raise OrderError("lm.compile cannot trace lm.tensor_parallel, which runs eagerly. Leave lm.compile out.")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise AxisError(
+            "lm.tensor_parallel moves tensors between processes, which cannot be done for the lanes of lm.ensemble or"
+            " vmap around a step. Train one model under lm.tensor_parallel."
+        )
+
+
+def _check_inside(transforms: Sequence[Transform]) -> None:
+    for inner in transforms:
+        if inner.level == "dp_sgd":
+            raise OrderError(
+                f"{inner!r} under lm.tensor_parallel would bound each example's gradient by its part on one process."
+                " Train it without, under lm.accumulate for large batches."
+            )
+        if getattr(inner, "auto", False):
+            raise OrderError(
+                f"{inner!r} under lm.tensor_parallel would retry on the process that ran out of memory alone. Give a"
+                " number: lm.accumulate(2)."
+            )
+
+
+def _check_rows(team: TPGroup, batch: Any, device: torch.device) -> None:
+    """Raise `BatchError`, on every process, unless all were handed the same tensors."""
+    sums = [consistency.checksum(leaf) for leaf in tree.tensors(batch)]
+    mine = torch.stack([torch.zeros(2, dtype=torch.int64), *(each.cpu() for each in sums)]).sum(0).to(device)
+    found = [torch.empty_like(mine) for _ in range(team.size)]
+    dist.all_gather(found, mine, group=team.group)
+    if any(not torch.equal(found[0], other) for other in found):
+        raise BatchError(
+            "the processes along tensor were handed different rows, and must compute the same ones together. Make"
+            " batches with lm.Loader, made after the mesh, or cut them by lm.parallel.rows(): which part is this"
+            " process's, and of how many."
+        )
+
+
+def _check_buffers(team: TPGroup, state: Any) -> None:
+    """Raise `WorldError`, on every process, unless all came to the same buffers, which nothing joins."""
+    whole = {name: b for name, b in state.buffers.items() if name not in state.apply_fn.frozen}
+    if not whole or distributed.is_dry_run():
+        return
+    mine = torch.stack([consistency.checksum(buffer) for buffer in whole.values()])
+    found = [torch.empty_like(mine) for _ in range(team.size)]
+    dist.all_gather(found, mine, group=team.group)
+    differs = torch.stack([(other != found[0]).any(1) for other in found]).any(0).tolist()
+    names = [name for name, bad in zip(whole, differs, strict=True) if bad]
+    if names:
+        raise WorldError(
+            f"the processes along tensor compute the same rows, but came to different buffers: {', '.join(names)}. Were"
+            " they computed from a part of the features, or drawn at random? Compute them from what is whole, outside"
+            " of the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
+        )
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module in training mode has dropout: a layer, or a number of that name that it hands on."""
+    if not module.training:
+        return False
+    for each in module.modules():
+        if isinstance(each, nn.modules.dropout._DropoutNd) and each.p > 0:
+            return True
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(each).items()):
+            return True
+    return False
+
+
+def _draw_alike(team: TPGroup, device: torch.device) -> None:
+    """Give every process the generator of the first, as it is on the device that draws."""
+    module = module_of(device)
+    own = torch.get_rng_state() if module is None else module.get_rng_state(device)
+    first = own.to(device)
+    dist.broadcast(first, group=team.group, group_src=0)
+    if team.index:
+        torch.set_rng_state(first) if module is None else module.set_rng_state(first.cpu(), device)

@@ -1,0 +1,13 @@
+"""`lm.plan`: memory, communication and time of a run on many devices, found by one process without them."""
+
+from lumen.planner.plan import measure
+from lumen.planner.report import Plan
+
+__all__ = [
+    "Plan",
+    "measure",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

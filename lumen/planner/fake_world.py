@@ -1,0 +1,168 @@
+"""A world of which only this process is real, and a step that runs in it as it would in the real one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen.core import distributed
+from lumen.core.step import Step, StepFn, Transform, as_step, compose
+from lumen.errors import WorldError
+from lumen.parallel.comm import process_groups
+from lumen.parallel.comm.mesh import Mesh
+
+
+@contextmanager
+def fake_world(size: int, rank: int = 0) -> Iterator[None]:
+    """While it is entered, this process is `rank` of a world of `size` that nobody else belongs to.
+
+    Collectives return at once and send nothing, so what they give has the right shape and no meaning: it is for
+    tensors without values. Raises `WorldError` inside a world, and for a rank that the world does not have.
+
+    >>> import lumen as lm
+    >>> from lumen.planner.fake_world import fake_world
+    >>> with fake_world(1024, rank=70):
+    ...     mesh = lm.mesh(shard=64, data=16)
+    ...     mesh.index("data"), mesh.index("shard")
+    (1, 6)
+    """
+    if distributed.is_distributed():
+        raise WorldError(
+            f"this process is rank {distributed.rank()} of {distributed.world_size()} already, and a plan makes a"
+            " world of its own. Plan from one process, without torchrun."
+        )
+    if type(size) is not int or size < 1:
+        raise WorldError(f"world_size={size!r} must be a number of processes, from 1.")
+    if type(rank) is not int or not 0 <= rank < size:
+        raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        process_groups.release()
+
+
+def moved(step: StepFn, mesh: Mesh | None) -> Step:
+    """A copy of `step` without `lm.compile`, its parallel transforms on `mesh`, or as if they had not been used yet."""
+    whole = as_step(step)
+    return compose(*(_moved(each, mesh) for each in whole.transforms if each.level != "compile"))(whole.user)
+
+
+def _moved(transform: Transform, mesh: Mesh | None) -> Transform:
+    found = copy.copy(transform)
+    for name in [*vars(found)]:
+        if isinstance(getattr(type(found), name, None), functools.cached_property):
+            del vars(found)[name]
+    if mesh is not None and hasattr(found, "_given"):
+        found._given = mesh
+    return found
+
+
+def on_device(step: Step) -> torch.device:
+    """A device beside the CPU, and `step` on it, so that what lies on the host is told apart.
+
+    It is none that torch is built for: it has no memory, and its tensors no values. It is registered once for the
+    process, as autograd asks for something of the kind even where tensors are fake; outside of plans there are none.
+    """
+    if torch._C._get_privateuse1_backend_name() != _DEVICE:
+        _register()
+    device = torch.device(_DEVICE, 0)
+    for transform in step.transforms:
+        if isinstance(mesh := getattr(transform, "mesh", None), Mesh):
+            given: Any = transform
+            given.mesh = Mesh(mesh.sizes, device, mesh.torch)
+    return device
+
+
+_DEVICE = "planned"
+
+
+def _register() -> None:
+    from torch.utils import backend_registration
+
+    class Hook(backend_registration._DummyPrivateUse1Hook):
+        def is_available(self) -> bool:
+            return distributed.is_dry_run()
+
+    setup: Any = backend_registration._setup_privateuseone_for_python_backend
+    setup(_DEVICE, backend_module=_Devices(), hook=Hook())
+    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _PRODUCTS:
+        operation = getattr(torch.ops.aten, name.partition(".")[0])
+        _library.impl(name, _autocast(operation), "AutocastPrivateUse1")
+
+
+# What autocast computes in 16 bits; torch has rules for the devices that it is built for.
+_PRODUCTS = (
+    *("linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "scaled_dot_product_attention"),
+    *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding"),
+    *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
+)
+_library = torch.library.Library("aten", "IMPL")  # it undoes what it registered when it goes
+_others = torch.library.Library("_", "IMPL")
+_core: Any = torch._C
+_BELOW = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
+
+
+def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """`operation` on tensors cast as autocast casts them."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(_DEVICE)
+
+        def cast(x: Any) -> Any:
+            wide = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+            return x.to(dtype) if wide else x
+
+        with _core._ExcludeDispatchKeyGuard(_BELOW):
+            return operation(*map(cast, args), **{name: cast(each) for name, each in kwargs.items()})
+
+    return run
+
+
+class _Devices:
+    """What torch asks about devices of this kind: there is one while a plan is made, and it draws no random numbers."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return distributed.is_dry_run()
+
+    def device_count(self) -> int:
+        return int(distributed.is_dry_run())
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        with distributed.real_tensors():
+            return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
+
+
+def sizes_of(step: Step) -> Mapping[str, int]:
+    """The axes of the mesh that a step is spread over; empty where it is not."""
+    meshes: list[Any] = [getattr(t, "mesh", None) for t in step.transforms if t.level == "parallel"]
+    return next((mesh.sizes for mesh in meshes if isinstance(mesh, Mesh)), {})

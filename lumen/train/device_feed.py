@@ -1,0 +1,89 @@
+"""`DeviceIterator`: a feed's batches as tensors on the state's device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.step import device_of
+from lumen.data.adapters import Feed, feed
+from lumen.data.fetch import as_dict
+from lumen.data.rank_split import refusal
+from lumen.data.to_device import Move
+from lumen.data.workers import release
+from lumen.errors import BatchError
+from lumen.train.distributed import ProcessGroupContext
+
+_END = object()
+
+
+def opened(data: Any, state: Any, everyone: ProcessGroupContext) -> DeviceIterator:
+    """The batches of `data` for this process; raises `BatchError` on all where it cannot be the data of one."""
+    refused = everyone.any_rank_value(refusal(data))
+    if refused:
+        raise BatchError(refused)
+    return DeviceIterator(feed(data), state)
+
+
+class DeviceIterator:
+    """Moves what is elsewhere, makes tensors of arrays and dicts of other mappings; else batches pass untouched."""
+
+    def __init__(self, feed: Feed, state: Any) -> None:
+        self.length = feed.length
+        self.state_dict = feed.state_dict
+        self.load_state_dict = feed.load_state_dict
+        self._feed = feed
+        self._move = Move(device_of(state))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the first epoch, for what needs no more than some."""
+        return self.epoch(0)
+
+    def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
+        """The batches of epoch `number` from `position`."""
+        return self._placed(self._feed.epoch(number, position), lambda batch: batch, self._place)
+
+    def stacked(
+        self, number: int, position: int, stop: int, size: Callable[[], int]
+    ) -> Iterator[tuple[Any, int]] | None:
+        """Several batches at a time, as `Feed.stacked` gives them."""
+        found = self._feed.stacked(number, position, stop, size)
+        if found is None:
+            return None
+        return self._placed(found, lambda pair: pair[0], lambda pair: (self._place(pair[0]), pair[1]))
+
+    def _placed(
+        self, items: Iterator[Any], batch_of: Callable[[Any], Any], place: Callable[[Any], Any]
+    ) -> Iterator[Any]:
+        items = _releasing(items)
+        first = next(items, _END)
+        if first is _END:
+            return iter(())
+        chained = itertools.chain([first], items)
+        return map(place, chained) if self._must_place(batch_of(first)) else chained
+
+    def _must_place(self, batch: Any) -> bool:
+        return as_dict(batch) is not batch or any(
+            isinstance(x, np.ndarray) or (isinstance(x, Tensor) and x.device != self._move.device)
+            for x in tree.leaves(batch)
+        )
+
+    def _place(self, batch: Any) -> Any:
+        def place(leaf: Any) -> Any:
+            return self._move(torch.as_tensor(leaf)) if isinstance(leaf, Tensor | np.ndarray) else leaf
+
+        return tree.map(place, as_dict(batch))
+
+
+def _releasing(items: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from items
+    except Exception as error:
+        release(error)
+        raise

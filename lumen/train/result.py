@@ -1,0 +1,110 @@
+"""How a `Result` looks: on one line at a prompt, and as HTML in a notebook."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lumen.sinks import Sink
+from lumen.sinks.format import numbers, short
+from lumen.train.checkpointer import Checkpointer
+from lumen.train.curves import Line, Panel, grouped, measures
+from lumen.train.curves_svg import svg
+
+if TYPE_CHECKING:
+    from lumen.train.loop import Result
+
+_PANELS, _ROWS, _NAMED = 12, 40, 6
+# Colors are those of the text round it: a notebook may be light or dark.
+_CELL = "text-align:right;padding:1px 10px;background:none;color:inherit"
+_NAME = "text-align:left;padding:1px 10px;background:none;color:inherit"
+
+
+def line(result: Result) -> str:
+    """What `repr` says: why and when the run ended, and the first few of its metrics."""
+    clock, measured = result.clock, measures(list(result.metrics))
+    shown = numbers({name: result.metrics[name] for name in measured[:_NAMED]})
+    more = f"  … {len(measured) - _NAMED} more" if len(measured) > _NAMED else ""
+    when = f"step {clock.step}, epoch {clock.epoch}, {clock.seconds:.1f} s"
+    return f"Result({result.reason}: {when}{f'; {shown}{more}' if shown else ''})"
+
+
+def page(result: Result) -> str:
+    """The run as a piece of HTML that needs nothing else: how far it came, its numbers, its curves, where it lies."""
+    return (
+        '<div style="font-family:sans-serif;font-size:13px">'
+        f"<div><b>{html.escape(result.reason)}</b> · {_far(result)}</div>"
+        f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin:8px 0">{"".join(map(svg, panels(result)))}</div>'
+        f"{_table(result)}{_files(result)}</div>"
+    )
+
+
+def _far(result: Result) -> str:
+    clock = result.clock
+    said = [f"{clock.step:,} steps", f"{clock.epoch:,} epochs", f"{clock.seconds:,.1f} s"]
+    if clock.rows and clock.seconds > 0:
+        said.append(f"{clock.rows / clock.seconds:,.0f} rows/s")
+    if clock.tokens and clock.seconds > 0:
+        said.append(f"{clock.tokens / clock.seconds:,.0f} tokens/s")
+    return " · ".join(said)
+
+
+def files(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path]:
+    """Where a run's checkpoints and the files of its sinks are."""
+    found: dict[str, Path] = {}
+    if checkpoint is not None:
+        newest = checkpoint.latest()
+        found["checkpoints"] = checkpoint.directory / "checkpoints"
+        found |= {} if newest is None else {"newest checkpoint": newest}
+    for sink in sinks:
+        place = getattr(sink, "path", None) or getattr(sink, "logdir", None)
+        if isinstance(place, str | os.PathLike):
+            found[type(sink).__name__] = Path(place)
+    return found
+
+
+def panels(result: Result) -> list[Panel]:
+    """Curves of what was measured in this fit."""
+    found = []
+    for title, members in grouped(measures(result.history.names)).items():
+        one = len(members) == 1
+        lines = [Line("" if one else part, *result.history[name], color=i) for i, (name, part) in enumerate(members)]
+        found.append(Panel(members[0][0] if one else title, lines))
+    return found[:_PANELS]
+
+
+def _table(result: Result) -> str:
+    names = list(result.metrics)
+    if not names:
+        return ""
+    head = "".join(f'<th style="{_NAME if each == "metric" else _CELL}">{each}</th>' for each in _COLUMNS)
+    rows = "".join(f"<tr>{''.join(_cells(result, name))}</tr>" for name in names[:_ROWS])
+    more = f"<div>and {len(names) - _ROWS} more in <code>result.metrics</code></div>" if len(names) > _ROWS else ""
+    return f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}'
+
+
+_COLUMNS = ("metric", "last", "lowest", "at step", "highest", "at step")
+
+
+def _cells(result: Result, name: str) -> Iterator[str]:
+    """A row of the table: the best of the numbers is bold."""
+    yield f'<td style="{_NAME}">{html.escape(name)}</td><td style="{_CELL}">{short(result.metrics[name])}</td>'
+    if name not in result.history.names:  # of an earlier part of the run
+        return
+    found, best = result.history.extremes(name), result.history.best(name)
+    for point in (found.lowest, found.highest):
+        value, step = ("", "") if point is None else (short(point[1]), f"{int(point[0]):,}")
+        bold = ";font-weight:bold" if point is not None and point == best else ""
+        yield f'<td style="{_CELL}{bold}">{value}</td><td style="{_CELL};opacity:.7">{step}</td>'
+    if found.gaps:
+        yield f'<td style="{_NAME}">{found.gaps} NaN or infinite</td>'
+
+
+def _files(result: Result) -> str:
+    rows = (
+        f"<div>{html.escape(name)}: <code>{html.escape(str(path))}</code></div>" for name, path in result.files.items()
+    )
+    return f'<div style="margin-top:8px">{"".join(rows)}</div>' if result.files else ""

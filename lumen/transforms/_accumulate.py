@@ -1,0 +1,346 @@
+"""`lm.accumulate`: one update from several microbatches, exactly."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Hashable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import batching, gradient, rules
+from lumen.core.buffers import Tracker
+from lumen.core.device import free_cache
+from lumen.core.donation import is_retired, retire
+from lumen.core.primitives import Gradient, GradientCall, UpdateCall
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, without_slot
+from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
+
+_NARROW = (torch.float16, torch.bfloat16)
+_GROUP = 16 * 2**20  # bytes of sums that are made at once
+Dtypes = list[torch.dtype] | None
+_FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
+
+
+class RetryWithMoreMicrobatches(torch.OutOfMemoryError):
+    """Every process is about to take its rows in more parts."""
+
+
+@pytree_dataclass
+class AccumulateState:
+    """The slot of `accumulate("auto")`: into how many `parts` batches are cut (int64 scalar, on the host)."""
+
+    parts: Tensor
+
+
+class accumulate(Transform):
+    """Compute the gradient of a batch in `k` parts, or in parts of `microbatch` rows, and update once.
+
+    The batch handed to the step stays the full batch of one optimizer step; only the memory for activations shrinks.
+    `"auto"` begins with the whole batch, and after running out of memory cuts it into twice as many parts and does the
+    step again, with one warning each time; the number is kept in a slot, so a run that goes on has it.
+
+    Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
+    (losses travel as totals and weights), where the loss is a mean over rows, or over what an `lm.Mean` counts. One
+    that needs all rows at once, as a contrastive loss does, becomes another loss in parts; `lm.check_purity(step,
+    state, batch, rows=True)` finds that. BatchNorm in training mode sees one microbatch at a time, as it must: its
+    running statistics are the mean of the parts' by rows, its counter advances once. Any other buffer goes through the
+    microbatches in order, as in a loop: each begins with what the one before it left. Gradients of 16-bit params are
+    summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and "auto"
+    cuts finer on all processes once one has run out of memory; not under `lm.fsdp(stage=3)`, where the others would
+    wait in the middle of the gradient, and not while `lm.compile` traces.
+
+    Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
+    the error of running out of memory comes through where single rows do not fit, or the step failed while it was
+    changing a donated state.
+
+    >>> import lumen as lm
+    >>> lm.accumulate(4), lm.accumulate(microbatch=8), lm.accumulate("auto")
+    (lm.accumulate(4), lm.accumulate(microbatch=8), lm.accumulate('auto'))
+    """
+
+    name = "accumulate"
+    level = "accumulate"
+    reason = "each microbatch must meet the transforms inside it, and those outside must see the whole batch once"
+
+    def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
+        given = [n for n in (k, microbatch) if n is not None]
+        if k != "auto" and (len(given) != 1 or type(given[0]) is not int or given[0] < 1):
+            raise BatchError(
+                f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
+                " Write lm.accumulate(4) for four parts, lm.accumulate(microbatch=8) for parts of 8 rows, or"
+                ' lm.accumulate("auto") for as few parts as fit into memory.'
+            )
+        self.auto = k == "auto"
+        self.k = 1 if k == "auto" else k
+        self.microbatch = microbatch
+        self.rows = 0  # of the batch that was cut last
+        self._updating = False
+
+    def __repr__(self) -> str:
+        if self.auto:
+            return "lm.accumulate('auto')"
+        return f"lm.accumulate({self.k})" if self.k else f"lm.accumulate(microbatch={self.microbatch})"
+
+    @property
+    def key(self) -> Hashable:
+        """The number of parts: a compiled step has them written out."""
+        return self.k
+
+    def init(self, state: Any) -> Any:
+        """Add the slot, where the number of parts is found on the way."""
+        if not self.auto:
+            return state
+        return add_slot(state, self.name, lambda: AccumulateState(torch.ones((), dtype=torch.int64)))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name) if self.auto else state
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with gradients taken part by part."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            parts = _InParts(self)
+            handlers: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: parts, Primitive.APPLY: parts.tracker.apply}
+            if self.auto:
+                handlers[Primitive.UPDATE] = self._update
+            with rules.rule_context(handlers):
+                return step(state, batch)
+
+        return run
+
+    def wrap_host(self, step: StepFn) -> StepFn:
+        """With "auto": after running out of memory, again in more parts."""
+        if not self.auto:
+            return step
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            given = state
+            parts = slot(state, self.name).parts
+            self.k = count = int(parts.max())
+            while (out := self._attempt(step, state, batch, count)) is None:
+                self.k = count = 2 * count
+                # Said outside the handler of the error, whose traceback holds the activations that did not fit.
+                warnings.warn(
+                    f"out of memory: batches of {self.rows} rows are now computed in {self.k} parts."
+                    f" Write lm.accumulate({self.k}) to begin with that.",
+                    InexactWarning,
+                    stacklevel=2,
+                )
+                state = with_slot(state, self.name, AccumulateState(torch.full_like(parts, self.k)))
+                _free()
+            if state is not given and is_retired(state) and not is_retired(given):
+                retire(given)
+            return out
+
+        return run
+
+    def _attempt(self, step: StepFn, state: Any, batch: Any, parts: int) -> tuple[Any, Any] | None:
+        """The step's answer, or None where it ran out of memory and may be tried again."""
+        self._updating = False
+        try:
+            return step(state, batch)
+        except (RuntimeError, MemoryError) as error:
+            again = isinstance(error, RetryWithMoreMicrobatches) or (
+                not self._shared() and _is_out_of_memory(error) and parts < self.rows
+            )
+            # What failed during an update may have changed a donated state already.
+            if not again or self._updating or is_retired(state):
+                raise
+            return None
+
+    def _shared(self) -> bool:
+        """Whether other processes would go on while this one tries again by itself."""
+        return self.within is not None and any(t.level == "parallel" for t in self.within.transforms)
+
+    def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        self._updating = True
+        answer: tuple[Any, Any] = next(call)
+        self._updating = False
+        return answer
+
+    def split(self, call: GradientCall) -> list[Any]:
+        """The batch in parts, in order."""
+        batch, reduction = call.batch, call.reduction
+        self.rows = size = batching.count(batch)
+        if reduction is not None and not reduction.rows:
+            return [batch]
+        if self.k is None:
+            assert self.microbatch is not None
+            leaves, spec = tree.flatten(batch)
+            if size == 0:
+                return [batch]
+            cut = [x.split(self.microbatch) if isinstance(x, torch.Tensor) else None for x in leaves]
+            if None not in cut:
+                return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
+            return batching.split(batch, math.ceil(size / self.microbatch))
+        if self.auto or reduction is not None:  # a smaller last batch, or the smaller part of a process
+            return batching.split(batch, max(1, min(self.k, size)))
+        if self.k > size:
+            raise BatchError(
+                f"accumulate({self.k}) cannot cut a batch of {size} rows into {self.k} parts of at least one row."
+                f" Use lm.accumulate({max(size, 1)}) or fewer parts, lm.accumulate(microbatch=1), or a larger batch."
+            )
+        return batching.split(batch, self.k)
+
+
+class _InParts:
+    """What accumulate makes of the P1 calls of one step."""
+
+    def __init__(self, settings: accumulate) -> None:
+        self.settings = settings
+        self.tracker = Tracker()
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of all rows, taken part by part."""
+        settings = self.settings
+        if settings.auto and rules.is_tracing() and call.reduction is not None:
+            raise OrderError(
+                "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where processes ask each"
+                " other whether all have had memory enough. Give a number: lm.accumulate(2)."
+            )
+        call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
+        in_place = self._adds_in_place(call)
+        take = self._fitting if settings.auto and not rules.is_tracing() else self._total
+        total, dtypes = take(next, call, in_place)
+        if call.reduction is not None:
+            total, dtypes = call.reduction.finish(_rounded(total, dtypes)), None
+        if call.summed:
+            return _rounded(total, dtypes)
+        own = in_place and call.reduction is None
+        return _rounded(gradient.normalized(total, own=own), dtypes)
+
+    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
+        """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
+        settings = self.settings
+        total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
+        try:
+            total = self._total(next, call, in_place)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            outcome = _CUT if settings.k is not None and settings.k < settings.rows else _FAILS
+            said = str(error)
+        worst = outcome if call.reduction is None else call.reduction.most(outcome)
+        if worst == _CUT:
+            raise RetryWithMoreMicrobatches(said)
+        if worst == _FAILS:
+            raise torch.OutOfMemoryError(said)
+        assert total is not None
+        return total
+
+    def _total(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
+        """The gradient of the sum, of 16-bit params in float32, and the dtypes that the parts' grads had."""
+        self.tracker.begin()
+        alone = call.replace(summed=True, reduction=None)
+        pieces = self.settings.split(call)
+        calls = [alone.replace(batch=piece) for piece in pieces]
+        reduction = call.reduction
+        if reduction is not None and reduction.within:
+            most = self.settings.k or reduction.most(len(pieces))
+            calls += [reduction.idle(calls[-1])] * (most - len(pieces))
+        elif in_place:
+            return self._in_place(next, calls), None
+        parts: list[Gradient] = []
+        sums: list[Tensor] = []
+        spec: tree.Spec | None = None
+        for place, each in enumerate(calls):
+            part: Gradient = next(each)
+            grads, spec = tree.flatten(part.grads)
+            dtypes = [g.dtype for g in grads]
+            part = part.replace(grads=None)  # so that each gradient goes once it has been added
+            if place:
+                _add(sums, grads, own=place > 1)
+            else:
+                sums = _widened(grads)
+            if place < len(pieces):
+                parts.append(part)
+                self.tracker.carry(part.aux)
+        assert spec is not None
+        total = batching.add_gradients(parts, self.tracker.origins)
+        return total.replace(grads=spec.unflatten(sums)), dtypes
+
+    def _in_place(self, next: Next, calls: list[GradientCall]) -> Gradient:
+        leaves, rebuild = gradient.flat(calls[0].params)
+        sums: list[Tensor | None] = [None] * len(leaves)
+        parts = []
+        for each in calls:
+            parts.append(next(each.replace(grad_buffers=sums)))
+            self.tracker.carry(parts[-1].aux)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
+        return batching.add_gradients(parts, self.tracker.origins).replace(grads=rebuild(grads))
+
+    def _adds_in_place(self, call: GradientCall) -> bool:
+        """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""
+        return (
+            rules.is_innermost(Primitive.GRADIENT, self)
+            and not rules.is_tracing()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._len_torch_function_stack()
+            and all(type(leaf) is Tensor and leaf.dtype not in _NARROW for leaf in tree.leaves(call.params))
+        )
+
+
+def _widened(grads: list[Tensor]) -> list[Tensor]:
+    return [g.float() if g.dtype in _NARROW else g for g in grads]
+
+
+def _add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:
+    """Put `sums + grads` in the place of `sums`, and empty `grads`.
+
+    In the memory of `sums` once that is our own (autograd may hand out one tensor twice); before that some at a time,
+    whose summands go before the next sums are made, so that there are never three of all.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(g.requires_grad for g in grads):
+        sums[:] = [a + b for a, b in zip(sums, grads, strict=True)]
+    elif own:
+        torch._foreach_add_(sums, grads)
+    else:
+        done: list[Tensor] = []
+        while sums:
+            some = _leading(sums)
+            done += torch._foreach_add(sums[:some], grads[:some])
+            del sums[:some], grads[:some]
+        sums[:] = done
+    grads.clear()
+
+
+def _leading(leaves: list[Tensor]) -> int:
+    """How many of the first leaves are added at once."""
+    size = 0
+    for place, leaf in enumerate(leaves):
+        size += leaf.nbytes
+        if size > _GROUP:
+            return max(place, 1)
+    return len(leaves)
+
+
+def _rounded(total: Gradient, dtypes: Dtypes) -> Gradient:
+    """`total` with grads in these dtypes; as it is for None."""
+    if dtypes is None:
+        return total
+    grads, spec = tree.flatten(total.grads)
+    return total.replace(grads=spec.unflatten([g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was memory, on a device or on the host, where torch has no error type of its own."""
+    if isinstance(error, LumenError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "out of memory" in text
+
+
+def _free() -> None:
+    """Give back what the failed attempt left behind: cycles through tracebacks, and blocks of the wrong sizes."""
+    gc.collect()
+    free_cache()

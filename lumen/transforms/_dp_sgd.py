@@ -1,0 +1,221 @@
+"""`lm.dp_sgd`: differentially private SGD."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lumen import random, tree
+from lumen.core import batching, rules
+from lumen.core.buffers import Tracker, Undeclared, merge_rows
+from lumen.core.metrics import Mean
+from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
+from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
+from lumen.errors import BatchError, HyperparameterError, PurityError
+
+_SALT = 0x6470  # keeps the noise apart from what a step draws from state.key itself
+
+
+class dp_sgd(Transform):
+    """DP-SGD: clip the gradient of every row to L2 norm `clip`, add Gaussian noise, average over the rows.
+
+    The noise of an update has standard deviation `noise * clip` on the sum of the clipped gradients, drawn from
+    `lm.random` with the state's seed and step. `epsilon(...)` accounts for what was spent (the `[dp-sgd]` extra).
+
+    The sum is divided by the number of rows, or by `batch_size` where that is given. Batches drawn by chance, as the
+    accountant assumes (each row with the same probability), need it: how many rows came is itself private, so the
+    divisor must be the expected number.
+
+    Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
+    With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
+
+    A buffer that the model changes row by row needs a rule, `lm.pure(net, merge=...)`: without one, `MergeError` is
+    raised. Buffers are not private: what they gather is not clipped and has no noise.
+
+    Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, and `HyperparameterError` for
+    settings out of range. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
+
+    >>> import lumen as lm
+    >>> lm.dp_sgd(clip=1.0, noise=1.1)
+    lm.dp_sgd(clip=1.0, noise=1.1)
+    """
+
+    name = "dp_sgd"
+    level = "dp_sgd"
+    reason = "each row's gradient is clipped by itself, before anything is summed over microbatches or ranks"
+
+    def __init__(self, clip: float, noise: float, *, batch_size: float | None = None, chunk: int | None = None) -> None:
+        if not clip > 0.0:
+            raise HyperparameterError(f"dp_sgd takes a positive clip (an L2 norm), got {clip!r}.")
+        if not noise >= 0.0:
+            raise HyperparameterError(f"dp_sgd takes a noise multiplier of at least 0, got {noise!r}.")
+        if batch_size is not None and not 0.0 < batch_size < math.inf:
+            raise HyperparameterError(
+                f"dp_sgd takes a positive batch_size, the number of rows that is expected, got {batch_size!r}."
+            )
+        self.clip = clip
+        self.noise = noise
+        self.batch_size = batch_size
+        self.chunk = chunk
+
+    def __repr__(self) -> str:
+        size = "" if self.batch_size is None else f", batch_size={self.batch_size}"
+        return f"lm.dp_sgd(clip={self.clip}, noise={self.noise}{size})"
+
+    def init(self, state: Any) -> Any:
+        """Add the slot: the number of noisy updates made (int64 scalar)."""
+        return add_slot(state, self.name, lambda: torch.zeros((), dtype=torch.int64, device=device_of(state)))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name)
+
+    def epsilon(self, state: Any, *, delta: float, sample_rate: float) -> float:
+        """The epsilon spent so far, by Rényi accounting of a Poisson-subsampled Gaussian mechanism.
+
+        `sample_rate` is the probability with which each row is drawn: the expected batch size, which `dp_sgd` was
+        given as `batch_size`, over the size of the data set. Needs the `[dp-sgd]` extra.
+        """
+        try:
+            from dp_accounting import dp_event, rdp
+        except ImportError as error:
+            raise ImportError("epsilon needs an accountant: pip install 'lumen-torch[dp-sgd]'") from error
+        steps = int(slot(state, self.name))
+        if steps == 0:
+            return 0.0
+        event = dp_event.PoissonSampledDpEvent(sample_rate, dp_event.GaussianDpEvent(self.noise))
+        accountant = rdp.RdpAccountant()
+        accountant.compose(event, steps)
+        return float(accountant.get_epsilon(delta))
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with private gradients."""
+        for inner in as_step(step).transforms:
+            if getattr(getattr(inner, "policy", None), "loss_scale", None) is not None:
+                raise HyperparameterError(
+                    f"{inner!r} scales the loss and must see each gradient overflow, which dp_sgd({self.clip})"
+                    ' computes and clips row by row. Write lm.precision("bf16"), or a policy with loss_scale=None.'
+                )
+
+        undeclared = Undeclared(f"lm.{self.name}")
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            spent = slot(state, self.name)
+            key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
+            update = _Update(self, key, undeclared)
+            handlers: dict[Primitive, Rule] = {
+                Primitive.APPLY: update.apply,
+                Primitive.GRADIENT: update.gradient,
+                Primitive.UPDATE: update.add_noise,
+            }
+            with rules.rule_context(handlers):
+                new, metrics = step(state, batch)
+            return with_slot(new, self.name, spent + update.count), metrics
+
+        return run
+
+
+class _Update:
+    """The private gradients of one step, and the noise that its updates owe."""
+
+    def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared) -> None:
+        self.settings = settings
+        self.key = key
+        self.undeclared = undeclared
+        self.tracker = Tracker(marks=True)
+        self.rows = 0
+        self.count = 0
+
+    def apply(self, next: Next, call: ApplyCall) -> Any:
+        """P0: refuse what mixes rows, and follow buffers."""
+        _refuse_batchnorm(call)
+        return self.tracker.apply(next, call)
+
+    def gradient(self, next: Next, call: GradientCall) -> Gradient:
+        """The sum of the clipped gradients of all rows; their mean unless the call asks for the sum."""
+        size = batching.count(call.batch)
+        if not size:
+            raise BatchError(
+                "lm.dp_sgd was given a batch without rows, of which there are no gradients to clip. Draw more: with a"
+                " larger sample rate, empty batches do not happen."
+            )
+        self.rows += size
+
+        self.tracker.begin()
+        call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
+
+        def one_row(row: Any, lane: Tensor) -> tuple[Any, Any, Any]:
+            self.tracker.lane = lane
+            single = tree.map(lambda x: x.unsqueeze(0), row)
+            answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
+            kept["answer"] = answer.replace(loss=None, grads=None, aux=None)
+            return _clipped(answer.grads, self.settings.clip), answer.loss, () if answer.aux is None else answer.aux
+
+        kept: dict[str, Gradient] = {}
+        mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
+        lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
+        grads, losses, aux = mapped(call.batch, lanes)
+        self.tracker.lane = None
+        grads = tree.map(lambda g: g.sum(0), grads)
+        loss = Mean(losses.total.sum(), losses.weight.sum())
+        if not call.summed:
+            grads = tree.map(lambda g: g / size, grads)
+        scalar = kept["answer"].scalar
+        shown = loss.compute() if scalar and not call.summed else loss
+        return Gradient(
+            # A private gradient is a mean over rows whatever the loss's own weights are, so they must not divide it.
+            Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else shown,
+            grads,
+            None if aux == () else self._aux(aux, size),
+            scalar,
+            size,
+        )
+
+    def _aux(self, aux: Any, size: int) -> Any:
+        """The aux of the batch from those of single rows, stacked: buffers by their rules."""
+        if not isinstance(aux, Aux) or not aux.buffers:
+            return _merged(aux, size)
+        leaves, spec = tree.flatten(aux.buffers)
+        beside = list(zip(self.tracker.origins, leaves, strict=True))
+        self.undeclared.look([(o, leaf) for o, leaf in beside if o.merge is None and not o.frozen], rows=True)
+        buffers = tree.unflatten(spec, [merge_rows(origin, leaf) for origin, leaf in beside])
+        return Aux(buffers, _merged(aux.metrics, size))
+
+    def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        """Noise on the mean gradient: once for an update, however many parts it was computed in."""
+        divisor = self.settings.batch_size or self.rows or 1
+        std = self.settings.noise * self.settings.clip / divisor
+        leaves, spec = tree.flatten(call.grads)
+        if divisor != self.rows:  # they are a mean over the rows that came
+            leaves = [g * (self.rows / divisor) for g in leaves]
+        if std:
+            base = random.fold_in(self.key, self.count)
+            keys = random.split(base, len(leaves))
+            leaves = [g + std * random.normal(k, g.shape, g.dtype) for g, k in zip(leaves, keys, strict=True)]
+        self.count += 1
+        self.rows = 0
+        return next(call.replace(grads=tree.unflatten(spec, leaves)))  # type: ignore[no-any-return]
+
+
+def _clipped(grads: Any, bound: float) -> Any:
+    norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+    factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return tree.map(lambda g: g * factor.to(g.dtype), grads)
+
+
+def _merged(rows_of: Any, size: int) -> Any:
+    """A tree with an entry for each row as that of the batch."""
+    return batching.merge_aux([tree.map(lambda x, i=i: x[i], rows_of) for i in range(size)], [1] * size)
+
+
+def _refuse_batchnorm(call: ApplyCall) -> None:
+    for name, module in call.target.module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise PurityError(
+                f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so no"
+                " row has a gradient of its own to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."
+            )

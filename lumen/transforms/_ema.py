@@ -1,0 +1,119 @@
+"""`lm.ema`: an average of the params along the way, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
+from lumen.errors import HyperparameterError
+from lumen.optim._numerics import Coefficients, time, wide_dtype
+
+
+@pytree_dataclass
+class Averaged:
+    """The slot of `ema`: the averaged `params`, at least in float32, and how many were averaged (int64 scalar)."""
+
+    params: Any
+    count: Tensor
+
+
+class ema(Transform):
+    """Keep an exponential moving average of the params in a slot; the step itself is unchanged.
+
+    After each step `average = decay * average + (1 - decay) * params`, starting from the params at `init`. With
+    `warmup`, the decay is at most `(1 + n) / (10 + n)` after n steps (as in TensorFlow's
+    `ExponentialMovingAverage`). `decay=None` keeps the plain mean of all params seen (stochastic weight averaging,
+    Izmailov et al. 2018). `start` counts the steps that pass before averaging begins.
+
+    The average of 16-bit params is kept in float32: in 16 bits it would not move, as a change of less than 1/256 of an
+    entry is rounded away. `lm.ema.params` casts it to the params' dtypes.
+
+    Law: params, optimizer state and metrics are those of the step without it. Evaluate with
+    `state.replace(params=lm.ema.params(state))`.
+
+    >>> import lumen as lm, torch
+    >>> averaged = lm.ema(0.999)
+    >>> state = averaged.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
+    >>> torch.equal(lm.ema.params(state)["bias"], state.params["bias"])
+    True
+    """
+
+    name = "ema"
+    level = "ema"
+    reason = "ema averages the params that come out of the update"
+
+    def __init__(self, decay: float | None, *, warmup: bool = False, start: int = 0) -> None:
+        if decay is not None and not 0.0 <= decay < 1.0:
+            raise HyperparameterError(f"ema takes a decay from 0 up to (not including) 1, or None; got {decay!r}.")
+        self.decay = decay
+        self.warmup = warmup
+        self.start = start
+
+    def __repr__(self) -> str:
+        extra = (", warmup=True" if self.warmup else "") + (f", start={self.start}" if self.start else "")
+        return f"lm.ema({self.decay}{extra})"
+
+    @staticmethod
+    def params(state: Any) -> Mapping[str, Tensor]:
+        """The averaged params, with the structure and in the dtypes of `state.params`."""
+        averaged: Averaged = slot(state, "ema")
+        return tree.map(lambda a, p: a.to(p.dtype), averaged.params, state.params)  # type: ignore[no-any-return]
+
+    def init(self, state: Any) -> Any:
+        """Add the slot: a copy of the params, of 16-bit ones in float32."""
+
+        params = field_of(state, "params", self.name)
+
+        def make() -> Averaged:
+            count = torch.full((), -self.start, dtype=torch.int64, device=device_of(params))
+            return Averaged(tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params), count)
+
+        return add_slot(state, self.name, make)
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step, with the average moved after it."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            old: Averaged = slot(state, self.name)
+            new, metrics = step(state, batch)
+            return with_slot(new, self.name, self._move(old, new.params)), metrics
+
+        return run
+
+    def _move(self, old: Averaged, params: Any) -> Averaged:
+        count = old.count + 1
+        weight = self._weight(count)
+        return Averaged(_lerp(old.params, params, weight), count)
+
+    def _weight(self, count: Tensor) -> Tensor:
+        """The share of the newest params; 1 until averaging has begun."""
+        n = time(count.clamp(min=1))
+        if self.decay is None:
+            weight = 1.0 / n
+        elif self.warmup:
+            weight = 1.0 - torch.clamp((1.0 + n) / (10.0 + n), max=self.decay)
+        else:
+            weight = torch.full_like(n, 1.0 - self.decay)
+        return torch.where(count >= 1, weight, torch.ones_like(weight))
+
+
+def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
+    held, spec = tree.flatten(old)
+    target = tree.leaves(new)
+    shares = Coefficients(weight)
+
+    def leaf(a: Tensor, b: Tensor) -> Tensor:
+        (share,) = shares.like(a)
+        return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), share)
+
+    return tree.unflatten(spec, [leaf(a, b) for a, b in zip(held, target, strict=True)])

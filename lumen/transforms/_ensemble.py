@@ -1,0 +1,184 @@
+"""`lm.ensemble` and `lm.sweep`: whole training runs side by side in one process, by `vmap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import random, tree
+from lumen.core import rules
+from lumen.core.collectives import LaneAxis
+from lumen.core.donation import copy_into
+from lumen.core.step import Step, StepFn, Transform, as_step
+from lumen.errors import PatternError, StateError
+
+
+class ensemble(Transform):
+    """Train `n` runs at once: every leaf of the state gains a leading dim of lanes, and the step is mapped over it.
+
+    `init` takes one state (lanes then differ in their `seed`, drawn from the state's), a list of `n` states, or a
+    function from a seed (an int) to a state, called with 0 … n-1. All lanes see the same batch, or each its own with
+    `batch_dim=0`. `lm.pmean(x, "lanes")` averages over the lanes. `export` gives the list of plain states.
+
+    Law: each lane is its own run, up to the order of floating sums. Dropout draws differ from a single run's.
+
+    >>> import lumen as lm, torch
+    >>> members = lm.ensemble(3)
+    >>> state = members.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
+    >>> state.params["weight"].shape, len(members.export(state))
+    (torch.Size([3, 1, 2]), 3)
+    """
+
+    name = "ensemble"
+    level = "ensemble"
+    reason = "each lane is a whole run, so whatever belongs to one run stands inside"
+
+    def __init__(self, n: int, *, batch_dim: int | None = None, axis: str = "lanes") -> None:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise StateError(f"ensemble takes a positive number of lanes, got {n!r}.")
+        self.n = n
+        self.batch_dim = batch_dim
+        self.axis = axis
+
+    def __repr__(self) -> str:
+        return f"lm.ensemble({self.n})" if self.batch_dim is None else f"lm.ensemble({self.n}, batch_dim=0)"
+
+    def init(self, state: Any | Sequence[Any] | Callable[[int], Any]) -> Any:
+        """The states of all lanes as one, stacked along a new first dim; a stacked state as it is."""
+        step = getattr(state, "step", None)
+        if isinstance(step, Tensor) and step.shape == (self.n,):
+            return state
+        return stack_states(self._lanes(state))
+
+    def export(self, state: Any) -> list[Any]:
+        """The lanes as a list of plain states."""
+        return [self.lane(state, i) for i in range(self.n)]
+
+    @staticmethod
+    def lane(state: Any, index: int) -> Any:
+        """One lane's state."""
+        return tree.map(lambda leaf: leaf[index], state)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step mapped over the lanes."""
+        inner = as_step(step)
+        donates = any(t.donates for t in inner.transforms)
+        mapped = _mapped(inner, self.n, self.batch_dim, self.axis)
+        run = _in_place(mapped) if donates else mapped
+        return inner.with_host_hooks(run)
+
+    def _lanes(self, state: Any) -> list[Any]:
+        if isinstance(state, list | tuple):
+            lanes = list(state)
+        elif callable(state):
+            lanes = [state(i) for i in range(self.n)]
+        else:
+            key = random.key(state.seed)
+            seeds = [random.fold_in(key, i)[1].to(state.seed.dtype) for i in range(self.n)]
+            lanes = [state.replace(seed=seed) for seed in seeds]
+        if len(lanes) != self.n:
+            raise StateError(f"ensemble({self.n}).init was given {len(lanes)} states; give one for each lane.")
+        return lanes
+
+
+class sweep(ensemble):
+    """An `ensemble` with one lane for each of several values of hyperparameters or other state leaves.
+
+    Each keyword names a hyperparameter of the optimizer (`lr`, or any other that was given to it as a tensor) or, by
+    its path, any leaf of the state; its value is a sequence with one entry for each lane. All must be equally long.
+    Lanes keep the state's seed; pass `seed=[...]` to vary it.
+
+    Law: each lane is its own run with those values.
+
+    Raises `PatternError`, listing what there is, for a name that the state has no leaf for.
+
+    >>> import lumen as lm, torch
+    >>> runs = lm.sweep(lr=[0.1, 0.01])
+    >>> state = runs.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(1.0)))
+    >>> [round(float(lm.optim.learning_rate(lane.opt_state)), 3) for lane in runs.export(state)]
+    [0.1, 0.01]
+    """
+
+    def __init__(self, *, axis: str = "lanes", batch_dim: int | None = None, **values: Any) -> None:
+        if not values:
+            raise PatternError("sweep takes at least one hyperparameter: lm.sweep(lr=[1e-3, 1e-2])")
+        sizes = {name: len(value) for name, value in values.items()}
+        if len(set(sizes.values())) != 1:
+            raise PatternError(f"sweep takes equally many values for each name, got {sizes}.")
+        super().__init__(next(iter(sizes.values())), batch_dim=batch_dim, axis=axis)
+        self.values = values
+
+    def __repr__(self) -> str:
+        return f"lm.sweep({', '.join(f'{name}=…{self.n}' for name in self.values)})"
+
+    def _lanes(self, state: Any) -> list[Any]:
+        lanes = (
+            [state] * self.n if not isinstance(state, list | tuple) and not callable(state) else super()._lanes(state)
+        )
+        return [_with_leaves(lane, {k: v[i] for k, v in self.values.items()}) for i, lane in enumerate(lanes)]
+
+
+def stack_states(states: Sequence[Any]) -> Any:
+    """States of one structure as a single one, each leaf stacked along a new first dim."""
+    specs = [tree.structure(state) for state in states]
+    for i, spec in enumerate(specs):
+        if spec != specs[0]:
+            raise StateError(
+                f"the state of lane {i} has another structure than that of lane 0:"
+                f" {'; '.join(tree.differences(states[0], states[i])[:6])}. All lanes share one model and optimizer:"
+                " make them once, and vary params, seed and opt_state by state.replace(...)."
+            )
+    return tree.map(lambda *leaves: torch.stack(leaves), *states)
+
+
+def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
+    def lane_step(state: Any, batch: Any, lane: Tensor) -> tuple[Any, Any]:
+        with rules.bound_axis(axis, LaneAxis(n, lane)), rules.tracing:
+            return inner(state, batch)
+
+    mapped = torch.func.vmap(lane_step, in_dims=(0, batch_dim, 0), randomness="different")
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        leaves = tree.tensors(state)
+        if any(not leaf.dim() or leaf.shape[0] != n for leaf in leaves):
+            raise StateError(
+                f"this state is not one of {n} lanes, which each of its leaves must have as its first dim. Prepare it"
+                " once, with the step that it is for: state = step.init(state)"
+            )
+        return mapped(state, batch, torch.arange(n, device=leaves[0].device))
+
+    return run
+
+
+def _in_place(step: StepFn) -> StepFn:
+    """The step with its results written back into the memory of the old state."""
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        if rules.is_tracing():
+            return step(state, batch)
+        new, metrics = step(state, batch)
+        held = tree.leaves(state)
+        copy_into(held, tree.leaves(new))
+        return tree.unflatten(tree.structure(new), held), metrics
+
+    return run
+
+
+def _with_leaves(state: Any, values: dict[str, Any]) -> Any:
+    leaves, spec = tree.flatten(state)
+    names = tree.paths(state)
+    for name, value in values.items():
+        places = [i for i, path in enumerate(names) if path == name or path.endswith(f".hparams[{name}]")]
+        if not places:
+            known = sorted({path.rpartition(".hparams[")[2][:-1] for path in names if ".hparams[" in path})
+            raise PatternError(
+                f"sweep found no {name!r} in the state. Its hyperparameters are {', '.join(known) or 'none'}; a further"
+                f" one becomes sweepable when it is given as a tensor: lm.optim.adamw(1e-3,"
+                f" weight_decay=torch.tensor(0.1)). Other leaves go by their path, such as {names[0]!r}."
+            )
+        for i in places:
+            leaves[i] = torch.as_tensor(value, dtype=leaves[i].dtype, device=leaves[i].device).expand(leaves[i].shape)
+    return tree.unflatten(spec, leaves)

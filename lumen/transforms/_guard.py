@@ -1,0 +1,226 @@
+"""`lm.guard`: do not let a non-finite loss or gradient into the params."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import distributed, rules, sharding
+from lumen.core.donation import is_retired
+from lumen.core.metrics import Mean
+from lumen.core.primitives import Gradient, GradientCall, UpdateCall
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.rules import Next, Primitive
+from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
+from lumen.errors import HyperparameterError, NonFiniteError
+from lumen.optim._norms import Norms
+from lumen.transforms._support.snapshot_dump import CallTrace, PreStepSnapshot, SnapshotPolicy
+
+Mode = Literal["skip", "raise", "dump"]
+
+
+@pytree_dataclass
+class GuardState:
+    """The slot of `guard`: how many updates were `skipped`, and the leaf that was `bad` in the last step or -1."""
+
+    skipped: Tensor
+    bad: Tensor
+
+
+class guard(Transform):
+    """Check loss and grads; where one is not finite, leave params, optimizer state and buffers as they were.
+
+    Gradients are checked by the L2 norm of each leaf, in one pass, which `lm.clip` inside takes over. So a leaf whose
+    norm is too large for float32 (1e19 and more) counts as not finite.
+
+    `on_nonfinite="skip"` goes on, and counts in `state.slots["guard"].skipped`; it never waits for the device.
+    `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
+    after each step. `"dump"` raises as well, after it has written the state before the step, the batch, the random
+    generators and the transforms to `directory/step-N`: `lumen replay` (or `lm.replay`) does that step again, alone.
+
+    Declared change: updates that would have been non-finite. Every other step is bitwise the step without it.
+
+    >>> import lumen as lm
+    >>> lm.guard("raise")
+    lm.guard('raise')
+    """
+
+    name = "guard"
+    level = "guard"
+    reason = "guard decides whether the update happens at all"
+
+    def __init__(self, on_nonfinite: Mode = "skip", directory: str | os.PathLike[str] = "dumps") -> None:
+        if on_nonfinite not in ("skip", "raise", "dump"):
+            raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
+        self.on_nonfinite = on_nonfinite
+        self.directory = os.fspath(directory)
+        # By the outermost step, as one guard may be part of several.
+        self._records: weakref.WeakKeyDictionary[Step, _Record] = weakref.WeakKeyDictionary()
+        self._alone = _Record()
+
+    def __repr__(self) -> str:
+        return f"lm.guard({self.on_nonfinite!r})"
+
+    def init(self, state: Any) -> Any:
+        """Add the slot."""
+        zero = torch.zeros((), dtype=torch.int64, device=device_of(state))
+        return add_slot(state, self.name, lambda: GuardState(zero, zero - 1))
+
+    def export(self, state: Any) -> Any:
+        """Drop the slot."""
+        return without_slot(state, self.name)
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with non-finite updates left out."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            old: GuardState = slot(state, self.name)
+            buffers = getattr(state, "buffers", None)
+            watch = _Watch(old.bad.device)
+            with rules.rule_context({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
+                new, metrics = step(state, batch)
+            record = self._record()
+            record.looked_at = watch.looked_at
+            record.seen = record.seen.more(watch.updates, rules.is_tracing())
+            skip, bad = watch.verdict()
+            if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
+                bad = torch.where(old.bad >= 0, old.bad, bad)
+            if buffers:
+                new = new.replace(buffers=tree.select(skip, buffers, new.buffers))
+            return with_slot(new, self.name, GuardState(old.skipped + skip, bad)), metrics
+
+        return run
+
+    def wrap_host(self, step: StepFn) -> StepFn:
+        """Raise where that is asked for."""
+        if self.on_nonfinite == "skip":
+            return step
+
+        taking = SnapshotPolicy()
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            nonlocal taking
+            module = getattr(getattr(state, "apply_fn", None), "module", None)
+            number = getattr(state, "step", None)
+            number = None if number is None else int(number.max())
+            before = PreStepSnapshot.of(state, taking) if self.on_nonfinite == "dump" else None
+            record = self._record()
+            record.seen = CallTrace()
+            new, metrics = step(state, batch)
+            taking = taking.after(record.seen, is_retired(state))
+            bad = int(slot(new, self.name).bad.max())
+            if bad >= 0:
+                message = _message(record.name(bad), module, number)
+                if before is not None:
+                    message += before.written(self.directory, self.within, taking.steps, number, batch, message)
+                raise NonFiniteError(message)
+            return new, metrics
+
+        return run
+
+    def _record(self) -> _Record:
+        step = self.within
+        return self._alone if step is None else self._records.setdefault(step, _Record())
+
+
+class _Record:
+    """What a guard met in one step."""
+
+    def __init__(self) -> None:
+        self.looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
+        self.seen = CallTrace()
+
+    def name(self, bad: int) -> str:
+        """The leaf at place `bad` of all that was checked."""
+        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self.looked_at]
+        return [name for some in names for name in some][bad]
+
+
+class _Watch:
+    """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
+        self._apart = False  # whether other processes have other numbers
+        self._judged: tuple[Tensor, Tensor] | None = None
+        self._device = device  # of the loss; grads may lie elsewhere
+        self._norms: Norms | None = None  # of the gradient seen last
+        self.updates = 0
+
+    @property
+    def looked_at(self) -> list[tree.Spec]:
+        """The trees whose leaves were looked at, in the order of the numbers."""
+        return [spec for _, spec in self._numbers]
+
+    def gradient(self, next: Next, call: GradientCall) -> Gradient:
+        answer: Gradient = next(call)
+        loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
+        self._apart |= not answer.joint
+        self._note("loss", _LOSS, loss.reshape(1))
+        self._note_grads(answer.grads)
+        return answer
+
+    def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        self.updates += 1
+        if not self._numbers:
+            self._note_grads(call.grads)
+        skip, _ = self.verdict()
+        norms, self._norms = self._norms, None  # which would hold the grads
+        if self._apart and distributed.world_size() > 1:  # a collective between writes without being counted as a write
+            norms = None
+        return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
+
+    def verdict(self) -> tuple[Tensor, Tensor]:
+        """Whether something was not finite on some process, and the place of the first, -1 where there is none."""
+        if self._judged is None:
+            self._judged = self._judge()
+        return self._judged
+
+    def _judge(self) -> tuple[Tensor, Tensor]:
+        if not self._numbers:
+            return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
+        numbers = torch.cat([*self._numbers.values()])
+        if rules.is_tracing() or sharding.is_collective(self._apart):
+            strange = (~sharding.all_ranks(numbers.isfinite(), self._apart)).float()  # once for all microbatches
+        else:
+            # 0, or NaN where not finite: in as few operations as can be, each of which takes longer than its work.
+            strange = numbers - numbers
+        bad = strange.sum() != 0
+        return bad, torch.where(bad, strange.argmax(), -1)
+
+    def _note_grads(self, grads: Any) -> None:
+        leaves, spec = tree.flatten(grads)
+        self._norms = Norms(leaves)
+        self._note("grads", spec, self._norms.values)
+
+    def _note(self, what: str, spec: tree.Spec, numbers: Tensor) -> None:
+        # One number for each leaf, however many gradients there are: another process may have more microbatches. A sum
+        # is finite where its summands are.
+        numbers = numbers.to(self._device)
+        before = self._numbers.get((what, spec))
+        self._numbers[what, spec] = numbers if before is None else before + numbers
+        self._judged = None
+
+
+_LOSS = tree.structure({"loss": 0})
+
+
+def _message(name: str, module: Any, step: int | None) -> str:
+    at = "" if step is None else f" at step {step}"
+    if name == "loss":
+        return (
+            f"the loss is not finite{at}. The update was left out. Look at the batch and at the outputs of"
+            " the model for it; lm.clip(1.0), a lower learning rate, or a warm-up help where it grew."
+        )
+    owner = ""
+    if module is not None:
+        prefix = name.rpartition(".")[0]
+        modules = dict(module.named_modules())
+        if prefix in modules:
+            owner = f" (module {prefix or 'root'!r}, {type(modules[prefix]).__name__})"
+    return f"the gradient of params[{name!r}]{owner} is not finite{at}. The update was left out."

@@ -1,0 +1,102 @@
+"""`lm.remat`: trade compute for memory by recomputing activations in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lumen.core.primitives import ApplyCall
+from lumen.core.rules import Next
+from lumen.core.step import StepFn, Transform
+from lumen.transforms._support.module_patterns import Pattern, choose, keep_no_cache
+from lumen.transforms._support.unapplied import applying
+
+
+class remat(Transform):
+    """Recompute the activations of the modules that match `pattern` instead of keeping them (checkpointing).
+
+    `pattern` is a glob over module names (`"blocks.*"`), a module class, or a predicate `(name, module) -> bool`; by
+    default the children of the first `nn.ModuleList` or `nn.Sequential`, which are a model's repeated blocks. Where
+    matches are nested, the outermost counts.
+
+    Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `vmap` and other `torch.func`
+    transforms it changes nothing, since those keep their own record of the computation.
+
+    A model of transformers keeps no keys and values under it, as with `use_cache=False`: training has no use for them.
+
+    Raises `PatternError` where nothing matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost", by `torch.utils.checkpoint`.
+
+    >>> import lumen as lm
+    >>> lm.remat("blocks.*")
+    lm.remat('blocks.*')
+    """
+
+    name = "remat"
+    level = "remat"
+    reason = "remat acts on the modules themselves"
+
+    def __init__(self, pattern: Pattern | None = None) -> None:
+        self.pattern = pattern
+
+    def __repr__(self) -> str:
+        return "lm.remat()" if self.pattern is None else f"lm.remat({self.pattern!r})"
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The step with its matching modules recomputed."""
+        return applying(self, step, self._rule)
+
+    def _rule(self, next: Next, call: ApplyCall) -> Any:
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return next(call)
+        target = call.target.variant(("remat", self.pattern), self._patch)
+        return next(call.replace(target=target))
+
+    def _patch(self, module: nn.Module) -> None:
+        for each in choose(module, self.pattern, f"remat({self.pattern!r})"):
+            each.forward = _Checkpointed(each)
+        keep_no_cache(module)
+
+
+class _Checkpointed:
+    """A module's forward, recomputed in the backward pass with the tensors it was called with.
+
+    By then `Apply.run` has taken params and buffers out of the skeleton again. Buffers are kept as they were before
+    the call, so that the recomputation neither sees nor repeats what the call did to them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._forward = module.forward
+        self._places: list[tuple[dict[str, Any], str, bool]] = [
+            (table, key, table is sub._buffers)
+            for sub in module.modules()
+            for table in (sub._parameters, sub._buffers)
+            for key in table
+            if table[key] is not None
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        entry = [table[key].clone() if buffer else table[key] for table, key, buffer in self._places]
+        called = False
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            if not called:
+                called = True
+                return self._forward(*args, **kwargs)
+            return self._again(entry, args, kwargs)
+
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def _again(self, entry: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = [table[key] for table, key, _ in self._places]
+        try:
+            for (table, key, buffer), tensor in zip(self._places, entry, strict=True):
+                table[key] = tensor.clone() if buffer else tensor
+            return self._forward(*args, **kwargs)
+        finally:
+            for (table, key, _), tensor in zip(self._places, before, strict=True):
+                table[key] = tensor

@@ -1,0 +1,170 @@
+"""Casting what a model is given and what it returns, whatever holds the tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform as Bijection
+from torch.utils import _pytree as torch_pytree
+
+from lumen.errors import PatternError
+
+
+def cast_all(values: Any, dtype: torch.dtype) -> Any:
+    """`values` with every floating tensor in `dtype`, in any pytree, dataclass or distribution.
+
+    >>> cast_all({"x": torch.ones(2), "n": torch.tensor(1)}, torch.bfloat16)["x"].dtype
+    torch.bfloat16
+    """
+    return map_tensors(lambda x: cast(x, dtype), values)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in `dtype`; eight bits are codes, to which a scale belongs (`lm.quantize`), and stay."""
+    return x.to(dtype) if x.is_floating_point() and x.itemsize > 1 else x
+
+
+def cast_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype, keep: str | Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `module` is called with, in `dtype` but for the arguments named by the patterns `keep`.
+
+    Raises `PatternError` for a pattern that none of them matches.
+
+    >>> cast_inputs(nn.Linear(1, 1), (torch.ones(1),), {}, torch.float16, "in*")
+    ((tensor([1.]),), {})
+    """
+    if not keep:
+        return map_tensors(lambda x: cast(x, dtype), (args, dict(kwargs)))  # type: ignore[no-any-return]
+    patterns = _Kept([keep] if isinstance(keep, str) else list(keep), dtype)
+    names = _positional(module, len(args))
+    made = tuple([patterns.cast(name, each) for name, each in zip(names, args, strict=True)])
+    named = {name: patterns.cast(name, each) for name, each in kwargs.items()}
+    patterns.check(type(module).__name__)
+    return made, named
+
+
+def _positional(module: nn.Module, count: int) -> list[str]:
+    """The names of the first arguments of a module's forward; those of `*args` have all the same one."""
+    names: list[str] = []
+    rest = "args"
+    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = name
+        elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(name)
+    return [*names, *[rest] * count][:count]
+
+
+class _Kept:
+    """Arguments that are left alone, by patterns."""
+
+    def __init__(self, patterns: list[str], dtype: torch.dtype) -> None:
+        self._missing, self._patterns, self._dtype = set(patterns), patterns, dtype
+        self._seen: list[str] = []
+
+    def cast(self, name: str, value: Any) -> Any:
+        self._seen.append(name)
+        matching = {each for each in self._patterns if fnmatch.fnmatchcase(name, each)}
+        self._missing -= matching
+        if matching:
+            return value
+        if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in self._patterns):
+            made = copy.copy(value)
+            made.update({key: self.cast(f"{name}.{key}", each) for key, each in value.items()})
+            return made
+        return cast_all(value, self._dtype)
+
+    def check(self, module: str) -> None:
+        if self._missing:
+            raise PatternError(
+                f"precision(keep=...): no argument of {module}'s forward matches {min(self._missing)!r}; it was"
+                f" called with {', '.join(map(repr, self._seen)) or 'none'}."
+            )
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
+    """`values` with `change(x)` in the place of each tensor `x`; objects in which nothing changes stay the same ones.
+
+    It looks into whatever torch knows as a pytree, and into dataclasses, `torch.distributions`, subclasses of dict, and
+    named tuples. What is changed is copied first.
+
+    >>> from torch.distributions import Independent, Normal
+    >>> policy = Independent(Normal(torch.zeros(2).half(), torch.ones(2).half()), 1)
+    >>> map_tensors(Tensor.float, policy).base_dist.loc.dtype
+    torch.float32
+    """
+    return _Mapped(change)(values)
+
+
+class _Mapped:
+    """One walk, in which each object is changed once, so that what was shared stays shared."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change = change
+        self._made: dict[int, tuple[Any, Any]] = {}  # by identity; the first keeps its identity from being reused
+
+    def __call__(self, values: Any) -> Any:
+        if isinstance(values, Tensor):
+            return self._leaf(values)
+        return torch_pytree.tree_map(self._leaf, values)
+
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) and not _holds_tensors(value):
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = (value, value)  # what refers to itself ends here
+            self._made[id(value)] = (value, self._changed(value))
+        return self._made[id(value)][1]
+
+    def _changed(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._change(value)
+        if isinstance(value, tuple):
+            found = self._differing(value._asdict().items())  # type: ignore[attr-defined]
+            return value._replace(**found) if found else value  # type: ignore[attr-defined]
+        if isinstance(value, dict):
+            found = self._differing(value.items())
+            made = copy.copy(value) if found else value
+            made.update(found)
+            return made
+        if dataclasses.is_dataclass(value):
+            return self._with(value, [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)])
+        return self._with(value, vars(value).items())
+
+    def _with(self, value: Any, attributes: Iterable[tuple[str, Any]]) -> Any:
+        found = self._differing(attributes)
+        if not found:
+            return value
+        made = copy.copy(value)
+        for name, each in found.items():
+            object.__setattr__(made, name, each)  # a frozen dataclass too
+        return made
+
+    def _differing(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        new = [(key, old, self(old)) for key, old in items]
+        return {key: each for key, old, each in new if each is not old and not _alike(old, each)}
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether to look into what torch takes for a leaf."""
+    if isinstance(value, Distribution | Bijection | dict):
+        return True
+    named = isinstance(value, tuple) and hasattr(value, "_replace")  # a subclass of one, as PackedSequence
+    return named or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether a container that was rebuilt holds the very same leaves."""
+    if isinstance(old, Tensor) or type(old) is not type(new):
+        return False
+    before, after = torch_pytree.tree_leaves(old), torch_pytree.tree_leaves(new)
+    return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))

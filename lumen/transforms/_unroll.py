@@ -1,0 +1,76 @@
+"""`lm.unroll`: several steps in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lumen import tree
+from lumen.core.metrics import merge_metrics
+from lumen.core.step import StepFn, Transform
+from lumen.errors import BatchError
+
+
+class unroll(Transform):
+    """Run `k` steps in one call, over `k` stacked batches (see `lm.stack`); their metrics are merged.
+
+    Under `lm.compile` the k steps become one region, so the cost of entering it is paid once.
+
+    Law: `unroll(k)(step)` on k stacked batches is `step` called k times, bitwise in eager mode; metrics merge by their
+    type, plain numbers are averaged.
+
+    Raises `BatchError` where the batch does not hold k batches.
+
+    >>> import lumen as lm, torch
+    >>> def step(count, batch):
+    ...     return count + batch.sum(), {"rows": lm.Sum.of(torch.tensor(len(batch)))}
+    >>> total, metrics = lm.unroll(2)(step)(torch.tensor(0.0), torch.ones(2, 3))
+    >>> total, metrics["rows"].compute()
+    (tensor(6.), tensor(6))
+    """
+
+    name = "unroll"
+    level = "unroll"
+    reason = "unroll runs whole steps, with everything that a step does"
+
+    def __init__(self, k: int) -> None:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise BatchError(f"unroll takes a positive number of steps, got {k!r}.")
+        self.k = k
+
+    def __repr__(self) -> str:
+        return f"lm.unroll({self.k})"
+
+    def wrap(self, step: StepFn) -> StepFn:
+        """The k steps as one."""
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            metrics = []
+            for each in self._unstack(batch):
+                state, metric = step(state, each)
+                metrics.append(metric)
+            return state, merge_metrics(metrics)
+
+        return run
+
+    def _unstack(self, batch: Any) -> list[Any]:
+        leaves, spec = tree.flatten(batch)
+        sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+        if sizes != {self.k}:
+            raise BatchError(
+                f"unroll({self.k}) takes {self.k} stacked batches, but the leaves' leading sizes are {sorted(sizes)}."
+                f" Write: batch = lm.stack([batch_1, …, batch_{self.k}])"
+            )
+        return [tree.unflatten(spec, [leaf[i] for leaf in leaves]) for i in range(self.k)]
+
+
+def stack(batches: Sequence[Any]) -> Any:
+    """Batches of equal shapes as one tree with a new leading dim, for `unroll`.
+
+    >>> import lumen as lm, torch
+    >>> lm.stack([{"x": torch.zeros(3)}, {"x": torch.ones(3)}])["x"].shape
+    torch.Size([2, 3])
+    """
+    return tree.map(lambda *leaves: torch.stack(leaves), *batches)
