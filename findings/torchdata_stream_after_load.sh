@@ -8,7 +8,7 @@ set -euo pipefail
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet torchdata==0.11.0 datasets==5.2.0 torch==2.13.0 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile torchdata==0.11.0 datasets==5.2.0 torch==2.13.0 numpy==2.4.6
 "$work/venv/bin/python" -W ignore - <<'PY'
 import datasets
 from torchdata.stateful_dataloader import StatefulDataLoader
