@@ -84,25 +84,36 @@ def fraction(value: float, span: tuple[float, float]) -> float:
     return (value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2)
 
 
+_RATES = "lr/"
+
+
 def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Metrics by what they measure: for each title the names that belong together, each with what tells it apart.
 
-    >>> grouped(["train/loss", "val/loss", "lr", "val/hard/loss", "val/wer"])
+    >>> grouped(["train/loss", "val/loss", "lr/0", "lr/1", "val/hard/loss", "val/wer"])
     {'loss': [('train/loss', 'train'), ('val/loss', 'val'), ('val/hard/loss', 'val/hard')],
-     'lr': [('lr', '')],
+     'lr': [('lr/0', '0'), ('lr/1', '1')],
      'wer': [('val/wer', 'val')]}
     """
     trained = [name.removeprefix("train/") for name in names if name.startswith("train/")]
     trained.sort(key=len, reverse=True)  # val/head/loss belongs to train/head/loss rather than to train/loss
     found: dict[str, list[tuple[str, str]]] = {}
     for name in names:
+        if name.startswith(_RATES):  # of a lane, or of a part of a partition
+            found.setdefault("lr", []).append((name, name.removeprefix(_RATES)))
+            continue
         title = next((each for each in trained if name.endswith(f"/{each}")), name.partition("/")[2] or name)
         found.setdefault(title, []).append((name, name[: -len(title)].rstrip("/")))
     return found
 
 
 def measures(names: Sequence[str]) -> list[str]:
-    """Those that measure the model: not learning rate, throughput and epochs, unless there is nothing else."""
+    """Those that measure the model: not learning rates, throughput and epochs, unless there is nothing else.
+
+    >>> measures(["train/loss/0", "train/loss/1", "lr/0", "lr/1", "epoch"])
+    ['train/loss/0', 'train/loss/1']
+    """
+    names = [name for name in names if not name.startswith(_RATES)]
     named = [name for name in names if "/" in name]
     return named or [name for name in names if name not in ("epoch", "lr", "mfu") and not name.endswith("_per_second")]
 

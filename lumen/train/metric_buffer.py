@@ -138,8 +138,14 @@ def _unstacked(state: Mapping[str, Any]) -> list[Entry]:
     return [*listed(state.get("entries", ())), *rows]
 
 
-def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
-    """Numbers of a metrics tree by their names, moved to the host in one transfer."""
+_REDUCE = "Reduce it in the step, to a mean or its quantiles, say."
+
+
+def to_floats(metrics: Any, prefix: str = "", advice: str = _REDUCE) -> dict[str, float]:
+    """Numbers of a metrics tree by their names, moved to the host in one transfer.
+
+    Warns, with the `advice`, of a tensor of more numbers than are logged.
+    """
     named = {f"{prefix}{name}": torch.as_tensor(leaf).detach() for name, leaf in _named(metrics)}
     flat: dict[str, Tensor] = {}
     for name, value in named.items():
@@ -150,7 +156,7 @@ def to_floats(metrics: Any, prefix: str = "") -> dict[str, float]:
         else:
             warnings.warn(
                 f"the metric {name!r} has {value.numel()} numbers, more than the {_MANY} that are logged one by one,"
-                " so it is left out. Reduce it in the step, to a mean or its quantiles, say.",
+                f" so it is left out. {advice}",
                 InexactWarning,
                 stacklevel=2,
             )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _OWN = ("lr", "steps_per_second", "rows_per_second", "tokens_per_second", "mfu")  # what the Runner itself publishes
 _TRAIN = "train/"
+_RATES = "lr/"  # of the parts of a partition, and of lanes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Monitors:
     def check_before(self) -> None:
         """Raise `StepError` for a name that nothing in the run could publish."""
         for each in self._watched:
-            known = each.name in _OWN or each.name.startswith(_TRAIN) or each.sources(self._validations)
+            is_own = each.name in _OWN or each.name.startswith((_TRAIN, _RATES))
+            known = is_own or each.sources(self._validations)
             if not known and not self._open:
                 names = ", ".join(repr(f"{name}/…") for name in self._validations) or "none, as there is no validation"
                 raise StepError(

@@ -11,15 +11,33 @@ from lumen.optim._combine import group_rates
 from lumen.train.clock import Clock
 from lumen.train.distributed import ProcessGroupContext
 from lumen.train.history import History
-from lumen.train.metric_buffer import MetricAccumulator
+from lumen.train.metric_buffer import MetricAccumulator, to_floats
 from lumen.train.progress import Progress
 from lumen.train.sink_group import SinkGroup
 
+_TOO_MANY = "lm.optim.learning_rate(result.state.opt_state) has them all."
 
-def _group_rates(opt_state: Any) -> dict[str, float]:
-    """The learning rate of each part of a partition that has several, in the order of its rules."""
-    rates = {f"lr/{i}": lr for i, lr in enumerate(group_rates(opt_state)) if lr is not None and lr.dim() == 0}
-    return {name: float(lr) for name, lr in rates.items()} if len(rates) > 1 else {}
+
+def learning_rates(opt_state: Any) -> dict[str, float]:
+    """The learning rates of an optimizer's state, by the names that they are logged under.
+
+    `lr` is that of an optimizer, or of the first part of a `partition`; where several parts have one, they are `lr/0`,
+    `lr/1`, …. In an ensemble each lane has its own: `lr/0`, `lr/1`, …, and those of a partition `lr/PART/LANE`.
+
+    >>> import torch, lumen as lm
+    >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
+    >>> learning_rates(tx.init({"fc.weight": torch.ones(1), "fc.bias": torch.ones(1)}))
+    {'lr': 0.5, 'lr/0': 0.5, 'lr/1': 0.25}
+    """
+    lr = learning_rate(opt_state)
+    if lr is None:
+        return {}
+    of_groups = {f"lr/{i}": rate for i, rate in enumerate(group_rates(opt_state)) if rate is not None}
+    if len(of_groups) <= 1:
+        of_groups = {}
+    by_lane = lr.dim() > 0
+    rates = {**({} if by_lane and of_groups else {"lr": lr}), **of_groups}
+    return to_floats(rates, advice=_TOO_MANY)
 
 
 class RunLogger:
@@ -67,10 +85,7 @@ class RunLogger:
         values = self.meter.read("train/", self._everyone)
         values.update(self._throughput())
         self.mark()
-        lr = learning_rate(getattr(state, "opt_state", None))
-        if lr is not None and lr.dim() == 0:
-            values["lr"] = float(lr)
-        values.update(_group_rates(getattr(state, "opt_state", None)))
+        values.update(learning_rates(getattr(state, "opt_state", None)))
         return values
 
     def publish(self, values: Mapping[str, Any]) -> None:

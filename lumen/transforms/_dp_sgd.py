@@ -15,7 +15,7 @@ from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
-from lumen.errors import BatchError, HyperparameterError, PurityError
+from lumen.errors import BatchError, HyperparameterError, PurityError, StateError
 
 _SALT = 0x6470  # keeps the noise apart from what a step draws from state.key itself
 
@@ -30,14 +30,18 @@ class dp_sgd(Transform):
     accountant assumes (each row with the same probability), need it: how many rows came is itself private, so the
     divisor must be the expected number.
 
+    A param that the state's optimizer keeps as it is (`lm.optim.freeze`) takes no part: its gradient is zero, and does
+    not count in a row's norm.
+
     Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
     With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
 
     A buffer that the model changes row by row needs a rule, `lm.pure(net, merge=...)`: without one, `MergeError` is
     raised. Buffers are not private: what they gather is not clipped and has no noise.
 
-    Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, and `HyperparameterError` for
-    settings out of range. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
+    Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, `HyperparameterError` for
+    settings out of range, and `StateError` for an update, by another optimizer than the state's, of params that the
+    state's keeps as they are. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
 
     >>> import lumen as lm
     >>> lm.dp_sgd(clip=1.0, noise=1.1)
@@ -106,7 +110,7 @@ class dp_sgd(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             spent = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
-            update = _Update(self, key, undeclared)
+            update = _Update(self, key, undeclared, _unused(getattr(state, "tx", None), getattr(state, "params", None)))
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: update.apply,
                 Primitive.GRADIENT: update.gradient,
@@ -122,8 +126,9 @@ class dp_sgd(Transform):
 class _Update:
     """The private gradients of one step, and the noise that its updates owe."""
 
-    def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared) -> None:
+    def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared, unused: dict[str, bool]) -> None:
         self.settings = settings
+        self.unused = unused  # which of the state's params its optimizer keeps as they are
         self.key = key
         self.undeclared = undeclared
         self.tracker = Tracker(marks=True)
@@ -153,7 +158,8 @@ class _Update:
             single = tree.map(lambda x: x.unsqueeze(0), row)
             answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
             kept["answer"] = answer.replace(loss=None, grads=None, aux=None)
-            return _clipped(answer.grads, self.settings.clip), answer.loss, () if answer.aux is None else answer.aux
+            grads = _clipped(self._without_unused(answer.grads), self.settings.clip)
+            return grads, answer.loss, () if answer.aux is None else answer.aux
 
         kept: dict[str, Gradient] = {}
         mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
@@ -175,6 +181,28 @@ class _Update:
             size,
         )
 
+    def _without_unused(self, grads: Any) -> Any:
+        """The gradients of a row, zero for what the update does not use: of those it would not be clipped."""
+        names = tree.paths(grads)
+        if not any(self.unused.values()) or names != list(self.unused):
+            return grads
+        leaves, spec = tree.flatten(grads)
+        leaves = [torch.zeros_like(g) if self.unused[name] else g for name, g in zip(names, leaves, strict=True)]
+        return tree.unflatten(spec, leaves)
+
+    def _check_unused(self, call: UpdateCall) -> None:
+        """Raise `StateError` where the update uses gradients that were left out."""
+        if not any(self.unused.values()):
+            return
+        here = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
+        used = [name for name, unused in here.items() if self.unused.get(name) and not unused]
+        if used:
+            raise StateError(
+                f"lm.dp_sgd left out the gradients of {', '.join(used[:3])}{', …' * (len(used) > 3)}, which the"
+                " state's optimizer keeps as they are, and this update is to use them. Give the state one optimizer for"
+                " all that is trained: lm.optim.partition({'encoder.*': tx_1}, default=tx_2)."
+            )
+
     def _aux(self, aux: Any, size: int) -> Any:
         """The aux of the batch from those of single rows, stacked: buffers by their rules."""
         if not isinstance(aux, Aux) or not aux.buffers:
@@ -187,6 +215,7 @@ class _Update:
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         """Noise on the mean gradient: once for an update, however many parts it was computed in."""
+        self._check_unused(call)
         divisor = self.settings.batch_size or self.rows or 1
         std = self.settings.noise * self.settings.clip / divisor
         leaves, spec = tree.flatten(call.grads)
@@ -205,6 +234,14 @@ def _clipped(grads: Any, bound: float) -> Any:
     norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
     factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
     return tree.map(lambda g: g * factor.to(g.dtype), grads)
+
+
+def _unused(tx: Any, params: Any) -> dict[str, bool]:
+    """By path, whether an optimizer keeps a param as it is; {} where it keeps none."""
+    unused_fn = getattr(tx, "unused_fn", None)
+    if unused_fn is None or params is None:
+        return {}
+    return dict(zip(tree.paths(params), unused_fn(params), strict=True))
 
 
 def _merged(rows_of: Any, size: int) -> Any:

@@ -42,6 +42,7 @@ class guard(Transform):
     `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
     after each step. `"dump"` raises as well, after it has written the state before the step, the batch, the random
     generators and the transforms to `directory/step-N`: `lumen replay` (or `lm.replay`) does that step again, alone.
+    Under several processes each rank writes its own rows, and its shards of the state, to `directory/step-N-rank-R`.
 
     Declared change: updates that would have been non-finite. Every other step is bitwise the step without it.
 

@@ -84,6 +84,32 @@ def test_steps_are_those_of_one_process(stage, world2):
             assert worst < 5e-6, (case, leaf, worst)
 
 
+def frozen():
+    """How far clipped steps that keep a layer as it is are from those of one process, by stage, also with offload."""
+    found = {}
+    whole = batches(2, 8, torch.float32)
+
+    def tx():
+        return lm.optim.freeze("0.*", adamw())
+
+    losses, state = train(lm.clip(0.05)(step), make_state("mlp", torch.float32, tx()), whole)
+    _, counted = train(lm.clip(0.05)(step), make_state("mlp", torch.float32, adamw()), whole)
+    assert furthest({"2.weight": state.params["2.weight"]}, {"2.weight": counted.params["2.weight"]})[0] > 1e-4
+    for stage, offload in ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True)):
+        more = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+        wrapped = lm.compose(zero(stage, zero=more), lm.clip(0.05))(step)
+        own, mine = train(wrapped, make_state("mlp", torch.float32, tx()), rows(whole))
+        far, _ = furthest(bare(wrapped.transforms[0].export(mine)), bare(state))
+        found[stage, offload] = max(float((own - losses).abs().max()), far)
+        wrapped.transforms[0].engine.destroy()
+    return found
+
+
+def test_a_clip_leaves_out_what_the_optimizer_freezes(world2):
+    for found in world2.run(frozen):
+        assert max(found.values()) < 1e-5, found
+
+
 @pytest.mark.parametrize(("stage", "model"), [(1, "mlp"), (3, "gpt")])
 def test_bfloat16_is_the_engines(stage, model, world2):
     for found in world2.run(law, stage, [("step", model, "bf16", [5, 3])], 5):

@@ -157,3 +157,20 @@ def test_worker_processes_end_with_their_loader(tmp_path, uncollected):
     assert_gone("lr_find", "step", tmp_path, workers=1)
     assert_gone("evaluate", "data", tmp_path, workers=1)
     assert held() == before
+
+
+@pytest.mark.parametrize(
+    "transforms", [[lm.donate()], [lm.compile(backend="eager"), lm.donate()]], ids=["donate", "compile"]
+)
+def test_nothing_is_alive_under_donation_and_compilation(transforms, tmp_path, uncollected):
+    def one():
+        data = Data()
+        loader = lm.Loader(data, batch_size=4, shuffle=False)
+        state = lm.TrainState.create(torch.nn.Linear(3, 1), lm.optim.adam(0.1), seed=0)
+        checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=1))
+        runner = lm.Runner(step, transforms=transforms, checkpoint=checkpoint, progress=False)
+        result = runner.fit(state, loader, until=lm.Epochs(2))
+        given = [data, loader, runner, *tree.tensors(state), *tree.tensors(result.state)]
+        return [weakref.ref(each) for each in given]
+
+    assert not [type(each()) for each in one() if each() is not None]

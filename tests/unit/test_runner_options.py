@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import lumen as lm
 from lumen.errors import BatchError, CheckpointError, CheckpointMismatchError, StepError
+from lumen.train.run_log import learning_rates
 
 
 def step(state, batch):
@@ -566,6 +567,27 @@ def test_each_group_of_a_partition_logs_its_learning_rate():
         metrics = runner(log_every=1).fit(make_state(tx), loader(), until=lm.Steps(1)).metrics
         assert metrics["lr"] == 0.5
         assert [metrics[name] for name in sorted(metrics) if name.startswith("lr/")] == expected
+
+
+def test_each_lane_of_an_ensemble_logs_its_learning_rate(tmp_path):
+    rates = [0.5, 0.25, 0.125]
+
+    def logged(tx, lanes, **options):
+        metrics = (
+            runner(transforms=[lanes], log_every=1, **options).fit(make_state(tx), loader(), until=lm.Steps(1)).metrics
+        )
+        return {name: rate for name, rate in metrics.items() if name.split("/")[0] == "lr"}
+
+    assert logged(lm.optim.sgd(1.0), lm.sweep(lr=rates)) == {"lr/0": 0.5, "lr/1": 0.25, "lr/2": 0.125}
+    assert logged(lm.optim.sgd(lm.optim.linear(0.5, 4, 0.0)), lm.ensemble(2)) == {"lr/0": 0.5, "lr/1": 0.5}
+    parts = lm.optim.partition({"bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
+    assert logged(parts, lm.ensemble(2)) == {"lr/0/0": 0.5, "lr/0/1": 0.5, "lr/1/0": 0.25, "lr/1/1": 0.25}
+    only = lm.optim.partition({"bias": lm.optim.sgd(0.5)}, default=lm.optim.freeze())
+    assert logged(only, lm.ensemble(2)) == {"lr/0": 0.5, "lr/1": 0.5}
+    best = lm.Checkpointer(tmp_path, best=("lr/1", "min"))
+    assert logged(lm.optim.sgd(1.0), lm.sweep(lr=rates), checkpoint=best)["lr/1"] == 0.25
+    with pytest.warns(lm.InexactWarning, match=r"'lr' has 65 numbers.*lm\.optim\.learning_rate"):
+        learning_rates(lm.sweep(lr=[0.5] * 65).init(make_state(lm.optim.sgd(1.0))).opt_state)
 
 
 def test_half_merged_torchmetrics_survive_an_interruption(tmp_path):

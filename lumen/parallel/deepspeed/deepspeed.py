@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumen import tree
 from lumen.core import batching, gradient, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
@@ -57,7 +58,8 @@ class deepspeed(Transform):
     profilers and logging go through it unchanged. The optimizer stays the state's own, any rule of `lumen.optim` that
     updates entry by entry: the engine calls it on this process's part. What is written as `lm.accumulate(k)`,
     `lm.precision(...)` and `lm.clip(norm)` becomes the engine's `gradient_accumulation_steps`, `bf16` or `fp16`, and
-    `gradient_clipping`; where the configuration says something else, an error names both.
+    `gradient_clipping`, which leaves out what `lm.optim.freeze` keeps; where the configuration says something else, an
+    error names both.
 
     Gradients stay in the engine: what `lm.value_and_grad` gives is to be handed to `state.apply_gradients`, and raises
     `LossError` when it is read; `gradient(name)` of this transform gives one, whole. A step makes one gradient and one
@@ -278,6 +280,10 @@ class deepspeed(Transform):
                 " step: the engine holds them, and applies them as they are. To change gradients use lm.fsdp()."
             )
         limit = engine.setup.clip
+        unused_fn = getattr(call.tx, "unused_fn", None)
+        if limit and unused_fn is not None:
+            unused = tree.unflatten(tree.structure(call.params), unused_fn(call.params))
+            engine.drop_gradients([name for name in unused if unused[name]])
         if limit and pending.scale is not None:
             limit /= float(pending.scale)
         scale = pending.scale

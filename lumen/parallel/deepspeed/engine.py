@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,23 @@ class Engine:
         with quiet():
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.step()
+
+    @torch.no_grad()
+    def drop_gradients(self, names: Iterable[str]) -> None:
+        """Set the gradients of these params, which the update does not use, to zero: the norm leaves them out."""
+        tools = importlib.import_module("deepspeed.utils")
+        norms: dict[Any, Any] = getattr(self.optimizer, "norm_for_param_grads", {})  # taken early, under offload
+        for name in names:
+            param: Any = self.params[name]
+            if self.setup.stage == 3:
+                tools.safe_set_local_grad(param, torch.zeros_like(param.ds_tensor, dtype=torch.float32))
+            elif self.setup.stage:
+                if param._hp_mapping is not None:
+                    param._hp_mapping.get_lp_grad_fragment(param._index_in_param_group).zero_()
+            elif param.grad is not None:
+                param.grad.zero_()
+            if norms:
+                norms.pop(self.optimizer.get_param_id(param), None)
 
     def live(self, name: str) -> Tensor:
         """The param as the loss is to see it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumen import checkpoint, tree
 from lumen.checkpoint import json_tree, rng
+from lumen.core import distributed
 from lumen.core.step import Step
 from lumen.errors import CheckpointError
 
@@ -121,5 +122,7 @@ def _name_of(step: Step | None) -> str:
 
 def _free_path(directory: Path, number: int | None) -> Path:
     name = "step" if number is None else f"step-{number}"
+    if distributed.world_size() > 1:  # each rank writes its own rows
+        name += f"-rank-{distributed.rank()}"
     paths = itertools.chain([directory / name], (directory / f"{name}.{n}" for n in itertools.count(2)))
     return next(path for path in paths if not os.path.lexists(path))
