@@ -1,4 +1,4 @@
-"""`Feed`: batches of whatever data a run is given, epoch by epoch, and the place to go on from.
+"""`feed`: the `Feed` for whatever data a run is given.
 
 A `Loader` goes on from any place exactly, at no cost. Other data does so as well as it can, and what cannot be exact
 says so once. Under several processes each feed gives the rows of this rank, or its data is refused (`refusal`).
@@ -6,89 +6,29 @@ says so once. Under several processes each feed gives the rows of this rank, or 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from types import GeneratorType
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lumen.checkpoint import json_tree
 from lumen.core import distributed
+from lumen.data import grain
 from lumen.data._per_rank import PerRank
+from lumen.data.adapter import Feed as Feed
+from lumen.data.adapter import announce, say, say_foreign
 from lumen.data.forks import quiet_forks
+from lumen.data.grain_adapter import GrainFeed
 from lumen.data.hf_streams import buffered_rows, is_stream, order_of
 from lumen.data.loader import Cursor, Loader
-from lumen.data.nested import announce_epoch, listeners, name_of, nested, shares
+from lumen.data.nested import listeners, nested, shares
 from lumen.data.rank_batches import RankBatches
 from lumen.data.rank_split import assert_same_on_all_ranks, is_stateful_loader, is_table_loader, refusal, split_by_rank
 from lumen.data.resume import Start, is_known, resumed
-from lumen.data.workers import is_live, restarted
-from lumen.errors import BatchError, InexactWarning
+from lumen.data.workers import is_live
+from lumen.errors import BatchError
 
-_SPENT = ("builtins", "itertools")  # whose iterators cannot begin anew
 _END = object()
-
-
-class Feed:
-    """Batches of any re-iterable data; going on within an epoch reads the earlier batches again and drops them.
-
-    `length` is the number of batches in an epoch where that is known.
-    """
-
-    _other_ranks = ""  # the world of the checkpoint, where its rows were spread in another way
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-        self.length = _length(data)
-
-    def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
-        """The batches of epoch `number` from `position`."""
-        self._check_ranks(position)
-        _announce(self.data, number)
-        if number and _is_spent(self.data):
-            return iter(())
-        if not position:
-            return self._pass()
-        if not isinstance(self.data, Sequence):
-            _say(
-                f"this run goes on at batch {position} of its data, a {type(self.data).__name__}, which cannot start"
-                " there: the batches before are read again and dropped. The run is exact only if each pass gives"
-                " them in the same order. An lm.Loader goes on at once, and exactly."
-            )
-        return _after(self._pass(), position, self.data)
-
-    def stacked(
-        self, number: int, position: int, stop: int, size: Callable[[], int]
-    ) -> Iterator[tuple[Any, int]] | None:
-        """Like `epoch`, `size()` batches at a time, stacked, and how many they are; None where data has no such way."""
-        return None
-
-    def state_dict(self, epoch: int, position: int) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from there, the place that was reached: plain data and tensors."""
-        return {"ranks": _ranks()} if distributed.rows()[1] > 1 else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make ready to go on from there."""
-        saved = state.get("ranks", "0/1")
-        self._other_ranks = saved if saved != _ranks() else ""
-
-    def _pass(self) -> Iterator[Any]:
-        if isinstance(self.data, DataLoader):
-            with quiet_forks():
-                return iter(self.data)
-        return iter(self.data)
-
-    def _check_ranks(self, position: int) -> None:
-        """Raise `BatchError` where rows that were spread over other ranks would go on within an epoch."""
-        other, self._other_ranks = self._other_ranks, ""
-        if position and other:
-            raise BatchError(
-                f"this run goes on at batch {position} of an epoch as one of {distributed.rows()[1]} ranks with rows of"
-                f" its own, and the checkpoint was made by {other.partition('/')[2]}: which rows are left of this"
-                f" {name_of(self.data)} is not known. Go on with as many processes, or from a checkpoint of an"
-                " epoch's end (Every(epochs=1)). An lm.Loader, and a map-style DataLoader, go on in any world."
-            )
 
 
 class _Ordered(Feed):
@@ -99,7 +39,7 @@ class _Ordered(Feed):
 
     def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
         if position and self._foreign:
-            _say_foreign(self.data, position)
+            say_foreign(self.data, position)
         return self.data.epoch(number, position)
 
     def stacked(
@@ -133,9 +73,9 @@ class _Torch(Feed):
         saved, self._saved = self._saved, None
         if position and saved is None and self._cut is None:
             return super().epoch(number, position)
-        fresh = _announce(self.data, number)
+        fresh = announce(self.data, number)
         if position and saved is None:
-            _say_foreign(self.data, position)
+            say_foreign(self.data, position)
         elif position:
             self._confess()
         live = is_live(self.data) if self._cut is None else self._cut.live and not fresh
@@ -157,18 +97,18 @@ class _Torch(Feed):
 
     def _confess(self) -> None:
         if not self.data.in_order and self.data.num_workers:
-            _say(
+            say(
                 "this run goes on within an epoch of a torch DataLoader with in_order=False: which of its batches came"
                 " before the checkpoint is not known, so that some may come twice and others not. Write in_order=True."
             )
         elif not is_known(self.data) and self._cut is None:
-            _say(
+            say(
                 "this run goes on within an epoch of a torch DataLoader whose sampler is not one of torch's: its order"
                 " is that of the uninterrupted run only if it is drawn as an epoch begins, from the global generators"
                 " or the sampler's `generator`. An lm.Loader is exact."
             )
         elif self.data.num_workers:
-            _say(
+            say(
                 "this run goes on within an epoch of a torch DataLoader with worker processes: the order of the rows is"
                 " that of the uninterrupted run, but what the data set draws at random is not. An lm.Loader is exact."
             )
@@ -188,12 +128,14 @@ class _Stateful(Feed):
         if position and self._unsaved:
             return super().epoch(number, position)
         self._check_ranks(position)
-        _announce(self.data, number)
+        announce(self.data, number)
         self._live = iter(self._pass())
         return self._counted(self._live, position)
 
     def state_dict(self, epoch: int, position: int) -> dict[str, Any]:
         ranks = super().state_dict(epoch, position)
+        if position and position != self._given:  # more was read, for a step that unrolls: its state is a later one
+            return ranks
         if not position and not self._is_over():
             return ranks
         try:
@@ -201,7 +143,7 @@ class _Stateful(Feed):
         except TypeError as error:
             if not self._told:
                 self._told = True
-                _say(f"the place of this {type(self.data).__name__} is not in the checkpoint: {error}.")
+                say(f"the place of this {type(self.data).__name__} is not in the checkpoint: {error}.")
             return ranks
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,18 +175,18 @@ class _Stateful(Feed):
     def _confess(self) -> None:
         buffered = sum(buffered_rows(each) for each in nested(self.data) if is_stream(each))
         if buffered:
-            _say(
+            say(
                 f"this run goes on within an epoch of a stream with a shuffle buffer of {buffered} rows, which are in"
                 " no checkpoint: up to so many rows of this epoch (for each worker process) are not seen, and the order"
                 " of the others is another one. An lm.Loader over a map-style set shuffles exactly."
             )
         elif not listeners(self.data):
-            _say(
+            say(
                 f"this {type(self.data).__name__} goes on as its own state says; the order of later epochs is its own"
                 " affair, and may not be that of the uninterrupted run. An lm.Loader is exact."
             )
         elif not any(is_stream(each) for each in nested(self.data)):
-            _say(
+            say(
                 f"this {type(self.data).__name__} goes on as its own state says, which Lumen cannot check."
                 " An lm.Loader is exact."
             )
@@ -281,6 +223,8 @@ def feed(data: Iterable[Any]) -> Feed:
         return _Ordered(source)
     if is_table_loader(source):
         return _Torch(source, cut=distributed.world_size() > 1 and not own and not shares(source))
+    if grain.kind_of(source):
+        return GrainFeed(source, cut=grain.kind_of(source) == grain.MAP and not own and distributed.rows()[1] > 1)
     if not own:
         source = split_by_rank(source)
     if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
@@ -292,55 +236,3 @@ def _order(data: Any) -> dict[str, str]:
     """What tells a stream's order from another's."""
     found = [order_of(each) for each in nested(data) if is_stream(each)]
     return {"shuffles": "/".join(found)} if found else {}
-
-
-def _announce(data: Any, number: int) -> bool:
-    """Tell what shuffles by the number of the epoch; whether worker processes that live on had to end for it."""
-    announce_epoch(data, number)
-    if not isinstance(data, DataLoader) or not data.persistent_workers:
-        return False
-    # A worker has a copy of the data set. Hugging Face's keep the number where all processes see it.
-    stale = any(not is_stream(each) for each in listeners(data.dataset))
-    if stale:
-        restarted(data)
-    return stale
-
-
-def _ranks() -> str:
-    """Whose rows this process's own data gives: "rank/size"."""
-    return "{}/{}".format(*distributed.rows())
-
-
-def _is_spent(data: Any) -> bool:
-    """Whether a second pass gives nothing, and never will: a generator, or an iterator of Python's own."""
-    return isinstance(data, GeneratorType) or (
-        type(data).__module__ in _SPENT and isinstance(data, Iterator) and iter(data) is data
-    )
-
-
-def _after(batches: Iterator[Any], position: int, data: Any) -> Iterator[Any]:
-    for number in range(position):
-        if next(batches, _END) is _END:
-            raise BatchError(
-                f"this run goes on at batch {position} of an epoch, and its {name_of(data)} ended after {number}: it is"
-                " not the data of the checkpoint, or a one-shot iterator that was used before. Make it anew."
-            )
-    yield from batches
-
-
-def _say_foreign(data: Any, position: int) -> None:
-    _say(
-        f"this run goes on at batch {position} of an epoch of its {name_of(data)}, and the checkpoint was made with"
-        " data of another kind: the batches after that place are not those that were left. Go on with the same data."
-    )
-
-
-def _say(text: str) -> None:
-    warnings.warn(text, InexactWarning, stacklevel=3)
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data) if isinstance(data, Sized) else None
-    except TypeError:  # a DataLoader over an IterableDataset
-        return None

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lumen.data import grain
+
 _FEW = 64  # sources in one list; a longer one holds samples
 _NAMES = (("num_replicas", "rank"), ("num_processes", "process_index"))  # torch's samplers; accelerate's
 
@@ -89,4 +91,5 @@ def _members(value: Any) -> Any:
 
 
 def _is_source(value: Any) -> bool:
-    return isinstance(value, Dataset | Sampler | DataLoader) or hasattr(type(value), "set_epoch")
+    known = isinstance(value, Dataset | Sampler | DataLoader) or hasattr(type(value), "set_epoch")
+    return known or bool(grain.kind_of(value))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lumen.core import distributed
+from lumen.data import grain
 from lumen.data._per_rank import PerRank
 from lumen.data.hf_streams import is_stream, order_of, split, split_of
 from lumen.data.loader import Loader
@@ -18,6 +19,10 @@ from lumen.data.resume import SETTINGS
 from lumen.errors import BatchError, InexactWarning
 
 _STATEFUL_LOADER = "torchdata.stateful_dataloader.stateful_dataloader"
+_ADVICE = (
+    "Write lm.Loader(rows, batch_size=…), which cuts each batch by rank, or, for rows that are this rank's own,"
+    " lm.data.per_rank(data)."
+)
 
 
 def refusal(data: Any) -> str:
@@ -28,18 +33,22 @@ def refusal(data: Any) -> str:
             f"the data must be an lm.Loader or an iterable of batches, not {type(source).__name__}."
             " For tensors in memory write lm.Loader(data, batch_size=64)."
         )
+    flaw = grain.flaw(source)
     rank, size = distributed.rows()
-    if size == 1 or isinstance(data, PerRank):
-        return ""
+    if flaw or size == 1 or isinstance(data, PerRank):
+        return flaw
     declared = _declared(source)
     if declared:
         return _wrong_share(declared, rank, size)
     if isinstance(source, Loader) or is_table_loader(source) or _stream_of(source) is not None:
         return ""
+    kind = grain.kind_of(source)
+    if kind == grain.MAP:
+        return ""
+    line = grain.advice(source) if kind else _ADVICE
     return (
         f"this process is rank {rank} of {size}, and whose rows this {name_of(source)} has is not known: if it gives"
-        " each rank the same, each row would be trained on, or counted, several times. Write lm.Loader(rows,"
-        " batch_size=…), which cuts each batch by rank, or, for rows that are this rank's own, lm.data.per_rank(data)."
+        f" each rank the same, each row would be trained on, or counted, several times. {line}"
     )
 
 
@@ -47,6 +56,8 @@ def _declared(source: Any) -> list[tuple[str, int, int, int]]:
     """What says which rows it has: its name, the rank, the number of parts, and how many rows it repeats."""
     if isinstance(source, Loader):
         return [] if source.share in (None, (0, 1)) else [("lm.Loader", *source.share, 0)]
+    if (shard := grain.declared_shard(source)) is not None:
+        return [(f"grain {type(source).__name__}", *shard, 0)]
     streams = [each for each in nested(source) if is_stream(each)]
     splits = [("IterableDataset", *found, 0) for each in streams if (found := split_of(each)) is not None]
     return [*shares(source), *splits]
@@ -66,6 +77,7 @@ def _wrong_share(declared: Sequence[tuple[str, int, int, int]], rank: int, size:
 def assert_same_on_all_ranks(source: Any) -> None:
     """Raise `BatchError` where the ranks shuffle a stream in different orders; say where rows come twice."""
     _check_same_order(source)
+    _check_same_pipeline(source)
     _check_repeats(source)
 
 
@@ -91,6 +103,22 @@ def _check_same_order(source: Any) -> None:
             "the ranks shuffle this stream in different orders, so that their parts would overlap. Give the shuffle a"
             " seed, the same on each: stream.shuffle(seed=0, buffer_size=…)."
         )
+
+
+def _check_same_pipeline(source: Any) -> None:
+    if grain.kind_of(source) != grain.MAP or distributed.is_dry_run():
+        return
+    pipelines: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(pipelines, [grain.layout(source), grain.first_records(source)])
+    if all(each == pipelines[0] for each in pipelines):
+        return
+    layouts = [each[0] for each in pipelines]
+    lines = [line for line in zip(*layouts, strict=False) if len(set(line)) > 1]
+    what = f"other pipelines ({' / '.join(lines[0])})" if lines else "other records"
+    raise BatchError(
+        f"the ranks give this grain.MapDataset {what}, and each of its batches is cut by rank, which takes the same on"
+        " all. Leave the slices by rank out, or, where each rank has rows of its own, write lm.data.per_rank(data)."
+    )
 
 
 def is_table_loader(source: Any) -> bool:

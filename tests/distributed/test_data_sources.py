@@ -8,12 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import random
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 import lumen as lm
 from lumen.checkpoint import json_tree
@@ -21,6 +22,23 @@ from lumen.core import distributed
 from lumen.data.adapters import feed
 from lumen.errors import BatchError, InexactWarning
 from lumen.parallel.ddp.ddp import ddp
+from tests.distributed.data_sources import (
+    ALL,
+    LOST,
+    NONE,
+    REFUSED,
+    SAID,
+    SOURCES,
+    SPENT,
+    N,
+    Stream,
+    grain_iter,
+    grain_loader,
+    grain_map,
+    markdown,
+    stateful,
+    stream,
+)
 from tests.tiers import pick
 
 pytestmark = [
@@ -30,81 +48,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lumen.InexactWarning"),
 ]
 
-N, EPOCHS = 10, 2  # batches of 3, 3, 3 and 1: the last one has no row for the second rank
-ALL = list(range(N))
-
-
-class Stream(IterableDataset):
-    """Cut by worker, as torch asks; by rank it is not."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.epoch)).tolist()
-        info = get_worker_info()
-        return iter(order if info is None else order[info.id :: info.num_workers])
-
-
-def stateful(*args, **options):
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    return StatefulDataLoader(*args, batch_size=3, **options)
-
-
-def table():
-    import datasets
-
-    return datasets.Dataset.from_dict({"x": ALL}).with_format("torch")
-
-
-def shard_rows(shards):
-    for shard in shards:
-        for row in ALL[shard::4]:
-            yield {"x": row}
-
-
-def stream(**shuffle):
-    import datasets
-
-    rows = datasets.IterableDataset.from_generator(shard_rows, gen_kwargs={"shards": [0, 1, 2, 3]})
-    return rows.shuffle(**shuffle) if shuffle else rows
-
-
-ONCE, SAID, REFUSED = "each row once", "each row once, and says what may differ", "refused by name"
-LOST = "says that rows of the buffer are not seen"
-
-
-@dataclass
-class Source:
-    """How it is made, and what becomes of a run that goes on in the middle, at an epoch's end, and of two processes."""
-
-    make: Any
-    middle: str = ONCE
-    end: str = ONCE
-    two: str = ONCE
-    workers: bool = True
-
-
-SOURCES = {
-    "lm.Loader": Source(lambda **w: lm.Loader(ALL, batch_size=3, workers=w.get("num_workers", 0))),
-    "DataLoader": Source(lambda **w: DataLoader(ALL, batch_size=3, shuffle=True, **w)),
-    "DataLoader, iterable": Source(lambda **w: DataLoader(Stream(), batch_size=3, **w), SAID, ONCE, REFUSED),
-    "DataLoader, HF stream": Source(lambda **w: DataLoader(stream(), batch_size=3, **w), SAID),
-    "StatefulDataLoader": Source(lambda **w: stateful(ALL, shuffle=True, **w)),
-    "StatefulDataLoader, HF stream": Source(lambda **w: stateful(stream(), **w)),
-    "HF map": Source(lambda **w: lm.Loader(table(), batch_size=3, workers=w.get("num_workers", 0))),
-    "HF stream": Source(lambda: stream().batch(3), workers=False),
-    "HF stream, shuffled": Source(lambda: stream(seed=0, buffer_size=4).batch(3), LOST, workers=False),
-    "list": Source(lambda: list(torch.arange(N).split(3)), ONCE, ONCE, REFUSED, workers=False),
-    "generator": Source(lambda: iter(torch.arange(N).split(3)), SAID, REFUSED, REFUSED, workers=False),
-}
-CASES = [(name, n) for name, source in SOURCES.items() for n in ((0, 2) if source.workers else (0,))]
-
-
-WITH_WORKERS = ("lm.Loader", "HF map")  # on two processes under `make test`: each worker takes seconds to start
+EPOCHS = 2
+CASES = [(name, n) for name, source in SOURCES.items() for n in ((0, 2) if source.workers is not NONE else (0,))]
+# Under `make test` some have no workers here, as each takes seconds to start: Grain's, which have a test of their own,
+# and on two processes all but these.
+SHORT = [(name, n) for name, n in CASES if n == 0 or "grain" not in name]
+WITH_WORKERS = ("`lm.Loader`", "Hugging Face map-style, in `lm.Loader`")
 
 
 def make(name, workers):
@@ -112,7 +61,7 @@ def make(name, workers):
 
 
 def rows(batch):
-    return torch.as_tensor(batch["x"] if isinstance(batch, dict) else batch).reshape(-1).tolist()
+    return torch.as_tensor(np.asarray(batch["x"] if isinstance(batch, dict) else batch)).reshape(-1).tolist()
 
 
 def read(data, *, epoch=0, position=0, state=None, batches=10**9, epochs=EPOCHS):
@@ -141,10 +90,15 @@ def said(function, *args, **options):
     return result, [str(each.message) for each in caught if each.category is InexactWarning]
 
 
-@pytest.mark.parametrize(("name", "workers"), CASES)
+def test_the_table_of_the_docs_is_this_one():
+    page = Path(__file__).parents[2] / "docs" / "data.md"
+    assert markdown() in page.read_text(), f"{page.name} lacks this table:\n{markdown()}"
+
+
+@pytest.mark.parametrize(("name", "workers"), pick(SHORT, CASES))
 def test_one_process_and_a_run_that_goes_on(name, workers):
     source = SOURCES[name]
-    generator = name == "generator"
+    generator = source.end is SPENT
     torch.manual_seed(1)
     whole, *_ = read(make(name, workers))
     assert once(whole) == {0: ALL} if generator else {0: ALL, 1: ALL}
@@ -157,7 +111,7 @@ def test_one_process_and_a_run_that_goes_on(name, workers):
         read, make(name, workers), epoch=0, position=2, state=state, epochs=1 if generator else EPOCHS
     )
     joined = {0: before[0] + after[0], **({} if generator else {1: after[1]})}
-    if source.middle == LOST:
+    if source.middle.outcome == LOST:
         missing = set(ALL) - set(once(joined)[0])
         assert 0 < len(missing) <= 4
         assert "shuffle buffer of 4 rows" in words[0]
@@ -165,14 +119,24 @@ def test_one_process_and_a_run_that_goes_on(name, workers):
     else:
         assert once(joined) == once(whole)
         assert joined[0] == whole[0], "in the same order"
-        assert bool(words) == (
-            source.middle == SAID or (workers and "Loader" in name and "stream" not in name and name != "lm.Loader")
-        )
+        assert bool(words) == (source.middle.outcome == SAID or bool(workers and source.workers.outcome == SAID)), words
 
     whole_epoch, epoch, position, state = read(make(name, workers), batches=sum(len(each) > 0 for each in whole[0]))
     assert once(whole_epoch) == {0: ALL}
     later, *_ = read(make(name, workers), epoch=epoch, position=position, state=state)
-    assert once(later) == ({} if source.end == REFUSED else {1: ALL}), "the next epoch, whole; none of a generator"
+    assert once(later) == ({} if source.end.outcome == REFUSED else {1: ALL}), (
+        "the next epoch, whole; none of a generator"
+    )
+
+
+def test_workers_of_grain_go_on():
+    data = feed(grain_iter(2))
+    batches = [rows(batch) for batch in data.epoch(1)]
+    assert once({1: batches}) == {1: ALL}
+    state = json_tree.pack(data.state_dict(1, 2))
+    (after, *_), words = said(read, grain_iter(2), epoch=1, position=2, state=state)
+    assert after == {1: batches[2:]}
+    assert not words
 
 
 # ----------------------------------------------------------------------------------------------- two processes
@@ -183,20 +147,32 @@ def seeded(rank=0):
     torch.manual_seed(10 + rank)
 
 
-def read_on_two(cases):
+@contextmanager
+def workers_are_forked():
+    """As under torchrun; a process of the pool was itself started by a fork server, and would start workers so."""
     multiprocessing.current_process()._config["daemon"] = False  # so that it may have workers
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
+def read_on_two(cases):
     found = {}
-    for name, workers in cases:
-        try:
-            seeded(distributed.rank())
-            whole, *_ = read(make(name, workers))
-            seeded(distributed.rank())
-            before, epoch, position, state = read(make(name, workers), batches=2)
-            seeded(50 + distributed.rank())
-            (after, *_), words = said(read, make(name, workers), epoch=epoch, position=position, state=state)
-            found[name, workers] = whole, before, after, words
-        except BatchError as error:
-            found[name, workers] = str(error)
+    with workers_are_forked():
+        for name, workers in cases:
+            try:
+                seeded(distributed.rank())
+                whole, *_ = read(make(name, workers))
+                seeded(distributed.rank())
+                before, epoch, position, state = read(make(name, workers), batches=2)
+                seeded(50 + distributed.rank())
+                (after, *_), words = said(read, make(name, workers), epoch=epoch, position=position, state=state)
+                found[name, workers] = whole, before, after, words
+            except BatchError as error:
+                found[name, workers] = str(error)
     return found
 
 
@@ -205,7 +181,7 @@ def test_two_processes(world2):
     first, second = world2.run(read_on_two, cases)
     for name, workers in cases:
         source, (mine, other) = SOURCES[name], (first[name, workers], second[name, workers])
-        if source.two == REFUSED:
+        if source.two.outcome == REFUSED:
             assert "lm.data.per_rank(data)" in mine, mine
             assert "rank 1 of 2" in other
             continue
@@ -216,10 +192,10 @@ def test_two_processes(world2):
             0: [*mine[1][0], *mine[2].get(0, []), *other[1][0], *other[2].get(0, [])],
             1: mine[2][1] + other[2][1],
         }
-        if source.middle != LOST:
+        if source.middle.outcome != LOST:
             assert once(gone_on) == once(whole), (name, workers)
-        assert bool(mine[3]) >= (source.middle in (SAID, LOST))
-        if "stream" not in name:
+        assert bool(mine[3]) >= (source.middle.outcome in (SAID, LOST))
+        if source.is_cut:
             seeded()
             alone, *_ = read(make(name, workers))
             parts = {epoch: [a + b for a, b in zip(mine[0][epoch], other[0][epoch], strict=True)] for epoch in alone}
@@ -240,7 +216,7 @@ class ByHand(Sampler):
 
 def odd_cases():
     """What a rank gets of data that is declared, or is not what it should be: rows, or the error's words."""
-    import datasets
+    import datasets.distributed
 
     rank = distributed.rank()
     cases = {
@@ -261,6 +237,13 @@ def odd_cases():
         ).batch(3),
         "loader of one": lambda: lm.Loader(ALL[rank::2], batch_size=3, rank=0, world_size=1),
         "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world_size=2),
+        "grain slices": lambda: grain_map()[rank::2].batch(3),
+        "grain, own slices": lambda: lm.data.per_rank(grain_map()[rank::2].to_iter_dataset().batch(3)),
+        "grain, other records": lambda: type(grain_map()).source(ALL[rank:] + ALL[:rank]).batch(3),
+        "grain, all in one shard": lambda: grain_loader(shard=(0, 1)),
+        "grain, another shard": lambda: grain_loader(shard=(1 - rank, 2)),
+        "grain, uneven shards": lambda: grain_loader(records=N - 1),
+        "grain, rest dropped": lambda: grain_loader(records=N - 1, drop_remainder=True),
     }
     found = {}
     for name, data in cases.items():
@@ -283,6 +266,7 @@ def test_what_is_declared_and_what_cannot_be_right(world2):
         "batches",
         "split",
         "loader of one",
+        "grain, own slices",
     ):
         assert not isinstance(first[name], str), (name, first[name])
         assert sorted(first[name][0] + second[name][0]) == ALL, name
@@ -295,11 +279,16 @@ def test_what_is_declared_and_what_cannot_be_right(world2):
         "no batches": "batch_size=None",
         "unlike orders": "orders that begin with [[9, 8, 7], [0, 1, 2]]",
         "unseeded": "seed, the same on each",
+        "grain slices": "(SliceMapDataset[0:10:2] of 5 / SliceMapDataset[1:10:2] of 5)",
+        "grain, all in one shard": "ShardOptions(shard_index=lm.rank(), shard_count=lm.world_size())",
+        "grain, uneven shards": "9 records into 2 shards",
+        "grain, other records": "other records",
     }.items():
         assert words in first[name], (name, first[name])
         assert isinstance(second[name], str)
-    for name in ("split wrongly", "loader of another"):
+    for name in ("split wrongly", "loader of another", "grain, another shard"):
         assert "rank 0 of 2" in second[name], (name, second[name])
+    assert len(first["grain, rest dropped"][0]) == len(second["grain, rest dropped"][0]) == 4
 
 
 def go_on_alone_or_not():
@@ -308,6 +297,7 @@ def go_on_alone_or_not():
     for name, data in {
         "DataLoader": lambda: DataLoader(ALL, batch_size=3, shuffle=True),
         "list": lambda: lm.data.per_rank(list(torch.arange(N).split(3))),
+        "grain": lambda: grain_map().batch(3),
     }.items():
         seeded(distributed.rank())
         states[name] = read(data(), batches=2)[3]
@@ -320,6 +310,9 @@ def test_another_number_of_processes(world2):
     whole, *_ = read(DataLoader(ALL, batch_size=3, shuffle=True))
     seeded(70)
     after, *_ = read(DataLoader(ALL, batch_size=3, shuffle=True), position=2, state=states["DataLoader"], epochs=1)
+    assert after[0] == whole[0][2:]
+    whole, *_ = read(grain_map().batch(3))
+    after, *_ = read(grain_map().batch(3), position=2, state=states["grain"], epochs=1)
     assert after[0] == whole[0][2:]
     with pytest.raises(BatchError, match="was made by 2"):
         read(list(torch.arange(N).split(3)), position=2, state=states["list"])

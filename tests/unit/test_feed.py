@@ -153,6 +153,19 @@ def test_hugging_face_streams():
     assert uninterrupted(make, 2)[0] != uninterrupted(make, 2)[1]
 
 
+def test_a_place_before_what_was_read_ahead_is_read_again():
+    make = lambda: hugging_face_stream(shuffled=False)  # noqa: E731
+    each = feed(make())
+    batches = each.epoch(0)
+    found = [values(next(batches)) for _ in range(3)]  # as a step that unrolls reads them
+    saved = each.state_dict(0, 2)
+    again = feed(make())
+    again.load_state_dict(saved)
+    with pytest.warns(InexactWarning, match="read again"):
+        rest = [values(batch) for batch in again.epoch(0, 2)]
+    assert [found[:2] + rest] == uninterrupted(make, 1)
+
+
 def test_a_shuffle_buffer_says_that_its_rows_are_lost():
     make = lambda: hugging_face_stream(seed=0, buffer_size=4)  # noqa: E731
     with pytest.warns(InexactWarning, match="shuffle buffer of 4 rows"):
