@@ -2,11 +2,13 @@
 
     python examples/contrastive.py            # about 30 seconds on 2 cores
     python examples/contrastive.py --epochs 100 --logdir runs/contrastive_long
+    python examples/contrastive.py --accumulate 4 --logdir runs/contrastive_microbatches
     torchrun --nproc-per-node=2 examples/contrastive.py --logdir runs/contrastive_ddp
 
 Two views of an image (turned, sheared, shifted, a patch hidden) shall have alike features, two images unlike ones. The
-loss compares the rows of a batch with each other (NT-Xent; Chen et al., 2020), so that it is another one where a batch
-is cut: under torchrun each process compares its own rows.
+loss compares the rows of a batch with each other (NT-Xent; Chen et al., 2020). It is a function of the features of all
+rows (`lm.grad_cache`), which are gathered from all processes (`lm.all_gather`), so that microbatches and processes
+train on the loss of the whole batch.
 
 The probe is a logistic regression on few labeled images.
 
@@ -38,6 +40,8 @@ class Config:
     temperature: float = 0.2
     labels: int = 50
     """Labeled images for the probe, equally many of each digit."""
+    accumulate: int = 1
+    """Microbatches of a batch, which are compared with each other all the same."""
     lr: float = 4e-3
     seed: int = 0
     logdir: Path = Path("runs/contrastive")
@@ -94,24 +98,30 @@ def augment(images: Tensor, rows: Tensor, key: Tensor) -> Tensor:
 
 
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """For each of the 2 B views, the cross-entropy of finding its partner among all others."""
-    views = F.normalize(torch.cat([one, other]), dim=-1)
-    similarity = (views @ views.T / temperature).fill_diagonal_(-torch.inf)
-    partners = torch.arange(len(views)).roll(len(one))
-    return F.cross_entropy(similarity, partners, reduction="none")
+    """For each of these 2 B views, the cross-entropy of finding its partner among all others, of every process."""
+    own = F.normalize(torch.cat([one, other]), dim=-1)
+    everyone = torch.cat([lm.all_gather(views, "data") for views in own.chunk(2)])
+    rows = lm.axis_index("data") * len(one) + torch.arange(len(one))
+    places = torch.cat([rows, rows + len(everyone) // 2])  # of own views among everyone's
+    itself = F.one_hot(places, len(everyone)).bool()
+    similarity = (own @ everyone.T / temperature).masked_fill(itself, -torch.inf)
+    return F.cross_entropy(similarity, places.roll(len(one)), reduction="none")
 
 
 def make_step(temperature: float):
     """A step that draws two views of each image and makes them alike."""
 
     def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-        def loss_fn(params, batch):
+        def encode(params, batch):
             views = [augment(batch["image"], batch["row"], key) for key in lm.random.split(state.key)]
             (_, projections), _ = state.apply(params, torch.cat(views))
-            return lm.Mean.of(contrast(*projections.chunk(2), temperature))
+            return projections.chunk(2)
 
-        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
-        return state.apply_gradients(grads), {"loss": loss}
+        def loss(params, embeddings, batch):
+            return lm.Mean.of(contrast(*embeddings, temperature))
+
+        value, grads = lm.value_and_grad(lm.grad_cache(encode, loss))(state.params, batch)
+        return state.apply_gradients(grads), {"loss": value}
 
     return step
 
@@ -131,7 +141,7 @@ def main(config: Config) -> lm.Result:
     state = lm.TrainState.create(Encoder(), tx, seed=config.seed)
     runner = lm.Runner(
         make_step(config.temperature),
-        transforms=[lm.donate(), lm.ddp()],
+        transforms=[lm.donate(), lm.ddp(), lm.accumulate(config.accumulate)],
         checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(epochs=10)),
         sinks=[lm.sinks.TensorBoard(config.logdir), lm.sinks.JSONL(config.logdir / "metrics.jsonl")],
         config=config,

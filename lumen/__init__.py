@@ -8,6 +8,7 @@ from lumen.bridges.quantize import quantize
 from lumen.core.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from lumen.core.distributed import rank, world_size
 from lumen.core.flops import flops_of, peak_flops
+from lumen.core.grad_cache import grad_cache
 from lumen.core.gradient import value_and_grad
 from lumen.core.inspect import check_purity, inspect
 from lumen.core.metrics import Last, Max, Mean, Metric, Min, Sum, compute_metrics, merge_metrics
@@ -110,6 +111,7 @@ __all__ = [
     "extend",
     "flops_of",
     "fsdp",
+    "grad_cache",
     "guard",
     "inspect",
     "lr_find",

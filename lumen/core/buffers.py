@@ -26,6 +26,7 @@ from lumen import tree
 from lumen.core import distributed, rules
 from lumen.core.primitives import ApplyCall, Aux
 from lumen.core.rules import Next
+from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import HyperparameterError, MergeError, PatternError
 
 MergeRule = Literal["sum", "mean", "max", "min", "any", "first", "gather", "sync"]
@@ -182,9 +183,7 @@ class Tracker:
                 self._made = {}
                 self._read = {}
 
-        run.__wrapped__ = loss_fn  # type: ignore[attr-defined]
-        run.__qualname__ = getattr(loss_fn, "__qualname__", "loss")
-        return run
+        return WrappedLoss(loss_fn, run, lambda other: self.watching(other, has_aux))
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         """The rule for P0."""

@@ -96,11 +96,12 @@ def _gathered(x: Tensor, bound: Axis, axis: str) -> Tensor:
     if not x.dim():
         raise AxisError(f"all_gather over {axis!r} joins rows, and a tensor without dims has none. Write x[None].")
     if bound.process and not rules.is_tracing() and not distributed.is_dry_run():
-        rows = torch.tensor([len(x), len(x) ** 2], device=x.device)
+        size = 0 if rules.is_weightless() else len(x)  # rows that stand in are nobody's negatives
+        rows = torch.tensor([size, size**2], device=x.device)
         total, squares = _reduce(rows, axis, "sum").tolist()
         if bound.size * squares != total**2:
             raise AxisError(
-                f"all_gather over {axis!r} takes equally many rows of every process; here there are {len(x)}, of"
+                f"all_gather over {axis!r} takes equally many rows of every process; here there are {size}, of"
                 f" {total} on {bound.size} processes. Leave out the smaller last batch: lm.Loader(..., drop_last=True)."
             )
     own = torch.arange(bound.size, device=x.device) == bound.index().to(x.device)

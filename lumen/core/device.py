@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lumen import tree
 
 _WITHOUT_MODULE = ("cpu", "meta")
 
@@ -43,6 +46,35 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     if module_of(device) is None:
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+class Generators:
+    """torch's generators on the CPU, on the devices of the tensors in `values`, and on the accelerator in use.
+
+    >>> generators = Generators(torch.ones(2))
+    >>> before = generators.get()
+    >>> drawn = torch.rand(3)
+    >>> generators.set(before)
+    >>> torch.equal(torch.rand(3), drawn)
+    True
+    """
+
+    def __init__(self, values: Any) -> None:
+        found = running()
+        devices = {tensor.device for tensor in tree.tensors(values) if module_of(tensor.device) is not None}
+        if found is not None and hasattr(found[1], "current_device"):
+            devices.add(torch.device(found[0], found[1].current_device()))
+        self._devices = sorted(devices, key=str)
+
+    def get(self) -> list[Tensor]:
+        """Their states."""
+        return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+
+    def set(self, states: list[Tensor]) -> None:
+        """Put back what `get` gave."""
+        torch.set_rng_state(states[0])
+        for device, each in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(each, device)
 
 
 def free_cache() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.batching import add_gradients, count
+from lumen.core.cached_gradient import CachedGradient
 from lumen.core.device import forked_rng, module_of
+from lumen.core.grad_cache import GradCache, find, name_of
 from lumen.core.gradient import differentiate, normalized
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
@@ -55,7 +57,8 @@ def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) ->
     `lm.ddp` and `lm.fsdp` take it to be: the loss of the batch is compared with that of two parts of it, weighted by
     their rows, or by the weights of an `lm.Mean`; so are the gradients. A contrastive loss, whose rows are each other's
     negatives, or the load balancing loss of a mixture of experts is no such mean. Neither is a loss through BatchNorm
-    in training mode. Give it the plain step, without transforms, and no dropout.
+    in training mode. One made by `lm.grad_cache` passes where its microbatches give the gradient of the batch, as they
+    do under `lm.accumulate`. Give it the plain step, without transforms, and no dropout.
 
     >>> import lumen as lm, torch
     >>> lm.check_purity(lambda state, batch: (state + batch.sum(), {}), torch.zeros(()), torch.ones(3))
@@ -136,18 +139,47 @@ class _Means:
                     f"the loss of {name} draws random numbers, which differ for parts of a batch. Check it without"
                     " dropout: lm.check_purity(step, state.eval(), batch, rows=True)."
                 )
-            parts = [_summed(call, each) for each in _cut(call.batch, first)]
-        grads = tree.map(torch.add, *[part.grads for part in parts])
+            cache = find(call.loss_fn)
+            parts = _parts(call, _cut(call.batch, first), cache)
+        grads = tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *[part.grads for part in parts])
         one, several = normalized(whole), normalized(add_gradients(parts).replace(grads=grads))
         if _near(one, several, parts):
             return None
-        return PurityError(
-            f"the loss of {name} is no mean over the rows of its batch: it is {_loss(one):.6g} for all {size} rows, and"
-            f" {_loss(several):.6g} from {first} and {size - first} of them{_grads_apart(one, several)}. lm.accumulate,"
-            " lm.ddp and lm.fsdp would train on the second. A sum over masked tokens: return lm.Mean(total, tokens)."
-            " What needs all rows at once (negatives from the batch, a balance over it, BatchNorm in training mode)"
-            " cannot be cut: see 'Losses that are no mean over rows' in the docs of accumulate."
+        differ = (
+            f"it is {_loss(one):.6g} for all {size} rows, and {_loss(several):.6g} from {first} and {size - first} of"
+            f" them{_grads_apart(one, several)}"
         )
+        if cache is not None:
+            return PurityError(
+                f"{name_of(cache.encode)} does not compute each row's embeddings from that row alone, as lm.grad_cache"
+                f" needs it: the loss of {cache!r}, where microbatches are encoded by themselves, is another. {differ}."
+                " Does it normalize over the batch, by BatchNorm in training mode? What compares rows belongs into"
+                " loss."
+            )
+        return PurityError(
+            f"the loss of {name} is no mean over the rows of its batch: {differ}. lm.accumulate, lm.ddp and lm.fsdp"
+            " would train on the second. A sum over masked tokens: return lm.Mean(total, tokens). A loss that compares"
+            " rows (negatives from the batch): write it as lm.value_and_grad(lm.grad_cache(encode, loss)), which is"
+            " exact under lm.accumulate, and gather rows in it by lm.all_gather under lm.ddp and lm.fsdp. Others (a"
+            " balance over the batch, BatchNorm in training mode) cannot be split: see 'Losses that are no mean over"
+            " rows' in the docs of accumulate."
+        )
+
+
+def _parts(call: GradientCall, batches: list[Any], cache: GradCache | None) -> list[Gradient]:
+    """Summed gradients that add up to that of the batch, as a transform that splits it takes them."""
+    if cache is None:
+        return [_summed(call, batch) for batch in batches]
+    cached = CachedGradient(cache, call)
+    calls = [call.replace(batch=batch, summed=True) for batch in batches]
+    for each in calls:
+        cached.embed(each)
+    answer = differentiate(cached.loss_call())
+    cached.receive(answer.grads.embeddings)
+    again = [differentiate(cached.backward_call(each, place)) for place, each in enumerate(calls)]
+    cached.close()
+    nothing = [part.replace(loss=tree.map(torch.zeros_like, answer.loss), aux=None) for part in again]
+    return [answer.replace(grads=answer.grads.params, aux=None), *nothing]
 
 
 def _summed(call: GradientCall, batch: Any) -> Gradient:

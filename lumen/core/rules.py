@@ -40,10 +40,12 @@ class _Stack(threading.local):
         self.rules: tuple[list[Rule], list[Rule], list[Rule]] = ([], [], [])
         self.in_loss = 0
         self.in_update = 0
+        self.in_weightless = 0
         self.tracing = 0
         self.axes: dict[str, Any] = {}
         self.losses: list[LossContext] = []
         self.step: Any = None
+        self.splitters: list[str | None] = []
 
 
 _stack = _Stack()
@@ -158,12 +160,18 @@ class _Inside:
 
 inside_loss = _Inside("in_loss")
 inside_update = _Inside("in_update")
+inside_weightless = _Inside("in_weightless")
 tracing = _Inside("tracing")
 
 
 def is_inside_loss() -> bool:
     """Whether a loss function is being differentiated by an enclosing `value_and_grad`."""
     return _stack.in_loss > 0
+
+
+def is_weightless() -> bool:
+    """Whether a loss runs on rows that are not of the batch, to take part in collectives."""
+    return _stack.in_weightless > 0
 
 
 def is_tracing() -> bool:
@@ -175,6 +183,32 @@ def is_innermost(primitive: Primitive, rule: Rule) -> bool:
     """Whether `rule` is the last before the primitive's base."""
     installed = _stack.rules[primitive]
     return bool(installed) and installed[-1] == rule
+
+
+def inside(primitive: Primitive, rule: Rule) -> list[Rule]:
+    """The rules between `rule` and the primitive's base."""
+    installed = _stack.rules[primitive]
+    return installed[installed.index(rule) + 1 :]
+
+
+class splitting:  # noqa: N801
+    """`with splitting(name):` while a transform hands microbatches to a loss function that takes them for the batch."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        _stack.splitters.append(self._name)
+
+    def __exit__(self, *_exc: object) -> None:
+        _stack.splitters.pop()
+
+
+def splitter() -> str | None:
+    """The transform that hands microbatches to a loss function now, or None."""
+    return _stack.splitters[-1] if _stack.splitters else None
 
 
 def intercepts_updates() -> bool:

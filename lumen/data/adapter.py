@@ -74,8 +74,8 @@ class Feed:
         other, self._other_ranks = self._other_ranks, ""
         if position and other:
             raise BatchError(
-                f"this run goes on at batch {position} of an epoch as one of {distributed.rows()[1]} ranks with rows of its"
-                f" own, and the checkpoint was made by {other.partition('/')[2]}: which rows are left of this"
+                f"this run goes on at batch {position} of an epoch as one of {distributed.rows()[1]} ranks with rows of"
+                f" its own, and the checkpoint was made by {other.partition('/')[2]}: which rows are left of this"
                 f" {name_of(self.data)} is not known. Go on with as many processes, or from a checkpoint of an"
                 " epoch's end (Every(epochs=1)). An lm.Loader, and a map-style DataLoader, go on in any world."
             )

@@ -47,6 +47,8 @@ class Watch(TorchDispatchMode):
     `copied` are the kinds of collectives for which the backend copies what they carry, where nobody sees it.
     """
 
+    suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
+
     def __init__(self, copied: Collection[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._copied = copied

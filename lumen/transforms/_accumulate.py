@@ -14,8 +14,10 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import batching, gradient, rules
 from lumen.core.buffers import Tracker
+from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
+from lumen.core.grad_cache import find
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Next, Primitive
@@ -48,13 +50,14 @@ class accumulate(Transform):
 
     Law: `accumulate(k)(step) == step`, up to the order of floating sums, for uneven parts and masked losses too
     (losses travel as totals and weights), where the loss is a mean over rows, or over what an `lm.Mean` counts. One
-    that needs all rows at once, as a contrastive loss does, becomes another loss in parts; `lm.check_purity(step,
-    state, batch, rows=True)` finds that. BatchNorm in training mode sees one microbatch at a time, as it must: its
-    running statistics are the mean of the parts' by rows, its counter advances once. Any other buffer goes through the
-    microbatches in order, as in a loop: each begins with what the one before it left. Gradients of 16-bit params are
-    summed in float32. Under a parallel transform a process with fewer than `k` rows takes them one by one, and "auto"
-    cuts finer on all processes once one has run out of memory; not under `lm.fsdp(stage=3)`, where the others would
-    wait in the middle of the gradient, and not while `lm.compile` traces.
+    that compares rows, as a contrastive loss does, is exact when it is written as `lm.grad_cache(encode, loss)`, and
+    another loss in parts else; `lm.check_purity(step, state, batch, rows=True)` finds that. BatchNorm in training mode
+    sees one microbatch at a time, as it must: its running statistics are the mean of the parts' by rows, its counter
+    advances once. Any other buffer goes through the microbatches in order, as in a loop: each begins with what the one
+    before it left. Gradients of 16-bit params are summed in float32. Under a parallel transform a process with fewer
+    than `k` rows takes them one by one, and "auto" cuts finer on all processes once one has run out of memory; not
+    under `lm.fsdp(stage=3)`, where the others would wait in the middle of the gradient, and not while `lm.compile`
+    traces.
 
     Raises `BatchError` where the batch has fewer rows than `k`, or leaves with different leading sizes. With "auto",
     the error of running out of memory comes through where single rows do not fit, or the step failed while it was
@@ -246,36 +249,90 @@ class _InParts:
         if reduction is not None and reduction.within:
             most = self.settings.k or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
-        elif in_place:
-            return self._in_place(next, calls), None
+            in_place = False
+        cache = find(call.loss_fn)
+        if cache is not None and self.settings.auto and reduction is not None:
+            raise OrderError(
+                f"{cache!r} under {self.settings!r} and a parallel transform may gather rows in the middle of the"
+                " gradient, where a process that runs out of memory would leave the others waiting. Give a number:"
+                " lm.accumulate(2)."
+            )
+        if len(calls) == 1:
+            return self._sum(next, calls, 1, in_place)
+        if cache is not None:
+            return self._cached(next, CachedGradient(cache, call), calls, len(pieces), in_place)
+        with rules.splitting(repr(self.settings)):
+            return self._sum(next, calls, len(pieces), in_place)
+
+    def _sum(
+        self, next: Next, calls: list[GradientCall], real: int, in_place: bool, start: list[Tensor | None] | None = None
+    ) -> tuple[Gradient, Dtypes]:
+        """The sum of the calls' gradients, and of `start`; only the `real` ones have rows."""
+        if in_place:
+            return self._in_place(next, calls, start), None
         parts: list[Gradient] = []
-        sums: list[Tensor] = []
+        sums: list[Tensor] = [] if start is None else _widened(start)  # type: ignore[arg-type]
         spec: tree.Spec | None = None
+        own = False
         for place, each in enumerate(calls):
             part: Gradient = next(each)
             grads, spec = tree.flatten(part.grads)
             dtypes = [g.dtype for g in grads]
             part = part.replace(grads=None)  # so that each gradient goes once it has been added
-            if place:
-                _add(sums, grads, own=place > 1)
+            if sums:
+                _add(sums, grads, own=own)
+                own = True
             else:
                 sums = _widened(grads)
-            if place < len(pieces):
+            if place < real:
                 parts.append(part)
                 self.tracker.carry(part.aux)
         assert spec is not None
         total = batching.add_gradients(parts, self.tracker.origins)
         return total.replace(grads=spec.unflatten(sums)), dtypes
 
-    def _in_place(self, next: Next, calls: list[GradientCall]) -> Gradient:
+    def _in_place(self, next: Next, calls: list[GradientCall], start: list[Tensor | None] | None) -> Gradient:
         leaves, rebuild = gradient.flat(calls[0].params)
-        sums: list[Tensor | None] = [None] * len(leaves)
+        sums: list[Tensor | None] = [None] * len(leaves) if start is None else start
         parts = []
         for each in calls:
             parts.append(next(each.replace(grad_buffers=sums)))
             self.tracker.carry(parts[-1].aux)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
         return batching.add_gradients(parts, self.tracker.origins).replace(grads=rebuild(grads))
+
+    def _cached(
+        self, next: Next, cached: CachedGradient, calls: list[GradientCall], real: int, in_place: bool
+    ) -> tuple[Gradient, Dtypes]:
+        """The gradient of a loss that compares rows: all embeddings, the loss on them, and each microbatch again."""
+        check_inside(self.settings, rules.inside(Primitive.GRADIENT, self))
+        for place, each in enumerate(calls):
+            aux = cached.embed(each, real=place < real)
+            if place < real:
+                self.tracker.carry(aux)
+        answer, start = self._of_embeddings(next, cached, in_place)
+        self.tracker.begin()
+        again = [cached.backward_call(each, min(place, real - 1), place < real) for place, each in enumerate(calls)]
+        total, dtypes = self._sum(next, again, real, in_place, start)
+        cached.close()
+        return cached.finished(total, answer), dtypes
+
+    def _of_embeddings(
+        self, next: Next, cached: CachedGradient, in_place: bool
+    ) -> tuple[Gradient, list[Tensor | None]]:
+        """The loss on the embeddings of all rows, and its gradient in params, which may lack some if `in_place`."""
+        call = cached.loss_call()
+        given = call.params.embeddings
+        grad_buffers: list[Tensor | None] | None = [None] * len(tree.leaves(call.params)) if in_place else None
+        answer: Gradient = next(call.replace(grad_buffers=grad_buffers))
+        if grad_buffers is None:
+            cached.receive(answer.grads.embeddings)
+            return answer.replace(grads=None), [*tree.leaves(answer.grads.params)]
+        count = len(grad_buffers) - len(given)
+        cached.receive(
+            [torch.zeros_like(e) if g is None else g for g, e in zip(grad_buffers[count:], given, strict=True)]
+        )
+        return answer, grad_buffers[:count]
 
     def _adds_in_place(self, call: GradientCall) -> bool:
         """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""

@@ -164,7 +164,8 @@ class _Update:
         kept: dict[str, Gradient] = {}
         mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
         lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
-        grads, losses, aux = mapped(call.batch, lanes)
+        with rules.splitting(repr(self.settings)):
+            grads, losses, aux = mapped(call.batch, lanes)
         self.tracker.lane = None
         grads = tree.map(lambda g: g.sum(0), grads)
         loss = Mean(losses.total.sum(), losses.weight.sum())

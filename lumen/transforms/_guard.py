@@ -145,6 +145,8 @@ class _Record:
 class _Watch:
     """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
 
+    suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
+
     def __init__(self, device: torch.device) -> None:
         self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
         self._apart = False  # whether other processes have other numbers

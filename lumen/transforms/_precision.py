@@ -301,6 +301,8 @@ class _Autocasting:
 class _Scaling:
     """One step's loss scaling: scale the loss, unscale the grads, skip what overflowed."""
 
+    suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
+
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
         self._flags: list[Tensor] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lumen.core.draws import is_recorded, keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
@@ -22,8 +24,9 @@ class remat(Transform):
     default the children of the first `nn.ModuleList` or `nn.Sequential`, which are a model's repeated blocks. Where
     matches are nested, the outermost counts.
 
-    Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `vmap` and other `torch.func`
-    transforms it changes nothing, since those keep their own record of the computation.
+    Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are kept, as
+    a graph would draw others in the recomputation. Under `vmap` and other `torch.func` transforms it changes nothing,
+    since those keep their own record of the computation.
 
     A model of transformers keeps no keys and values under it, as with `use_cache=False`: training has no use for them.
 
@@ -81,13 +84,17 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entry = [table[key].clone() if buffer else table[key] for table, key, buffer in self._places]
         called = False
+        # A graph would draw anew in the recomputation, whatever the generators' states.
+        kept: list[Any] | None = [] if is_recorded() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
             if not called:
                 called = True
-                return self._forward(*args, **kwargs)
-            return self._again(entry, args, kwargs)
+                with nullcontext() if kept is None else keeping_draws(kept):
+                    return self._forward(*args, **kwargs)
+            with nullcontext() if kept is None else repeating_draws(kept):
+                return self._again(entry, args, kwargs)
 
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 

@@ -107,6 +107,23 @@ def test_remat_recomputes_with_the_buffers_of_the_call() -> None:
         assert torch.equal(found, want), lm.tree.paths(new)[path]
 
 
+@pytest.mark.parametrize("transforms", [[], [lm.compile(backend="eager")]], ids=["eager", "compiled"])
+def test_remat_draws_no_other_dropout_masks_in_the_recomputation(transforms: list[lm.Transform]) -> None:
+    """The loss is quadratic in params, so whatever the masks are, the gradient along params is twice the loss."""
+
+    def along(state: lm.TrainState, batch: torch.Tensor) -> tuple[lm.TrainState, dict[str, torch.Tensor]]:
+        def loss_fn(params: Any, batch: torch.Tensor) -> torch.Tensor:
+            return state.apply(params, batch)[0].square().mean()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state, {"loss": loss, "slope": (grads["0.1.weight"] * state.params["0.1.weight"]).sum()}
+
+    block = nn.Sequential(nn.Dropout(), nn.Linear(8, 4, bias=False), nn.Dropout(inplace=True))
+    state = make_state(nn.Sequential(block))
+    _, found = lm.compose(*transforms, lm.remat("0"))(along)(state, torch.randn(6, 8))
+    torch.testing.assert_close(found["slope"], 2 * found["loss"])
+
+
 def test_donate_writes_into_the_same_memory() -> None:
     donated = lm.donate()(step)
     state = donated.init(make_state())

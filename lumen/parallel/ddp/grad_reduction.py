@@ -16,6 +16,7 @@ from lumen.core.metrics import GlobalMean, Max, Mean, Metric, Min, Sum, extremes
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
+from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.ddp.aux_reduction import AuxReduction, BufferChecks
@@ -102,14 +103,13 @@ def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[...
     """The same loss, which weighs nothing."""
 
     def run(*args: Any) -> Any:
-        out = loss_fn(*args)
+        with rules.inside_weightless:
+            out = loss_fn(*args)
         loss, aux = out if has_aux else (out, None)
         loss = Mean(loss.total * 0, loss.weight * 0) if isinstance(loss, Mean) else loss * 0
         return (loss, aux) if has_aux else loss
 
-    run.__wrapped__ = loss_fn  # type: ignore[attr-defined]
-    run.__qualname__ = getattr(loss_fn, "__qualname__", "loss")
-    return run
+    return WrappedLoss(loss_fn, run, lambda other: zero_weight_loss(other, has_aux))
 
 
 def _without_rows(leaf: Any) -> Any:

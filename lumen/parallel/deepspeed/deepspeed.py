@@ -357,13 +357,14 @@ class _Rule(DataParallelRule):
         answers = []
         count = self._engine.setup.microbatches
         parts = batching.split(call.batch, max(1, min(count, size))) if size else [call.batch]
-        for place in range(count):
-            if place < len(parts):
-                answers.append(self._backward(call.replace(batch=parts[place]), each, place == count - 1))
-                self._tracker.carry(answers[-1].aux)
-            else:
-                idle = call.replace(batch=parts[-1], loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
-                self._backward(idle, each, place == count - 1)
+        with rules.splitting(repr(self._transform) if count > 1 else None):
+            for place in range(count):
+                if place < len(parts):
+                    answers.append(self._backward(call.replace(batch=parts[place]), each, place == count - 1))
+                    self._tracker.carry(answers[-1].aux)
+                else:
+                    idle = call.replace(batch=parts[-1], loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
+                    self._backward(idle, each, place == count - 1)
         answer = batching.add_gradients(answers, self._tracker.origins)
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))

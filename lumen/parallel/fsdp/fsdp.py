@@ -18,6 +18,7 @@ from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
+from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
@@ -501,9 +502,7 @@ class _Rule(DataParallelRule):
             finally:
                 session.close()
 
-        loss_fn.__wrapped__ = loss  # type: ignore[attr-defined]
-        loss_fn.__qualname__ = getattr(loss, "__qualname__", "loss")
-        return loss_fn
+        return WrappedLoss(loss, loss_fn, lambda other: self._gathering(other, has_aux, idle))
 
 
 def _check_params(params: Any, shapes: Shapes) -> None:

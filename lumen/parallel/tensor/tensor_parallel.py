@@ -19,6 +19,7 @@ from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
+from lumen.core.wrapped_loss import LossFn, WrappedLoss
 from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh
@@ -258,13 +259,14 @@ class tensor_parallel(Transform):
         if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(outside.layouts):
             return next(call)  # type: ignore[no-any-return]
 
-        def loss_fn(params: Any, *rest: Any) -> Any:
-            return call.loss_fn({name: _seen(outside, name, p) for name, p in params.items()}, *rest)
+        def seeing(loss_fn: LossFn) -> LossFn:
+            def run(params: Any, *rest: Any) -> Any:
+                return loss_fn({name: _seen(outside, name, p) for name, p in params.items()}, *rest)
 
-        loss_fn.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
-        loss_fn.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
+            return WrappedLoss(loss_fn, run, seeing)
+
         try:
-            return next(call.replace(loss_fn=loss_fn))  # type: ignore[no-any-return]
+            return next(call.replace(loss_fn=seeing(call.loss_fn)))  # type: ignore[no-any-return]
         finally:
             self.run.leave()  # a layer that was computed again for the backward pass has entered once more
 

@@ -1,0 +1,100 @@
+"""Random draws from torch's generators, where a step is recorded: found, kept, and given again to a second pass.
+
+Setting a generator back does nothing for a graph, in which each draw is an operation of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lumen.errors import OrderError
+
+
+def is_recorded() -> bool:
+    """Whether `make_fx` records what is computed, as `lm.compile` has it.
+
+    >>> is_recorded()
+    False
+    """
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _is_draw(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def _copied(drawn: Any) -> Any:
+    return torch_pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, drawn)
+
+
+class refusing_draws(TorchDispatchMode):  # noqa: N801
+    """`with refusing_draws(message):` raises `OrderError` for an operation that draws from torch's generators.
+
+    >>> with refusing_draws("No noise here."):
+    ...     torch.rand(2)
+    Traceback (most recent call last):
+        ...
+    lumen.errors.OrderError: No noise here.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._message = message
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let everything else through."""
+        if _is_draw(func):
+            raise OrderError(self._message)
+        return func(*args, **(kwargs or {}))
+
+
+class keeping_draws(TorchDispatchMode):  # noqa: N801
+    """`with keeping_draws(kept):` appends copies of all that is drawn to the list `kept`.
+
+    >>> kept = []
+    >>> with keeping_draws(kept):
+    ...     first = torch.rand(2)
+    >>> with repeating_draws(kept):
+    ...     second = torch.rand(2)
+    >>> torch.equal(first, second)
+    True
+    """
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Keep what is drawn."""
+        out = func(*args, **(kwargs or {}))
+        if _is_draw(func):
+            self._kept.append(_copied(out))
+        return out
+
+
+class repeating_draws(TorchDispatchMode):  # noqa: N801
+    """`with repeating_draws(kept):` draws what `keeping_draws` kept, in its order."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = iter(kept)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Give what was drawn before."""
+        if not _is_draw(func):
+            return func(*args, **(kwargs or {}))
+        drawn = next(self._kept)
+        if func._schema.is_mutable:
+            return args[0].copy_(drawn)
+        return _copied(drawn)
