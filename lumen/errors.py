@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 
-class LumenError(Exception):
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with all that does not print written out, but what is in `keep`.
+
+    Names of leaves, metrics and files may come from a stranger's file: in a message they neither reach a terminal as
+    control sequences nor begin a line of their own.
+
+    >>> printable("fc\x1b[31m\nweight")
+    'fc\\x1b[31m\\nweight'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Printable(Exception):  # noqa: N818 (warnings derive from it, too)
+    """An exception or warning whose message has no control characters but line ends and tabs."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(each, "\n\t") if isinstance(each, str) else each for each in args))
+
+
+class LumenError(_Printable):
     """Base of all errors raised by Lumen: `except lm.LumenError` catches every one of them."""
 
 
@@ -118,9 +139,9 @@ class CheckpointLockedError(CheckpointError):
     """A directory that another run writes its checkpoints to."""
 
 
-class GraphBreakWarning(UserWarning):
+class GraphBreakWarning(_Printable, UserWarning):
     """A step that cannot be compiled whole; it runs with graph breaks instead."""
 
 
-class InexactWarning(UserWarning):
+class InexactWarning(_Printable, UserWarning):
     """Something runs, but slower or less exactly than it was asked to."""

@@ -14,6 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
+from lumen.errors import printable
+
 Spec = optree.PyTreeSpec
 
 NAMESPACE = "lumen"
@@ -181,10 +183,10 @@ def differences(expected: Any, found: Any) -> list[str]:
     ['missing b', 'unexpected c']
     """
     want, have = paths(expected), paths(found)
-    lines = [f"missing {path}" for path in want if path not in set(have)]
-    lines += [f"unexpected {path}" for path in have if path not in set(want)]
+    lines = [f"missing {printable(path)}" for path in want if path not in set(have)]
+    lines += [f"unexpected {printable(path)}" for path in have if path not in set(want)]
     if not lines and structure(expected) != structure(found):
-        lines.append(f"structure {structure(found)} where {structure(expected)} was expected")
+        lines.append(printable(f"structure {structure(found)} where {structure(expected)} was expected"))
     return lines
 
 

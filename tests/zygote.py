@@ -192,11 +192,18 @@ def start(
     return Process(args, status, pipes)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on, each another one."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def launch(args: Sequence[str], size: int, *, env: Mapping[str, str] | None = None, **options: Any) -> list[Process]:
     """`args` as the processes of one world, by rank, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     joining = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
     base = os.environ if env is None else env

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumen.bridges import lora
 from lumen.checkpoint._save import TEMPORARY
-from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError
+from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
 
 _SHOWN = 6  # names that a message lists
 
@@ -116,4 +116,4 @@ def _filled(own: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
 def _lines(what: str, names: Iterable[str]) -> list[str]:
     listed = sorted(names)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return [f"{what} {', '.join(listed[:_SHOWN])}{more}"] if listed else []
+    return [f"{what} {', '.join(map(printable, listed[:_SHOWN]))}{more}"] if listed else []

@@ -13,9 +13,9 @@ from lumen.checkpoint import dtypes
 from lumen.checkpoint._load import Reader
 from lumen.checkpoint._save import TEMPORARY
 from lumen.checkpoint.fsync import sync_directory, sync_file
-from lumen.checkpoint.leaves import ARRAYS, name_of, printable
+from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.snapshot import LeafRecord
-from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
+from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, printable
 
 _PARTS = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}
 _FORMATS = ("safetensors", "torch")

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lumen.checkpoint import chunk_grid, dtypes, header, zarr
 from lumen.checkpoint.chunk_grid import Array, Block, Index
-from lumen.checkpoint.leaves import ARRAYS, decode, name_of, printable
+from lumen.checkpoint.leaves import ARRAYS, decode, name_of
 from lumen.checkpoint.leaves import Path as LeafPath
 from lumen.checkpoint.packing import unpack
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.sharding import Slice
-from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, printable
 
 _ORBAX = "_CHECKPOINT_METADATA"  # its own file in each checkpoint
 _PIECE = 1 << 22  # read and summed while it is in the cache

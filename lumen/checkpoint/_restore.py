@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lumen import tree
 from lumen.checkpoint import dtypes, shard_specs
 from lumen.checkpoint._load import Reader, Wanted, as_kind
-from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named, printable
+from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn
-from lumen.errors import CheckpointError, CheckpointMismatchError, InexactWarning
+from lumen.errors import CheckpointError, CheckpointMismatchError, InexactWarning, printable
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 

@@ -57,15 +57,6 @@ def name_of(path: Sequence[Part]) -> str:
     return "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in path)
 
 
-def printable(name: str) -> str:
-    r"""A name for a message: what does not print is written out, as it may come from a stranger's file.
-
-    >>> printable("fc\x1b[31m\nweight")
-    'fc\\x1b[31m\\nweight'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def kind_of(value: Any, path: Sequence[Part]) -> str:
     """Which kind of leaf it is; raises `CheckpointLeafError` for what no checkpoint holds."""
     if type(value) in _SCALARS:

@@ -19,7 +19,7 @@ from lumen.checkpoint._load import Reader
 from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.cli import command, find_checkpoints, tables
 from lumen.core.inspect import human_bytes
-from lumen.errors import CheckpointError
+from lumen.errors import CheckpointError, printable
 
 _HIDDEN = ("timers", "journal", "callbacks", "batch", "kind")  # of use to a program: see --json
 _ARRAY = "shape"
@@ -232,10 +232,10 @@ def _values(path: Path, name: str, as_json: bool) -> int:
     for each, value in found.items():
         if isinstance(value, Tensor | np.ndarray | np.generic):
             tensor = value if isinstance(value, Tensor) else _as_tensor(value)
-            print(f"{tables.readable(each)}: {_range(tensor)}")
+            print(f"{printable(each)}: {_range(tensor)}")
             print(value if isinstance(value, Tensor) else repr(value))
         else:
-            print(f"{tables.readable(each)}: {tables.one_line(str(value))}")
+            print(f"{printable(each)}: {tables.one_line(str(value))}")
     return 0
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lumen.errors import printable
+
 
 def readable(text: str) -> str:
     r"""The text with everything that does not print written out, but line ends.
@@ -21,13 +23,13 @@ def readable(text: str) -> str:
     >>> readable("red: \x1b[31m")
     'red: \\x1b[31m'
     """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return printable(text, keep="\n")
 
 
 def one_line(value: Any) -> str:
     """Any JSON, on one line: dicts as `name value, name value`."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {one_line(each)}" for name, each in value.items()) or "none"
+        return ", ".join(f"{printable(name)} {one_line(each)}" for name, each in value.items()) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
     return " ".join(readable(value if isinstance(value, str) else json.dumps(value)).split("\n"))
@@ -35,14 +37,15 @@ def one_line(value: Any) -> str:
 
 def facts(lines: Mapping[str, str]) -> None:
     """Names and what is to be said of each, below each other."""
-    width = max(map(len, lines), default=0)
-    for name, text in lines.items():
-        print(f"  {readable(name):{width}}  {text}")
+    named = {printable(name): text for name, text in lines.items()}
+    width = max(map(len, named), default=0)
+    for name, text in named.items():
+        print(f"  {name:{width}}  {text}")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """A table; the columns in `right` are flush right."""
-    rows = [[readable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, rows, right)
         return

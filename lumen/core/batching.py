@@ -14,7 +14,7 @@ from lumen import tree
 from lumen.core.buffers import STATISTICS, Origin, merge_microbatches
 from lumen.core.metrics import Mean, Metric, is_value
 from lumen.core.primitives import Aux, Gradient
-from lumen.errors import BatchError, LossError
+from lumen.errors import BatchError, LossError, printable
 
 
 def count(batch: Any) -> int:
@@ -33,7 +33,7 @@ def count(batch: Any) -> int:
         return sizes.pop()  # type: ignore[return-value]
     if not sizes:
         raise BatchError("the batch has no tensor, so it has no rows to count or split.")
-    listed = ", ".join(f"{path or 'batch'}: {tuple(leaf.shape)}" for path, leaf in tree.named_tensors(batch))
+    listed = ", ".join(f"{printable(path) or 'batch'}: {tuple(leaf.shape)}" for path, leaf in tree.named_tensors(batch))
     raise BatchError(
         f"the leaves of the batch have different leading sizes ({listed}), so its rows cannot be counted or split."
         " What belongs to no row goes in as a further argument: lm.value_and_grad(loss_fn)(params, batch, extra)"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed
-from lumen.errors import DonatedError
+from lumen.errors import DonatedError, printable
 
 Addresses = list[set[int]]
 _KNOWN = "_addresses"
@@ -99,8 +99,9 @@ def check_unaliased(state: Any) -> Addresses:
         (pointer,) = _pointers(tensor)
         first = owner.setdefault(pointer, path)
         if first != path:
+            both = f"state.{printable(path)} and state.{printable(first)}"
             raise DonatedError(
-                f"state.{path} and state.{first} are the same memory, so an update in place of one would change the"
+                f"{both} are the same memory, so an update in place of one would change the"
                 f" other. Copy it where the step sets it: {{name: p.clone() for name, p in params.items()}}"
             )
     return [distinct]

@@ -18,13 +18,13 @@ from torch.autograd.graph import _engine_run_backward
 
 from lumen import tree
 from lumen.core import batching, rules
+from lumen.core.dtypes import NARROW
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Primitive
 from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
-NARROW = (torch.float16, torch.bfloat16)
 _MISSING = object()
 
 

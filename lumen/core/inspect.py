@@ -20,7 +20,7 @@ from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, as_step, device_of
-from lumen.errors import PurityError
+from lumen.errors import PurityError, printable
 
 
 def inspect(step: StepFn, state: Any, batch: Any = None) -> str:
@@ -90,7 +90,7 @@ def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) ->
         raise PurityError("the step returned another structure when it was called again with the same input.")
     for (path, a), (_, b) in zip(tree.named_tensors(first), tree.named_tensors(second), strict=True):
         if not _same(a, b):
-            where = path.replace("0", "state", 1) if path.startswith("0") else path.replace("1", "metrics", 1)
+            where = ("state" if path.startswith("0") else "metrics") + printable(path[1:])
             raise PurityError(
                 f"the step gave another {where} when it was called again with the same input. It reads something"
                 " outside its arguments: torch's global random generator (wrap it in lm.seeded(), or draw from"
@@ -243,8 +243,8 @@ def human_bytes(count: float) -> str:
 
 
 def _table(title: str, values: Any) -> list[str]:
-    named = tree.named_tensors(values)
-    rows = [(path or ".", _dtype(t), str(list(t.shape)), _place(t), human_bytes(_bytes(t))) for path, t in named]
+    named = [(printable(path) or ".", t) for path, t in tree.named_tensors(values)]
+    rows = [(path, _dtype(t), str(list(t.shape)), _place(t), human_bytes(_bytes(t))) for path, t in named]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
     head = f"{title}: {len(rows)} tensor{'s' * (len(rows) != 1)}, {human_bytes(tree.nbytes(values))}"
     return [head, *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
@@ -270,4 +270,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _side(path: str) -> str:
-    return ("state" if path.startswith("0") else "batch") + path[1:]
+    return ("state" if path.startswith("0") else "batch") + printable(path[1:])

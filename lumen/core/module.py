@@ -15,7 +15,7 @@ from lumen.core import rules
 from lumen.core.buffers import Merge, Merges, is_marking, mark_unwritten, merges_of, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
-from lumen.errors import ParamsError
+from lumen.errors import ParamsError, printable
 
 
 class Pure(NamedTuple):
@@ -61,8 +61,8 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     lazy += [name for name, b in module.named_buffers() if is_lazy(b)]
     if lazy:
         raise ParamsError(
-            f"{type(module).__name__} has uninitialized lazy parameters ({', '.join(lazy[:4])}), whose shapes are not"
-            " known yet. Run it once before: net(example_input); model = lm.pure(net)"
+            f"{type(module).__name__} has uninitialized lazy parameters ({', '.join(map(printable, lazy[:4]))}), whose"
+            " shapes are not known yet. Run it once before: net(example_input); model = lm.pure(net)"
         )
     _check_memory(named)
     params = {name: p.detach() for name, p in named.items() if p.requires_grad}

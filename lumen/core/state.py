@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen import random, tree
-from lumen.core.buffers import Merges
+from lumen.core.buffers import Merges, check_statistics
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
 from lumen.core.primitives import Optimizer, apply_gradients
@@ -61,6 +61,8 @@ class TrainState:
         `merge` says how parts of a batch agree on a module's buffers, as in `lm.pure(module, merge=...)`. `fields` are
         those that a subclass adds. The params are the model's own tensors: a donated step changes them, so
         `donate().init(state)` copies them first.
+
+        Running statistics of BatchNorm that are of 16 bits, as after `net.bfloat16()`, come with an `InexactWarning`.
         """
         if isinstance(model, Pure):
             if merge is not None:
@@ -69,6 +71,7 @@ class TrainState:
             model = pure(model, merge=merge)
         if not model.params:
             raise ParamsError("the model has no trainable parameters: each has requires_grad=False, or it has none.")
+        check_statistics(model.apply.module, model.buffers)
         first = next(iter(model.params.values()))
         device = torch.device("cpu") if first.is_meta else first.device  # a seed without a value would be none
         return cls(

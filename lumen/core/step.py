@@ -23,7 +23,7 @@ from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec, composed
-from lumen.errors import PurityError, SlotError, StateError, StepError
+from lumen.errors import PurityError, SlotError, StateError, StepError, printable
 
 State = Any
 Metrics = Any
@@ -313,9 +313,9 @@ class _Checked:
         for path, tensor, version in before:
             if tensor._version != version and id(tensor) not in given and not is_retired(state):
                 raise PurityError(
-                    f"the step {self.__name__} changed state.{path} in place. A step must leave its input as it is and"
-                    " return a new state: state.replace(...), state.apply_gradients(grads). For updates in place"
-                    " without copies, use lm.donate()(step)."
+                    f"the step {self.__name__} changed state.{printable(path)} in place. A step must leave its input as"
+                    " it is and return a new state: state.replace(...), state.apply_gradients(grads). For updates in"
+                    " place without copies, use lm.donate()(step)."
                 )
         new, metrics = self._checked(state, out)
         found = tree.structure(new)

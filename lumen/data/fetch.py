@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate, ge
 from lumen import tree
 from lumen.data import permutation
 from lumen.data.rng import Seeded
-from lumen.errors import BatchError
+from lumen.errors import BatchError, printable
 
 Collate = Callable[[list[Any]], Any]
 Column = Tensor | np.ndarray[Any, Any]
@@ -107,7 +107,7 @@ class Columns:
         self._leaves = [_column(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
         lengths = [len(leaf) for leaf in self._leaves]
         if len(set(lengths)) > 1:
-            found = ", ".join(f"{name}: {length}" for name, length in zip(names, lengths, strict=True))
+            found = ", ".join(f"{printable(name)}: {length}" for name, length in zip(names, lengths, strict=True))
             raise BatchError(f"Columns of a data set must be equally long; found {found}. Cut or repeat some.")
         self._length = lengths[0] if lengths else 0
 
@@ -210,7 +210,7 @@ def _is_map(dataset: Any) -> bool:
 
 
 def _column(leaf: Any, name: str) -> Column:
-    where = f"Column {name} of the data set" if name else "The data set"
+    where = f"Column {printable(name)} of the data set" if name else "The data set"
     if not isinstance(leaf, Tensor | np.ndarray):
         raise BatchError(
             f"{where} is a {type(leaf).__name__}; columns are tensors or numpy arrays: convert it with"

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation
 from lumen.optim._full_tensors import whole_init, whole_map
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule, check_scalar
-from lumen.optim._numerics import Coefficients, Scalar, time, wide_dtype, widen, widened
+from lumen.optim._numerics import Coefficients, Scalar, time, widen, widened
 
 
 @pytree_dataclass

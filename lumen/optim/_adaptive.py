@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, plain_in_place
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule, check_scalar
-from lumen.optim._numerics import Coefficients, Scalar, time, wide_dtype, widened, zeros_like, zip_map
+from lumen.optim._numerics import Coefficients, Scalar, time, widened, zeros_like, zip_map
 
 
 @pytree_dataclass

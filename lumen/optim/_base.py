@@ -12,11 +12,12 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core._torch_compat import clone_all
+from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError, UpdateInterceptedError
 from lumen.optim import _vmap_fused
 from lumen.optim._fused_kernels import alike, allowed, columns, eager
 from lumen.optim._hyperparams import check_scalar as check_scalar
-from lumen.optim._numerics import NARROW, is_narrow, wide_dtype
+from lumen.optim._numerics import is_narrow
 
 Params = Any
 State = Any

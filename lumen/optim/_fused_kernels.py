@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lumen import tree
 from lumen.core import distributed
+from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
-from lumen.optim._numerics import NARROW, absent, wide_dtype
+from lumen.optim._numerics import absent
 
 _AT_ONCE = 2**22  # entries that are widened at once
 

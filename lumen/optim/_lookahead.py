@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import StateError
 from lumen.optim._base import GradientTransformation, needs, plain_in_place, wide_clone
 from lumen.optim._hyperparams import HParams, Hyper, check_count
-from lumen.optim._numerics import Coefficients, Scalar, is_narrow, wide_dtype, widen, zip_map
+from lumen.optim._numerics import Coefficients, Scalar, is_narrow, widen, zip_map
 
 
 @pytree_dataclass

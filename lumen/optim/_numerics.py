@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.dtypes import NARROW, wide_dtype
 
 Scalar = float | Tensor
 
 NO_FLOAT64 = {"mps"}  # types of devices
-NARROW = (torch.float16, torch.bfloat16)
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -32,11 +32,6 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 def time(count: Tensor) -> Tensor:
     """A count as a floating scalar: an integer tensor times a Python float would be float32."""
     return count.to(scalar_dtype(count.device))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are averaged and computed with: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def widen(leaf: Tensor) -> Tensor:

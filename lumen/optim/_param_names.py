@@ -13,7 +13,7 @@ import optree
 from torch import Tensor
 
 from lumen import tree
-from lumen.errors import PatternError
+from lumen.errors import PatternError, printable
 
 Pattern = str | re.Pattern[str]
 Predicate = Callable[[str, Tensor], bool]
@@ -82,6 +82,7 @@ def _no_match(pattern: Pattern, names: Sequence[str], what: str) -> str:
     near = difflib.get_close_matches(bare, names, n=3, cutoff=0.4) or list(names[:5])
     kind = "regular expression" if isinstance(pattern, re.Pattern) else "pattern"
     return (
-        f"the {kind} {text!r} matches none of the {len(names)} {what} names. Near names: {', '.join(near)}."
-        " A glob must match the whole name ('*.bias', 'encoder.*'); a compiled regex may match anywhere in it."
+        f"the {kind} {text!r} matches none of the {len(names)} {what} names. Near names:"
+        f" {', '.join(map(printable, near))}. A glob must match the whole name ('*.bias', 'encoder.*'); a"
+        " compiled regex may match anywhere in it."
     )

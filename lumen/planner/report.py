@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lumen.core.inspect import human_bytes
-from lumen.errors import HyperparameterError
+from lumen.errors import HyperparameterError, printable
 from lumen.planner import render as picture
 from lumen.planner.comm_trace import Sent, axes_of
 from lumen.planner.dry_run import Seen
@@ -171,7 +171,7 @@ class Plan:
         for block in peak.blocks[:_SHOWN]:
             shape = f"{str(block.dtype).removeprefix('torch.')} {list(block.shape)}"
             made = block.name or f"{block.operation.partition('::')[2]} in {block.made.module or block.made.phase}"
-            yield f"    {human_bytes(block.nbytes):>10}  {block.purpose():16} {shape}  {made}"
+            yield f"    {human_bytes(block.nbytes):>10}  {block.purpose():16} {shape}  {printable(made)}"
 
     def _traffic_lines(self) -> Iterator[str]:
         if not self.traffic:
@@ -258,7 +258,7 @@ class Plan:
 def _where(peak: Peak) -> str:
     moment = peak.moment
     step = "in the first one, " if moment.stage == "first step" else ""
-    return f"{step}{moment.phase or 'around it'}{f' at {moment.module}' if moment.module else ''}"
+    return f"{step}{moment.phase or 'around it'}{f' at {printable(moment.module)}' if moment.module else ''}"
 
 
 def _time(seconds: float) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from lumen.errors import printable
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.format import short
@@ -40,7 +41,7 @@ class Console:
     def config(self, values: Mapping[str, Any]) -> None:
         """Print the configuration on one line."""
         line = "config  " + "  ".join(f"{name} {value}" for name, value in flatten(as_json(values)).items())
-        line = " ".join(line.splitlines())
+        line = printable(" ".join(line.splitlines()))
         self._print([("", line if len(line) <= _CONFIG else line[: _CONFIG - 1] + "…")])
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -49,7 +50,7 @@ class Console:
         self._print([self._cell(name, value) for name, value in {"step": int(step), **numbers}.items()])
         for name, value in media.items():
             if isinstance(value, Text):
-                self._print([(f"{name}: ", value.text)])
+                self._print([(f"{printable(name)}: ", printable(value.text, keep="\n\t"))])
 
     def close(self) -> None:
         """Do nothing: each line was flushed."""
@@ -57,7 +58,7 @@ class Console:
     def _cell(self, name: str, value: float) -> tuple[str, str]:
         text = short(value)
         width = self._widths[name] = max(self._widths.get(name, _WIDTH), len(text))
-        return f"{name} ", text.rjust(width)
+        return f"{printable(name)} ", text.rjust(width)
 
     def _print(self, cells: list[tuple[str, str]]) -> None:
         file = self._file or sys.stdout  # looked up each time: notebooks and tests replace it

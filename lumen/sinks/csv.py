@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
-from lumen.errors import SinkError
+from lumen.errors import SinkError, printable
 from lumen.sinks.jsonl import stamped
 from lumen.sinks.lines import RowFile, open_lines
 from lumen.sinks.media import split
@@ -64,7 +64,7 @@ class CSV(RowFile):
         if self._columns and self._columns[:2] != _OWN:
             self.close()
             raise SinkError(
-                f"{self.path} is a table with the columns {', '.join(self._columns)}; CSV continues"
+                f"{self.path} is a table with the columns {', '.join(map(printable, self._columns))}; CSV continues"
                 f" files that begin with {', '.join(_OWN)}: choose another path, or move the file away."
             )
         return self._file

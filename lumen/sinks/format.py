@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lumen.errors import printable
 from lumen.sinks.media import Media
 
 
@@ -32,4 +33,4 @@ def numbers(values: Mapping[str, Any]) -> str:
 
 
 def _short_name(name: str) -> str:
-    return name.removeprefix("train/").replace("_per_second", "/s")
+    return printable(name).removeprefix("train/").replace("_per_second", "/s")

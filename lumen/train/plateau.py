@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lumen import tree
-from lumen.errors import StepError
+from lumen.errors import StepError, printable
 from lumen.optim import plateau_step
 from lumen.optim._plateau import PlateauState
 
@@ -36,7 +36,7 @@ def check_plateau(state: Any, name: str | None, validations: list[str]) -> None:
     if name is not None and not any(name.startswith(f"{each}/") for each in validations):
         raise StepError(
             f"plateau={name!r} is no metric of a validation; those of this run are called"
-            f" {', '.join(validations) or 'nothing, as there are none'}."
+            f" {', '.join(map(printable, validations)) or 'nothing, as there are none'}."
             " Write fit(…, validate=lm.Validate(…, name='val'))."
         )
 

@@ -76,6 +76,7 @@ class Bar:
         from rich.progress import TimeRemainingColumn as Remaining
         from rich.table import Column
 
+        last = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=24),
@@ -84,7 +85,7 @@ class Bar:
             TextColumn("eta"),
             Remaining(),
             # It alone gives way where the terminal is narrow.
-            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=last),
             auto_refresh=False,
             expand=True,
         )

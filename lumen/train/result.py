@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lumen.errors import printable
 from lumen.sinks import Sink
 from lumen.sinks.format import numbers, short
 from lumen.train.checkpointer import Checkpointer
@@ -71,8 +72,11 @@ def panels(result: Result) -> list[Panel]:
     found = []
     for title, members in grouped(measures(result.history.names)).items():
         one = len(members) == 1
-        lines = [Line("" if one else part, *result.history[name], color=i) for i, (name, part) in enumerate(members)]
-        found.append(Panel(members[0][0] if one else title, lines))
+        lines = [
+            Line("" if one else printable(part), *result.history[name], color=i)
+            for i, (name, part) in enumerate(members)
+        ]
+        found.append(Panel(printable(members[0][0] if one else title), lines))
     return found[:_PANELS]
 
 
@@ -91,7 +95,8 @@ _COLUMNS = ("metric", "last", "lowest", "at step", "highest", "at step")
 
 def _cells(result: Result, name: str) -> Iterator[str]:
     """A row of the table: the best of the numbers is bold."""
-    yield f'<td style="{_NAME}">{html.escape(name)}</td><td style="{_CELL}">{short(result.metrics[name])}</td>'
+    yield f'<td style="{_NAME}">{html.escape(printable(name))}</td>'
+    yield f'<td style="{_CELL}">{short(result.metrics[name])}</td>'
     if name not in result.history.names:  # of an earlier part of the run
         return
     found, best = result.history.extremes(name), result.history.best(name)

@@ -15,7 +15,7 @@ from lumen.core.flops import flops_of as flops_of
 from lumen.core.flops import peak_flops as peak_flops
 from lumen.core.inspect import human_bytes
 from lumen.core.step import StepFn
-from lumen.errors import StepError
+from lumen.errors import StepError, printable
 from lumen.optim._hyperparams import check_count
 
 if TYPE_CHECKING:
@@ -86,13 +86,14 @@ class Summary:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         columns, rows = self._table()
-        table = Table(caption="\n".join(self._footer()), caption_justify="left", caption_style="")
+        table = Table(caption=Text("\n".join(self._footer())), caption_justify="left", caption_style="")
         for name in columns:
             table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
         for part, row in zip(self.parts, rows, strict=True):
-            table.add_row(*row, style="" if part.name else "bold", end_section=not part.name)
+            table.add_row(*map(Text, row), style="" if part.name else "bold", end_section=not part.name)
         return table
 
     def show(self) -> None:
@@ -109,7 +110,7 @@ class Summary:
         return columns, [tuple(_cells(part)[name] for name in columns) for part in self.parts]
 
     def _footer(self) -> list[str]:
-        each = [f"{name} {human_bytes(size)}" for name, size in self.nbytes.items() if size]
+        each = [f"{printable(name)} {human_bytes(size)}" for name, size in self.nbytes.items() if size]
         lines = [f"state: {human_bytes(sum(self.nbytes.values()))}" + (f" ({', '.join(each)})" if each else "")]
         if self.flops is not None:
             lines.append(f"one step: {human_flops(self.flops)}")
@@ -211,7 +212,7 @@ def _depth(name: str) -> int:
 
 def _cells(part: Part) -> dict[str, str]:
     return {
-        "name": "  " * part.depth + (part.name or "."),
+        "name": "  " * part.depth + (printable(part.name) or "."),
         "kind": part.kind,
         "trainable": f"{part.trainable:,}",
         "frozen": f"{part.frozen:,}",

@@ -17,6 +17,7 @@ from lumen.core.buffers import Tracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
+from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import find
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -24,7 +25,6 @@ from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, without_slot
 from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
 
-_NARROW = (torch.float16, torch.bfloat16)
 _GROUP = 16 * 2**20  # bytes of sums that are made at once
 Dtypes = list[torch.dtype] | None
 _FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
@@ -341,12 +341,12 @@ class _InParts:
             and not rules.is_tracing()
             and torch._C._functorch.peek_interpreter_stack() is None
             and not torch._C._len_torch_function_stack()
-            and all(type(leaf) is Tensor and leaf.dtype not in _NARROW for leaf in tree.leaves(call.params))
+            and all(type(leaf) is Tensor and leaf.dtype not in NARROW for leaf in tree.leaves(call.params))
         )
 
 
 def _widened(grads: list[Tensor]) -> list[Tensor]:
-    return [g.float() if g.dtype in _NARROW else g for g in grads]
+    return [g.float() if g.dtype in NARROW else g for g in grads]
 
 
 def _add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
-from lumen.optim._numerics import Coefficients, time, wide_dtype
+from lumen.optim._numerics import Coefficients, time
 
 
 @pytree_dataclass

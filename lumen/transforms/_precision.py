@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import rules, sharding
+from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -19,8 +20,8 @@ from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
 from lumen.optim._norms import leaf_norms
-from lumen.optim._numerics import wide_dtype, widen
-from lumen.transforms._support.autocast import NARROW, Autocast, explained, is_on
+from lumen.optim._numerics import widen
+from lumen.transforms._support.autocast import Autocast, explained, is_on
 from lumen.transforms._support.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms._support.matmul_precision import PRECISIONS, float32_products
 from lumen.transforms._support.unapplied import Unapplied

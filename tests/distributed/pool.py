@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from tests.zygote import PRELOADED
+from tests.zygote import PRELOADED, free_ports
 
 LIMIT = 240.0  # seconds that one task may take in all its processes; two that compile on two busy cores need minutes
 
@@ -70,9 +69,7 @@ class World:
     def _start(self):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED, __name__])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=serve, args=(rank, self.size, port, there), daemon=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import distributed
-from lumen.errors import MergeError, WorldError
+from lumen.errors import MergeError, OrderError, WorldError
 from lumen.parallel import Colwise, Rowwise
 from tests.laws.test_buffers import ROWS, RULES, Rebinding, Seen, loop, made, step
 
@@ -120,6 +120,26 @@ def laws():
 
 def test_parts_are_the_whole(world2):
     for found in world2.run(laws):
+        assert max(found.values()) < 1e-12, found
+
+
+def compiled_laws():
+    """The same of a compiled step, with and without microbatches, and the error of a rule that cannot be traced."""
+    found = {}
+    whole, _ = step(made(RULES), ROWS)
+    for sizes in ([4, 3], [0, 7]):
+        for inside, wanted in (([], {n: whole.buffers[n] for n in RULES}), ([lm.accumulate(2)], merged(sizes, 2))):
+            wrapped = lm.compose(lm.compile(backend="eager"), lm.ddp(), *inside)(step)
+            new, _ = wrapped(wrapped.init(made(RULES)), part(sizes))
+            found[f"{inside} {sizes}"] = furthest(new.buffers, wanted)
+    wrapped = lm.compose(lm.compile(backend="eager"), lm.ddp())(step)
+    with pytest.raises(OrderError, match="rule 'gather' of the buffer 'last'"):
+        wrapped(wrapped.init(made({"last": "gather", "most": "max"}, Kept)), part([4, 3]))
+    return found
+
+
+def test_compiled_parts_are_the_whole(world2):
+    for found in world2.run(compiled_laws):
         assert max(found.values()) < 1e-12, found
 
 

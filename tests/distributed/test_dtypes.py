@@ -1,4 +1,4 @@
-"""Buffers of every dtype travel: also of those that Gloo does not know."""
+"""Buffers of every dtype travel, and are merged by every rule that suits it: also those that Gloo does not know."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import distributed
+from lumen.errors import HyperparameterError
 from lumen.parallel import ddp, fsdp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -54,3 +55,105 @@ def test_all_hold_the_first_processs_buffers(world2):
         assert other != given
         assert mine == given
         assert theirs == given
+
+
+# ---------------------------------------------------------------------------------------------- merged by rules
+
+ROWS = torch.tensor([[3.0, 1.0], [0.0, 7.0], [5.0, 2.0], [1.0, 6.0]])
+TOP = torch.iinfo(torch.int64).min  # the bits of 2**63, from where an unsigned integer has those of a negative one
+
+
+def rules_of(dtype):
+    """The rules that a buffer of `dtype` may have."""
+    if dtype.is_complex:
+        return ["gather", "sync"]
+    if dtype == torch.bool:
+        return ["max", "min", "any", "first", "gather", "sync"]
+    mean = ["mean"] if dtype.is_floating_point else []
+    return ["sum", *mean, "max", "min", "first", "gather", "sync"]
+
+
+PAIRS = {f"{rule}_{str(dtype)[6:]}": (rule, dtype) for dtype in DTYPES for rule in rules_of(dtype)}
+
+
+def changed(rule, old, x):
+    """What a forward pass over the rows `x` makes of a buffer."""
+    dtype, top = old.dtype, TOP if old.dtype == torch.uint64 else 0
+    wide = torch.complex64 if dtype.is_complex else torch.float64 if dtype.is_floating_point else torch.int64
+    if dtype == torch.bool:
+        x = x > 4
+    found = {
+        "sum": lambda: old.to(wide) + len(x),
+        "mean": lambda: x.mean(0),
+        "max": lambda: x.amax(0),
+        "min": lambda: x.amin(0),
+        "any": lambda: x.any(0),
+        "first": lambda: x[0],
+        "gather": lambda: x,
+        "sync": lambda: torch.ones(2),
+    }[rule]()
+    found = found.to(wide)
+    if top and rule != "sum":
+        found = torch.where(found > 2, found + top, found)  # the bits of the largest ones
+    return found.to(dtype)
+
+
+class Merged(nn.Module):
+    """A linear layer beside a buffer of each dtype under each rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        for name, (_, dtype) in PAIRS.items():
+            self.register_buffer(name, (torch.arange(2) + TOP * (dtype == torch.uint64)).to(dtype))
+            self.register_buffer(f"fixed_{name}", torch.ones(2).to(dtype))
+
+    def forward(self, x):
+        for name, (rule, _) in PAIRS.items():
+            setattr(self, name, changed(rule, getattr(self, name), x.detach()))
+        return self.linear(x)
+
+
+def step(state, batch):
+    def loss_fn(params, batch):
+        out, buffers = state.apply(params, batch)
+        return out.square().mean(), lm.Aux(buffers=buffers)
+
+    (_, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    return state.apply_gradients(grads, buffers=aux.buffers), {}
+
+
+def merged_state():
+    torch.manual_seed(0)
+    return lm.TrainState.create(Merged(), lm.optim.sgd(0.1), merge={name: rule for name, (rule, _) in PAIRS.items()})
+
+
+def stepped(sizes):
+    """The buffers after a step of two processes with `sizes` rows, under each transform."""
+    found = []
+    for parallel in (ddp(), fsdp()):
+        wrapped = parallel(step)
+        state, _ = wrapped(wrapped.init(merged_state()), ROWS.split(sizes)[distributed.rank()])
+        found.append(as_bytes(wrapped.export(state)))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[1, 3], [0, 4]])
+def test_a_step_merges_them_as_one_process_has_them(sizes, world2):
+    wanted = as_bytes(step(merged_state(), ROWS)[0])
+    for found in world2.run(stepped, sizes):
+        for buffers in found:
+            assert {name for name in wanted if buffers[name] != wanted[name]} == set()
+
+
+def test_rules_that_no_dtype_of_that_kind_can_have_are_refused():
+    net = Merged()
+    for rule, dtype in (
+        ("sum", "complex64"),
+        ("max", "complex64"),
+        ("mean", "int16"),
+        ("mean", "uint64"),
+        ("sum", "bool"),
+    ):
+        with pytest.raises(HyperparameterError, match=f"torch.{dtype}, the rule '{rule}'"):
+            lm.pure(net, merge={f"gather_{dtype}": rule})

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,22 +19,15 @@ from lumen.parallel.comm.init import leave, leave_at_exit
 from lumen.parallel.comm.rank_monitor import RankMonitor
 from lumen.train.distributed import ProcessGroupContext
 from tests.distributed.leaving import threads
+from tests.zygote import free_ports
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 
 
-def free_ports(count):
-    with ExitStack() as open_ones:
-        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
-
-
 def test_no_thread_outlives_the_world(tmp_path):
-    ports = ",".join(free_ports(2))
+    ports = ",".join(map(str, free_ports(2)))
     world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.distributed.leaving", ports, str(tmp_path)]
     jobs = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from lumen.planner.dry_run import observed, planned
 from lumen.planner.plan import plan_loaded
 from tests.distributed import fsdp_models, models, plan_job  # noqa: F401
 from tests.tiers import in_turns
+from tests.zygote import free_ports
 
 pytestmark = pytest.mark.distributed
 
@@ -103,9 +103,7 @@ def test_a_plan_of_four_holds_and_sends_what_they_do(world4):
 
 def grown(strategy, size):
     """How much the resident set of each process of a fresh world grows in its second step."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(*free_ports(1))
     # So that the C library gives back what is freed, and the set is what is held.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     started = []

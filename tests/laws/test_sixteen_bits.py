@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import lumen as lm
 from lumen import optim
-from lumen.optim._numerics import NARROW
+from lumen.core.dtypes import NARROW
 from lumen.optim._schedule_free import ScheduleFreeState
 
 STEPS = 500
@@ -183,28 +184,38 @@ def test_moments_follow_falling_gradients(dtype: torch.dtype) -> None:
     assert opt_state.nu["w"][0].item() == pytest.approx(v, rel=1e-4)
 
 
-def test_batchnorm_statistics_are_float32_under_precision() -> None:
-    """Those of a module in 16 bits are what torch makes of them: of its own dtype, within a few percent."""
+def test_batchnorm_statistics_are_float32_under_precision_and_in_norms_that_are() -> None:
+    """Those of a norm in 16 bits are what torch makes of them: of its own dtype, within a few percent."""
 
     def step(state: Any, x: Tensor) -> tuple[Any, dict[str, Any]]:
         _, buffers = state.apply(state.params, x)
         return state.replace(buffers=buffers), {}
 
     x = torch.linspace(-1.0, 1.0, 8)[:, None].expand(8, 2)
-    for net, transforms in (
-        (nn.BatchNorm1d(2, momentum=0.01), [lm.precision("bf16")]),
-        (nn.BatchNorm1d(2, momentum=0.01).bfloat16(), []),
-    ):
+    nets = [nn.Sequential(nn.Identity(), nn.BatchNorm1d(2, momentum=0.01)) for _ in range(3)]
+    nets[1].bfloat16()[1].float()
+    nets[2].bfloat16()
+    for net, transforms, exact in zip(nets, ([lm.precision("bf16")], [], []), (True, True, False), strict=True):
         run = lm.compose(*transforms)(step)
-        state, mean = run.init(lm.TrainState.create(net, optim.sgd(0.1))), 0.0
+        with contextlib.nullcontext() if exact else pytest.warns(lm.InexactWarning, match=r"'1'.*\('1'\)\.float\(\)"):
+            state, mean = run.init(lm.TrainState.create(net, optim.sgd(0.1))), 0.0
         for i in range(2000):
             given = x + i / 1000
             given = given.bfloat16().float()
             state, _ = run(state, given if transforms else given.bfloat16())
             mean = 0.99 * mean + 0.01 * given[:, 0].double().mean().item()
-        found = state.buffers["running_mean"]
-        assert found.dtype == (torch.float32 if transforms else torch.bfloat16)
-        assert found[0].item() == pytest.approx(mean, rel=2e-3 if transforms else 0.4)
+        found = next(each for name, each in state.buffers.items() if name.endswith("running_mean"))
+        assert found.dtype == (torch.float32 if exact else torch.bfloat16)
+        assert found[0].item() == pytest.approx(mean, rel=2e-3 if exact else 0.4)
+
+
+def test_statistics_of_16_bits_that_stand_still_anyway_come_without_a_warning() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.InstanceNorm1d(2)).bfloat16()
+    with pytest.warns(lm.InexactWarning, match="statistics of '1' are"):
+        lm.TrainState.create(lm.pure(net), optim.sgd(0.1))
+    lm.TrainState.create(net.eval(), optim.sgd(0.1))
+    with pytest.warns(lm.InexactWarning, match=r"statistics of '' are .* net\.float\(\)\."):
+        lm.TrainState.create(nn.BatchNorm1d(2).half(), optim.sgd(0.1))
 
 
 # ----------------------------------------------------------------------------------------- transforms

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections import namedtuple
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from torch import nn
 
 import lumen as lm
 from lumen import checkpoint
-from lumen.checkpoint import Store
+from lumen.checkpoint import Store, packing
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError
 
 Moments = namedtuple("Moments", "mu nu")
@@ -108,6 +110,37 @@ def test_orbax_reads_a_train_state(tmp_path):
     found = in_orbax(tmp_path)["manager"]
     assert found["params/weight"] == entry(state.params["weight"])
     assert found["step"] == entry(state.step)
+
+
+def test_orbax_reads_packed_arrays_and_the_header_says_whose_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MANY", 2)
+    monkeypatch.setattr(packing, "SMALL", 100)
+    small = {"bias": torch.randn(5), "a/b": torch.ones(2, 3), "scale": torch.tensor(7.0)}
+    checkpoint.save(tmp_path / "x", {"params": small, "large": torch.randn(200), "count": torch.tensor(3)})
+    arrays = ocp.PyTreeCheckpointer().restore((tmp_path / "x" / "state").absolute())
+    assert {"/".join(path): x.shape for path, x in flattened(arrays)} == {
+        "large": (200,),
+        "~packed/float32": (12,),
+        "~packed/int64": (1,),
+    }
+    header = json.loads((tmp_path / "x" / "meta" / "metadata").read_text())
+    (pack,) = (pack for pack in header["packs"] if pack["dtype"] == "float32")
+    assert (pack["item"], pack["array"]) == ("state", "~packed.float32")
+    found, start = {}, 0
+    for path, shape in pack["leaves"]:
+        end = start + math.prod(shape)
+        found["/".join(path)] = np.asarray(arrays["~packed"]["float32"][start:end]).reshape(shape)
+        start = end
+    assert found.keys() == {f"params/{name}" for name in small}
+    for name, tensor in small.items():
+        assert np.array_equal(found[f"params/{name}"], tensor.numpy())
+
+
+def flattened(tree, path=()):
+    """Pairs of path and array of nested dicts."""
+    if not isinstance(tree, dict):
+        return [(path, tree)]
+    return [pair for key, each in tree.items() for pair in flattened(each, (*path, key))]
 
 
 # ----------------------------------------------------------------------------------------------------- exports

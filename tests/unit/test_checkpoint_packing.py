@@ -85,6 +85,19 @@ def test_packed_leaves_are_what_they_were(packed, tmp_path):
     assert checkpoint.metadata(few)["format"] == 1
 
 
+def test_many_leaves_are_few_files_and_hardly_more_bytes(tmp_path):
+    size, many = 100, 15_000
+    flat = torch.arange(many * size, dtype=torch.float32).view(many, size)
+    tree = {"small": {f"layers.{i}.bias": row for i, row in enumerate(flat)}, "large": [flat, flat.bfloat16()]}
+    path = tmp_path / "many"
+    checkpoint.save(path, tree)
+    inodes = [path, *path.rglob("*")]
+    assert len(inodes) <= 500
+    state = many * size * 4 + flat.nbytes + flat.nbytes // 2
+    assert sum(each.stat().st_size for each in inodes if each.is_file()) <= 1.2 * state
+    assert torch.equal(checkpoint.load(path, under=f"small/layers.{many - 1}.bias"), flat[-1])
+
+
 def test_parts_of_a_packed_leaf(packed):
     reader = Reader(packed)
     row = next(row for row in reader.rows if row.path == ("small", 2))

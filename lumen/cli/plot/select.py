@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lumen.cli import tables
 from lumen.cli.plot.read_logs import Logged, Row
-from lumen.errors import LumenError
+from lumen.errors import LumenError, printable
 from lumen.train.curves import Line, Panel, grouped, measures
 
 X = Literal["step", "seconds", "epoch"]
@@ -74,11 +73,11 @@ def panels(runs: Sequence[Logged], wanted: Sequence[str], x: X, smooth: float, l
                 if not up:
                     continue
                 one = len(runs) == 1
-                label = tables.readable(split if one else f"{labels[number]} {split}".rstrip())
+                label = printable(split if one else f"{labels[number]} {split}".rstrip())
                 smoothed = smoothing(up, smooth)
                 raw = up if smooth else None
                 lines.append(Line(label, across, smoothed, part if one else number, 0 if one else part, raw))
-        whole = tables.readable(title if len(members) > 1 else members[0][0])
+        whole = printable(title if len(members) > 1 else members[0][0])
         single = len(lines) == 1 and len(runs) == 1
         found.append(Panel(whole, [replace(lines[0], name="")] if single else lines, log, x))
     return found

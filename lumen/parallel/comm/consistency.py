@@ -19,7 +19,7 @@ from lumen.core import distributed
 from lumen.core.state import TrainState
 from lumen.core.step import device_of
 from lumen.core.versions import own_version
-from lumen.errors import WorldError
+from lumen.errors import WorldError, printable
 from lumen.parallel.comm.mesh import Mesh
 
 _ALIKE = ("step", "seed")  # counters that every process must begin with
@@ -66,9 +66,9 @@ def fingerprint_lines(state: Any, step: Any = None) -> list[str]:
         lines += [f"the step {step!r}", f"the step's code {_code_digest([code])}" if code else "a step without code"]
     for path, leaf in zip(tree.paths(state), tree.leaves(state), strict=True):
         if not isinstance(leaf, Tensor):
-            lines.append(f"{path} = {leaf!r:.60}")
+            lines.append(f"{printable(path)} = {leaf!r:.60}")
             continue
-        lines.append(f"{path} of shape {tuple(leaf.shape)}, {leaf.dtype}")
+        lines.append(f"{printable(path)} of shape {tuple(leaf.shape)}, {leaf.dtype}")
         if path in _ALIKE and leaf.numel() == 1 and not distributed.is_dry_run():
             lines.append(f"{path} = {leaf.item()}")
     return lines + _models(state)
@@ -140,7 +140,7 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     if different is not None:
         name, ranks, others = different
         raise WorldError(
-            f"params have come apart: {name} on {_named(ranks)} is not what rank"
+            f"params have come apart: {printable(name)} on {_named(ranks)} is not what rank"
             f" {dist.get_global_rank(group, 0)} holds, nor are {others} other leaves."
             " Every process must make the same updates: look for a rank-dependent branch after the gradient, a metric"
             " or random number of one rank that decides about the update, or a device that computes wrongly."
@@ -163,10 +163,10 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[in
     if different is not None:
         name, ranks, _ = different
         raise WorldError(
-            f"state.{name} on {_named(ranks)} is not what rank {dist.get_global_rank(group, 0)} holds, and a state is"
-            " the same on every process: a checkpoint keeps the first one's, which all would go on from. What belongs"
-            " to a process's own rows, such as a hidden state, comes with its batches, or is made one value of all:"
-            " lm.pmean(x, 'data')."
+            f"state.{printable(name)} on {_named(ranks)} is not what rank {dist.get_global_rank(group, 0)} holds, and a"
+            " state is the same on every process: a checkpoint keeps the first one's, which all would go on from. What"
+            " belongs to a process's own rows, such as a hidden state, comes with its batches, or is made one value of"
+            " all: lm.pmean(x, 'data')."
         )
 
 

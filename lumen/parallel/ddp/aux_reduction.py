@@ -149,7 +149,7 @@ class AuxReduction:
 
     def _launch_largest_of(self, dtype: torch.dtype, places: list[int]) -> Finish:
         smallest = [place in self._group("min") for place in places]
-        values = [self._turned(_wide(self._leaves[p]), turn) for p, turn in zip(places, smallest, strict=True)]
+        values = [self._turned(_ordered(self._leaves[p]), turn) for p, turn in zip(places, smallest, strict=True)]
         flat = torch.cat([value.reshape(-1) for value in values])
         if dtype.is_floating_point:
             nans = flat.isnan()
@@ -165,7 +165,7 @@ class AuxReduction:
                 found = found.masked_fill(nans > 0, torch.nan)
             pieces = self._pieces(places, found, cast=False)
             turned = {p: self._turned(pieces[p], turn) for p, turn in zip(places, smallest, strict=True)}
-            return {place: value.to(self._leaves[place].dtype, copy=True) for place, value in turned.items()}
+            return {place: _unordered(value, self._leaves[place].dtype) for place, value in turned.items()}
 
         return finish
 
@@ -248,6 +248,16 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _wide(x: Tensor) -> Tensor:
     return x.detach().to(_wide_dtype(x.dtype))
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """The values in their wide dtype, in the same order: an unsigned integer from 2**63 has a negative one's bits."""
+    return _wide(x) ^ _LOWEST if x.dtype == torch.uint64 else _wide(x)
+
+
+def _unordered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse: new tensors of `dtype`."""
+    return (x ^ _LOWEST if dtype == torch.uint64 else x).to(dtype, copy=True)
 
 
 def _is_mean(leaf: Any, size: int, aux: Any, place: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lumen.core.dtypes import NARROW
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.errors import AxisError
@@ -46,7 +47,7 @@ class _Sum(torch.autograd.Function):
 def _normalise(norm: _BatchNorm, wire: GradComm, counts: bool, x: Tensor) -> Tensor:
     if not norm.training and norm.running_mean is not None:
         return type(norm).forward(norm, x)
-    values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    values = x.float() if x.dtype in NARROW else x
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     seen = values if counts else values[:0]

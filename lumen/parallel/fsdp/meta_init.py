@@ -20,7 +20,7 @@ from lumen.core import sharding
 from lumen.core.device import forked_rng
 from lumen.core.module import param_slots
 from lumen.core.step import Transform
-from lumen.errors import ParamsError, StateError
+from lumen.errors import ParamsError, StateError, printable
 from lumen.parallel.fsdp.shard import ShardedParamGatherer, ShardLayout
 
 Initialize = Callable[[nn.Module], None]
@@ -71,8 +71,8 @@ def init_from_meta(
     left = [path for path, leaf in tree.named_tensors(state) if leaf.is_meta]
     if left:
         raise StateError(
-            f"state.{left[0]} is on the meta device, where it has no value, and lm.fsdp makes params, buffers,"
-            " optimizer state and slots only. Make it outside of torch.device('meta')."
+            f"state.{printable(left[0])} is on the meta device, where it has no value, and lm.fsdp makes params,"
+            " buffers, optimizer state and slots only. Make it outside of torch.device('meta')."
         )
     return state if device is None else tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
@@ -125,9 +125,9 @@ def materialise(
     if missing:
         raise ParamsError(
             f"{type(module).__name__} was made on the meta device, and nothing gave a value to"
-            f" {', '.join(dict.fromkeys(missing))}: their modules have no reset_parameters() that does. Write"
-            " lm.fsdp(param_init_fn=fn), where fn(module) is called for each module and sets what it holds itself, by"
-            " torch.nn.init.normal_(module.weight), say."
+            f" {', '.join(map(printable, dict.fromkeys(missing)))}: their modules have no reset_parameters() that does."
+            " Write lm.fsdp(param_init_fn=fn), where fn(module) is called for each module and sets what it holds"
+            " itself, by torch.nn.init.normal_(module.weight), say."
         )
     return {name: kept[name] for _, _, name in param_slots(module)}
 

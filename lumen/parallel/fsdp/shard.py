@@ -17,14 +17,13 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.dtypes import NARROW
 from lumen.core.sharding import ShardSpec, Slice
 from lumen.errors import ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
 from lumen.parallel.comm.process_groups import GroupRef
 from lumen.parallel.opaque_ops import Operator
-
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 class ShardLayout:
@@ -238,7 +237,7 @@ def reduce_scatter(cut: ShardLayout, wholes: Sequence[Tensor], after: Sequence[T
     for place, whole in enumerate(wholes):
         kinds.setdefault(whole.dtype, []).append(place)
     for dtype, places in kinds.items():
-        wide = torch.float32 if dtype in _NARROW else dtype
+        wide = torch.float32 if dtype in NARROW else dtype
         for place, summed in zip(places, _summed(cut, [wholes[p] for p in places], wide, after), strict=True):
             out[place] = summed.to(dtype)
     return out

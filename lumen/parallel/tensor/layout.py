@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core.sharding import ShardSpec, Slice
-from lumen.errors import ParamsError, PatternError
+from lumen.errors import ParamsError, PatternError, printable
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, Style
 
@@ -65,7 +65,7 @@ def module_styles(module: nn.Module, plan: Plan) -> dict[str, Style]:
         if not matched:
             raise PatternError(
                 f"{pattern!r} of the plan matches no module of {type(module).__name__};"
-                f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
+                f" its modules are {', '.join(map(printable, names[:8])) or 'none'}{' …' if len(names) > 8 else ''}."
             )
         for name in matched:
             if name in found:
@@ -150,9 +150,9 @@ def _check_even(name: str, layout: Layout, size: int) -> None:
     if layout.dim >= 0 and layout.shape[layout.dim] % (layout.groups * size):
         parts = f"{layout.groups} groups of {size}" if layout.groups > 1 else f"{size}"
         raise ParamsError(
-            f"{name} of shape {layout.shape} cannot be cut along dim {layout.dim} into {parts} equal parts, one for"
-            f" each process along tensor. Choose a size that {layout.groups * size} divides, a smaller tensor axis, or"
-            " leave the module out of the plan."
+            f"{printable(name)} of shape {layout.shape} cannot be cut along dim {layout.dim} into {parts} equal parts,"
+            f" one for each process along tensor. Choose a size that {layout.groups * size} divides, a smaller tensor"
+            " axis, or leave the module out of the plan."
         )
 
 

@@ -20,7 +20,7 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.wrapped_loss import LossFn, WrappedLoss
-from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError
+from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError, printable
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.comm.mesh import mesh as make_mesh
@@ -355,9 +355,10 @@ def _check_buffers(team: TPGroup, state: Any) -> None:
     names = [name for name, bad in zip(whole, differs, strict=True) if bad]
     if names:
         raise WorldError(
-            f"the processes along tensor compute the same rows, but came to different buffers: {', '.join(names)}. Were"
-            " they computed from a part of the features, or drawn at random? Compute them from what is whole, outside"
-            " of the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
+            "the processes along tensor compute the same rows, but came to different buffers:"
+            f" {', '.join(map(printable, names))}. Were they computed from a part of the features, or drawn at"
+            " random? Compute them from what is whole, outside of"
+            " the layers that lm.tensor_parallel cuts, or leave these layers out of the plan."
         )
 
 

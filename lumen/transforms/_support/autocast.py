@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lumen import tree
+from lumen.core.dtypes import NARROW
 from lumen.errors import HyperparameterError
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 class Autocast:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lumen.errors import PatternError
+from lumen.errors import PatternError, printable
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -32,7 +32,7 @@ def unmatched(module: nn.Module, asked: str) -> PatternError:
     names = [name for name, _ in module.named_modules() if name]
     return PatternError(
         f"{asked} matches no module of {type(module).__name__};"
-        f" its modules are {', '.join(names[:8]) or 'none'}{' …' if len(names) > 8 else ''}."
+        f" its modules are {', '.join(map(printable, names[:8])) or 'none'}{' …' if len(names) > 8 else ''}."
     )
 
 
