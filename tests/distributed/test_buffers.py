@@ -8,7 +8,7 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import distributed
-from lumen.errors import MergeError, OrderError, WorldError
+from lumen.errors import LossError, MergeError, OrderError, WorldError
 from lumen.parallel import Colwise, Rowwise
 from tests.laws.test_buffers import ROWS, RULES, Rebinding, Seen, loop, made, step
 
@@ -166,6 +166,24 @@ def refusals():
     with pytest.raises(WorldError, match="different buffers: total"):
         wrapped(wrapped.init(made(net=Between)), ROWS)
     return told
+
+
+def shapes_that_differ():
+    """What each elementwise rule says of a buffer with as many rows as its rank's batch."""
+    texts = []
+    for rule in ("first", "max", "min", "mean", "sum"):
+        wrapped = lm.ddp()(step)
+        with pytest.raises(LossError) as caught:
+            wrapped(wrapped.init(made({"last": rule, "most": "max"}, Kept)), part([4, 3]))
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_a_buffer_whose_shape_depends_on_the_rank_is_refused_by_name(world2):
+    for texts in world2.run(shapes_that_differ):
+        for rule, text in zip(("first", "max", "min", "mean", "sum"), texts, strict=True):
+            assert text.startswith(f"the rule of the buffer 'last' is {rule!r}, but its shape went from (7, 2) to ")
+            assert "'gather'" in text
 
 
 class Late(Seen):

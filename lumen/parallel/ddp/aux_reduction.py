@@ -230,13 +230,15 @@ def _group_of(origin: Origin, leaf: Tensor) -> str:
         return "frozen"
     if origin.merge is None:
         return "undeclared"
-    if origin.merge.rule != "sum":
-        return origin.merge.rule
-    if leaf.shape != origin.start.shape:
+    rule = origin.merge.rule
+    if rule not in ("gather", "sync") and leaf.shape != origin.start.shape:
         raise LossError(
-            f"the rule of the buffer {origin.name!r} is 'sum', but its shape went from {tuple(origin.start.shape)} to"
-            f" {tuple(leaf.shape)}, so its changes cannot be added up."
+            f"the rule of the buffer {origin.name!r} is {rule!r}, but its shape went from"
+            f" {tuple(origin.start.shape)} to {tuple(leaf.shape)}. A shape that depends on a rank's rows differs between"
+            " ranks: keep its shape, or join the rows of all ranks, lm.pure(net, merge={...: 'gather'})."
         )
+    if rule != "sum":
+        return rule
     return "sum" if leaf.is_floating_point() else "total"
 
 
