@@ -14,7 +14,7 @@ from lumen.core.inspect import check_purity, inspect
 from lumen.core.metrics import Last, Max, Mean, Metric, Min, Sum, compute_metrics, merge_metrics
 from lumen.core.module import Apply, Pure, pure
 from lumen.core.primitives import Aux, apply_gradients
-from lumen.core.pytree_dataclass import dataclass, static
+from lumen.core.pytree_dataclass import dataclass, row_field, static
 from lumen.core.state import TrainState
 from lumen.core.step import Step, Transform, compose
 from lumen.data import Loader
@@ -136,6 +136,7 @@ __all__ = [
     "rank",
     "remat",
     "replay",
+    "row_field",
     "seeded",
     "sinks",
     "stack",

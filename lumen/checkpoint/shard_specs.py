@@ -26,7 +26,19 @@ def strip_sharding(step: StepFn | None, state: Any) -> Any:
     for transform in () if step is None else as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
             state = transform.export(state) if transform.opaque_state else without_slot(state, transform.name)
+    for name in _spread_slots(state) if step is not None else ():
+        state = without_slot(state, name)
     return state
+
+
+def is_spread(state: Any) -> bool:
+    """Whether this process holds a part of the state only."""
+    return bool(_spread_slots(state))
+
+
+def _spread_slots(state: Any) -> list[str]:
+    slots = getattr(state, "slots", None) or {}
+    return [name for name, slot in slots.items() if isinstance(slot, Spread)]
 
 
 def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -39,8 +51,7 @@ def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any],
 
 def check(step: StepFn | None, state: Any, write: str) -> None:
     """Raise `CheckpointError` where `state` is this process's part of one, and there is no step to say of which."""
-    slots = getattr(state, "slots", None) or {}
-    found = [name for name, slot in slots.items() if isinstance(slot, Spread)]
+    found = _spread_slots(state)
     if found and step is None:
         raise CheckpointError(
             f"this process has a part of the state under lm.{found[0]}. Write {write} on every process, or give"

@@ -65,6 +65,19 @@ def rows() -> tuple[int, int]:
     return rank() // tp_degree(), world_size() // tp_degree()
 
 
+def shard_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
+    """The first of `count` rows in the shard of `rank`, of `size`, and the row after its last.
+
+    Shards are contiguous and as even as possible, the first ones longer.
+
+    >>> [shard_bounds(5, rank, 3) for rank in range(3)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    rows, extra = divmod(count, size)
+    start = rank * rows + min(rank, extra)
+    return start, start + rows + (rank < extra)
+
+
 def store(prefix: str) -> Store:
     """The keys below `prefix` that all processes share, over a connection of its own: its waits hold up no one else."""
     shared = PrefixStore(prefix, dist.distributed_c10d._get_default_store())

@@ -17,7 +17,7 @@ from lumen import tree
 from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
-_STATIC = "lumen_static"
+_STATIC, _ROWS = "lumen_static", "lumen_rows"
 SIGNATURE = "_signature"  # what `lm.compile` notes on a state that it made; it does not outlive a change
 
 
@@ -39,13 +39,46 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata=metadata, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+def row_field(*, kw_only: bool = True, **kwargs: Any) -> Any:
+    """A field of an `lm.dataclass` class with one entry for each row of the batch, such as a hidden state.
+
+    It holds a tensor, or a pytree of tensors, all with rows first. A state is created with the rows of the global
+    batch. Under `lm.ddp`, `lm.fsdp` and `lm.deepspeed` `init` keeps this rank's rows, which are those that `lm.Loader`
+    gives it of a batch of as many; every rank writes its own to a checkpoint, which restores them on any number of
+    ranks; `export` all-gathers them. In one process it is a field like any other. `lm.tensor_parallel` ranks that
+    compute the same rows hold the same ones.
+
+    In the step, pass the field to the loss function in the batch, where transforms split it like the rest, and take its
+    new value from the aux. Takes the arguments of `dataclasses.field`; the field is keyword-only unless said otherwise.
+
+    >>> import lumen as lm, torch
+    >>> @lm.dataclass
+    ... class Recurrent(lm.TrainState):
+    ...     hidden: torch.Tensor = lm.row_field()
+    >>> def step(state, x):
+    ...     def loss_fn(params, batch):
+    ...         hidden, _ = state.apply(params, batch["x"], batch["hidden"])
+    ...         return hidden.square().mean(), {"hidden": hidden}
+    ...     batch = {"x": x, "hidden": state.hidden}
+    ...     (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    ...     return state.apply_gradients(grads, hidden=aux["hidden"]), {"loss": loss}
+    >>> state = Recurrent.create(torch.nn.RNNCell(3, 4), lm.optim.sgd(0.1), hidden=torch.zeros(6, 4))
+    >>> state, _ = lm.compose(lm.ddp(), lm.accumulate(2))(step)(state, torch.ones(6, 3))
+    >>> state.hidden.shape
+    torch.Size([6, 4])
+    """
+    metadata = {**kwargs.pop("metadata", {}), _ROWS: True}
+    return dataclasses.field(kw_only=kw_only, metadata=metadata, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, row_field, dataclasses.field))
 def dataclass(cls: C) -> C:
     """Make `cls` a frozen dataclass whose fields are the children of a pytree node.
 
     The class gains `replace(**changes)`, and works in `torch.func` transforms and `lumen.tree`. Fields marked
-    `lm.static()` stay out of the tree. A subclass must be decorated too: an undecorated one would silently be
-    one opaque leaf, so making an instance of it raises `StateError`.
+    `lm.static()` stay out of the tree; those marked `lm.row_field()` have an entry for each row of the batch. A
+    subclass must be decorated too: an undecorated one would silently be one opaque leaf, so making an instance of it
+    raises `StateError`.
 
     >>> import lumen as lm
     >>> @lm.dataclass
@@ -60,6 +93,8 @@ def dataclass(cls: C) -> C:
     dynamic = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
     fixed = tuple(f.name for f in fields if f.metadata.get(_STATIC))
     made._fields_ = frozenset(f.name for f in fields)
+    made._dynamic_fields_ = dynamic
+    made._row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_ROWS))
     made.replace = _replace
     made.__setattr__ = _refuse_assignment
     made.__new__ = _new

@@ -64,7 +64,12 @@ def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
 
 
 class Spread:
-    """Base of the static slots in which transforms keep how they spread a state over processes."""
+    """Base of the static slots in which transforms keep how they spread a state over processes.
+
+    `owner` is the name of the transform, where that is not the name of the slot.
+    """
+
+    owner: str
 
 
 class Shards(Protocol):

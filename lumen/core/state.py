@@ -24,7 +24,8 @@ class TrainState:
     """Params, buffers, optimizer state, counters and slots; the model's function and optimizer are static.
 
     `step` counts calls of `apply_gradients` (int64 scalar), `seed` is an int64 scalar, `slots` holds what transforms
-    with memory keep, by their name. Subclass it with `@lm.dataclass` to add fields.
+    with memory keep, by their name. Subclass it with `@lm.dataclass` to add fields; one with an entry for each row of
+    the batch is an `lm.row_field()`.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1), seed=0)
@@ -37,7 +38,7 @@ class TrainState:
     buffers: Mapping[str, Tensor]
     opt_state: Any
     seed: Tensor
-    slots: Mapping[str, Any] = field(default_factory=dict)
+    slots: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     apply_fn: Apply = static(kw_only=True)
     tx: Any = static(kw_only=True)
 

@@ -22,7 +22,7 @@ from lumen.core import order, rules, stale_reads
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import ShardSpec, composed
+from lumen.core.sharding import ShardSpec, Spread, composed
 from lumen.errors import PurityError, SlotError, StateError, StepError, printable
 
 State = Any
@@ -135,7 +135,8 @@ class Step:
         return id(step) in self._parts
 
     def init(self, state: State) -> State:
-        """The state that this step takes, from a plain one."""
+        """The state that this step takes, from a plain one; of one that it has prepared already, nothing is sharded."""
+        self._check_shards(state)
         lanes = self._lanes()
         with rules.running(self):
             for place, transform in reversed(list(enumerate(self.transforms))):
@@ -158,6 +159,17 @@ class Step:
                 for place, piece in transform.shard_specs(state).items():
                     found[place] = composed(found[place], piece) if place in found else piece
         return found
+
+    def _check_shards(self, state: State) -> None:
+        """Raise `StateError` for one rank's shard of a state, unless its transform is here."""
+        names = {transform.name for transform in self.transforms}
+        for name, value in (getattr(state, "slots", None) or {}).items():
+            owner = getattr(value, "owner", name)
+            if isinstance(value, Spread) and owner not in names:
+                raise StateError(
+                    f"this state is one rank's shard under lm.{owner}, which is no transform of {self!r}. Gather it, on"
+                    " every rank, with the step that prepared it: state = step.export(state)"
+                )
 
     def _lanes(self) -> int:
         """The place of `ensemble`, inside which transforms meet one lane's state at a time; -1 without one."""

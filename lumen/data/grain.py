@@ -23,8 +23,9 @@ from torch import Tensor
 from lumen import tree
 from lumen.checkpoint import json_tree
 from lumen.core import batching
+from lumen.core.distributed import shard_bounds
 from lumen.data.fetch import as_dict, emptied
-from lumen.data.permutation import hash64, part
+from lumen.data.permutation import hash64
 from lumen.errors import BatchError
 
 MAP, ITER, LOADER, ITERATOR = "MapDataset", "IterDataset", "DataLoader", "DatasetIterator"
@@ -274,7 +275,7 @@ def _batch_of_rank(batches: Any, index: int, rank: int, size: int) -> Any:
     (records,) = batches.parents
     count, width = len(records), batches._batch_size
     epoch, position = divmod(index, len(batches))
-    start, stop = part(min(width, count - position * width), rank, size)
+    start, stop = shard_bounds(min(width, count - position * width), rank, size)
     first = epoch * count + position * width
     if start == stop:
         return emptied(batches._batch_fn([records[first]]))
@@ -285,7 +286,7 @@ def _slice_of_batch(batches: Any, index: int, rank: int, size: int) -> Any:
     batch = as_dict(batches[index])
     if batch is None:  # a filter has taken it out, on all ranks
         return None
-    start, stop = part(batching.count(batch), rank, size)
+    start, stop = shard_bounds(batching.count(batch), rank, size)
     return tree.map(lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor | np.ndarray) else leaf, batch)
 
 

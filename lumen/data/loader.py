@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed as processes
-from lumen.data import permutation
 from lumen.data.arguments import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
 from lumen.data.nested import listeners
@@ -233,7 +232,7 @@ class Loader:
 
     def _part(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
         first = position * self.batch_size
-        start, stop = permutation.part(min(self.batch_size, self._rows - first), rank, world_size)
+        start, stop = processes.shard_bounds(min(self.batch_size, self._rows - first), rank, world_size)
         fill = self.batch_size // world_size + (rank < self.batch_size % world_size) if self._pad else None
         return Rows(epoch, first + start, first + stop, fill)
 

@@ -66,17 +66,6 @@ def rows(n: int, seed: int | None, epoch: int, start: int, stop: int) -> Indices
     return np.concatenate(parts)[offset : offset + stop - start]
 
 
-def part(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Where the part of `rank` of `count` rows begins and ends: contiguous, as even as possible, the first ones longer.
-
-    >>> [part(5, rank, 3) for rank in range(3)]
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    rows, extra = divmod(count, size)
-    start = rank * rows + min(rank, extra)
-    return start, start + rows + (rank < extra)
-
-
 def hash64(*words: int) -> int:
     """A number in [0, 2**64) that depends on every word and on their order: a seed made of others."""
     state = 0

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from lumen.core import distributed
 from lumen.data.fetch import emptied
 from lumen.data.forks import quiet_forks
-from lumen.data.permutation import part
 from lumen.data.resume import Keys, Start, entries, is_sequential, with_keys
 from lumen.data.workers import is_live, restarted
 from lumen.errors import BatchError
@@ -91,7 +90,7 @@ def _parts(first: Any, order: Iterator[Any], rank: int, size: int, without_rows:
                 " cannot be cut by rank. Write DataLoader(dataset, batch_size=…), a batch_sampler, or"
                 " lm.data.per_rank(loader) where each rank's sampler gives rows of its own."
             )
-        start, stop = part(len(entry), rank, size)
+        start, stop = distributed.shard_bounds(len(entry), rank, size)
         without_rows.append(start == stop)
         yield entry[:1] if start == stop else entry[start:stop]
         entry = next(order, None)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lumen import checkpoint, tree
 from lumen.checkpoint import rng
+from lumen.checkpoint.shard_specs import is_spread
 from lumen.core.donation import is_retired
 from lumen.core.flops import flops_of
 from lumen.core.step import Step, StepFn, compose
@@ -117,7 +118,10 @@ class Fit:
         # What is done once, whatever the number of processes.
         self._sinks = SinkGroup(runner.sinks if self._everyone.first else ())
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
-        spread = any(t.opaque_state or (t.shards and self._everyone.size > 1) for t in runner.step.transforms)
+        self._shards_params = any(
+            t.opaque_state or (t.shards and self._everyone.size > 1) for t in runner.step.transforms
+        )
+        spread = self._shards_params or is_spread(state)
         saves = runner.checkpoint is not None and (spread or self._everyone.first)
         self._store = runner.checkpoint.store if runner.checkpoint is not None and saves else None
         self._together = runner.step if spread else None
@@ -446,7 +450,7 @@ class Fit:
             self.runner.callbacks.call("on_log", self._view(values))
 
     def _show_params(self, last: bool = False) -> None:
-        params = None if self._together is not None else getattr(self.state, "params", None)
+        params = None if self._shards_params else getattr(self.state, "params", None)
         self._sinks.show_params(self.clock.step, params, last)
 
     # ---------------------------------------------------------------------------------------- saving

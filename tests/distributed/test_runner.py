@@ -366,6 +366,7 @@ def test_a_field_of_a_process_s_own_rows_is_refused_at_the_first_checkpoint(worl
     assert world2.run(run_with_memory, tmp_path / "same", False) == [None, None]
     for said in world2.run(run_with_memory, tmp_path / "own", True):
         assert said.startswith("WorldError: state.memory on rank 1 is not what rank 0 holds")
+        assert "declare that in Remembering:\n\n    memory: torch.Tensor = lm.row_field()\n" in said
         assert "raised after step 2" in said
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import platform
+import re
 import types
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed
+from lumen.core import distributed, row_fields
 from lumen.core.state import TrainState
 from lumen.core.step import device_of
 from lumen.core.versions import own_version
@@ -122,7 +123,8 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     """Raise `WorldError`, on every process, unless all hold bitwise the same params, and fields that a subclass adds.
 
     It compares two checksums for each leaf over the axes data and shard of `mesh`, by default over all processes, and
-    names the first leaf that differs and the ranks that hold another than the first process.
+    names the first leaf that differs and the ranks that hold another than the first process. An `lm.row_field()` is
+    left out, as each rank has its own rows; ranks that compute the same rows must hold the same ones.
 
     >>> import lumen as lm, torch
     >>> from lumen.parallel.comm.consistency import check_equal
@@ -135,7 +137,9 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     )
     if group is None or distributed.is_dry_run():
         return
-    params = tree.named_tensors(getattr(state, "params", state))
+    compared = getattr(state, "params", state)
+    rows = {path for path, _ in row_fields.named(compared)}
+    params = [pair for pair in tree.named_tensors(compared) if pair[0] not in rows]
     different = _different(params, group, device_of(state))
     if different is not None:
         name, ranks, others = different
@@ -151,35 +155,78 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
 def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[int] = ()) -> None:
     """Raise `WorldError`, on every process, unless all hold the same in the fields that a subclass of a state adds.
 
-    Of leaves that are `cut`, by their places among `lumen.tree.leaves`, each process has its own part.
+    Of leaves that are `cut`, by their places among `lumen.tree.leaves`, each process has its own part, and so it has
+    of row fields; these must be equal on ranks that compute the same rows.
     """
-    added: frozenset[str] = getattr(state, "_fields_", frozenset()) - _FIELDS
-    if group is None or not added or not hasattr(state, "params"):
+    if group is None:
         return
-    leaves = tree.leaves(state)
-    parts = {id(leaves[place]) for place in cut}
-    found = tree.named_tensors({name: getattr(state, name) for name in sorted(added)})
-    different = _different([pair for pair in found if id(pair[1]) not in parts], group, device_of(state))
+    rows = [(path, leaf) for path, leaf in row_fields.named(state) if isinstance(leaf, Tensor)]
+    paths = tree.paths(state) if cut else []
+    apart = {path for path, _ in rows} | {paths[place] for place in cut}
+    different = _different([pair for pair in _added(state) if pair[0] not in apart], group, device_of(state))
+    if different is not None:
+        raise WorldError(_undeclared(state, *different[:2], group))
+    copies = distributed.tp_degree() if dist.get_world_size(group) == distributed.world_size() else 1
+    different = _different(rows, group, device_of(state), copies) if copies > 1 else None
     if different is not None:
         name, ranks, _ = different
         raise WorldError(
-            f"state.{printable(name)} on {_named(ranks)} is not what rank {dist.get_global_rank(group, 0)} holds, and a"
-            " state is the same on every process: a checkpoint keeps the first one's, which all would go on from. What"
-            " belongs to a process's own rows, such as a hidden state, comes with its batches, or is made one value of"
-            " all: lm.pmean(x, 'data')."
+            f"state.{printable(name)} on {_named(ranks)} is not what the first rank of its tensor axis holds. Ranks along"
+            " tensor compute the same rows, and must come to the same lm.row_field(): compute it from full activations,"
+            " outside of the layers that lm.tensor_parallel cuts, and without random numbers of one rank."
         )
 
 
+def _added(node: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """The tensors, by path, in the fields of `lm.dataclass` classes that `TrainState` does not have."""
+    if _is_state(node):
+        names = [name for name in type(node)._dynamic_fields_ if name not in _FIELDS]
+        node = {name: getattr(node, name) for name in names}
+        own = True
+    else:
+        own = False  # a container of states
+    found: list[tuple[str, Tensor]] = []
+    children = zip(tree.paths(node, is_leaf=_is_state), tree.leaves(node, is_leaf=_is_state), strict=True)
+    for inner, child in children:
+        if _is_state(child):
+            found += _added(child, f"{path}{inner}.")
+        elif own and isinstance(child, Tensor):
+            found.append((path + inner, child))
+    return found
+
+
+def _is_state(node: Any) -> bool:
+    return hasattr(type(node), "_dynamic_fields_")
+
+
+def _undeclared(state: Any, name: str, ranks: Sequence[int], group: dist.ProcessGroup) -> str:
+    """What is said of a field that differs; `name` is the path of its leaf."""
+    first = dist.get_global_rank(group, 0)
+    field = re.split(r"[.\[]", name, maxsplit=1)[0]
+    kind = type(state).__name__
+    return (
+        f"state.{name} on {_named(ranks)} is not what rank {first} holds, and a state is the same on every rank: a"
+        f" checkpoint would keep rank {first}'s, from which all would go on. If it has an entry for each row of the"
+        f" batch, such as a hidden state, declare that in {kind}:\n\n    {field}: torch.Tensor = lm.row_field()\n\n"
+        f"and create the state with the rows of the global batch; else make it one value of all ranks:"
+        f" lm.pmean(x, 'data')."
+    )
+
+
 def _different(
-    named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device
+    named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device, copies: int = 0
 ) -> tuple[str, list[int], int] | None:
-    """The first leaf that is not the same on all, on which ranks it is another, and how many such leaves follow."""
+    """The first leaf that is not the same on all, on which ranks it is another, and how many such leaves follow.
+
+    With `tp_degree` it must be the same only on as many ranks that follow each other.
+    """
     if not named:
         return None
     mine = torch.stack([checksum(leaf).to(device) for _, leaf in named])
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
-    different = torch.stack([(other != found[0]).any(1) for other in found])  # rank × leaf
+    first = [found[rank - rank % copies if copies else 0] for rank in range(len(found))]
+    different = torch.stack([(a != b).any(1) for a, b in zip(found, first, strict=True)])  # rank × leaf
     if not bool(different.any()):
         return None
     leaf = int(different.any(0).int().argmax())

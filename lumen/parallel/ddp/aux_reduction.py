@@ -234,8 +234,8 @@ def _group_of(origin: Origin, leaf: Tensor) -> str:
     if rule not in ("gather", "sync") and leaf.shape != origin.start.shape:
         raise LossError(
             f"the rule of the buffer {origin.name!r} is {rule!r}, but its shape went from"
-            f" {tuple(origin.start.shape)} to {tuple(leaf.shape)}. A shape that depends on a rank's rows differs between"
-            " ranks: keep its shape, or join the rows of all ranks, lm.pure(net, merge={...: 'gather'})."
+            f" {tuple(origin.start.shape)} to {tuple(leaf.shape)}. A shape that depends on a rank's rows differs"
+            " between ranks: keep its shape, or join the rows of all ranks, lm.pure(net, merge={...: 'gather'})."
         )
     if rule != "sum":
         return rule

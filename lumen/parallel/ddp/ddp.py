@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lumen.core import rules
+from lumen.core import row_fields, rules
 from lumen.core.rules import Primitive, Rule
+from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of
 from lumen.errors import HyperparameterError, OrderError
+from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh
@@ -24,7 +26,7 @@ class ddp(Transform):
 
     The batch that each process hands to the step is its part of the global batch; parts may be of different sizes,
     or empty. Params are the same everywhere: `init` checks that all processes hold the same tree and takes the values
-    of the first.
+    of the first. Of an `lm.row_field()` it keeps this rank's rows, which `export` gathers.
 
     Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating sums,
     since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some processes
@@ -102,12 +104,25 @@ class ddp(Transform):
         return None if group is None else GradComm(group, self.reduce_dtype)
 
     def init(self, state: Any) -> Any:
-        """The first process's state, after checking that all have the same."""
+        """The first rank's state, after checking that all have the same; of row fields this rank's rows."""
+        row_shards.check(state)
+        row_shards.check_size(state, self.mesh)
         if self.wire is None:
             return state
-        lines = consistency.fingerprint_lines(state, self.within)
+        prepared = row_shards.is_sharded(state)
+        shared, rows = row_fields.split_off(state) if prepared else (state, [])
+        lines = consistency.fingerprint_lines(shared, self.within)
         consistency.assert_same_on_all_ranks(lines, self.wire.group, device_of(state), "the processes of lm.ddp")
-        return consistency.broadcast(state, self.wire.group)
+        shared = consistency.broadcast(shared, self.wire.group)
+        return row_fields.joined(shared, rows) if prepared else row_shards.shard(shared, self.mesh, self.name)
+
+    def export(self, state: Any) -> Any:
+        """The state with the rows of all ranks in its row fields, on every rank."""
+        return row_shards.unshard(state, self.mesh)
+
+    def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
+        """This rank's rows of the row fields."""
+        return row_shards.specs(state, self.mesh)
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients summed over processes."""
@@ -130,7 +145,7 @@ class ddp(Transform):
                 unapplied.warn()
             return out
 
-        return run
+        return row_shards.checked(run, lambda: self.mesh)
 
     def wrap_host(self, step: StepFn) -> StepFn:
         """Compare the params of all processes, where that is asked for."""

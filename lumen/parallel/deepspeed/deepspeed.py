@@ -23,6 +23,7 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import Spread
 from lumen.core.step import StepFn, Transform, as_step, compose, slot, with_slot, without_slot
 from lumen.errors import AxisError, LossError, OrderError, ParamsError, StateError
+from lumen.parallel import row_shards
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import GradComm
 from lumen.parallel.comm.mesh import Mesh
@@ -133,6 +134,10 @@ class deepspeed(Transform):
 
     def init(self, state: Any) -> Any:
         """The state held by an engine, after checking that all processes have the same; values are the first's."""
+        if self.name in getattr(state, "slots", ()):
+            self._check_held(slot(state, self.name))
+            return state
+        row_shards.check(state)
         params = flat_params(state, "lm.deepspeed takes")
         check_optimizer(state.tx, "lm.deepspeed", gathers=False)
         wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
@@ -166,7 +171,7 @@ class deepspeed(Transform):
             params={name: self._shown(name) for name in params},
             opt_state=cut(state.opt_state, self._places, engine.spans),
         )
-        return with_slot(state, self.name, held)
+        return with_slot(row_shards.shard(state, self.mesh, self.name), self.name, held)
 
     def close(self) -> None:
         """Let go of the engine, and with it of the process groups that it keeps."""
@@ -181,6 +186,7 @@ class deepspeed(Transform):
         spans = self._of_engine().spans
         params = {name: gathered(spans[name].master, spans[name]).to(dtype) for name, dtype in held.dtypes}
         opt_state = whole(state.opt_state, self._places, spans)
+        state = row_shards.unshard(state, self.mesh)
         return without_slot(state, self.name).replace(params=params, opt_state=opt_state)
 
     def wrap(self, step: StepFn) -> StepFn:
@@ -205,7 +211,7 @@ class deepspeed(Transform):
                 return inner(state, batch)
 
         # How products of float32 matrices are computed is torch's setting, of which an engine knows nothing.
-        hosted: StepFn = run
+        hosted: StepFn = row_shards.checked(run, lambda: self.mesh)
         for each in given:
             hosted = each.wrap_host(hosted) if isinstance(each, precision) else hosted
         return hosted

@@ -38,19 +38,21 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def shard_to_host(state: Any, cut: ShardLayout, shapes: Mapping[str, torch.Size], device: torch.device) -> Any:
+def shard_to_host(
+    state: Any, cut: ShardLayout, shapes: Mapping[str, torch.Size], kept: Sequence[str], device: torch.device
+) -> Any:
     """This process's parts, on the host, of the first process's state, wherever that lies; the rest on `device`.
 
     Leaf by leaf, so that the device never holds more than one.
     """
     leaves, spec = tree.flatten(state)
     paths = tree.paths(state)
-    parted = {paths[place] for place, _ in places_of(state, shapes)}
+    parted = {paths[place] for place, _ in places_of(state, shapes, kept=kept)}
     keep = make_keep_fn(cut, parted)
     for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if isinstance(leaf, Tensor):
-            kept = keep(path, leaf.detach().to(device, copy=True))
-            leaves[place] = to_host(kept) if path in parted else kept
+            own = keep(path, leaf.detach().to(device, copy=True))
+            leaves[place] = to_host(own) if path in parted else own
     return spec.unflatten(leaves)
 
 

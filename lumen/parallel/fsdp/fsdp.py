@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import batching, gradient, rules, sharding
+from lumen.core import batching, gradient, row_fields, rules, sharding
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -19,7 +19,8 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.core.wrapped_loss import WrappedLoss
-from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, StateError, WorldError
+from lumen.parallel import row_shards
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.comm.mesh import Mesh
@@ -77,7 +78,8 @@ class fsdp(Transform):
 
     `stage=1` spreads the optimizer state alone, 2 the gradients too, 3 the params as well. `init` cuts each tensor
     along its first dim (the layout of DTensor's `Shard(0)`; the last parts may be shorter, or empty) and takes the
-    values of the first process; tensors without dims stay whole. Inside the step, params and grads of stage 3 are this
+    values of the first process; tensors without dims stay whole, and of an `lm.row_field()` each process keeps the rows
+    that it is given of a batch. Inside the step, params and grads of stage 3 are this
     process's parts, plain tensors, on which the optimizer runs; `export` gathers the whole state on every process.
 
     A model meets its params whole: those of a unit are gathered when it runs, let go afterwards, gathered again for its
@@ -205,6 +207,9 @@ class fsdp(Transform):
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all have the same."""
         cut = self.cut
+        if self.name in getattr(state, "slots", ()):
+            return self._prepared(state)
+        row_shards.check(state)
         params = getattr(state, "params", None)
         if cut is None:  # what several processes would be refused is refused here too
             self._check_offload()
@@ -218,19 +223,32 @@ class fsdp(Transform):
         consistency.assert_same_on_all_ranks(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
         shapes = {name: p.shape for name, p in params.items()}
         kept = never_cut(self._cut_of(state), shapes)
+        kept += tuple(path for path, _ in row_fields.named(self._cut_of(state)))  # whatever names they have
         self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
         if begins_on_meta(state):
             state = self._made(state, cut)
         elif self.offload:
-            state = offload.shard_to_host(state, cut, shapes, self.mesh.device)
+            state = offload.shard_to_host(state, cut, shapes, kept, self.mesh.device)
         else:
             state = consistency.broadcast(state, cut.everyone)
-            parts = cut_tree(cut, self._cut_of(state), shapes)
+            parts = cut_tree(cut, self._cut_of(state), shapes, kept)
             state = parts if self.stage == 3 else state.replace(opt_state=parts)
         if self.offload:
             state = offload.place_state(state, cut, shapes, kept, self.mesh.device)
+        state = row_shards.shard(state, self.mesh, self.name)
         record = tuple((name, tuple(shape)) for name, shape in shapes.items())
         return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, stage=self.stage, kept=kept))
+
+    def _prepared(self, state: Any) -> Any:
+        """A state that `init` gave, as it is."""
+        record: Sharding = slot(state, self.name)
+        size = 1 if self.cut is None else self.cut.size
+        if (record.size, record.stage) != (size, self.stage):
+            raise StateError(
+                f"this state was sharded by lm.fsdp(stage={record.stage}) over {record.size} ranks, and {self!r} shards"
+                f" over {size}. Gather it with the step that prepared it: state = step.export(state)"
+            )
+        return state
 
     def _made(self, state: Any, cut: ShardLayout | None) -> Any:
         """The state of a model on the meta device with values, made where they stay."""
@@ -254,16 +272,18 @@ class fsdp(Transform):
             return state
         shapes, kept = self._shapes(state), slot(state, self.name).kept
         state = without_slot(state, self.name)
+        state = row_shards.unshard(state, self.mesh)
         whole = whole_tree(self.cut, self._cut_of(state), shapes, kept)
         if self.offload:
             return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, whole)
         return whole if self.stage == 3 else state.replace(opt_state=whole)
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
-        """This process's rows of each leaf that is cut."""
+        """This process's rows of each leaf that is cut, and of the row fields."""
         cut = self.cut
         if cut is None:
             return {}
+        found = row_shards.specs(state, self.mesh)
         shapes = self._shapes(state)
         chosen = self._cut_of(state)
         leaves = tree.leaves(chosen)
@@ -273,7 +293,7 @@ class fsdp(Transform):
             if shapes[name]
         }
         held = enumerate(tree.leaves(state))
-        return {place: cut.piece(shapes[names[id(leaf)]]) for place, leaf in held if id(leaf) in names}
+        return found | {place: cut.piece(shapes[names[id(leaf)]]) for place, leaf in held if id(leaf) in names}
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)
@@ -308,7 +328,7 @@ class fsdp(Transform):
                 with sharding.bound(cut, named):
                     return step(state, batch)
 
-        return run
+        return row_shards.checked(run, lambda: self.mesh)
 
     def session(self, shapes: Shapes) -> UnshardContext:
         """A new chain of gathers."""

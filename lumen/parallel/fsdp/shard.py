@@ -335,7 +335,7 @@ def places_of(
 ) -> list[tuple[int, str]]:
     """The leaves of `values`, by place, that stand under a param's name and have its shape: whole, or `cut`.
 
-    In a tree that is cut, the paths `kept` are left out.
+    The paths `kept` are left out.
     """
     found = []
     for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
@@ -348,10 +348,13 @@ def places_of(
     return found
 
 
-def cut_tree(cut: ShardLayout, values: Any, shapes: Mapping[str, torch.Size]) -> Any:
-    """`values` with this process's part, in memory of its own, of each leaf that has a param's name and shape."""
+def cut_tree(cut: ShardLayout, values: Any, shapes: Mapping[str, torch.Size], kept: Sequence[str] = ()) -> Any:
+    """`values` with this process's part, in memory of its own, of each leaf that has a param's name and shape.
+
+    Those at the paths `kept` are left as they are.
+    """
     leaves, spec = tree.flatten(values)
-    for place, _ in places_of(values, shapes):
+    for place, _ in places_of(values, shapes, kept=kept):
         leaves[place] = cut.part(leaves[place]).clone()
     return spec.unflatten(leaves)
 

@@ -11,16 +11,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import distributed, rules, sharding
+from lumen.core import distributed, row_fields, rules, sharding
 from lumen.core.device import module_of
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import ShardSpec
+from lumen.core.sharding import ShardSpec, Spread
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.wrapped_loss import LossFn, WrappedLoss
-from lumen.errors import AxisError, BatchError, HyperparameterError, OrderError, WorldError, printable
+from lumen.errors import (
+    AxisError,
+    BatchError,
+    HyperparameterError,
+    OrderError,
+    StateError,
+    WorldError,
+    printable,
+)
+from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.comm.mesh import mesh as make_mesh
@@ -45,7 +54,7 @@ _MANY = 4  # entries of a plan that messages do not spell out
 
 
 @pytree_dataclass
-class ParamLayouts:
+class ParamLayouts(Spread):
     """The slot of `tensor_parallel`, all static: how each param is laid out, by name, and over how many processes.
 
     A leaf anywhere in the state that stands under a cut param's name, and has the shape of this process's part of it,
@@ -129,6 +138,9 @@ class tensor_parallel(Transform):
         """This process's parts of the first process's state, after checking that all along `tensor` have the same."""
         flat_params(state, "lm.tensor_parallel cuts")
         team = self.team
+        if self.name in getattr(state, "slots", ()):
+            return self._prepared(state)
+        row_shards.check(state)
         if team is not None:
             lines = consistency.fingerprint_lines(state, self.within)
             lines += [f"the plan's {pattern} is {style!r}" for pattern, style in self.plan.items()]
@@ -142,15 +154,29 @@ class tensor_parallel(Transform):
         if team is None:
             return state
         check_optimizer(state.tx, "lm.tensor_parallel", gathers=False)
-        state = cut_tree(team, consistency.broadcast(state, team.group), layouts)
+        rest, row_leaves = row_fields.split_off(consistency.broadcast(state, team.group))  # whatever names these have
+        state = row_fields.joined(cut_tree(team, rest, layouts), row_leaves)
         return with_slot(state, self.name, ParamLayouts(layouts=tuple(layouts.items()), size=team.size))
+
+    def _prepared(self, state: Any) -> Any:
+        """A state that `init` gave, as it is."""
+        size = 1 if self.team is None else self.team.size
+        layouts = param_layouts(state.apply_fn.module, self._styles_of(state.apply_fn), size)
+        record: ParamLayouts = slot(state, self.name)
+        if record.size != size or dict(record.layouts) != layouts:
+            raise StateError(
+                f"this state was sharded over {record.size} ranks along tensor, or by another plan than {self!r} over"
+                f" {size}. Gather it with the step that prepared it: state = step.export(state)"
+            )
+        return state
 
     def export(self, state: Any) -> Any:
         """The whole state, on every process."""
         if self.team is None:
             return state
         layouts, _ = self._layouts(state)
-        return whole_tree(self.team, without_slot(state, self.name), layouts)
+        rest, row_leaves = row_fields.split_off(without_slot(state, self.name))
+        return row_fields.joined(whole_tree(self.team, rest, layouts), row_leaves)
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
         """What each leaf is that stands under a param's name: a part, or whole and written by one process.
@@ -160,7 +186,8 @@ class tensor_parallel(Transform):
         team = self.team
         if team is None:
             return {}
-        found = pieces_of(state, self._layouts(state)[0], team.size, team.index)
+        rest, _ = row_fields.split_off(state)
+        found = pieces_of(rest, self._layouts(state)[0], team.size, team.index)
         first = not any(self.mesh.index(axis) for axis in ("data", "shard"))
         around = () if self.within is None else self.within.transforms
         outer = {place for t in around if t is not self and t.shards for place in t.shard_specs(state)}
