@@ -264,7 +264,7 @@ def test_the_threads_of_a_run_that_stopped_end_without_the_garbage_collector():
         runner = lm.Runner(lambda state, batch: (state, {}), progress=False)
         for data in (rows().batch(3), loader()):
             runner.fit({"at": torch.zeros(())}, data, until=lm.Steps(2))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate()):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -80,7 +80,7 @@ def table(path, name):
 REFUSED = {
     "pattern": lambda _: matching("nothing.*", [NAME], "param"),
     "block": lambda _: (_ for _ in ()).throw(module_patterns.unmatched(Net(), "remat")),
-    "plan of tensors": lambda _: layout.styles_of(Net(), {"nothing": None}),
+    "plan of tensors": lambda _: layout.module_styles(Net(), {"nothing": None}),
     "merge": lambda _: lm.pure(Net(), merge={"nothing": "sum"}),
     "lazy": lambda _: lm.pure(Net(nn.LazyLinear(1))),
     "rows": lambda _: batching.count({NAME: torch.ones(2), "b": torch.ones(3)}),
@@ -128,7 +128,7 @@ SAID = {
     "summary": lambda: str(lm.summary(state())),
     "summary of a tree": lambda: str(lm.summary({NAME: torch.ones(2)})),
     "differences": lambda: "\n".join(lm.tree.differences({NAME: 1, "b": 2}, {"b": 2, f"{NAME}c": 1})),
-    "described": lambda: "\n".join(consistency.describe(state())),
+    "described": lambda: "\n".join(consistency.fingerprint_lines(state())),
     "hub": lambda: "\n".join(huggingface._lines("missing", [NAME])),
     "numbers": lambda: numbers({NAME: 1.0}),
     "progress": lines,

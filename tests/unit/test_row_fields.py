@@ -134,7 +134,7 @@ def test_a_leaf_without_rows_is_refused_before_the_first_step(transform, value, 
 @pytest.mark.parametrize(
     ("slot", "record", "owner"),
     [
-        ("fsdp", Sharding(shapes=(), size=2, level=3), "fsdp"),
+        ("fsdp", Sharding(shapes=(), size=2, stage=3), "fsdp"),
         ("row_field", RowShards(rows=(("hidden", 8),), size=2, owner="ddp"), "ddp"),
     ],
 )

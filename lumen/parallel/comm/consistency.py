@@ -171,9 +171,9 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[in
     if different is not None:
         name, ranks, _ = different
         raise WorldError(
-            f"state.{printable(name)} on {_named(ranks)} is not what the first rank of its tensor axis holds. Ranks along"
-            " tensor compute the same rows, and must come to the same lm.row_field(): compute it from full activations,"
-            " outside of the layers that lm.tensor_parallel cuts, and without random numbers of one rank."
+            f"state.{printable(name)} on {_named(ranks)} is not what the first rank of its tensor axis holds. Ranks"
+            " along tensor compute the same rows, and must come to the same lm.row_field(): compute it from full"
+            " activations, outside of the layers that lm.tensor_parallel cuts, and without random numbers of one rank."
         )
 
 
