@@ -75,7 +75,7 @@ def packages() -> None:
     home = Path(lumen.__file__).resolve().parents[1]
     if home != ROOT:
         raise BrokenError(f"lumen is imported from {home}, not from {ROOT}: make distclean test (or unset PYTHONPATH)")
-    for each in installed.software(quick=True):
+    for each in installed.check_packages(quick=True):
         if each.status == "broken":
             raise BrokenError(f"{each.name}: {each.found}: make distclean test, or {each.fix}")
 

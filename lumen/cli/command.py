@@ -1,4 +1,4 @@
-"""How a command is added to `lumen`: what it is for, and examples of it, in its `--help`."""
+"""Register a command of `lumen`, with its description and examples in `--help`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add(commands: Any, name: str, *, help: str, description: str, examples: str) -> argparse.ArgumentParser:  # noqa: A002
-    """A parser for the command `name`: `help` is its line in `lumen --help`, the rest what its own `--help` says."""
+    """A parser for the command `name`: `help` is its line in `lumen --help`; its own `--help` shows the other texts."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,

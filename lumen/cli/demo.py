@@ -1,4 +1,4 @@
-"""`lumen demo`: a whole training job on real images, with all that a run leaves behind."""
+"""`lumen demo`: a complete training job on real images, with logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,45 +36,49 @@ _EXAMPLES = """\
   lumen demo                                     a few seconds on a laptop
   lumen demo --epochs 40 --rundir runs/longer
   torchrun --nproc-per-node=2 --no-python lumen demo --rundir runs/two
-                                                 the same on two processes, each with half of every batch
-  lumen inspect runs/demo                        afterwards: the checkpoints that it left"""
+                                                 on two processes, each with half of every batch
+  lumen inspect runs/demo                        afterwards: its checkpoints"""
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Register the command."""
     parser = command.add(
         commands,
         "demo",
-        help="train a small net on real images, in a few seconds",
+        help="train a small network on real images, in a few seconds",
         description="Train a small convolutional net on the 1,797 handwritten digits that scikit-learn ships, with"
         "\nprogress, validation, TensorBoard logs, a JSONL file and checkpoints. Expected: a validation accuracy of"
-        "\n0.97 or more. Started again in the same directory, it goes on from there.",
+        "\n0.97 or more. Started again in the same directory, it resumes from the last checkpoint.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("--epochs", type=int, default=12, metavar="N", help="passes over the data; by default 12")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the params, the order and the dropout")
-    parser.add_argument("--rundir", type=Path, default=Path("runs/demo"), help="by default runs/demo")
+    parser.add_argument("--epochs", type=int, default=12, metavar="N", help="passes over the data (default: 12)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the params, the data order and dropout"
+    )
+    parser.add_argument(
+        "--rundir", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     if options.epochs < 1:
-        raise HyperparameterError(f"--epochs takes a positive number, not {options.epochs}.")
-    result, best = trained(options.epochs, options.seed, options.rundir)
+        raise HyperparameterError(f"--epochs must be at least 1, got {options.epochs}: --epochs 12.")
+    result, best = train(options.epochs, options.seed, options.rundir)
     if distributed.rank() == 0:
         print(f"\n{result.clock.step} steps, {result.clock.seconds:.1f} s of training")
-        tables.facts({name: f"{result.metrics[name]:.4f}" for name in ("val/loss", "val/accuracy")})
-        print(tables.readable(f"best checkpoint: {best}"))
-        print(tables.readable(f"look into it:    lumen inspect {best}"))
-        print(tables.readable(f"curves:          lumen plot {options.rundir}"))
+        tables.print_fields({name: f"{result.metrics[name]:.4f}" for name in ("val/loss", "val/accuracy")})
+        print(tables.escape(f"best checkpoint: {best}"))
+        print(tables.escape(f"inspect it:      lumen inspect {best}"))
+        print(tables.escape(f"curves:          lumen plot {options.rundir}"))
     return 0
 
 
-def trained(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | None]:
-    """The job, as a script of one's own would have it; the result, and the best checkpoint."""
+def train(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | None]:
+    """Train as a user's script would; returns the result and the best checkpoint."""
     torch.manual_seed(seed)
-    train_set, val_set = images(seed)
+    train_set, val_set = load_images(seed)
     loader = Loader(train_set, batch_size=64, seed=seed)
     schedule = optim.warmup_cosine(_LR, warmup=len(loader), steps=epochs * len(loader))
     tx = optim.chain(
@@ -98,22 +102,25 @@ def trained(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | None]:
     return result, checkpoint.best()
 
 
-def images(seed: int) -> tuple[Batch, Batch]:
-    """A training and a validation set, 80 to 20: images [N, 1, 8, 8] from −0.5 to 0.5, labels [N].
+def load_images(seed: int) -> tuple[Batch, Batch]:
+    """Training and validation sets, split 80/20: images [N, 1, 8, 8] from −0.5 to 0.5, labels [N].
 
-    Raises `LumenError` where scikit-learn, which ships them, is not installed.
+    Raises `LumenError` if scikit-learn, which ships the images, is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise LumenError("the images come with scikit-learn, which is missing: pip install 'lumen-torch[examples]'")
+        raise LumenError(
+            "the images ship with scikit-learn, which is not installed: pip install 'lumen-torch[examples]'"
+        )
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    whole = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0 - 0.5
+    pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0 - 0.5
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    cut = len(labels) * 4 // 5
-    train, val = ({"image": whole[part], "label": labels[part]} for part in (order[:cut], order[cut:]))
-    return train, val
+    train_size = len(labels) * 4 // 5
+    splits = (order[:train_size], order[train_size:])
+    train_set, val_set = ({"image": pixels[rows], "label": labels[rows]} for rows in splits)
+    return train_set, val_set
 
 
 def net() -> nn.Module:
@@ -144,7 +151,7 @@ def step(state: Any, batch: Batch) -> tuple[Any, dict[str, Mean]]:
 
 
 def eval_step(state: Any, batch: Batch) -> dict[str, Mean]:
-    """Loss and accuracy on images that were held out."""
+    """Loss and accuracy on held-out images."""
     logits, _ = state.apply(state.params, batch["image"])
     loss = Mean.of(F.cross_entropy(logits, batch["label"], reduction="none"))
     return {"loss": loss, "accuracy": Mean.of(logits.argmax(-1) == batch["label"])}

@@ -1,4 +1,4 @@
-"""`lumen export`: the tensors of a checkpoint as a file that other programs read."""
+"""`lumen export`: write the tensors of a checkpoint to a file that other programs read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lumen.core.inspect import human_bytes
 from lumen.errors import CheckpointError
 
 _EXAMPLES = """\
-  lumen export runs/a --to safetensors               params.safetensors, of the newest checkpoint
+  lumen export runs/a --to safetensors               params.safetensors of the newest checkpoint
   lumen export runs/a/checkpoints/500 --to torch     params.pt, for torch.load(weights_only=True)
   lumen export runs/a --to safetensors --what ema -o model.safetensors
                                                      the averaged params of lm.ema"""
@@ -20,34 +20,34 @@ _SUFFIX = {"safetensors": ".safetensors", "torch": ".pt"}
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Register the command."""
     parser = command.add(
         commands,
         "export",
         help="write tensors of a checkpoint to a file",
-        description="Write tensors of a checkpoint, or of the newest of a run, to a file that other programs read: one"
-        "\nflat dict by the names of the module. The file must not be there yet.",
+        description="Write tensors of a checkpoint, or of the newest checkpoint of a run, to a file that other programs"
+        "\nread: one flat dict with the module's names. The file must not exist.",
         examples=_EXAMPLES,
     )
     parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
     parser.add_argument("--to", choices=tuple(_SUFFIX), required=True, help="the format")
     parser.add_argument("--what", choices=("params", "ema", "buffers", "state"), default="params", help="which tensors")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the file; by default WHAT.safetensors or .pt"
+        "-o", "--output", type=Path, metavar="FILE", help="the file (default: WHAT.safetensors or WHAT.pt)"
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Export; returns the exit code."""
-    path = find_checkpoints.one(options.path)
+    path = find_checkpoints.resolve(options.path)
     target = options.output or Path(options.what + _SUFFIX[options.to])
     try:
         written = checkpoint.export(path, target, format=options.to, what=options.what)
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"--to {options.to} needs a package: pip install {error.name}. Or write --to torch."
+            f"--to {options.to} needs {error.name}: pip install {error.name}. Or use --to torch."
         ) from error
     size = human_bytes(written.stat().st_size)
-    print(tables.readable(f"{options.what} of {path} are in {written} ({size})"))
+    print(tables.escape(f"wrote {options.what} of {path} to {written} ({size})"))
     return 0

@@ -1,4 +1,4 @@
-"""Which checkpoints a path stands for: itself, those of a run, or those that lie beside each other in a directory."""
+"""Find the checkpoints that a path names: itself, those of a run, or those in a directory."""
 
 from __future__ import annotations
 
@@ -12,63 +12,65 @@ _SHOWN = 8
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether there is a checkpoint, sound or damaged, at `path`."""
+    """Whether `path` is a checkpoint, intact or damaged."""
     return (path / FILE).is_file()
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of the run, or the store, in `directory`, the newest last.
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of the run or store in `directory`, the newest last.
 
-    Raises `CheckpointNotFoundError`, saying what is there instead, where there is none.
+    Raises `CheckpointNotFoundError`, which names near matches, if there is none.
     """
     if not directory.exists():
-        raise CheckpointNotFoundError(f"{directory} does not exist. {beside(directory)}")
-    inner = directory / "checkpoints"
-    place = inner if inner.is_dir() else directory
-    found = _within(place)
-    if not found:
-        raise CheckpointNotFoundError(f"{place} is no checkpoint, and there is none in it. {_below(place)}")
-    return sorted(found, key=lambda path: (path.name.isdigit(), int(path.name) if path.name.isdigit() else path.name))
+        raise CheckpointNotFoundError(f"{directory} does not exist. {suggest_path(directory)}")
+    subdirectory = directory / "checkpoints"
+    root = subdirectory if subdirectory.is_dir() else directory
+    paths = _checkpoints_in(root)
+    if not paths:
+        raise CheckpointNotFoundError(f"{root} is not a checkpoint and contains none. {_suggest_below(root)}")
+    return sorted(paths, key=lambda path: (path.name.isdigit(), int(path.name) if path.name.isdigit() else path.name))
 
 
-def one(path: Path) -> Path:
+def resolve(path: Path) -> Path:
     """The checkpoint at `path`, or the newest of the run there."""
     if is_checkpoint(path):
         return path
-    found = checkpoints(path)
-    if len(found) > 1 and not found[-1].name.isdigit():
-        raise CheckpointNotFoundError(f"{path} holds several checkpoints; give one: {listed(found)}.")
-    return found[-1]
+    paths = list_checkpoints(path)
+    if len(paths) > 1 and not paths[-1].name.isdigit():
+        raise CheckpointNotFoundError(f"{path} contains several checkpoints; pass one of them: {format_paths(paths)}.")
+    return paths[-1]
 
 
-def _within(place: Path) -> list[Path]:
-    if not place.is_dir():
+def _checkpoints_in(directory: Path) -> list[Path]:
+    if not directory.is_dir():
         return []
-    return [each for each in place.iterdir() if not each.name.startswith(".") and is_checkpoint(each)]
+    return [path for path in directory.iterdir() if not path.name.startswith(".") and is_checkpoint(path)]
 
 
-def beside(path: Path) -> str:
-    """What a reader may have meant."""
-    parent = next(each for each in path.absolute().parents if each.is_dir())
-    names = sorted(each.name for each in parent.iterdir() if each.is_dir() and not each.name.startswith("."))
-    wanted = path.absolute().relative_to(parent).parts[0]
-    near = difflib.get_close_matches(wanted, names, n=3)
-    if near:
-        return f"Did you mean {', '.join(near)}?"
-    return f"There is {', '.join(names[:_SHOWN])} in {parent}." if names else f"{parent} has no directories."
+def suggest_path(path: Path) -> str:
+    """Suggest directories with a similar name."""
+    parent = next(p for p in path.absolute().parents if p.is_dir())
+    names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    name = path.absolute().relative_to(parent).parts[0]
+    matches = difflib.get_close_matches(name, names, n=3)
+    if matches:
+        return f"Did you mean {', '.join(matches)}?"
+    return f"{parent} contains {', '.join(names[:_SHOWN])}." if names else f"{parent} contains no directories."
 
 
-def _below(place: Path) -> str:
-    """Runs and checkpoints a little further down."""
-    if not place.is_dir():
+def _suggest_below(directory: Path) -> str:
+    """Suggest runs and checkpoints up to three levels down."""
+    if not directory.is_dir():
         return "A checkpoint is a directory."
-    levels = [each for pattern in ("*/checkpoints/*", "*/*") for each in place.glob(f"{pattern}/{FILE}")]
-    holders = {each.parents[2] for each in levels if not each.parents[1].name.startswith(".")}
-    found = sorted({each.parent if each.name == "checkpoints" else each for each in holders})
-    return f"There are some in {listed(found)}." if found else "A run's directory or one of its checkpoints is wanted."
+    headers = [path for pattern in ("*/checkpoints/*", "*/*") for path in directory.glob(f"{pattern}/{FILE}")]
+    directories = {path.parents[2] for path in headers if not path.parents[1].name.startswith(".")}
+    candidates = sorted({path.parent if path.name == "checkpoints" else path for path in directories})
+    if candidates:
+        return f"There are some in {format_paths(candidates)}."
+    return "Pass a run's directory or one of its checkpoints."
 
 
-def listed(paths: list[Path]) -> str:
-    """Some of them, and how many more there are."""
+def format_paths(paths: list[Path]) -> str:
+    """The first few paths, and how many more there are."""
     shown = ", ".join(str(path) for path in paths[:_SHOWN])
     return shown + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")

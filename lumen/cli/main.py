@@ -1,4 +1,4 @@
-"""The command `lumen`: what it takes, and how it ends."""
+"""The command `lumen`: its arguments and exit codes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from lumen.cli import demo, export, inspect, plan, replay
 from lumen.cli.doctor import doctor
 from lumen.cli.plot import command
-from lumen.cli.tables import readable
+from lumen.cli.tables import escape
 from lumen.core.versions import own_version
 from lumen.errors import LumenError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`, by default that of this process; returns its exit code.
+    """Run the command line `argv` (default: that of this process); returns the exit code.
 
-    It is 0, 1 where something failed or is damaged (and for a step that fails again), and 2 for a wrong command line.
+    0 is success, 1 a failure, damage or a replayed step that fails again, 2 a wrong command line.
 
     >>> import lumen as lm, tempfile, torch
     >>> path = tempfile.mkdtemp() + "/first"
@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except LumenError as error:
-        print(f"lumen {options.command}: {readable(str(error))}", file=sys.stderr)
+        print(f"lumen {options.command}: {escape(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `lumen inspect … | head`; Python would complain again as it ends
+    except BrokenPipeError:  # `lumen inspect … | head`; Python would print another error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lumen",
-        description="Train PyTorch models as pure functions: what is done beside a training script.",
-        epilog="Each command says more of itself, with examples: lumen COMMAND --help",
+        description="Train PyTorch models as pure functions: tools around a training script.",
+        epilog="For the options and examples of a command: lumen COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

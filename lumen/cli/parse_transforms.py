@@ -1,7 +1,7 @@
-"""Transforms from the text in which a dump names them.
+"""Parse transforms from the text that a dump names them by.
 
-A dump may come from a stranger: nothing in it is run. A name is looked up among Lumen's own transforms, arguments are
-literals, and options of the compiler, some of which are commands, are not taken from it.
+A dump is untrusted: nothing in it is executed. Names are looked up among Lumen's own transforms, arguments must be
+literals, and compiler options, some of which are commands, are rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lumen.transforms._remat import remat
 from lumen.transforms._seeded import seeded
 from lumen.transforms._unroll import unroll
 
-_KNOWN: dict[str, type[Transform]] = {
+_TRANSFORMS: dict[str, type[Transform]] = {
     kind.__name__: kind
     for kind in (
         accumulate,
@@ -46,37 +46,39 @@ _KNOWN: dict[str, type[Transform]] = {
 }
 
 
-def transforms(texts: Sequence[str]) -> list[Transform]:
-    """The transforms that read so.
+def parse(texts: Sequence[str]) -> list[Transform]:
+    """Build the transforms whose `repr` is each of `texts`.
 
-    Raises `StepError` where that cannot be known from the text.
+    Raises `StepError` if the text does not determine a transform.
 
-    >>> transforms(["lm.guard('dump')", "lm.precision('bf16')"])
+    >>> parse(["lm.guard('dump')", "lm.precision('bf16')"])
     [lm.guard('dump'), lm.precision('bf16')]
     """
-    return [_transform(text) for text in texts]
+    return [_parse_transform(text) for text in texts]
 
 
-def _transform(text: str) -> Transform:
+def _parse_transform(text: str) -> Transform:
     try:
-        kind, args, kwargs = parsed(text, _KNOWN)
-        made: Transform = kind(*args, **kwargs)
+        kind, args, kwargs = parse_call(text, _TRANSFORMS)
+        transform: Transform = kind(*args, **kwargs)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, LumenError) as error:
         raise StepError(
-            f"the step ran under {text}, which cannot be made from the dump alone. Let the function given to --run"
+            f"the step ran under {text}, which cannot be rebuilt from the dump alone. Let the function passed to --run"
             " return the step with its transforms: return lm.compose(...)(step), state"
         ) from error
-    if repr(made) != text:
-        raise StepError(f"the step ran under {text}, which reads as {made!r}: return the step with its transforms.")
-    return made
+    if repr(transform) != text:
+        raise StepError(
+            f"the step ran under {text}, which reads as {transform!r}: return the step with its transforms."
+        )
+    return transform
 
 
-def parsed(text: str, known: Mapping[str, type[Transform]]) -> tuple[type[Any], list[Any], dict[str, Any]]:
-    """The transform that `text` names, and its arguments, which are literals; ValueError or SyntaxError where not."""
+def parse_call(text: str, allowed: Mapping[str, type[Transform]]) -> tuple[type[Any], list[Any], dict[str, Any]]:
+    """The transform class that `text` names, and its literal arguments; otherwise ValueError or SyntaxError."""
     match ast.parse(text, mode="eval").body:
         case ast.Call(func=ast.Attribute(value=ast.Name(id="lm"), attr=name), args=args, keywords=keywords):
-            kwargs = {str(each.arg): ast.literal_eval(each.value) for each in keywords}
-            if name not in known or (name == "compile" and "options" in kwargs):
+            kwargs = {str(node.arg): ast.literal_eval(node.value) for node in keywords}
+            if name not in allowed or (name == "compile" and "options" in kwargs):
                 raise ValueError(name)
-            return known[name], [ast.literal_eval(each) for each in args], kwargs
+            return allowed[name], [ast.literal_eval(node) for node in args], kwargs
     raise ValueError(text)

@@ -1,4 +1,4 @@
-"""`lumen replay`: a step that `lm.guard("dump")` wrote, done again."""
+"""`lumen replay`: replay a step that `lm.guard("dump")` wrote."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ import torch
 from torch import Tensor
 
 from lumen.cli import command, find_checkpoints, inspect, parse_transforms, tables
-from lumen.cli.entry_point import made_by
+from lumen.cli.entry_point import load_step
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import Step, as_step, compose
 from lumen.errors import NonFiniteError
-from lumen.train.replay import described, replay
+from lumen.train.replay import described as describe_dump
+from lumen.train.replay import replay
 from lumen.transforms._compile import compile as compiled
 
 _EXAMPLES = """\
-  lumen replay dumps/step-7                       what is in the dump, and what to write to do it again
-  lumen replay dumps/step-7 --run train.py:make   do it again; make() returns (step, state)
+  lumen replay dumps/step-7                       the contents of the dump, and how to replay it
+  lumen replay dumps/step-7 --run train.py:make   replay it; make() returns (step, state)
   lumen replay dumps/step-7 --run train.py:make --anomaly
-                                                  name the operation whose gradient became NaN first"""
+                                                  name the first operation whose gradient is NaN"""
 _HOW = """\
-To do the step again, give a function that returns it with a fresh state of the same form:
+To replay the step, pass a function that returns it with a new state of the same structure:
 
     def make():
         return step, lm.TrainState.create(model, tx)
 
-    lumen replay {path} --run {place}:make
+    lumen replay {path} --run {source}:make
 """
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Register the command."""
     parser = command.add(
         commands,
         "replay",
-        help='do a step again that lm.guard("dump") wrote',
-        description="Show a step that became non-finite, or do it again alone with --run: with the same state, batch"
-        "\nand random numbers. Exit code 1 while it fails, 0 once it is mended.",
+        help='replay a step that lm.guard("dump") wrote',
+        description="Show a step that became non-finite, or replay it with --run, with the same state, batch and random"
+        "\nnumbers. Exit code 1 while the step fails, 0 once it is fixed.",
         examples=_EXAMPLES,
     )
     parser.add_argument("path", type=Path, metavar="DUMP", help='what lm.guard("dump") wrote')
@@ -50,82 +51,85 @@ def add(commands: Any) -> None:
         "--run",
         dest="function",
         metavar="FILE.py:FUNCTION",
-        help="returns (step, state), or (step, state, batch) for a batch of a type of its own; a plain step gets the"
+        help="returns (step, state), or (step, state, batch) if the batch has a custom type; a plain step gets the"
         " transforms named in the dump",
     )
     parser.add_argument(
         "--anomaly",
         action="store_true",
-        help="with torch's anomaly detection, and not compiled: names the operation whose gradient is NaN first",
+        help="use torch's anomaly detection, without compiling: names the first operation whose gradient is NaN",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show the dump, or do the step again; returns the exit code."""
-    path = find_checkpoints.one(options.path)
-    told = described(path)
+    """Show the dump, or replay the step; returns the exit code."""
+    path = find_checkpoints.resolve(options.path)
+    dump = describe_dump(path)
     if options.function is None:
-        return _shown(path, told)
-    step, state, batch = made_by(options.function)
-    step = _composed(as_step(step), told["transforms"])
+        return _show(path, dump)
+    step, state, batch = load_step(options.function)
+    step = _with_transforms(as_step(step), dump["transforms"])
     if options.anomaly:
         step = compose(*(t for t in step.transforms if not isinstance(t, compiled)))(step.user)
     try:
         with torch.autograd.set_detect_anomaly(True) if options.anomaly else contextlib.nullcontext():
             _, metrics = replay(path, step, state, batch=batch)
     except NonFiniteError as error:
-        return _failed(str(error), told["message"])
+        return _report_failure(str(error), dump["message"])
     except RuntimeError as error:
-        # Anomaly detection has no error of its own; it has printed where the operation was called.
+        # Anomaly detection raises a plain RuntimeError; it has printed where the operation was called.
         if not options.anomaly or "returned nan values" not in str(error):
             raise
-        print(f"the step failed: {tables.readable(str(error))}")
-        print(f"The dump was written for what came of it: {tables.readable(told['message'])}")
+        print(f"the step failed: {tables.escape(str(error))}")
+        print(f"The dump was written for the resulting failure: {tables.escape(dump['message'])}")
         return 1
     print("the step succeeded")
-    tables.facts(_numbers(metrics))
+    tables.print_fields(_numbers(metrics))
     return 0
 
 
-def _failed(message: str, before: str) -> int:
-    print(f"the step failed: {tables.readable(message)}")
-    if message == before:
+def _report_failure(message: str, recorded: str) -> int:
+    print(f"the step failed: {tables.escape(message)}")
+    if message == recorded:
         print("This is the failure that the dump was written for.")
     else:
-        print(f"The dump was written for another: {tables.readable(before)}")
+        print(f"The dump was written for another failure: {tables.escape(recorded)}")
     return 1
 
 
-def _shown(path: Path, told: Mapping[str, Any]) -> int:
-    found = inspect.described(path)
-    print(tables.readable(f"{path}: a step that failed"))
-    tables.facts(
+def _show(path: Path, dump: Mapping[str, Any]) -> int:
+    info = inspect.describe(path)
+    print(tables.escape(f"{path}: a step that failed"))
+    tables.print_fields(
         {
-            "failure": tables.one_line(told["message"]),
-            "function": tables.one_line(told["function"]),
-            "transforms": tables.one_line(", ".join(told["transforms"])),
-            "batch": "plain data" if told["batch"] is not None else "of a type of its own: return it as well",
-            "not finite": tables.one_line(inspect.not_finite(path)),
-            **inspect.summary({**found, "meta": None}),
+            "failure": tables.one_line(dump["message"]),
+            "function": tables.one_line(dump["function"]),
+            "transforms": tables.one_line(", ".join(dump["transforms"])),
+            "batch": "plain data" if dump["batch"] is not None else "of a custom type: return it as well",
+            "not finite": tables.one_line(inspect.count_nonfinite(path)),
+            **inspect.summary({**info, "meta": None}),
         }
     )
     print()
-    inspect.leaves(found)
-    module = told["function"].partition(":")[0]
-    place = "FILE.py" if module in ("__main__", "?") else module
+    inspect.print_leaves(info)
+    module = dump["function"].partition(":")[0]
+    source = "FILE.py" if module in ("__main__", "?") else module
     print()
-    print(tables.readable(_HOW.format(path=path, place=place)), end="")
+    print(tables.escape(_HOW.format(path=path, source=source)), end="")
     return 0
 
 
-def _composed(step: Step, texts: list[str]) -> Step:
-    """The step under the transforms of the dump; its own where it has some."""
+def _with_transforms(step: Step, recorded: list[str]) -> Step:
+    """The step with its own transforms, or with those of the dump if it has none."""
     if not step.transforms:
-        return compose(*parse_transforms.transforms(texts))(step.user)
-    own = [repr(transform) for transform in step.transforms]
-    if own != texts:
-        print(tables.readable(f"note: the dump names {', '.join(texts)}; this runs {', '.join(own)}"), file=sys.stderr)
+        return compose(*parse_transforms.parse(recorded))(step.user)
+    actual = [repr(transform) for transform in step.transforms]
+    if actual != recorded:
+        print(
+            tables.escape(f"note: the dump names {', '.join(recorded)}; this step has {', '.join(actual)}"),
+            file=sys.stderr,
+        )
     return step
 
 

@@ -1,6 +1,6 @@
-"""Tables and facts for a reader: with rich on a terminal, as plain text elsewhere.
+"""Print tables and fields: with rich on a terminal, as plain text elsewhere.
 
-What is shown may come from a stranger's checkpoint, so nothing in it reaches the terminal as a control sequence.
+The text may come from an untrusted checkpoint, so control sequences in it are escaped.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from torch import Tensor
 from lumen.errors import printable
 
 
-def readable(text: str) -> str:
-    r"""The text with everything that does not print written out, but line ends.
+def escape(text: str) -> str:
+    r"""Escape all nonprintable characters in the text except newlines.
 
-    >>> readable("red: \x1b[31m")
+    >>> escape("red: \x1b[31m")
     'red: \\x1b[31m'
     """
     return printable(text, keep="\n")
 
 
 def one_line(value: Any) -> str:
-    """Any JSON, on one line: dicts as `name value, name value`."""
+    """Format any JSON value on one line, dicts as `name value, name value`."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{printable(name)} {one_line(each)}" for name, each in value.items()) or "none"
+        return ", ".join(f"{printable(name)} {one_line(item)}" for name, item in value.items()) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(readable(value if isinstance(value, str) else json.dumps(value)).split("\n"))
+    return " ".join(escape(value if isinstance(value, str) else json.dumps(value)).split("\n"))
 
 
-def facts(lines: Mapping[str, str]) -> None:
-    """Names and what is to be said of each, below each other."""
-    named = {printable(name): text for name, text in lines.items()}
-    width = max(map(len, named), default=0)
-    for name, text in named.items():
+def print_fields(lines: Mapping[str, str]) -> None:
+    """Print names and values in two aligned columns."""
+    fields = {printable(name): text for name, text in lines.items()}
+    width = max(map(len, fields), default=0)
+    for name, text in fields.items():
         print(f"  {name:{width}}  {text}")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table; the columns in `right` are flush right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print a table; the columns in `right` are right-aligned."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
-        _rich_table(columns, rows, right)
+        _print_rich_table(columns, rows, right)
         return
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
@@ -58,29 +58,29 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
         print("  ".join(cells).rstrip())
 
 
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> None:
+def _print_rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table()
+    rich_table = Table()
     for name in columns:
-        drawn.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        rich_table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*map(Text, row))
-    Console().print(drawn)
+        rich_table.add_row(*map(Text, row))
+    Console().print(rich_table)
 
 
-def as_json(value: Any) -> None:
-    """Print it as JSON; numbers that JSON does not have become strings."""
+def print_json(value: Any) -> None:
+    """Print the value as JSON; NaN and infinity become strings."""
     print(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return _plain(value.tolist())
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):

@@ -223,7 +223,7 @@ def test_a_damaged_header_does_not_hide_the_other_checkpoints(run: Path, capsys:
 def test_a_path_that_is_not_there_suggests_what_is(run: Path, capsys: Capture) -> None:
     assert "Did you mean run?" in said(capsys, "inspect", run.parent / "rum")[2]
     assert "Did you mean run?" in said(capsys, "inspect", run.parent / "rum" / "checkpoints" / "2")[2]
-    assert "There is run in" in said(capsys, "export", run.parent / "zzz", "--to", "torch")[2]
+    assert "contains run." in said(capsys, "export", run.parent / "zzz", "--to", "torch")[2]
     code, _, err = said(capsys, "inspect", run.parent)
     assert code == 1
     assert f"There are some in {run}." in err
@@ -269,7 +269,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
 def test_export_to_torch(run: Path, what: str, tmp_path: Path, capsys: Capture) -> None:
     code, out, _ = said(capsys, "export", run, "--to", "torch", "--what", what, "-o", tmp_path / "out.pt")
     assert code == 0
-    assert f"{what} of {run / 'checkpoints' / '6'} are in {tmp_path / 'out.pt'}" in out
+    assert f"wrote {what} of {run / 'checkpoints' / '6'} to {tmp_path / 'out.pt'}" in out
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     names = {"params": "params/", "ema": "slots/ema/params/", "state": ""}
     prefix = names[what]
@@ -345,8 +345,8 @@ def test_what_replay_says_in_this_process(script: Path, capsys: Capture, monkeyp
 
     for function, wanted in {
         "train.py": "--run takes FILE.py:function",
-        "nowhere.py:make": "there is no file nowhere.py",
-        "nowhere.train:make": "there is no module 'nowhere'",
+        "nowhere.py:make": "no such file: nowhere.py",
+        "nowhere.train:make": "no module named 'nowhere'",
         "train.py:mak": "has no function 'mak'; it has step, make, composed, other, wrong",
         "train.py:wrong": r"must return (step, state), or (step, state, batch), but returned function",
     }.items():
@@ -356,7 +356,7 @@ def test_what_replay_says_in_this_process(script: Path, capsys: Capture, monkeyp
 
     code, _, err = said(capsys, "replay", "dumps/step-0", "--run", "train.py:other")
     assert code == 1
-    assert "note: the dump names lm.guard('dump'), lm.ema(0.9); this runs lm.guard('skip')" in err
+    assert "note: the dump names lm.guard('dump'), lm.ema(0.9); this step has lm.guard('skip')" in err
     assert "slots/ema" in err
 
 
@@ -376,7 +376,7 @@ def test_a_step_that_was_mended_succeeds_and_one_that_fails_otherwise_says_so(
     code, out, _ = said(capsys, "replay", "dumps/step-0", "--run", "worse.py:make")
     assert code == 1
     assert "the gradient of params['bias']" in out
-    assert "The dump was written for another: the loss is not finite" in out
+    assert "The dump was written for another failure: the loss is not finite" in out
     Path("broken.py").write_text("import not_installed_at_all\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         main(["replay", "dumps/step-0", "--run", "broken:make"])
@@ -387,7 +387,7 @@ def test_anomaly_names_the_operation(script: Path) -> None:
     done = lumen("replay", "dumps/step-0", "--run", "worse.py:make", "--anomaly", cwd=script.parent)
     assert done.returncode == 1
     assert "returned nan values" in done.stdout
-    assert "The dump was written for what came of it: " in done.stdout
+    assert "The dump was written for the resulting failure: " in done.stdout
     assert "worse.py" in done.stderr, "where the operation was called"
 
 
@@ -409,7 +409,7 @@ def test_demo_trains_and_goes_on(tmp_path: Path, capsys: Capture) -> None:
 
 def test_demo_without_its_data_or_epochs(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = said(capsys, "demo", "--epochs", "0", "--rundir", tmp_path)
-    assert (code, err) == (1, "lumen demo: --epochs takes a positive number, not 0.\n")
+    assert (code, err) == (1, "lumen demo: --epochs must be at least 1, got 0: --epochs 12.\n")
     monkeypatch.setitem(sys.modules, "sklearn", None)
     code, _, err = said(capsys, "demo", "--rundir", tmp_path)
     assert code == 1

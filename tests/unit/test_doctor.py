@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lumen.cli.doctor import machine, packages, storage
-from lumen.cli.doctor.processes import environment, several
-from lumen.cli.doctor.report import Finding, report, summed
+from lumen.cli.doctor.processes import check_environment, check_processes
+from lumen.cli.doctor.report import Finding, print_report, summarize
 from lumen.cli.main import main
-from lumen.cli.subprocesses import alone, together
+from lumen.cli.subprocesses import run_all, run_program
 from lumen.core.versions import version_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def put(shelf: Path, name: str, version: str, code: str | None = "") -> None:
 
 
 def look(requirement: str, extra: str | None = None, quick: bool = False) -> tuple[str, str, str]:
-    found = packages.package(requirement, extra, quick=quick)
+    found = packages.check_package(requirement, extra, quick=quick)
     return found.status, found.found, found.fix
 
 
@@ -60,18 +60,18 @@ def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
     put(shelf, "deadly", "2.0", code="import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     assert look("sound>=1.9") == ("ok", "1.10.0rc1", "")
     assert look("old>=1.10") == ("broken", "1.9.4, older than 1.10", "pip install 'old>=1.10'")
-    assert look("hollow>=1")[:2] == ("broken", "2.0 is installed without its module hollow")
+    assert look("hollow>=1")[:2] == ("broken", "2.0 is installed, but its module hollow is not")
     status, found, fix = look("torn>=1", "extra")
-    assert (status, found) == ("broken", "2.0, whose import fails: ImportError: libtorn.so is not there")
+    assert (status, found) == ("broken", "2.0, but the import fails: ImportError: libtorn.so is not there")
     assert "pip install --force-reinstall torn" in fix
     assert look("torn>=1", "extra", quick=True)[0] == "ok"
-    assert look("deadly>=1")[:2] == ("broken", "2.0, whose import fails: was ended by SIGSEGV")
+    assert look("deadly>=1")[:2] == ("broken", "2.0, but the import fails: was killed by SIGSEGV")
     assert look("absent>=1") == ("broken", "not installed", "pip install 'absent>=1'")
     assert look("absent>=1", "extra") == ("missing", "not installed", "pip install 'lumen-torch[extra]'")
 
 
 def test_all_that_is_installed_here_is_found() -> None:
-    found = {each.name: each for each in packages.software(quick=True)}
+    found = {each.name: each for each in packages.check_packages(quick=True)}
     assert found["torch"].found.startswith(f"{version_of('torch')}, built for ")
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
 
@@ -79,8 +79,8 @@ def test_all_that_is_installed_here_is_found() -> None:
 def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = "torch._gone (for it; found in torch 2.11)"
     lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
-    monkeypatch.setattr(packages, "_PRIVATE", lacking + packages._PRIVATE)
-    found = packages.internals()
+    monkeypatch.setattr(packages, "_INTERNALS_PROGRAM", lacking + packages._INTERNALS_PROGRAM)
+    found = packages.check_internals()
     assert (found.status, found.found) == ("broken", f"ImportError: torch lacks {gone}")
     assert "pip install 'torch==2." in found.fix
 
@@ -90,8 +90,8 @@ def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_that_fails_ends_the_one_that_waits_for_it() -> None:
     program = "import os, time\nif os.environ['WHO'] == 'b': raise OSError('gone')\ntime.sleep(600)"
-    assert together(program, [{"WHO": "a"}, {"WHO": "b"}], timeout=60.0) == "OSError: gone"
-    assert together("print(1)", [{}, {}], timeout=60.0) is None
+    assert run_all(program, [{"WHO": "a"}, {"WHO": "b"}], timeout=60.0) == "OSError: gone"
+    assert run_all("print(1)", [{}, {}], timeout=60.0) is None
 
 
 def test_a_child_is_none_of_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +99,8 @@ def test_a_child_is_none_of_the_launchers(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("KEPT", "1")
     names = ("RANK", "TORCHELASTIC_RUN_ID", "KEPT")
-    assert alone(f"import os; raise SystemExit(str([n for n in {names} if n in os.environ]))", 60.0) == "['KEPT']"
-    assert alone("import time; time.sleep(60)", 0.1) == "did not come to an end in 0 s"
+    assert run_program(f"import os; raise SystemExit(str([n for n in {names} if n in os.environ]))", 60.0) == "['KEPT']"
+    assert run_program("import time; time.sleep(60)", 0.1) == "did not finish within 0 s"
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -116,7 +116,7 @@ def test_a_child_is_none_of_the_launchers(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_a_whole_environment_or_none_is_ok(told: dict[str, str], found: str) -> None:
-    answer = environment(told)
+    answer = check_environment(told)
     assert (answer.status, answer.fix) == ("ok", "")
     assert answer.found.startswith(found)
 
@@ -132,7 +132,7 @@ def test_a_whole_environment_or_none_is_ok(told: dict[str, str], found: str) -> 
     ],
 )
 def test_half_an_environment_is_told(told: dict[str, str], found: str, fix: str) -> None:
-    answer = environment(told)
+    answer = check_environment(told)
     assert answer.status == "broken"
     assert found in answer.found
     assert fix in answer.fix
@@ -140,19 +140,19 @@ def test_half_an_environment_is_told(told: dict[str, str], found: str, fix: str)
 
 def test_more_processes_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert environment({**WORLD, "LOCAL_RANK": "0"}).status == "ok"
-    assert "there are 1 GPUs" in environment({**WORLD, "LOCAL_RANK": "1"}).found
+    assert check_environment({**WORLD, "LOCAL_RANK": "0"}).status == "ok"
+    assert "there are 1 GPUs" in check_environment({**WORLD, "LOCAL_RANK": "1"}).found
 
 
 @pytest.mark.distributed
 def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [each.name for each in several(quick=True)]
+    names = [each.name for each in check_processes(quick=True)]
     assert names[:3] == ["environment", "gloo", "nccl"]
     assert "two processes" not in names
-    met = {each.name: each for each in several(quick=False)}["two processes"]
-    assert (met.status, met.found) == ("ok", "meet, and add two numbers over Gloo")
+    met = {each.name: each for each in check_processes(quick=False)}["two processes"]
+    assert (met.status, met.found) == ("ok", "an all-reduce over Gloo succeeds")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    met = {each.name: each for each in several(quick=False)}["two processes"]
+    met = {each.name: each for each in check_processes(quick=False)}["two processes"]
     assert met.status == "broken"
     assert "nosuch0" in met.found
     assert "GLOO_SOCKET_IFNAME" in met.fix
@@ -162,7 +162,7 @@ def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_devices_are_tried() -> None:
-    found = {each.name: each for each in machine.devices()}
+    found = {each.name: each for each in machine.check_devices()}
     assert found["CPU"].status == "ok"
     assert torch.backends.cpu.get_cpu_capability() in found["CPU"].found
     assert found["float32 products"].found == "computed in float32 ('highest')"
@@ -172,7 +172,7 @@ def test_devices_are_tried() -> None:
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
 def test_a_device_that_does_not_work_is_told() -> None:
-    status, said, fix = machine._tried("mps", "a GPU")
+    status, said, fix = machine._test_device("mps", "a GPU")
     assert status == "broken"
     assert said.startswith("a GPU: ")
     assert "pytorch.org" in fix
@@ -181,12 +181,12 @@ def test_a_device_that_does_not_work_is_told() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the host compiler is not what is tried on a GPU")
 def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    found = machine.compiler()
+    found = machine.check_compiler()
     assert (found.status, found.name) == ("broken", "torch.compile")
     assert "C++ compiler" in found.found
     assert "apt-get install g++" in found.fix
     monkeypatch.delenv("CXX")
-    found = machine.compiler()
+    found = machine.check_compiler()
     assert (found.status, found.found) == ("ok", "compiles for cpu")
 
 
@@ -194,26 +194,26 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def statuses(directory: Path) -> dict[str, Finding]:
-    return {each.name: each for each in storage.storage(directory)}
+    return {each.name: each for each in storage.check_directory(directory)}
 
 
 def test_a_directory_that_takes_checkpoints(tmp_path: Path) -> None:
     found = statuses(tmp_path)
     assert [each.status for each in found.values()] == ["ok"] * 3
-    assert found[str(tmp_path)].found.startswith("writable; 1 MiB was on disk after ")
+    assert found[str(tmp_path)].found.startswith("writable; 1 MiB was synced to disk in ")
     deeper = tmp_path / "runs" / "a"
-    assert f"can be made in {tmp_path};" in statuses(deeper)[str(deeper)].found
+    assert f"can be created in {tmp_path};" in statuses(deeper)[str(deeper)].found
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_directories_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (finding,) = statuses(tmp_path / "file" / "runs").values()
-    assert (finding.status, finding.found) == ("broken", f"{tmp_path / 'file'} is no directory")
+    assert (finding.status, finding.found) == ("broken", f"{tmp_path / 'file'} is not a directory")
     (finding,) = statuses(Path("/proc/lumen")).values()
     assert finding.status == "broken"
     assert finding.found.startswith("cannot write to /proc: ")
-    monkeypatch.setattr(storage, "_LITTLE", 2**62)
+    monkeypatch.setattr(storage, "_MIN_FREE", 2**62)
     assert statuses(tmp_path)["space"].status == "broken"
 
 
@@ -222,7 +222,7 @@ def test_directories_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_report_has_a_line_for_each_and_the_fix_below(capsys: pytest.CaptureFixture[str]) -> None:
     findings = [Finding("a", "one", "ok", "1.0"), Finding("b", "two", "broken", "\x1b[31mno", "do this\nor that")]
-    report(findings)
+    print_report(findings)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["a"],
@@ -234,8 +234,8 @@ def test_a_report_has_a_line_for_each_and_the_fix_below(capsys: pytest.CaptureFi
         ["or", "that"],
         [],
     ]
-    assert summed(findings) == "1 thing is broken: see above."
-    assert summed(findings[:1]) == "Nothing is broken."
+    assert summarize(findings) == "1 thing is broken: see above."
+    assert summarize(findings[:1]) == "Nothing is broken."
 
 
 def test_doctor_ends_with_1_where_something_is_broken(

@@ -147,7 +147,7 @@ def test_hostile_transforms_run_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StepError, match="step with its transforms"):
-        parse_transforms.transforms([text])
+        parse_transforms.parse([text])
     (tmp_path / "train.py").write_text(
         "import torch, lumen as lm\n"
         "def step(state, x):\n    raise SystemExit('it was run')\n"
@@ -195,7 +195,7 @@ ROUND = [
 
 @pytest.mark.parametrize("transform", ROUND, ids=repr)
 def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> None:
-    (found,) = parse_transforms.transforms([repr(transform)])
+    (found,) = parse_transforms.parse([repr(transform)])
     assert type(found) is type(transform)
     assert repr(found) == repr(transform)
     kept = ("directory", "_records", "_alone", "_transform")
@@ -211,7 +211,7 @@ def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> No
 )
 def test_transforms_that_cannot_be_read_say_what_to_write(transform: lm.Transform) -> None:
     with pytest.raises(StepError, match=r"return lm.compose\(...\)\(step\), state"):
-        parse_transforms.transforms([repr(transform)])
+        parse_transforms.parse([repr(transform)])
 
 
 def other(state: Any, x: Any) -> tuple[Any, Any]:

@@ -363,7 +363,7 @@ def test_the_command_takes_another_strategy_and_speaks_to_programs(script, capsy
     [
         (["{}:nope", "--world-size", "2"], "has no function 'nope'"),
         (["{}:wrong", "--world-size", "2"], "must return (step, state, batch)"),
-        (["missing.py:make", "--world-size", "2"], "there is no file missing.py"),
+        (["missing.py:make", "--world-size", "2"], "no such file: missing.py"),
         (["{}:make"], "needs a world"),
         (["{}:make", "--world-size", "4", "--mesh", "shard=3"], "does not make up the world"),
         (["{}:make", "--world-size", "4", "--strategy", "zip"], "--strategy takes ddp, fsdp"),

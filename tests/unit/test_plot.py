@@ -16,7 +16,7 @@ import pytest
 import lumen as lm
 from lumen.cli.main import main
 from lumen.cli.plot import braille, figures, select
-from lumen.cli.plot.read_logs import Logged, Row, read
+from lumen.cli.plot.read_logs import Row, RunLog, read_run
 from lumen.train.curves import Line, Panel, grouped, measures, ticks
 from lumen.train.curves_svg import svg
 
@@ -25,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 SINKS = {
     "metrics.jsonl": lm.sinks.JSONL,
     "metrics.csv": lm.sinks.CSV,
-    "board": lambda path, clock: lm.sinks.TensorBoard(path.parent, clock=clock),
+    "board": lambda path, time_fn: lm.sinks.TensorBoard(path.parent, time_fn=time_fn),
 }
 
 
@@ -33,7 +33,7 @@ def logged(directory: Path, steps: Any = range(4), kind: str = "metrics.jsonl", 
     """A run of two epochs that logs a training loss, and after each epoch a validation's."""
     steps = list(steps)
     clock = iter(range(1000, 2000)).__next__
-    sink = SINKS[kind](directory / kind, clock=clock)
+    sink = SINKS[kind](directory / kind, time_fn=clock)
     for step in steps:
         sink.log(step, {"epoch": step // 2, "train/loss": scale / (step + 1), "lr": 0.5})
         if step % 2:
@@ -70,48 +70,48 @@ def test_every_sink_gives_the_numbers_that_were_logged(kind: str, tmp_path: Path
 def test_jsonl_comes_before_csv_before_event_files(tmp_path: Path) -> None:
     for kind, scale in (("board", 1.0), ("metrics.csv", 2.0), ("metrics.jsonl", 3.0)):
         logged(tmp_path, kind=kind, scale=scale)
-        assert read(tmp_path).rows[0].values["train/loss"] == scale
-    assert read(tmp_path / "metrics.csv").rows[0].values["train/loss"] == 2.0
+        assert read_run(tmp_path).rows[0].values["train/loss"] == scale
+    assert read_run(tmp_path / "metrics.csv").rows[0].values["train/loss"] == 2.0
 
 
 @pytest.mark.parametrize("kind", SINKS)
 def test_a_row_that_is_half_written_is_left_out(kind: str, tmp_path: Path) -> None:
-    whole = read(logged(tmp_path, kind=kind)).rows
+    whole = read_run(logged(tmp_path, kind=kind)).rows
     (file,) = (each for each in tmp_path.iterdir() if each.suffix != ".json")
     content = file.read_bytes()
     for cut in (1, 5):
         file.write_bytes(content[:-cut])
-        found = read(tmp_path)
+        found = read_run(tmp_path)
         assert found.rows == whole[:-1]
-        assert found.notes[0].endswith("is half written: left out")
+        assert found.notes[0].endswith("is incomplete and was skipped")
 
 
 def test_damage_is_left_out_and_said(tmp_path: Path, capsys: Capture) -> None:
     logged(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": tru}\n{"step": 1' + "0" * 400 + '}\n{"step": 5, "train/loss": 0.125}\n')
-    found = read(tmp_path)
-    assert found.notes == ["lines 7, 8 could not be read: left out"]
+    found = read_run(tmp_path)
+    assert found.notes == ["skipped unreadable lines 7, 8"]
     assert found.rows[-1] == Row(5, None, {"train/loss": 0.125})
     (tmp_path / "metrics.csv").write_text("name,size\nx,1\n")
     code, _, err = said(capsys, tmp_path / "metrics.csv")
     assert code == 1
-    assert "is not the log of a run: its line 2 is not a table with the columns step, time" in err
+    assert "is not a log of a run: line 2 is not a table with the columns step, time" in err
     events = logged(tmp_path / "b", kind="board")
     (file,) = events.iterdir()
     file.write_bytes(file.read_bytes()[:40] + b"\xff" * 200)
-    assert len(read(events).notes) == 1
+    assert len(read_run(events).notes) == 1
 
 
 @pytest.mark.parametrize("kind", SINKS)
 def test_a_run_that_went_back_shows_each_step_once(kind: str, tmp_path: Path) -> None:
     logged(tmp_path, kind=kind)
     logged(tmp_path, range(2, 6), kind=kind, scale=3.0)
-    found = read(tmp_path)
-    curve = select.curve(found.rows, select.places(found, "step"), "train/loss")
+    found = read_run(tmp_path)
+    curve = select.curve(found.rows, select.x_positions(found, "step"), "train/loss")
     assert curve[0] == [0, 1, 2, 3, 4, 5]
     assert curve[1] == pytest.approx([1, 1 / 2, 1, 3 / 4, 3 / 5, 1 / 2], rel=1e-6)
-    assert found.notes == ["the run went back to step 2: of what was logged twice, the later is shown"]
+    assert found.notes == ["the run restarted at step 2: rows logged twice show the later values"]
 
 
 def test_a_resumed_board_drops_what_its_mark_says(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_a_resumed_board_drops_what_its_mark_says(tmp_path: Path) -> None:
     sink.rewind(0)
     sink.log(3, {"train/loss": 9.0})
     sink.close()
-    assert [(row.step, row.values.get("train/loss")) for row in read(tmp_path).rows] == [(0, 1.0), (3, 9.0)]
+    assert [(row.step, row.values.get("train/loss")) for row in read_run(tmp_path).rows] == [(0, 1.0), (3, 9.0)]
 
 
 def test_other_values_are_no_curves(tmp_path: Path) -> None:
     sink = lm.sinks.JSONL(tmp_path / "metrics.jsonl")
     sink.log(0, {"loss": 1.0, "text": lm.sinks.Text("0.5"), "weights": lm.sinks.Histogram([1.0, 2.0]), "n": [1, 2]})
     sink.close()
-    assert read(tmp_path).rows[0].values == {"loss": 1.0, "n/0": 1.0, "n/1": 2.0}
+    assert read_run(tmp_path).rows[0].values == {"loss": 1.0, "n/0": 1.0, "n/1": 2.0}
 
 
 # --------------------------------------------------------------------------------------------- choosing
@@ -145,7 +145,7 @@ def test_metrics_by_name_by_what_they_measure_and_by_pattern(tmp_path: Path, cap
     code, out, err = said(capsys, run, "--metric", "val/los")
     assert (code, out) == (1, "")
     assert err.startswith(f"lumen plot: {run / 'metrics.jsonl'} has not logged 'val/los'; did you mean val/loss")
-    assert "There is val/loss, " in err
+    assert "Available: val/loss, " in err
     assert "train/loss" in err
 
 
@@ -162,24 +162,24 @@ def test_the_horizontal_axis(tmp_path: Path, capsys: Capture) -> None:
     sink.log(3, {"loss": 1.0})
     sink.close()
     assert "has no epochs" in said(capsys, tmp_path / "b", "--x", "epoch")[2]
-    assert "does not say when" in said(capsys, tmp_path / "b", "--x", "seconds")[2]
+    assert "has no times" in said(capsys, tmp_path / "b", "--x", "seconds")[2]
 
 
 def test_smoothing_keeps_gaps_and_what_was_logged(tmp_path: Path, capsys: Capture) -> None:
-    assert select.smoothing([1.0, 3.0, INF, 2.0], 0.0) == [1.0, 3.0, INF, 2.0]
-    assert select.smoothing([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
+    assert select.smooth_curve([1.0, 3.0, INF, 2.0], 0.0) == [1.0, 3.0, INF, 2.0]
+    assert select.smooth_curve([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
     found = data(capsys, logged(tmp_path), "--metric", "val/loss", "--smooth", "0.5")["runs"][0]["metrics"]["val/loss"]
     assert found["y"] == [1.0, 0.5]
     assert found["smoothed"] == pytest.approx([1.0, 2 / 3])
     code, _, err = said(capsys, tmp_path, "--smooth", "1")
-    assert (code, err) == (1, "lumen plot: --smooth takes a number from 0 to below 1, not 1: --smooth 0.9.\n")
+    assert (code, err) == (1, "lumen plot: --smooth must be at least 0 and below 1, got 1: --smooth 0.9.\n")
 
 
 def test_runs_are_called_by_what_differs(tmp_path: Path) -> None:
     def names(*paths: str, configs: Any = None) -> list[str]:
         configs = configs or [{}] * len(paths)
         return select.run_names(
-            [Logged(tmp_path / p, config={"config": c}) for p, c in zip(paths, configs, strict=True)]
+            [RunLog(tmp_path / p, config={"config": c}) for p, c in zip(paths, configs, strict=True)]
         )
 
     assert names("a/metrics.jsonl") == ["a"]
@@ -257,7 +257,7 @@ def test_files(kind: str, tmp_path: Path, capsys: Capture) -> None:
 
 def test_files_that_cannot_be_written(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     run = logged(tmp_path)
-    assert "write curves.png, .svg, .pdf or .html" in said(capsys, run, "-o", tmp_path / "curves.gif")[2]
+    assert "use curves.png, .svg, .pdf or .html" in said(capsys, run, "-o", tmp_path / "curves.gif")[2]
     assert "cannot be written: " in said(capsys, run, "-o", tmp_path / "metrics.jsonl" / "a.html")[2]
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'lumen-torch[examples]'" in said(capsys, run, "-o", tmp_path / "curves.png")[2]
@@ -272,7 +272,7 @@ def test_paths_that_hold_no_run(tmp_path: Path, capsys: Capture) -> None:
     assert 'sinks=[lm.sinks.JSONL("runs/a/metrics.jsonl")]' in said(capsys, tmp_path / "none")[2]
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "none" / name).touch()
-    assert "holds several files of numbers; give one: " in said(capsys, tmp_path / "none")[2]
+    assert "contains several log files; pass one of them: " in said(capsys, tmp_path / "none")[2]
 
 
 def points(panel: Panel) -> list[list[tuple[float, float]]]:
@@ -302,15 +302,15 @@ def test_any_numbers_can_be_drawn(values: list[float], log: bool) -> None:
     panel = Panel("x", [Line("x", list(range(len(values))), values)], log)
     drawn = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     assert sum(map(len, points(panel))) == len(drawn)
-    rows = list(braille.drawn(panel, 60, 5, color=True))
+    rows = list(braille.render_panel(panel, 60, 5, color=True))
     assert any("no finite number" in row for row in rows) == (not drawn)
     assert ticks(0.0, 5e-324) == []
 
 
 def test_colours_only_where_they_are_seen() -> None:
     panel = Panel("x", [Line("a", [0, 1], [0.0, 1.0]), Line("b", [0, 1], [1.0, 0.0])])
-    assert "\x1b[34m━\x1b[0m a" in "\n".join(braille.drawn(panel, 60, 5, color=True))
-    plain = "\n".join(braille.drawn(panel, 60, 5, color=False))
+    assert "\x1b[34m━\x1b[0m a" in "\n".join(braille.render_panel(panel, 60, 5, color=True))
+    plain = "\n".join(braille.render_panel(panel, 60, 5, color=False))
     assert "\x1b" not in plain
     assert "· a  o b" in plain
     assert max(map(len, plain.split("\n"))) <= 60

@@ -79,7 +79,7 @@ def test_a_python_without_environments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = Finding("software", "torch", "broken", "not installed", "pip install 'torch>=2.11'")
-    monkeypatch.setattr(packages, "software", lambda quick: iter([finding]))
+    monkeypatch.setattr(packages, "check_packages", lambda quick: iter([finding]))
     with pytest.raises(BrokenError, match=r"torch: not installed: make distclean test, or pip install 'torch>=2\.11'"):
         preflight.packages()
     monkeypatch.setattr(preflight, "ROOT", Path("/elsewhere"))

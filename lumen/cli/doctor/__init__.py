@@ -1,1 +1,1 @@
-"""`lumen doctor`: whether this machine has all that Lumen needs."""
+"""`lumen doctor`: check the software, devices and processes of this machine."""

@@ -1,4 +1,4 @@
-"""`lumen doctor`: whether this machine has all that Lumen needs, and what to do where it has not."""
+"""`lumen doctor`: check this machine for everything that Lumen needs, and say how to fix what fails."""
 
 from __future__ import annotations
 
@@ -9,68 +9,67 @@ from pathlib import Path
 from typing import Any
 
 from lumen.cli import command, tables
-from lumen.cli.doctor.machine import compiler, devices
-from lumen.cli.doctor.packages import software
-from lumen.cli.doctor.processes import several
-from lumen.cli.doctor.report import Finding, report, summed
-from lumen.cli.doctor.storage import storage
+from lumen.cli.doctor.machine import check_compiler, check_devices
+from lumen.cli.doctor.packages import check_packages
+from lumen.cli.doctor.processes import check_processes
+from lumen.cli.doctor.report import Finding, print_report, summarize
+from lumen.cli.doctor.storage import check_directory
 
 _EXAMPLES = """\
-  lumen doctor                        all of it, in a minute or two
-  lumen doctor --quick                in seconds: nothing is imported, compiled or started
-  lumen doctor --checkpoints runs/a   also whether checkpoints can be written there
+  lumen doctor                        all checks, in a minute or two
+  lumen doctor --quick                in seconds, without importing, compiling or starting anything
+  lumen doctor --checkpoints runs/a   also check that checkpoints can be written there
   torchrun --nproc-per-node=2 --no-python lumen doctor --quick
-                                      what the launcher tells its processes
+                                      the environment that the launcher sets for its processes
   lumen doctor --json | jq '.findings[] | select(.status != "ok")'"""
 
 
 def add(commands: Any) -> None:
-    """Add the command to a parser's."""
+    """Register the command."""
     parser = command.add(
         commands,
         "doctor",
-        help="say what this machine has, what it misses, and how to mend it",
-        description="Look at the software, the devices, the compiler and the processes of this machine, and try each."
-        "\nEvery line says ok, missing (of use only to those who ask for it) or broken, and the fix."
-        "\nExit code 0 where nothing is broken, 1 where something is.",
+        help="check this machine, and say how to fix what fails",
+        description="Test the software, devices, compiler and processes of this machine. Each line reads ok, missing"
+        "\n(optional, not installed) or broken, with the fix. Exit code 0 if nothing is broken, otherwise 1.",
         examples=_EXAMPLES,
     )
     parser.add_argument("--quick", action="store_true", help="import no packages, compile nothing, start no processes")
     parser.add_argument(
-        "--checkpoints", type=Path, metavar="DIRECTORY", help="where checkpoints will be written: try that too"
+        "--checkpoints", type=Path, metavar="DIRECTORY", help="also test this directory for checkpoints"
     )
-    parser.add_argument("--json", action="store_true", help="for a program to read")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine; returns the exit code."""
-    found: list[Finding] = []
+    """Run the checks; returns the exit code."""
+    findings: list[Finding] = []
 
-    def kept() -> Iterator[Finding]:
-        for each in examined(options.quick, options.checkpoints):
-            found.append(each)
-            yield each
+    def collect() -> Iterator[Finding]:
+        for finding in run_checks(options.quick, options.checkpoints):
+            findings.append(finding)
+            yield finding
 
     if options.json:
-        findings = [dataclasses.asdict(each) for each in kept()]
-        tables.as_json({"ok": _well(found), "findings": findings})
+        rows = [dataclasses.asdict(finding) for finding in collect()]
+        tables.print_json({"ok": _is_ok(findings), "findings": rows})
     else:
-        report(kept())
-        print(summed(found))
-    return 0 if _well(found) else 1
+        print_report(collect())
+        print(summarize(findings))
+    return 0 if _is_ok(findings) else 1
 
 
-def examined(quick: bool, checkpoints: Path | None) -> Iterator[Finding]:
-    """All findings, each as soon as it is made."""
-    yield from software(quick)
-    yield from devices()
+def run_checks(quick: bool, checkpoints: Path | None) -> Iterator[Finding]:
+    """Run all checks, and yield each finding as soon as it is known."""
+    yield from check_packages(quick)
+    yield from check_devices()
     if not quick:
-        yield compiler()
-    yield from several(quick)
+        yield check_compiler()
+    yield from check_processes(quick)
     if checkpoints is not None:
-        yield from storage(checkpoints)
+        yield from check_directory(checkpoints)
 
 
-def _well(found: list[Finding]) -> bool:
-    return not any(each.status == "broken" for each in found)
+def _is_ok(findings: list[Finding]) -> bool:
+    return not any(finding.status == "broken" for finding in findings)

@@ -1,4 +1,4 @@
-"""`lumen doctor`: the devices of this machine, what they compute in, and its compiler."""
+"""`lumen doctor`: check the devices of this machine, their precision, and the compiler."""
 
 from __future__ import annotations
 
@@ -10,82 +10,94 @@ from pathlib import Path
 import torch
 
 from lumen.cli.doctor.report import Finding, Status
-from lumen.cli.subprocesses import alone
+from lumen.cli.subprocesses import run_program
 from lumen.core.inspect import human_bytes
 
 _SECTION = "devices"
-_COMPILED = """
+_COMPILE_PROGRAM = """
 import torch
 x = torch.linspace(0, 1, 64, device={device!r})
 y = torch.compile(lambda x: x.sin() * 2 + 1, fullgraph=True)(x)
 torch.testing.assert_close(y, x.sin() * 2 + 1)
 """
-_COMPILE = 300.0  # seconds
-_PRODUCT = 64
+_COMPILE_TIMEOUT = 300.0  # seconds
+_SIZE = 64
 
 
-def devices() -> Iterator[Finding]:
-    """The CPU, every GPU, and how float32 products are computed."""
+def check_devices() -> Iterator[Finding]:
+    """Check the CPU, every GPU, and the precision of float32 matrix products."""
     capability = torch.backends.cpu.get_cpu_capability()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(_SECTION, "CPU", *_tried("cpu", f"{cores} cores, {torch.get_num_threads()} threads, {capability}"))
-    yield from _cuda()
-    yield _mps()
-    yield _products()
+    yield Finding(
+        _SECTION, "CPU", *_test_device("cpu", f"{cores} cores, {torch.get_num_threads()} threads, {capability}")
+    )
+    yield from _check_cuda()
+    yield _check_mps()
+    yield _check_matmul_precision()
 
 
-def compiler() -> Finding:
-    """Whether `torch.compile` makes machine code here: it compiles a line."""
+def check_compiler() -> Finding:
+    """Check that `torch.compile` compiles a line of code."""
     section, name = "compiler", "torch.compile"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as cache:  # empty, or an earlier success would be found there
-        wrong = alone(_COMPILED.format(device=device), _COMPILE, TORCHINDUCTOR_CACHE_DIR=cache)
-    if wrong is None:
+    with tempfile.TemporaryDirectory() as cache:  # empty: a cached result would hide a failure
+        failure = run_program(_COMPILE_PROGRAM.format(device=device), _COMPILE_TIMEOUT, TORCHINDUCTOR_CACHE_DIR=cache)
+    if failure is None:
         return Finding(section, name, "ok", f"compiles for {device}")
     if device == "cuda":
-        fix = "pip install triton, in the version that torch names: pip show torch. Without it leave out lm.compile()"
+        fix = "pip install triton, in the version that torch requires: pip show torch. Or omit lm.compile()"
     else:
-        fix = "apt-get install g++ (or set CXX to a C++ compiler). Without it leave out lm.compile()"
-    return Finding(section, name, "broken", f"fails for {device}: {wrong}", fix)
+        fix = "apt-get install g++ (or set CXX to a C++ compiler). Or omit lm.compile()"
+    return Finding(section, name, "broken", f"fails for {device}: {failure}", fix)
 
 
-def _cuda() -> Iterator[Finding]:
+def _check_cuda() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia/version").exists()
         if driver and torch.version.cuda is None:
             fix = "install a build of torch for CUDA: https://pytorch.org/get-started/locally"
             yield Finding(_SECTION, "CUDA", "missing", "there is an NVIDIA driver, but torch was built for CPUs", fix)
         elif driver:
-            fix = "see nvidia-smi, and whether CUDA_VISIBLE_DEVICES hides the GPUs"
+            fix = "check nvidia-smi, and whether CUDA_VISIBLE_DEVICES hides the GPUs"
             yield Finding(_SECTION, "CUDA", "broken", "there is an NVIDIA driver, but torch sees no GPU", fix)
         else:
-            yield Finding(_SECTION, "CUDA", "missing", "no GPU that torch sees")
+            yield Finding(_SECTION, "CUDA", "missing", "torch sees no GPU")
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        capability = (found.major, found.minor)
-        said = [found.name, human_bytes(found.total_memory), "compute capability {}.{}".format(*capability)]
-        said += [name for name, least in (("bf16", (8, 0)), ("tf32", (8, 0)), ("fp8", (8, 9))) if capability >= least]
-        yield Finding(_SECTION, f"CUDA {number}", *_tried(f"cuda:{number}", ", ".join(said)))
+        properties = torch.cuda.get_device_properties(number)
+        capability = (properties.major, properties.minor)
+        features = [
+            properties.name,
+            human_bytes(properties.total_memory),
+            "compute capability {}.{}".format(*capability),
+        ]
+        features += [
+            name for name, minimum in (("bf16", (8, 0)), ("tf32", (8, 0)), ("fp8", (8, 9))) if capability >= minimum
+        ]
+        yield Finding(_SECTION, f"CUDA {number}", *_test_device(f"cuda:{number}", ", ".join(features)))
 
 
-def _mps() -> Finding:
+def _check_mps() -> Finding:
     if torch.backends.mps.is_available():
-        return Finding(_SECTION, "MPS", *_tried("mps", "Apple's GPU; it has no float64"))
-    return Finding(_SECTION, "MPS", "missing", "no Apple GPU that torch sees")
+        return Finding(_SECTION, "MPS", *_test_device("mps", "an Apple GPU, without float64"))
+    return Finding(_SECTION, "MPS", "missing", "torch sees no Apple GPU")
 
 
-def _tried(device: str, found: str) -> tuple[Status, str, str]:
-    """Whether the device multiplies two matrices."""
+def _test_device(device: str, description: str) -> tuple[Status, str, str]:
+    """Multiply two matrices on the device."""
     try:
-        ones = torch.ones(_PRODUCT, _PRODUCT, device=device)
-        right = bool((ones @ ones == _PRODUCT).all())
+        matrix = torch.ones(_SIZE, _SIZE, device=device)
+        is_correct = bool((matrix @ matrix == _SIZE).all())
     except RuntimeError as error:
         fix = "install a build of torch for this device: https://pytorch.org/get-started/locally"
-        return "broken", f"{found}: {str(error).splitlines()[0]}", fix
-    return ("ok", found, "") if right else ("broken", f"{found}: it gives wrong products", "use another device")
+        return "broken", f"{description}: {str(error).splitlines()[0]}", fix
+    return (
+        ("ok", description, "")
+        if is_correct
+        else ("broken", f"{description}: its matrix products are wrong", "use another device")
+    )
 
 
-def _products() -> Finding:
-    said = {"highest": "float32", "high": "TF32 where there is any", "medium": "bfloat16 where there is any"}
+def _check_matmul_precision() -> Finding:
+    names = {"highest": "float32", "high": "TF32 where available", "medium": "bfloat16 where available"}
     precision = torch.get_float32_matmul_precision()
-    return Finding(_SECTION, "float32 products", "ok", f"computed in {said[precision]} ({precision!r})")
+    return Finding(_SECTION, "float32 products", "ok", f"computed in {names[precision]} ({precision!r})")

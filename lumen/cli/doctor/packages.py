@@ -1,4 +1,4 @@
-"""`lumen doctor`: Python, torch, Lumen, and the packages that they are to find beside them."""
+"""`lumen doctor`: check Python, torch, Lumen, and the packages they depend on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from lumen.cli.doctor.report import Finding
-from lumen.cli.subprocesses import alone
+from lumen.cli.subprocesses import run_program
 from lumen.core._torch_compat import TRIED
 from lumen.core.versions import own_version, version_of
 
-# As in pyproject.toml: what Lumen always needs, and what its extras are for.
+# As in pyproject.toml: the dependencies of Lumen, and those of its extras.
 CORE = (
     "torch>=2.11",
     "numpy>=1.26",
@@ -36,7 +36,7 @@ EXTRAS = {
     "quant": ("torchao>=0.18",),
     "wandb": ("wandb>=0.19.10", "pillow>=10"),
 }
-# Where a distribution's module has another name.
+# Distributions whose module has another name.
 MODULES = {
     "dp-accounting": "dp_accounting",
     "hydra-core": "hydra",
@@ -44,87 +44,89 @@ MODULES = {
     "pillow": "PIL",
     "scikit-learn": "sklearn",
 }
-_PRIVATE = """
+_INTERNALS_PROGRAM = """
 from lumen.core._torch_compat import missing
 if missing():
     raise ImportError(f"torch lacks {', '.join(missing())}")
 """
 _SECTION = "software"
-_IMPORT = 120.0  # seconds
+_IMPORT_TIMEOUT = 120.0  # seconds
 _PYTHON = (3, 11)
 
 
-def software(quick: bool) -> Iterator[Finding]:
-    """Python and all packages; unless `quick`, each is imported, in a process of its own."""
-    yield _python()
+def check_packages(quick: bool) -> Iterator[Finding]:
+    """Check Python and all packages; unless `quick`, import each in a subprocess."""
+    yield _check_python()
     yield Finding(_SECTION, "lumen", "ok", own_version() or "from a source tree, not installed")
-    needed = [(requirement, None) for requirement in CORE]
-    offered = [(requirement, extra) for extra, requirements in EXTRAS.items() for requirement in requirements]
+    required = [(requirement, None) for requirement in CORE]
+    optional = [(requirement, extra) for extra, requirements in EXTRAS.items() for requirement in requirements]
     with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(lambda each: package(*each, quick=quick), [*needed, *offered])
+        yield from pool.map(lambda row: check_package(*row, quick=quick), [*required, *optional])
     if not quick:
-        yield internals()
+        yield check_internals()
 
 
-def package(requirement: str, extra: str | None, *, quick: bool) -> Finding:
-    """One package: whether it is there, new enough, and can be imported. `extra` is None for one that must be.
+def check_package(requirement: str, extra: str | None, *, quick: bool) -> Finding:
+    """Check that one package is installed, recent enough, and importable. `extra` is None if it is required.
 
-    >>> package("no-such-package>=1.0", "wandb", quick=True).fix
+    >>> check_package("no-such-package>=1.0", "wandb", quick=True).fix
     "pip install 'lumen-torch[wandb]'"
-    >>> package("torch>=2.11", None, quick=True).status
+    >>> check_package("torch>=2.11", None, quick=True).status
     'ok'
     """
-    name, _, least = requirement.partition(">=")
+    name, _, minimum = requirement.partition(">=")
     version, label = version_of(name), name if extra is None else f"{name} [{extra}]"
     fix = f"pip install '{requirement}'" if extra is None else f"pip install 'lumen-torch[{extra}]'"
     if version is None:
         return Finding(_SECTION, label, "broken" if extra is None else "missing", "not installed", fix)
-    if _parts(version) < _parts(least):
-        return Finding(_SECTION, label, "broken", f"{version}, older than {least}", f"pip install '{requirement}'")
+    if _version_numbers(version) < _version_numbers(minimum):
+        return Finding(_SECTION, label, "broken", f"{version}, older than {minimum}", f"pip install '{requirement}'")
     module = MODULES.get(name, name)
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return Finding(_SECTION, label, "broken", f"{version} is installed without its module {module}", _again(name))
-    wrong = None if quick else alone(f"import {module}", _IMPORT)
-    if wrong is not None:
-        return Finding(_SECTION, label, "broken", f"{version}, whose import fails: {wrong}", _again(name))
+        return Finding(
+            _SECTION, label, "broken", f"{version} is installed, but its module {module} is not", _reinstall(name)
+        )
+    failure = None if quick else run_program(f"import {module}", _IMPORT_TIMEOUT)
+    if failure is not None:
+        return Finding(_SECTION, label, "broken", f"{version}, but the import fails: {failure}", _reinstall(name))
     return Finding(_SECTION, label, "ok", f"{version}{_build()}" if name == "torch" else version)
 
 
-def internals() -> Finding:
-    """Whether torch has what Lumen uses of it beyond what torch promises to keep."""
+def check_internals() -> Finding:
+    """Check that torch has the private functions that Lumen uses."""
     name, tried = "torch's internals", f"{TRIED[0]} to {TRIED[-1]}"
-    wrong = alone(_PRIVATE, _IMPORT)
-    if wrong is None:
-        return Finding(_SECTION, name, "ok", f"all that Lumen uses, as in torch {tried}")
+    failure = run_program(_INTERNALS_PROGRAM, _IMPORT_TIMEOUT)
+    if failure is None:
+        return Finding(_SECTION, name, "ok", f"everything that Lumen uses, as in torch {tried}")
     fix = f"install a torch that Lumen is tested with, {tried}: pip install 'torch=={TRIED[-1]}.*'"
-    return Finding(_SECTION, name, "broken", wrong, fix)
+    return Finding(_SECTION, name, "broken", failure, fix)
 
 
-def _python() -> Finding:
-    found = f"{platform.python_version()} ({sys.executable})"
+def _check_python() -> Finding:
+    version = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info < _PYTHON:
-        return Finding(_SECTION, "Python", "broken", found, "make an environment with Python 3.11 or newer")
-    return Finding(_SECTION, "Python", "ok", found)
+        return Finding(_SECTION, "Python", "broken", version, "create an environment with Python 3.11 or newer")
+    return Finding(_SECTION, "Python", "ok", version)
 
 
 def _build() -> str:
-    """What torch was built for."""
+    """The platform that torch was built for."""
     for name, version in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)):
         if version is not None:
             return f", built for {name} {version}"
     return ", built for CPUs" if not torch.backends.mps.is_built() else ", built for CPUs and MPS"
 
 
-def _again(name: str) -> str:
-    return f"pip install --force-reinstall {name}, or see which other package it does not get on with: pip check"
+def _reinstall(name: str) -> str:
+    return f"pip install --force-reinstall {name}, or find the conflicting package: pip check"
 
 
-def _parts(version: str) -> tuple[int, ...]:
-    """The numbers at the head of a version; what follows them does not matter to a lower bound."""
+def _version_numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version; a suffix does not matter to a lower bound."""
     numbers = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+    for component in version.split("."):
+        digits = component[: len(component) - len(component.lstrip("0123456789"))]
         numbers.append(int(digits or 0))
-        if digits != part:
+        if digits != component:
             break
     return tuple(numbers)

@@ -1,4 +1,4 @@
-"""`lumen doctor`: whether several processes find and understand each other."""
+"""`lumen doctor`: check the launcher's environment, the backends, and communication between processes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 from lumen.cli.doctor.report import Finding
-from lumen.cli.subprocesses import LAUNCHER, together
+from lumen.cli.subprocesses import LAUNCHER, run_all
 from lumen.core.versions import version_of
 from lumen.parallel.deepspeed.engine import missing
 
 _SECTION = "processes"
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCH = "torchrun --nproc-per-node=2 train.py"
-_SUM = """
+_ALL_REDUCE_PROGRAM = """
 import torch
 import torch.distributed as dist
 from lumen.parallel.comm.init import join, leave
@@ -28,100 +28,103 @@ dist.all_reduce(total)
 assert total.tolist() == [3.0] * 4, f"1 + 2 is {total.tolist()}"
 leave()
 """
-_MEETING = 90.0  # seconds
+_RENDEZVOUS_TIMEOUT = 90.0  # seconds
 
 
-def several(quick: bool) -> Iterator[Finding]:
-    """What a launcher has told this process, the backends, and (unless `quick`) two processes that meet."""
-    yield environment(os.environ)
-    yield from _backends()
+def check_processes(quick: bool) -> Iterator[Finding]:
+    """Check the launcher's environment, the backends, and (unless `quick`) an all-reduce of two processes."""
+    yield check_environment(os.environ)
+    yield from _check_backends()
     if not quick and dist.is_available() and dist.is_gloo_available():
-        yield _meeting()
-    yield from _deepspeed()
+        yield _check_rendezvous()
+    yield from _check_deepspeed()
 
 
-def environment(told: Mapping[str, str]) -> Finding:
-    """Whether all that a launcher tells its processes is there, or nothing.
+def check_environment(variables: Mapping[str, str]) -> Finding:
+    """Check that the launcher's variables are all set, or none of them.
 
-    >>> environment({}).found
-    'no launcher started this process: a script runs alone'
-    >>> environment({"RANK": "0", "WORLD_SIZE": "2"}).found
+    >>> check_environment({}).found
+    'no launcher started this process: a script runs as a single process'
+    >>> check_environment({"RANK": "0", "WORLD_SIZE": "2"}).found
     'RANK=0, WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT not set'
     """
     name = "environment"
-    given = ", ".join(f"{key}={told[key]}" for key in LAUNCHER if key in told)
-    if not given:
-        tasks = told.get("SLURM_NTASKS", "1")
-        if tasks != "1" and "SLURM_PROCID" in told:
+    settings = ", ".join(f"{key}={variables[key]}" for key in LAUNCHER if key in variables)
+    if not settings:
+        tasks = variables.get("SLURM_NTASKS", "1")
+        if tasks != "1" and "SLURM_PROCID" in variables:
             fix = f"have each task of Slurm start torchrun: srun --ntasks-per-node=1 {_LAUNCH}"
-            return Finding(_SECTION, name, "broken", f"Slurm runs {tasks} tasks, each of which would train alone", fix)
-        return Finding(_SECTION, name, "ok", "no launcher started this process: a script runs alone")
-    missing = [key for key in _NEEDED if key not in told]
+            return Finding(
+                _SECTION, name, "broken", f"Slurm runs {tasks} tasks, each of which would train independently", fix
+            )
+        return Finding(_SECTION, name, "ok", "no launcher started this process: a script runs as a single process")
+    missing = [key for key in _REQUIRED if key not in variables]
     if missing:
-        fix = f"start it as: {_LAUNCH}\nor alone: unset {' '.join(key for key in LAUNCHER if key in told)}"
-        return Finding(_SECTION, name, "broken", f"{given}, but {', '.join(missing)} not set", fix)
-    wrong = _wrong_numbers(told)
-    if wrong:
-        return Finding(_SECTION, name, "broken", f"{given}: {wrong}", f"start it as: {_LAUNCH}")
-    return Finding(_SECTION, name, "ok", given)
+        present = " ".join(key for key in LAUNCHER if key in variables)
+        fix = f"start it as: {_LAUNCH}\nor as a single process: unset {present}"
+        return Finding(_SECTION, name, "broken", f"{settings}, but {', '.join(missing)} not set", fix)
+    problem = _find_invalid(variables)
+    if problem:
+        return Finding(_SECTION, name, "broken", f"{settings}: {problem}", f"start it as: {_LAUNCH}")
+    return Finding(_SECTION, name, "ok", settings)
 
 
-def _wrong_numbers(told: Mapping[str, str]) -> str:
-    numbers = [key for key in LAUNCHER if key in told and key != "MASTER_ADDR"]
-    unlike = [key for key in numbers if not told[key].isdecimal()]
-    if unlike:
-        return f"{', '.join(unlike)} must be numbers"
-    if int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+def _find_invalid(variables: Mapping[str, str]) -> str:
+    numbers = [key for key in LAUNCHER if key in variables and key != "MASTER_ADDR"]
+    invalid = [key for key in numbers if not variables[key].isdecimal()]
+    if invalid:
+        return f"{', '.join(invalid)} must be numbers"
+    if int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
         return "RANK must be less than WORLD_SIZE"
     gpus = torch.cuda.device_count()
-    if gpus and int(told.get("LOCAL_RANK", "0")) >= gpus:
+    if gpus and int(variables.get("LOCAL_RANK", "0")) >= gpus:
         return f"there are {gpus} GPUs, one for each process of this machine"
     return ""
 
 
-def _backends() -> Iterator[Finding]:
+def _check_backends() -> Iterator[Finding]:
     if not dist.is_available():
         fix = "install a build of torch with torch.distributed: https://pytorch.org/get-started/locally"
         yield Finding(_SECTION, "torch.distributed", "missing", "torch was built without it", fix)
         return
     gpu = torch.cuda.is_available()
-    for name, there, use in (
-        ("gloo", dist.is_gloo_available(), "for processes on CPUs, and for what lies on the host"),
+    for name, available, use in (
+        ("gloo", dist.is_gloo_available(), "for processes on CPUs, and for tensors in host memory"),
         ("nccl", dist.is_nccl_available(), "for processes on GPUs"),
     ):
-        if there:
+        if available:
             yield Finding(_SECTION, name, "ok", use)
         else:
             fix = "install a build of torch that has it: https://pytorch.org/get-started/locally"
-            needed = name == "gloo" or gpu
-            said = f"torch was built without it; it is {use}"
-            yield Finding(_SECTION, name, "broken" if needed else "missing", said, fix if needed else "")
+            required = name == "gloo" or gpu
+            message = f"torch was built without it; it is {use}"
+            yield Finding(_SECTION, name, "broken" if required else "missing", message, fix if required else "")
 
 
-def _meeting() -> Finding:
-    """Two processes that meet as those of torchrun do, and add two numbers."""
+def _check_rendezvous() -> Finding:
+    """Run an all-reduce of two processes, connected as by torchrun."""
     name = "two processes"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**world, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    wrong = together(_SUM, ranks, _MEETING)
-    if wrong is not None:
+    failure = run_all(_ALL_REDUCE_PROGRAM, ranks, _RENDEZVOUS_TIMEOUT)
+    if failure is not None:
         fix = (
-            "Gloo takes the network interface that the host's name leads to: export GLOO_SOCKET_IFNAME=lo,"
-            " or another one of: ls /sys/class/net"
+            "Gloo uses the network interface of the host name's address: export GLOO_SOCKET_IFNAME=lo,"
+            " or another interface listed by: ls /sys/class/net"
         )
-        return Finding(_SECTION, name, "broken", f"cannot add two numbers over Gloo: {wrong}", fix)
-    return Finding(_SECTION, name, "ok", "meet, and add two numbers over Gloo")
+        return Finding(_SECTION, name, "broken", f"an all-reduce over Gloo fails: {failure}", fix)
+    return Finding(_SECTION, name, "ok", "an all-reduce over Gloo succeeds")
 
 
-def _deepspeed() -> Iterator[Finding]:
-    """What DeepSpeed misses here, where it is installed."""
+def _check_deepspeed() -> Iterator[Finding]:
+    """List the missing dependencies of DeepSpeed, if it is installed."""
     if version_of("deepspeed") is None:
         return
-    found = missing()
-    for each in found:
-        yield Finding(_SECTION, "DeepSpeed", "missing", each)
-    if not found:
-        yield Finding(_SECTION, "DeepSpeed", "ok", "finds all that it needs")
+    problems = missing()
+    for problem in problems:
+        yield Finding(_SECTION, "DeepSpeed", "missing", problem)
+    if not problems:
+        yield Finding(_SECTION, "DeepSpeed", "ok", "all its dependencies are available")

@@ -1,4 +1,4 @@
-"""What `lumen doctor` says of one thing: that it is there, missing or broken, and how to mend it."""
+"""Findings of `lumen doctor`: whether a component is ok, missing or broken, and how to fix it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report: `found` is what there is, `fix` what to do where `status` is not "ok".
+    """One line of a report: `found` describes the component, `fix` says what to do if `status` is not "ok".
 
-    A missing thing is one that Lumen does without until it is asked for; a broken one is in the way.
+    A missing component is optional; a broken one prevents training.
     """
 
     section: str
@@ -25,31 +25,31 @@ class Finding:
     fix: str = ""
 
 
-def report(findings: Iterable[Finding]) -> None:
-    """Print each as soon as it is found, under a heading for its section."""
+def print_report(findings: Iterable[Finding]) -> None:
+    """Print each finding as soon as it is yielded, under a heading for its section."""
     section = None
-    for each in findings:
-        if each.section != section:
-            print(("\n" if section else "") + each.section)
-            section = each.section
-        found, *more = tables.readable(each.found).split("\n")
-        print(f"  {each.status:7}  {tables.readable(each.name):23}  {found}".rstrip())
-        for line in [*more, *(f"fix: {tables.readable(each.fix)}".split("\n") if each.fix else [])]:
+    for finding in findings:
+        if finding.section != section:
+            print(("\n" if section else "") + finding.section)
+            section = finding.section
+        first, *more = tables.escape(finding.found).split("\n")
+        print(f"  {finding.status:7}  {tables.escape(finding.name):23}  {first}".rstrip())
+        for line in [*more, *(f"fix: {tables.escape(finding.fix)}".split("\n") if finding.fix else [])]:
             print(f"{'':36}{line}")
     print(flush=True)
 
 
-def summed(findings: Iterable[Finding]) -> str:
-    """How it stands, in a line.
+def summarize(findings: Iterable[Finding]) -> str:
+    """Summarize the findings in one line.
 
-    >>> summed([Finding("a", "b", "missing", "not installed"), Finding("a", "c", "ok", "1.0")])
+    >>> summarize([Finding("a", "b", "missing", "not installed"), Finding("a", "c", "ok", "1.0")])
     'Nothing is broken. 1 thing is missing, which matters only where it is used.'
     """
-    counted = [each.status for each in findings]
-    broken, missing = counted.count("broken"), counted.count("missing")
-    said = f"{_things(broken)} broken: see above." if broken else "Nothing is broken."
-    return said + (f" {_things(missing)} missing, which matters only where it is used." if missing else "")
+    statuses = [finding.status for finding in findings]
+    broken, missing = statuses.count("broken"), statuses.count("missing")
+    text = f"{_count_text(broken)} broken: see above." if broken else "Nothing is broken."
+    return text + (f" {_count_text(missing)} missing, which matters only where it is used." if missing else "")
 
 
-def _things(count: int) -> str:
+def _count_text(count: int) -> str:
     return "1 thing is" if count == 1 else f"{count} things are"

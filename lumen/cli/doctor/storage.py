@@ -1,4 +1,4 @@
-"""`lumen doctor`: whether checkpoints can be written to a directory, and stay there."""
+"""`lumen doctor`: check that checkpoints can be written to a directory, and are locked there."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from lumen.cli.doctor.report import Finding
 from lumen.core.inspect import human_bytes
 
 _SECTION = "checkpoints"
-_LITTLE = 2**30  # bytes
-_PIECE = bytes(2**20)
+_MIN_FREE = 2**30  # bytes
+_BLOCK = bytes(2**20)
 
 
-def storage(directory: Path) -> Iterator[Finding]:
-    """Write a file there as a checkpoint is written, and take it away again."""
-    place = next(each for each in (directory.absolute(), *directory.absolute().parents) if each.exists())
+def check_directory(directory: Path) -> Iterator[Finding]:
+    """Write a temporary file the way a checkpoint is written."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     name = str(directory)
-    if not place.is_dir():
-        yield Finding(_SECTION, name, "broken", f"{place} is no directory", "name another one")
+    if not existing.is_dir():
+        yield Finding(_SECTION, name, "broken", f"{existing} is not a directory", "choose another path")
         return
     try:
-        with tempfile.TemporaryDirectory(prefix=".lumen-doctor-", dir=place) as own:
-            seconds = _write(Path(own))
-            locks = _locks(Path(own))
+        with tempfile.TemporaryDirectory(prefix=".lumen-doctor-", dir=existing) as scratch:
+            seconds = _write(Path(scratch))
+            lockable = _supports_locks(Path(scratch))
     except OSError as error:
-        fix = "name a directory that this user may write to" if error.errno in (errno.EACCES, errno.EROFS) else ""
-        yield Finding(_SECTION, name, "broken", f"cannot write to {place}: {error.strerror}", fix)
+        fix = "choose a directory that this user may write to" if error.errno in (errno.EACCES, errno.EROFS) else ""
+        yield Finding(_SECTION, name, "broken", f"cannot write to {existing}: {error.strerror}", fix)
         return
-    made = "writable" if place == directory.absolute() else f"can be made in {place}"
-    yield Finding(_SECTION, name, "ok", f"{made}; 1 MiB was on disk after {seconds * 1e3:.0f} ms")
-    if locks:
-        yield Finding(_SECTION, "locks", "ok", "a second run is kept out of a directory that is in use")
+    status = "writable" if existing == directory.absolute() else f"can be created in {existing}"
+    yield Finding(_SECTION, name, "ok", f"{status}; 1 MiB was synced to disk in {seconds * 1e3:.0f} ms")
+    if lockable:
+        yield Finding(_SECTION, "locks", "ok", "a second run cannot write to a directory in use")
     else:
-        fix = "see to it yourself that each run has a directory of its own, or use another file system"
-        yield Finding(_SECTION, "locks", "missing", "the file system has none: nothing keeps out a second run", fix)
-    yield _space(place)
+        fix = "give each run its own directory, or use another file system"
+        yield Finding(_SECTION, "locks", "missing", "the file system has no locks: nothing stops a second run", fix)
+    yield _check_space(existing)
 
 
-def _write(own: Path) -> float:
-    """Write, rename and wait for the disk, which network file systems may not do; the seconds that it took."""
-    since = time.monotonic()
-    with open(own / "part", "wb") as file:
-        file.write(_PIECE)
+def _write(directory: Path) -> float:
+    """Write, sync and rename a file; returns the seconds it took. Network file systems may fail at this."""
+    start = time.monotonic()
+    with open(directory / "file.tmp", "wb") as file:
+        file.write(_BLOCK)
         file.flush()
         os.fsync(file.fileno())
-    (own / "part").rename(own / "whole")
-    sync_directory(own)
-    return time.monotonic() - since
+    (directory / "file.tmp").rename(directory / "file")
+    sync_directory(directory)
+    return time.monotonic() - start
 
 
-def _locks(own: Path) -> bool:
-    with open(own / "lock", "wb") as file:
+def _supports_locks(directory: Path) -> bool:
+    with open(directory / "lock", "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -66,10 +66,10 @@ def _locks(own: Path) -> bool:
     return True
 
 
-def _space(place: Path) -> Finding:
-    free = shutil.disk_usage(place).free
-    said = f"{human_bytes(free)} are free"
-    if free < _LITTLE:
-        fix = "make room; keep fewer: lm.Checkpointer(…, keep=1)"
-        return Finding(_SECTION, "space", "broken", f"only {said}", fix)
-    return Finding(_SECTION, "space", "ok", said)
+def _check_space(directory: Path) -> Finding:
+    free = shutil.disk_usage(directory).free
+    text = f"{human_bytes(free)} are free"
+    if free < _MIN_FREE:
+        fix = "free some space, or keep fewer checkpoints: lm.Checkpointer(…, keep=1)"
+        return Finding(_SECTION, "space", "broken", f"only {text}", fix)
+    return Finding(_SECTION, "space", "ok", text)

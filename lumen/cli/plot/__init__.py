@@ -1,1 +1,1 @@
-"""`lumen plot`: the curves of runs, on the terminal or in a file."""
+"""`lumen plot`: plot the curves of runs on the terminal or in a file."""
