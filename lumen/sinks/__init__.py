@@ -1,6 +1,6 @@
-"""Sinks: where logged values go. A sink is two methods, `log(step, values)` and `close()`.
+"""Sinks write logged values. A sink has two methods, `log(step, values)` and `close()`.
 
-A sink may also keep a run's configuration, show params, and go back to a checkpoint: see `lumen.sinks.optional`.
+A sink may also store a run's configuration, show params, and rewind to a checkpoint: see `lumen.sinks.optional`.
 """
 
 from lumen.sinks.base import Sink, scalars

@@ -1,4 +1,4 @@
-"""The `Sink` protocol, and the numbers that sinks write."""
+"""The `Sink` protocol, and the conversion of values to numbers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Number = int | float
 
 
 class Sink(Protocol):
-    """Takes the values that a run logs.
+    """Receives the values that a run logs.
 
-    The sinks of this package open their file or service at the first `log`, so that every process of a run may make
-    them and one of them log. They raise the I/O errors that they meet, and spread arrays over names as `scalars`
-    does. Each says which of `Histogram`, `Image` and `Text` it writes, and leaves out the others.
+    The sinks of this package open their file or service at the first `log`, so that every process of a run may create
+    them while only one logs. They raise I/O errors, and split arrays into names with indices as `scalars` does. Each
+    documents which of `Histogram`, `Image` and `Text` it writes, and ignores the others.
 
-    A sink may also keep the configuration (`config`), show params (`take_params`) and go back to a checkpoint
-    (`position`, `rewind`): see `lumen.sinks.optional`. An error of a sink ends the run, which saves where it stands,
-    unless the sink has an attribute `on_error = "warn"`, an argument of each sink of this package: then the run warns
-    and trains on, and the sink has a gap. For a sink of your own, two methods are enough:
+    A sink may also store the configuration (`config`), show params (`take_params`) and rewind to a checkpoint
+    (`position`, `rewind`): see `lumen.sinks.optional`. An error in a sink stops the run, which saves a checkpoint
+    first. With the attribute `on_error = "warn"`, an argument of every sink of this package, the run warns and
+    continues, and the values are missing from the sink. A custom sink needs only two methods:
 
     >>> import lumen as lm
     >>> class Best:
@@ -31,31 +31,31 @@ class Sink(Protocol):
     ...         self.best = min(self.best, values.get("val/loss", self.best))
     ...     def close(self):
     ...         pass
-    >>> lm.sinks.configure(Best(), {"lr": 0.1})  # it keeps none
+    >>> lm.sinks.configure(Best(), {"lr": 0.1})  # ignored: no config method
     """
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take the values of a step by name: numbers, arrays and tensors of them, histograms, images, texts."""
+        """Log the values of a step by name: numbers, arrays and tensors of them, histograms, images, texts."""
 
     def close(self) -> None:
-        """Write what is pending and let go of the file; doing so again does nothing."""
+        """Write pending values and close the file; further calls do nothing."""
 
 
 OnError = Literal["raise", "warn"]
 
 
 def check_on_error(on_error: str) -> bool:
-    """Whether a sink's errors are only warned of; raises SinkError for what says neither."""
+    """Whether a sink's errors are warnings; raises SinkError for an unknown value."""
     if on_error not in ("raise", "warn"):
         raise SinkError(f"a sink's on_error={on_error!r} is unknown; give 'raise' or 'warn'.")
     return on_error == "warn"
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, Number]:
-    """Python numbers by name; an array of several is spread over names with its indices.
+    """Convert values to Python numbers by name; the elements of an array get names with their indices.
 
-    Tensors may be of any device and precision. Raises ValueKindError (a TypeError) for a
-    value that is not of real numbers.
+    Tensors may have any device and precision. Raises ValueKindError (a TypeError) for values that are not real
+    numbers.
 
     >>> import torch
     >>> from lumen.sinks import scalars
@@ -68,7 +68,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, Number]:
         if array.dtype.kind not in "biuf":
             raise ValueKindError(
                 f"{name!r} is {value!r} of type {type(value).__name__}; sinks take real numbers, arrays and tensors of"
-                " them, and lm.sinks.Text, Image and Histogram: convert it, or leave it out of the metrics."
+                " them, and lm.sinks.Text, Image and Histogram: convert it, or omit it from the metrics."
             )
         if array.dtype.kind == "b":
             array = array.astype(np.int64)

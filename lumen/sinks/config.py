@@ -1,4 +1,4 @@
-"""A run's configuration: as JSON in a file beside the numbers, and as flat names for those who want these."""
+"""A run's configuration: as a JSON file next to the log, and flattened to dotted names."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Leaf = str | int | float | bool | None
 
 
 def plain_number(value: float) -> float | str:
-    """JSON has no NaN or infinity: strings that `float` and JavaScript's `Number` read back."""
+    """NaN and infinity as strings, which JSON lacks; `float` and JavaScript's `Number` parse them."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def as_json(values: Any, name: str = "") -> Any:
-    """A copy of `values` in dicts, lists and plain values; raises ValueKindError naming what JSON does not have.
+    """A copy of `values` in dicts, lists and plain values; raises ValueKindError for values that JSON cannot represent.
 
     >>> from lumen.sinks.config import as_json
     >>> as_json({"model": {"width": 64, "norm": None}, "betas": (0.9, 0.95)})
@@ -37,13 +37,13 @@ def as_json(values: Any, name: str = "") -> Any:
     if values is None or isinstance(values, str | int):
         return values
     raise ValueKindError(
-        f"{name!r} of the configuration is {values!r} of type {type(values).__name__}; a configuration holds mappings,"
-        " lists, strings, numbers, booleans and None: write str(value), or value.item() for a number."
+        f"{name!r} of the configuration is {values!r} of type {type(values).__name__}; a configuration may contain"
+        " mappings, lists, strings, numbers, booleans and None: write str(value), or value.item() for a number."
     )
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The leaves by dotted names; a list is one leaf, written as JSON.
+    """Flatten to leaves with dotted names; a list is one leaf, encoded as JSON.
 
     >>> from lumen.sinks.config import flatten
     >>> flatten({"model": {"width": 64}, "betas": [0.9, 0.95]})
@@ -58,14 +58,14 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Leaf]:
     return flat
 
 
-def write_beside(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `NAME.config.json` beside the file `NAME.jsonl`; whoever reads it finds the old one or the new, whole."""
+def write_config(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `NAME.config.json` next to the file `NAME.jsonl`, atomically."""
     target = path.with_name(f"{path.stem}.config.json")
     text = json.dumps(as_json(values), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(target.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
+    temporary = target.with_name(target.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(target)
+    temporary.replace(target)

@@ -1,4 +1,4 @@
-"""Numbers on the screen."""
+"""A sink that prints numbers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lumen.sinks.config import as_json, flatten
 from lumen.sinks.format import short
 from lumen.sinks.media import Text, split
 
-_WIDTH = 6  # of a number, until a wider one comes
-_CONFIG = 200  # characters of the configuration that are shown
+_WIDTH = 6  # minimum width of a number
+_CONFIG = 200  # maximum number of characters of the configuration
 
 
 class Console:
-    """Prints one line for each `log`, numbers under numbers: in color on a terminal, plain elsewhere.
+    """Prints one line for each `log`, in aligned columns: in color on a terminal, plain elsewhere.
 
-    A `Text` follows on lines of its own; histograms and images are left out. The configuration is one line, cut at 200
-    characters. `file` is the standard output unless given. The Runner's own display shows the same numbers: give it
-    `progress=False`, or a bar on a terminal, above which the lines go.
+    A `Text` is printed on separate lines; histograms and images are ignored. The configuration is one line, truncated
+    to 200 characters. `file` defaults to the standard output. The Runner's own display shows the same numbers: pass
+    `progress=False` to the Runner, or keep its progress bar, which the lines are printed above.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.Console()
@@ -53,7 +53,7 @@ class Console:
                 self._print([(f"{printable(name)}: ", printable(value.text, keep="\n\t"))])
 
     def close(self) -> None:
-        """Do nothing: each line was flushed."""
+        """Do nothing: each line is already flushed."""
 
     def _cell(self, name: str, value: float) -> tuple[str, str]:
         text = short(value)
@@ -61,20 +61,20 @@ class Console:
         return f"{printable(name)} ", text.rjust(width)
 
     def _print(self, cells: list[tuple[str, str]]) -> None:
-        file = self._file or sys.stdout  # looked up each time: notebooks and tests replace it
+        file = self._file or sys.stdout  # looked up on each call: notebooks and tests replace it
         if file.isatty():
-            _print_in_colour(file, cells)
+            _print_in_color(file, cells)
         else:
             file.write("  ".join(name + value for name, value in cells) + "\n")
             file.flush()
 
 
-def _print_in_colour(file: TextIO, cells: list[tuple[str, str]]) -> None:
+def _print_in_color(file: TextIO, cells: list[tuple[str, str]]) -> None:
     import rich
     from rich.console import Console as RichConsole
     from rich.text import Text as RichText
 
     line = RichText("  ").join(RichText.assemble((name, "dim"), value) for name, value in cells)
-    # The one console of the process knows of a progress bar that is being drawn, and prints above it.
+    # The global console prints above an active progress bar.
     console = rich.get_console() if file is sys.stdout else RichConsole(file=file)
     console.print(line, soft_wrap=True)

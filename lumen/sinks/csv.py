@@ -1,4 +1,4 @@
-"""One table of all logged steps."""
+"""A sink that writes a CSV table."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
 from lumen.errors import SinkError, printable
-from lumen.sinks.jsonl import stamped
+from lumen.sinks.jsonl import make_record
 from lumen.sinks.lines import RowFile, open_lines
 from lumen.sinks.media import split
 
-_OWN = ["step", "time"]
+_INDEX_COLUMNS = ["step", "time"]
 
 
 class CSV(RowFile):
     """Appends one row for each `log`: `step`, `time` (seconds since the epoch) and a column for each name.
 
-    A name that appears later becomes a new last column: the file is then written anew beside the old one and
-    put in its place, so that a reader finds either. Cells without a value are empty; NaN and infinity are
-    `nan` and `inf`. Cells are numbers: histograms, images and texts are left out. Each row is flushed. A file that
-    exists is continued; a last row that an earlier run left unfinished is cut off, and so are the rows after a
-    checkpoint that a run is resumed from. The configuration goes to `NAME.config.json` beside it.
+    A new name becomes a new last column: the file is rewritten and replaced atomically. Cells without a value are
+    empty; NaN and infinity are `nan` and `inf`. Cells are numbers: histograms, images and texts are ignored. Each row
+    is flushed. An existing file is continued; an incomplete last row is removed, and so are the rows after the
+    checkpoint that a run resumes from. The configuration is written to `NAME.config.json` next to the file.
 
-    Raises OSError where the file cannot be written, and SinkError for a value named `step` or `time` and for
-    a file that is another table.
+    Raises OSError if the file cannot be written, and SinkError for a value named `step` or `time` and for an existing
+    file with other columns.
 
     >>> import lumen as lm, tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.csv")
@@ -44,43 +43,43 @@ class CSV(RowFile):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one row."""
-        record = stamped(step, self._time_fn(), split(values)[0])
+        record = make_record(step, self._time_fn(), split(values)[0])
         with self._writing():
-            file = self._opened()
-            added = [name for name in record if name not in self._columns]
-            if added:
-                file = self._widened(file, [*self._columns, *added])
+            file = self._open()
+            new_columns = [name for name in record if name not in self._columns]
+            if new_columns:
+                file = self._add_columns(file, [*self._columns, *new_columns])
             _write(file, [[record.get(name, "") for name in self._columns]])
             file.flush()
         self._rows += 1
 
-    def _opened(self) -> TextIO:
+    def _open(self) -> TextIO:
         if self._file is None:
             self._file = open_lines(self.path)
             self._file.seek(0)
             self._columns = next(csv.reader(self._file), [])
             self._file.seek(0, os.SEEK_END)
             self._rows = self._count()
-        if self._columns and self._columns[:2] != _OWN:
+        if self._columns and self._columns[:2] != _INDEX_COLUMNS:
             self.close()
             raise SinkError(
                 f"{self.path} is a table with the columns {', '.join(map(printable, self._columns))}; CSV continues"
-                f" files that begin with {', '.join(_OWN)}: choose another path, or move the file away."
+                f" files that begin with {', '.join(_INDEX_COLUMNS)}: choose another path, or move the file away."
             )
         return self._file
 
-    def _widened(self, file: TextIO, columns: Sequence[str]) -> TextIO:
-        beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("w", encoding="utf-8", newline="") as new:
+    def _add_columns(self, file: TextIO, columns: Sequence[str]) -> TextIO:
+        temporary = self.path.with_name(self.path.name + ".new")
+        with temporary.open("w", encoding="utf-8", newline="") as new:
             _write(new, [columns])
             file.seek(0)
             rows = itertools.islice(csv.reader(file), 1, None)
             _write(new, (row + [""] * (len(columns) - len(row)) for row in rows))
             new.flush()
-            os.fsync(new.fileno())  # else a crash of the machine could leave the new name without the rows
+            os.fsync(new.fileno())  # otherwise a machine crash could leave the renamed file without its rows
         self.close()
-        beside.replace(self.path)
-        return self._opened()
+        temporary.replace(self.path)
+        return self._open()
 
     @staticmethod
     def _row_ends(file: BinaryIO) -> Iterator[int]:
@@ -93,7 +92,7 @@ class CSV(RowFile):
                     end += len(line)
                     yield line.decode()
 
-        for _ in csv.reader(lines()):  # takes as many lines as a row has: a column's name may hold line ends
+        for _ in csv.reader(lines()):  # a row may span several lines: a column's name may contain newlines
             yield end
 
 

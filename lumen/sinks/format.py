@@ -1,4 +1,4 @@
-"""Numbers as short text, for people to read on a line."""
+"""Format numbers as short text on one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lumen.sinks.media import Media
 
 
 def short(value: float) -> str:
-    """Four digits, or all of a whole number below a million.
+    """Four significant digits, or all digits of an integer below a million.
 
     >>> from lumen.sinks.format import short
     >>> short(0.123456), short(50.0), short(float("nan"))
@@ -22,14 +22,14 @@ def short(value: float) -> str:
 
 
 def numbers(values: Mapping[str, Any]) -> str:
-    """All numbers with their names on one line; histograms, images and texts are left out.
+    """Format all numbers with their names on one line; histograms, images and texts are omitted.
 
     >>> from lumen.sinks.format import numbers
     >>> numbers({"train/loss": 0.25, "lr": 1e-3})
     'loss 0.25  lr 0.001'
     """
-    shown = ((name, value) for name, value in values.items() if not isinstance(value, Media))
-    return "  ".join(f"{_short_name(name)} {short(value)}" for name, value in shown)
+    pairs = ((name, value) for name, value in values.items() if not isinstance(value, Media))
+    return "  ".join(f"{_short_name(name)} {short(value)}" for name, value in pairs)
 
 
 def _short_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run ran with: versions, the commit of the user's code and the command line."""
+"""The environment of a run: versions, the commit of the user's code and the command line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 
 from lumen.core.versions import own_version
 
-_SECONDS = 5.0  # a work tree on a slow disk must not hold up the run
+_GIT_TIMEOUT = 5.0  # seconds: a work tree on a slow disk must not delay the run
 
 
 def run_info(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Versions, git commit and command line of this process, as JSON has them.
+    """Versions, git commit and command line of this process, as JSON values.
 
-    `git` is the `commit` of the repository that holds `directory` (unless given, the one of the running script, or
-    the working directory in a notebook) and whether tracked files were changed since (`dirty`); None without git or a
-    repository. No name of the machine or the user is in it, and no path but those of the command line.
+    `git` is the `commit` of the repository that contains `directory` (default: that of the running script, or the
+    working directory in a notebook) and whether tracked files have changed since (`dirty`); None without git or a
+    repository. The result contains no machine or user name, and no paths except those of the command line.
 
     >>> import lumen as lm
     >>> info = lm.sinks.run_info()
@@ -56,19 +56,19 @@ def _git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    # Status would else refresh the index, under a lock that the user's own git may want.
+    # Otherwise git status refreshes the index, under a lock that may block the user's own git.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(directory), *arguments]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=_SECONDS,
+            timeout=_GIT_TIMEOUT,
             check=True,
             env=environment,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""One JSON object per logged step."""
+"""A sink that writes one JSON object per step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from lumen.sinks.media import Histogram, Media, Text, split
 class JSONL(RowFile):
     """Appends one line for each `log`: an object of `step`, `time` (seconds since the epoch) and the values.
 
-    Each line is written whole and flushed, so that other programs can follow the file. JSON has no NaN or
-    infinity: they are the strings "NaN", "Infinity" and "-Infinity", which `float` and JavaScript's `Number`
-    read back. A `Text` is a string, a `Histogram` an object of `edges`, `counts` and, where there are such numbers,
-    `nonfinite`; images are left out. A file that exists is continued; a last line that an earlier run left
-    unfinished is cut off, and so are the rows after a checkpoint that a run is resumed from. The configuration goes
-    to `NAME.config.json` beside it.
+    Each line is written in one call and flushed, so that other programs can follow the file. JSON has no NaN or
+    infinity: they become the strings "NaN", "Infinity" and "-Infinity", which `float` and JavaScript's `Number`
+    parse. A `Text` is a string, a `Histogram` an object of `edges`, `counts` and, if not zero, `nonfinite`; images are
+    ignored. An existing file is continued; an incomplete last line is removed, and so are the rows after the
+    checkpoint that a run resumes from. The configuration is written to `NAME.config.json` next to the file.
 
-    Raises OSError where the file cannot be written, and SinkError for a value named `step` or `time`.
+    Raises OSError if the file cannot be written, and SinkError for a value named `step` or `time`.
 
     >>> import lumen as lm, tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
@@ -37,10 +36,10 @@ class JSONL(RowFile):
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line."""
         numbers, media = split(values)
-        record = {name: plain_number(value) for name, value in stamped(step, self._time_fn(), numbers).items()}
-        others = {name: _written(value) for name, value in media.items() if isinstance(value, Histogram | Text)}
-        check_names(others)
-        line = json.dumps({**record, **others}, allow_nan=False)
+        record = {name: plain_number(value) for name, value in make_record(step, self._time_fn(), numbers).items()}
+        media_record = {name: _to_json(value) for name, value in media.items() if isinstance(value, Histogram | Text)}
+        check_names(media_record)
+        line = json.dumps({**record, **media_record}, allow_nan=False)
         with self._writing():
             if self._file is None:
                 self._file = open_lines(self.path)
@@ -59,20 +58,20 @@ class JSONL(RowFile):
                 yield end
 
 
-def stamped(step: int, now: float, numbers: Mapping[str, Number]) -> dict[str, Number]:
-    """One flat record of the step, the time and the numbers; raises SinkError where one has their name."""
+def make_record(step: int, now: float, numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """A flat record of the step, the time and the numbers; raises SinkError for a reserved name."""
     check_names(numbers)
     return {"step": int(step), "time": now, **numbers}
 
 
 def check_names(values: Mapping[str, Any]) -> None:
-    """Raise SinkError where a value is named as what each row begins with."""
-    taken = [name for name in ("step", "time") if name in values]
-    if taken:
-        raise SinkError(f"A value is named {taken[0]!r}, as the sink's own: rename it.")
+    """Raise SinkError if a value has one of the reserved names."""
+    reserved = [name for name in ("step", "time") if name in values]
+    if reserved:
+        raise SinkError(f"A value is named {reserved[0]!r}, which the sink reserves: rename it.")
 
 
-def _written(value: Media) -> Any:
+def _to_json(value: Media) -> Any:
     if isinstance(value, Text):
         return value.text
     assert isinstance(value, Histogram)

@@ -1,4 +1,4 @@
-"""Text files of whole lines that a run may append to after an earlier one died in the middle of a line."""
+"""Text files of lines that a run can append to, even if an earlier run died in the middle of a line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lumen.sinks.base import OnError, check_on_error
-from lumen.sinks.config import write_beside
+from lumen.sinks.config import write_config
 
 _CHUNK = 1 << 16
 
 
 class RowFile(ABC):
-    """What JSONL and CSV share: a file of rows that is opened late, continued, counted and cut."""
+    """Base class of JSONL and CSV: a file of rows that is opened lazily, continued, counted and truncated."""
 
     def __init__(
         self, path: str | os.PathLike[str], *, on_error: OnError = "raise", time_fn: Callable[[], float] = time.time
@@ -28,36 +28,35 @@ class RowFile(ABC):
         self.on_error = on_error
         self._time_fn = time_fn
         self._file: TextIO | None = None
-        self._rows = 0  # in the file, as long as it is open
+        self._rows = 0  # in the file while it is open
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Write `values` to `NAME.config.json` beside the file, in one go."""
-        write_beside(self.path, values)
+        """Write `values` to `NAME.config.json` next to the file, atomically."""
+        write_config(self.path, values)
 
     def position(self) -> int:
-        """The number of rows, all of them on disk."""
+        """The number of rows, after syncing them to disk."""
         if self._file is None:
             return self._count()
-        os.fsync(self._file.fileno())  # the checkpoint must not outlive rows that it has counted
+        os.fsync(self._file.fileno())  # a checkpoint must not count rows that are not on disk
         return self._rows
 
     def rewind(self, position: int) -> None:
-        """Cut off all but the first `position` rows; a file with fewer, or none, stays as it is."""
+        """Truncate the file to the first `position` rows; a shorter or missing file is left unchanged."""
         self.close()
         end = next(itertools.islice(self._ends(), position, None), None)
         if end is not None:
             os.truncate(self.path, end)
 
     def close(self) -> None:
-        """Close the file; a later `log` opens it again."""
+        """Close the file; a later `log` reopens it."""
         if self._file is not None:
             file, self._file = self._file, None
             file.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Into the file that has the path: one that was taken away is begun anew; after an error it is opened again,
-        which cuts off a row that was half written."""
+        """Reopen the file if its path was moved or deleted, and after an error, which removes an incomplete row."""
         if self._file is not None and not _is_at(self._file, self.path):
             self.close()
         try:
@@ -73,7 +72,7 @@ class RowFile(ABC):
         return max(0, sum(1 for _ in self._ends()) - 1)
 
     def _ends(self) -> Iterator[int]:
-        """Where no row, one row, two rows, … end, in bytes."""
+        """The byte offsets at which zero rows, one row, two rows, … end."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 yield from self._row_ends(file)
@@ -81,7 +80,7 @@ class RowFile(ABC):
     @staticmethod
     @abstractmethod
     def _row_ends(file: BinaryIO) -> Iterator[int]:
-        """The same of an open file: rows that were not ended are none."""
+        """The same for an open file; an incomplete row does not count."""
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
@@ -92,7 +91,7 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 def open_lines(path: Path) -> TextIO:
-    """Open for appending, in UTF-8; makes the directory, and cuts off a last line that was not ended."""
+    """Open for appending, in UTF-8; creates the directory, and removes an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+", encoding="utf-8", newline="")
     try:

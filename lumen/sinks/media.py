@@ -1,4 +1,4 @@
-"""Values that are more than numbers: histograms, images and texts."""
+"""Media values: histograms, images and texts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lumen.sinks.png import encode_png
 
 
 class Histogram:
-    """The distribution of a tensor's numbers in `bins` bins of equal width, counted when it is made.
+    """The distribution of a tensor's numbers in `bins` bins of equal width, counted at construction.
 
-    `counts` has one entry for each bin and `edges` one more. NaN and infinity fall in no bin and are counted in
+    `counts` has one entry for each bin and `edges` one more. NaN and infinity are in no bin and are counted in
     `nonfinite`. `total` and `squares` are the sums of the finite numbers and of their squares.
 
-    Raises ValueKindError for what is not a tensor or array of real numbers, or for `bins` below one.
+    Raises ValueKindError unless `values` is a tensor or array of real numbers and `bins` is at least one.
 
     >>> import lumen as lm, torch
     >>> histogram = lm.sinks.Histogram(torch.tensor([0.0, 1.0, 1.0, 4.0, float("nan")]), bins=2)
@@ -33,15 +33,15 @@ class Histogram:
 
     def __init__(self, values: Any, bins: int = 64) -> None:
         if bins < 1:
-            raise ValueKindError(f"bins={bins} is no number of bins; write Histogram(tensor, bins=64).")
+            raise ValueKindError(f"bins={bins} must be at least 1; write Histogram(tensor, bins=64).")
         array = _array(values, "Histogram(tensor)")
         numbers = array.astype(np.float64).ravel()
         finite = numbers[np.isfinite(numbers)]
         low, high = _span(finite, bins)
-        # Halved, for the width of the whole range of float64 is not a float64.
+        # Halved, because the width of the full range of float64 overflows.
         counts, halves = np.histogram(finite / 2, bins=bins, range=(low / 2, high / 2))
         self.counts: list[int] = counts.tolist()
-        self.edges: list[float] = [low, *(halves[1:-1] * 2).tolist(), high]  # half of the least float64 is 0
+        self.edges: list[float] = [low, *(halves[1:-1] * 2).tolist(), high]  # half of the smallest float64 is 0
         self.nonfinite: int = numbers.size - finite.size
         with np.errstate(over="ignore"):
             self.total: float = float(finite.sum())
@@ -52,10 +52,10 @@ class Histogram:
 
 
 class Image:
-    """A picture from a tensor [C, H, W] with 1, 3 or 4 channels (gray, RGB, RGBA), or [H, W].
+    """An image from a tensor [C, H, W] with 1, 3 or 4 channels (gray, RGB, RGBA), or [H, W].
 
-    Floating point numbers are from 0 to 1: what lies outside is clipped, and NaN is black. uint8 is from 0 to 255, and
-    booleans are black and white. `pixels` is uint8 [H, W, C]; `png()` is the file.
+    Floating-point values range from 0 to 1: values outside are clipped, and NaN is black. uint8 ranges from 0 to 255,
+    and booleans are black and white. `pixels` is uint8 [H, W, C]; `png()` encodes the file.
 
     Raises ValueKindError for another shape or dtype.
 
@@ -70,7 +70,11 @@ class Image:
             array = array[None]
         if array.ndim != 3 or array.shape[0] not in (1, 3, 4) or 0 in array.shape:
             channels_last = array.ndim == 3 and array.shape[2] in (1, 3, 4)
-            fix = "Image(tensor.permute(2, 0, 1))" if channels_last else "Image(tensor[0]), say, for one of a batch"
+            fix = (
+                "Image(tensor.permute(2, 0, 1))"
+                if channels_last
+                else "Image(tensor[0]), for example, for one image of a batch"
+            )
             raise ValueKindError(
                 f"an image of shape {list(array.shape)}: Image takes [C, H, W] with 1, 3 or 4 channels, or [H, W];"
                 f" write {fix}."
@@ -78,7 +82,7 @@ class Image:
         self.pixels: NDArray[np.uint8] = np.ascontiguousarray(_bytes(array).transpose(1, 2, 0))
 
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """The image as a PNG file."""
         return encode_png(self.pixels)
 
     def __repr__(self) -> str:
@@ -101,14 +105,14 @@ class Text:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise ValueKindError(f"Text takes a str, not {type(self.text).__name__}; write Text(str(value)).")
+            raise ValueKindError(f"Text takes a str, got {type(self.text).__name__}; write Text(str(value)).")
 
 
 Media = Histogram | Image | Text
 
 
 def figure(figure: Any) -> Image:
-    """The `Image` of a matplotlib figure, which stays open: `plt.close(figure)` is yours.
+    """The `Image` of a matplotlib figure, which stays open: call `plt.close(figure)` yourself.
 
     >>> import lumen as lm
     >>> from matplotlib.figure import Figure
@@ -128,14 +132,14 @@ def figure(figure: Any) -> Image:
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Number], dict[str, Media]]:
-    """`values` as numbers (see `scalars`) and as those that are more than numbers: histograms, images and texts.
+    """Split `values` into numbers (see `scalars`) and media: histograms, images and texts.
 
-    A sink writes those that it can, and leaves out the others.
+    A sink writes the kinds it supports, and ignores the others.
 
     >>> import lumen as lm
-    >>> numbers, media = lm.sinks.split({"loss": 0.5, "said": lm.sinks.Text("hello")})
+    >>> numbers, media = lm.sinks.split({"loss": 0.5, "sample": lm.sinks.Text("hello")})
     >>> numbers, list(media)
-    ({'loss': 0.5}, ['said'])
+    ({'loss': 0.5}, ['sample'])
     """
     media = {name: value for name, value in values.items() if isinstance(value, Media)}
     return scalars({name: value for name, value in values.items() if name not in media}), media
@@ -145,17 +149,17 @@ def _array(values: Any, call: str) -> NDArray[Any]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = values.float() if values.dtype.is_floating_point and values.dtype.itemsize < 4 else values
-        values = values.numpy()  # of bfloat16 and float8 there is none
+        values = values.numpy()  # NumPy has neither bfloat16 nor float8
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise ValueKindError(
-            f"{call} takes a tensor or array of real numbers, not {type(values).__name__} of {array.dtype}."
+            f"{call} takes a tensor or array of real numbers, got {type(values).__name__} of {array.dtype}."
         )
     return array
 
 
 def _span(finite: NDArray[np.float64], bins: int) -> tuple[float, float]:
-    """From the least to the greatest number, wide enough for each bin to have a width in float64."""
+    """The range of the numbers, widened so that each bin has a nonzero width in float64."""
     if not finite.size:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())

@@ -1,4 +1,4 @@
-"""What was logged, as Python objects."""
+"""A sink that stores values in memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lumen.sinks.media import split
 
 
 class Memory:
-    """Keeps what is logged, of every kind: for notebooks and tests.
+    """Stores logged values of every kind, for notebooks and tests.
 
-    `rows` are pairs of a step and its values; `configuration` is what `config` was given.
+    `rows` contains pairs of a step and its values; `configuration` is the last argument of `config`.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.Memory()
@@ -27,7 +27,7 @@ class Memory:
         self.configuration: dict[str, Any] = {}
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Keep a copy as `configuration`."""
+        """Store a copy as `configuration`."""
         self.configuration = as_json(values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -47,9 +47,9 @@ class Memory:
         """Do nothing: the rows stay."""
 
     def __getitem__(self, name: str) -> tuple[list[int], list[Any]]:
-        """The steps at which `name` was logged, and its values; raises KeyError with the names there are."""
-        found = [(step, values[name]) for step, values in self.rows if name in values]
-        if not found:
+        """The steps at which `name` was logged, and its values; raises KeyError, which lists the logged names."""
+        points = [(step, values[name]) for step, values in self.rows if name in values]
+        if not points:
             names = sorted({name for _, values in self.rows for name in values})
             raise KeyError(f"{name!r} was not logged; logged were {', '.join(names) or 'no values'}")
-        return [step for step, _ in found], [value for _, value in found]
+        return [step for step, _ in points], [value for _, value in points]

@@ -1,4 +1,4 @@
-"""MLflow."""
+"""A sink that logs to MLflow."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lumen.sinks.config import as_json, flatten
 from lumen.sinks.extras import load, require
 from lumen.sinks.media import Histogram, Image, Media, split
 
-# What MLflow's servers take in one request and one field.
-_METRICS, _FIELDS = 1000, 100
-_PARAM, _TAG = 6000, 5000
-_OTHER = re.compile(r"[^\w\-. /]")
+# Limits of MLflow's servers for a request and a field.
+_METRICS_PER_BATCH, _FIELDS_PER_BATCH = 1000, 100
+_PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
+_INVALID = re.compile(r"[^\w\-. /]")
 
 
 class MLflow:
-    """Logs to a run of MLflow, which begins at the first `log`; needs `pip install 'lumen-torch[mlflow]'`.
+    """Logs to an MLflow run, which starts at the first `log`; needs `pip install 'lumen-torch[mlflow]'`.
 
     Numbers are metrics. Images, texts and histograms are artifacts: `images/NAME/STEP.png`, `texts/NAME/STEP.txt`,
-    `histograms/NAME/STEP.json`. The configuration becomes params by dotted names; values of more than 6,000 characters
-    are cut, with a note. MLflow's params cannot change: what a resumed run has otherwise becomes a tag of that name.
-    The commit of `run_info` is the tag `mlflow.source.git.commit`. Characters that MLflow has not in names become `_`.
+    `histograms/NAME/STEP.json`. The configuration becomes params with dotted names; values of more than 6,000
+    characters are truncated, with a note. MLflow's params cannot change: values that differ in a resumed run become
+    tags of the same name. The commit of `run_info` is the tag `mlflow.source.git.commit`. Characters that MLflow does
+    not allow in names become `_`.
 
-    `tracking_uri` is MLflow's own default unless given, and `experiment` is made where there is none. `run_id` goes
-    on with a run, as a resumed one should; the `run_id` of a new run is the attribute once it began. MLflow cannot take
-    numbers back: those that a resumed run logs again are there twice, and equal. Its databases keep infinity as the
-    largest float.
+    `tracking_uri` defaults to MLflow's own, and `experiment` is created if it does not exist. Pass `run_id` to resume a
+    run; the attribute `run_id` is that of the new run once it has started. MLflow cannot delete numbers: those that a
+    resumed run logs again appear twice, with equal values. Its databases store infinity as the largest float.
 
-    Raises ImportError where mlflow is missing, and what its client raises.
+    Raises ImportError if mlflow is missing, and the errors of its client.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.MLflow("sqlite:///runs/mlflow.db", experiment="digits")  # doctest: +SKIP
@@ -66,30 +66,30 @@ class MLflow:
         self._config: dict[str, Any] | None = None
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Make `values` the run's params, with the next `log`."""
+        """Log `values` as the run's params with the next `log`."""
         self._config = as_json(values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the values of one step."""
         numbers, media = split(values)
-        client = self._opened()
+        client = self._open()
         if self._config is not None:
             self._log_config(client, self._config)
             self._config = None
         metric, now = load("mlflow.entities").Metric, round(self._time_fn() * 1000)
         metrics = [metric(_name(name), float(value), now, int(step)) for name, value in numbers.items()]
-        for some in _batches(metrics, _METRICS):
-            client.log_batch(self.run_id, metrics=some)
+        for batch in _batches(metrics, _METRICS_PER_BATCH):
+            client.log_batch(self.run_id, metrics=batch)
         for name, value in media.items():
             self._log_artifact(client, _name(name), int(step), value)
 
     def close(self) -> None:
-        """Mark the run as finished; a later `log` goes on with it."""
+        """Mark the run as finished; a later `log` resumes it."""
         if self._client is not None:
             client, self._client = self._client, None
             client.set_terminated(self.run_id)
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         if self._client is None:
             client = load("mlflow.tracking").MlflowClient(tracking_uri=self.tracking_uri)
             if self.run_id is None:
@@ -102,22 +102,24 @@ class MLflow:
 
     def _log_config(self, client: Any, values: Mapping[str, Any]) -> None:
         entities = load("mlflow.entities")
-        params = {_name(name): _cut(str(value), _PARAM) for name, value in flatten(values).items()}
-        there = client.get_run(self.run_id).data.params
-        new = [entities.Param(name, value) for name, value in params.items() if name not in there]
-        tags = {name: _cut(value, _TAG) for name, value in params.items() if there.get(name, value) != value}
+        params = {_name(name): _truncate(str(value), _PARAM_LENGTH) for name, value in flatten(values).items()}
+        existing = client.get_run(self.run_id).data.params
+        new = [entities.Param(name, value) for name, value in params.items() if name not in existing]
+        tags = {
+            name: _truncate(value, _TAG_LENGTH) for name, value in params.items() if existing.get(name, value) != value
+        }
         git = values.get("git")
         if isinstance(git, Mapping) and isinstance(git.get("commit"), str):
             tags["mlflow.source.git.commit"] = git["commit"]
-        for some in _batches(new, _FIELDS):
-            client.log_batch(self.run_id, params=some)
-        for some in _batches([entities.RunTag(name, value) for name, value in tags.items()], _FIELDS):
-            client.log_batch(self.run_id, tags=some)
+        for batch in _batches(new, _FIELDS_PER_BATCH):
+            client.log_batch(self.run_id, params=batch)
+        for batch in _batches([entities.RunTag(name, value) for name, value in tags.items()], _FIELDS_PER_BATCH):
+            client.log_batch(self.run_id, tags=batch)
 
     def _log_artifact(self, client: Any, name: str, step: int, value: Media) -> None:
         if isinstance(value, Histogram):
-            written = {"edges": value.edges, "counts": value.counts, "nonfinite": value.nonfinite}
-            client.log_text(self.run_id, json.dumps(written), f"histograms/{name}/{step}.json")
+            record = {"edges": value.edges, "counts": value.counts, "nonfinite": value.nonfinite}
+            client.log_text(self.run_id, json.dumps(record), f"histograms/{name}/{step}.json")
         elif isinstance(value, Image):
             with tempfile.TemporaryDirectory() as directory:
                 file = Path(directory, f"{step}.png")
@@ -128,28 +130,28 @@ class MLflow:
 
 
 def _experiment_id(client: Any, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name))
         except load("mlflow.exceptions").MlflowException:
-            found = client.get_experiment_by_name(name)  # another process may have been faster
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # another process may have created it
+            if experiment is None:
                 raise
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _name(name: str) -> str:
-    """A name that MLflow takes: it must be a relative path in its shortest form."""
-    return posixpath.normpath(_OTHER.sub("_", name).replace("..", "__").lstrip("/") or "_")[:250]
+    """A name that MLflow accepts: a normalized relative path."""
+    return posixpath.normpath(_INVALID.sub("_", name).replace("..", "__").lstrip("/") or "_")[:250]
 
 
-def _cut(text: str, size: int) -> str:
+def _truncate(text: str, size: int) -> str:
     note = f"… (cut, {len(text)} characters)"
     return text if len(text) <= size else text[: size - len(note)] + note
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(items)
-    while some := list(islice(rest, size)):
-        yield some
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,7 +1,7 @@
-"""What a sink may do besides `log` and `close`: keep the configuration, show params, and go back to a checkpoint.
+"""Optional methods of a sink: store the configuration, show params, and rewind to a checkpoint.
 
-A sink of two methods is whole. Whoever drives sinks asks through the functions of this file, which pass over
-what a sink does not have.
+A sink needs only `log` and `close`. The functions of this file call the optional methods, and do nothing for a sink
+without them.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from lumen.sinks.base import Sink
 
 @runtime_checkable
 class Configurable(Protocol):
-    """A sink that keeps the run's configuration."""
+    """A sink that stores the run's configuration."""
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Take the configuration, versions and git commit: nested mappings of what JSON has.
+        """Store the configuration, versions and git commit: nested mappings of JSON values.
 
-        Called before the first `log`, and after `rewind`; again where a run is resumed.
+        Called before the first `log`, and after `rewind`; again when a run resumes.
         """
 
 
 @runtime_checkable
 class ShowsParams(Protocol):
-    """A sink that shows the params themselves, now and then."""
+    """A sink that shows params."""
 
     def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
-        """Take the params, which are the run's own: read them, here and now, or pass.
+        """Read the params during the call, without keeping or changing them: they are those of the run.
 
-        Called before the first step, so that a wrong name shows there, after each `log` of training, and with `last`
-        at the end of the run. They are None where this process does not hold them whole.
+        Called before the first step, so that a wrong name fails early, after each `log` of training, and with `last`
+        at the end of the run. `params` is None if this process does not have the full params.
         """
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A sink that can drop what was logged after a checkpoint, for the run will log it again."""
+    """A sink that can drop the values logged after a checkpoint, which the resumed run logs again."""
 
     def position(self) -> int | None:
-        """Where the sink is, with all before it on disk; None where it cannot say."""
+        """The current position, after syncing to disk; None if unknown."""
 
     def rewind(self, position: int) -> None:
-        """Drop what was logged after `position`; called before the first `log` of a resumed run.
+        """Drop the values logged after `position`; called before the first `log` of a resumed run.
 
-        A sink that holds less than `position` (the user moved its file away) leaves it as it is.
+        A sink that is shorter than `position` (the user moved its file) changes nothing.
         """
 
 
 def configure(sink: Sink, values: Mapping[str, Any]) -> None:
-    """Hand the run's configuration to a sink that keeps one.
+    """Pass the run's configuration to a sink that stores it.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.Memory()
@@ -65,7 +65,7 @@ def configure(sink: Sink, values: Mapping[str, Any]) -> None:
 
 
 def show_params(sink: Sink, step: int, params: Mapping[str, Tensor] | None, last: bool = False) -> None:
-    """Hand the params to a sink that shows some of them.
+    """Pass the params to a sink that shows them.
 
     >>> import lumen as lm, tempfile, torch
     >>> sink = lm.sinks.TensorBoard(tempfile.mkdtemp(), embeddings=("head.weight",))
@@ -78,7 +78,7 @@ def show_params(sink: Sink, step: int, params: Mapping[str, Tensor] | None, last
 
 
 def position(sink: Sink) -> int | None:
-    """What a checkpoint keeps of a sink, for `rewind`; None where the sink cannot go back.
+    """The position that a checkpoint stores for `rewind`; None if the sink cannot rewind.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.Memory()
@@ -90,7 +90,7 @@ def position(sink: Sink) -> int | None:
 
 
 def rewind(sink: Sink, position: int | None) -> None:
-    """Drop what a sink got after a checkpoint that kept `position`; nothing where that is None.
+    """Drop the values logged after `position`, as stored in a checkpoint; does nothing if it is None.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.Memory()

@@ -1,4 +1,4 @@
-"""Images as PNG, without an image library: sinks must not need one for the sake of this one format."""
+"""Encode images as PNG without an image library, which sinks do not otherwise need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> gray, RGB, RGBA
+_COLOR_TYPES = {1: 0, 3: 2, 4: 6}  # channels -> gray, RGB, RGBA
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -21,9 +21,9 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     b'PNG'
     """
     height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
     rows = pixels.reshape(height, width * channels)
-    unfiltered = np.zeros((height, 1), np.uint8)  # each row begins with the number of its filter
+    unfiltered = np.zeros((height, 1), np.uint8)  # each row starts with its filter type
     data = zlib.compress(np.concatenate([unfiltered, rows], axis=1).tobytes())
     return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 

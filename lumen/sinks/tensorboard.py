@@ -1,4 +1,4 @@
-"""Event files for TensorBoard."""
+"""A sink that writes event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lumen.sinks.config import as_json, flatten
 from lumen.sinks.media import Histogram, Image, Media, split
 
 _numbers = itertools.count()
-_OTHER = re.compile(r"[^-/\w.]")
+_INVALID = re.compile(r"[^-/\w.]")
 
 
 class TensorBoard:
-    """Writes to an event file of its own in `logdir`; `a/b` groups `b` under `a`.
+    """Writes to a new event file in `logdir`; `a/b` groups `b` under `a`.
 
-    Numbers are scalars (float32), histograms, images and texts what TensorBoard has under these names. The entries of
-    an array are scalars, named by their indices. Characters that TensorBoard has not in names become `_`. Each `log`
-    is flushed. The configuration is shown under HPARAMS, beside all the run's scalars, and whole as the text `config`.
+    Numbers are scalars (float32); histograms, images and texts are TensorBoard's own types. The elements of an array
+    are scalars, named by their indices. Characters that TensorBoard does not allow in names become `_`. Each `log` is
+    flushed. The configuration is shown under HPARAMS, next to all scalars of the run, and in full as the text `config`.
 
-    Event files only grow. A run that is resumed from a checkpoint begins a file with a mark at which TensorBoard drops
-    what was logged at later steps.
+    Event files are append-only. A resumed run starts a new file with a marker that makes TensorBoard drop the values
+    of later steps.
 
     `embeddings` are names of params, or patterns such as "*.embedding.weight", whose rows the projector shows as
-    points: as they are at the end of the run, and where `embed_every` is given after every so many steps too, at the
-    next logging point. They are written as text, which takes its time for a large vocabulary.
+    points: those at the end of the run and, with `embed_every`, also after every `embed_every` steps, at the next
+    logging point. They are written as text, which is slow for a large vocabulary.
 
-    Raises ImportError where tensorboardX is missing, OSError where the file cannot be written, and of `embeddings`
-    PatternError for a name that no param has, ValueKindError for a param that is no matrix, and SinkError where the
-    params are spread over processes.
+    Raises ImportError if tensorboardX is missing, OSError if the file cannot be written, and for `embeddings`
+    PatternError for a pattern without a match, ValueKindError for a param that is not a matrix, and SinkError if the
+    params are sharded over processes.
 
     >>> import lumen as lm, tempfile, torch
     >>> sink = lm.sinks.TensorBoard(tempfile.mkdtemp())
@@ -58,14 +58,14 @@ class TensorBoard:
         time_fn: Callable[[], float] = time.time,
     ) -> None:
         check_on_error(on_error)
-        _library()  # that it is missing should show before the first step
+        _library()  # a missing library should fail before the first step
         if isinstance(embeddings, str):
             raise ValueKindError(f"embeddings={embeddings!r} is one name; write embeddings=({embeddings!r},).")
         if embed_every is not None and embed_every < 1:
-            raise ValueKindError(f"embed_every={embed_every} is no number of steps; write embed_every=1000, or None.")
+            raise ValueKindError(f"embed_every={embed_every} must be at least 1; write embed_every=1000, or None.")
         self._embeddings = tuple(embeddings)
         self._embed_every = embed_every
-        self._embedded: int | None = None  # the step at which the projector's points were last due
+        self._last_embedding_check: int | None = None  # the step of the last call of take_params
         self.logdir = Path(logdir)
         self.on_error = on_error
         self._time_fn = time_fn
@@ -75,69 +75,69 @@ class TensorBoard:
         self._config: dict[str, Any] | None = None
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Write the configuration, with the next `log`."""
+        """Write the configuration with the next `log`."""
         self._config = as_json(values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write one event that holds all values."""
+        """Write one event with all values."""
         protocol = _library()
         numbers, media = split(values)
-        found = [protocol.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
-        found += [_media_value(name, value) for name, value in media.items()]
-        writer = self._opened()
+        entries = [protocol.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+        entries += [_media_value(name, value) for name, value in media.items()]
+        writer = self._open()
         if self._config is not None:
             self._write(writer, 0, summary=protocol.Summary(value=_config_values(self._config)))
             self._config = None
-        self._write(writer, int(step), summary=protocol.Summary(value=found))
+        self._write(writer, int(step), summary=protocol.Summary(value=entries))
         writer.flush()
         self._last = int(step)
 
     def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
-        """Write the params that `embeddings` names for the projector, where they are due."""
+        """Write the params matching `embeddings` for the projector, if they are due."""
         if not self._embeddings:
             return
-        found = projector.chosen(self._embeddings, params)
-        every, before = self._embed_every, self._embedded
-        # By multiples, so that a run which goes on from a checkpoint writes them where it would have without.
+        selected = projector.select_params(self._embeddings, params)
+        every, before = self._embed_every, self._last_embedding_check
+        # At multiples, so that a resumed run writes them at the same steps as an uninterrupted one.
         due = every is not None and before is not None and step // every > before // every
-        self._embedded = step
+        self._last_embedding_check = step
         if due or last:
-            for name, value in found.items():
+            for name, value in selected.items():
                 projector.write(self.logdir, step, _tag(name), value)
 
     def position(self) -> int | None:
-        """The last step that was logged; -1 before the first, but None where the files are of an earlier run."""
+        """The last logged step; -1 before the first, or None if the existing files are from an earlier run."""
         if self._last is None and not any(self.logdir.glob("*.tfevents.*")):
             return -1
         return self._last
 
     def rewind(self, position: int) -> None:
-        """Let TensorBoard drop what was logged after the step `position`, from the next `log` on."""
+        """Make TensorBoard drop the values logged after the step `position`, starting with the next `log`."""
         self.close()
         self._last = position
         self._restart = position + 1
 
     def close(self) -> None:
-        """Close the event file; a later `log` begins another one."""
+        """Close the event file; a later `log` opens a new one."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         if self._writer is None:
             protocol = _library()
             self.logdir.mkdir(parents=True, exist_ok=True)
-            # Two files of one second would have the same name, and the later would empty the earlier.
-            suffix = f".{os.getpid()}.{next(_numbers):04d}"  # in order of time, as TensorBoard reads them
+            # Two files created within a second would share a name, and the later would overwrite the earlier.
+            suffix = f".{os.getpid()}.{next(_numbers):04d}"  # in chronological order, as TensorBoard reads them
             self._writer = protocol.EventsWriter(str(self.logdir / "events"), suffix)
             if self._restart is not None:
-                started = protocol.SessionLog(status=protocol.SessionLog.START)
-                self._write(self._writer, self._restart, session_log=started)
+                marker = protocol.SessionLog(status=protocol.SessionLog.START)
+                self._write(self._writer, self._restart, session_log=marker)
                 self._restart = None
         return self._writer
 
-    def _write(self, writer: Any, step: int, **what: Any) -> None:
-        writer.write_event(_library().Event(wall_time=self._time_fn(), step=step, **what))
+    def _write(self, writer: Any, step: int, **fields: Any) -> None:
+        writer.write_event(_library().Event(wall_time=self._time_fn(), step=step, **fields))
 
 
 def _media_value(name: str, value: Media) -> Any:
@@ -150,7 +150,7 @@ def _media_value(name: str, value: Media) -> Any:
             sum=value.total,
             sum_squares=value.squares,
             bucket_limit=value.edges,
-            bucket=[0, *value.counts],  # a bucket has its right limit alone: this one's is the first edge
+            bucket=[0, *value.counts],  # a bucket has only a right limit: that of the first is the first edge
         )
         return protocol.Value(tag=_tag(name), histo=histogram)
     if isinstance(value, Image):
@@ -169,7 +169,7 @@ def _text(tag: str, text: str) -> Any:
 def _config_values(values: Mapping[str, Any]) -> list[Any]:
     """The configuration for HPARAMS, and as a text.
 
-    An "experiment" that names the metrics is left out on purpose: without it TensorBoard shows every scalar of the run.
+    There is deliberately no "experiment" that lists metrics: without it TensorBoard shows every scalar of the run.
     """
     protocol = _library()
     start = protocol.SessionStartInfo()
@@ -183,16 +183,16 @@ def _config_values(values: Mapping[str, Any]) -> list[Any]:
     content = protocol.HParamsPluginData(session_start_info=start, version=0).SerializeToString()
     plugin = protocol.SummaryMetadata.PluginData(plugin_name="hparams", content=content)
     hparams = protocol.Value(tag="_hparams_/session_start_info", metadata=protocol.SummaryMetadata(plugin_data=plugin))
-    whole = json.dumps(values, indent=2, ensure_ascii=False)
-    return [hparams, _text("config", "\n".join("    " + line for line in whole.splitlines()))]
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    return [hparams, _text("config", "\n".join("    " + line for line in text.splitlines()))]
 
 
 def _tag(name: str) -> str:
-    return _OTHER.sub("_", name).lstrip("/")
+    return _INVALID.sub("_", name).lstrip("/")
 
 
 def _library() -> Any:
-    """What lies under tensorboardX's SummaryWriter, whose thread loses errors and then blocks the run."""
+    """The layer below tensorboardX's SummaryWriter, whose thread loses errors and then blocks the run."""
     try:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto.event_pb2 import Event, SessionLog

@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""A sink that logs to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lumen.sinks.media import Histogram, Image, Media, split
 
 
 class WandB:
-    """Logs to a run of Weights & Biases, which begins at the first `log`; needs `pip install 'lumen-torch[wandb]'`.
+    """Logs to a Weights & Biases run, which starts at the first `log`; needs `pip install 'lumen-torch[wandb]'`.
 
-    Numbers, histograms, images and texts are written as W&B's own. The configuration is the run's. `project`, `dir`
-    (made where it is not there), `mode` ("online", "offline", "disabled"), `id` and all else are arguments of
-    `wandb.init`; a run that the script has begun itself is not touched. The attribute `run` is W&B's, while it is open.
+    Numbers, histograms, images and texts become W&B's own types, and the configuration that of the run. `project`,
+    `dir` (created if missing), `mode` ("online", "offline", "disabled"), `id` and all other arguments are those of
+    `wandb.init`; a run that the script started itself is not affected. The attribute `run` is W&B's run while open.
 
-    Give an `id` for a run that may be resumed. W&B cannot take rows back, and passes over rows whose step is below
-    its newest; a resumed Lumen run logs the same numbers again, so that what W&B has stays right. The run is written
-    by a process of W&B's own: errors of its disk or network are in its log, and not raised.
+    Pass an `id` for a run that may be resumed. W&B cannot delete rows, and ignores rows whose step is below its
+    newest; a resumed Lumen run logs the same numbers again, so W&B's values stay correct. A separate W&B process
+    writes the run: its disk and network errors appear in its log, and are not raised.
 
-    Raises ImportError where wandb is missing, OSError where `dir` cannot be, and what `wandb.init` raises.
+    Raises ImportError if wandb is missing, OSError if `dir` cannot be created, and the errors of `wandb.init`.
 
     >>> import lumen as lm
     >>> sink = lm.sinks.WandB("my-project", dir="runs", mode="offline", id="first")  # doctest: +SKIP
@@ -35,7 +35,7 @@ class WandB:
         self,
         project: str | None = None,
         *,
-        dir: str | os.PathLike[str] | None = None,  # noqa: A002 (W&B's name, as the next)
+        dir: str | os.PathLike[str] | None = None,  # noqa: A002 (named as in wandb.init)
         mode: str | None = None,
         id: str | None = None,  # noqa: A002
         on_error: OnError = "raise",
@@ -51,13 +51,13 @@ class WandB:
         self._config: dict[str, Any] | None = None
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Make `values` the run's configuration, with the next `log`."""
+        """Set `values` as the run's configuration with the next `log`."""
         self._config = as_json(values)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values of one step; those of several calls at one step become one row."""
+        """Log the values of one step; several calls at the same step become one row."""
         numbers, media = split(values)
-        run = self._opened()
+        run = self._open()
         if self._config is not None:
             run.config.update(self._config, allow_val_change=True)
             self._config = None
@@ -69,10 +69,10 @@ class WandB:
             run, self.run = self.run, None
             run.finish()
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         if self.run is None:
             if self._dir is not None:
-                self._dir.mkdir(parents=True, exist_ok=True)  # W&B would write elsewhere instead
+                self._dir.mkdir(parents=True, exist_ok=True)  # otherwise W&B would write elsewhere
             resume = {"id": self.id, "resume": "allow"} if self.id else {}
             self.run = load("wandb").init(dir=self._dir, **{**resume, **self._arguments})
             self.id = self.run.id

@@ -65,7 +65,7 @@ def test_what_is_logged_is_read_back(tmp_path_factory, make, name, logged, sessi
     path = tmp_path_factory.mktemp("sink") / "new" / name
     clock = ticking()
     for session in range(sessions):
-        sink = make(path, clock=clock)
+        sink = make(path, time_fn=clock)
         for step, values in enumerate(logged):
             if step % sessions == session:
                 sink.log(step, values)
@@ -154,7 +154,7 @@ def test_another_table_is_not_continued(tmp_path):
 
 
 def test_tensorboard_reads_the_scalars(tmp_path):
-    sink = TensorBoard(tmp_path / "run", clock=ticking())
+    sink = TensorBoard(tmp_path / "run", time_fn=ticking())
     sink.log(0, {"train/loss": 0.5, "lr": 1e-3})
     sink.log(10, {"train/loss": torch.tensor(0.25), "f1": np.array([0.5, 1.0])})
     on_disk = read_events(tmp_path / "run")

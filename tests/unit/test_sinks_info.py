@@ -94,5 +94,5 @@ def test_a_git_that_hangs_is_none(tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("lumen.sinks.info._SECONDS", 0.1)
+    monkeypatch.setattr("lumen.sinks.info._GIT_TIMEOUT", 0.1)
     assert run_info()["git"] is None

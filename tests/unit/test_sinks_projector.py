@@ -71,10 +71,10 @@ def test_what_cannot_be_shown_is_refused_before_the_first_step(tmp_path: Path) -
         with pytest.raises(error, match=text):
             fit(lm.sinks.TensorBoard(tmp_path, embeddings=names))
         assert not [*tmp_path.iterdir()]
-    with pytest.raises(SinkError, match=r"they are spread, as by lm\.fsdp, or the state has no `params`"):
+    with pytest.raises(SinkError, match=r"they are sharded, as by lm\.fsdp, or the state has no `params`"):
         lm.sinks.show_params(lm.sinks.TensorBoard(tmp_path, embeddings=("a",)), 0, None)
     with pytest.raises(ValueKindError, match=r"write embeddings=\('head',\)"):
         lm.sinks.TensorBoard(tmp_path, embeddings="head")
-    with pytest.raises(ValueKindError, match="embed_every=0 is no number of steps"):
+    with pytest.raises(ValueKindError, match="embed_every=0 must be at least 1"):
         lm.sinks.TensorBoard(tmp_path, embed_every=0)
     lm.sinks.show_params(lm.sinks.Memory(), 0, None)
