@@ -1,4 +1,4 @@
-"""Metrics from other libraries as Lumen's typed values."""
+"""Metrics of other libraries as Lumen metrics."""
 
 from lumen.metrics.torchmetrics import from_torchmetrics
 

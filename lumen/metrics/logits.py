@@ -1,4 +1,4 @@
-"""Which torchmetrics metrics take logits, and by which function they make probabilities of them."""
+"""Find the function with which a torchmetrics metric converts logits to probabilities."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SOFTMAX = {"MulticlassPrecisionRecallCurve", "MulticlassCalibrationError", "Mul
 
 
 def form_of_logits(skeleton: Skeleton, required: bool) -> Form | None:
-    """How a metric, or all of a collection, makes probabilities of logits; None where none does.
+    """The function that a metric, or every metric of a collection, applies to logits; None if there is none.
 
-    Raises `MetricError`, where it is `required`, for metrics that do so differently, and where none is a classifier's.
+    If `required`, raises `MetricError` for metrics that differ in it, and if none is a classification metric.
     """
     kinds = [type(node.module) for node in skeleton.nodes if node.is_metric]
     forms = {form for kind in kinds if (form := _form(kind)) is not None}
@@ -23,12 +23,12 @@ def form_of_logits(skeleton: Skeleton, required: bool) -> Form | None:
         return forms.pop() if len(forms) == 1 else None
     if len(forms) > 1:
         raise MetricError(
-            "logits=True for a collection of metrics of which some take a sigmoid of their predictions and others a"
-            " softmax. Make a handle of each kind: from_torchmetrics(MetricCollection([...]), logits=True)."
+            "logits=True for a collection in which some take a sigmoid of their predictions and others a softmax."
+            " Make one handle for each kind: from_torchmetrics(MetricCollection([...]), logits=True)."
         )
     if not any(kind.__module__.startswith("torchmetrics.classification") for kind in kinds):
         names = ", ".join(sorted({kind.__name__ for kind in kinds})) or "no metric"
-        raise MetricError(f"logits=True is for metrics of torchmetrics.classification, not for {names}. Leave it out.")
+        raise MetricError(f"logits=True is for metrics of torchmetrics.classification, not for {names}. Omit it.")
     return forms.pop() if forms else None
 
 

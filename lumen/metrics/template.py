@@ -1,7 +1,7 @@
-"""A metric object as a template: cheap live copies of it, and the table of its states.
+"""A metric object as a template: cheap working copies of it, and the table of its states.
 
-A `torchmetrics.Metric` keeps what it has seen in attributes of its own. Here one private copy is kept empty, and each
-call works on a shallow copy of that, which is thrown away: nothing is shared, so threads and nested calls are safe.
+A `torchmetrics.Metric` accumulates in its own attributes. Here one private copy stays empty, and each call uses and
+discards a shallow copy of it: nothing is shared, so threads and nested calls are safe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
 FOLDS = ("sum", "max", "min")
-# What torchmetrics itself writes while it runs; everything else that changes is memory of the metric's own.
+# Attributes that torchmetrics itself writes; any other change is hidden state of the metric.
 _BOOKKEEPING = frozenset(
     {
         "update",
@@ -42,11 +42,11 @@ Note = tuple[int, str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One state of one metric, and how its parts join.
+    """One state of one metric, and how it merges.
 
-    `join` is "sum", "max" or "min" where two parts fold into one at once; "list" where their elements are put in a
-    row; and "mean", "cat", "none" or "custom" where tensors are kept side by side until they are needed, as they are
-    when torchmetrics gathers them from processes.
+    `join` is "sum", "max" or "min" if two tensors reduce to one immediately; "list" if the elements are concatenated;
+    and "mean", "cat", "none" or "custom" if the tensors are collected until they are needed, as torchmetrics does when
+    it gathers them from processes.
     """
 
     key: str
@@ -58,25 +58,25 @@ class Slot:
 
     @property
     def folds(self) -> bool:
-        """Whether two parts become one tensor."""
+        """Whether two tensors reduce to one immediately."""
         return self.join in FOLDS
 
-    def whole(self, parts: tuple[Tensor, ...], device: torch.device) -> Tensor:
-        """The one tensor that `compute` is to see for parts kept side by side."""
-        if not parts:
+    def reduce_collected(self, tensors: tuple[Tensor, ...], device: torch.device) -> Tensor:
+        """Reduce the collected tensors to the one that `compute` reads."""
+        if not tensors:
             assert self.default is not None
             return self.default.to(device, copy=True)
-        if len(parts) == 1:
-            return parts[0].clone()
+        if len(tensors) == 1:
+            return tensors[0].clone()
         if self.join == "cat":
-            return torch.cat(parts)
-        stacked = torch.stack(parts)
+            return torch.cat(tensors)
+        stacked = torch.stack(tensors)
         return stacked if self.reduce is None else self.reduce(stacked)
 
 
 @dataclass(slots=True)
 class _Node:
-    """A module of the template that is copied for each call: a metric, or one that holds metrics."""
+    """A module of the template that is copied for each call: a metric, or a container of metrics."""
 
     module: Any
     path: str
@@ -95,84 +95,86 @@ class Skeleton:
         metrics = [node.module for node in self.nodes if node.is_metric]
         self.device: torch.device = metrics[0].device if metrics else torch.device("cpu")
 
-    def live(self, updates: int, notes: tuple[Note, ...] = ()) -> list[Any]:
-        """Shallow copies of all nodes, linked to each other, that have seen `updates` updates; the root comes first."""
-        shells: list[Any] = [object.__new__(type(node.module)) for node in self.nodes]
-        for shell, node in zip(shells, self.nodes, strict=True):
-            contents = shell.__dict__
-            contents.update(node.module.__dict__)
-            contents["_modules"] = {**node.module._modules, **{name: shells[i] for name, i in node.children.items()}}
-            contents["_buffers"] = dict(node.module._buffers)
+    def instantiate(self, updates: int, notes: tuple[Note, ...] = ()) -> list[Any]:
+        """Linked shallow copies of all nodes with an update count of `updates`, the root first."""
+        copies: list[Any] = [object.__new__(type(node.module)) for node in self.nodes]
+        for module, node in zip(copies, self.nodes, strict=True):
+            attributes = module.__dict__
+            attributes.update(node.module.__dict__)
+            attributes["_modules"] = {**node.module._modules, **{name: copies[i] for name, i in node.children.items()}}
+            attributes["_buffers"] = dict(node.module._buffers)
             for name in node.containers:
-                contents[name] = copy.copy(contents[name])
+                attributes[name] = copy.copy(attributes[name])
             if node.is_metric:
-                kind = type(shell)
-                contents["update"] = shell._wrap_update(kind.update.__get__(shell))
-                contents["compute"] = shell._wrap_compute(kind.compute.__get__(shell))
-                contents["_update_count"] = updates
+                kind = type(module)
+                attributes["update"] = module._wrap_update(kind.update.__get__(module))
+                attributes["compute"] = module._wrap_compute(kind.compute.__get__(module))
+                attributes["_update_count"] = updates
         for index, name, value in notes:
-            shells[index].__dict__[name] = value
-        return shells
+            copies[index].__dict__[name] = value
+        return copies
 
-    def retire(self, shells: list[Any]) -> tuple[Note, ...]:
-        """End the copies, and return the labels that a metric has put beside its states.
+    def release(self, copies: list[Any]) -> tuple[Note, ...]:
+        """Clear the copies, and return the labels that a metric has stored outside its states.
 
-        Raises `MetricError` where it has put anything there that would have to merge.
+        Raises `MetricError` if it has stored anything else there, which could not be merged.
         """
-        found: list[Note] = []
-        for index, (shell, node) in enumerate(zip(shells, self.nodes, strict=True)):
-            for name in _changed(shell, node, self.slots):
-                value = getattr(shell, name)
+        notes: list[Note] = []
+        for index, (module, node) in enumerate(zip(copies, self.nodes, strict=True)):
+            for name in _changed_attributes(module, node, self.slots):
+                value = getattr(module, name)
                 if value is not None and not isinstance(value, _LABELS):
-                    raise _hidden(node, name, value)
-                found.append((index, name, value))
-        for shell in shells:
-            shell.__dict__.clear()  # a copy and its wrapped methods hold each other; leave nothing to the collector
-        return tuple(found)
+                    raise _hidden_state_error(node, name, value)
+                notes.append((index, name, value))
+        for module in copies:
+            module.__dict__.clear()  # break the reference cycle of a copy and its wrapped methods
+        return tuple(notes)
 
 
 def _private_copy(metric: Any, device: torch.device | None) -> Any:
     from torchmetrics import Metric, MetricCollection
 
-    own = copy.deepcopy(metric)
-    own.reset()
+    template = copy.deepcopy(metric)
+    template.reset()
     if device is not None:
-        own.to(device)
-    for each in own.modules():
-        if isinstance(each, Metric):
-            each._to_sync = each.sync_on_compute = False  # ranks are merged by the Runner, not by a compute
-        if isinstance(each, MetricCollection) and not each._groups_checked:
-            # torchmetrics would find groups by comparing states after one batch, so that chance could form them.
-            each._enable_compute_groups = False
-            each._groups = {}
-    return own
+        template.to(device)
+    for module in template.modules():
+        if isinstance(module, Metric):
+            module._to_sync = module.sync_on_compute = False  # the Runner merges the ranks, not compute
+        if isinstance(module, MetricCollection) and not module._groups_checked:
+            # torchmetrics groups metrics whose states are equal after one batch, which may be a coincidence.
+            module._enable_compute_groups = False
+            module._groups = {}
+    return template
 
 
 def _nodes(root: nn.Module) -> list[_Node]:
     from torchmetrics import Metric, MetricCollection
 
-    named = [(path, each) for path, each in root.named_modules() if any(isinstance(m, Metric) for m in each.modules())]
-    if not named:
-        named = [("", root)]
-    index = {id(each): i for i, (_, each) in enumerate(named)}
+    modules = [
+        (path, module) for path, module in root.named_modules() if any(isinstance(m, Metric) for m in module.modules())
+    ]
+    if not modules:
+        modules = [("", root)]
+    index = {id(module): i for i, (_, module) in enumerate(modules)}
     nodes = []
-    for path, each in named:
-        is_metric = isinstance(each, Metric)
-        children = {name: index[id(child)] for name, child in each._modules.items() if id(child) in index}
-        owned = {*each._defaults, "_defaults", "_reductions", "_persistent"} if is_metric else set()
-        if isinstance(each, MetricCollection):
-            owned |= {"_groups"}
+    for path, module in modules:
+        is_metric = isinstance(module, Metric)
+        children = {name: index[id(child)] for name, child in module._modules.items() if id(child) in index}
+        state_names = {*module._defaults, "_defaults", "_reductions", "_persistent"} if is_metric else set()
+        if isinstance(module, MetricCollection):
+            state_names |= {"_groups"}
         containers = tuple(
             name
-            for name, value in each.__dict__.items()
-            if type(value) in (list, dict, set) and name not in owned and not _is_modules_own(name)
+            for name, value in module.__dict__.items()
+            if type(value) in (list, dict, set) and name not in state_names and not _is_module_attribute(name)
         )
-        nodes.append(_Node(each, path, is_metric, children, containers))
+        nodes.append(_Node(module, path, is_metric, children, containers))
     return nodes
 
 
-def _is_modules_own(name: str) -> bool:
-    """Whether `nn.Module` itself has the attribute: its hooks, and its tables of modules and buffers."""
+def _is_module_attribute(name: str) -> bool:
+    """Whether `nn.Module` itself defines the attribute: its hooks, and its tables of modules and buffers."""
     return name in _EMPTY_MODULE
 
 
@@ -204,21 +206,21 @@ def _slots(nodes: list[_Node]) -> Iterator[Slot]:
 
 
 def _followers(nodes: list[_Node]) -> set[int]:
-    """The metrics whose states are those of another: all but the first of each compute group of a collection."""
+    """The metrics that share the states of another: all but the first of each compute group of a collection."""
     from torchmetrics import MetricCollection
 
-    found: set[int] = set()
+    indices: set[int] = set()
     for node in nodes:
         if isinstance(node.module, MetricCollection) and node.module._groups_checked:
             groups = node.module._groups.values()
-            found |= {node.children[str(name)] for group in groups for name in group[1:]}
-    return found
+            indices |= {node.children[str(name)] for group in groups for name in group[1:]}
+    return indices
 
 
-def _changed(shell: Any, node: _Node, slots: tuple[Slot, ...]) -> Iterator[str]:
-    before, after = node.module.__dict__, shell.__dict__
+def _changed_attributes(module: Any, node: _Node, slots: tuple[Slot, ...]) -> Iterator[str]:
+    before, after = node.module.__dict__, module.__dict__
     for name, value in after.items():
-        if before.get(name, shell) is value or name in _BOOKKEEPING:
+        if before.get(name, module) is value or name in _BOOKKEEPING:
             continue
         if name in node.containers and len(value) == len(before[name]):
             continue
@@ -229,11 +231,11 @@ def _changed(shell: Any, node: _Node, slots: tuple[Slot, ...]) -> Iterator[str]:
     yield from (name for name, value in after["_buffers"].items() if buffers.get(name) is not value)
 
 
-def _hidden(node: _Node, name: str, value: Any) -> MetricError:
+def _hidden_state_error(node: _Node, name: str, value: Any) -> MetricError:
     kind = type(node.module).__name__
     return MetricError(
-        f"{kind} keeps {name!r} (a {type(value).__name__}) outside its states, so what it has seen in several batches"
-        f" cannot be merged. Allowed are states, and text or dtypes beside them. In a metric of your own write"
-        f" self.add_state({name!r}, default, dist_reduce_fx=...) in __init__; give a torchmetrics class all that it"
-        " needs to know (num_classes, say) when you make it; wrap the plain metric, not a MinMaxMetric or Running."
+        f"{kind} keeps {name!r} (a {type(value).__name__}) outside its states, so its values from several batches"
+        f" cannot be merged. Only text and dtypes are allowed outside states. In a custom metric, write"
+        f" self.add_state({name!r}, default, dist_reduce_fx=...) in __init__; pass a torchmetrics class all that it"
+        " needs, such as num_classes, at construction; wrap the plain metric, not a MinMaxMetric or Running."
     )
