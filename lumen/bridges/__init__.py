@@ -1,4 +1,4 @@
-"""Between Lumen and others: LightningModules, a state as a module again, Hugging Face's files, LoRA."""
+"""Interoperate with other libraries: LightningModules, torch modules from states, Hugging Face files, LoRA."""
 
 from lumen.bridges import huggingface, lora
 from lumen.bridges._lightning.module import Bridged, lightning

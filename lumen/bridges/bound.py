@@ -1,4 +1,4 @@
-"""A state's model as a torch module again: the inverse of `lm.pure`."""
+"""Convert a state's model to a torch module: the inverse of `lm.pure`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lumen.errors import ParamsError
 
 
 def module(state: Any) -> nn.Module:
-    """The model of `state` as a module of its own class, in evaluation mode, with the state's params and buffers.
+    """The model of `state` as a module of its original class, in evaluation mode, with the state's params and buffers.
 
-    No tensor is copied: what changes the module in place changes the state, so its parameters have
-    `requires_grad=False`; they are for reading, for `generate()` and for saving. Tied weights are tied.
+    The module shares its tensors with the state, so in-place changes affect both. Its parameters have
+    `requires_grad=False` and are for reading, for `generate()` and for saving. Tied weights stay tied.
 
-    Raises `ParamsError` where the state holds parts of params, as under `lm.fsdp`: export it first.
+    Raises `ParamsError` if the state's params are sharded, as under `lm.fsdp`: export it first.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
@@ -24,25 +24,25 @@ def module(state: Any) -> nn.Module:
     >>> net(torch.ones(3, 2)).shape, net.weight.data_ptr() == state.params["weight"].data_ptr()
     (torch.Size([3, 1]), True)
     """
-    made = skeleton_of(state.apply_fn.module).eval()
-    held = {**state.params, **state.buffers}
+    model = skeleton_of(state.apply_fn.module).eval()
+    tensors = {**state.params, **state.buffers}
     parameters: dict[str, nn.Parameter] = {}
-    found: list[tuple[dict[str, Any], str, Any]] = []
-    for table, key, name in param_slots(made):
-        tensor = held.get(name)
+    slots: list[tuple[dict[str, Any], str, Any]] = []
+    for table, key, name in param_slots(model):
+        tensor = tensors.get(name)
         if tensor is None or tensor.shape != table[key].shape:
-            raise _not_whole(name, table[key], tensor)
+            raise _shape_error(name, table[key], tensor)
         if isinstance(table[key], nn.Parameter):
             tensor = parameters.setdefault(name, nn.Parameter(tensor.detach(), requires_grad=False))
-        found.append((table, key, tensor))
-    for table, key, tensor in found:
+        slots.append((table, key, tensor))
+    for table, key, tensor in slots:
         table[key] = tensor
-    return made
+    return model
 
 
-def _not_whole(name: str, wanted: Tensor, found: Tensor | None) -> ParamsError:
-    have = "nothing" if found is None else f"a tensor of shape {tuple(found.shape)}"
+def _shape_error(name: str, expected: Tensor, actual: Tensor | None) -> ParamsError:
+    description = "nothing" if actual is None else f"a tensor of shape {tuple(actual.shape)}"
     return ParamsError(
-        f"the model's {name!r} has the shape {tuple(wanted.shape)}, and the state holds {have} for it. A state under"
-        " transforms that cut or stack params is made plain by the step it is for: state = step.export(state)"
+        f"the model's {name!r} has the shape {tuple(expected.shape)}, and the state has {description} for it. If the"
+        " transforms of its step shard or stack params, export it first: state = step.export(state)"
     )

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): a layer's weight stays, and a product of two thin matrices is trained beside it.
+"""LoRA (Hu et al. 2021): freeze a layer's weight, and train a low-rank update of it.
 
 Shapes: I inputs, O outputs, R rank.
 """
@@ -26,9 +26,9 @@ _NAMES = ("lora_a", "lora_b")
 
 
 class Lora(nn.Module):
-    """What an adapted layer does besides its own forward: it adds `scale * B A x`.
+    """The forward of an adapted layer: it adds `scale * B A x` to the output of the layer.
 
-    The layer keeps its name, its params and its attributes; beside them it has `lora_a` [R, I] and `lora_b` [O, R].
+    The layer keeps its name, params and attributes, and gains `lora_a` [R, I] and `lora_b` [O, R].
     """
 
     lora_a: Tensor
@@ -38,11 +38,11 @@ class Lora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         out: Tensor = super().forward(x)
-        added = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
-        return out + (self.scale * added).to(out.dtype)
+        update = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        return out + (self.scale * update).to(out.dtype)
 
     def delta(self) -> Tensor:
-        """What merging adds to the weight, in the weight's own layout."""
+        """The update that merging adds to the weight, in the weight's own layout."""
         product = self.scale * (self.lora_b @ self.lora_a)
         return product if isinstance(self, nn.Linear) else product.T
 
@@ -55,26 +55,26 @@ def adapt(
     alpha: float = 16.0,
     also: Pattern | Sequence[Pattern] = (),
 ) -> nn.Module:
-    """`module` with adapters in the layers that `targets` match, and everything else frozen.
+    """`module` with adapters in the layers that match `targets`, and everything else frozen.
 
-    The answer shares its weights with `module`, which is left as it is. Its adapters start as a change of zero
-    (`lora_b` is 0, `lora_a` uniform from torch's generator), in the weight's dtype, or float32 beside half precision;
-    their product counts `alpha / rank`. `state.params` of it are the adapters, `state.buffers` the frozen weights under
-    their own names, which `lm.Checkpointer(..., frozen=False)` leaves out.
+    The result shares its weights with `module`, which is unchanged. Its adapters start as a zero update (`lora_b` is 0,
+    `lora_a` uniform from torch's generator), in the weight's dtype, or in float32 for half-precision weights; their
+    product is scaled by `alpha / rank`. A state of the result has the adapters as `state.params`, and the frozen
+    weights under their own names in `state.buffers`, which `lm.Checkpointer(..., frozen=False)` omits.
 
     Args:
         module: any module; layers that can be adapted are `nn.Linear` and Hugging Face's `Conv1D`.
-        targets: names of layers: globs over the whole name (`"*.q_proj"`) or compiled regular expressions.
-        rank: columns of one and rows of the other thin matrix, at least 1.
-        alpha: the weight of their product, times rank.
-        also: names of parameters to train whole, a new head's say, in the same manner.
+        targets: names of layers: globs that match the full name (`"*.q_proj"`) or compiled regular expressions.
+        rank: the rank of the update, at least 1.
+        alpha: the scale of the update, times rank.
+        also: names of parameters to train fully, such as those of a new head, in the same form.
 
     Raises:
-        PatternError: a pattern that matches nothing.
-        ParamsError: a layer that cannot be adapted, or whose weight is tied to another's.
-        HyperparameterError: a rank or alpha out of range.
+        PatternError: a pattern matches nothing.
+        ParamsError: a layer cannot be adapted, or its weight is tied to another layer's.
+        HyperparameterError: rank or alpha is out of range.
 
-    Law: before the first update it computes what `module` does, and at any time what `merged` gives, up to rounding.
+    Law: before the first update the result equals `module`, and at any time it equals `merged`, up to rounding.
 
     >>> import lumen as lm, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -87,23 +87,23 @@ def adapt(
         raise HyperparameterError(
             f"adapt takes a rank of at least 1 and alpha > 0; got rank={rank!r}, alpha={alpha!r}."
         )
-    made = _sharing(module)
-    names = [name for name, _ in made.named_modules() if name]
-    chosen = {name: made.get_submodule(name) for name in _picked(targets, names, "layer")}
-    _check(made, chosen)
-    parameters = dict(made.named_parameters())
-    for name in _picked(also, list(parameters), "parameter"):
+    model = _copy_frozen(module)
+    names = [name for name, _ in model.named_modules() if name]
+    layers = {name: model.get_submodule(name) for name in _match(targets, names, "layer")}
+    _check(model, layers)
+    parameters = dict(model.named_parameters())
+    for name in _match(also, list(parameters), "parameter"):
         parameters[name].requires_grad_(True)
-    for layer in chosen.values():
+    for layer in layers.values():
         _adapt(layer, rank, alpha)
-    return made
+    return model
 
 
 def merged(state: Any) -> nn.Module:
-    """The model of `state` without adapters, their products added to the weights: a module of its first class.
+    """The model of `state` with its adapters merged into the weights: a module of the original class.
 
-    In evaluation mode, for reading, as `lm.bridges.module` gives it; weights that had no adapter share the state's
-    memory. A model without adapters is given as it is.
+    It is in evaluation mode and for reading, like that of `lm.bridges.module`; weights without an adapter share the
+    state's memory. A model without adapters is returned unchanged.
 
     >>> import lumen as lm, torch
     >>> net = lm.bridges.lora.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), targets="0", rank=2)
@@ -121,8 +121,8 @@ def merged(state: Any) -> nn.Module:
 def _merge(layer: Lora) -> None:
     weight = layer._parameters["weight"]
     assert weight is not None
-    whole = (weight + layer.delta().to(torch.promote_types(weight.dtype, layer.lora_a.dtype))).to(weight.dtype)
-    layer._parameters["weight"] = nn.Parameter(whole, requires_grad=False)
+    merged_weight = (weight + layer.delta().to(torch.promote_types(weight.dtype, layer.lora_a.dtype))).to(weight.dtype)
+    layer._parameters["weight"] = nn.Parameter(merged_weight, requires_grad=False)
     for name in _NAMES:
         del layer._parameters[name]
     del layer.scale
@@ -138,41 +138,41 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
     kind: Any = type(layer)
-    layer.__class__ = _kind(kind)
+    layer.__class__ = _lora_class(kind)
 
 
 @functools.cache
-def _kind(kind: Any) -> type[nn.Module]:
+def _lora_class(kind: Any) -> type[nn.Module]:
     return type(f"Lora{kind.__name__}", (Lora, kind), {"__doc__": f"An adapted {kind.__name__}."})
 
 
-def _sharing(module: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same memory, its parameters frozen."""
+def _copy_frozen(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares its memory, with frozen parameters."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     memo |= {id(b): b for b in module.buffers()}
     return copy.deepcopy(module, memo)
 
 
-def _picked(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) -> list[str]:
-    each = patterns if isinstance(patterns, list | tuple) else (patterns,)
-    rows = [matching(pattern, names, what) for pattern in each]
-    return [name for name, *found in zip(names, *rows, strict=True) if any(found)]
+def _match(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) -> list[str]:
+    all_patterns = patterns if isinstance(patterns, list | tuple) else (patterns,)
+    columns = [matching(pattern, names, what) for pattern in all_patterns]
+    return [name for name, *matches in zip(names, *columns, strict=True) if any(matches)]
 
 
-def _check(module: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    places = param_slots(module)
-    shared = {name for name, count in Counter(name for _, _, name in places).items() if count > 1}
+def _check(module: nn.Module, layers: dict[str, nn.Module]) -> None:
+    slots = param_slots(module)
+    shared = {name for name, count in Counter(name for _, _, name in slots).items() if count > 1}
     owners = {id(sub._parameters): prefix for prefix, sub in module.named_modules()}
-    tied = {owners[id(table)] for table, _, name in places if name in shared and id(table) in owners}
-    for name, layer in chosen.items():
+    tied = {owners[id(table)] for table, _, name in slots if name in shared and id(table) in owners}
+    for name, layer in layers.items():
         if isinstance(layer, Lora) or not (isinstance(layer, nn.Linear) or is_transposed(layer)):
             raise ParamsError(
-                f"{name!r} is a {type(layer).__name__}; layers that take adapters are nn.Linear and transformers'"
-                " Conv1D, each once. Narrow targets, or train it whole: adapt(..., also='"
+                f"{name!r} is a {type(layer).__name__}; adapters support nn.Linear and transformers' Conv1D,"
+                " once per layer. Narrow targets, or train the layer fully: adapt(..., also='"
                 f"{name}.*')"
             )
         if name in tied:
             raise ParamsError(
                 f"the weight of {name!r} is tied to another layer's, so an adapter could not be merged into it without"
-                " changing both. Leave it out of targets."
+                " changing both. Remove it from targets."
             )

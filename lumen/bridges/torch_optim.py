@@ -1,4 +1,4 @@
-"""What a LightningModule's `configure_optimizers` returns, as an optimizer of `lm.optim`."""
+"""Convert the result of a LightningModule's `configure_optimizers` to an optimizer of `lm.optim`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lumen.errors import HyperparameterError
 from lumen.optim import adagrad, adam, adamw, chain, freeze, from_torch, partition, reduce_on_plateau, rmsprop, sgd
 from lumen.optim._base import GradientTransformation
 
-_OURS: dict[type, tuple[Callable[..., GradientTransformation], frozenset[str]]] = {
+_LUMEN_OPTIMIZERS: dict[type, tuple[Callable[..., GradientTransformation], frozenset[str]]] = {
     torch.optim.SGD: (sgd, frozenset({"momentum", "dampening", "weight_decay", "nesterov"})),
     torch.optim.Adam: (adam, frozenset({"betas", "eps", "weight_decay", "amsgrad"})),
     torch.optim.AdamW: (adamw, frozenset({"betas", "eps", "weight_decay", "amsgrad"})),
     torch.optim.RMSprop: (rmsprop, frozenset({"alpha", "eps", "momentum", "centered", "weight_decay"})),
     torch.optim.Adagrad: (adagrad, frozenset({"eps", "lr_decay", "weight_decay"})),
 }
-_HOW = ("foreach", "fused", "capturable")  # options that say how torch computes, not what
+_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable")  # these do not affect the result
 
 
 class Configured(NamedTuple):
-    """An optimizer, and the metric that its `reduce_on_plateau` watches."""
+    """An optimizer, and the metric that its `reduce_on_plateau` monitors."""
 
     tx: GradientTransformation
     monitor: str | None
@@ -33,47 +33,47 @@ class Configured(NamedTuple):
 
 @dataclass(frozen=True)
 class Length:
-    """How long the run is: updates in all, and in an epoch. Schedules are tabulated over it."""
+    """The length of the run in epochs and batches per epoch. Schedules are tabulated over it."""
 
     epochs: int | None = None
     batches: int | None = None
 
     def updates(self, scheduler: Any) -> int:
-        """The number of updates, for a schedule."""
-        return self._known(self.epochs, scheduler) * self.batches_for(scheduler)
+        """The number of updates of the run, for a schedule."""
+        return self._require(self.epochs, scheduler) * self.batches_for(scheduler)
 
     def batches_for(self, scheduler: Any) -> int:
         """The number of updates in an epoch, for a schedule."""
-        return self._known(self.batches, scheduler)
+        return self._require(self.batches, scheduler)
 
-    def _known(self, number: int | None, scheduler: Any) -> int:
+    def _require(self, number: int | None, scheduler: Any) -> int:
         if number is None:
             raise HyperparameterError(
-                f"{type(scheduler).__name__} becomes a function of the step, for which the length of the run must be"
-                " known. Write: lm.bridges.lightning(module, epochs=10, batches=len(loader))"
+                f"{type(scheduler).__name__} becomes a function of the step, which needs the length of the run."
+                " Write: lm.bridges.lightning(module, epochs=10, batches=len(loader))"
             )
         return number
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A schedule by its values; each holds for `every` steps, and the last one from then on."""
+    """A schedule as a table of values; each applies for `every` steps, and the last one to all later steps."""
 
     values: Tensor
     every: int = 1
 
     def __call__(self, step: Tensor) -> Tensor:
         """The value at `step`."""
-        place = (step // self.every).clamp(max=len(self.values) - 1)
-        return self.values.to(step.device)[place]
+        index = (step // self.every).clamp(max=len(self.values) - 1)
+        return self.values.to(step.device)[index]
 
 
-def converted(module: nn.Module, found: Any, length: Length) -> Configured:
-    """`found`, which `module.configure_optimizers()` returned, as an optimizer of Lumen's.
+def convert_optimizer(module: nn.Module, result: Any, length: Length) -> Configured:
+    """Convert the `result` of `module.configure_optimizers()` to an optimizer of Lumen.
 
-    Raises `HyperparameterError` for several optimizers, and for a scheduler that changes anything but learning rates.
+    Raises `HyperparameterError` for several optimizers, and for a scheduler that changes more than learning rates.
     """
-    optimizer, scheduler = _parts(found)
+    optimizer, scheduler = _optimizer_and_config(result)
     names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     groups = optimizer.param_groups
     plateau, monitor = None, None
@@ -83,55 +83,55 @@ def converted(module: nn.Module, found: Any, length: Length) -> Configured:
             plateau, monitor = _plateau(scheduler, optimizer), scheduler["monitor"]
         else:
             rates = _tables(scheduler, optimizer, length)
-    parts = [_rule(optimizer, group, rate) for group, rate in zip(groups, rates, strict=True)]
+    group_rules = [_rule(optimizer, group, rate) for group, rate in zip(groups, rates, strict=True)]
     owners = {names[id(p)]: i for i, group in enumerate(groups) for p in group["params"] if id(p) in names}
-    tx = parts[0]
-    if len(parts) > 1 or owners.keys() != set(names.values()):
-        left = len(parts)  # what no group holds stays as it is
-        rules = dict(enumerate([*parts, freeze()]))
-        tx = partition(rules, label=lambda name, _leaf: owners.get(name, left))
+    tx = group_rules[0]
+    if len(group_rules) > 1 or owners.keys() != set(names.values()):
+        frozen = len(group_rules)  # the label of params outside all groups
+        rules = dict(enumerate([*group_rules, freeze()]))
+        tx = partition(rules, label=lambda name, _leaf: owners.get(name, frozen))
     return Configured(tx if plateau is None else chain(tx, plateau), monitor)
 
 
-def _parts(found: Any) -> tuple[torch.optim.Optimizer, dict[str, Any] | None]:
-    """The one optimizer, and its scheduler's configuration."""
-    if isinstance(found, Mapping):
-        return _single(found["optimizer"]), _config(found.get("lr_scheduler"), found.get("monitor"))
-    if isinstance(found, tuple) and len(found) == 2 and all(isinstance(each, list) for each in found):
-        optimizers, schedulers = found
+def _optimizer_and_config(result: Any) -> tuple[torch.optim.Optimizer, dict[str, Any] | None]:
+    """The optimizer, and the configuration of its scheduler."""
+    if isinstance(result, Mapping):
+        return _single(result["optimizer"]), _config(result.get("lr_scheduler"), result.get("monitor"))
+    if isinstance(result, tuple) and len(result) == 2 and all(isinstance(item, list) for item in result):
+        optimizers, schedulers = result
         _refuse_several(optimizers)
         _refuse_several(schedulers)
         return _single(optimizers[0]), _config(schedulers[0] if schedulers else None)
-    if isinstance(found, Sequence):
-        _refuse_several(found)
-        return _parts(found[0])
-    return _single(found), None
+    if isinstance(result, Sequence):
+        _refuse_several(result)
+        return _optimizer_and_config(result[0])
+    return _single(result), None
 
 
 def _single(optimizer: Any) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     raise HyperparameterError(
-        f"configure_optimizers returned {type(optimizer).__name__}, and a step needs an optimizer: a"
+        f"configure_optimizers returned {type(optimizer).__name__}, but a step needs a"
         ' torch.optim.Optimizer, or {"optimizer": ..., "lr_scheduler": ...}.'
-        " One of lm.optim is given as lm.bridges.lightning(module, tx=...)."
+        " Pass an optimizer of lm.optim as lm.bridges.lightning(module, tx=...)."
     )
 
 
-def _refuse_several(found: Sequence[Any]) -> None:
-    if len(found) > 1:
+def _refuse_several(items: Sequence[Any]) -> None:
+    if len(items) > 1:
         raise HyperparameterError(
-            f"configure_optimizers returned {len(found)} of {type(found[0]).__name__} and the like; automatic"
-            " optimization has one optimizer with one scheduler. Give each group of params its own options in one"
-            " optimizer, or write the step with a state for each."
+            f"configure_optimizers returned {len(items)} objects such as {type(items[0]).__name__}; automatic"
+            " optimization supports one optimizer with one scheduler. Give each group of params its own options in one"
+            " optimizer, or write a step with one state per optimizer."
         )
 
 
-def _config(found: Any, monitor: str | None = None) -> dict[str, Any] | None:
-    if found is None:
+def _config(scheduler: Any, monitor: str | None = None) -> dict[str, Any] | None:
+    if scheduler is None:
         return None
     config = {"interval": "epoch", "frequency": 1, "monitor": monitor}
-    config |= found if isinstance(found, Mapping) else {"scheduler": found}
+    config |= scheduler if isinstance(scheduler, Mapping) else {"scheduler": scheduler}
     if config["interval"] not in ("step", "epoch"):
         raise HyperparameterError(f"a scheduler's interval is 'step' or 'epoch', not {config['interval']!r}.")
     return config
@@ -140,28 +140,28 @@ def _config(found: Any, monitor: str | None = None) -> dict[str, Any] | None:
 def _rule(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], rate: Any) -> GradientTransformation:
     """The rule for one group of params."""
     options = _options(optimizer, group)
-    made, taken = _OURS.get(type(optimizer), (None, frozenset()))
-    others = {key: value for key, value in options.items() if key not in taken}
-    if made is None or any(others.values()):
+    make, supported = _LUMEN_OPTIMIZERS.get(type(optimizer), (None, frozenset()))
+    unsupported = {key: value for key, value in options.items() if key not in supported}
+    if make is None or any(unsupported.values()):
         return from_torch(type(optimizer), lr=rate, **options)
-    return made(rate, **{key: value for key, value in options.items() if key in taken})
+    return make(rate, **{key: value for key, value in options.items() if key in supported})
 
 
 def _tables(config: Mapping[str, Any], optimizer: torch.optim.Optimizer, length: Length) -> list[Table]:
-    """The learning rates of each group, as the scheduler gives them over the run."""
+    """Tabulate the learning rates of each group over the run."""
     scheduler, frequency = config["scheduler"], int(config["frequency"])
     batches = length.batches_for(scheduler) if config["interval"] == "epoch" or frequency > 1 else 1
     if config["interval"] == "epoch":
         steps, every = -(-length.updates(scheduler) // (batches * frequency)), batches * frequency
     else:
         steps, every = length.updates(scheduler), 1
-    before = [_options(optimizer, group) for group in optimizer.param_groups]
+    initial = [_options(optimizer, group) for group in optimizer.param_groups]
     rows = []
     for step in range(steps):
         rows.append([float(group["lr"]) for group in optimizer.param_groups])
         if step + 1 < steps and (every > 1 or (step % batches + 1) % frequency == 0):
             _advance(scheduler)
-            _check_same(scheduler, before, [_options(optimizer, group) for group in optimizer.param_groups])
+            _check_same(scheduler, initial, [_options(optimizer, group) for group in optimizer.param_groups])
     return [Table(torch.tensor(column, dtype=torch.float64), every) for column in zip(*rows, strict=True)]
 
 
@@ -170,8 +170,8 @@ def _check_same(scheduler: Any, before: Sequence[Mapping[str, Any]], after: Sequ
     if changed:
         raise HyperparameterError(
             f"{type(scheduler).__name__} changes more than learning rates ({', '.join(sorted(changed))}), which"
-            " cannot be tabulated. Turn that off, as OneCycleLR(cycle_momentum=False) does, or give tx= with a schedule"
-            " of lm.optim's."
+            " cannot be tabulated. Disable that, as with OneCycleLR(cycle_momentum=False), or pass tx= with a schedule"
+            " of lm.optim."
         )
 
 
@@ -183,25 +183,30 @@ def _advance(scheduler: Any) -> None:
 
 
 def _options(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer computes with, beside the learning rate; schedulers keep things of their own in groups too."""
-    # Torch's AdamW is its Adam with one more option, which it always sets and does not take.
-    apart = ("lr", *_HOW, *["decoupled_weight_decay"] * isinstance(optimizer, torch.optim.AdamW))
-    return {key: group[key] for key in optimizer.defaults if key not in apart}
+    """The options that affect the result, except the learning rate; groups also contain data of schedulers."""
+    # Torch's AdamW is its Adam with one more option, which it always sets but does not accept.
+    excluded = ("lr", *_IMPLEMENTATION_OPTIONS, *["decoupled_weight_decay"] * isinstance(optimizer, torch.optim.AdamW))
+    return {key: group[key] for key in optimizer.defaults if key not in excluded}
 
 
 def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> GradientTransformation:
     """ReduceLROnPlateau's rule, in units of the learning rate."""
     scheduler = config["scheduler"]
     if config["interval"] != "epoch" or config["frequency"] != 1:
-        raise HyperparameterError("ReduceLROnPlateau is told its metric after each validation: interval='epoch'.")
+        raise HyperparameterError(
+            "ReduceLROnPlateau gets its metric after each validation: set interval='epoch' and frequency=1."
+        )
     if config["monitor"] is None:
         raise HyperparameterError(
-            'ReduceLROnPlateau needs to know which metric it watches: {"scheduler": ..., "monitor": "val_loss"}'
+            'ReduceLROnPlateau needs the name of its metric: {"scheduler": ..., "monitor": "val_loss"}'
         )
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     floors = {float(low) for low in scheduler.min_lrs}
     if len(rates) > 1 and (floors != {0.0}):
-        raise HyperparameterError("ReduceLROnPlateau(min_lr=...) with several learning rates has no one least scale.")
+        raise HyperparameterError(
+            "ReduceLROnPlateau(min_lr=...) with several learning rates has no common minimum scale: use one learning"
+            " rate, or min_lr=0."
+        )
     rate = min(rates)
     return reduce_on_plateau(
         factor=scheduler.factor,

@@ -100,7 +100,7 @@ def test_each_weight_is_within_the_bound_that_is_promised(
 def test_a_weight_without_a_scale_is_named() -> None:
     net = nn.Linear(4, 3)
     net.weight.data[1, 2] = torch.inf
-    with pytest.raises(lm.errors.ParamsError, match="'weight' has entries that are NaN or infinite"):
+    with pytest.raises(lm.errors.ParamsError, match="'weight' has NaN or infinite entries"):
         lm.quantize(fresh(net))
 
 
@@ -278,12 +278,12 @@ def test_aware_training_sees_the_model_that_quantize_makes(scale: float) -> None
         ("fp8", "cuda", (8, 0), r"capability 8\.9 or above, and the params are on a GPU of compute capability 8\.0"),
         ("fp8", "cuda", (8, 9), None),
         ("fp8", "cuda", (12, 0), None),
-        ("fp8", "mps", None, r"on mps\. Write lm\.quantized\('int8'\)"),
+        ("fp8", "mps", None, r"on mps\. Write lm\.quantized_matmul\('int8'\)"),
         (
             "int8",
             "mps",
             None,
-            r"on CUDA devices, and the params are on mps\. Write lm\.quantized\('qat'\)",
+            r"on CUDA devices, and the params are on mps\. Write lm\.quantized_matmul\('qat'\)",
         ),
         pytest.param("int8", "cuda", (9, 0), "needs Triton", marks=CPU_ALONE),
         ("qat", "mps", None, None),

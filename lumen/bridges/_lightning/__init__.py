@@ -1,1 +1,1 @@
-"""A LightningModule as a pure step."""
+"""Convert a LightningModule to a pure step."""

@@ -1,4 +1,4 @@
-"""What a LightningModule may ask of its Trainer, and what takes its place here."""
+"""Hooks that only a Lightning Trainer calls, and their replacements in Lumen."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from lumen.errors import StepError
 
-_COMPUTES = "it changes what a step computes; write the step by hand, or the same as a transform"
+_COMPUTES = "it changes what a step computes; write the step by hand, or implement it as a transform"
 _CLIP = "pass lm.clip(1.0) to the Runner"
 _BATCH = "change the batch in training_step, or in the Loader's collate"
 _WATCH = "write an lm.Callback"
 _METRIC = "log a metric object itself, self.log('acc', self.acc): it is merged over the epoch"
-_MODE = "the mode is the state's: state.eval(), state.train()"
-_SAVED = "checkpoints hold the whole state; lm.Checkpointer saves it"
+_MODE = "the mode belongs to the state: state.eval(), state.train()"
+_SAVED = "checkpoints contain the full state; lm.Checkpointer saves it"
 
-# Each hook that could be overridden, with what to write instead.
-INSTEAD: dict[str, str] = {
+# Each hook that a module may override, with its replacement.
+REPLACEMENTS: dict[str, str] = {
     "backward": _COMPUTES,
     "optimizer_step": _COMPUTES,
     "optimizer_zero_grad": _COMPUTES,
-    "lr_scheduler_step": "give the scheduler from configure_optimizers alone",
+    "lr_scheduler_step": "return the scheduler from configure_optimizers only",
     "configure_gradient_clipping": _CLIP,
     "on_before_zero_grad": _COMPUTES,
     "on_before_backward": _COMPUTES,
@@ -36,15 +36,15 @@ INSTEAD: dict[str, str] = {
 }
 _PHASES = ("train", "validation", "test", "predict")
 for _phase in _PHASES:
-    INSTEAD[f"on_{_phase}_epoch_end"] = _METRIC
-    _watched = ("start", "end", "epoch_start", "batch_start", "batch_end")
-    INSTEAD |= {f"on_{_phase}_{when}": _WATCH for when in _watched}
-    INSTEAD |= {f"on_{_phase}_model_{mode}": _MODE for mode in ("eval", "train")}
-INSTEAD |= {"on_fit_start": _WATCH, "on_fit_end": _WATCH}
+    REPLACEMENTS[f"on_{_phase}_epoch_end"] = _METRIC
+    _EVENTS = ("start", "end", "epoch_start", "batch_start", "batch_end")
+    REPLACEMENTS |= {f"on_{_phase}_{event}": _WATCH for event in _EVENTS}
+    REPLACEMENTS |= {f"on_{_phase}_model_{mode}": _MODE for mode in ("eval", "train")}
+REPLACEMENTS |= {"on_fit_start": _WATCH, "on_fit_end": _WATCH}
 
 
 def lightning_class(module: Any) -> type:
-    """The class LightningModule that `module` descends from; raises `StepError` where it does not."""
+    """The LightningModule base class of `module`; raises `StepError` if it has none."""
     for kind in type(module).__mro__:
         package = kind.__module__.split(".")[0]
         if kind.__name__ == "LightningModule" and package in ("lightning", "pytorch_lightning"):
@@ -56,25 +56,25 @@ def lightning_class(module: Any) -> type:
 
 
 def overrides(module: Any, base: type, name: str) -> bool:
-    """Whether the module has a method of its own where `base` has one that does nothing, or none."""
+    """Whether the module overrides the method `name` of `base`, or adds it."""
     return getattr(type(module), name, None) is not getattr(base, name, None)
 
 
 def check_hooks(module: Any, base: type, ignore: Collection[str]) -> None:
-    """Raise `StepError` for what nobody would call, but for those to `ignore`."""
+    """Raise `StepError` for overridden hooks that are never called, except those in `ignore`."""
     if not module.automatic_optimization:
         raise StepError(
             f"{type(module).__name__} has automatic_optimization=False: its training_step calls optimizers itself,"
-            " which a pure step cannot do. Write the step: two lm.value_and_grad calls and two states do what two"
-            " optimizers do; see 'Coming from Lightning' in the docs."
+            " which a pure step cannot do. Write the step: two lm.value_and_grad calls and two states replace two"
+            " optimizers; see 'Coming from Lightning' in the docs."
         )
-    unknown = sorted(set(ignore) - INSTEAD.keys())
+    unknown = sorted(set(ignore) - REPLACEMENTS.keys())
     if unknown:
-        raise StepError(f"ignore={unknown!r} names no hook of a LightningModule that is not called.")
-    found = [name for name in INSTEAD if name not in ignore and overrides(module, base, name)]
-    if found:
-        lines = "\n".join(f"  {name}: {INSTEAD[name]}" for name in found)
+        raise StepError(f"ignore={unknown!r} names no hook of a Trainer that Lumen does not call.")
+    overridden = [name for name in REPLACEMENTS if name not in ignore and overrides(module, base, name)]
+    if overridden:
+        lines = "\n".join(f"  {name}: {REPLACEMENTS[name]}" for name in overridden)
         raise StepError(
-            f"{type(module).__name__} overrides what only a Trainer calls:\n{lines}\n"
-            f"What can be left out goes into ignore: lm.bridges.lightning(module, ignore={found!r})"
+            f"{type(module).__name__} overrides hooks that only a Trainer calls:\n{lines}\n"
+            f"To skip hooks, list them in ignore: lm.bridges.lightning(module, ignore={overridden!r})"
         )

@@ -1,4 +1,4 @@
-"""`self.log` without a Trainer: what a module logs in one call, as typed values that merge."""
+"""`self.log` without a Trainer: record the values of one call as metrics that merge."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _JOINS: dict[str, Callable[[Tensor], LumenMetric]] = {"sum": Sum.of, "max": Max.
 
 
 class Record:
-    """What one call of a module's step has logged."""
+    """The values logged in one call of a module's step."""
 
     def __init__(self, batch: Any, index: Any) -> None:
         self.batch = batch
         self.index = index
         self.values: dict[str, LumenMetric] = {}
-        self.seen: dict[str, MetricValue] = {}  # what each metric of the module was updated with
+        self.metrics: dict[str, MetricValue] = {}  # the updates of each metric of the module
 
     def log(self, name: str, value: Any, reduce_fx: str | Callable[..., Any], batch_size: int | None) -> None:
-        """Keep `value` under `name`."""
+        """Record `value` under `name`."""
         if isinstance(value, Recorded):
-            self.values[name] = value.seen(name)
+            self.values[name] = value.value_in_call(name)
         elif isinstance(value, Mapping):
             raise MetricError(f"self.log({name!r}, ...) got a dict; write self.log_dict(...)")
         else:
             number = torch.as_tensor(value).detach()
             if number.numel() != 1:
                 raise MetricError(
-                    f"self.log({name!r}, ...) takes a number or a tensor with one element, not one of shape"
+                    f"self.log({name!r}, ...) takes a number or a tensor with one element, got shape"
                     f" {tuple(number.shape)}. Write value.mean()."
                 )
-            self.values[name] = self._typed(name, number.reshape(()), reduce_fx, batch_size)
+            self.values[name] = self._to_metric(name, number.reshape(()), reduce_fx, batch_size)
 
-    def _typed(self, name: str, number: Tensor, reduce_fx: Any, batch_size: int | None) -> LumenMetric:
+    def _to_metric(self, name: str, number: Tensor, reduce_fx: Any, batch_size: int | None) -> LumenMetric:
         kind = reduce_fx if isinstance(reduce_fx, str) else _REDUCTIONS.get(reduce_fx, reduce_fx)
         if kind == "mean":
             size = self._rows() if batch_size is None else batch_size
@@ -54,7 +54,7 @@ class Record:
         if kind in _JOINS:
             return _JOINS[kind](number)
         raise MetricError(
-            f"self.log({name!r}, reduce_fx={reduce_fx!r}) cannot be merged over batches and processes; give 'mean',"
+            f"self.log({name!r}, reduce_fx={reduce_fx!r}) cannot be merged over batches and processes; use 'mean',"
             " 'sum', 'max' or 'min', or log a torchmetrics metric."
         )
 
@@ -70,7 +70,7 @@ _CURRENT: contextvars.ContextVar[Record | None] = contextvars.ContextVar("lightn
 
 @contextmanager
 def recording(batch: Any, index: Any) -> Iterator[Record]:
-    """Collect what is logged inside."""
+    """Record the values logged inside the context."""
     record = Record(batch, index)
     token = _CURRENT.set(record)
     try:
@@ -79,16 +79,16 @@ def recording(batch: Any, index: Any) -> Iterator[Record]:
         _CURRENT.reset(token)
 
 
-def current(what: str) -> Record:
+def current(caller: str) -> Record:
     """The record of the call in progress."""
     record = _CURRENT.get()
     if record is None:
-        raise MetricError(f"{what} works within training_step, validation_step and test_step; nothing else is logged.")
+        raise MetricError(f"{caller} works only within training_step, validation_step and test_step.")
     return record
 
 
 class Recorded(nn.Module):
-    """In place of a torchmetrics metric of the module: what it is given in a call goes into the record."""
+    """Replaces a torchmetrics metric of the module: its updates in a call go into the record."""
 
     def __init__(self, name: str, metric: TorchMetric) -> None:
         super().__init__()
@@ -96,40 +96,42 @@ class Recorded(nn.Module):
         self.metric = metric
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Take in a batch."""
-        seen = current(f"{self.name}.update").seen
+        """Update the metric with a batch."""
+        metrics = current(f"{self.name}.update").metrics
         value = self.metric.of(*args, **kwargs)
-        seen[self.name] = seen[self.name].merge(value) if self.name in seen else value
+        metrics[self.name] = metrics[self.name].merge(value) if self.name in metrics else value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Take in a batch, and give its own value."""
+        """Update the metric with a batch, and return the value of that batch."""
         self.update(*args, **kwargs)
         return self.metric.of(*args, **kwargs).compute()
 
-    def seen(self, logged: str) -> MetricValue:
-        """What this call has given to the metric."""
-        seen = current("self.log").seen
-        if self.name not in seen:
+    def value_in_call(self, logged_name: str) -> MetricValue:
+        """The metric's updates in this call."""
+        metrics = current("self.log").metrics
+        if self.name not in metrics:
             raise MetricError(
-                f"self.log({logged!r}, self.{self.name}) comes before the metric has seen this batch. Write before it:"
-                f" self.{self.name}.update(preds, target)"
+                f"self.log({logged_name!r}, self.{self.name}) comes before the metric's update with this batch."
+                f" Write first: self.{self.name}.update(preds, target)"
             )
-        return seen[self.name]
+        return metrics[self.name]
 
     def compute(self) -> Any:
-        """Refused: there is no epoch inside a step."""
+        """Raise `MetricError`: there is no epoch inside a step."""
         raise MetricError(
-            f"self.{self.name}.compute() asks for more than this batch, which a pure step does not hold. Log the metric"
-            f" itself, and its value is merged: self.log({self.name!r}, self.{self.name})"
+            f"self.{self.name}.compute() needs more than this batch, which a pure step does not have. Log the metric"
+            f" itself, so that its value is merged: self.log({self.name!r}, self.{self.name})"
         )
 
     def reset(self) -> None:
-        """Refused: there is nothing to reset."""
-        raise MetricError(f"self.{self.name}.reset() has nothing to reset: nothing outlives a step. Leave it out.")
+        """Raise `MetricError`: there is nothing to reset."""
+        raise MetricError(
+            f"self.{self.name}.reset() has nothing to reset: metrics do not persist across steps. Remove it."
+        )
 
 
 def record_metrics(module: nn.Module) -> None:
-    """Put a `Recorded` in the place of each torchmetrics metric of `module`."""
+    """Replace each torchmetrics metric of `module` with a `Recorded`."""
     from torchmetrics import Metric, MetricCollection
 
     metrics = (Metric, MetricCollection)
@@ -139,7 +141,7 @@ def record_metrics(module: nn.Module) -> None:
                 name = f"{prefix}.{key}" if prefix else key
                 if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
                     raise MetricError(
-                        f"the metric {name!r} holds a model of its own, which would be trained and saved with this one."
-                        " Keep it outside of the module, with lm.metrics.from_torchmetrics, and measure in a Validate."
+                        f"the metric {name!r} contains a model, which would be trained and saved with this module."
+                        " Keep it outside the module, with lm.metrics.from_torchmetrics, and measure in a Validate."
                     )
                 parent._modules[key] = Recorded(name, TorchMetric(child))

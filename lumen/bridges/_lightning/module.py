@@ -1,4 +1,4 @@
-"""`lm.bridges.lightning`: a LightningModule as a pure step, a state, and steps for validation."""
+"""`lm.bridges.lightning`: convert a LightningModule to a pure step, a state, and validation steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lumen.bridges._lightning.hooks import check_hooks, lightning_class, overrides
 from lumen.bridges._lightning.log import current, record_metrics, recording
-from lumen.bridges.torch_optim import Length, converted
+from lumen.bridges.torch_optim import Length, convert_optimizer
 from lumen.core.buffers import Merges
 from lumen.core.gradient import value_and_grad
 from lumen.core.metrics import Metric
@@ -26,11 +26,11 @@ EvalStep = Callable[[Any, Any], dict[str, Any]]
 
 
 class Bridged(NamedTuple):
-    """What a LightningModule becomes.
+    """The result of `lightning`.
 
-    `step` trains; `validation_step` and `test_step` give metrics, for `lm.Validate` and `lm.evaluate`, and are None
-    where the module has none; `predict_step` gives outputs, for `Runner.predict`. `plateau` is the metric that a
-    `ReduceLROnPlateau` watches, for `lm.Runner(plateau=...)`, under the name that a validation called "val" gives it.
+    `step` trains; `validation_step` and `test_step` return metrics, for `lm.Validate` and `lm.evaluate`, and are None
+    if the module has none; `predict_step` returns outputs, for `Runner.predict`. `plateau` is the metric that a
+    `ReduceLROnPlateau` monitors, for `lm.Runner(plateau=...)`, under its name in a validation called "val".
     """
 
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
@@ -51,34 +51,34 @@ def lightning(
     ignore: Collection[str] = (),
     merge: Merges | None = None,
 ) -> Bridged:
-    """A LightningModule with automatic optimization as a pure step and its state, the module's code unchanged.
+    """Convert a LightningModule with automatic optimization to a pure step and its state, without changing its code.
 
     `training_step` becomes the loss function, `configure_optimizers` the optimizer, and `self.log` the metrics: means
-    by rows, or what `reduce_fx` says, and torchmetrics metrics that are logged as objects. What it runs under comes
-    from transforms and the Runner: `lm.precision` for `precision=`, `lm.clip` for `gradient_clip_val=`, and so on.
+    weighted by rows, the reduction of `reduce_fx`, or torchmetrics metrics that are logged as objects. Transforms and
+    the Runner replace Trainer options: `lm.precision` for `precision=`, `lm.clip` for `gradient_clip_val=`, and so on.
 
-    Law: under the same batches, params are those that `lightning.Trainer` gives, up to the order of floating sums.
-    Declared differences: all values that are logged for one name merge into one, without `_step` and `_epoch`; the
-    `batch_idx` of a training step is the step of the whole run, a tensor, and the metric's `forward` of a batch alone.
+    Law: with the same batches, the params equal those of `lightning.Trainer`, up to the order of floating-point sums.
+    Declared differences: all values logged under one name merge into one, without `_step` and `_epoch`; the
+    `batch_idx` of a training step is the step of the run, a tensor, and a metric's `forward` covers one batch only.
     Torch's own SGD, Adam, AdamW, RMSprop and Adagrad become those of `lm.optim`, others `lm.optim.from_torch`;
     a scheduler becomes a table of learning rates.
 
     The state's params are the module's own tensors. `module.load_state_dict({**state.params, **state.buffers})`
-    brings the trained ones back (with strict=False where params are tied).
+    copies the trained params back (with strict=False if params are tied).
 
     Args:
         module: a LightningModule of `lightning` or `pytorch_lightning`.
-        tx: an optimizer of `lm.optim`, in place of `configure_optimizers`.
-        epochs: how many epochs the run takes; needed where there is a scheduler.
-        batches: how many batches (updates) there are in an epoch; needed where there is a scheduler.
-        seed: of the state.
-        ignore: hooks of a Trainer's which the module overrides and which need not be called.
-        merge: how parts of a batch agree on the module's buffers, as in `lm.pure(module, merge=...)`.
+        tx: an optimizer of `lm.optim`, instead of `configure_optimizers`.
+        epochs: the number of epochs of the run; required with a scheduler.
+        batches: the number of batches (updates) per epoch; required with a scheduler.
+        seed: the seed of the state.
+        ignore: Trainer hooks that the module overrides but that need not be called.
+        merge: how microbatches and ranks merge the module's buffers, as in `lm.pure(module, merge=...)`.
 
     Raises:
-        StepError: manual optimization, or hooks that nobody would call; the message says what to write instead.
+        StepError: manual optimization, or overridden hooks that are never called; the message names replacements.
         HyperparameterError: several optimizers, or a scheduler that changes more than learning rates.
-        MetricError: at the first step, for what cannot be merged.
+        MetricError: at the first step, if a logged value cannot be merged.
 
     >>> import lumen as lm, torch
     >>> from lightning import LightningModule
@@ -101,16 +101,16 @@ def lightning(
     """
     base = lightning_class(module)
     check_hooks(module, base, ignore)
-    module = _private(module)
+    module = _copy_without_trainer(module)
     length = Length(epochs, batches)
     if not overrides(module, base, "training_step"):
         raise StepError(f"{type(module).__name__} has no training_step.")
     if overrides(module, base, "configure_model"):
         module.configure_model()
-    module.__class__ = _alone(type(module), base, length)
+    module.__class__ = _class_without_trainer(type(module), base, length)
     monitor = None
     if tx is None:
-        tx, monitor = converted(module, module.configure_optimizers(), length)
+        tx, monitor = convert_optimizer(module, module.configure_optimizers(), length)
     apply, params, buffers = pure(module, merge=merge)
     state = TrainState.create(Pure(apply.variant("lightning", record_metrics), params, buffers), tx, seed)
     return Bridged(
@@ -124,7 +124,7 @@ def lightning(
 
 
 def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-    """One update of a state that `lm.bridges.lightning` made."""
+    """One update of a state created by `lm.bridges.lightning`."""
     train = state.apply_fn.calling(_training)
 
     def loss_fn(params: Any, batch: Any, index: Tensor) -> Any:
@@ -136,7 +136,7 @@ def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def predict_step(state: Any, batch: Any) -> Any:
-    """What the module's `predict_step` gives for `batch`."""
+    """The result of the module's `predict_step` for `batch`."""
     out, _ = state.apply_fn.calling(_predicting)(state.params, state.buffers, batch, state.step)
     return out
 
@@ -144,7 +144,7 @@ def predict_step(state: Any, batch: Any) -> Any:
 def _evaluation(name: str) -> EvalStep:
     def evaluating(module: Any, batch: Any, index: Tensor) -> dict[str, Metric]:
         with recording(batch, index) as record:
-            _called(getattr(module, name), batch, index)
+            _call(getattr(module, name), batch, index)
         return record.values
 
     def run(state: Any, batch: Any) -> dict[str, Any]:
@@ -158,23 +158,23 @@ def _evaluation(name: str) -> EvalStep:
 
 def _training(module: Any, batch: Any, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
     with recording(batch, index) as record:
-        out = _called(module.training_step, batch, index)
+        out = _call(module.training_step, batch, index)
     loss = out.get("loss") if isinstance(out, dict) else out
     if not isinstance(loss, Tensor):
         raise LossError(
-            f"training_step returned {type(out).__name__} where a loss is needed: a tensor, or a dict with one under"
-            " 'loss'. To leave out a batch, return a loss of zero: 0 * loss."
+            f"training_step returned {type(out).__name__}, but must return a loss: a tensor, or a dict with one under"
+            " 'loss'. To skip a batch, return a loss of zero: 0 * loss."
         )
     return loss, record.values
 
 
 def _predicting(module: Any, batch: Any, index: Tensor) -> Any:
     with recording(batch, index):
-        return _called(module.predict_step, batch, index)
+        return _call(module.predict_step, batch, index)
 
 
-def _called(method: Callable[..., Any], batch: Any, index: Tensor) -> Any:
-    """The method on a batch, with its index where it takes one; a dataloader's index is its default, or zero."""
+def _call(method: Callable[..., Any], batch: Any, index: Tensor) -> Any:
+    """Call the method on a batch, with its index if it takes one; a dataloader index is its default, or zero."""
     code: Any = method.__code__
     names = code.co_varnames[1 : code.co_argcount]
     if len(names) < 2 and not code.co_flags & 0x04:  # *args
@@ -184,8 +184,8 @@ def _called(method: Callable[..., Any], batch: Any, index: Tensor) -> Any:
     return method(batch, index)
 
 
-def _private(module: Any) -> Any:
-    """A copy with the same tensors, and without a Trainer."""
+def _copy_without_trainer(module: Any) -> Any:
+    """A copy that shares the tensors and has no Trainer."""
     memo: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     trainer = module.__dict__.get("_trainer")
     if trainer is not None:
@@ -193,12 +193,12 @@ def _private(module: Any) -> Any:
     return copy.deepcopy(module, memo)
 
 
-def _alone(kind: type[nn.Module], base: type, length: Length) -> type[nn.Module]:
-    """The module's class for life without a Trainer: what it would ask of one is answered here, or refused."""
+def _class_without_trainer(kind: type[nn.Module], base: type, length: Length) -> type[nn.Module]:
+    """A subclass of the module's class that implements the Trainer's methods and attributes, or refuses them."""
 
-    def refused(name: str, instead: str) -> property:
+    def refuse(name: str, fix: str) -> property:
         def get(self: Any) -> Any:
-            raise PurityError(f"self.{name} belongs to a Trainer, which a pure step does not have. {instead}")
+            raise PurityError(f"self.{name} belongs to a Trainer, which a pure step does not have. {fix}")
 
         return property(get)
 
@@ -227,31 +227,31 @@ def _alone(kind: type[nn.Module], base: type, length: Length) -> type[nn.Module]
         def trainer(self) -> Any:
             return _Trainer(length)
 
-        logger = refused("logger", "Return what is to be logged with self.log, or write an lm.Callback.")
+        logger = refuse("logger", "Log values with self.log, or write an lm.Callback.")
         loggers = logger
-        current_epoch = refused("current_epoch", "Compute from self.global_step, a tensor.")
-        optimizers = refused("optimizers()", "A step of its own does what manual optimization does.")
-        lr_schedulers = refused("lr_schedulers()", "Return the scheduler from configure_optimizers.")
-        manual_backward = refused("manual_backward()", "Return the loss.")
-        toggle_optimizer = refused("toggle_optimizer()", "Return the loss.")
-        all_gather = refused("all_gather()", "Log values: they are merged over processes.")
+        current_epoch = refuse("current_epoch", "Compute from self.global_step, a tensor.")
+        optimizers = refuse("optimizers()", "Write a step for manual optimization.")
+        lr_schedulers = refuse("lr_schedulers()", "Return the scheduler from configure_optimizers.")
+        manual_backward = refuse("manual_backward()", "Return the loss.")
+        toggle_optimizer = refuse("toggle_optimizer()", "Return the loss.")
+        all_gather = refuse("all_gather()", "Log the values: they are merged over processes.")
 
     Alone.__name__, Alone.__qualname__, Alone.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Alone
 
 
 class _Trainer(SimpleNamespace):
-    """What a schedule may ask of a Trainer: how long the run is."""
+    """The Trainer attributes that a schedule may read: the length of the run."""
 
     def __init__(self, length: Length) -> None:
-        known: dict[str, Any] = {"max_epochs": length.epochs, "num_training_batches": length.batches}
-        known["accumulate_grad_batches"] = 1
+        attributes: dict[str, Any] = {"max_epochs": length.epochs, "num_training_batches": length.batches}
+        attributes["accumulate_grad_batches"] = 1
         if length.epochs is not None and length.batches is not None:
-            known["estimated_stepping_batches"] = known["max_steps"] = length.epochs * length.batches
-        super().__init__(**{name: value for name, value in known.items() if value is not None})
+            attributes["estimated_stepping_batches"] = attributes["max_steps"] = length.epochs * length.batches
+        super().__init__(**{name: value for name, value in attributes.items() if value is not None})
 
     def __getattr__(self, name: str) -> Any:
         raise PurityError(
-            f"self.trainer.{name} is not known here. lm.bridges.lightning(module, epochs=10, batches=len(loader)) tells"
-            " max_epochs, num_training_batches, max_steps and estimated_stepping_batches; nothing else is there."
+            f"self.trainer.{name} is not known here. lm.bridges.lightning(module, epochs=10, batches=len(loader)) sets"
+            " max_epochs, num_training_batches, max_steps and estimated_stepping_batches; no other attributes exist."
         )
