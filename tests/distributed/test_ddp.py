@@ -151,6 +151,27 @@ def test_gathered_negatives_are_those_of_the_global_batch(world2):
         assert "equally many rows of every process" in said
 
 
+def scalars_of_microbatches():
+    """A plain scalar beside the loss, where the first microbatches of the ranks have other shares of their rows."""
+    rows = torch.arange(9, dtype=torch.float64).square().view(9, 1)
+
+    def averaging(state, batch):
+        def loss_fn(params, batch):
+            return state.apply(params, batch)[0].square().mean(), {"mean": batch.mean()}
+
+        (_, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return state.apply_gradients(grads), aux
+
+    state = lm.TrainState.create(torch.nn.Linear(1, 1).double(), lm.optim.sgd(0.0))
+    wrapped = lm.compose(ddp(), lm.accumulate(2))(averaging)
+    _, metrics = wrapped(wrapped.init(state), rows.split([5, 4])[world.rank()])
+    return float(metrics["mean"] - rows.mean())
+
+
+def test_plain_scalars_are_averaged_by_rows_over_microbatches_and_ranks(world2):
+    assert world2.run(scalars_of_microbatches) == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
 def test_buffers_are_merged_as_over_microbatches(world2):
     cases = [
         ("conv", around, sizes)
