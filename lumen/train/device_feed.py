@@ -23,9 +23,9 @@ from lumen.train.distributed import ProcessGroupContext
 _END = object()
 
 
-def opened(data: Any, state: Any, everyone: ProcessGroupContext) -> DeviceIterator:
+def opened(data: Any, state: Any, group: ProcessGroupContext) -> DeviceIterator:
     """The batches of `data` for this process; raises `BatchError` on all where it cannot be the data of one."""
-    refused = everyone.any_rank_value(refusal(data))
+    refused = group.any_rank_value(refusal(data))
     if refused:
         raise BatchError(refused)
     return DeviceIterator(feed(data), state)

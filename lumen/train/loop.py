@@ -42,9 +42,12 @@ from lumen.train.clock import NEVER, Clock, Timer, Until
 from lumen.train.device_feed import opened
 from lumen.train.distributed import ProcessGroupContext
 from lumen.train.history import History
+from lumen.train.metric_merge import MetricMerger
 from lumen.train.monitored_metrics import Monitors, names_of
 from lumen.train.plateau import update_plateau
 from lumen.train.progress import Silent, make_progress
+from lumen.train.rank_rng import restore_rng
+from lumen.train.rank_state import gather_rank_state, own_rank_state
 from lumen.train.run_log import RunLogger
 from lumen.train.signals import Interrupted, Signals, interactive
 from lumen.train.sink_group import SinkGroup
@@ -108,6 +111,7 @@ class Fit:
         self._description = runner.description()  # once: it asks git
         self._limit = limit
         self._everyone = ProcessGroupContext(state)
+        self._merger = MetricMerger(self._everyone)
         self._feed = opened(data, state, self._everyone)
         # Opened here, as what cannot be measured on is to be told before the first step.
         self._held_out = [
@@ -116,21 +120,21 @@ class Fit:
         ]
         self._resumed: int | None = None  # the step of the checkpoint, while no batch has come
         # What is done once, whatever the number of processes.
-        self._sinks = SinkGroup(runner.sinks if self._everyone.first else ())
+        self._sinks = SinkGroup(runner.sinks if self._everyone.is_main else ())
         # A state that is the same everywhere is written by the first; of one that is spread, each writes its parts.
         self._shards_params = any(
             t.opaque_state or (t.shards and self._everyone.size > 1) for t in runner.step.transforms
         )
         spread = self._shards_params or is_spread(state)
-        saves = runner.checkpoint is not None and (spread or self._everyone.first)
+        saves = runner.checkpoint is not None and (spread or self._everyone.is_main)
         self._store = runner.checkpoint.store if runner.checkpoint is not None and saves else None
         self._together = runner.step if spread else None
-        self._progress = make_progress(runner.progress if self._everyone.first else False)
+        self._progress = make_progress(runner.progress if self._everyone.is_main else False)
         better = (
             {} if runner.checkpoint is None or runner.checkpoint.metric is None else dict([runner.checkpoint.metric])
         )
         self._journal = RunLogger(
-            self._sinks, self._progress, self.clock, runner.peak(state), self._everyone, History(better)
+            self._sinks, self._progress, self.clock, runner.peak(state), self._merger, History(better)
         )
         self._monitors = Monitors(runner, names_of(validations))
         self._signals = Signals(self._everyone.rank)
@@ -170,9 +174,9 @@ class Fit:
                     self._train()
                     if self._store is not None:
                         self._store.wait()
-                    self._everyone.wait()
+                    self._everyone.barrier()
             except BaseException as error:
-                first = self._everyone.failed(error, self._where())
+                first = self._everyone.report_failure(error, self._where())
                 try:
                     try:
                         self._failed(first)
@@ -186,7 +190,7 @@ class Fit:
             self._close()
         result = self._result()
         if self.reason == self._signal and not (self.reason == "SIGINT" and interactive()):
-            if self.runner.checkpoint is not None and self._everyone.first:
+            if self.runner.checkpoint is not None and self._everyone.is_main:
                 self.runner.checkpoint.mark_interrupted(self.reason, self.clock.step)
             raise Interrupted(result)
         return result
@@ -227,7 +231,7 @@ class Fit:
         self._log()
         self._show_params(last=True)
         self._save(again)
-        if self._everyone.first:
+        if self._everyone.is_main:
             for message in self._monitors.never_published(self._journal.newest):
                 warnings.warn(message, InexactWarning, stacklevel=2)
         callbacks.call("on_end", self._view(self._journal.newest))
@@ -238,9 +242,9 @@ class Fit:
             return
         for run, batch, count in self._calls():
             self._before = self.state
-            everyone.begins(clock.step)
+            everyone.step_begins(clock.step)
             self.state, metrics = run(self.state, batch)
-            everyone.ends()
+            everyone.step_ends()
             meter.add(metrics)
             clock.step += count
             clock.batch += count
@@ -310,7 +314,7 @@ class Fit:
         if self._everyone.size == 1 or epoch_end:
             self._read_clock()
         elif self._is_time():
-            self._everyone.call()
+            self._everyone.request_sync()
         self._progress.tick(self.clock)
         self._events(epoch_end)
         self._wake = self._next_event()
@@ -336,14 +340,14 @@ class Fit:
         """Set the time; under several processes that of the first, so that all find the same things due."""
         self.clock.seconds = self.runner.now() - self._began
         if self._everyone.size > 1:
-            self.clock.seconds, (rows, tokens) = self._everyone.counted(self.clock.seconds, self._uncounted)
+            self.clock.seconds, (rows, tokens) = self._everyone.reduce_clock(self.clock.seconds, self._uncounted)
             self.clock.rows += rows
             self.clock.tokens += tokens
             self._uncounted = [0, 0]
 
     def _is_time(self) -> bool:
         """Whether something is due by the time of the first process, which the others do not know."""
-        if not self._everyone.first:
+        if not self._everyone.is_main:
             return False
         now = replace(self.clock, seconds=self.runner.now() - self._began)
         timers = [t for t in self._all_timers() if t.every.seconds is not None and t.every.epochs is None]
@@ -394,7 +398,7 @@ class Fit:
         checkpointer = self.runner.checkpoint
         if checkpointer is None:
             return False
-        return bool(self._everyone.broadcast_object(self._everyone.first and checkpointer.wants(self._journal.fresh)))
+        return bool(self._everyone.broadcast_object(self._everyone.is_main and checkpointer.wants(self._journal.fresh)))
 
     def _save_due(self, timer: Timer, epoch_end: bool) -> bool:
         return (epoch_end or timer.every.epochs is None) and timer.due(self.clock)
@@ -424,11 +428,11 @@ class Fit:
                 state,
                 data.epoch(0),
                 self.runner.step.transforms,
-                self._everyone,
+                self._merger,
                 limit=validate.limit,
                 # Several processes finish it: none can leave the collectives of an evaluation by itself.
                 stop=lambda: self._signal is not None,
-                place=name,
+                key=name,
             )
             if values is None:
                 return False
@@ -466,12 +470,13 @@ class Fit:
                 self._compared = True
                 consistency.check_fields(self.state, dist.group.WORLD, self.runner.step.shard_specs(self.state))
         self._save_timer.restart(self.clock)
-        extra = self._everyone.gathered(
+        extra = gather_rank_state(
+            self._everyone,
             {
                 "rng": rng.capture(),
                 "meter": self._journal.meter.state_dict(),
                 "feed": self._feed.state_dict(self.clock.epoch, self.clock.batch),
-            }
+            },
         )
         if self._store is not None:
             meta, metrics = self._checkpoint_meta(), self._journal.fresh
@@ -499,15 +504,15 @@ class Fit:
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
         """Take up the run where the checkpoint left it, if there is one."""
-        if self.runner.checkpoint is not None and self._everyone.first:
+        if self.runner.checkpoint is not None and self._everyone.is_main:
             self.runner.checkpoint.interrupted.unlink(missing_ok=True)
         found = self._find(resume)
         if found is None:
-            if self.runner.checkpoint is not None and self._everyone.first:
+            if self.runner.checkpoint is not None and self._everyone.is_main:
                 self._sinks.rewind(self.runner.checkpoint.begin(resume, self._sinks.positions()))
             return
         self.state, extra, meta, _ = found
-        own, meters = self._everyone.own(extra, meta.get("processes", 1))
+        own, meters = own_rank_state(self._everyone, extra, meta.get("processes", 1))
         self.clock.load_state_dict(meta["clock"])
         self._began = self.runner.now() - self.clock.seconds
         for timer, saved in zip(self._all_timers(), meta["timers"], strict=False):
@@ -520,7 +525,7 @@ class Fit:
         if resume == "auto":  # a run that a callback ended is over
             self.reason = self._stopped = meta["stopped"]
         self._saved_at = self._place()
-        self._everyone.restore_random(own, extra)
+        restore_rng(own["rng"], extra["rng"])
 
     def _find(self, resume: str | os.PathLike[str]) -> tuple[Any, Any, Any, Path] | None:
         """What to go on from: the first process knows what there is, and all read it."""
@@ -530,10 +535,10 @@ class Fit:
         return found
 
     def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
-        return candidates(self.runner.checkpoint, resume) if self._everyone.first else iter(())
+        return candidates(self.runner.checkpoint, resume) if self._everyone.is_main else iter(())
 
     def _set_aside(self, path: Path, instead: Path, why: CorruptCheckpointError) -> None:
-        if not self._everyone.first:
+        if not self._everyone.is_main:
             return
         assert self._store is not None
         self._store.quarantine(path)
@@ -605,7 +610,7 @@ class Fit:
 
     def _result(self) -> Result:
         journal = self._journal
-        files = result_page.files(self.runner.checkpoint, self._sinks) if self._everyone.first else {}
+        files = result_page.files(self.runner.checkpoint, self._sinks) if self._everyone.is_main else {}
         return Result(self.state, journal.newest, self.clock, self.reason, self.runner.step, journal.history, files)
 
     def _no_batch(self) -> None:
@@ -638,7 +643,7 @@ class Fit:
             return
         self._stop_request = self._stop_request or reason
         if not self._in_sync:
-            self._everyone.call()
+            self._everyone.request_sync()
 
     def _place(self) -> tuple[Any, ...]:
         """What tells two checkpoints apart."""
@@ -646,7 +651,7 @@ class Fit:
 
     def _wake_up(self) -> None:
         self._wake = 0
-        self._everyone.call()
+        self._everyone.request_sync()
 
     def _view(self, metrics: Any, batch: Any = None) -> CallbackContext:
         return CallbackContext(self.clock, self.state, metrics, batch, stop=self._stop, log=self._publish)

@@ -9,9 +9,9 @@ from lumen.checkpoint import json_tree
 from lumen.optim import learning_rate
 from lumen.optim._combine import group_rates
 from lumen.train.clock import Clock
-from lumen.train.distributed import ProcessGroupContext
 from lumen.train.history import History
 from lumen.train.metric_buffer import MetricAccumulator, to_floats
+from lumen.train.metric_merge import MetricMerger
 from lumen.train.progress import Progress
 from lumen.train.sink_group import SinkGroup
 
@@ -53,7 +53,7 @@ class RunLogger:
         progress: Progress,
         clock: Clock,
         peak: float | None,
-        everyone: ProcessGroupContext,
+        merger: MetricMerger,
         history: History,
     ) -> None:
         self.meter = MetricAccumulator()
@@ -63,7 +63,7 @@ class RunLogger:
         self._progress = progress
         self._clock = clock
         self._peak = peak
-        self._everyone = everyone
+        self._merger = merger
         self.history = history
         self._fresh: tuple[int, dict[str, float]] = (-1, {})
         self.mark()
@@ -82,7 +82,7 @@ class RunLogger:
         """The merged metrics of the steps since the last call, with throughput and learning rate."""
         if not self.meter:
             return {}
-        values = self.meter.read("train/", self._everyone)
+        values = self.meter.read("train/", self._merger)
         values.update(self._throughput())
         self.mark()
         values.update(learning_rates(getattr(state, "opt_state", None)))

@@ -16,6 +16,7 @@ from lumen.train.clock import Every
 from lumen.train.device_feed import opened
 from lumen.train.distributed import ProcessGroupContext, join_world
 from lumen.train.metric_buffer import MetricAccumulator
+from lumen.train.metric_merge import MetricMerger
 from lumen.transforms._ema import ema
 
 EvalStep = Callable[[Any, Any], Any]
@@ -86,11 +87,11 @@ def evaluate(
     {'largest': 6.0, 'mean': 3.0}
     """
     join_world(transforms)
-    everyone = ProcessGroupContext(state)
-    batches = opened(data, state, everyone)
-    found = evaluate_until(step, state, batches, transforms, everyone, limit=limit, stop=lambda: False)
-    assert found is not None
-    return found
+    merger = MetricMerger(ProcessGroupContext(state))
+    batches = opened(data, state, merger.group)
+    numbers = evaluate_until(step, state, batches, transforms, merger, limit=limit, stop=lambda: False)
+    assert numbers is not None
+    return numbers
 
 
 def evaluate_until(
@@ -98,30 +99,30 @@ def evaluate_until(
     state: Any,
     data: Iterable[Any],
     transforms: tuple[Transform, ...],
-    everyone: ProcessGroupContext,
+    merger: MetricMerger,
     *,
     limit: int | None,
     stop: Callable[[], bool],
-    place: str = "",
+    key: str = "",
 ) -> dict[str, float] | None:
-    """`evaluate`, or None where `stop` became true on the way; `place` tells apart what is evaluated in one run."""
+    """`evaluate`, or None where `stop` became true on the way; `key` tells apart what is evaluated in one run."""
     run = _as_step(step, transforms)
-    meter = MetricAccumulator()
-    skips = everyone.size > 1 and not any(t.shards for t in transforms)
+    accumulator = MetricAccumulator()
+    skips_empty = merger.group.size > 1 and not any(t.shards for t in transforms)
     with torch.no_grad():
         state = evaluated(state)
         for batch in itertools.islice(data, limit):
             if stop():
                 return None
-            if skips and _is_empty(batch):  # this process's part of a small batch: there is nothing to measure
+            if skips_empty and _is_empty(batch):  # this process's part of a small batch: there is nothing to measure
                 continue
             _, metrics = run(state, batch)
-            meter.add(metrics)
-    given = bool(meter)
-    found = meter.read("", everyone, place)
-    if not found and not everyone.any(given):
+            accumulator.add(metrics)
+    has_batches = bool(accumulator)
+    numbers = accumulator.read("", merger, key)
+    if not numbers and not merger.group.any(has_batches):
         raise BatchError("the data to evaluate on is empty: it gave no batch.")
-    return found
+    return numbers
 
 
 def evaluated(state: Any) -> Any:

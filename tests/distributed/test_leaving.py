@@ -92,11 +92,11 @@ def test_the_rank_with_the_store_ends_after_those_that_ask_it():
 
 def test_a_watch_ends_where_telling_of_the_failure_fails(monkeypatch):
     watch, _store = watched()
-    everyone = ProcessGroupContext(None)
-    everyone._watch = watch
+    group = ProcessGroupContext(None)
+    group._monitor = watch
     monkeypatch.setattr(watch, "fail", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        everyone.__exit__(ValueError, ValueError("first"), None)
+        group.__exit__(ValueError, ValueError("first"), None)
     assert watchers() == []
 
 

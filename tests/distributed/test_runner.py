@@ -218,9 +218,10 @@ def merge_changing():
     """The same place, with values of another form, and last ones and plain numbers, from time to time."""
     from lumen.train.distributed import ProcessGroupContext
     from lumen.train.metric_buffer import MetricAccumulator
+    from lumen.train.metric_merge import MetricMerger
 
     rank = distributed.rank()
-    everyone, meter, found = ProcessGroupContext(make_state()), MetricAccumulator(), []
+    merger, meter, found = MetricMerger(ProcessGroupContext(make_state())), MetricAccumulator(), []
     forms = [
         {"a": lm.Mean.of(torch.tensor([1.0 + rank]))},
         {"a": lm.Mean.of(torch.tensor([2.0 + rank, 5.0]))},
@@ -231,7 +232,7 @@ def merge_changing():
     for form in forms:
         if form is not None and not (form is forms[3] and rank == 0):  # once the first process has none
             meter.add(form)
-        found.append(meter.read("m/", everyone))
+        found.append(meter.read("m/", merger))
     return found
 
 

@@ -1,0 +1,43 @@
+"""Tensors of known names, shapes and dtypes as one row of bytes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+Entry = Mapping[str, Mapping[str, Tensor]]
+Layout = list[tuple[str, str, tuple[int, ...], torch.dtype]]
+
+
+def layout_of(entry: Entry) -> Layout:
+    """The names, shapes and dtypes of an entry's tensors."""
+    return [
+        (name, key, tuple(tensor.shape), tensor.dtype)
+        for name, tensors in entry.items()
+        for key, tensor in tensors.items()
+    ]
+
+
+def total_bytes(layout: Layout) -> int:
+    """How many bytes an entry of this layout has."""
+    return sum(_byte_sizes(layout))
+
+
+def to_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def from_bytes(layout: Layout, row: Tensor) -> dict[str, dict[str, Tensor]]:
+    """The entry whose tensors were laid out in `row`."""
+    entry: dict[str, dict[str, Tensor]] = {}
+    for (name, key, shape, dtype), data in zip(layout, row.split(_byte_sizes(layout)), strict=True):
+        entry.setdefault(name, {})[key] = data.clone().view(dtype).reshape(shape)  # a copy begins where a dtype may
+    return entry
+
+
+def _byte_sizes(layout: Layout) -> list[int]:
+    return [prod(shape) * dtype.itemsize for _, _, shape, dtype in layout]

@@ -1,0 +1,81 @@
+"""What each rank has of its own in a checkpoint: random generators, half-merged metrics, its position in the data."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen.checkpoint import json_tree
+from lumen.core import distributed
+from lumen.errors import InexactWarning
+from lumen.train.byte_layout import from_bytes, to_bytes
+from lumen.train.distributed import ProcessGroupContext
+from lumen.train.metric_entries import reweight
+
+
+def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dict[str, Any]:
+    """For a checkpoint that the first rank writes: what each rank has of its `own`; empty on the others."""
+    if group.size == 1:
+        return dict(own)
+    states: list[Any] | None = [None] * group.size if group.is_main else None
+    dist.gather_object(dict(own), states, dst=0)
+    if states is None:
+        return {}
+    copies = {"copies": distributed.tp_degree()} if distributed.tp_degree() > 1 else {}
+    return {**states[0], **copies, "ranks": bundle(states[1:])}
+
+
+def own_rank_state(
+    group: ProcessGroupContext, extra: Mapping[str, Any], processes: int
+) -> tuple[Mapping[str, Any], list[Any]]:
+    """This rank's own of what `gather_rank_state` gave in a run of `processes`, and the metrics it continues from.
+
+    Where the number of processes has changed, random generators are to be seeded anew from those of the first (`rng`
+    is None), and the first rank takes over all metrics that were not logged yet, weighted as in the run before.
+    """
+    others = unbundle(extra["ranks"]) if "ranks" in extra else []
+    states: list[Mapping[str, Any]] = [extra, *others]
+    copies = extra.get("copies", 1)
+    if processes == group.size and copies == distributed.tp_degree():
+        own = states[group.rank]
+        return own, [own.get("meter", {})]
+    if group.is_main:
+        warnings.warn(
+            f"this run goes on with {group.size} processes, and had {processes}: the order of the data stays that of"
+            " an lm.Loader, while random numbers such as dropout's are drawn anew. With lm.seeded they follow"
+            " from the step.",
+            InexactWarning,
+            stacklevel=2,
+        )
+    meters = [state.get("meter", {}) for state in states[::copies]] if group.is_main else []
+    return {**extra, "rng": None}, reweight(meters, distributed.rows()[1])
+
+
+def bundle(values: Sequence[Any]) -> dict[str, Any]:
+    """Plain data with tensors in it as one text and one tensor of bytes: each array of a checkpoint is a file.
+
+    >>> import torch
+    >>> from lumen.train.rank_state import bundle, unbundle
+    >>> unbundle(bundle([{"a": torch.ones(2)}, {"b": 1}]))
+    [{'a': tensor([1., 1.])}, {'b': 1}]
+    """
+    packed = json_tree.pack(list(values))
+    tensors: list[Tensor] = packed["tensors"]
+    forms = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
+    data = torch.cat([torch.zeros(1, dtype=torch.uint8), *map(to_bytes, tensors)])  # never empty
+    return {"text": json.dumps([packed["text"], forms]), "bytes": data}
+
+
+def unbundle(bundled: Mapping[str, Any]) -> list[Any]:
+    """What `bundle` was given."""
+    text, forms = json.loads(bundled["text"])
+    layout = [("", str(i), tuple(shape), getattr(torch, dtype)) for i, (shape, dtype) in enumerate(forms)]
+    tensors = from_bytes(layout, bundled["bytes"][1:]).get("", {})
+    values: list[Any] = json_tree.unpack({"text": text, "tensors": list(tensors.values())})
+    return values
