@@ -29,11 +29,11 @@ from lumen.train.callbacks import Callback, CallbackContext
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Epochs, Every, Seconds, Steps, Tokens
 from lumen.train.early_stop import EarlyStop
-from lumen.train.loop import Result
 from lumen.train.lr_find import LRFinderResult, lr_find
 from lumen.train.predict import predict
 from lumen.train.profile import Profile
 from lumen.train.replay import replay
+from lumen.train.result import Result
 from lumen.train.runner import Runner
 from lumen.train.signals import Interrupted
 from lumen.train.summary import Summary, summary

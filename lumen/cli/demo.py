@@ -24,7 +24,7 @@ from lumen.parallel.ddp.ddp import ddp
 from lumen.sinks import JSONL, TensorBoard
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Epochs, Every
-from lumen.train.loop import Result
+from lumen.train.result import Result
 from lumen.train.runner import Runner
 from lumen.train.validate import Validate
 from lumen.transforms._donate import donate

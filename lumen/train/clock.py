@@ -242,9 +242,11 @@ class Timer:
         """The step from which it counts."""
         return int(self._since["step"])
 
-    def due(self, clock: Clock) -> bool:
-        """Whether it is due; it stays so until `restart`."""
+    def due(self, clock: Clock, epoch_end: bool = True) -> bool:
+        """Whether it is due; it stays so until `restart`. What counts epochs is due at the end of one only."""
         every = self.every
+        if every.epochs is not None and not epoch_end:
+            return False
         return (
             clock.step >= self.next_step
             or (every.epochs is not None and clock.epoch // every.epochs > self._since["epoch"] // every.epochs)

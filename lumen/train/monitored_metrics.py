@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lumen.errors import StepError
-
-if TYPE_CHECKING:
-    from lumen.train.runner import Runner
+from lumen.train.settings import RunSettings
 
 _OWN = ("lr", "steps_per_second", "rows_per_second", "tokens_per_second", "mfu")  # what the Runner itself publishes
 _TRAIN = "train/"
@@ -39,18 +37,18 @@ class Monitor:
 class Monitors:
     """The metrics that one run watches, with the names of its validations."""
 
-    def __init__(self, runner: Runner, validations: Sequence[str]) -> None:
+    def __init__(self, settings: RunSettings, validations: Sequence[str]) -> None:
         self._validations = tuple(validations)
         self._measured: set[str] = set()
         self._validated: set[str] = set()  # the names that validations have given
         # A callback of the user's own may publish any name at any time.
-        self._open = runner.callbacks.may_publish()
+        self._open = settings.callbacks.may_publish()
         self._watched: list[Monitor] = []
-        best = None if runner.checkpoint is None else runner.checkpoint.metric
+        best = None if settings.checkpoint is None else settings.checkpoint.metric
         if best is not None:
             self._watched.append(Monitor(best[0], f"Checkpointer(best=({best[0]!r}, {best[1]!r}))", False))
-        if runner.plateau is not None:
-            self._watched.append(Monitor(runner.plateau, f"plateau={runner.plateau!r}", True))
+        if settings.plateau is not None:
+            self._watched.append(Monitor(settings.plateau, f"plateau={settings.plateau!r}", True))
 
     def check_before(self) -> None:
         """Raise `StepError` for a name that nothing in the run could publish."""

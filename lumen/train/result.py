@@ -1,27 +1,66 @@
-"""How a `Result` looks: on one line at a prompt, and as HTML in a notebook."""
+"""`Result`: how a run ended, and how that looks: on one line at a prompt, and as HTML in a notebook."""
 
 from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from lumen.core.step import Step
 from lumen.errors import printable
 from lumen.sinks import Sink
 from lumen.sinks.format import numbers, short
 from lumen.train.checkpointer import Checkpointer
+from lumen.train.clock import Clock
 from lumen.train.curves import Line, Panel, grouped, measures
 from lumen.train.curves_svg import svg
-
-if TYPE_CHECKING:
-    from lumen.train.loop import Result
+from lumen.train.history import History
 
 _PANELS, _ROWS, _NAMED = 12, 40, 6
 # Colors are those of the text round it: a notebook may be light or dark.
 _CELL = "text-align:right;padding:1px 10px;background:none;color:inherit"
 _NAME = "text-align:left;padding:1px 10px;background:none;color:inherit"
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """How a run ended: its last `state`, the newest of each of its `metrics`, its `clock`, and the `reason`.
+
+    The state still has the slots of the run's transforms (`lm.ema.params(result.state)`), and can be given to
+    `Runner.fit` again; `export()` gives the plain one.
+
+    `history` has what this call of `fit` logged: `steps, losses = result.history["train/loss"]`, and
+    `result.history.best("val/loss")`. `files` says where the run's checkpoints and its sinks' files are. A notebook
+    shows all of it, with curves.
+
+    >>> import lumen as lm, torch
+    >>> result = lm.Runner(lambda state, batch: (state, {"loss": batch.sum()}), log_every=1, progress=False).fit(
+    ...     {}, [torch.ones(1), torch.zeros(1)], until=lm.Epochs(1)
+    ... )
+    >>> result.history["train/loss"], result.history.best("train/loss")
+    (([1, 2], [1.0, 0.0]), (2, 0.0))
+    """
+
+    state: Any
+    metrics: dict[str, float]
+    clock: Clock
+    reason: str
+    step: Step
+    history: History = field(default_factory=History, compare=False)
+    files: Mapping[str, Path] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return line(self)
+
+    def _repr_html_(self) -> str:
+        return page(self)
+
+    def export(self) -> Any:
+        """The plain state, without slots and in ordinary places."""
+        return self.step.export(self.state)
 
 
 def line(result: Result) -> str:
@@ -53,18 +92,18 @@ def _far(result: Result) -> str:
     return " · ".join(said)
 
 
-def files(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path]:
+def files_of(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path]:
     """Where a run's checkpoints and the files of its sinks are."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     if checkpoint is not None:
         newest = checkpoint.latest()
-        found["checkpoints"] = checkpoint.directory / "checkpoints"
-        found |= {} if newest is None else {"newest checkpoint": newest}
+        files["checkpoints"] = checkpoint.directory / "checkpoints"
+        files |= {} if newest is None else {"newest checkpoint": newest}
     for sink in sinks:
-        place = getattr(sink, "path", None) or getattr(sink, "logdir", None)
-        if isinstance(place, str | os.PathLike):
-            found[type(sink).__name__] = Path(place)
-    return found
+        path = getattr(sink, "path", None) or getattr(sink, "logdir", None)
+        if isinstance(path, str | os.PathLike):
+            files[type(sink).__name__] = Path(path)
+    return files
 
 
 def panels(result: Result) -> list[Panel]:

@@ -59,8 +59,8 @@ class RunLogger:
         self.meter = MetricAccumulator()
         self.newest: dict[str, float] = {}
         self.flops_per_step: float | None = None
-        self._sinks = sinks
-        self._progress = progress
+        self.sinks = sinks
+        self.progress = progress
         self._clock = clock
         self._peak = peak
         self._merger = merger
@@ -94,20 +94,20 @@ class RunLogger:
         self.newest.update(numbers)
         self.history.add(self._clock.step, numbers)
         self._fresh = (self._clock.step, {**self.fresh, **numbers})
-        self._sinks.log(self._clock.step, {"epoch": self._clock.epoch, **values})
-        self._progress.show(self._clock, numbers)
+        self.sinks.log(self._clock.step, {"epoch": self._clock.epoch, **values})
+        self.progress.show(self._clock, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the meter: plain data."""
         return {
             "metrics": {name: json_tree.number(value) for name, value in self.newest.items()},
-            "sinks": self._sinks.positions(),
+            "sinks": self.sinks.positions(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave, and cut off what the sinks took in after it."""
         self.newest = {name: float(value) for name, value in state["metrics"].items()}
-        self._sinks.rewind(state["sinks"])
+        self.sinks.rewind(state["sinks"])
         self.mark()
 
     def _now(self) -> tuple[int, int, int, float]:

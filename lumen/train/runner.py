@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from lumen import tree
 from lumen.checkpoint import json_tree
-from lumen.core.flops import peak_flops
 from lumen.core.step import Transform, as_step, compose
 from lumen.data._per_rank import per_rank
 from lumen.errors import StepError
-from lumen.sinks import Sink, run_info
+from lumen.sinks import Sink
 from lumen.train.batch_size import TokenCount
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every, Steps, Until
 from lumen.train.device_feed import opened
 from lumen.train.distributed import ProcessGroupContext, check_world, join_world
-from lumen.train.loop import Fit, Result, without_unroll
+from lumen.train.fit import Fit
 from lumen.train.lr_find import LRFinderResult, lr_find
 from lumen.train.monitored_metrics import Monitors, names_of
 from lumen.train.plateau import check_plateau
 from lumen.train.predict import joined
 from lumen.train.predict import predict as predict_batches
+from lumen.train.result import Result
+from lumen.train.settings import RunSettings
+from lumen.train.step_batches import without_unroll
 from lumen.train.validate import Validate, check_limit, evaluate
-from lumen.transforms._precision import precision
 
 
 class Runner:
@@ -138,10 +138,11 @@ class Runner:
         check_limit(limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         check_plateau(state, self.plateau, names_of(validations))
-        Monitors(self, names_of(validations)).check_before()
+        settings = self._settings()
+        Monitors(settings, names_of(validations)).check_before()
         state = self.step.init(state)  # where the processes of a parallel transform join
         check_world(self.step.transforms)
-        return Fit(self, state, data, until, validations, limit).run(resume)
+        return Fit(settings, state, data, until, validations, limit).run(resume)
 
     def evaluate(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
@@ -210,15 +211,26 @@ class Runner:
 
     def description(self) -> dict[str, Any]:
         """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
-        return {"config": self._config, "step": repr(self.step), **run_info()}
+        return self._settings().description
 
     def peak(self, state: Any) -> float | None:
         """The peak FLOP/s that `mfu` is measured by."""
-        if self.mfu is True:
-            leaf = next((t for t in tree.tensors(getattr(state, "params", state)) if t.is_floating_point()), None)
-            computed = [t.policy.compute for t in self.step.transforms if isinstance(t, precision)]
-            return None if leaf is None else peak_flops(leaf.device, *computed or [leaf.dtype])
-        return float(self.mfu) or None
+        return self._settings().peak_flops(state)
+
+    def _settings(self) -> RunSettings:
+        return RunSettings(
+            step=self.step,
+            checkpoint=self.checkpoint,
+            sinks=self.sinks,
+            callbacks=self.callbacks,
+            plateau=self.plateau,
+            config=self._config,
+            log_every=self.log_every,
+            tokens=self.tokens,
+            mfu=self.mfu,
+            progress=self.progress,
+            time_fn=self.now,
+        )
 
     def _with(self, **changes: Any) -> Runner:
         """A Runner of the same step that leaves no traces."""

@@ -1,0 +1,206 @@
+"""`RunCheckpoints`: what goes into the checkpoints of a run, and how a run continues from one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from lumen import checkpoint
+from lumen.checkpoint import rng
+from lumen.checkpoint.shard_specs import is_spread
+from lumen.errors import CorruptCheckpointError, InexactWarning
+from lumen.parallel.comm import consistency
+from lumen.train import frozen_params
+from lumen.train.checkpointer import candidates, first_whole
+from lumen.train.rank_rng import restore_rng
+from lumen.train.rank_state import gather_rank_state, own_rank_state
+from lumen.train.run_context import RunContext
+from lumen.train.step_batches import StepBatches
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held: the `state`, what is beside it in tensors (`extra`) and in plain data (`meta`)."""
+
+    state: Any
+    extra: Any
+    meta: Any
+
+
+class RunCheckpoints:
+    """Saves and restores a run; without a checkpointer it does nothing.
+
+    A state that is the same on all ranks is written by the first; of one that is sharded, each rank writes its shards.
+    """
+
+    def __init__(self, run: RunContext, batches: StepBatches) -> None:
+        step, group, checkpointer = run.settings.step, run.group, run.settings.checkpoint
+        self.shards_params = any(t.opaque_state or (t.shards and group.size > 1) for t in step.transforms)
+        # Rank 0 writes a state that is the same on all ranks; of a sharded one each rank writes its shards.
+        self.is_sharded = self.shards_params or is_spread(run.state)
+        self._run = run
+        self._batches = batches
+        self._checkpointer = checkpointer
+        saves = checkpointer is not None and (self.is_sharded or group.is_main)
+        self._store = checkpointer.store if checkpointer is not None and saves else None
+        # What frozen weights are known by, where checkpoints do without them.
+        omits_frozen = checkpointer is not None and not checkpointer.frozen
+        self._frozen_fingerprint = frozen_params.fingerprint(run.state) if omits_frozen else None
+        self._saved_at: tuple[Any, ...] = ()
+        self._compared_ranks = False
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """The store, open for this run."""
+        if self._store is None:
+            return nullcontext()
+        return self._store.open(self._run.settings.step if self.is_sharded else None)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` where a save has failed in the background."""
+        if self._store is not None:
+            self._store.check()
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        if self._store is not None:
+            self._store.wait()
+
+    def mark_interrupted(self) -> None:
+        """Leave word that the run waits to be started again."""
+        if self._checkpointer is not None and self._run.group.is_main:
+            self._checkpointer.mark_interrupted(self._run.stop.reason, self._run.clock.step)
+
+    # ---------------------------------------------------------------------------------------- saving
+
+    def is_best(self) -> bool:
+        """Whether what was just measured is among the best, and so is to be kept."""
+        if self._checkpointer is None:
+            return False
+        group, fresh = self._run.group, self._run.logger.fresh
+        return bool(group.broadcast_object(group.is_main and self._checkpointer.wants(fresh)))
+
+    def save(self, again: bool = False) -> None:
+        """A checkpoint of this very moment, unless there is one already that knows as much."""
+        run, position = self._run, self._run.position()
+        if run.schedule.save is None or (self._saved_at == position and not again):
+            return
+        run.clock_updater.read_on_all_ranks()
+        self._compare_ranks()
+        run.schedule.save.restart(run.clock)
+        extra = gather_rank_state(run.group, self._rank_state())
+        if self._store is not None:
+            meta, metrics = self._meta(), run.logger.fresh
+            self._store.save(run.clock.step, self._without_frozen(run.state), extra=extra, meta=meta, metrics=metrics)
+        self._saved_at = position
+        run.callback("on_checkpoint")
+        run.stop.sync_requests()
+
+    def _compare_ranks(self) -> None:
+        """Check that all ranks hold the same kind of state, with the first checkpoint."""
+        run = self._run
+        if run.group.size > 1 and not self._compared_ranks:
+            self._compared_ranks = True
+            consistency.check_fields(run.state, dist.group.WORLD, run.settings.step.shard_specs(run.state))
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What each rank has of its own, in tensors."""
+        return {
+            "rng": rng.capture(),
+            "meter": self._run.logger.meter.state_dict(),
+            "feed": self._batches.state_dict(),
+        }
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: plain data."""
+        run, fingerprint = self._run, self._frozen_fingerprint
+        return {
+            "clock": run.clock.state_dict(),
+            "timers": run.schedule.state_dict(),
+            "journal": run.logger.state_dict(),
+            "callbacks": run.settings.callbacks.state_dict(),
+            "stopped": run.stop.stopped,
+            "processes": run.group.size,
+            **run.settings.description,
+            **({} if fingerprint is None else {"frozen": fingerprint}),
+        }
+
+    def _without_frozen(self, state: Any) -> Any:
+        """What of `state` a checkpoint holds."""
+        return state if self._frozen_fingerprint is None else frozen_params.without(state)
+
+    # ---------------------------------------------------------------------------------------- resuming
+
+    def resume(self, resume: str | os.PathLike[str]) -> None:
+        """Continue the run from where the checkpoint left it, if there is one."""
+        run = self._run
+        if self._checkpointer is not None and run.group.is_main:
+            self._checkpointer.interrupted.unlink(missing_ok=True)
+        restored = self._find(resume)
+        if restored is not None:
+            self._apply(restored, same_run=resume == "auto")
+        elif self._checkpointer is not None and run.group.is_main:
+            sinks = run.logger.sinks
+            sinks.rewind(self._checkpointer.begin(resume, sinks.positions()))
+
+    def _apply(self, restored: Restored, same_run: bool) -> None:
+        run = self._run
+        run.state, extra, meta = restored
+        own, meters = own_rank_state(run.group, extra, meta.get("processes", 1))
+        run.clock.load_state_dict(meta["clock"])
+        run.clock_updater.resume()
+        run.schedule.load_state_dict(meta["timers"])
+        run.logger.load_state_dict(meta["journal"])
+        run.logger.meter.load_state_dict(*meters)
+        run.settings.callbacks.load_state_dict(meta["callbacks"])
+        self._batches.load_state_dict(own.get("feed", {}))
+        if same_run:  # a run that a callback ended is over
+            run.stop.reason = run.stop.stopped = meta["stopped"]
+        self._saved_at = run.position()
+        restore_rng(own["rng"], extra["rng"])
+
+    def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
+        """What to continue from: the first rank knows what there is, and all read it."""
+        choices = [(str(path), optional) for path, optional in self._candidates(resume)]
+        paths = ((Path(path), optional) for path, optional in self._run.group.broadcast_object(choices))
+        restored: Restored | None = first_whole(paths, self._read_on_all_ranks, self._quarantine)
+        return restored
+
+    def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
+        return candidates(self._checkpointer, resume) if self._run.group.is_main else iter(())
+
+    def _quarantine(self, path: Path, instead: Path, why: CorruptCheckpointError) -> None:
+        if not self._run.group.is_main:
+            return
+        assert self._store is not None
+        self._store.quarantine(path)
+        warnings.warn(
+            f"the checkpoint {path.name} is damaged and was set aside; the run goes on from {instead.name}: {why}",
+            InexactWarning,
+            stacklevel=2,
+        )
+
+    def _read_on_all_ranks(self, path: Path) -> Restored:
+        """What each rank reads of it; raises `CorruptCheckpointError` where what any of them needs is damaged."""
+        restored, damage = None, None
+        try:
+            restored = self._read(path)
+        except CorruptCheckpointError as error:
+            damage = error
+        first_damage = self._run.group.any_rank_value(str(damage or ""))
+        try:
+            if first_damage or restored is None:
+                raise damage or CorruptCheckpointError(first_damage)
+            return restored
+        finally:
+            del damage  # its traceback has this frame, and would keep the run alive
+
+    def _read(self, path: Path) -> Restored:
+        meta, initial = checkpoint.metadata(path)["meta"], self._run.state
+        like = initial if "frozen" not in meta else frozen_params.without(initial, meta["frozen"], path)
+        state = checkpoint.restore(path, like, step=self._run.settings.step)
+        return Restored(frozen_params.with_those_of(state, initial), checkpoint.load(path, item="extra"), meta)

@@ -1,0 +1,68 @@
+"""`StopControl`: whether a run is over, and why: its limit, a signal, a callback, or the end of its data."""
+
+from __future__ import annotations
+
+from lumen.train.clock import Clock, Until
+from lumen.train.distributed import ProcessGroupContext
+from lumen.train.signals import Signals, interactive
+
+
+class StopControl:
+    """Decides when the run ends, on all ranks after the same step.
+
+    `reason` is why it ends, `stopped` why a callback ended it, which checkpoints keep; `in_sync` says whether all
+    ranks come to this very point of the loop.
+    """
+
+    def __init__(self, until: Until, signals: Signals, group: ProcessGroupContext) -> None:
+        self.reason = ""
+        self.stopped = ""
+        self.in_sync = True
+        self.until = until
+        self.signals = signals
+        self._group = group
+        self._request = ""  # why a callback of this process would end the run
+        self._agreed_signal: str | None = None
+
+    @property
+    def signal(self) -> str | None:
+        """The signal that ends the run."""
+        return self.signals.received if self._group.size == 1 else self._agreed_signal
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal is why the run ends."""
+        return self.reason == self.signal
+
+    @property
+    def exits_process(self) -> bool:
+        """Whether that signal ends the script as well: not Ctrl-C where somebody is there to see the result."""
+        return self.is_interrupted and not (self.reason == "SIGINT" and interactive())
+
+    def is_over(self, clock: Clock) -> bool:
+        """Whether the run ends here."""
+        if not self.reason:
+            if signal := self.signal:
+                self.reason = signal
+            elif self.until.reached(clock):
+                self.reason = repr(self.until)
+        return bool(self.reason)
+
+    def request(self, reason: str) -> None:
+        """End the run because a callback asks for it."""
+        if self._group.size == 1:
+            self.reason = self.stopped = self.reason or reason
+            return
+        self._request = self._request or reason
+        if not self.in_sync:
+            self._group.request_sync()
+
+    def sync_requests(self) -> None:
+        """End the run where a callback of any rank asks for it; all ranks come here."""
+        request, self._request = self._group.any_rank_value(self._request), ""
+        if request:
+            self.reason = self.stopped = self.reason or request
+
+    def sync_signals(self) -> None:
+        """End the run where any rank got a signal; all ranks come here."""
+        self._agreed_signal = self._group.any_rank_value(self.signals.received or "") or None
