@@ -213,10 +213,6 @@ class Runner:
         """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
         return self._settings().description
 
-    def peak(self, state: Any) -> float | None:
-        """The peak FLOP/s that `mfu` is measured by."""
-        return self._settings().peak_flops(state)
-
     def _settings(self) -> RunSettings:
         return RunSettings(
             step=self.step,

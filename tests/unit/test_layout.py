@@ -1,5 +1,6 @@
 """The shape of the package: direction of imports, light import, and what the wheel holds."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -111,3 +112,27 @@ def test_the_wheel_holds_lumen_only(tmp_path: Path) -> None:
     ours = {path.relative_to(ROOT).as_posix() for path in files}
     assert shipped == ours
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def train_imports(tree: ast.Module) -> set[str]:
+    """The modules of `lumen.train` that a module of it imports, for type checking as well."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    return {name.split(".")[2] for name in names if name.startswith("lumen.train.")}
+
+
+def test_modules_of_train_are_small_and_import_in_no_circle() -> None:
+    trees = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "lumen" / "train").glob("*.py")}
+    for name, tree in trees.items():
+        assert max((node.end_lineno or 0 for node in tree.body), default=0) <= 400, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                assert (node.end_lineno or 0) - node.lineno + 1 <= 200, node.name
+                stores = [x for x in ast.walk(node) if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Store)]
+                attributes = {x.attr for x in stores if isinstance(x.value, ast.Name) and x.value.id == "self"}
+                assert len(attributes) <= 12, (node.name, attributes)
+    waiting = {name: train_imports(tree) & set(trees) for name, tree in trees.items()}
+    while free := [name for name, imports in waiting.items() if not imports & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, "these modules import each other, or what does"
