@@ -10,7 +10,7 @@ set -euo pipefail
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet grain==0.2.18 array-record==0.8.6 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile grain==0.2.18 array-record==0.8.6 numpy==2.4.6
 "$work/venv/bin/python" -W ignore - <<'PY'
 import grain
 

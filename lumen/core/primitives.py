@@ -39,7 +39,7 @@ class Aux:
 
 
 class Optimizer(Protocol):
-    """What P2 needs of an optimizer: see `lumen.optim.Transform`."""
+    """What P2 needs of an optimizer: see `lumen.optim.GradientTransformation`."""
 
     def init(self, params: Any) -> Any:
         """The optimizer's state for `params`."""

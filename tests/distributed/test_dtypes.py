@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lumen as lm
+from lumen import ddp, fsdp
 from lumen.core import distributed
 from lumen.errors import HyperparameterError
-from lumen.parallel import ddp, fsdp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

@@ -261,7 +261,7 @@ def law_with_remat():
 
 def some_at_a_time(stage, around):
     """The law where nothing that travels fits into one message, and how many messages an update takes."""
-    module = sys.modules["lumen.parallel.fsdp"]
+    module = sys.modules["lumen.parallel.fsdp.fsdp"]
     kept, module._RUN = module._RUN, 200
     made = [0]
     gather, scatter = module.gather, module.reduce_scatter
@@ -495,7 +495,7 @@ def test_alone_it_is_the_identity():
     assert "fsdp" not in state.slots
 
 
-@pytest.mark.parametrize("options", [{"stage": 4}, {"gather": "fp8"}, {"prefetch": -1}, {"stage": 1, "wrap": "0"}])
+@pytest.mark.parametrize("options", [{"stage": 4}, {"param_dtype": "fp8"}, {"prefetch": -1}, {"stage": 1, "wrap": "0"}])
 def test_options_that_are_not(options):
     with pytest.raises(HyperparameterError):
         fsdp(**options)

@@ -134,7 +134,7 @@ def recomputed_around(**options):
 
 
 def recomputed_as_a_unit():
-    recomputed_around(units="body")
+    recomputed_around(wrap="body")
 
 
 def test_what_contains_units_cannot_be_recomputed(world2):

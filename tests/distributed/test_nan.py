@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lumen as lm
+from lumen import ddp, fsdp, mesh
 from lumen.core import distributed
-from lumen.parallel import ddp, fsdp, mesh
 from tests.distributed.models import batches, make_state, part
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]

@@ -54,9 +54,9 @@ def made(strategy, model, inside, rows=32):
 
 def facts(seen):
     """Peaks by stage, the collectives of a step, and its floating point operations."""
-    sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.register_hooks.sent if each.stage == "step")
-    peaks = {stage: seen.register_hooks.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
-    flops = sum(each.flops for each in seen.register_hooks.work if each.stage == "step")
+    sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.watch.sent if each.stage == "step")
+    peaks = {stage: seen.watch.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
+    flops = sum(each.flops for each in seen.watch.work if each.stage == "step")
     return peaks, sent, flops
 
 
@@ -125,4 +125,4 @@ def grown(strategy, size):
 def test_the_resident_set_of_fresh_processes_grows_by_what_is_planned(strategy, size):
     found = plan_loaded(lambda: functools.partial(plan_job.make, strategy), world_size=size, device="cpu")
     for nbytes in grown(strategy, size):
-        assert found.seen.register_hooks.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)
+        assert found.seen.watch.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)

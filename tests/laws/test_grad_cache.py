@@ -20,7 +20,7 @@ from lumen.core import rules
 from lumen.core.rules import Primitive
 from lumen.core.step import with_slot
 from lumen.errors import BatchError, LossError, OrderError, PurityError
-from lumen.transforms._accumulate import Parts
+from lumen.transforms._accumulate import AccumulateState
 from tests.laws.models import assert_same
 
 WIDTH, FEATURES = 5, 4
@@ -152,7 +152,7 @@ FP16 = lm.Policy(torch.float32, torch.float16, torch.float32, loss_scale=2.0**9)
 
 def test_as_many_microbatches_as_memory_asked_for() -> None:
     step = lm.accumulate("auto")(step_of())
-    state = with_slot(step.init(state_of()), "accumulate", Parts(torch.tensor(3)))
+    state = with_slot(step.init(state_of()), "accumulate", AccumulateState(torch.tensor(3)))
     assert_same(step.export(step(state, batch_of())[0]).params, step_of()(state_of(), batch_of())[0].params)
 
 
@@ -346,7 +346,7 @@ def test_gradients_of_a_rule_outside_are_those_of_the_batch_and_a_rule_inside_is
     assert_same(outside(state_of(), batch_of()), wanted(state_of(), batch_of()))
     with pytest.raises(OrderError, match=r"doubled'?, inside, changes gradients or losses"):
         lm.accumulate(3)(rules.with_rules({Primitive.GRADIENT: doubled}, step_of()))(state_of(), batch_of())
-    with pytest.raises(OrderError, match=r"lm\.private\(clip=1\.0, noise=0\.0\), inside"):
+    with pytest.raises(OrderError, match=r"lm\.dp_sgd\(clip=1\.0, noise=0\.0\), inside"):
         private = lm.compose(lm.accumulate(3), lm.dp_sgd(clip=1.0, noise=0.0))(step_of())
         private(private.init(state_of()), batch_of())
 

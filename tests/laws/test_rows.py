@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lumen as lm
+from lumen.core import rules
 from lumen.errors import AxisError, PurityError
 from tests.laws.models import assert_same
 
@@ -117,7 +118,7 @@ def test_gathered_rows_of_lanes_with_their_gradients() -> None:
     weights = torch.randn(2, 6, WIDTH, dtype=torch.float64)
 
     def lane(own: Tensor, weight: Tensor, place: Tensor) -> Tensor:
-        with lm.rules.bound_axis("lanes", lm.core.collectives.LaneAxis(2, place)):
+        with rules.bound_axis("lanes", lm.core.collectives.LaneAxis(2, place)):
             return lm.all_gather(own, "lanes") * weight
 
     found = torch.func.vmap(lane)(x, weights, torch.arange(2))

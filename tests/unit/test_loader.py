@@ -543,7 +543,7 @@ class Endless(IterableDataset):
         (lambda: Loader(iter([1]), 1), "pass it to Runner.fit directly"),
         (lambda: Loader(rows(3), 1, rank=2, world_size=2), r"rank is 2; it must be in \[0, 2\)"),
         (lambda: Loader(rows(3), 1, rank=0), "rank=0 and world_size=None; give both or neither"),
-        (lambda: Loader(rows(3), 1, rank=0, world_size=0), "world is 0"),
+        (lambda: Loader(rows(3), 1, rank=0, world_size=0), "world_size is 0"),
         (lambda: Loader(rows(3), 1).epoch(-1), "epoch is -1"),
         (lambda: Loader(rows(3), 1).epoch(0, 4), r"position is 4; it must be in \[0, 4\)"),
         (lambda: Loader(rows(3), 1).stream(0, 0.5), "position is 0.5 of type float"),

@@ -18,12 +18,14 @@ ROOT = Path(__file__).parents[2]
 
 # Private attributes that Lumen reaches into and that are not torch's.
 OTHERS = {
-    *("_asdict", "_fields_"),  # of a named tuple; of Lumen's own dataclasses
+    *("_asdict", "_fields_", "_dynamic_fields_", "_row_fields_"),  # of a named tuple; of Lumen's own dataclasses
     *("_exit", "_getframe", "_register_atexit"),  # CPython
     *("_bit_generator", "_rand"),  # NumPy
     *("_defaults", "_enable_compute_groups", "_groups_checked", "_reductions", "_to_sync"),  # torchmetrics
     *("_wrap_compute", "_wrap_update"),  # torchmetrics
-    "_hp_mapping",  # DeepSpeed
+    *("_hp_mapping", "_index_in_param_group"),  # DeepSpeed
+    *("_batch_fn", "_batch_size", "_max_index", "_num_records", "_parent", "_parents", "_shard_options"),  # Grain
+    "_window_size",  # Grain
     *("_distributed", "_ex_iterable"),  # datasets
 }
 # What objects of torch have: on anything but `self` these are torch's, whoever else has one of that name.
