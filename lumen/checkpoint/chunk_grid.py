@@ -61,7 +61,7 @@ def in_box(array: Array, box: Slice) -> Array:
 def common_chunk(shape: Index, boxes: Sequence[Slice], most: int) -> Index | None:
     """The largest chunks of which each of `boxes` consists, or None where that makes more than `most`.
 
-    >>> halves = [Box((0,), (0,), (3,)), Box((0,), (3,), (2,))]
+    >>> halves = [Slice((0,), (0,), (3,)), Slice((0,), (3,), (2,))]
     >>> common_chunk((5,), halves, 8)
     (3,)
     """
@@ -109,7 +109,7 @@ def uncovered(shape: Index, boxes: Sequence[Slice], chunk: Index | None = None) 
 
     `chunk` is one of whose chunks they consist, which makes it quick.
 
-    >>> uncovered((4,), [Box((0,), (0,), (2,)), Box((0,), (1,), (3,))])
+    >>> uncovered((4,), [Slice((0,), (0,), (2,)), Slice((0,), (1,), (3,))])
     '5 entries of 4'
     """
     found, wanted = sum(math.prod(box.size) for box in boxes), math.prod(shape)

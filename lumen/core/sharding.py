@@ -44,10 +44,10 @@ class ShardSpec(NamedTuple):
 def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
     """The piece that is made by `outer` of what was a piece by `inner` already.
 
-    >>> rows = Piece((8, 2), (Box((0, 0), (4, 0), (4, 2)),), owner=True)
-    >>> half = Piece((4, 2), (Box((0, 0), (2, 0), (2, 2)),), owner=True)
+    >>> rows = ShardSpec((8, 2), (Slice((0, 0), (4, 0), (4, 2)),), owner=True)
+    >>> half = ShardSpec((4, 2), (Slice((0, 0), (2, 0), (2, 2)),), owner=True)
     >>> composed(rows, half).boxes
-    (Box(here=(0, 0), whole=(6, 0), size=(2, 2)),)
+    (Slice(here=(0, 0), whole=(6, 0), size=(2, 2)),)
     """
     boxes = []
     for last in outer.boxes:
