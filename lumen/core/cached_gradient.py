@@ -19,6 +19,7 @@ from lumen import tree
 from lumen.core import distributed, rules
 from lumen.core.device import Generators
 from lumen.core.draws import is_recorded, refusing_draws
+from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import GradCache, is_pair, joined_aux, name_of
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Aux, Gradient, GradientCall
@@ -27,7 +28,6 @@ from lumen.core.rules import Rule
 from lumen.core.wrapped_loss import rewrapped
 from lumen.errors import LossError, OrderError
 
-_NARROW = (torch.float16, torch.bfloat16)
 _compared: set[Any] = set()  # the code of each `encode` whose two passes gave the same
 
 
@@ -224,7 +224,7 @@ def _inner_product(leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _NARROW else x
+    return x.float() if x.dtype in NARROW else x
 
 
 def _tied(total: Tensor, params: Any) -> Tensor:

@@ -41,6 +41,17 @@ class ShardSpec(NamedTuple):
     owner: bool
 
 
+def rows_spec(shape: Sequence[int], start: int, stop: int, owner: bool) -> ShardSpec:
+    """The spec of rows `start` to `stop` of a tensor of `shape`, which has dims.
+
+    >>> rows_spec((5, 2), 3, 5, owner=True).boxes
+    (Slice(here=(0, 0), whole=(3, 0), size=(2, 2)),)
+    """
+    zeros = (0,) * (len(shape) - 1)
+    rows = Slice((0, *zeros), (start, *zeros), (stop - start, *shape[1:]))
+    return ShardSpec(tuple(shape), (rows,) if stop > start else (), owner)
+
+
 def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
     """The piece that is made by `outer` of what was a piece by `inner` already.
 
@@ -111,11 +122,6 @@ def _bound() -> list[Shards]:
 def wholes() -> ParamGatherer | None:
     """What makes parts whole here, None where nothing is cut."""
     return rules.axis(_WHOLES)
-
-
-def is_bound() -> bool:
-    """Whether trees of params and grads are parts."""
-    return bool(_bound())
 
 
 def norm(norms: Tensor, values: Any) -> Tensor:

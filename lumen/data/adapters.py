@@ -15,8 +15,7 @@ from lumen.checkpoint import json_tree
 from lumen.core import distributed
 from lumen.data import grain
 from lumen.data._per_rank import PerRank
-from lumen.data.adapter import Feed as Feed
-from lumen.data.adapter import announce, say, say_foreign
+from lumen.data.adapter import Feed, announce, say, say_foreign
 from lumen.data.forks import quiet_forks
 from lumen.data.grain_adapter import GrainFeed
 from lumen.data.hf_streams import buffered_rows, is_stream, order_of

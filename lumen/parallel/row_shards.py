@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from lumen.core import distributed, row_fields
 from lumen.core.donation import is_retired
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.core.sharding import ShardSpec, Slice, Spread
+from lumen.core.sharding import ShardSpec, Spread, rows_spec
 from lumen.core.step import StepFn, with_slot, without_slot
 from lumen.errors import BatchError, StateError
 from lumen.parallel.comm import collectives, consistency
@@ -94,10 +92,8 @@ def specs(state: Any, mesh: Mesh) -> dict[int, ShardSpec]:
     found = {}
     for index, (path, leaf) in zip(row_fields.indices(state), row_fields.named(state), strict=True):
         start, stop = distributed.shard_bounds(totals[path], rank, size)
-        rest = (0,) * (leaf.dim() - 1)
-        box = Slice((0, *rest), (start, *rest), tuple(leaf.shape))
         shape = (totals[path], *leaf.shape[1:])
-        found[index] = ShardSpec(shape, (box,) if stop > start else (), owner=mesh.index("tensor") == 0)
+        found[index] = rows_spec(shape, start, stop, owner=mesh.index("tensor") == 0)
     return found
 
 
@@ -147,19 +143,10 @@ def _own_rows(leaf: Tensor, rank: int, size: int) -> Tensor:
 
 
 def _all_gather(leaf: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
-    """All rows, from each rank's, which travel as bytes: Gloo does not know all dtypes."""
+    """All rows, from each rank's."""
     size = dist.get_world_size(group)
     bounds = [distributed.shard_bounds(total, rank, size) for rank in range(size)]
-    row = math.prod(leaf.shape[1:]) * leaf.itemsize
-    longest = max(stop - start for start, stop in bounds) * row
-    shape = (total, *leaf.shape[1:])
-    if not longest:
-        return leaf.new_empty(shape)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=leaf.device)
-    padded[: leaf.nbytes] = leaf.detach().contiguous().view(-1).view(torch.uint8)
-    shards = collectives.all_gather(padded, group)().split(longest)
-    flat = torch.cat([each[: (stop - start) * row] for each, (start, stop) in zip(shards, bounds, strict=True)])
-    return flat.view(leaf.dtype).view(shape)
+    return collectives.all_gather_rows(leaf.detach(), [stop - start for start, stop in bounds], group)()
 
 
 def _explanation(state: Any, mesh: Mesh) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import device_of
-from lumen.data.adapters import Feed, feed
+from lumen.data.adapter import Feed
+from lumen.data.adapters import feed
 from lumen.data.fetch import as_dict
 from lumen.data.rank_split import refusal
 from lumen.data.to_device import Move

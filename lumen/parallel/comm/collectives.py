@@ -8,6 +8,7 @@ graphs that differ (they have other numbers of rows) and still meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,27 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
         return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
     out = flat.new_empty(size * flat.numel())
     return _Pending(_all_gather(out, flat, group=group, async_op=True), out)
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> WaitFn:
+    """The rows of all ranks in rank order, of which rank i has `counts[i]`, as a new tensor.
+
+    They travel as bytes, padded to the longest: Gloo does not know all dtypes, nor shards of unequal size.
+    """
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize
+    longest = max(counts) * row_bytes
+    shape = (sum(counts), *rows.shape[1:])
+    if not longest:
+        return lambda: rows.new_empty(shape)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=rows.device)
+    padded[: rows.nbytes] = rows.contiguous().view(-1).view(torch.uint8)
+    arrived = all_gather(padded, group)
+
+    def finish() -> Tensor:
+        shards = zip(arrived().split(longest), counts, strict=True)
+        return torch.cat([shard[: count * row_bytes] for shard, count in shards]).view(rows.dtype).view(shape)
+
+    return finish
 
 
 def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,18 +211,9 @@ class AuxReduction:
         if not distributed.is_dry_run():
             own = torch.tensor([leaf.shape[0]], device=leaf.device)
             counts = collectives.all_gather(own, self._wire.group)().tolist()
-        row = leaf[:0].new_zeros(leaf.shape[1:]).nbytes
-        padded = torch.zeros(max(counts) * row, dtype=torch.uint8, device=leaf.device)
-        padded[: leaf.nbytes] = leaf.contiguous().view(-1).view(torch.uint8)
-        self._wire.sent += padded.numel()
-        arrived = collectives.all_gather(padded, self._wire.group)
-
-        def finish() -> dict[int, Tensor]:
-            parts = zip(arrived().split(max(counts) * row), counts, strict=True)
-            flat = torch.cat([part[: count * row] for part, count in parts])
-            return {place: flat.view(leaf.dtype).view(sum(counts), *leaf.shape[1:])}
-
-        return finish
+        self._wire.sent += max(counts) * math.prod(leaf.shape[1:]) * leaf.itemsize
+        arrived = collectives.all_gather_rows(leaf, counts, self._wire.group)
+        return lambda: {place: arrived()}
 
 
 def _group_of(origin: Origin, leaf: Tensor) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.dtypes import NARROW
-from lumen.core.sharding import ShardSpec, Slice
+from lumen.core.sharding import ShardSpec, rows_spec
 from lumen.errors import ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
@@ -82,10 +82,7 @@ class ShardLayout:
     def piece(self, whole: torch.Size) -> ShardSpec:
         """What this process's part is of a tensor of shape `whole`, which has dims."""
         start, stop = self.rows(whole)
-        rest = tuple(0 for _ in whole[1:])
-        box = Slice((0, *rest), (start, *rest), (stop - start, *whole[1:]))
-        owner = self._replicas is None or self._replicas.index == 0
-        return ShardSpec(tuple(whole), (box,) if stop > start else (), owner)
+        return rows_spec(whole, start, stop, owner=self._replicas is None or self._replicas.index == 0)
 
     def padded(self, whole: torch.Size) -> int:
         """How many entries each process sends of a tensor of shape `whole`."""
