@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +28,16 @@ def threads():
     native = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     ours = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     return sorted(name for name in (*native, *ours) if "gloo" in name or "tcpstore" in name or name.startswith("lumen"))
+
+
+def thread_appears(name, seconds=60):
+    """Whether a thread of that name lives, or comes to: a new thread names itself once it first runs."""
+    deadline = time.monotonic() + seconds
+    while name not in threads():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def stepped(transform):
@@ -70,6 +81,7 @@ def main(ports, directory):
     atexit.register(write)  # before what joins registers its own, and so after it
     os.environ["MASTER_PORT"] = ports[0]
     mesh, held = world_of_many(directory)
+    thread_appears("gloo_tcp_loop")
     found["in it"] = threads()
     leave()
     found["left"] = threads()
