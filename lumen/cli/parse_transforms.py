@@ -18,7 +18,7 @@ from lumen.transforms._compile import compile as compiled
 from lumen.transforms._donate import donate
 from lumen.transforms._dp_sgd import dp_sgd
 from lumen.transforms._ema import ema
-from lumen.transforms._ensemble import ensemble
+from lumen.transforms._ensemble import ensemble, sweep
 from lumen.transforms._guard import guard
 from lumen.transforms._precision import precision
 from lumen.transforms._quantized_matmul import quantized_matmul
@@ -41,6 +41,7 @@ _TRANSFORMS: dict[str, type[Transform]] = {
         quantized_matmul,
         remat,
         seeded,
+        sweep,
         unroll,
     )
 }

@@ -128,7 +128,7 @@ def planned(
                         "a plan cannot follow lm.remat inside lm.fsdp(offload=True): torch ends the process where it"
                         " computes again on a device that is not there. Plan it without one of the two."
                     )
-                device = on_device(found)
+                device, found = on_device(found)
                 watch.memory.device = device.type
                 batch = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
             return found, state, batch

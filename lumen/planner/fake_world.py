@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,22 +51,22 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
 
 
 def moved(step: StepFn, mesh: Mesh | None) -> Step:
-    """A copy of `step` without `lm.compile`, its parallel transforms on `mesh`, or as if they had not been used yet."""
+    """`step` without `lm.compile`, its parallel transforms on `mesh`, where one is given."""
     whole = as_step(step)
     return compose(*(_moved(each, mesh) for each in whole.transforms if each.level != "compile"))(whole.user)
 
 
 def _moved(transform: Transform, mesh: Mesh | None) -> Transform:
-    found = copy.copy(transform)
-    for name in [*vars(found)]:
-        if isinstance(getattr(type(found), name, None), functools.cached_property):
-            del vars(found)[name]
-    if mesh is not None and hasattr(found, "_given"):
-        found._given = mesh
-    return found
+    return transform if mesh is None or _mesh_of(transform) is None else transform.replace(mesh=mesh)
 
 
-def on_device(step: Step) -> torch.device:
+def _mesh_of(transform: Transform) -> Mesh | None:
+    """The mesh of a transform that takes one."""
+    mesh = getattr(transform, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and "mesh" in transform._settings else None
+
+
+def on_device(step: Step) -> tuple[torch.device, Step]:
     """A device beside the CPU, and `step` on it, so that what lies on the host is told apart.
 
     It is none that torch is built for: it has no memory, and its tensors no values. It is registered once for the
@@ -77,11 +75,13 @@ def on_device(step: Step) -> torch.device:
     if torch._C._get_privateuse1_backend_name() != _DEVICE:
         _register()
     device = torch.device(_DEVICE, 0)
+    moved_to = []
     for transform in step.transforms:
-        if isinstance(mesh := getattr(transform, "mesh", None), Mesh):
-            given: Any = transform
-            given.mesh = Mesh(mesh.sizes, device, mesh.torch)
-    return device
+        mesh = _mesh_of(transform)
+        if mesh is not None:
+            transform = transform.replace(mesh=Mesh(mesh.sizes, device, mesh.torch))
+        moved_to.append(transform)
+    return device, compose(*moved_to)(step.user)
 
 
 _DEVICE = "planned"
@@ -164,5 +164,5 @@ class _Devices:
 
 def sizes_of(step: Step) -> Mapping[str, int]:
     """The axes of the mesh that a step is spread over; empty where it is not."""
-    meshes: list[Any] = [getattr(t, "mesh", None) for t in step.transforms if t.level == "parallel"]
-    return next((mesh.sizes for mesh in meshes if isinstance(mesh, Mesh)), {})
+    meshes = [_mesh_of(t) for t in step.transforms if t.level == "parallel"]
+    return next((mesh.sizes for mesh in meshes if mesh is not None), {})

@@ -81,20 +81,16 @@ class accumulate(Transform):
                 ' lm.accumulate("auto") for as few parts as fit into memory.'
             )
         self.auto = k == "auto"
-        self.k = 1 if k == "auto" else k
+        self.k = None if k == "auto" else k
         self.microbatch = microbatch
-        self.rows = 0  # of the batch that was cut last
-        self._updating = False
 
-    def __repr__(self) -> str:
-        if self.auto:
-            return "lm.accumulate('auto')"
-        return f"lm.accumulate({self.k})" if self.k else f"lm.accumulate(microbatch={self.microbatch})"
+    def _new_memory(self) -> _AutoMemory:
+        return _AutoMemory()
 
     @property
     def key(self) -> Hashable:
-        """The number of parts: a compiled step has them written out."""
-        return self.k
+        """The number of microbatches: a compiled step has them written out."""
+        return self._memory.count if self.auto else self.k
 
     def init(self, state: Any) -> Any:
         """Add the slot, where the number of parts is found on the way."""
@@ -110,10 +106,11 @@ class accumulate(Transform):
         """The step with gradients taken part by part."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            parts = _InParts(self)
+            memory: _AutoMemory | None = self._memory if self.auto else None
+            parts = _InParts(self, memory)
             handlers: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: parts, Primitive.APPLY: parts.tracker.apply}
-            if self.auto:
-                handlers[Primitive.UPDATE] = self._update
+            if memory is not None:
+                handlers[Primitive.UPDATE] = memory.update
             with rules.rule_context(handlers):
                 return step(state, batch)
 
@@ -125,19 +122,19 @@ class accumulate(Transform):
             return step
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            given = state
+            given, memory = state, self._memory
             parts = slot(state, self.name).parts
-            self.k = count = int(parts.max())
-            while (out := self._attempt(step, state, batch, count)) is None:
-                self.k = count = 2 * count
+            memory.count = int(parts.max())
+            while (out := self._attempt(memory, step, state, batch)) is None:
+                memory.count *= 2
                 # Said outside the handler of the error, whose traceback holds the activations that did not fit.
                 warnings.warn(
-                    f"out of memory: batches of {self.rows} rows are now computed in {self.k} parts."
-                    f" Write lm.accumulate({self.k}) to begin with that.",
+                    f"out of memory: batches of {memory.rows} rows are now computed in {memory.count} parts."
+                    f" Write lm.accumulate({memory.count}) to begin with that.",
                     InexactWarning,
                     stacklevel=2,
                 )
-                state = with_slot(state, self.name, AccumulateState(torch.full_like(parts, self.k)))
+                state = with_slot(state, self.name, AccumulateState(torch.full_like(parts, memory.count)))
                 _free()
             if state is not given and is_retired(state) and not is_retired(given):
                 retire(given)
@@ -145,17 +142,17 @@ class accumulate(Transform):
 
         return run
 
-    def _attempt(self, step: StepFn, state: Any, batch: Any, parts: int) -> tuple[Any, Any] | None:
+    def _attempt(self, memory: _AutoMemory, step: StepFn, state: Any, batch: Any) -> tuple[Any, Any] | None:
         """The step's answer, or None where it ran out of memory and may be tried again."""
-        self._updating = False
+        memory.is_updating = False
         try:
             return step(state, batch)
         except (RuntimeError, MemoryError) as error:
             again = isinstance(error, RetryWithMoreMicrobatches) or (
-                not self._shared() and _is_out_of_memory(error) and parts < self.rows
+                not self._shared() and _is_out_of_memory(error) and memory.count < memory.rows
             )
             # What failed during an update may have changed a donated state already.
-            if not again or self._updating or is_retired(state):
+            if not again or memory.is_updating or is_retired(state):
                 raise
             return None
 
@@ -163,19 +160,13 @@ class accumulate(Transform):
         """Whether other processes would go on while this one tries again by itself."""
         return self.within is not None and any(t.level == "parallel" for t in self.within.transforms)
 
-    def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        self._updating = True
-        answer: tuple[Any, Any] = next(call)
-        self._updating = False
-        return answer
-
-    def split(self, call: GradientCall) -> list[Any]:
-        """The batch in parts, in order."""
+    def split(self, call: GradientCall, count: int | None) -> list[Any]:
+        """The batch in `count` parts, in order, or in parts of `microbatch` rows."""
         batch, reduction = call.batch, call.reduction
-        self.rows = size = batching.count(batch)
+        size = batching.count(batch)
         if reduction is not None and not reduction.rows:
             return [batch]
-        if self.k is None:
+        if count is None:
             assert self.microbatch is not None
             leaves, spec = tree.flatten(batch)
             if size == 0:
@@ -185,21 +176,46 @@ class accumulate(Transform):
                 return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
             return batching.split(batch, math.ceil(size / self.microbatch))
         if self.auto or reduction is not None:  # a smaller last batch, or the smaller part of a process
-            return batching.split(batch, max(1, min(self.k, size)))
-        if self.k > size:
+            return batching.split(batch, max(1, min(count, size)))
+        if count > size:
             raise BatchError(
-                f"accumulate({self.k}) cannot cut a batch of {size} rows into {self.k} parts of at least one row."
+                f"accumulate({count}) cannot cut a batch of {size} rows into {count} parts of at least one row."
                 f" Use lm.accumulate({max(size, 1)}) or fewer parts, lm.accumulate(microbatch=1), or a larger batch."
             )
-        return batching.split(batch, self.k)
+        return batching.split(batch, count)
+
+
+class _AutoMemory:
+    """What one step of `accumulate("auto")` keeps on the host, for as long as it is called.
+
+    `count` is the number of microbatches that its slot says, which a traced step cannot read there.
+    """
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.rows = 0  # of the batch that was split last
+        self.is_updating = False
+
+    def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        """P2: note for how long the state may be changed halfway."""
+        self.is_updating = True
+        answer: tuple[Any, Any] = next(call)
+        self.is_updating = False
+        return answer
 
 
 class _InParts:
     """What accumulate makes of the P1 calls of one step."""
 
-    def __init__(self, settings: accumulate) -> None:
+    def __init__(self, settings: accumulate, memory: _AutoMemory | None) -> None:
         self.settings = settings
+        self.memory = memory  # None but for "auto"
         self.tracker = Tracker()
+
+    @property
+    def count(self) -> int | None:
+        """The number of microbatches; None where their size is given."""
+        return self.settings.k if self.memory is None else self.memory.count
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of all rows, taken part by part."""
@@ -222,14 +238,14 @@ class _InParts:
 
     def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
         """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
-        settings = self.settings
         total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
         try:
             total = self._total(next, call, in_place)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            outcome = _CUT if settings.k is not None and settings.k < settings.rows else _FAILS
+            memory = self.memory
+            outcome = _CUT if memory is not None and memory.count < memory.rows else _FAILS
             said = str(error)
         worst = outcome if call.reduction is None else call.reduction.most(outcome)
         if worst == _CUT:
@@ -243,11 +259,13 @@ class _InParts:
         """The gradient of the sum, of 16-bit params in float32, and the dtypes that the parts' grads had."""
         self.tracker.begin()
         alone = call.replace(summed=True, reduction=None)
-        pieces = self.settings.split(call)
+        if self.memory is not None:
+            self.memory.rows = batching.count(call.batch)
+        pieces = self.settings.split(call, self.count)
         calls = [alone.replace(batch=piece) for piece in pieces]
         reduction = call.reduction
         if reduction is not None and reduction.within:
-            most = self.settings.k or reduction.most(len(pieces))
+            most = self.count or reduction.most(len(pieces))
             calls += [reduction.idle(calls[-1])] * (most - len(pieces))
             in_place = False
         cache = find(call.loss_fn)

@@ -40,9 +40,6 @@ class clip(Transform):
         self.value = value
         check_scalar(*(("norm", norm) if norm is not None else ("value", value)), schedule=False)
 
-    def __repr__(self) -> str:
-        return f"lm.clip({self.norm})" if self.norm is not None else f"lm.clip(value={self.value})"
-
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its grads bounded."""
         return rules.with_rules({Primitive.UPDATE: self._rule}, step)

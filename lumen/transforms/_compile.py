@@ -96,10 +96,8 @@ class compile(Transform):
         self.backend = backend
         self.blocks = blocks
 
-    def __repr__(self) -> str:
-        usual: dict[str, Any] = {"mode": "default", "options": {}, "backend": "inductor", "blocks": None}
-        said = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
-        return f"lm.compile({', '.join(said)})"
+    def _canonical(self) -> Mapping[str, Any]:
+        return {"options": dict(self.options) or None}
 
     def wrap(self, step: StepFn) -> StepFn:
         """The compiled step, with the host-side work of the transforms inside it around it."""

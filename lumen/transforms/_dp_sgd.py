@@ -66,10 +66,6 @@ class dp_sgd(Transform):
         self.batch_size = batch_size
         self.chunk = chunk
 
-    def __repr__(self) -> str:
-        size = "" if self.batch_size is None else f", batch_size={self.batch_size}"
-        return f"lm.dp_sgd(clip={self.clip}, noise={self.noise}{size})"
-
     def init(self, state: Any) -> Any:
         """Add the slot: the number of noisy updates made (int64 scalar)."""
         return add_slot(state, self.name, lambda: torch.zeros((), dtype=torch.int64, device=device_of(state)))

@@ -56,10 +56,6 @@ class ema(Transform):
         self.warmup = warmup
         self.start = start
 
-    def __repr__(self) -> str:
-        extra = (", warmup=True" if self.warmup else "") + (f", start={self.start}" if self.start else "")
-        return f"lm.ema({self.decay}{extra})"
-
     @staticmethod
     def params(state: Any) -> Mapping[str, Tensor]:
         """The averaged params, with the structure and in the dtypes of `state.params`."""

@@ -43,9 +43,6 @@ class ensemble(Transform):
         self.batch_dim = batch_dim
         self.axis = axis
 
-    def __repr__(self) -> str:
-        return f"lm.ensemble({self.n})" if self.batch_dim is None else f"lm.ensemble({self.n}, batch_dim=0)"
-
     def init(self, state: Any | Sequence[Any] | Callable[[int], Any]) -> Any:
         """The states of all lanes as one, stacked along a new first dim; a stacked state as it is."""
         step = getattr(state, "step", None)
@@ -110,9 +107,6 @@ class sweep(ensemble):
             raise PatternError(f"sweep takes equally many values for each name, got {sizes}.")
         super().__init__(next(iter(sizes.values())), batch_dim=batch_dim, axis=axis)
         self.values = values
-
-    def __repr__(self) -> str:
-        return f"lm.sweep({', '.join(f'{name}=…{self.n}' for name in self.values)})"
 
     def _lanes(self, state: Any) -> list[Any]:
         lanes = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -54,18 +55,19 @@ class guard(Transform):
     name = "guard"
     level = "guard"
     reason = "guard decides whether the update happens at all"
+    _unshown = ("directory",)  # which changes nothing in the step, and may differ between processes
 
     def __init__(self, on_nonfinite: Mode = "skip", directory: str | os.PathLike[str] = "dumps") -> None:
         if on_nonfinite not in ("skip", "raise", "dump"):
             raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
         self.on_nonfinite = on_nonfinite
         self.directory = os.fspath(directory)
-        # By the outermost step, as one guard may be part of several.
-        self._records: weakref.WeakKeyDictionary[Step, _Record] = weakref.WeakKeyDictionary()
-        self._alone = _Record()
 
-    def __repr__(self) -> str:
-        return f"lm.guard({self.on_nonfinite!r})"
+    def _canonical(self) -> Mapping[str, Any]:
+        return {"directory": self.directory}
+
+    def _new_memory(self) -> weakref.WeakKeyDictionary[Step, _Record]:
+        return weakref.WeakKeyDictionary()  # by the outermost step: a compiled one notes only what it was traced with
 
     def init(self, state: Any) -> Any:
         """Add the slot."""
@@ -126,11 +128,12 @@ class guard(Transform):
 
     def _record(self) -> _Record:
         step = self.within
-        return self._alone if step is None else self._records.setdefault(step, _Record())
+        records: weakref.WeakKeyDictionary[Step, _Record] = self._memory
+        return _Record() if step is None else records.setdefault(step, _Record())
 
 
 class _Record:
-    """What a guard met in one step."""
+    """What a guard met in one step: noted by `wrap`, inside a compiled region too, and read by `wrap_host`."""
 
     def __init__(self) -> None:
         self.looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,10 +147,9 @@ class precision(Transform):
                 " out, or write cast='model'."
             )
 
-    def __repr__(self) -> str:
+    def _canonical(self) -> Mapping[str, Any]:
         usual = "autocast" if self.policy.compute in NARROW else "model"
-        said = [repr(self._said)] + [f"cast={self.cast!r}"] * (self.cast != usual)
-        return f"lm.precision({', '.join(said + [f'keep={self.keep!r}'] * bool(self.keep))})"
+        return {"cast": None if self.cast == usual else self.cast, "keep": self.keep or ()}
 
     def init(self, state: Any) -> Any:
         """Cast params, buffers and optimizer state to the policy's `param`; add the loss scale's slot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,10 +66,8 @@ class quantized_matmul(Transform):
         self.layers = tuple(layers) if isinstance(layers, list) else layers
         self.emulate = emulate
 
-    def __repr__(self) -> str:
-        said = [repr(self.kind)]
-        said += [f"layers={self.layers!r}"] * (self.layers is not None) + ["emulate=True"] * self.emulate
-        return f"lm.quantized_matmul({', '.join(said)})"
+    def _canonical(self) -> Mapping[str, Any]:
+        return {"layers": self.layers}
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its linear layers computed so."""

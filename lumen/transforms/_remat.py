@@ -45,9 +45,6 @@ class remat(Transform):
     def __init__(self, pattern: Pattern | None = None) -> None:
         self.pattern = pattern
 
-    def __repr__(self) -> str:
-        return "lm.remat()" if self.pattern is None else f"lm.remat({self.pattern!r})"
-
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its matching modules recomputed."""
         return applying(self, step, self._rule)

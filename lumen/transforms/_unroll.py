@@ -40,9 +40,6 @@ class unroll(Transform):
             raise BatchError(f"unroll takes a positive number of steps, got {k!r}.")
         self.k = k
 
-    def __repr__(self) -> str:
-        return f"lm.unroll({self.k})"
-
     def wrap(self, step: StepFn) -> StepFn:
         """The k steps as one."""
 

@@ -190,7 +190,7 @@ class watched(Transform):  # noqa: N801
         def rule(next: Any, call: Any) -> Any:
             self.held.append(sum(ref() is not None for ref in self.given))
             answer = next(call)
-            self.given = [weakref.ref(g) for g in answer.grads.values()]
+            self.given[:] = [weakref.ref(g) for g in answer.grads.values()]
             return answer
 
         return rules.with_rules({Primitive.GRADIENT: rule}, step)

@@ -1,8 +1,9 @@
-"""Typed values: merging parts, in any grouping, gives what the whole would have given."""
+"""Transforms are values: frozen, equal by their settings, and shared by any number of steps and threads."""
 
-from __future__ import annotations
-
-from typing import Any
+import copy
+import functools
+import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,70 +11,201 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lumen as lm
+from lumen.core import order
+from lumen.core.value_object import ValueObject
+from lumen.errors import LumenError, StepError
+from tests.tiers import pick
 
-KINDS = [lm.Mean, lm.Sum, lm.Max, lm.Min]
-# Small integers add up exactly in any order, so that equality may be bitwise.
-ROWS = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=6).map(torch.tensor)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
-@settings(max_examples=30)
-@given(parts=st.lists(ROWS, min_size=1, max_size=5))
-def test_merged_parts_are_the_whole(kind: Any, parts: list[torch.Tensor]) -> None:
-    merged = kind.of(parts[0])
-    for part in parts[1:]:
-        merged = merged.merge(kind.of(part))
-    assert torch.equal(merged.compute(), kind.of(torch.cat(parts)).compute())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
-def test_a_part_without_rows_counts_nothing(kind: Any, dtype: torch.dtype) -> None:
-    part = torch.tensor([1, 0, 1]).to(dtype)
-    for rows in (part, part[:1], part[1:2]):
-        empty, found = kind.of(rows[:0]), kind.of(rows)
-        for merged in (empty.merge(found), found.merge(empty), kind.merge_all([empty, found, empty])):
-            assert torch.equal(merged.compute(), found.compute())
-            assert merged.compute().dtype == found.compute().dtype
-
-
-@pytest.mark.parametrize("kind", [*KINDS, lm.Last], ids=lambda k: k.__name__)
-@settings(max_examples=30)
-@given(a=ROWS, b=ROWS, c=ROWS)
-def test_merge_is_associative(kind: Any, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
-    x, y, z = kind.of(a), kind.of(b), kind.of(c)
-    assert torch.equal(x.merge(y).merge(z).compute(), x.merge(y.merge(z)).compute())
-
-
-@settings(max_examples=30)
-@given(rows=ROWS, data=st.data())
-def test_a_masked_mean_counts_what_is_not_masked(rows: torch.Tensor, data: st.DataObject) -> None:
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
-    mask[0] = True
-    torch.testing.assert_close(lm.Mean.of(rows, mask).compute(), rows[mask].mean())
+MAKE = {
+    "accumulate": lambda: lm.accumulate(2),
+    "accumulate, rows": lambda: lm.accumulate(microbatch=3),
+    "accumulate, auto": lambda: lm.accumulate("auto"),
+    "clip": lambda: lm.clip(0.5),
+    "clip, value": lambda: lm.clip(value=0.5),
+    "compile": lambda: lm.compile(backend="eager"),
+    "ddp": lambda: lm.ddp(bucket_mb=2.0),
+    "deepspeed": lambda: lm.deepspeed({"zero_optimization": {"stage": 2}}),
+    "donate": lambda: lm.donate(),
+    "dp_sgd": lambda: lm.dp_sgd(1.0, 0.5, chunk=2),
+    "ema": lambda: lm.ema(0.9, warmup=True),
+    "ensemble": lambda: lm.ensemble(2, axis="members"),
+    "fsdp": lambda: lm.fsdp(stage=2),
+    "fsdp, units": lambda: lm.fsdp(wrap=["0"], param_init_fn=torch.nn.init.zeros_),
+    "guard": lambda: lm.guard(),
+    "guard, raise": lambda: lm.guard("raise"),
+    "precision": lambda: lm.precision("bf16"),
+    "precision, model": lambda: lm.precision("fp16", cast="model", keep=["input"]),
+    "quantized_matmul": lambda: lm.quantized_matmul("int8", layers=["0"]),
+    "remat": lambda: lm.remat("0"),
+    "seeded": lambda: lm.seeded(),
+    "sweep": lambda: lm.sweep(lr=[0.1, 0.2]),
+    "tensor_parallel": lambda: lm.tensor_parallel({"0": lm.parallel.Colwise()}),
+    "unroll": lambda: lm.unroll(2),
+}
+SHARED = [
+    name for name in MAKE if name not in ("compile", "deepspeed", "quantized_matmul", "tensor_parallel", "unroll")
+]
 
 
-def test_masked_elements_may_be_nan() -> None:
-    values = torch.tensor([1.0, torch.nan, torch.inf, 3.0])
-    assert float(lm.Mean.of(values, values.isfinite()).compute()) == 2.0
+def state_of(seed: int) -> lm.TrainState:
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    return lm.TrainState.create(net, lm.optim.adam(0.1), seed=seed)
 
 
-def test_weights_broadcast() -> None:
-    values = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
-    assert float(lm.Mean.of(values, torch.tensor([[1.0], [3.0]])).compute()) == 5.0
+def by_mean(state, x):
+    loss, grads = lm.value_and_grad(lambda p, x: state.apply(p, x)[0].square().mean())(state.params, x)
+    return state.apply_gradients(grads), {"loss": loss}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_values_are_counted_wide(dtype: torch.dtype) -> None:
-    merged = lm.merge_metrics([{"n": lm.Sum.of(torch.ones(1, dtype=dtype))} for _ in range(3000)])
-    assert float(merged["n"].compute()) == 3000.0
-    assert float(lm.Mean.of(torch.ones(3000, dtype=dtype)).weight) == 3000.0
+def by_sum(state, x):
+    loss, grads = lm.value_and_grad(lambda p, x: (state.apply(p, x)[0] - 1).abs().mean())(state.params, x)
+    return state.apply_gradients(grads), {"distance": loss}
 
 
-def test_last_is_the_newest() -> None:
-    assert int(lm.merge_metrics([lm.Last(torch.tensor(i)) for i in range(4)]).compute()) == 3
+def run(transforms, function, seed):
+    """Two steps of a run, and what came of them."""
+    step = lm.compose(*transforms)(function)
+    state = step.init(state_of(seed))
+    for each in range(2):
+        batch = torch.randn(5 + seed, 3, generator=torch.Generator().manual_seed(each))
+        state, metrics = step(state, batch)
+    return [leaf.clone() for leaf in lm.tree.tensors((step.export(state), metrics))]
 
 
-def test_plain_numbers_are_averaged() -> None:
-    merged = lm.merge_metrics([{"a": 1, "b": torch.tensor(2.0)}, {"a": 2, "b": torch.tensor(4.0)}])
-    assert {k: float(v) for k, v in lm.compute_metrics(merged).items()} == {"a": 1.5, "b": 3.0}
+def alike(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def in_order(names):
+    """The transforms of these names that can be composed, in an order in which they can."""
+    stack = []
+    for name in names:
+        for place in range(len(stack) + 1):
+            tried = [*stack[:place], name, *stack[place:]]
+            try:
+                order.check([MAKE[each]() for each in tried])
+                lm.compose(*(MAKE[each]() for each in tried))(by_mean)
+            except LumenError:
+                continue
+            stack = tried
+            break
+    return stack
+
+
+@settings(max_examples=pick(5, 40), deadline=None)
+@given(st.lists(st.sampled_from(SHARED), min_size=1, max_size=3, unique=True))
+def test_a_transform_is_shared_by_steps_and_runs_without_being_changed(names):
+    names = in_order(names)
+    shared = [MAKE[name]() for name in names]
+    before = [copy.deepcopy(vars(each)) for each in shared]
+    runs = [(by_mean, 0), (by_sum, 1)]
+    own = [run([MAKE[name]() for name in names], *each) for each in runs]
+    found = [run(shared, *each) for each in (*runs, *runs)]
+    assert all(alike(a, b) for a, b in zip(found, own * 2, strict=True))
+    assert [vars(each) for each in shared] == before
+    assert shared == [MAKE[name]() for name in names]
+
+
+def test_a_transform_is_shared_by_threads():
+    names = ["accumulate", "guard, raise", "clip", "ema", "donate"]
+    stack = in_order(names)
+    shared = [MAKE[name]() for name in stack]
+    own = [run([MAKE[name]() for name in stack], by_mean, seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(functools.partial(run, shared, by_mean), range(4)))
+    assert all(alike(a, b) for a, b in zip(found, own, strict=True))
+
+
+def test_a_compiled_step_and_an_uncompiled_one_share_their_transforms():
+    shared = [lm.accumulate("auto"), lm.guard("raise"), lm.ema(0.5)]
+    own = run([lm.accumulate("auto"), lm.guard("raise"), lm.ema(0.5)], by_mean, 0)
+    compiled = lm.compile(backend="eager")
+    for _ in range(2):
+        for found in (run([compiled, *shared], by_mean, 0), run(shared, by_mean, 0)):
+            assert all(torch.allclose(a, b) for a, b in zip(found, own, strict=True))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_transforms_are_equal_by_their_settings(name):
+    one, other = MAKE[name](), MAKE[name]()
+    assert one == other
+    assert hash(one) == hash(other)
+    assert repr(one) == repr(other)
+    assert " at 0x" not in repr(one)
+    assert all(one != make() for each, make in MAKE.items() if each != name)
+    assert copy.deepcopy(one) == one
+    assert one.replace() == one
+
+
+LITERAL = [name for name in MAKE if name not in ("fsdp, units", "tensor_parallel")]
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_a_repr_is_the_code_that_makes_its_transform(name):
+    transform = MAKE[name]()
+    assert eval(repr(transform), {"lm": lm}) == transform
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_transform_is_frozen(name):
+    transform = MAKE[name]()
+    before = copy.deepcopy(vars(transform))
+    for attribute in (*before, "anything"):
+        with pytest.raises(StepError, match=rf"{attribute} cannot be assigned: a transform does not change"):
+            setattr(transform, attribute, None)
+        with pytest.raises(StepError, match="cannot be assigned"):
+            delattr(transform, attribute)
+    assert vars(transform) == before
+
+
+def test_a_setting_is_changed_in_a_new_transform():
+    with pytest.raises(StepError, match=r"Make a new one: ema.replace\(decay=...\)"):
+        lm.ema(0.5).decay = 0.9
+    assert lm.ema(0.5, start=3).replace(decay=0.9) == lm.ema(0.9, start=3)
+
+
+class scaled(lm.Transform):  # noqa: N801
+    """As one is written in the docs."""
+
+    name = "scaled"
+
+    def __init__(self, factor, *layers, every=1, then=None, **others):
+        self.factor = factor
+
+
+def test_transforms_of_the_users_own_are_values_too():
+    assert scaled(2.0) == scaled(2.0) != scaled(3.0)
+    assert repr(scaled(2.0)) == "lm.scaled(2.0)"
+    assert repr(scaled(2.0, "a", "b", every=3, rate=[1])) == "lm.scaled(2.0, 'a', 'b', every=3, rate=[1])"
+    assert repr(scaled(2.0, then=by_sum)) == "lm.scaled(2.0, then=by_sum)"
+    assert repr(scaled(2.0, then=functools.partial(by_sum))) == "lm.scaled(2.0, then=partial(...))"
+    assert repr(scaled(2.0, then=object())) == "lm.scaled(2.0, then=object(...))"
+    assert repr(scaled(2.0, then=[by_sum] * 9)) == "lm.scaled(2.0, then=then)"
+    assert scaled(2.0, "a", rate=1).replace(factor=3.0, rate=2) == scaled(3.0, "a", rate=2)
+    assert str(inspect.signature(scaled)) == "(factor, *layers, every=1, then=None, **others)"
+    assert str(inspect.signature(lm.seeded)) == "()"
+
+
+def test_settings_without_a_hash_are_compared_by_value():
+    one, other = (scaled(torch.tensor([1.0, 2.0]), then={"a": [{1}, torch.ones(2)]}) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != scaled(torch.tensor([1.0, 3.0]), then={"a": [{1}, torch.ones(2)]})
+    assert one != scaled(torch.tensor([1.0, 2.0], dtype=torch.float64), then={"a": [{1}, torch.ones(2)]})
+    assert repr(one.replace(then=None)) == "lm.scaled(<tensor of shape (2,)>)"
+
+
+def test_a_list_that_is_changed_afterwards_changes_no_setting():
+    layers = ["a"]
+    transform = scaled(2.0, then=layers)
+    layers.append("b")
+    assert transform == scaled(2.0, then=["a"])
+    assert isinstance(transform, ValueObject)
+
+
+def test_a_wrong_argument_is_refused_as_by_any_class():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'factor'"):
+        lm.ema(0.5, factor=2)
+    with pytest.raises(TypeError):
+        lm.seeded(1)

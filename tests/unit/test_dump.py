@@ -189,6 +189,7 @@ ROUND = [
     lm.dp_sgd(1.0, 0.5),
     lm.remat("blocks.*"),
     lm.seeded(),
+    lm.sweep(lr=[0.1, 0.2]),
     lm.unroll(2),
 ]
 
@@ -198,15 +199,12 @@ def test_transforms_are_read_as_they_were_written(transform: lm.Transform) -> No
     (found,) = parse_transforms.parse([repr(transform)])
     assert type(found) is type(transform)
     assert repr(found) == repr(transform)
-    kept = ("directory", "_records", "_alone", "_transform")
-    assert {k: v for k, v in vars(found).items() if k not in kept} == {
-        k: v for k, v in vars(transform).items() if k not in kept
-    }
+    assert found == (transform.replace(directory="dumps") if isinstance(transform, lm.guard) else transform)
 
 
 @pytest.mark.parametrize(
     "transform",
-    [lm.precision(lm.Policy(compute=torch.bfloat16)), lm.remat(torch.nn.Linear), lm.sweep(lr=[0.1, 0.2])],
+    [lm.precision(lm.Policy(compute=torch.bfloat16)), lm.remat(torch.nn.Linear), lm.sweep(lr=torch.ones(2))],
     ids=["precision", "remat", "sweep"],
 )
 def test_transforms_that_cannot_be_read_say_what_to_write(transform: lm.Transform) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -41,6 +42,14 @@ class Mesh:
     def __repr__(self) -> str:
         return f"lm.mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items() if size > 1)})"
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mesh):
+            return NotImplemented
+        return (self.sizes, self.device, self._world) == (other.sizes, other.device, other._world)
+
+    def __hash__(self) -> int:
+        return hash((*self.sizes.items(), self.device, self._world))
+
     def __deepcopy__(self, _memo: Any) -> Mesh:
         return self  # what stands on it may be copied, the processes may not
 
@@ -79,6 +88,26 @@ class Mesh:
         """With every axis bound for `lm.psum` and its kin."""
         _ = self.torch  # raises where its world was left
         return rules.bound_axes(self._axes)
+
+
+class StepMesh:
+    """The processes that one step of a parallel transform runs on.
+
+    They are those of the mesh that the transform was given, or all of the world along `axis`, and are looked up when
+    the step is prepared or called for the first time. The step keeps them, so that it is known to belong to its world;
+    the transform does not, and can be part of a step of another world.
+    """
+
+    def __init__(self, given: Mesh | None, axis: str) -> None:
+        self._given, self._axis = given, axis
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The mesh."""
+        if self._given is not None:
+            return self._given
+        axes: dict[str, Any] = {self._axis: -1}
+        return mesh(**axes)
 
 
 class ProcessAxis:

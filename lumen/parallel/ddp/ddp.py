@@ -14,11 +14,30 @@ from lumen.errors import HyperparameterError, OrderError
 from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
-from lumen.parallel.comm.mesh import Mesh
-from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import Buffers, DataParallelRule
 from lumen.transforms._support.unapplied import Unapplied
+
+
+class _Processes(StepMesh):
+    """The processes of one step, and the buckets that its gradients travel in."""
+
+    def __init__(self, given: Mesh | None, reduce_dtype: str | None, limit: float) -> None:
+        super().__init__(given, "data")
+        self._reduce_dtype, self._limit = reduce_dtype, limit
+
+    @functools.cached_property
+    def comm(self) -> GradComm | None:
+        """The processes that hold other rows; None where there are none."""
+        group = self.mesh.group("data", "shard")
+        return None if group is None else GradComm(group, self._reduce_dtype)
+
+    @functools.cached_property
+    def plans(self) -> BucketPlanCache:
+        """Their buckets."""
+        assert self.comm is not None
+        return BucketPlanCache(self.comm, self._limit)
 
 
 class ddp(Transform):
@@ -86,34 +105,27 @@ class ddp(Transform):
         self.check_every = check_every
         self._given = mesh
 
-    def __repr__(self) -> str:
-        said = [repr(self._given)] if self._given is not None else []
-        defaults = {"buffers": "merge", "reduce_dtype": None, "bucket_mb": 25.0, "check_every": None}
-        said += [f"{name}={getattr(self, name)!r}" for name, usual in defaults.items() if getattr(self, name) != usual]
-        return f"lm.ddp({', '.join(said)})"
+    def _new_memory(self) -> _Processes:
+        return _Processes(self._given, self.reduce_dtype, self.bucket_mb * 2**20)
 
-    @functools.cached_property
+    @property
     def mesh(self) -> Mesh:
         """The mesh that was given, or all processes along `data`."""
-        return self._given if self._given is not None else make_mesh()
-
-    @functools.cached_property
-    def wire(self) -> GradComm | None:
-        """The way to the processes that hold other rows; None where there are none."""
-        group = self.mesh.group("data", "shard")
-        return None if group is None else GradComm(group, self.reduce_dtype)
+        processes: _Processes = self._memory
+        return processes.mesh
 
     def init(self, state: Any) -> Any:
         """The first rank's state, after checking that all have the same; of row fields this rank's rows."""
         row_shards.check(state)
         row_shards.check_size(state, self.mesh)
-        if self.wire is None:
+        comm = self._memory.comm
+        if comm is None:
             return state
         prepared = row_shards.is_sharded(state)
         shared, rows = row_fields.split_off(state) if prepared else (state, [])
         lines = consistency.fingerprint_lines(shared, self.within)
-        consistency.assert_same_on_all_ranks(lines, self.wire.group, device_of(state), "the processes of lm.ddp")
-        shared = consistency.broadcast(shared, self.wire.group)
+        consistency.assert_same_on_all_ranks(lines, comm.group, device_of(state), "the processes of lm.ddp")
+        shared = consistency.broadcast(shared, comm.group)
         return row_fields.joined(shared, rows) if prepared else row_shards.shard(shared, self.mesh, self.name)
 
     def export(self, state: Any) -> Any:
@@ -127,19 +139,17 @@ class ddp(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients summed over processes."""
         self._check_inside(as_step(step).transforms)
-        layouts: BucketPlanCache | None = None
         checks = BufferChecks("lm.ddp")
         unapplied = Unapplied(self, step, "synchronized no BatchNorm")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            nonlocal layouts
-            if self.wire is None:
-                with self.mesh.bound():
+            processes: _Processes = self._memory
+            if processes.comm is None:
+                with processes.mesh.bound():
                     return step(state, batch)
-            layouts = layouts or BucketPlanCache(self.wire, self.bucket_mb * 2**20)
-            rule = DataParallelRule(self.wire, layouts, self.buffers, state, checks)
+            rule = DataParallelRule(processes.comm, processes.plans, self.buffers, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
-            with self.mesh.bound(), rules.rule_context(handlers):
+            with processes.mesh.bound(), rules.rule_context(handlers):
                 out = step(state, batch)
             if self.buffers == "sync" and not rule.applied:
                 unapplied.warn()

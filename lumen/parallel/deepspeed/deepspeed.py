@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
 from lumen.core import batching, gradient, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
-from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
-from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import Spread
 from lumen.core.step import StepFn, Transform, as_step, compose, slot, with_slot, without_slot
 from lumen.errors import AxisError, LossError, OrderError, ParamsError, StateError
 from lumen.parallel import row_shards
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import GradComm
 from lumen.parallel.comm.mesh import Mesh
-from lumen.parallel.comm.mesh import mesh as make_mesh
-from lumen.parallel.comm.process_groups import close_on_leave
-from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
 from lumen.parallel.deepspeed.config import INSTEAD, Setup, read, setup, stage_of
-from lumen.parallel.deepspeed.engine import Engine, meet
+from lumen.parallel.deepspeed.engine import Engine
+from lumen.parallel.deepspeed.holder import HOLDERS, EngineHolder, EngineSlot, PendingGrads, holder_of
 from lumen.parallel.deepspeed.optimizer import Update
 from lumen.parallel.deepspeed.partitions import cut, gathered, whole
-from lumen.parallel.fsdp.shard import flat_params, places_of
+from lumen.parallel.fsdp.shard import flat_params
 from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta, whole_of
 from lumen.parallel.optimizer_check import check_optimizer
 from lumen.transforms._precision import precision
 
 _TAKEN_OVER = ("accumulate", "precision")  # by the engine's configuration
-_numbers = itertools.count(1)
-
-
-@pytree_dataclass
-class EngineSlot(Spread):
-    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, and the params' dtypes."""
-
-    number: int = static()
-    dtypes: tuple[tuple[str, torch.dtype], ...] = static()
 
 
 class deepspeed(Transform):
@@ -92,41 +77,43 @@ class deepspeed(Transform):
         self.config = read(config)
         self.stage = stage_of(self.config)
         self._given = mesh
-        self._engine: Engine | None = None
-        self._made_for: Any = None
-        self._number = 0
-        self._places: list[tuple[int, str]] = []
-        self._pending: PendingGrads | None = None
-        self._checks = BufferChecks("lm.deepspeed")
-        self._unreached: dict[Any, list[str]] = {}
 
-    def __repr__(self) -> str:
-        said = [repr(self.config)] + [repr(self._given)] * (self._given is not None)
-        return f"lm.deepspeed({', '.join(said)})"
+    def _canonical(self) -> Mapping[str, Any]:
+        return {"config": copy.deepcopy(self.config)}
 
-    @functools.cached_property
+    def _new_memory(self) -> EngineHolder:
+        return EngineHolder(self, self._given)
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh that was given, or all processes along `data`."""
-        return self._given if self._given is not None else make_mesh()
-
-    @functools.cached_property
-    def wire(self) -> GradComm:
-        """The way to the other processes."""
-        meet(self.mesh.device)
-        assert dist.group.WORLD is not None
-        return GradComm(dist.group.WORLD)
+        holder: EngineHolder = self._memory
+        return holder.mesh
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's own engine, once `init` has made it."""
-        return self._of_engine().engine
+        """DeepSpeed's own engine, once `init` has made it: of the step that is being called, or of the only one."""
+        return self._holder().used().engine
+
+    def _holder(self) -> EngineHolder:
+        if self.within is not None:
+            own: EngineHolder = self._memory
+            return own.other or own
+        found = [holder for holder in HOLDERS.values() if holder.transform is self and holder.engine is not None]
+        if len(found) > 1:
+            raise StateError(
+                "this lm.deepspeed(...) is part of several steps, each with an engine of its own. Ask inside the step,"
+                " or make a transform for each."
+            )
+        return found[0] if found else self._new_memory()
 
     def gradient(self, name: str) -> Tensor:
         """The whole gradient of the param `name`, on every process, between `lm.value_and_grad` and the update.
 
         All processes must ask for it. Raises `LossError` where there is none.
         """
-        pending, engine = self._pending, self._of_engine()
+        holder = self._holder()
+        pending, engine = holder.pending, holder.used()
         found = None if pending is None else engine.gradient(name)
         if pending is None or found is None:
             raise LossError(f"there is no gradient of {name!r} now. Ask between lm.value_and_grad and apply_gradients.")
@@ -135,7 +122,7 @@ class deepspeed(Transform):
     def init(self, state: Any) -> Any:
         """The state held by an engine, after checking that all processes have the same; values are the first's."""
         if self.name in getattr(state, "slots", ()):
-            self._check_held(slot(state, self.name))
+            holder_of(slot(state, self.name))
             return state
         row_shards.check(state)
         params = flat_params(state, "lm.deepspeed takes")
@@ -153,39 +140,32 @@ class deepspeed(Transform):
                 ' {"zero_optimization": {"stage": 2}}.'
             )
         engine_setup = self._setup()
-        wire = self.wire
+        holder: EngineHolder = self._memory
+        if self.within is None:
+            raise StateError("an engine belongs to the step that it is for. Write: state = step.init(state)")
+        wire = holder.wire
         consistency.assert_same_on_all_ranks(
             consistency.fingerprint_lines(state, self.within),
             wire.group,
-            self.mesh.device,
+            holder.mesh.device,
             "the processes of lm.deepspeed",
         )
         state = consistency.broadcast(state, wire.group)
-        self._engine = engine = self._made(state, engine_setup)
-        close_on_leave(self)
-        engine.load(state.params)
-        self._number, self._pending = next(_numbers), None
-        self._places = places_of(state.opt_state, {name: p.shape for name, p in params.items()})
-        held = EngineSlot(number=self._number, dtypes=tuple((name, p.dtype) for name, p in params.items()))
+        engine = holder.hold(state, engine_setup)
+        held = EngineSlot(number=holder.number, dtypes=tuple((name, p.dtype) for name, p in params.items()))
         state = state.replace(
-            params={name: self._shown(name) for name in params},
-            opt_state=cut(state.opt_state, self._places, engine.spans),
+            params={name: self._shown(holder, name) for name in params},
+            opt_state=cut(state.opt_state, holder.places, engine.spans),
         )
         return with_slot(row_shards.shard(state, self.mesh, self.name), self.name, held)
-
-    def close(self) -> None:
-        """Let go of the engine, and with it of the process groups that it keeps."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = self._made_for = None
 
     def export(self, state: Any) -> Any:
         """The whole plain state, in memory of its own, on every process."""
         held: EngineSlot = slot(state, self.name)
-        self._check_held(held)
-        spans = self._of_engine().spans
+        holder = holder_of(held)
+        spans = holder.used().spans
         params = {name: gathered(spans[name].master, spans[name]).to(dtype) for name, dtype in held.dtypes}
-        opt_state = whole(state.opt_state, self._places, spans)
+        opt_state = whole(state.opt_state, holder.places, spans)
         state = row_shards.unshard(state, self.mesh)
         return without_slot(state, self.name).replace(params=params, opt_state=opt_state)
 
@@ -200,14 +180,16 @@ class deepspeed(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             if rules.is_tracing():
                 raise OrderError("lm.compile cannot trace lm.deepspeed's engine. Leave lm.compile() out.")
-            self._check_held(slot(state, self.name))
-            rule = _Rule(self, state)
+            own: EngineHolder = self._memory
+            holder = holder_of(slot(state, self.name))
+            own.other = None if holder is own else holder
+            rule = _Rule(self, holder, state)
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: functools.partial(self._apply, rule),
+                Primitive.APPLY: functools.partial(self._apply, rule, holder.used()),
                 Primitive.GRADIENT: rule,
-                Primitive.UPDATE: self._update,
+                Primitive.UPDATE: functools.partial(self._update, holder),
             }
-            with self.mesh.bound(), rules.rule_context(handlers):
+            with holder.mesh.bound(), rules.rule_context(handlers):
                 return inner(state, batch)
 
         # How products of float32 matrices are computed is torch's setting, of which an engine knows nothing.
@@ -220,66 +202,32 @@ class deepspeed(Transform):
         around = () if self.within is None else self.within.transforms
         return setup(self.config, around)
 
-    def _of_engine(self) -> Engine:
-        if self._engine is None:
-            raise StateError("lm.deepspeed has no engine yet. Prepare the state: state = step.init(state)")
-        return self._engine
-
-    def _made(self, state: Any, engine_setup: Setup) -> Engine:
-        """An engine for this model: the one that there is, if it is that one's."""
-        key = (state.apply_fn.train().module, repr(engine_setup), tuple(state.params))
-        if self._engine is not None and self._made_for == key:
-            return self._engine
-        if self._engine is not None:
-            self._engine.close()
-        self._made_for = key
-        return Engine(state.apply_fn, state.params, state.buffers, engine_setup)
-
-    def _check_held(self, held: EngineSlot) -> None:
-        if held.number != self._number:
-            raise StateError(
-                "this state was held by an engine that has taken another one since: step.init(state) was called again."
-                " Keep a plain state for later: kept = step.export(state)."
-            )
-
-    def _shown(self, name: str) -> Tensor:
+    def _shown(self, holder: EngineHolder, name: str) -> Tensor:
         """The param as it stands in the state."""
-        engine = self._of_engine()
-        return engine.live(name).detach() if self.stage < 3 else PartitionedParam.of(self, name, engine.params[name])
-
-    # What a shell asks for: `lumen.parallel.lazy_param.Gathers`.
-
-    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The param `name` without memory."""
-        return empty_meta(self._of_engine().shapes[name], dtype)
-
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """The param `name`, gathered."""
-        return self._of_engine().whole(name)
+        engine = holder.used()
+        return engine.live(name).detach() if self.stage < 3 else PartitionedParam.of(holder, name, engine.params[name])
 
     # The three primitives.
 
-    def _apply(self, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
-        return rule.apply(functools.partial(self._cast, next), call)
+    def _apply(self, rule: DataParallelRule, engine: Engine, next: Next, call: ApplyCall) -> Any:
+        return rule.apply(functools.partial(self._cast, engine, next), call)
 
-    def _cast(self, next: Next, call: ApplyCall) -> Any:
-        casts = self._of_engine().setup.casts
+    def _cast(self, engine: Engine, next: Next, call: ApplyCall) -> Any:
+        casts = engine.setup.casts
         if casts is None:
-            return self._applied(next, call)
-        return casts.apply(functools.partial(self._applied, next), call)
+            return self._applied(engine, next, call)
+        return casts.apply(functools.partial(self._applied, engine, next), call)
 
-    def _applied(self, next: Next, call: ApplyCall) -> Any:
+    def _applied(self, engine: Engine, next: Next, call: ApplyCall) -> Any:
         params = call.params
         if self.stage < 3:
             return next(call)
-        if params.keys() == self._of_engine().params.keys() and all(
-            isinstance(p, PartitionedParam) for p in params.values()
-        ):
-            return self._of_engine().run(call.target, call.buffers, call.args, call.kwargs)
+        if params.keys() == engine.params.keys() and all(isinstance(p, PartitionedParam) for p in params.values()):
+            return engine.run(call.target, call.buffers, call.args, call.kwargs)
         return next(call.replace(params={name: whole_of(p) for name, p in params.items()}))
 
-    def _update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        pending, engine = self._pending, self._of_engine()
+    def _update(self, holder: EngineHolder, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        pending, engine = holder.pending, holder.used()
         if pending is None or call.grads is not pending.grads:
             raise LossError(
                 "under lm.deepspeed state.apply_gradients takes the very grads that lm.value_and_grad gave in this"
@@ -297,12 +245,12 @@ class deepspeed(Transform):
             for p in engine.params.values():
                 p.grad.mul_(scale.to(p.device, p.dtype))  # type: ignore[union-attr]
             limit, scale = engine.setup.clip, None
-        engine.adapter.begin(Update(call.tx, call.opt_state, self._places, engine.spans, scale))
+        engine.adapter.begin(Update(call.tx, call.opt_state, holder.places, engine.spans, scale))
         try:
             engine.step(limit)
         finally:
             opt_state = engine.adapter.end()
-        self._pending = None
+        holder.pending = None
         return call.params, opt_state
 
 
@@ -318,13 +266,6 @@ class PartitionedParam(LazyParam):
     """A param of stage 3 as it stands in a state."""
 
     form = LazyParam.form | _DESCRIBING
-
-
-class PendingGrads(NamedTuple):
-    """Gradients in the engine, and how the step knows them: times `scale` (None is 1) they are the mean loss's."""
-
-    grads: dict[str, Tensor]
-    scale: Tensor | None
 
 
 class EngineGrad(TensorProxy):
@@ -349,9 +290,10 @@ class EngineGrad(TensorProxy):
 class _Rule(DataParallelRule):
     """What deepspeed makes of each P1 call of one step."""
 
-    def __init__(self, transform: deepspeed, state: Any) -> None:
-        super().__init__(transform.wire, None, "merge", state, transform._checks)  # type: ignore[arg-type]
-        self._transform, self._engine, self._params = transform, transform._of_engine(), state.params
+    def __init__(self, transform: deepspeed, holder: EngineHolder, state: Any) -> None:
+        super().__init__(holder.wire, None, "merge", state, holder.checks)  # type: ignore[arg-type]
+        self._transform, self._holder = transform, holder
+        self._engine, self._params = holder.used(), state.params
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         self._check(call)
@@ -381,7 +323,7 @@ class _Rule(DataParallelRule):
             {name: _unread(p) for name, p in self._params.items()},
             None if answer.scalar else everyone / loss.weight,
         )
-        self._transform._pending = pending
+        self._holder.pending = pending
         return answer.replace(grads=pending.grads, loss=loss.compute() if answer.scalar else loss)
 
     def _check(self, call: GradientCall) -> None:
@@ -398,7 +340,7 @@ class _Rule(DataParallelRule):
                 "under lm.deepspeed a loss is differentiated in the state's own params, which the engine holds:"
                 " lm.value_and_grad(loss_fn)(state.params, batch)."
             )
-        if self._transform._pending is not None:
+        if self._holder.pending is not None:
             raise OrderError(
                 "a second gradient was asked for before the first one was applied, and the engine would add them. Under"
                 " lm.deepspeed a step makes one gradient and one update; for several use lm.fsdp()."
@@ -417,7 +359,7 @@ class _Rule(DataParallelRule):
             found.extend(rest)
             if not objective.requires_grad:
                 raise gradient.independent_of(call)
-            missing = transform._unreached
+            missing = self._holder.unreached
             key = getattr(inspect.unwrap(call.loss_fn), "__code__", None)
             if key not in missing:
                 missing[key] = self._agreed(objective)

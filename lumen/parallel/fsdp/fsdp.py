@@ -19,12 +19,11 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.core.wrapped_loss import WrappedLoss
-from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, StateError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, StateError
 from lumen.parallel import row_shards
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.comm.mesh import Mesh
-from lumen.parallel.comm.mesh import mesh as make_mesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
 from lumen.parallel.fsdp import cpu_offload as offload
@@ -37,6 +36,7 @@ from lumen.parallel.fsdp.meta_init import (
     materialise,
     reset,
 )
+from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import (
     ShardedParamGatherer,
     ShardLayout,
@@ -50,7 +50,6 @@ from lumen.parallel.fsdp.shard import (
 )
 from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
 from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
-from lumen.parallel.fsdp.wrap import FSDPUnits, find
 from lumen.parallel.lazy_param import LazyParam, whole_of
 from lumen.parallel.optimizer_check import check_optimizer
 
@@ -172,37 +171,21 @@ class fsdp(Transform):
         self.offload = offload
         self.param_init_fn = param_init_fn
         self._given = mesh
-        self._found: dict[Any, FSDPUnits] = {}
-        self._passes: list[ForwardPass] = []
 
-    def __repr__(self) -> str:
-        said = [repr(self._given)] if self._given is not None else []
-        usual = {"stage": 3, "wrap": None, "param_dtype": None, "prefetch": 1, "offload": False}
-        values = {name: getattr(self, "patterns" if name == "wrap" else name) for name in usual}
-        said += [f"{name}={value!r}" for name, value in values.items() if value != usual[name]]
-        # Without its address, which differs between processes.
-        said += [f"param_init_fn={getattr(self.param_init_fn, '__qualname__', '...')}"] * (
-            self.param_init_fn is not None
-        )
-        return f"lm.fsdp({', '.join(said)})"
+    def _new_memory(self) -> FSDPRuntime:
+        return FSDPRuntime(self._given, self.patterns, repr(self), offload=self.offload)
 
-    @functools.cached_property
+    @property
     def mesh(self) -> Mesh:
         """The mesh that was given, or all processes along `shard`."""
-        return self._given if self._given is not None else make_mesh(shard=-1)
+        runtime: FSDPRuntime = self._memory
+        return runtime.mesh
 
-    @functools.cached_property
+    @property
     def cut(self) -> ShardLayout | None:
         """How this process's parts lie in the whole; None where nothing is cut."""
-        group, everyone = self.mesh.group("shard"), self.mesh.group("data", "shard")
-        if group is None or everyone is None:
-            if everyone is not None:
-                raise WorldError(
-                    f"{self!r} has no processes along shard to cut params over. Write lm.mesh(shard=-1), or use"
-                    " lm.ddp() to copy them everywhere."
-                )
-            return None
-        return ShardLayout(group, self.mesh.group("data"), everyone, self.mesh.device if self.offload else None)
+        runtime: FSDPRuntime = self._memory
+        return runtime.layout
 
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all have the same."""
@@ -214,7 +197,7 @@ class fsdp(Transform):
         if cut is None:  # what several processes would be refused is refused here too
             self._check_offload()
             if self.patterns is not None and type(params) is dict:
-                self._units(state.apply_fn, {name: p.shape for name, p in params.items()})
+                self._memory.units(state.apply_fn, [*params])
             return self._made(state, None) if begins_on_meta(state) else state
         params = flat_params(state, "lm.fsdp cuts")
         check_optimizer(state.tx)
@@ -224,7 +207,7 @@ class fsdp(Transform):
         shapes = {name: p.shape for name, p in params.items()}
         kept = never_cut(self._cut_of(state), shapes)
         kept += tuple(path for path, _ in row_fields.named(self._cut_of(state)))  # whatever names they have
-        self._units(state.apply_fn, shapes)  # patterns that match nothing are told here
+        self._memory.units(state.apply_fn, [*shapes])  # patterns that match nothing are told here
         if begins_on_meta(state):
             state = self._made(state, cut)
         elif self.offload:
@@ -252,7 +235,7 @@ class fsdp(Transform):
 
     def _made(self, state: Any, cut: ShardLayout | None) -> Any:
         """The state of a model on the meta device with values, made where they stay."""
-        units = self._units(state.apply_fn, {name: p.shape for name, p in state.params.items()})
+        units = self._memory.units(state.apply_fn, [*state.params])
         kept = make_keep_fn(cut, state.params if self.stage == 3 else ())
         at_rest = self.offload and cut is not None
         keep: Keep = (lambda name, whole: offload.to_host(kept(name, whole))) if at_rest else kept
@@ -268,12 +251,13 @@ class fsdp(Transform):
 
     def export(self, state: Any) -> Any:
         """The whole state, on every process; with `offload`, on the host."""
-        if self.cut is None:
+        cut = self.cut
+        if cut is None:
             return state
         shapes, kept = self._shapes(state), slot(state, self.name).kept
         state = without_slot(state, self.name)
         state = row_shards.unshard(state, self.mesh)
-        whole = whole_tree(self.cut, self._cut_of(state), shapes, kept)
+        whole = whole_tree(cut, self._cut_of(state), shapes, kept)
         if self.offload:
             return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, whole)
         return whole if self.stage == 3 else state.replace(opt_state=whole)
@@ -303,26 +287,24 @@ class fsdp(Transform):
         """The step with params gathered as they are used, and gradients summed over processes."""
         inside = as_step(step).transforms
         self._check_inside(inside)
-        layouts: BucketPlanCache | None = None
         checks = BufferChecks("lm.fsdp")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            nonlocal layouts
-            cut = self.cut
+            runtime: FSDPRuntime = self._memory
+            cut = runtime.layout
             if cut is None:
-                with self.mesh.bound():
+                with runtime.mesh.bound():
                     return step(state, batch)
             wire = GradComm(cut.everyone)
-            layouts = layouts or BucketPlanCache(wire, 25 * 2**20)
             shapes = self._shapes(state)
             named = ShardedParamGatherer(cut, shapes)
-            rule = _Rule(self, cut, wire, layouts, state, checks)
+            rule = _Rule(self, cut, wire, runtime.plans, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             if self.stage == 3:
-                handlers[Primitive.APPLY] = functools.partial(self._apply, shapes, rule)
+                handlers[Primitive.APPLY] = functools.partial(self._apply, runtime, shapes, rule)
             else:
                 handlers[Primitive.UPDATE] = functools.partial(_update, cut, named, self.stage)
-            with self.mesh.bound(), rules.rule_context(handlers):
+            with runtime.mesh.bound(), rules.rule_context(handlers):
                 if self.stage == 1:
                     return step(state, batch)
                 with sharding.bound(cut, named):
@@ -332,10 +314,11 @@ class fsdp(Transform):
 
     def session(self, shapes: Shapes) -> UnshardContext:
         """A new chain of gathers."""
-        assert self.cut is not None
+        cut = self.cut
+        assert cut is not None
         self._check_offload()
         kind = TracedUnshardContext if rules.is_tracing() else UnshardContext
-        return kind(self.cut, shapes, torch.bfloat16 if self.param_dtype else None, self.prefetch)
+        return kind(cut, shapes, torch.bfloat16 if self.param_dtype else None, self.prefetch)
 
     def _check_offload(self) -> None:
         outside = () if self.within is None else self.within.transforms
@@ -361,43 +344,25 @@ class fsdp(Transform):
                     " lm.fsdp(stage=2), where processes meet only after each has computed its gradient."
                 )
 
-    def _units(self, apply: Any, shapes: Shapes) -> FSDPUnits:
-        if apply not in self._found:
-            patterns = [self.patterns] if isinstance(self.patterns, str) else self.patterns
-            self._found[apply] = find(apply.module, patterns, [*shapes])
-        return self._found[apply]
-
-    def _apply(self, shapes: Shapes, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
+    def _apply(self, runtime: FSDPRuntime, shapes: Shapes, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
         """P0: where buffers come from, and the model on its params' parts."""
-        return rule.apply(functools.partial(self._on_parts, shapes, next), call)
+        return rule.apply(functools.partial(self._on_parts, runtime, shapes, next), call)
 
-    def _on_parts(self, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
+    def _on_parts(self, runtime: FSDPRuntime, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
         """Give the model its params' parts, and gather them where they are used."""
         if call.params.keys() != shapes.keys():  # another model than the one that was cut
             return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
-        cut = self.cut
+        cut = runtime.layout
         assert cut is not None
         call = call.replace(params={name: _inside(p) for name, p in call.params.items()})
         lazy = _session_of(call.params)
         session = lazy if lazy is not None else self.session(shapes)
         whole = _whole_names(call.params, shapes, cut)
-        units = self._units(call.target, shapes)
-        target = call.target.variant((self.name, id(self)), register_unit_hooks(self._current, units))
+        units = runtime.units(call.target, [*shapes])
+        target = call.target.variant((self.name, runtime), register_unit_hooks(runtime.current, units))
         params = {name: p.part if isinstance(p, LazyParam) else p for name, p in call.params.items()}
-        self._passes.append(ForwardPass(session, units, whole))
-        try:
+        with runtime.running(ForwardPass(session, units, whole)):
             return next(call.replace(target=target, params=params))
-        finally:
-            self._passes.pop()
-
-    def _current(self) -> ForwardPass:
-        if not self._passes:
-            raise OrderError(
-                "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
-                " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
-                " lm.fsdp(wrap='body')."
-            )
-        return self._passes[-1]
 
 
 def _lazy(session: UnshardContext, name: str, part: Tensor) -> LazyParam:

@@ -31,8 +31,7 @@ from lumen.errors import (
 )
 from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
-from lumen.parallel.comm.mesh import Mesh
-from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.fsdp.shard import flat_params
 from lumen.parallel.lazy_param import LazyParam, whole_of
 from lumen.parallel.optimizer_check import check_optimizer
@@ -49,8 +48,6 @@ from lumen.parallel.tensor.layout import (
     whole_tree,
 )
 from lumen.parallel.tensor.styles import Style
-
-_MANY = 4  # entries of a plan that messages do not spell out
 
 
 @pytree_dataclass
@@ -109,30 +106,24 @@ class tensor_parallel(Transform):
             )
         self.plan = dict(plan)
         self._given = mesh
-        self._styles: dict[Any, dict[str, Style]] = {}
-        self._known: tuple[ParamLayouts, dict[str, Layout], FullParamView] | None = None
 
-    def __repr__(self) -> str:
-        mesh = "" if self._given is None else f", {self._given!r}"
-        plan = repr(self.plan) if len(self.plan) < _MANY else "plan"
-        return f"lm.tensor_parallel({plan}{mesh})"
+    def _canonical(self) -> Mapping[str, Any]:
+        return {"plan": dict(self.plan)}
 
-    @functools.cached_property
+    def _new_memory(self) -> _Runtime:
+        return _Runtime(self._given, self.plan)
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh that was given, or all processes along `tensor`."""
-        return self._given if self._given is not None else make_mesh(tensor=-1)
+        runtime: _Runtime = self._memory
+        return runtime.mesh
 
-    @functools.cached_property
+    @property
     def team(self) -> TPGroup | None:
         """The processes along `tensor`; None where nothing is cut."""
-        group = self.mesh.group("tensor")
-        return None if group is None else TPGroup(group)
-
-    @functools.cached_property
-    def run(self) -> Run:
-        """What the layers share while a model runs."""
-        assert self.team is not None
-        return Run(self.team)
+        runtime: _Runtime = self._memory
+        return runtime.team
 
     def init(self, state: Any) -> Any:
         """This process's parts of the first process's state, after checking that all along `tensor` have the same."""
@@ -148,7 +139,7 @@ class tensor_parallel(Transform):
                 lines, team.group, device_of(state), "the processes of lm.tensor_parallel"
             )
         layouts = param_layouts(
-            state.apply_fn.module, self._styles_of(state.apply_fn), 1 if team is None else team.size
+            state.apply_fn.module, self._memory.styles(state.apply_fn), 1 if team is None else team.size
         )
         self._check_outside()
         if team is None:
@@ -161,7 +152,7 @@ class tensor_parallel(Transform):
     def _prepared(self, state: Any) -> Any:
         """A state that `init` gave, as it is."""
         size = 1 if self.team is None else self.team.size
-        layouts = param_layouts(state.apply_fn.module, self._styles_of(state.apply_fn), size)
+        layouts = param_layouts(state.apply_fn.module, self._memory.styles(state.apply_fn), size)
         record: ParamLayouts = slot(state, self.name)
         if record.size != size or dict(record.layouts) != layouts:
             raise StateError(
@@ -172,11 +163,12 @@ class tensor_parallel(Transform):
 
     def export(self, state: Any) -> Any:
         """The whole state, on every process."""
-        if self.team is None:
+        team = self.team
+        if team is None:
             return state
-        layouts, _ = self._layouts(state)
+        layouts = dict(slot(state, self.name).layouts)
         rest, row_leaves = row_fields.split_off(without_slot(state, self.name))
-        return row_fields.joined(whole_tree(self.team, rest, layouts), row_leaves)
+        return row_fields.joined(whole_tree(team, rest, layouts), row_leaves)
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
         """What each leaf is that stands under a param's name: a part, or whole and written by one process.
@@ -187,8 +179,9 @@ class tensor_parallel(Transform):
         if team is None:
             return {}
         rest, _ = row_fields.split_off(state)
-        found = pieces_of(rest, self._layouts(state)[0], team.size, team.index)
-        first = not any(self.mesh.index(axis) for axis in ("data", "shard"))
+        found = pieces_of(rest, dict(slot(state, self.name).layouts), team.size, team.index)
+        mesh = self.mesh
+        first = not any(mesh.index(axis) for axis in ("data", "shard"))
         around = () if self.within is None else self.within.transforms
         outer = {place for t in around if t is not self and t.shards for place in t.shard_specs(state)}
         return {
@@ -200,18 +193,19 @@ class tensor_parallel(Transform):
         _check_inside(as_step(step).transforms)
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            team = self.team
+            runtime: _Runtime = self._memory
+            team = runtime.team
             if team is None:
                 return step(state, batch)
             _check_engine()
-            layouts, outside = self._layouts(state)
+            layouts, outside = runtime.layouts(slot(state, self.name))
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: functools.partial(self._apply, layouts, outside),
-                Primitive.GRADIENT: functools.partial(self._gradient, outside),
+                Primitive.APPLY: functools.partial(self._apply, runtime, layouts, outside),
+                Primitive.GRADIENT: functools.partial(self._gradient, runtime, outside),
             }
             with rules.rule_context(handlers), sharding.bound(_Parts(team, outside.layouts)):
                 if self._is_alone():
-                    with self.mesh.bound():
+                    with runtime.mesh.bound():
                         return step(state, batch)
                 return step(state, batch)
 
@@ -223,49 +217,38 @@ class tensor_parallel(Transform):
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal checked
-            if self.team is None:
+            team = self.team
+            if team is None:
                 return step(state, batch)
             first, checked = not checked, True
             if first:
-                _check_rows(self.team, batch, device_of(state))
+                _check_rows(team, batch, device_of(state))
             if _draws(state.apply_fn.module):
-                _draw_alike(self.team, device_of(state))
+                _draw_alike(team, device_of(state))
             new, metrics = step(state, batch)
             if first:
-                _check_buffers(self.team, new)
+                _check_buffers(team, new)
             return new, metrics
 
         return run
-
-    def _styles_of(self, apply: Any) -> dict[str, Style]:
-        if apply not in self._styles:
-            self._styles[apply] = module_styles(apply.module, self.plan)
-        return self._styles[apply]
-
-    def _layouts(self, state: Any) -> tuple[dict[str, Layout], FullParamView]:
-        """What the slot says, and what makes params whole by it."""
-        record: ParamLayouts = slot(state, self.name)
-        if self._known is None or (self._known[0] is not record and self._known[0] != record):
-            assert self.team is not None
-            layouts = dict(record.layouts)
-            self._known = record, layouts, FullParamView(self.team, layouts)
-        return self._known[1:]
 
     def _is_alone(self) -> bool:
         """Whether nobody outside has bound the axes of the mesh."""
         return rules.axis("tensor") is None
 
-    def _apply(self, layouts: Mapping[str, Layout], outside: FullParamView, next: Next, call: ApplyCall) -> Any:
+    def _apply(
+        self, runtime: _Runtime, layouts: Mapping[str, Layout], outside: FullParamView, next: Next, call: ApplyCall
+    ) -> Any:
         """P0: run the model on the parts of its params."""
         if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
             return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
         params = {name: self._part(outside, name, p) for name, p in call.params.items()}
-        change = cut_modules(self.run, outside, self._styles_of(call.target))
-        target = call.target.variant((self.name, self), change)
+        change = cut_modules(runtime.run, outside, runtime.styles(call.target))
+        target = call.target.variant((self.name, runtime), change)
         try:
             return next(call.replace(target=target, params=params))
         finally:
-            self.run.leave()
+            runtime.run.leave()
 
     @staticmethod
     def _names(call: ApplyCall) -> set[str]:
@@ -281,7 +264,8 @@ class tensor_parallel(Transform):
             return param
         return outside.team.slice(param, layout.dim, layout.groups)
 
-    def _gradient(self, outside: FullParamView, next: Next, call: GradientCall) -> Gradient:
+    @staticmethod
+    def _gradient(runtime: _Runtime, outside: FullParamView, next: Next, call: GradientCall) -> Gradient:
         """P1: let the loss function see whole params, which are gathered if it reads them."""
         if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(outside.layouts):
             return next(call)  # type: ignore[no-any-return]
@@ -295,23 +279,60 @@ class tensor_parallel(Transform):
         try:
             return next(call.replace(loss_fn=seeing(call.loss_fn)))  # type: ignore[no-any-return]
         finally:
-            self.run.leave()  # a layer that was computed again for the backward pass has entered once more
+            runtime.run.leave()  # a layer that was computed again for the backward pass has entered once more
 
     def _check_outside(self) -> None:
         around = () if self.within is None else self.within.transforms
         joining = next((t for t in around if t.level == "parallel"), None)
-        if joining is None and self.mesh.size("data", "shard") > 1:
+        mesh = self.mesh
+        if joining is None and mesh.size("data", "shard") > 1:
             raise OrderError(
-                f"{self.mesh!r} spreads rows over data and shard, and nothing joins their gradients. Write"
+                f"{mesh!r} spreads rows over data and shard, and nothing joins their gradients. Write"
                 " lm.ddp(mesh)(lm.tensor_parallel(plan, mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
             )
-        other = getattr(joining, "mesh", self.mesh)
-        if other.sizes != self.mesh.sizes:
+        other = getattr(joining, "mesh", mesh)
+        if other.sizes != mesh.sizes:
             raise WorldError(
-                f"{joining!r} stands on {other!r} and lm.tensor_parallel on {self.mesh!r}: they must share one mesh."
+                f"{joining!r} stands on {other!r} and lm.tensor_parallel on {mesh!r}: they must share one mesh."
                 f" Write mesh = lm.mesh(data=..., tensor=...), lm.{joining.name if joining else 'ddp'}(mesh) and"
                 " lm.tensor_parallel(plan, mesh)."
             )
+
+
+class _Runtime(StepMesh):
+    """What one step keeps on the host: its processes, and the styles and layouts of its models."""
+
+    def __init__(self, given: Mesh | None, plan: Plan) -> None:
+        super().__init__(given, "tensor")
+        self._plan = plan
+        self._styles: dict[Any, dict[str, Style]] = {}
+        self._known: tuple[ParamLayouts, dict[str, Layout], FullParamView] | None = None
+
+    @functools.cached_property
+    def team(self) -> TPGroup | None:
+        """The processes along `tensor`; None where nothing is cut."""
+        group = self.mesh.group("tensor")
+        return None if group is None else TPGroup(group)
+
+    @functools.cached_property
+    def run(self) -> Run:
+        """What the layers share while a model runs."""
+        assert self.team is not None
+        return Run(self.team)
+
+    def styles(self, apply: Any) -> dict[str, Style]:
+        """The style of each module that the plan names."""
+        if apply not in self._styles:
+            self._styles[apply] = module_styles(apply.module, self._plan)
+        return self._styles[apply]
+
+    def layouts(self, record: ParamLayouts) -> tuple[dict[str, Layout], FullParamView]:
+        """What the slot says, and what makes params whole by it."""
+        if self._known is None or (self._known[0] is not record and self._known[0] != record):
+            assert self.team is not None
+            layouts = dict(record.layouts)
+            self._known = record, layouts, FullParamView(self.team, layouts)
+        return self._known[1:]
 
 
 class _Parts:

@@ -1,0 +1,130 @@
+"""Which engine holds the state of a step.
+
+DeepSpeed's engine is the one thing that a transform keeps outside the state: it is no value (it hooks the model, owns
+memory and process groups, updates in place), so a state can only name it. Each step that `lm.deepspeed` makes has a
+holder, in which its engine lives as long as the step, and `HOLDERS` has the holder of each state by the number in its
+slot.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import static
+from lumen.core.sharding import Spread
+from lumen.core.step import Transform
+from lumen.errors import StateError
+from lumen.parallel.comm.buckets import GradComm
+from lumen.parallel.comm.mesh import Mesh, StepMesh
+from lumen.parallel.comm.process_groups import close_on_leave
+from lumen.parallel.ddp.aux_reduction import BufferChecks
+from lumen.parallel.deepspeed.config import Setup
+from lumen.parallel.deepspeed.engine import Engine, meet
+from lumen.parallel.fsdp.shard import places_of
+from lumen.parallel.lazy_param import empty_meta
+
+_numbers = itertools.count(1)
+
+
+@pytree_dataclass
+class EngineSlot(Spread):
+    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, and the params' dtypes."""
+
+    number: int = static()
+    dtypes: tuple[tuple[str, torch.dtype], ...] = static()
+
+
+class PendingGrads(NamedTuple):
+    """Gradients in the engine, and how the step knows them: times `scale` (None is 1) they are the mean loss's."""
+
+    grads: dict[str, Tensor]
+    scale: Tensor | None
+
+
+class EngineHolder(StepMesh):
+    """The engine of one step, and what the step remembers of it between calls."""
+
+    def __init__(self, transform: Transform, given: Mesh | None) -> None:
+        super().__init__(given, "data")
+        self.transform = transform
+        self.other: EngineHolder | None = None  # that of the state that the step was called with last, where it is not
+        self.engine: Engine | None = None
+        self.number = 0
+        self.places: list[tuple[int, str]] = []  # of leaves of the optimizer state that are a param's
+        self.pending: PendingGrads | None = None
+        self.checks = BufferChecks("lm.deepspeed")
+        self.unreached: dict[Any, list[str]] = {}
+        self._made_for: Any = None
+        self._closing: Any = None
+
+    def __deepcopy__(self, _memo: Any) -> EngineHolder:
+        return self  # a state may be copied, its engine may not
+
+    @functools.cached_property
+    def wire(self) -> GradComm:
+        """The way to the other processes."""
+        meet(self.mesh.device)
+        assert dist.group.WORLD is not None
+        return GradComm(dist.group.WORLD)
+
+    def used(self) -> Engine:
+        """The engine; `StateError` before it is made."""
+        if self.engine is None:
+            raise StateError("lm.deepspeed has no engine yet. Prepare the state: state = step.init(state)")
+        return self.engine
+
+    def hold(self, state: Any, setup: Setup) -> Engine:
+        """Have the engine take a state: the one that there is, if it is of this model, or a new one."""
+        key = (state.apply_fn.train().module, repr(setup), tuple(state.params))
+        if self._made_for != key:
+            self.close()
+        if self.engine is None:
+            self.engine = Engine(state.apply_fn, state.params, state.buffers, setup)
+            self._made_for = key
+            self._closing = weakref.finalize(self, self.engine.close)  # a step that is let go lets go of its engine
+            self._closing.atexit = False
+        close_on_leave(self)
+        self.engine.load(state.params)
+        HOLDERS.pop(self.number, None)
+        self.number, self.pending, self.other = next(_numbers), None, None
+        HOLDERS[self.number] = self
+        self.places = places_of(state.opt_state, {name: p.shape for name, p in state.params.items()})
+        return self.engine
+
+    def close(self) -> None:
+        """Let go of the engine, and with it of the process groups that it keeps."""
+        if self._closing is not None:
+            self._closing()
+        self.engine = self._closing = self._made_for = None
+
+    # `lumen.parallel.lazy_param.GatherSource`, for the params of stage 3.
+
+    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory."""
+        return empty_meta(self.used().shapes[name], dtype)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The param `name`, gathered."""
+        return self.used().whole(name)
+
+
+HOLDERS: weakref.WeakValueDictionary[int, EngineHolder] = weakref.WeakValueDictionary()
+
+
+def holder_of(slot: EngineSlot) -> EngineHolder:
+    """The holder of the state with this slot; `StateError` where its engine holds another one by now."""
+    holder = HOLDERS.get(slot.number)
+    if holder is None:
+        raise StateError(
+            "this state was held by an engine that has taken another one since: step.init(state) was called again."
+            " Keep a plain state for later: kept = step.export(state)."
+        )
+    return holder
