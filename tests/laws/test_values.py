@@ -63,10 +63,10 @@ def by_sum(state, x):
     return state.apply_gradients(grads), {"distance": loss}
 
 
-def run(transforms, function, seed):
+def run(transforms, function, seed, state=None):
     """Two steps of a run, and what came of them."""
     step = lm.compose(*transforms)(function)
-    state = step.init(state_of(seed))
+    state = step.init(state_of(seed) if state is None else state)
     for each in range(2):
         batch = torch.randn(5 + seed, 3, generator=torch.Generator().manual_seed(each))
         state, metrics = step(state, batch)
@@ -112,8 +112,9 @@ def test_a_transform_is_shared_by_threads():
     stack = in_order(names)
     shared = [MAKE[name]() for name in stack]
     own = [run([MAKE[name]() for name in stack], by_mean, seed) for seed in range(4)]
+    states = [state_of(seed) for seed in range(4)]  # drawn from a generator that threads share
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(functools.partial(run, shared, by_mean), range(4)))
+        found = list(pool.map(functools.partial(run, shared, by_mean), range(4), states))
     assert all(alike(a, b) for a, b in zip(found, own, strict=True))
 
 
