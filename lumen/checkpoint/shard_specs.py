@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lumen.core import rules
 from lumen.core.sharding import ShardSpec, Spread
-from lumen.core.step import StepFn, as_step, without_slot
+from lumen.core.step import StepFn, Transform, as_step, without_slot
 from lumen.errors import CheckpointError
 
 
@@ -23,10 +24,12 @@ def by_place(cut: Mapping[int, ShardSpec], kinds: Sequence[str]) -> dict[int, Sh
 
 def strip_sharding(step: StepFn | None, state: Any) -> Any:
     """`state` as it would be without what says how it is spread: a checkpoint does not depend on it."""
-    for transform in () if step is None else as_step(step).transforms:
+    if step is None:
+        return state
+    for transform in as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
-            state = transform.export(state) if transform.opaque_state else without_slot(state, transform.name)
-    for name in _spread_slots(state) if step is not None else ():
+            state = _export(step, transform, state) if transform.opaque_state else without_slot(state, transform.name)
+    for name in _spread_slots(state):
         state = without_slot(state, name)
     return state
 
@@ -43,10 +46,21 @@ def _spread_slots(state: Any) -> list[str]:
 
 def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The state to read into where another library holds it, and what gives it back to that library."""
-    opaque_state = [] if step is None else [t for t in as_step(step).transforms if t.opaque_state]
-    if not opaque_state or opaque_state[0].name not in getattr(state, "slots", ()):
+    opaque = [] if step is None else [t for t in as_step(step).transforms if t.opaque_state]
+    if step is None or not opaque or opaque[0].name not in getattr(state, "slots", ()):
         return state, lambda values: values
-    return opaque_state[0].export(state), opaque_state[0].init
+    transform = opaque[0]
+
+    def hand_back(values: Any) -> Any:
+        with rules.running(as_step(step)):
+            return transform.init(values)
+
+    return _export(step, transform, state), hand_back
+
+
+def _export(step: StepFn, transform: Transform, state: Any) -> Any:
+    with rules.running(as_step(step)):
+        return transform.export(state)
 
 
 def check(step: StepFn | None, state: Any, write: str) -> None:
