@@ -29,7 +29,8 @@ class ValueType(ABCMeta):
         bound = inspect.signature(cls).bind(*args, **kwargs)
         bound.apply_defaults()
         settings = {name: _snapshot(value) for name, value in bound.arguments.items()}
-        vars(made)["_settings"] = {**settings, **made._canonical()}
+        canonical = made._canonical()  # a subclass may take other arguments
+        vars(made)["_settings"] = {name: canonical.get(name, value) for name, value in settings.items()}
         return made  # type: ignore[no-any-return]
 
     @property

@@ -27,7 +27,7 @@ from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
 
 _GROUP = 16 * 2**20  # bytes of sums that are made at once
 Dtypes = list[torch.dtype] | None
-_FITS, _CUT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
+_FITS, _SPLIT, _FAILS = range(3)  # how a gradient went with memory: well, not unless in smaller parts, not at all
 
 
 class RetryWithMoreMicrobatches(torch.OutOfMemoryError):
@@ -73,8 +73,8 @@ class accumulate(Transform):
     reason = "each microbatch must meet the transforms inside it, and those outside must see the whole batch once"
 
     def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
-        given = [n for n in (k, microbatch) if n is not None]
-        if k != "auto" and (len(given) != 1 or type(given[0]) is not int or given[0] < 1):
+        numbers = [n for n in (k, microbatch) if n is not None]
+        if k != "auto" and (len(numbers) != 1 or type(numbers[0]) is not int or numbers[0] < 1):
             raise BatchError(
                 f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
                 " Write lm.accumulate(4) for four parts, lm.accumulate(microbatch=8) for parts of 8 rows, or"
@@ -107,8 +107,11 @@ class accumulate(Transform):
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             memory: _AutoMemory | None = self._memory if self.auto else None
-            parts = _InParts(self, memory)
-            handlers: dict[Primitive, rules.Rule] = {Primitive.GRADIENT: parts, Primitive.APPLY: parts.tracker.apply}
+            accumulation = _Accumulation(self, memory)
+            handlers: dict[Primitive, rules.Rule] = {
+                Primitive.GRADIENT: accumulation,
+                Primitive.APPLY: accumulation.tracker.apply,
+            }
             if memory is not None:
                 handlers[Primitive.UPDATE] = memory.update
             with rules.rule_context(handlers):
@@ -122,10 +125,10 @@ class accumulate(Transform):
             return step
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            given, memory = state, self._memory
-            parts = slot(state, self.name).parts
-            memory.count = int(parts.max())
-            while (out := self._attempt(memory, step, state, batch)) is None:
+            first_state, memory = state, self._memory
+            count = slot(state, self.name).parts
+            memory.count = int(count.max())
+            while (answer := self._attempt(memory, step, state, batch)) is None:
                 memory.count *= 2
                 # Said outside the handler of the error, whose traceback holds the activations that did not fit.
                 warnings.warn(
@@ -134,11 +137,11 @@ class accumulate(Transform):
                     InexactWarning,
                     stacklevel=2,
                 )
-                state = with_slot(state, self.name, AccumulateState(torch.full_like(parts, memory.count)))
+                state = with_slot(state, self.name, AccumulateState(torch.full_like(count, memory.count)))
                 _free()
-            if state is not given and is_retired(state) and not is_retired(given):
-                retire(given)
-            return out
+            if state is not first_state and is_retired(state) and not is_retired(first_state):
+                retire(first_state)
+            return answer
 
         return run
 
@@ -171,9 +174,9 @@ class accumulate(Transform):
             leaves, spec = tree.flatten(batch)
             if size == 0:
                 return [batch]
-            cut = [x.split(self.microbatch) if isinstance(x, torch.Tensor) else None for x in leaves]
-            if None not in cut:
-                return [tree.unflatten(spec, piece) for piece in zip(*cut, strict=True)]
+            columns = [x.split(self.microbatch) if isinstance(x, torch.Tensor) else None for x in leaves]
+            if None not in columns:
+                return [tree.unflatten(spec, leaves_of_one) for leaves_of_one in zip(*columns, strict=True)]
             return batching.split(batch, math.ceil(size / self.microbatch))
         if self.auto or reduction is not None:  # a smaller last batch, or the smaller part of a process
             return batching.split(batch, max(1, min(count, size)))
@@ -204,7 +207,7 @@ class _AutoMemory:
         return answer
 
 
-class _InParts:
+class _Accumulation:
     """What accumulate makes of the P1 calls of one step."""
 
     def __init__(self, settings: accumulate, memory: _AutoMemory | None) -> None:
@@ -226,48 +229,48 @@ class _InParts:
                 " other whether all have had memory enough. Give a number: lm.accumulate(2)."
             )
         call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
-        in_place = self._adds_in_place(call)
+        into_buffers = self._can_add_into_buffers(call)
         take = self._fitting if settings.auto and not rules.is_tracing() else self._total
-        total, dtypes = take(next, call, in_place)
+        total, dtypes = take(next, call, into_buffers)
         if call.reduction is not None:
             total, dtypes = call.reduction.finish(_rounded(total, dtypes)), None
         if call.summed:
             return _rounded(total, dtypes)
-        own = in_place and call.reduction is None
+        own = into_buffers and call.reduction is None
         return _rounded(gradient.normalized(total, own=own), dtypes)
 
-    def _fitting(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
+    def _fitting(self, next: Next, call: GradientCall, into_buffers: bool) -> tuple[Gradient, Dtypes]:
         """The gradient of this process's rows once it has fitted into the memory of all; else all cut theirs finer."""
-        total, outcome, said = None, _FITS, "another process ran out of memory on single rows"
+        total, outcome, message = None, _FITS, "another process ran out of memory on single rows"
         try:
-            total = self._total(next, call, in_place)
+            total = self._total(next, call, into_buffers)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             memory = self.memory
-            outcome = _CUT if memory is not None and memory.count < memory.rows else _FAILS
-            said = str(error)
+            outcome = _SPLIT if memory is not None and memory.count < memory.rows else _FAILS
+            message = str(error)
         worst = outcome if call.reduction is None else call.reduction.most(outcome)
-        if worst == _CUT:
-            raise RetryWithMoreMicrobatches(said)
+        if worst == _SPLIT:
+            raise RetryWithMoreMicrobatches(message)
         if worst == _FAILS:
-            raise torch.OutOfMemoryError(said)
+            raise torch.OutOfMemoryError(message)
         assert total is not None
         return total
 
-    def _total(self, next: Next, call: GradientCall, in_place: bool) -> tuple[Gradient, Dtypes]:
+    def _total(self, next: Next, call: GradientCall, into_buffers: bool) -> tuple[Gradient, Dtypes]:
         """The gradient of the sum, of 16-bit params in float32, and the dtypes that the parts' grads had."""
         self.tracker.begin()
         alone = call.replace(summed=True, reduction=None)
         if self.memory is not None:
             self.memory.rows = batching.count(call.batch)
-        pieces = self.settings.split(call, self.count)
-        calls = [alone.replace(batch=piece) for piece in pieces]
+        microbatches = self.settings.split(call, self.count)
+        calls = [alone.replace(batch=microbatch) for microbatch in microbatches]
         reduction = call.reduction
         if reduction is not None and reduction.within:
-            most = self.count or reduction.most(len(pieces))
-            calls += [reduction.idle(calls[-1])] * (most - len(pieces))
-            in_place = False
+            most = self.count or reduction.most(len(microbatches))
+            calls += [reduction.idle(calls[-1])] * (most - len(microbatches))
+            into_buffers = False
         cache = find(call.loss_fn)
         if cache is not None and self.settings.auto and reduction is not None:
             raise OrderError(
@@ -276,83 +279,91 @@ class _InParts:
                 " lm.accumulate(2)."
             )
         if len(calls) == 1:
-            return self._sum(next, calls, 1, in_place)
+            return self._sum(next, calls, 1, into_buffers)
         if cache is not None:
-            return self._cached(next, CachedGradient(cache, call), calls, len(pieces), in_place)
+            return self._cached(next, CachedGradient(cache, call), calls, len(microbatches), into_buffers)
         with rules.splitting(repr(self.settings)):
-            return self._sum(next, calls, len(pieces), in_place)
+            return self._sum(next, calls, len(microbatches), into_buffers)
 
     def _sum(
-        self, next: Next, calls: list[GradientCall], real: int, in_place: bool, start: list[Tensor | None] | None = None
+        self,
+        next: Next,
+        calls: list[GradientCall],
+        real: int,
+        into_buffers: bool,
+        start: list[Tensor | None] | None = None,
     ) -> tuple[Gradient, Dtypes]:
         """The sum of the calls' gradients, and of `start`; only the `real` ones have rows."""
-        if in_place:
-            return self._in_place(next, calls, start), None
-        parts: list[Gradient] = []
+        if into_buffers:
+            return self._into_buffers(next, calls, start), None
+        gradients: list[Gradient] = []
         sums: list[Tensor] = [] if start is None else _widened(start)  # type: ignore[arg-type]
         spec: tree.Spec | None = None
         own = False
-        for place, each in enumerate(calls):
-            part: Gradient = next(each)
-            grads, spec = tree.flatten(part.grads)
+        for index, microbatch in enumerate(calls):
+            answer: Gradient = next(microbatch)
+            grads, spec = tree.flatten(answer.grads)
             dtypes = [g.dtype for g in grads]
-            part = part.replace(grads=None)  # so that each gradient goes once it has been added
+            answer = answer.replace(grads=None)  # frees each gradient once it has been added
             if sums:
                 _add(sums, grads, own=own)
                 own = True
             else:
                 sums = _widened(grads)
-            if place < real:
-                parts.append(part)
-                self.tracker.carry(part.aux)
+            if index < real:
+                gradients.append(answer)
+                self.tracker.carry(answer.aux)
         assert spec is not None
-        total = batching.add_gradients(parts, self.tracker.origins)
+        total = batching.add_gradients(gradients, self.tracker.origins)
         return total.replace(grads=spec.unflatten(sums)), dtypes
 
-    def _in_place(self, next: Next, calls: list[GradientCall], start: list[Tensor | None] | None) -> Gradient:
+    def _into_buffers(self, next: Next, calls: list[GradientCall], start: list[Tensor | None] | None) -> Gradient:
         leaves, rebuild = gradient.flat(calls[0].params)
         sums: list[Tensor | None] = [None] * len(leaves) if start is None else start
-        parts = []
-        for each in calls:
-            parts.append(next(each.replace(grad_buffers=sums)))
-            self.tracker.carry(parts[-1].aux)
+        gradients = []
+        for microbatch in calls:
+            gradients.append(next(microbatch.replace(grad_buffers=sums)))
+            self.tracker.carry(gradients[-1].aux)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
-        return batching.add_gradients(parts, self.tracker.origins).replace(grads=rebuild(grads))
+        return batching.add_gradients(gradients, self.tracker.origins).replace(grads=rebuild(grads))
 
     def _cached(
-        self, next: Next, cached: CachedGradient, calls: list[GradientCall], real: int, in_place: bool
+        self, next: Next, cached: CachedGradient, calls: list[GradientCall], real: int, into_buffers: bool
     ) -> tuple[Gradient, Dtypes]:
         """The gradient of a loss that compares rows: all embeddings, the loss on them, and each microbatch again."""
         check_inside(self.settings, rules.inside(Primitive.GRADIENT, self))
-        for place, each in enumerate(calls):
-            aux = cached.embed(each, real=place < real)
-            if place < real:
+        for index, microbatch in enumerate(calls):
+            aux = cached.embed(microbatch, real=index < real)
+            if index < real:
                 self.tracker.carry(aux)
-        answer, start = self._of_embeddings(next, cached, in_place)
+        answer, start = self._of_embeddings(next, cached, into_buffers)
         self.tracker.begin()
-        again = [cached.backward_call(each, min(place, real - 1), place < real) for place, each in enumerate(calls)]
-        total, dtypes = self._sum(next, again, real, in_place, start)
+        again = [
+            cached.backward_call(microbatch, min(index, real - 1), index < real)
+            for index, microbatch in enumerate(calls)
+        ]
+        total, dtypes = self._sum(next, again, real, into_buffers, start)
         cached.close()
         return cached.finished(total, answer), dtypes
 
     def _of_embeddings(
-        self, next: Next, cached: CachedGradient, in_place: bool
+        self, next: Next, cached: CachedGradient, into_buffers: bool
     ) -> tuple[Gradient, list[Tensor | None]]:
         """The loss on the embeddings of all rows, and its gradient in params, which may lack some if `in_place`."""
         call = cached.loss_call()
-        given = call.params.embeddings
-        grad_buffers: list[Tensor | None] | None = [None] * len(tree.leaves(call.params)) if in_place else None
+        embeddings = call.params.embeddings
+        grad_buffers: list[Tensor | None] | None = [None] * len(tree.leaves(call.params)) if into_buffers else None
         answer: Gradient = next(call.replace(grad_buffers=grad_buffers))
         if grad_buffers is None:
             cached.receive(answer.grads.embeddings)
             return answer.replace(grads=None), [*tree.leaves(answer.grads.params)]
-        count = len(grad_buffers) - len(given)
+        count = len(grad_buffers) - len(embeddings)
         cached.receive(
-            [torch.zeros_like(e) if g is None else g for g, e in zip(grad_buffers[count:], given, strict=True)]
+            [torch.zeros_like(e) if g is None else g for g, e in zip(grad_buffers[count:], embeddings, strict=True)]
         )
         return answer, grad_buffers[:count]
 
-    def _adds_in_place(self, call: GradientCall) -> bool:
+    def _can_add_into_buffers(self, call: GradientCall) -> bool:
         """Whether the engine may add each gradient to its sum itself: nobody between sees it, or wants more digits."""
         return (
             rules.is_innermost(Primitive.GRADIENT, self)
@@ -378,22 +389,22 @@ def _add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:
     elif own:
         torch._foreach_add_(sums, grads)
     else:
-        done: list[Tensor] = []
+        sums_so_far: list[Tensor] = []
         while sums:
-            some = _leading(sums)
-            done += torch._foreach_add(sums[:some], grads[:some])
-            del sums[:some], grads[:some]
-        sums[:] = done
+            count = _leading(sums)
+            sums_so_far += torch._foreach_add(sums[:count], grads[:count])
+            del sums[:count], grads[:count]
+        sums[:] = sums_so_far
     grads.clear()
 
 
 def _leading(leaves: list[Tensor]) -> int:
     """How many of the first leaves are added at once."""
     size = 0
-    for place, leaf in enumerate(leaves):
+    for index, leaf in enumerate(leaves):
         size += leaf.nbytes
         if size > _GROUP:
-            return max(place, 1)
+            return max(index, 1)
     return len(leaves)
 
 

@@ -54,6 +54,6 @@ class clip(Transform):
         if self.value is not None:
             return cut(call.grads, self.value)
         assert self.norm is not None
-        known = None if call.norms is None else call.norms.of(leaves)
+        norms = None if call.norms is None else call.norms.of(leaves)
         unused_fn = getattr(call.tx, "unused_fn", None)
-        return clipped(call.grads, self.norm, known, None if unused_fn is None else unused_fn(call.params))
+        return clipped(call.grads, self.norm, norms, None if unused_fn is None else unused_fn(call.params))

@@ -28,13 +28,13 @@ from lumen.transforms._support.module_patterns import Pattern
 from lumen.transforms._support.unapplied import applying
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_MANY = 8
+_WARN_AT = 8
 # A graph with collectives: what can be computed before a sum is needed is computed while it is on its way.
 _OVERLAP = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
 }
-_HALF_DONE = (
+_PARTLY_WRITTEN = (
     "a compiled step ran out of memory while it was writing into a donated state, some of which may be that of the next"
     " step. Go on from a checkpoint: fit(…, resume='auto'). To find a number of parts that fits, run the first step"
     " without lm.compile(), with lm.accumulate('auto')."
@@ -110,16 +110,16 @@ class compile(Transform):
 
     def _build(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
         """A function of tensors, with its derivative, compiled."""
-        made: Any
+        compiled: Any
         if self.backend == "eager":
             from torch._dynamo.backends.debugging import aot_eager
 
-            made = aot_eager(function, example)  # type: ignore[arg-type]
+            compiled = aot_eager(function, example)  # type: ignore[arg-type]
         else:
             import torch._inductor as inductor
 
-            made = inductor.compile(function, _cacheable(example), options=self._inductor())  # type: ignore[arg-type]
-        return made  # type: ignore[no-any-return]
+            compiled = inductor.compile(function, _cacheable(example), options=self._inductor())  # type: ignore[arg-type]
+        return compiled  # type: ignore[no-any-return]
 
     def _inductor(self, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Inductor's options. Shapes and strides are part of a signature: a region need not assert them again."""
@@ -128,10 +128,11 @@ class compile(Transform):
         return {"size_asserts": False, **(usual or {}), **inductor.list_mode_options(self.mode), **self.options}
 
     def _check_inside(self, transforms: tuple[Transform, ...]) -> None:
-        for each in transforms:
-            if each.level in ("ensemble", "dp_sgd"):
+        for transform in transforms:
+            if transform.level in ("ensemble", "dp_sgd"):
                 raise OrderError(
-                    f"{each!r} runs the model under vmap, inside which {self!r} compiles nothing. Write lm.compile()."
+                    f"{transform!r} runs the model under vmap, inside which {self!r} compiles nothing."
+                    " Write lm.compile()."
                 )
 
 
@@ -146,41 +147,41 @@ class _Compiled:
         self._settings = settings
         self._donates = any(t.donates for t in step.transforms)
         self._reads = [*_python_reads(step.user), *_keys(step.transforms)]
-        self._regions: dict[_Key, _Region] = {}
+        self._graphs: dict[_Key, CompiledGraph] = {}
         self._broken = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         if self._broken:
             return self._uncompiled(state, batch)
-        held, signature = _sign_state(state)
-        given, batch_key = _sign_batch(batch)
+        state_leaves, signature = _sign_state(state)
+        batch_leaves, batch_key = _sign_batch(batch)
         key = (signature, batch_key, tuple([read() for read in self._reads]))
-        region = self._regions.get(key)
-        if region is None:
+        graph = self._graphs.get(key)
+        if graph is None:
             try:
-                region = _Region(self._step, state, batch, self._donates, self._settings)
+                graph = CompiledGraph(self._step, state, batch, self._donates, self._settings)
             except _breaks() as error:
                 self._broken = True
                 _warn_break(self._step, error)
                 return self._uncompiled(state, batch)
-            self._regions[key] = region
+            self._graphs[key] = graph
             self._warn_many(key)
         if not self._donates:
-            return region(state, held, given)
+            return graph(state, state_leaves, batch_leaves)
         try:
-            return region(state, held, given)
+            return graph(state, state_leaves, batch_leaves)
         except torch.OutOfMemoryError as error:
-            raise DonatedError(_HALF_DONE) from error
+            raise DonatedError(_PARTLY_WRITTEN) from error
 
     def _uncompiled(self, state: Any, batch: Any) -> tuple[Any, Any]:
         inner = self._step.inner
         return self._step._traceable(state, batch) if inner is not None else self._step(state, batch)
 
     def _warn_many(self, key: _Key) -> None:
-        if len(self._regions) == _MANY:
-            before = [*self._regions][-2]
+        if len(self._graphs) == _WARN_AT:
+            before = [*self._graphs][-2]
             warnings.warn(
-                f"{self._step.__name__} has been compiled {_MANY} times, the last time for {_changed(before, key)}.",
+                f"{self._step.__name__} has been compiled {_WARN_AT} times, the last time for {_changed(before, key)}.",
                 InexactWarning,
                 stacklevel=3,
             )
@@ -213,25 +214,25 @@ class _Signature:
 def _changed(before: _Key, now: _Key) -> str:
     """What is other than it was when the step was compiled the time before, and what to do about it."""
     (state, batch, reads), (new_state, new_batch, new_reads) = before, now
-    found = []
+    changes = []
     if not state.is_like(new_state):
-        found.append("a state of another structure, optimizer or model (make those once)")
+        changes.append("a state of another structure, optimizer or model (make those once)")
     elif state != new_state:
-        found.append("other shapes or dtypes in the state")
+        changes.append("other shapes or dtypes in the state")
     if batch != new_batch:
-        found.append("a batch of another form, shape or dtype (keep to a few: lm.Loader pads the last with pad=True)")
+        changes.append("a batch of another form, shape or dtype (keep to a few: lm.Loader pads the last with pad=True)")
     if reads != new_reads:
-        found.append("another Python value that the step reads (make what changes a tensor)")
-    return " and ".join(found)
+        changes.append("another Python value that the step reads (make what changes a tensor)")
+    return " and ".join(changes)
 
 
 def _sign_state(state: Any) -> tuple[list[Any], _Signature]:
     if hasattr(type(state), "_fields_"):
-        noted: _Signature | None = state.__dict__.get(SIGNATURE)
-        if noted is not None:
-            held = tree.tensors(state)
-            if len(held) == noted.size:
-                return held, noted
+        signature: _Signature | None = state.__dict__.get(SIGNATURE)
+        if signature is not None:
+            leaves = tree.tensors(state)
+            if len(leaves) == signature.size:
+                return leaves, signature
     leaves, spec = tree.flatten(state)
     return leaves, _Signature(leaves, spec)
 
@@ -249,13 +250,13 @@ def _kinds(leaves: list[Any]) -> tuple[Any, ...]:
     return tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in leaves])
 
 
-class _Region:
+class CompiledGraph:
     """One compiled region: flat tensors in, flat tensors out."""
 
     def __init__(self, step: Step, state: Any, batch: Any, donates: bool, settings: compile) -> None:
-        held, self._given_spec = tree.flatten(state)
-        given, batch_spec = tree.flatten(batch)
-        leaves = [*held, *given]
+        state_leaves, self._input_state_spec = tree.flatten(state)
+        batch_leaves, batch_spec = tree.flatten(batch)
+        leaves = [*state_leaves, *batch_leaves]
         self._inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._donates = donates
         example = [leaves[i] for i in self._inputs]
@@ -264,26 +265,28 @@ class _Region:
             filled = list(leaves)
             for i, tensor in zip(self._inputs, tensors, strict=True):
                 filled[i] = tensor
-            old = filled[: len(held)]
-            given_state = tree.unflatten(self._given_spec, old)
+            old = filled[: len(state_leaves)]
+            state = tree.unflatten(self._input_state_spec, old)
             with rules.tracing:
-                out = step(given_state, tree.unflatten(batch_spec, filled[len(held) :]))
-            return self._plan(old, filled, out)
+                answer = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
+            return self._plan(old, filled, answer)
 
         joins = any(t.level == "parallel" for t in step.transforms)
         self._run = _compiled(flat, example, settings, _OVERLAP if joins else {})
 
-    def _plan(self, old: list[Any], inputs: list[Any], out: tuple[Any, Any]) -> list[Tensor]:
+    def _plan(self, old: list[Any], inputs: list[Any], answer: tuple[Any, Any]) -> list[Tensor]:
         """What the graph must return, and where each leaf of the answer comes from at run time."""
-        new_state, metrics = out
+        new_state, metrics = answer
         new, self._state_spec = tree.flatten(new_state)
-        shown, self._metrics_spec = tree.flatten(metrics)
+        metric_leaves, self._metrics_spec = tree.flatten(metrics)
         self._signature = _Signature(new, self._state_spec)
-        place = {id(t): i for i, t in enumerate(inputs) if isinstance(t, Tensor)}
+        input_index = {id(t): i for i, t in enumerate(inputs) if isinstance(t, Tensor)}
         if self._donates:
             check_unmoved(old, new, tree.paths(new_state))
             # A metric that is an old leaf would change when its memory is overwritten.
-            shown = [leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in place else leaf for leaf in shown]
+            metric_leaves = [
+                leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in input_index else leaf for leaf in metric_leaves
+            ]
             copy_into([o for o in old if isinstance(o, Tensor)], [n for n in new if isinstance(n, Tensor)])
             new = old
         outputs: list[Tensor] = []
@@ -291,25 +294,25 @@ class _Region:
         def source(leaf: Any) -> tuple[str, Any]:
             if not isinstance(leaf, Tensor):
                 return "constant", leaf
-            if id(leaf) in place:
-                return "input", place[id(leaf)]
+            if id(leaf) in input_index:
+                return "input", input_index[id(leaf)]
             outputs.append(leaf)
             return "output", len(outputs) - 1
 
         self._state_sources = [source(leaf) for leaf in new]
-        self._metric_sources = [source(leaf) for leaf in shown]
+        self._metric_sources = [source(leaf) for leaf in metric_leaves]
         # A donated state keeps every tensor where it was, so its successor has the very same fields.
-        self._same_fields = self._donates and self._state_spec == self._given_spec and self._signature.size >= 0
+        self._same_fields = self._donates and self._state_spec == self._input_state_spec and self._signature.size >= 0
         return outputs
 
-    def __call__(self, state: Any, held: list[Any], given: list[Any]) -> tuple[Any, Any]:
-        leaves = held + given
-        made = self._run(leaves if len(leaves) == len(self._inputs) else [leaves[i] for i in self._inputs])
-        metrics = self._metrics_spec.unflatten(_gather(self._metric_sources, leaves, made))
+    def __call__(self, state: Any, state_leaves: list[Any], batch_leaves: list[Any]) -> tuple[Any, Any]:
+        leaves = state_leaves + batch_leaves
+        outputs = self._run(leaves if len(leaves) == len(self._inputs) else [leaves[i] for i in self._inputs])
+        metrics = self._metrics_spec.unflatten(_gather(self._metric_sources, leaves, outputs))
         if self._same_fields and hasattr(type(state), "_fields_"):
             new = copy_of(state)
         else:
-            new = self._state_spec.unflatten(_gather(self._state_sources, leaves, made))
+            new = self._state_spec.unflatten(_gather(self._state_sources, leaves, outputs))
         if hasattr(type(new), "_fields_"):
             new.__dict__[SIGNATURE] = self._signature
         return new, metrics
@@ -341,7 +344,7 @@ def _compiled(
             # A graph writes its answers where it wrote those of the last step: a state and metrics that are kept must
             # be elsewhere by then. Without the mark, each step would be recorded as a sequel of all before.
             torch.compiler.cudagraph_mark_step_begin()
-            return [made.clone() for made in compiled(*tensors)]
+            return [tensor.clone() for tensor in compiled(*tensors)]
 
     return run
 
@@ -407,21 +410,21 @@ def _key_reader(transform: Transform) -> Callable[[], Any]:
 def _python_reads(fn: Any) -> list[Callable[[], Any]]:
     """Readers of what a function takes from its closure and globals: scalars by value, anything else by identity."""
     readers: list[Callable[[], Any]] = []
-    seen: set[int] = set()
-    todo = [fn]
-    while todo:
-        each = todo.pop()
-        each = getattr(each, "__func__", each)
-        if not isinstance(each, types.FunctionType) or id(each) in seen or _is_library(each):
+    visited: set[int] = set()
+    pending = [fn]
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType) or id(function) in visited or _is_library(function):
             continue
-        seen.add(id(each))
-        for cell in each.__closure__ or ():
+        visited.add(id(function))
+        for cell in function.__closure__ or ():
             readers.append(_cell_reader(cell))
-            todo.append(_cell_value(cell))
-        for name in _global_names(each.__code__):
-            if name in each.__globals__:
-                readers.append(_global_reader(each.__globals__, name))
-                todo.append(each.__globals__[name])
+            pending.append(_cell_value(cell))
+        for name in _global_names(function.__code__):
+            if name in function.__globals__:
+                readers.append(_global_reader(function.__globals__, name))
+                pending.append(function.__globals__[name])
     return readers
 
 
@@ -431,7 +434,11 @@ def _is_library(fn: types.FunctionType) -> bool:
 
 def _global_names(code: types.CodeType) -> set[str]:
     """The globals that a function, and those inside it, read; `co_names` has the names of attributes too."""
-    names = {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    names = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             names |= _global_names(constant)

@@ -23,7 +23,7 @@ from lumen.core.module import param_slots
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.errors import GraphBreakWarning
-from lumen.transforms._support.module_patterns import Pattern, choose, keep_no_cache
+from lumen.transforms._support.module_patterns import Pattern, choose, disable_kv_cache
 
 Build = Callable[[nn.Module, list[Tensor]], Callable[..., Any]]
 
@@ -34,8 +34,8 @@ _NO_STATE = ("_parameters", "_buffers", "_modules", "training")
 class Blocks:
     """The compiled blocks of one step; `build(module, example)` compiles a function of tensors."""
 
-    def __init__(self, pattern: Pattern | None, asked: str, build: Build, breaks: Callable[[], Any]) -> None:
-        self._pattern, self._asked, self._build, self._breaks = pattern, asked, build, breaks
+    def __init__(self, pattern: Pattern | None, requested_by: str, build: Build, breaks: Callable[[], Any]) -> None:
+        self._pattern, self._requested_by, self._build, self._breaks = pattern, requested_by, build, breaks
         self._forms: dict[Hashable, Form | None] = {}
         self._graphs: dict[Hashable, Form] = {}
         self._warned: set[str] = set()
@@ -53,18 +53,18 @@ class Blocks:
         return next(call.replace(target=call.target.variant(("compiled", self), self._patch)))
 
     def _patch(self, module: nn.Module) -> None:
-        for each in choose(module, self._pattern, self._asked):
-            each.forward = _Block(each, each.forward, self)
-        keep_no_cache(module)
+        for block in choose(module, self._pattern, self._requested_by):
+            block.forward = _Block(block, block.forward, self)
+        disable_kv_cache(module)
 
     def find(self, block: _Block, call: Call) -> Form | None:
         """The compiled form for a call of `block`; None where it cannot be compiled."""
         key = (block.form, call.signature)
         if key not in self._forms:
-            self._forms[key] = self._made(block, call)
+            self._forms[key] = self._compile(block, call)
         return self._forms[key]
 
-    def _made(self, block: _Block, call: Call) -> Form | None:
+    def _compile(self, block: _Block, call: Call) -> Form | None:
         function = _Function(block, call)
         try:
             with _unhooked():
@@ -87,7 +87,7 @@ class Blocks:
         if why not in self._warned:
             self._warned.add(why)
             kind = "a model" if block is None else type(block.module).__name__
-            warnings.warn(f"{self._asked}: {kind} runs uncompiled, since {why}", GraphBreakWarning, stacklevel=3)
+            warnings.warn(f"{self._requested_by}: {kind} runs uncompiled, since {why}", GraphBreakWarning, stacklevel=3)
 
 
 def _unhooked() -> contextlib.AbstractContextManager[None]:
@@ -99,7 +99,7 @@ class Outputs(NamedTuple):
     """The form of what a block returns; `rest` are its leaves, None where a tensor stands."""
 
     spec: Any
-    rest: tuple[Any, ...]
+    constants: tuple[Any, ...]
 
 
 class Form(NamedTuple):
@@ -110,8 +110,8 @@ class Form(NamedTuple):
 
     def __call__(self, operands: list[Tensor]) -> Any:
         """What the block returns for these operands."""
-        made = iter(self.run(*operands))
-        leaves = [next(made) if leaf is None else leaf[0] for leaf in self.outputs.rest]
+        tensors = iter(self.run(*operands))
+        leaves = [next(tensors) if leaf is None else leaf[0] for leaf in self.outputs.constants]
         return torch_pytree.tree_unflatten(leaves, self.outputs.spec)
 
 
@@ -121,12 +121,12 @@ class Call:
     def __init__(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self._spec = torch_pytree.tree_flatten((args, kwargs))
         self._own = len(own)
-        self.rest = tuple([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves])
+        self.constants = tuple([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves])
         self.operands = [*own, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
 
-    def odd(self) -> str | None:
+    def unsupported(self) -> str | None:
         """What of it cannot be compiled over, in words."""
-        for leaf in self.rest:
+        for leaf in self.constants:
             if leaf is not None and not isinstance(leaf[0], _PLAIN):
                 return f"it is called with a {type(leaf[0]).__name__}, which is neither a tensor nor plain."
         for tensor in self.operands:
@@ -139,18 +139,18 @@ class Call:
         """All that decides how it is computed, but for the block itself."""
         kinds = [(t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in self.operands]
         first: dict[int, int] = {}
-        same = [first.setdefault(id(t), place) for place, t in enumerate(self.operands)]
-        return (*kinds, *same, self._spec, self.rest, torch.is_grad_enabled(), *_autocast(self.operands))
+        same = [first.setdefault(id(t), index) for index, t in enumerate(self.operands)]
+        return (*kinds, *same, self._spec, self.constants, torch.is_grad_enabled(), *_autocast(self.operands))
 
     def example(self) -> list[Tensor]:
         """Operands like these, without their history."""
-        made = {id(t): t.detach().requires_grad_(t.requires_grad) for t in self.operands}
-        return [made[id(t)] for t in self.operands]
+        copies = {id(t): t.detach().requires_grad_(t.requires_grad) for t in self.operands}
+        return [copies[id(t)] for t in self.operands]
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
         """The arguments with other tensors."""
-        given = iter(tensors[self._own :])
-        leaves = [next(given) if leaf is None else leaf[0] for leaf in self.rest]
+        inputs = iter(tensors[self._own :])
+        leaves = [next(inputs) if leaf is None else leaf[0] for leaf in self.constants]
         args, kwargs = torch_pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
 
@@ -174,15 +174,19 @@ class _Block:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.form is None:
             self.form = _form_of(self)
-            self.places = list({name: (table, key) for table, key, name in param_slots(self.module)}.values())
-            self._hooked = any(_hooks(each) for each in list(self.module.modules())[1:])
-        call = Call([table[key] for table, key in self.places], args, kwargs)
-        why = "modules inside it have hooks, which would run once, when it is compiled." if self._hooked else call.odd()
+            self.slots = list({name: (table, key) for table, key, name in param_slots(self.module)}.values())
+            self._hooked = any(_hooks(module) for module in list(self.module.modules())[1:])
+        call = Call([table[key] for table, key in self.slots], args, kwargs)
+        why = (
+            "modules inside it have hooks, which would run once, when it is compiled."
+            if self._hooked
+            else call.unsupported()
+        )
         if why is not None:
             self._blocks.warn(why, self)
             return self.forward(*args, **kwargs)
-        found = self._blocks.find(self, call)
-        return self.forward(*args, **kwargs) if found is None else found(call.operands)
+        form = self._blocks.find(self, call)
+        return self.forward(*args, **kwargs) if form is None else form(call.operands)
 
 
 class _UncompiledError(Exception):
@@ -200,14 +204,14 @@ class _Function(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors that the block returns."""
         (block,) = self._block
-        own = list(zip(block.places, tensors, strict=False))
-        before = [table[key] for table, key in block.places]
+        own = list(zip(block.slots, tensors, strict=False))
+        before = [table[key] for table, key in block.slots]
         args, kwargs = self._call.rebuilt(tensors)
         try:
             for (table, key), tensor in own:
                 table[key] = tensor
             with rules.tracing:
-                out = block.forward(*args, **kwargs)
+                returned = block.forward(*args, **kwargs)
             for (table, key), tensor in own:
                 if table[key] is not tensor:
                     raise _UncompiledError(
@@ -215,9 +219,9 @@ class _Function(nn.Module):
                         f" self.{key}.copy_(new)"
                     )
         finally:
-            for (table, key), tensor in zip(block.places, before, strict=True):
+            for (table, key), tensor in zip(block.slots, before, strict=True):
                 table[key] = tensor
-        leaves, spec = torch_pytree.tree_flatten(out)
+        leaves, spec = torch_pytree.tree_flatten(returned)
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_PLAIN)):
                 raise _UncompiledError(f"it returns a {type(leaf).__name__}, which is neither a tensor nor plain.")
@@ -232,16 +236,16 @@ class _Function(nn.Module):
         from torch.fx.experimental.proxy_tensor import make_fx
 
         example = self._call.example()
-        wanted = [t.requires_grad and torch.is_grad_enabled() for t in example]
+        needs_grad = [t.requires_grad and torch.is_grad_enabled() for t in example]
 
         def joint(*tensors: Tensor) -> Any:
-            live = [t.detach().requires_grad_(flag) for t, flag in zip(tensors, wanted, strict=True)]
+            live = [t.detach().requires_grad_(flag) for t, flag in zip(tensors, needs_grad, strict=True)]
             outs = self(*live)
-            differentiable = [out for out in outs if out.requires_grad]
-            over = [t for t, flag in zip(live, wanted, strict=True) if flag]
+            differentiable = [output for output in outs if output.requires_grad]
+            over = [t for t, flag in zip(live, needs_grad, strict=True) if flag]
             if not differentiable or not over:
                 return outs
-            ones = [torch.ones_like(out) for out in differentiable]
+            ones = [torch.ones_like(output) for output in differentiable]
             with contextlib.ExitStack() as off:
                 for kind in {t.device.type for t in tensors}:
                     off.enter_context(torch.autocast(kind, enabled=False))
@@ -266,8 +270,11 @@ def _form_of(block: _Block) -> Hashable:
     """What a block is, without its tensors: classes, modes and attributes by value, other objects by identity."""
     module, forward = block.module, block.forward
     own = forward.__func__ if getattr(forward, "__self__", None) is module else forward  # type: ignore[attr-defined]
-    parts = [(name, type(each), each.training, *_attributes(each)) for name, each in module.named_modules()]
-    return (_Same(own), *(name for _, _, name in param_slots(module)), *parts)
+    modules = [
+        (name, type(submodule), submodule.training, *_attributes(submodule))
+        for name, submodule in module.named_modules()
+    ]
+    return (_Same(own), *(name for _, _, name in param_slots(module)), *modules)
 
 
 def _attributes(module: nn.Module) -> list[Hashable]:
@@ -287,7 +294,7 @@ def _mark(value: Any) -> Hashable:
     if isinstance(value, tuple | list):
         return (type(value), *map(_mark, value))
     if isinstance(value, dict):
-        return (type(value), *((_mark(key), _mark(each)) for key, each in value.items()))
+        return (type(value), *((_mark(key), _mark(item)) for key, item in value.items()))
     if isinstance(value, set | frozenset):
         return type(value), frozenset(map(_mark, value))
     return _Same(value)
@@ -296,16 +303,16 @@ def _mark(value: Any) -> Hashable:
 class _Same:
     """An object that equals itself alone, kept so that no other takes its place."""
 
-    __slots__ = ("_it",)
+    __slots__ = ("_object",)
 
-    def __init__(self, it: Any) -> None:
-        self._it = it
+    def __init__(self, obj: Any) -> None:
+        self._object = obj
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._it is other._it
+        return isinstance(other, _Same) and self._object is other._object
 
     def __hash__(self) -> int:
-        return id(self._it)
+        return id(self._object)
 
 
 def _hooks(module: nn.Module) -> bool:

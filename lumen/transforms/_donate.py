@@ -43,11 +43,11 @@ class donate(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its updates in place."""
 
-        spent: list[Any] = []
+        last_grads: list[Any] = []
 
-        def in_place(next: Next, call: UpdateCall) -> tuple[Any, Any]:
+        def update_in_place(next: Next, call: UpdateCall) -> tuple[Any, Any]:
             if not rules.is_tracing():
-                spent.append(call.grads)
+                last_grads.append(call.grads)
             # Built anew rather than by `replace`, which costs more than the rule itself.
             return next(UpdateCall(call.tx, call.grads, call.opt_state, call.params, call.skip, donate=True))  # type: ignore[no-any-return]
 
@@ -55,8 +55,8 @@ class donate(Transform):
             # Grads live until the next step begins, as in a loop that calls zero_grad there. Were all that a step
             # allocates free when it ends, the C library would give the memory back to the system, and the next step
             # would fault every page in again: 2% of a small GPT's step.
-            spent.clear()
-            with rules.rule_context({Primitive.UPDATE: in_place}):
+            last_grads.clear()
+            with rules.rule_context({Primitive.UPDATE: update_in_place}):
                 return step(state, batch)
 
         return run

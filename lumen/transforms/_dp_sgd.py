@@ -153,11 +153,11 @@ class _Update:
             self.tracker.lane = lane
             single = tree.map(lambda x: x.unsqueeze(0), row)
             answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
-            kept["answer"] = answer.replace(loss=None, grads=None, aux=None)
+            first_answer["answer"] = answer.replace(loss=None, grads=None, aux=None)
             grads = _clipped(self._without_unused(answer.grads), self.settings.clip)
             return grads, answer.loss, () if answer.aux is None else answer.aux
 
-        kept: dict[str, Gradient] = {}
+        first_answer: dict[str, Gradient] = {}
         mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
         lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
         with rules.splitting(repr(self.settings)):
@@ -167,7 +167,7 @@ class _Update:
         loss = Mean(losses.total.sum(), losses.weight.sum())
         if not call.summed:
             grads = tree.map(lambda g: g / size, grads)
-        scalar = kept["answer"].scalar
+        scalar = first_answer["answer"].scalar
         shown = loss.compute() if scalar and not call.summed else loss
         return Gradient(
             # A private gradient is a mean over rows whatever the loss's own weights are, so they must not divide it.
@@ -191,8 +191,8 @@ class _Update:
         """Raise `StateError` where the update uses gradients that were left out."""
         if not any(self.unused.values()):
             return
-        here = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
-        used = [name for name, unused in here.items() if self.unused.get(name) and not unused]
+        unused_by_this = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
+        used = [name for name, unused in unused_by_this.items() if self.unused.get(name) and not unused]
         if used:
             raise StateError(
                 f"lm.dp_sgd left out the gradients of {', '.join(used[:3])}{', …' * (len(used) > 3)}, which the"
@@ -205,9 +205,9 @@ class _Update:
         if not isinstance(aux, Aux) or not aux.buffers:
             return _merged(aux, size)
         leaves, spec = tree.flatten(aux.buffers)
-        beside = list(zip(self.tracker.origins, leaves, strict=True))
-        self.undeclared.look([(o, leaf) for o, leaf in beside if o.merge is None and not o.frozen], rows=True)
-        buffers = tree.unflatten(spec, [merge_rows(origin, leaf) for origin, leaf in beside])
+        with_origins = list(zip(self.tracker.origins, leaves, strict=True))
+        self.undeclared.look([(o, leaf) for o, leaf in with_origins if o.merge is None and not o.frozen], rows=True)
+        buffers = tree.unflatten(spec, [merge_rows(origin, leaf) for origin, leaf in with_origins])
         return Aux(buffers, _merged(aux.metrics, size))
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:

@@ -105,7 +105,7 @@ class ema(Transform):
 
 
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
-    held, spec = tree.flatten(old)
+    leaves, spec = tree.flatten(old)
     target = tree.leaves(new)
     shares = Coefficients(weight)
 
@@ -113,4 +113,4 @@ def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
         (share,) = shares.like(a)
         return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), share)
 
-    return tree.unflatten(spec, [leaf(a, b) for a, b in zip(held, target, strict=True)])
+    return tree.unflatten(spec, [leaf(a, b) for a, b in zip(leaves, target, strict=True)])

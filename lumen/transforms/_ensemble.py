@@ -64,7 +64,7 @@ class ensemble(Transform):
         inner = as_step(step)
         donates = any(t.donates for t in inner.transforms)
         mapped = _mapped(inner, self.n, self.batch_dim, self.axis)
-        run = _in_place(mapped) if donates else mapped
+        run = _into_old_memory(mapped) if donates else mapped
         return inner.with_host_hooks(run)
 
     def _lanes(self, state: Any) -> list[Any]:
@@ -147,16 +147,16 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
     return run
 
 
-def _in_place(step: StepFn) -> StepFn:
+def _into_old_memory(step: StepFn) -> StepFn:
     """The step with its results written back into the memory of the old state."""
 
     def run(state: Any, batch: Any) -> tuple[Any, Any]:
         if rules.is_tracing():
             return step(state, batch)
         new, metrics = step(state, batch)
-        held = tree.leaves(state)
-        copy_into(held, tree.leaves(new))
-        return tree.unflatten(tree.structure(new), held), metrics
+        leaves = tree.leaves(state)
+        copy_into(leaves, tree.leaves(new))
+        return tree.unflatten(tree.structure(new), leaves), metrics
 
     return run
 
@@ -165,14 +165,15 @@ def _with_leaves(state: Any, values: dict[str, Any]) -> Any:
     leaves, spec = tree.flatten(state)
     names = tree.paths(state)
     for name, value in values.items():
-        places = [i for i, path in enumerate(names) if path == name or path.endswith(f".hparams[{name}]")]
-        if not places:
-            known = sorted({path.rpartition(".hparams[")[2][:-1] for path in names if ".hparams[" in path})
+        indices = [i for i, path in enumerate(names) if path == name or path.endswith(f".hparams[{name}]")]
+        if not indices:
+            hyperparameters = sorted({path.rpartition(".hparams[")[2][:-1] for path in names if ".hparams[" in path})
             raise PatternError(
-                f"sweep found no {name!r} in the state. Its hyperparameters are {', '.join(known) or 'none'}; a further"
-                f" one becomes sweepable when it is given as a tensor: lm.optim.adamw(1e-3,"
-                f" weight_decay=torch.tensor(0.1)). Other leaves go by their path, such as {names[0]!r}."
+                f"the state has no {name!r} to sweep over. Its hyperparameters are"
+                f" {', '.join(hyperparameters) or 'none'}; another becomes sweepable when given as a tensor:"
+                " lm.optim.adamw(1e-3, weight_decay=torch.tensor(0.1)). Other leaves are named by their path, such as"
+                f" {names[0]!r}."
             )
-        for i in places:
+        for i in indices:
             leaves[i] = torch.as_tensor(value, dtype=leaves[i].dtype, device=leaves[i].device).expand(leaves[i].shape)
     return tree.unflatten(spec, leaves)

@@ -84,13 +84,13 @@ class guard(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             old: GuardState = slot(state, self.name)
             buffers = getattr(state, "buffers", None)
-            watch = _Watch(old.bad.device)
-            with rules.rule_context({Primitive.GRADIENT: watch.gradient, Primitive.UPDATE: watch.update}):
+            check = _FinitenessCheck(old.bad.device)
+            with rules.rule_context({Primitive.GRADIENT: check.gradient, Primitive.UPDATE: check.update}):
                 new, metrics = step(state, batch)
             record = self._record()
-            record.looked_at = watch.looked_at
-            record.seen = record.seen.more(watch.updates, rules.is_tracing())
-            skip, bad = watch.verdict()
+            record.specs = check.specs
+            record.trace = record.trace.with_step(check.updates, rules.is_tracing())
+            skip, bad = check.verdict()
             if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
                 bad = torch.where(old.bad >= 0, old.bad, bad)
             if buffers:
@@ -104,23 +104,23 @@ class guard(Transform):
         if self.on_nonfinite == "skip":
             return step
 
-        taking = SnapshotPolicy()
+        policy = SnapshotPolicy()
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            nonlocal taking
+            nonlocal policy
             module = getattr(getattr(state, "apply_fn", None), "module", None)
             number = getattr(state, "step", None)
             number = None if number is None else int(number.max())
-            before = PreStepSnapshot.of(state, taking) if self.on_nonfinite == "dump" else None
+            before = PreStepSnapshot.of(state, policy) if self.on_nonfinite == "dump" else None
             record = self._record()
-            record.seen = CallTrace()
+            record.trace = CallTrace()
             new, metrics = step(state, batch)
-            taking = taking.after(record.seen, is_retired(state))
+            policy = policy.after(record.trace, is_retired(state))
             bad = int(slot(new, self.name).bad.max())
             if bad >= 0:
                 message = _message(record.name(bad), module, number)
                 if before is not None:
-                    message += before.written(self.directory, self.within, taking.steps, number, batch, message)
+                    message += before.write(self.directory, self.within, policy.steps, number, batch, message)
                 raise NonFiniteError(message)
             return new, metrics
 
@@ -136,37 +136,37 @@ class _Record:
     """What a guard met in one step: noted by `wrap`, inside a compiled region too, and read by `wrap_host`."""
 
     def __init__(self) -> None:
-        self.looked_at: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
-        self.seen = CallTrace()
+        self.specs: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
+        self.trace = CallTrace()
 
     def name(self, bad: int) -> str:
         """The leaf at place `bad` of all that was checked."""
-        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self.looked_at]
-        return [name for some in names for name in some][bad]
+        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self.specs]
+        return [name for tree_names in names for name in tree_names][bad]
 
 
-class _Watch:
+class _FinitenessCheck:
     """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
 
     def __init__(self, device: torch.device) -> None:
         self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
-        self._apart = False  # whether other processes have other numbers
-        self._judged: tuple[Tensor, Tensor] | None = None
+        self._differs_by_rank = False  # whether other processes have other numbers
+        self._verdict: tuple[Tensor, Tensor] | None = None
         self._device = device  # of the loss; grads may lie elsewhere
         self._norms: Norms | None = None  # of the gradient seen last
         self.updates = 0
 
     @property
-    def looked_at(self) -> list[tree.Spec]:
+    def specs(self) -> list[tree.Spec]:
         """The trees whose leaves were looked at, in the order of the numbers."""
         return [spec for _, spec in self._numbers]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
-        self._apart |= not answer.joint
+        self._differs_by_rank |= not answer.joint
         self._note("loss", _LOSS, loss.reshape(1))
         self._note_grads(answer.grads)
         return answer
@@ -177,50 +177,54 @@ class _Watch:
             self._note_grads(call.grads)
         skip, _ = self.verdict()
         norms, self._norms = self._norms, None  # which would hold the grads
-        if self._apart and distributed.world_size() > 1:  # a collective between writes without being counted as a write
+        if (
+            self._differs_by_rank and distributed.world_size() > 1
+        ):  # a collective between writes without being counted as a write
             norms = None
         return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
 
     def verdict(self) -> tuple[Tensor, Tensor]:
         """Whether something was not finite on some process, and the place of the first, -1 where there is none."""
-        if self._judged is None:
-            self._judged = self._judge()
-        return self._judged
+        if self._verdict is None:
+            self._verdict = self._compute_verdict()
+        return self._verdict
 
-    def _judge(self) -> tuple[Tensor, Tensor]:
+    def _compute_verdict(self) -> tuple[Tensor, Tensor]:
         if not self._numbers:
             return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
         numbers = torch.cat([*self._numbers.values()])
-        if rules.is_tracing() or sharding.is_collective(self._apart):
-            strange = (~sharding.all_ranks(numbers.isfinite(), self._apart)).float()  # once for all microbatches
+        if rules.is_tracing() or sharding.is_collective(self._differs_by_rank):
+            nonfinite = (
+                ~sharding.all_ranks(numbers.isfinite(), self._differs_by_rank)
+            ).float()  # once for all microbatches
         else:
             # 0, or NaN where not finite: in as few operations as can be, each of which takes longer than its work.
-            strange = numbers - numbers
-        bad = strange.sum() != 0
-        return bad, torch.where(bad, strange.argmax(), -1)
+            nonfinite = numbers - numbers
+        bad = nonfinite.sum() != 0
+        return bad, torch.where(bad, nonfinite.argmax(), -1)
 
     def _note_grads(self, grads: Any) -> None:
         leaves, spec = tree.flatten(grads)
         self._norms = Norms(leaves)
         self._note("grads", spec, self._norms.values)
 
-    def _note(self, what: str, spec: tree.Spec, numbers: Tensor) -> None:
+    def _note(self, kind: str, spec: tree.Spec, numbers: Tensor) -> None:
         # One number for each leaf, however many gradients there are: another process may have more microbatches. A sum
         # is finite where its summands are.
         numbers = numbers.to(self._device)
-        before = self._numbers.get((what, spec))
-        self._numbers[what, spec] = numbers if before is None else before + numbers
-        self._judged = None
+        previous = self._numbers.get((kind, spec))
+        self._numbers[kind, spec] = numbers if previous is None else previous + numbers
+        self._verdict = None
 
 
 _LOSS = tree.structure({"loss": 0})
 
 
 def _message(name: str, module: Any, step: int | None) -> str:
-    at = "" if step is None else f" at step {step}"
+    when = "" if step is None else f" at step {step}"
     if name == "loss":
         return (
-            f"the loss is not finite{at}. The update was left out. Look at the batch and at the outputs of"
+            f"the loss is not finite{when}. The update was left out. Look at the batch and at the outputs of"
             " the model for it; lm.clip(1.0), a lower learning rate, or a warm-up help where it grew."
         )
     owner = ""
@@ -229,4 +233,4 @@ def _message(name: str, module: Any, step: int | None) -> str:
         modules = dict(module.named_modules())
         if prefix in modules:
             owner = f" (module {prefix or 'root'!r}, {type(modules[prefix]).__name__})"
-    return f"the gradient of params[{name!r}]{owner} is not finite{at}. The update was left out."
+    return f"the gradient of params[{name!r}]{owner} is not finite{when}. The update was left out."

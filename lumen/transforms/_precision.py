@@ -131,7 +131,7 @@ class precision(Transform):
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.cast: Cast = cast or ("autocast" if self.policy.compute in NARROW else "model")
         self.keep = keep if isinstance(keep, str) else tuple(keep)
-        self._said = policy
+        self._name = policy
         self._check()
 
     def _check(self) -> None:
@@ -139,17 +139,17 @@ class precision(Transform):
             raise HyperparameterError(f"precision(cast={self.cast!r}) is unknown; give 'autocast' or 'model'.")
         if self.cast == "autocast" and self.policy.compute not in NARROW:
             raise HyperparameterError(
-                f"precision({self._said!r}, cast='autocast'): torch.autocast computes in 16 bits alone. Leave cast out."
+                f"precision({self._name!r}, cast='autocast'): torch.autocast computes in 16 bits alone. Leave cast out."
             )
         if self.cast == "autocast" and self.keep:
             raise HyperparameterError(
-                f"precision({self._said!r}, keep={self.keep!r}): autocast leaves all inputs as they are. Leave keep"
+                f"precision({self._name!r}, keep={self.keep!r}): autocast leaves all inputs as they are. Leave keep"
                 " out, or write cast='model'."
             )
 
     def _canonical(self) -> Mapping[str, Any]:
-        usual = "autocast" if self.policy.compute in NARROW else "model"
-        return {"cast": None if self.cast == usual else self.cast, "keep": self.keep or ()}
+        default = "autocast" if self.policy.compute in NARROW else "model"
+        return {"cast": None if self.cast == default else self.cast, "keep": self.keep or ()}
 
     def init(self, state: Any) -> Any:
         """Cast params, buffers and optimizer state to the policy's `param`; add the loss scale's slot."""
@@ -203,10 +203,10 @@ class precision(Transform):
         """The step with torch's setting for products of float32 matrices; a compiled one is compiled under it too."""
         if self.policy.matmul is None:
             return step
-        wanted = self.policy.matmul
+        matmul = self.policy.matmul
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            with float32_products(wanted):
+            with float32_products(matmul):
                 return step(state, batch)
 
         return run
@@ -217,16 +217,16 @@ class precision(Transform):
         norms = _norm_params(call.target)
         frozen = call.target.frozen - norms
         params = {k: p if k in norms else cast(p, compute) for k, p in call.params.items()}
-        given = {k: cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
+        buffers_in = {k: cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
         args, kwargs = cast_inputs(call.target.module, call.args, call.kwargs, compute, self.keep)
         with explained(self, "it makes, or keeps as buffers, tensors of another dtype. Write " + self._autocast()):
-            out, buffers = next(call.replace(params=params, buffers=given, args=args, kwargs=kwargs))
-        return cast_all(out, self.policy.output), _as_before(buffers, call, frozen)
+            outputs, buffers = next(call.replace(params=params, buffers=buffers_in, args=args, kwargs=kwargs))
+        return cast_all(outputs, self.policy.output), _restore_buffer_dtypes(buffers, call, frozen)
 
     def _autocast(self) -> str:
         if self.policy.compute not in NARROW:
             return "x.to(self.weight.dtype) in the model."
-        return f"lm.precision({self._said!r}), which casts for each operation, or x.to(self.weight.dtype) in the model."
+        return f"lm.precision({self._name!r}), which casts for each operation, or x.to(self.weight.dtype) in the model."
 
     def _adjust(self, old: LossScale, finite: Tensor) -> LossScale:
         grown = old.good + 1 >= self.policy.growth_interval
@@ -246,7 +246,7 @@ class _Casting:
         self._applied = True
         return self._transform.apply(next, call)
 
-    def around(self, given: Any) -> Any:
+    def around(self, inputs: Any) -> Any:
         return contextlib.nullcontext()
 
     def idle(self, state: Any) -> bool:
@@ -263,32 +263,32 @@ class _Autocasting:
     def __init__(self, transform: precision) -> None:
         self._policy, self._transform = transform.policy, transform
         self._autocast = Autocast(self._policy.compute)
-        self._early = _gathers_params(transform)
+        self._casts_before_gather = _params_are_sharded(transform)
         self._used = False
-        self._inside = 0  # losses; in one of them the user may have switched autocast off around a model
+        self._loss_depth = 0  # losses; in one of them the user may have switched autocast off around a model
 
     @contextlib.contextmanager
-    def around(self, given: Any) -> Iterator[None]:
+    def around(self, inputs: Any) -> Iterator[None]:
         self._used = True
-        self._inside += 1
+        self._loss_depth += 1
         try:
-            with self._autocast.over(*given):
+            with self._autocast.over(*inputs):
                 yield
         finally:
-            self._inside -= 1
+            self._loss_depth -= 1
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         self._used = True
-        given = call.params, (call.args, call.kwargs)
-        inside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if not self._inside:
-            inside = self._autocast.over(*given)
-        if self._early and (not self._inside or is_on(*given)):
+        inputs = call.params, (call.args, call.kwargs)
+        autocast: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not self._loss_depth:
+            autocast = self._autocast.over(*inputs)
+        if self._casts_before_gather and (not self._loss_depth or is_on(*inputs)):
             call = call.replace(params=_matrices_in(call, self._policy.compute))
-        advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._said!r}"
-        with explained(self._transform, advice + ", cast='model'), or cast there: x.to(self.weight.dtype)."), inside:
-            out, buffers = next(call)
-        return map_tensors(self._widened, out), _as_before(buffers, call, call.target.frozen)
+        advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._name!r}"
+        with explained(self._transform, advice + ", cast='model'), or cast there: x.to(self.weight.dtype)."), autocast:
+            outputs, buffers = next(call)
+        return map_tensors(self._widened, outputs), _restore_buffer_dtypes(buffers, call, call.target.frozen)
 
     def _widened(self, x: Tensor) -> Tensor:
         return x.to(self._policy.output) if x.dtype is self._policy.compute else x
@@ -306,13 +306,13 @@ class _Scaling:
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
         self._flags: list[Tensor] = []
-        self._apart = False  # whether other processes have other flags
-        self._agreed: Tensor | None = None
+        self._differs_by_rank = False  # whether other processes have other flags
+        self._all_finite: Tensor | None = None
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         def scaled_loss(*args: Any) -> Any:
-            out = call.loss_fn(*args)
-            loss, aux = out if call.has_aux else (out, None)
+            returned = call.loss_fn(*args)
+            loss, aux = returned if call.has_aux else (returned, None)
             if isinstance(loss, Mean):
                 loss = Mean(loss.total * self.scale, loss.weight)
             elif isinstance(loss, Tensor):
@@ -328,8 +328,8 @@ class _Scaling:
         # Where params are kept on the host, so are their gradients, and flags; a scale lives with the loss.
         finite = leaf_norms(tree.leaves(grads)).isfinite().all().to(self.scale.device)
         self._flags.append(finite)
-        self._apart |= not answer.joint
-        self._agreed = None
+        self._differs_by_rank |= not answer.joint
+        self._all_finite = None
         # What still overflows at the smallest scale is no fault of the scale: a guard outside must see it.
         hide = ~finite & (self.scale > 1.0)
         grads = tree.map(lambda g: torch.where(hide.to(g.device), torch.zeros_like(g), g), grads)
@@ -346,10 +346,10 @@ class _Scaling:
         """Whether all gradients of this step were finite so far, on every process."""
         if not self._flags:
             return torch.ones_like(self.scale, dtype=torch.bool)
-        if self._agreed is None:
+        if self._all_finite is None:
             # Once for all microbatches, of which other processes may have more.
-            self._agreed = sharding.all_ranks(torch.stack(self._flags).all(), self._apart)
-        return self._agreed
+            self._all_finite = sharding.all_ranks(torch.stack(self._flags).all(), self._differs_by_rank)
+        return self._all_finite
 
 
 def _norm_params(target: Any) -> frozenset[str]:
@@ -369,15 +369,15 @@ def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> froz
     return target.__dict__[key]  # type: ignore[no-any-return]
 
 
-def _as_before(buffers: Any, call: ApplyCall, frozen: frozenset[str]) -> Any:
+def _restore_buffer_dtypes(buffers: Any, call: ApplyCall, frozen: frozenset[str]) -> Any:
     """What the model made of its buffers, in their own dtypes; frozen params as they were given."""
     return {k: call.buffers[k] if k in frozen else b.to(call.buffers[k].dtype) for k, b in buffers.items()}
 
 
-def _gathers_params(transform: precision) -> bool:
+def _params_are_sharded(inner: precision) -> bool:
     """Whether params lie in parts outside: what autocast made of them would be kept whole for the backward pass."""
-    outside = () if transform.within is None else transform.within.transforms
-    return any(getattr(each, "stage", 0) == 3 for each in outside)
+    outside = () if inner.within is None else inner.within.transforms
+    return any(getattr(transform, "stage", 0) == 3 for transform in outside)
 
 
 def _matrices_in(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:

@@ -118,10 +118,10 @@ def _check_int8(device: torch.device) -> None:
 def _check_fp8(device: torch.device) -> None:
     able = capability(device)
     if able is None or able < _FP8_CAPABILITY:
-        found = device.type if able is None else f"a GPU of compute capability {able[0]}.{able[1]}"
+        where = device.type if able is None else f"a GPU of compute capability {able[0]}.{able[1]}"
         raise HyperparameterError(
             f"quantized_matmul('fp8') needs a CUDA GPU of compute capability 8.9 or above, and the params are on"
-            f" {found}. Write lm.quantized_matmul('int8') or lm.precision('bf16'); or, to see what fp8's rounding does,"
+            f" {where}. Write lm.quantized_matmul('int8') or lm.precision('bf16'); or, to see what fp8's rounding does,"
             " lm.quantized_matmul('fp8', emulate=True)."
         )
 
@@ -149,8 +149,8 @@ class _Product:
         """[..., inputs] to [..., outputs]."""
         _check_plain()
         with _cast_as_autocast_does(self._layer, x.device.type) as dtype:
-            out = self._forward(self._layer, x.to(dtype or x.dtype).contiguous())
-        return _ContiguousGrad.apply(out)  # type: ignore[no-any-return, no-untyped-call]
+            output = self._forward(self._layer, x.to(dtype or x.dtype).contiguous())
+        return _ContiguousGrad.apply(output)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -190,8 +190,8 @@ def _fp8(layer: nn.Linear, emulate: bool) -> _Product:
     kind = torchao("float8.float8_linear").Float8Linear
     # Rows that do not fill a block, in the product that gives the weight's gradient, are padded.
     config = torchao("float8").Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate)
-    made = kind.from_float(layer, config)
-    layer.config, layer.linear_mm_config = made.config, made.linear_mm_config
+    converted = kind.from_float(layer, config)
+    layer.config, layer.linear_mm_config = converted.config, converted.linear_mm_config
     return _Product(layer, kind.forward)
 
 
@@ -207,12 +207,12 @@ class _FakeQuantized:
         """[..., inputs] to [..., outputs]."""
         _check_plain()
         weight = self._layer.weight
-        given = weight.detach()
-        scales = row_scales(given)
-        packed = self._kind.from_hp(given.float() / scales, self._rows)
-        rounded = (packed.dequantize(torch.float32) * scales).to(given.dtype)
+        weight_values = weight.detach()
+        scales = row_scales(weight_values)
+        packed = self._kind.from_hp(weight_values.float() / scales, self._rows)
+        rounded = (packed.dequantize(torch.float32) * scales).to(weight_values.dtype)
         # Adding an exact zero keeps the rounded numbers bit for bit, and gives the weight their gradient.
-        return F.linear(x, rounded + (weight - given), self._layer.bias)
+        return F.linear(x, rounded + (weight - weight_values), self._layer.bias)
 
 
 _FORWARDS: dict[str, Callable[[nn.Linear, bool], Callable[[Tensor], Tensor]]] = {

@@ -13,7 +13,7 @@ from lumen.core.draws import is_recorded, keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
-from lumen.transforms._support.module_patterns import Pattern, choose, keep_no_cache
+from lumen.transforms._support.module_patterns import Pattern, choose, disable_kv_cache
 from lumen.transforms._support.unapplied import applying
 
 
@@ -56,9 +56,9 @@ class remat(Transform):
         return next(call.replace(target=target))
 
     def _patch(self, module: nn.Module) -> None:
-        for each in choose(module, self.pattern, f"remat({self.pattern!r})"):
-            each.forward = _Checkpointed(each)
-        keep_no_cache(module)
+        for block in choose(module, self.pattern, f"remat({self.pattern!r})"):
+            block.forward = _Checkpointed(block)
+        disable_kv_cache(module)
 
 
 class _Checkpointed:
@@ -70,7 +70,7 @@ class _Checkpointed:
 
     def __init__(self, module: nn.Module) -> None:
         self._forward = module.forward
-        self._places: list[tuple[dict[str, Any], str, bool]] = [
+        self._slots: list[tuple[dict[str, Any], str, bool]] = [
             (table, key, table is sub._buffers)
             for sub in module.modules()
             for table in (sub._parameters, sub._buffers)
@@ -79,28 +79,28 @@ class _Checkpointed:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entry = [table[key].clone() if buffer else table[key] for table, key, buffer in self._places]
+        inputs = [table[key].clone() if buffer else table[key] for table, key, buffer in self._slots]
         called = False
         # A graph would draw anew in the recomputation, whatever the generators' states.
-        kept: list[Any] | None = [] if is_recorded() else None
+        draws: list[Any] | None = [] if is_recorded() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
             if not called:
                 called = True
-                with nullcontext() if kept is None else keeping_draws(kept):
+                with nullcontext() if draws is None else keeping_draws(draws):
                     return self._forward(*args, **kwargs)
-            with nullcontext() if kept is None else repeating_draws(kept):
-                return self._again(entry, args, kwargs)
+            with nullcontext() if draws is None else repeating_draws(draws):
+                return self._recompute(inputs, args, kwargs)
 
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    def _again(self, entry: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = [table[key] for table, key, _ in self._places]
+    def _recompute(self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        current = [table[key] for table, key, _ in self._slots]
         try:
-            for (table, key, buffer), tensor in zip(self._places, entry, strict=True):
+            for (table, key, buffer), tensor in zip(self._slots, inputs, strict=True):
                 table[key] = tensor.clone() if buffer else tensor
             return self._forward(*args, **kwargs)
         finally:
-            for (table, key, _), tensor in zip(self._places, before, strict=True):
+            for (table, key, _), tensor in zip(self._slots, current, strict=True):
                 table[key] = tensor

@@ -45,8 +45,8 @@ class unroll(Transform):
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             metrics = []
-            for each in self._unstack(batch):
-                state, metric = step(state, each)
+            for one_batch in self._unstack(batch):
+                state, metric = step(state, one_batch)
                 metrics.append(metric)
             return state, merge_metrics(metrics)
 

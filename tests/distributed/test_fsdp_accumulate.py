@@ -52,7 +52,7 @@ def law(spread, cases, dtype=torch.float64, steps=20):
         losses, state = train(wrapped, make_state(model, dtype), [part(each, sizes, world.rank()) for each in whole])
         wanted, other = train(lm.compose(*around)(step), make_state(model, dtype), whole)
         if split == "auto":
-            assert int(state.slots["accumulate"].parts) == 1
+            assert int(state.slots["accumulate"].microbatches) == 1
             state = state.replace(slots={k: v for k, v in state.slots.items() if k != "accumulate"})
         check_equal(wrapped.transforms[0].export(state))
         found.append((float((losses - wanted).abs().max()), *furthest(whole_of(wrapped, state), bare(other))))
@@ -199,7 +199,7 @@ def short_of_memory(spread, most):
     wrapped = lm.compose(SPREAD[spread](), lm.accumulate("auto"))(hungry)
     with pytest.warns(lm.errors.InexactWarning, match="out of memory"):
         losses, state = train(wrapped, make_state("mlp"), [part(each, [3, 8], world.rank()) for each in whole])
-    parts = int(state.slots["accumulate"].parts)
+    parts = int(state.slots["accumulate"].microbatches)
     state = wrapped.export(state)
     alone, other = train(lm.compose()(plain), make_state("mlp"), whole)
     return parts, float((losses - alone).abs().max()), furthest(bare(state), bare(other))[0]

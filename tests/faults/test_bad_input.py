@@ -454,7 +454,7 @@ def test_decay_mask_with_an_unknown_pattern() -> None:
 
 
 def test_sweep_of_an_unknown_name() -> None:
-    with pytest.raises(errors.PatternError, match=r"sweep found no 'momentum'.*hyperparameters are lr.*as a tensor"):
+    with pytest.raises(errors.PatternError, match=r"the state has no 'momentum' to sweep over.*hyperparameters are lr.*as a tensor"):
         lm.sweep(momentum=[0.1, 0.9]).init(make_state())
 
 

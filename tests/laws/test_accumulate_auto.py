@@ -56,7 +56,7 @@ def test_finds_the_parts_and_keeps_them(outer):
     with pytest.warns(lm.InexactWarning, match=r"12 rows are now computed in (2|4) parts") as caught:
         state, metrics = fast(state, make_batch())
     assert len(caught) == 2  # 12 and 6 did not fit, 3 do
-    assert int(state.slots["accumulate"].parts) == 4
+    assert int(state.slots["accumulate"].microbatches) == 4
     everything = Small(rows=99)
     plain, expected = everything.step(plain, make_batch())
     device.seen.clear()
@@ -142,7 +142,7 @@ def test_real_memory():
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
     state, metrics = fast(state, torch.ones(12 * 2**10, 1))
-    print("parts", int(state.slots["accumulate"].parts))
+    print("parts", int(state.slots["accumulate"].microbatches))
     """
     done = zygote.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -45,11 +45,13 @@ def is_on(params: Any, inputs: Any) -> bool:
 
 def _device_of(params: Any, inputs: Any) -> str:
     """Where it computes: params may rest on the host."""
-    kinds = [_at_rest(each).device.type for each in map(tree.first_tensor, (inputs, params)) if each is not None]
+    kinds = [
+        _local_shard(tensor).device.type for tensor in map(tree.first_tensor, (inputs, params)) if tensor is not None
+    ]
     return next((kind for kind in kinds if kind != "cpu"), "cpu")
 
 
-def _at_rest(tensor: Tensor) -> Tensor:
+def _local_shard(tensor: Tensor) -> Tensor:
     """The tensor itself, or what is here of one that is gathered when it is used."""
     while hasattr(tensor, "part"):
         tensor = tensor.part
@@ -81,10 +83,10 @@ class _Promoting(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _MIXED:
-            found = {x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype in NARROW}
-            if found:
-                args = tuple([_wide(each) for each in args])
-                kwargs = {name: _wide(each) for name, each in kwargs.items()}
+            narrow = {x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype in NARROW}
+            if narrow:
+                args = tuple([_wide(value) for value in args])
+                kwargs = {name: _wide(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 

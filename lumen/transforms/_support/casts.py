@@ -44,50 +44,50 @@ def cast_inputs(
     """
     if not keep:
         return map_tensors(lambda x: cast(x, dtype), (args, dict(kwargs)))  # type: ignore[no-any-return]
-    patterns = _Kept([keep] if isinstance(keep, str) else list(keep), dtype)
+    patterns = _KeepPatterns([keep] if isinstance(keep, str) else list(keep), dtype)
     names = _positional(module, len(args))
-    made = tuple([patterns.cast(name, each) for name, each in zip(names, args, strict=True)])
-    named = {name: patterns.cast(name, each) for name, each in kwargs.items()}
+    positional = tuple([patterns.cast(name, value) for name, value in zip(names, args, strict=True)])
+    named = {name: patterns.cast(name, value) for name, value in kwargs.items()}
     patterns.check(type(module).__name__)
-    return made, named
+    return positional, named
 
 
 def _positional(module: nn.Module, count: int) -> list[str]:
     """The names of the first arguments of a module's forward; those of `*args` have all the same one."""
     names: list[str] = []
-    rest = "args"
+    variadic = "args"
     for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = name
+            variadic = name
         elif parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD:
             names.append(name)
-    return [*names, *[rest] * count][:count]
+    return [*names, *[variadic] * count][:count]
 
 
-class _Kept:
+class _KeepPatterns:
     """Arguments that are left alone, by patterns."""
 
     def __init__(self, patterns: list[str], dtype: torch.dtype) -> None:
         self._missing, self._patterns, self._dtype = set(patterns), patterns, dtype
-        self._seen: list[str] = []
+        self._names: list[str] = []
 
     def cast(self, name: str, value: Any) -> Any:
-        self._seen.append(name)
-        matching = {each for each in self._patterns if fnmatch.fnmatchcase(name, each)}
+        self._names.append(name)
+        matching = {pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)}
         self._missing -= matching
         if matching:
             return value
-        if isinstance(value, dict) and any(each.startswith(f"{name}.") for each in self._patterns):
-            made = copy.copy(value)
-            made.update({key: self.cast(f"{name}.{key}", each) for key, each in value.items()})
-            return made
+        if isinstance(value, dict) and any(pattern.startswith(f"{name}.") for pattern in self._patterns):
+            copied = copy.copy(value)
+            copied.update({key: self.cast(f"{name}.{key}", pattern) for key, pattern in value.items()})
+            return copied
         return cast_all(value, self._dtype)
 
     def check(self, module: str) -> None:
         if self._missing:
             raise PatternError(
                 f"precision(keep=...): no argument of {module}'s forward matches {min(self._missing)!r}; it was"
-                f" called with {', '.join(map(repr, self._seen)) or 'none'}."
+                f" called with {', '.join(map(repr, self._names)) or 'none'}."
             )
 
 
@@ -102,15 +102,15 @@ def map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
     >>> map_tensors(Tensor.float, policy).base_dist.loc.dtype
     torch.float32
     """
-    return _Mapped(change)(values)
+    return _TensorMap(change)(values)
 
 
-class _Mapped:
+class _TensorMap:
     """One walk, in which each object is changed once, so that what was shared stays shared."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change = change
-        self._made: dict[int, tuple[Any, Any]] = {}  # by identity; the first keeps its identity from being reused
+        self._results: dict[int, tuple[Any, Any]] = {}  # by identity; the first keeps its identity from being reused
 
     def __call__(self, values: Any) -> Any:
         if isinstance(values, Tensor):
@@ -120,38 +120,38 @@ class _Mapped:
     def _leaf(self, value: Any) -> Any:
         if not isinstance(value, Tensor) and not _holds_tensors(value):
             return value
-        if id(value) not in self._made:
-            self._made[id(value)] = (value, value)  # what refers to itself ends here
-            self._made[id(value)] = (value, self._changed(value))
-        return self._made[id(value)][1]
+        if id(value) not in self._results:
+            self._results[id(value)] = (value, value)  # what refers to itself ends here
+            self._results[id(value)] = (value, self._changed(value))
+        return self._results[id(value)][1]
 
     def _changed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._change(value)
         if isinstance(value, tuple):
-            found = self._differing(value._asdict().items())  # type: ignore[attr-defined]
-            return value._replace(**found) if found else value  # type: ignore[attr-defined]
+            changes = self._changes(value._asdict().items())  # type: ignore[attr-defined]
+            return value._replace(**changes) if changes else value  # type: ignore[attr-defined]
         if isinstance(value, dict):
-            found = self._differing(value.items())
-            made = copy.copy(value) if found else value
-            made.update(found)
-            return made
+            changes = self._changes(value.items())
+            copied = copy.copy(value) if changes else value
+            copied.update(changes)
+            return copied
         if dataclasses.is_dataclass(value):
             return self._with(value, [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)])
         return self._with(value, vars(value).items())
 
     def _with(self, value: Any, attributes: Iterable[tuple[str, Any]]) -> Any:
-        found = self._differing(attributes)
-        if not found:
+        changes = self._changes(attributes)
+        if not changes:
             return value
-        made = copy.copy(value)
-        for name, each in found.items():
-            object.__setattr__(made, name, each)  # a frozen dataclass too
-        return made
+        copied = copy.copy(value)
+        for name, new in changes.items():
+            object.__setattr__(copied, name, new)  # a frozen dataclass too
+        return copied
 
-    def _differing(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    def _changes(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         new = [(key, old, self(old)) for key, old in items]
-        return {key: each for key, old, each in new if each is not old and not _alike(old, each)}
+        return {key: result for key, old, result in new if result is not old and not _alike(old, result)}
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -37,5 +37,5 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for backend, kept in zip(backends, own, strict=True):
-            backend.fp32_precision = kept
+        for backend, setting in zip(backends, own, strict=True):
+            backend.fp32_precision = setting

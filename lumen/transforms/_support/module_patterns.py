@@ -13,7 +13,7 @@ from lumen.errors import PatternError, printable
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
-def choose(module: nn.Module, pattern: Pattern | None, asked: str) -> list[nn.Module]:
+def choose(module: nn.Module, pattern: Pattern | None, requested_by: str) -> list[nn.Module]:
     """The modules inside `module` that match `pattern`; of nested ones the outermost.
 
     `pattern` is a glob over names, a class, or a predicate `(name, module) -> bool`; None means the children of the
@@ -23,44 +23,48 @@ def choose(module: nn.Module, pattern: Pattern | None, asked: str) -> list[nn.Mo
     """
     chosen = _repeated(module) if pattern is None else _matching(module, pattern)
     if not chosen:
-        raise unmatched(module, asked)
+        raise unmatched(module, requested_by)
     return chosen
 
 
-def unmatched(module: nn.Module, asked: str) -> PatternError:
+def unmatched(module: nn.Module, requested_by: str) -> PatternError:
     """The error for what `asked` for modules by a pattern, of which `module` has none."""
     names = [name for name, _ in module.named_modules() if name]
     return PatternError(
-        f"{asked} matches no module of {type(module).__name__};"
+        f"{requested_by} matches no module of {type(module).__name__};"
         f" its modules are {', '.join(map(printable, names[:8])) or 'none'}{' …' if len(names) > 8 else ''}."
     )
 
 
-def keep_no_cache(module: nn.Module) -> None:
+def disable_kv_cache(module: nn.Module) -> None:
     """Let a transformer of Hugging Face keep no keys and values, which its blocks hand on and add to.
 
     A block that is computed again would add its own again, and one that is compiled takes and gives tensors alone.
     """
-    for each in module.modules():
-        config: Any = getattr(each, "config", None)
+    for submodule in module.modules():
+        config: Any = getattr(submodule, "config", None)
         if getattr(config, "use_cache", False) is True:
             config.use_cache = False  # of the skeleton's own copy
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    for each in module.modules():
-        if isinstance(each, nn.ModuleList | nn.Sequential):
-            return list(each.children())
+    for submodule in module.modules():
+        if isinstance(submodule, nn.ModuleList | nn.Sequential):
+            return list(submodule.children())
     return []
 
 
 def _matching(module: nn.Module, pattern: Pattern) -> list[nn.Module]:
-    taken: list[str] = []
+    outer_names: list[str] = []
     chosen = []
-    for name, each in module.named_modules():
-        if name and _matches(pattern, name, each) and not any(name.startswith(f"{outer}.") for outer in taken):
-            taken.append(name)
-            chosen.append(each)
+    for name, submodule in module.named_modules():
+        if (
+            name
+            and _matches(pattern, name, submodule)
+            and not any(name.startswith(f"{outer}.") for outer in outer_names)
+        ):
+            outer_names.append(name)
+            chosen.append(submodule)
     return chosen
 
 

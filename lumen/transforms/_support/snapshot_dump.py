@@ -29,7 +29,7 @@ class CallTrace:
     updates: int = 0
     traced: bool = False
 
-    def more(self, updates: int, traced: bool) -> CallTrace:
+    def with_step(self, updates: int, traced: bool) -> CallTrace:
         """With one more step."""
         return CallTrace(self.steps + 1, self.updates + updates, traced)
 
@@ -41,17 +41,17 @@ class SnapshotPolicy:
     copied: Literal["all", "others", "nothing"] = "all"
     steps: int = 1
 
-    def after(self, seen: CallTrace, donated: bool) -> SnapshotPolicy:
+    def after(self, trace: CallTrace, donated: bool) -> SnapshotPolicy:
         """What the next call needs.
 
         A donated step writes over params and optimizer state, but not in the update that is left out; where there are
         several updates, those before it are done. Compiled, it writes over everything.
         """
-        if not seen.steps:
+        if not trace.steps:
             return self
-        if donated and seen.updates > 1:
-            return SnapshotPolicy("all", seen.steps)
-        return SnapshotPolicy("others" if donated and seen.traced else "nothing", seen.steps)
+        if donated and trace.updates > 1:
+            return SnapshotPolicy("all", trace.steps)
+        return SnapshotPolicy("others" if donated and trace.traced else "nothing", trace.steps)
 
     def copies(self, path: str) -> bool:
         """Whether the leaf with this path is copied."""
@@ -69,17 +69,17 @@ class PreStepSnapshot:
     generators: dict[str, Any]
 
     @classmethod
-    def of(cls, state: Any, taking: SnapshotPolicy) -> PreStepSnapshot:
+    def of(cls, state: Any, policy: SnapshotPolicy) -> PreStepSnapshot:
         """The state as it is now, also where its memory is handed over."""
         leaves, spec = tree.flatten(state)
-        if taking.copied != "nothing":
+        if policy.copied != "nothing":
             leaves = [
-                leaf.clone() if isinstance(leaf, Tensor) and taking.copies(path) else leaf
+                leaf.clone() if isinstance(leaf, Tensor) and policy.copies(path) else leaf
                 for path, leaf in zip(tree.paths(state), leaves, strict=True)
             ]
         return cls(leaves, spec, rng.capture())
 
-    def written(
+    def write(
         self, directory: str, within: Step | None, steps: int, number: int | None, batch: Any, message: str
     ) -> str:
         """Write it all, and say where; where that fails, say why, for the step's own error is the one to raise."""

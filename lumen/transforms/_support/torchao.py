@@ -31,7 +31,7 @@ def torchao(module: str) -> Any:
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(_telling)
+        logger.addFilter(_is_not_chatter)
     try:
         return importlib.import_module(f"torchao.{module}")
     except ModuleNotFoundError as error:
@@ -44,10 +44,10 @@ def torchao(module: str) -> Any:
         raise
     finally:
         for logger in loggers:
-            logger.removeFilter(_telling)
+            logger.removeFilter(_is_not_chatter)
 
 
-def _telling(record: logging.LogRecord) -> bool:
+def _is_not_chatter(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_CHATTER)
 
 
@@ -79,7 +79,7 @@ def chosen(
     is. Sizes that are not multiples of `multiple` cannot be, nor where the answer is to be `untied` weights that stand
     in several places.
     """
-    linear = {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
+    linear = {name: module_in for name, module_in in module.named_modules() if isinstance(module_in, nn.Linear)}
     if not linear and not callable(layers):
         raise ParamsError(
             f"{type(module).__name__} has no nn.Linear, the layers that can be quantized. Leave its params as they are."
@@ -87,23 +87,23 @@ def chosen(
     picked = _picked(linear, layers)
     tied = _tied(module) if untied else set()
     refused = {name: _refusal(layer, id(layer) in tied, multiple) for name, layer in picked.items()}
-    found = {name: layer for name, layer in picked.items() if refused[name] is None}
-    reasons = [f"{_said(name)} {why}" for name, why in refused.items() if why is not None]
+    quantizable = {name: layer for name, layer in picked.items() if refused[name] is None}
+    reasons = [f"{_layer_text(name)} {why}" for name, why in refused.items() if why is not None]
     if reasons and layers is not None:
         raise ParamsError(f"{'; '.join(reasons[:4])}. Leave such layers out: name the others in layers=[...].")
-    if not found and layers is None:
+    if not quantizable and layers is None:
         raise ParamsError(f"no layer of {type(module).__name__} can be quantized: {'; '.join(reasons[:4])}.")
-    return found
+    return quantizable
 
 
 def _picked(linear: dict[str, nn.Linear], layers: Layers | None) -> dict[str, nn.Linear]:
     if layers is None:
         return linear
     if callable(layers):
-        return {name: each for name, each in linear.items() if layers(name, each)}
+        return {name: layer for name, layer in linear.items() if layers(name, layer)}
     patterns = layers if isinstance(layers, list | tuple) else (layers,)
     rows = [matching(pattern, list(linear), "linear layer") for pattern in patterns]
-    return {name: each for (name, each), *hits in zip(linear.items(), *rows, strict=True) if any(hits)}
+    return {name: layer for (name, layer), *hits in zip(linear.items(), *rows, strict=True) if any(hits)}
 
 
 def _refusal(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
@@ -128,13 +128,13 @@ def _refusal(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
 
 def _tied(module: nn.Module) -> set[int]:
     """The ids of layers whose weight stands elsewhere too."""
-    places = param_slots(module)
-    times = Counter(name for _, _, name in places)
-    tables = {id(table) for table, key, name in places if key == "weight" and times[name] > 1}
-    return {id(each) for each in module.modules() if id(each._parameters) in tables}
+    slots = param_slots(module)
+    times = Counter(name for _, _, name in slots)
+    tables = {id(table) for table, key, name in slots if key == "weight" and times[name] > 1}
+    return {id(submodule) for submodule in module.modules() if id(submodule._parameters) in tables}
 
 
-def _said(name: str) -> str:
+def _layer_text(name: str) -> str:
     return f"the layer {name!r}" if name else "the model itself"
 
 

@@ -50,9 +50,9 @@ def applying(transform: Transform, step: StepFn, rule: Rule) -> StepFn:
             return rule(next, call)
 
         with rules.rule_context({Primitive.APPLY: noted}):
-            out = step(state, batch)
+            answer = step(state, batch)
         if not applied:
             unapplied.warn()
-        return out
+        return answer
 
     return run
