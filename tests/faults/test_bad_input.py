@@ -168,11 +168,6 @@ def test_leaves_with_different_leading_sizes(transform: lm.Transform) -> None:
         run(run.init(make_state()), batch)
 
 
-def test_accumulate_more_parts_than_rows() -> None:
-    with pytest.raises(errors.BatchError, match=r"accumulate\(8\) cannot cut a batch of 6 rows.*lm.accumulate\(6\)"):
-        lm.accumulate(8)(step)(make_state(), make_batch(6))
-
-
 @pytest.mark.parametrize("k", [0, -1, 2.5, True, None])
 def test_accumulate_by_no_count(k: Any) -> None:
     with pytest.raises(errors.BatchError, match=r"one positive number.*lm.accumulate\(4\)"):
@@ -454,7 +449,9 @@ def test_decay_mask_with_an_unknown_pattern() -> None:
 
 
 def test_sweep_of_an_unknown_name() -> None:
-    with pytest.raises(errors.PatternError, match=r"the state has no 'momentum' to sweep over.*hyperparameters are lr.*as a tensor"):
+    with pytest.raises(
+        errors.PatternError, match=r"the state has no 'momentum' to sweep over.*hyperparameters are lr.*as a tensor"
+    ):
         lm.sweep(momentum=[0.1, 0.9]).init(make_state())
 
 

@@ -53,7 +53,7 @@ def test_finds_the_parts_and_keeps_them(outer):
     fast = lm.compose(*(t for t in outer if not t.donates), lm.accumulate("auto"), *inner)(device.step)
     state = fast.init(make_state())
     plain = make_state()
-    with pytest.warns(lm.InexactWarning, match=r"12 rows are now computed in (2|4) parts") as caught:
+    with pytest.warns(lm.InexactWarning, match=r"12 rows are now split into (2|4) microbatches") as caught:
         state, metrics = fast(state, make_batch())
     assert len(caught) == 2  # 12 and 6 did not fit, 3 do
     assert int(state.slots["accumulate"].microbatches) == 4
