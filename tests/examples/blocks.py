@@ -12,14 +12,22 @@ BLOCK = re.compile(
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?|\d{4,}")
 
 
-def run_blocks(page: Path, *, least: int = 3, peers: bool = False) -> dict:
-    """The names that the blocks of a page leave behind; those marked `.peer`, of other libraries, run where asked for.
+def section(page: Path, heading: str) -> str:
+    """The first Python block under a heading of a page."""
+    _, _, text = page.read_text().partition(f"\n## {heading}\n")
+    return next(code for kind, code, _ in BLOCK.findall(text) if kind == "python")
 
-    `lm.compile()` only traces here: what it compiles is tested elsewhere, and takes the C++ compiler many seconds.
+
+def run_blocks(page: Path, *, least: int = 3, peers: bool = False, setup: str = "") -> dict:
+    """Run the blocks of a page in one session, after `setup`, and return the session's names.
+
+    Blocks marked `.peer` use other libraries, and run only with `peers`. `lm.compile()` only traces here: other tests
+    cover the compiled code, which takes the C++ compiler many seconds.
     """
     blocks = [(code, said) for kind, code, said in BLOCK.findall(page.read_text()) if kind == "python" or peers]
     assert len(blocks) >= least
     session: dict = {"__name__": "__main__"}
+    exec(compile(setup, f"setup of {page.name}", "exec"), session)
     for number, (block, said) in enumerate(blocks, 1):
         name = f"{page.name}, block {number}"
         code = block if page.name == "README.md" else block.replace("lm.compile()", 'lm.compile(backend="eager")')

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lumen as lm
-from tests.examples.blocks import alike, run_blocks
+from tests.examples.blocks import alike, run_blocks, section
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = (
@@ -37,11 +37,21 @@ def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("page", TRANSFORMS)
 def test_transforms_page_runs_and_names_tests_that_there_are(page: str) -> None:
-    run_blocks(DOCS / f"transforms/{page}.md", least=1)
+    run_blocks(DOCS / f"transforms/{page}.md", least=1, setup=section(DOCS / "transforms.md", "Shared setup"))
     named = LAW.findall((DOCS / f"transforms/{page}.md").read_text())
     assert named
     for file, test in named:
         assert f"\ndef {test}(" in (DOCS.parent / file).read_text(), f"{file} has no {test}"
+
+
+@pytest.mark.parametrize("page", TRANSFORMS)
+def test_transforms_page_opens_with_a_short_example(page: str) -> None:
+    text = (DOCS / f"transforms/{page}.md").read_text()
+    opening, _, rest = text.partition("```python\n")
+    assert "\n## " not in opening
+    example = rest.partition("\n```")[0].splitlines()
+    assert len(example) <= 8
+    assert any(f"lm.{page}(" in line or "lm.sweep(" in line for line in example)
 
 
 def test_transforms_all_have_pages_that_the_overview_leads_to() -> None:

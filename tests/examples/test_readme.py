@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lumen as lm
-from tests.examples.blocks import run_blocks
+from tests.examples.blocks import run_blocks, section
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -111,10 +111,8 @@ def test_every_test_that_the_comparison_names_exists() -> None:
 
 
 def test_the_transform_of_the_docs_scales_grads() -> None:
-    page = README.parent / "docs" / "transforms.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     session: dict = {"lm": lm}
-    exec(compile(block, page.name, "exec"), session)
+    exec(section(README.parent / "docs" / "transforms.md", "Writing one"), session)
 
     def step(state, batch):
         loss, grads = lm.value_and_grad(lambda params, x: state.apply(params, x)[0].mean())(state.params, batch)
