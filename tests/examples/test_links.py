@@ -1,6 +1,6 @@
-"""Every relative link and anchor of README, CHANGELOG, CONTRIBUTING and docs/ leads somewhere.
+"""Every relative link and anchor of README, CHANGELOG, CONTRIBUTING, examples/ and docs/ leads somewhere.
 
-mkdocs checks the pages that it builds; it neither sees README, CHANGELOG and CONTRIBUTING nor raw HTML.
+mkdocs checks the pages that it builds; it neither sees README, CHANGELOG, CONTRIBUTING and examples/ nor raw HTML.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples/README.md"])
 LINK = re.compile(r"!?\[[^\]\[]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]+)\"")
 REFERENCE = re.compile(r"^\[[^\]^]+\]:\s+(\S+)", flags=re.MULTILINE)
 
@@ -61,6 +61,12 @@ def test_a_broken_link_is_found() -> None:
     assert broken(page, fine) == []
     for link in ("[a](metric.md)", "[a](metrics.md#sink)", "[a](#none)", '<a href="gone.md">', "[r]: gone.md"):
         assert len(broken(page, link)) == 1, link
+
+
+def test_every_example_and_notebook_is_listed() -> None:
+    targets = {a for a, _ in LINK.findall((ROOT / "examples/README.md").read_text())}
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} | {"hydra/train.py"}
+    assert targets == scripts | {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
 def test_every_page_is_reached_from_the_first_one() -> None:

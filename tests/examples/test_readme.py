@@ -18,10 +18,24 @@ README = Path(__file__).parents[2] / "README.md"
 @pytest.mark.timeout(240)
 def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    session = run_blocks(README)
+    session = run_blocks(README, least=1)
+    assert int(session["fast_state"].step) == 2
+    assert session["metrics"]["loss"].isfinite()
+
+
+def test_readme_and_the_first_page_open_with_the_same_sentences() -> None:
+    opening = README.read_text().partition("\n```")[0]
+    assert (README.parent / "docs/index.md").read_text().startswith(opening)
+
+
+@pytest.mark.timeout(240)
+def test_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = run_blocks(README.parent / "docs/index.md")
     assert session["result"].metrics["val/accuracy"] > 0.8
+    assert session["resumed"].clock.step == 32
     assert session["metrics"]["loss"].compute().shape == torch.Size([8])
-    assert (tmp_path / "runs/readme/metrics.jsonl").exists()
+    assert (tmp_path / "runs/tour/metrics.jsonl").exists()
 
 
 @pytest.mark.timeout(240)
@@ -83,7 +97,7 @@ def test_metrics_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     session = run_blocks(README.parent / "docs/metrics.md")
     assert session["merged"] == {"loss": 4.0, "longest": 7}
-    assert session["found"].keys() == {"auroc", "scores/accuracy", "scores/f1"}
+    assert session["results"].keys() == {"auroc", "scores/accuracy", "scores/f1"}
     assert session["steps"] == [2, 4, 6, 8]
     assert session["losses"][-1] < session["losses"][0]
     assert len(session["memory"]["weight"][1]) == 2
