@@ -1,4 +1,4 @@
-"""Checkpoints in Orbax's format: written in the background, complete or invisible, checked when they are read."""
+"""Checkpoints in Orbax's format: written in the background, visible only when complete, verified when read."""
 
 from lumen.checkpoint import rng
 from lumen.checkpoint._export import export

@@ -1,4 +1,4 @@
-"""A checkpoint as a file that other programs read."""
+"""Export of a checkpoint to a file that other programs can read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, printable
 
-_PARTS = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}
+_PREFIXES = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}
 _FORMATS = ("safetensors", "torch")
 
 
@@ -30,12 +30,11 @@ def export(
 ) -> Path:
     """Write tensors of the checkpoint at `path` to the file `to`, as one flat dict by name; returns its path.
 
-    `what` is "params", "buffers", "ema" (the averaged params, in the params' dtypes), which have the names of the
-    module, or "state": all arrays, by their names in the checkpoint (`params/fc.weight`). The state may be the
-    checkpoint's tree, or its entry `state`. `format` is "safetensors" or "torch", which
-    `torch.load(to, weights_only=True)` reads.
+    `what` is "params", "buffers" or "ema" (the averaged params, in the params' dtypes), by their names in the module.
+    "state" exports all arrays, by their names in the checkpoint (`params/fc.weight`). The state is the checkpoint's
+    tree or its entry `state`. `format` is "safetensors" or "torch", which `torch.load(to, weights_only=True)` reads.
 
-    Raises `CheckpointExistsError` where `to` exists, and `CheckpointNotFoundError` where there is no such part.
+    Raises `CheckpointExistsError` if `to` exists, and `CheckpointNotFoundError` if the checkpoint has no such tensors.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -45,20 +44,20 @@ def export(
     >>> sorted(torch.load(exported, weights_only=True))
     ['bias', 'weight']
     """
-    if format not in _FORMATS or what not in (*_PARTS, "state"):
+    if format not in _FORMATS or what not in (*_PREFIXES, "state"):
         raise CheckpointError(
-            f"export takes format= one of {', '.join(_FORMATS)}, what= one of {', '.join(_PARTS)}, state; got"
+            f"export takes format= one of {', '.join(_FORMATS)}, what= one of {', '.join(_PREFIXES)}, state; got"
             f" format={format!r}, what={what!r}."
         )
     final = Path(to)
     if os.path.lexists(final):
-        raise CheckpointExistsError(f"{final} is there already. Remove it, or export to another name.")
+        raise CheckpointExistsError(f"{final} exists. Remove it, or export to another name.")
     reader = Reader(path)
-    rows = _picked(reader, what)
-    values = reader.read(list(rows.values()), lambda _, value: value)
-    tensors = dict(zip(rows, values, strict=True))
+    records = _select(reader, what)
+    values = reader.read(list(records.values()), lambda _, value: value)
+    tensors = dict(zip(records, values, strict=True))
     if what == "ema":
-        tensors = _in_dtypes_of_params(tensors, reader)
+        tensors = _in_param_dtypes(tensors, reader)
     temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -75,32 +74,34 @@ def export(
     return final
 
 
-def _picked(reader: Reader, what: str) -> dict[str, LeafRecord]:
-    arrays = [row for row in reader.rows if row.kind in ARRAYS]
+def _select(reader: Reader, what: str) -> dict[str, LeafRecord]:
+    arrays = [record for record in reader.records if record.kind in ARRAYS]
     if what == "state":
-        return {name_of(row.path): row for row in arrays}
-    for prefix in (_PARTS[what], ("state", *_PARTS[what])):
-        found = {_flat(row, len(prefix)): row for row in arrays if row.path[: len(prefix)] == prefix}
-        if found:
-            return found
-    tops = sorted({printable(name_of(row.path[:1])) for row in arrays})
+        return {name_of(record.path): record for record in arrays}
+    for prefix in (_PREFIXES[what], ("state", *_PREFIXES[what])):
+        matches = {
+            _dotted_name(record, len(prefix)): record for record in arrays if record.path[: len(prefix)] == prefix
+        }
+        if matches:
+            return matches
+    tops = sorted({printable(name_of(record.path[:1])) for record in arrays})
     raise CheckpointNotFoundError(
-        f"{reader.path} has no {what} to export: nothing under {'/'.join(_PARTS[what])!r}, itself or in 'state'. It"
-        f" holds {', '.join(tops) or 'no arrays'}; what='state' exports all of it."
+        f"{reader.path} has no {what} to export: nothing under {'/'.join(_PREFIXES[what])!r}, itself or in 'state'. It"
+        f" has {', '.join(tops) or 'no arrays'}; what='state' exports all of it."
     )
 
 
-def _in_dtypes_of_params(averaged: dict[str, Tensor], reader: Reader) -> dict[str, Tensor]:
-    """The averages of 16-bit params, which are kept in float32, as `lm.ema.params` gives them."""
+def _in_param_dtypes(averaged: dict[str, Tensor], reader: Reader) -> dict[str, Tensor]:
+    """The averages in the params' dtypes, like `lm.ema.params`; those of 16-bit params are saved in float32."""
     try:
-        rows = _picked(reader, "params")
+        records = _select(reader, "params")
     except CheckpointNotFoundError:
         return averaged
-    return {n: a.to(dtypes.TORCH[rows[n].dtype]) if n in rows else a for n, a in averaged.items()}
+    return {n: a.to(dtypes.TORCH[records[n].dtype]) if n in records else a for n, a in averaged.items()}
 
 
-def _flat(row: LeafRecord, depth: int) -> str:
-    return ".".join(str(part) for part in row.path[depth:])
+def _dotted_name(record: LeafRecord, depth: int) -> str:
+    return ".".join(str(key) for key in record.path[depth:])
 
 
 def _write(tensors: dict[str, Tensor], path: Path, format: str) -> None:  # noqa: A002

@@ -1,7 +1,7 @@
-"""Reading one checkpoint, which may be damaged, or made to harm.
+"""Reading one checkpoint, which may be damaged or malicious.
 
-Only plain files below the checkpoint's own directory are opened, no code is run, and memory is taken only for what the
-files really hold.
+Only regular files below the checkpoint's directory are opened, no code is run, and no more memory is allocated than the
+files on disk justify.
 """
 
 from __future__ import annotations
@@ -22,146 +22,153 @@ from torch import Tensor
 
 from lumen.checkpoint import chunk_grid, dtypes, header, zarr
 from lumen.checkpoint.chunk_grid import Array, Block, Index
-from lumen.checkpoint.leaves import ARRAYS, decode, name_of
-from lumen.checkpoint.leaves import Path as LeafPath
+from lumen.checkpoint.leaves import ARRAYS, LeafPath, decode, name_of
 from lumen.checkpoint.packing import unpack
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.sharding import Slice
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, printable
 
-_ORBAX = "_CHECKPOINT_METADATA"  # its own file in each checkpoint
-_PIECE = 1 << 22  # read and summed while it is in the cache
+_ORBAX = "_CHECKPOINT_METADATA"  # a file that Orbax writes to each checkpoint
+_IO_BYTES = 1 << 22  # small enough to be still in the CPU cache when its checksum is computed
 _ADVICE = "Restore another checkpoint, or a copy of this one."
 
 
-class Wanted(NamedTuple):
-    """What is to be read of an array: the tensor's `shape`, and which of its boxes come from where."""
+class ReadRequest(NamedTuple):
+    """Which entries of an array to read: the `shape` of the resulting tensor, and the `boxes` to fill in it."""
 
     shape: tuple[int, ...]
     boxes: tuple[Slice, ...]
 
 
 class Reader:
-    """One item of a checkpoint: its leaves by the header, checked against the files that it lists."""
+    """One item of a checkpoint: the leaves that the header lists, read from files that are checked against it."""
 
     def __init__(self, path: str | os.PathLike[str], item: str = "state") -> None:
         if item not in header.ITEMS:
-            raise CheckpointError(f"a checkpoint holds the items {' and '.join(header.ITEMS)}; got item={item!r}.")
+            raise CheckpointError(f"a checkpoint has the items {' and '.join(header.ITEMS)}; got item={item!r}.")
         self.path = Path(path)
         self.header = read_header(self.path)
-        self.rows = [row for row in self.header.rows if row.item == item]
+        self.records = [record for record in self.header.records if record.item == item]
 
     def read(
         self,
-        rows: Sequence[LeafRecord],
-        place: Callable[[LeafRecord, Tensor], Any] | None = None,
-        wanted: Mapping[LeafPath, Wanted] | None = None,
+        records: Sequence[LeafRecord],
+        convert: Callable[[LeafRecord, Tensor], Any] | None = None,
+        requests: Mapping[LeafPath, ReadRequest] | None = None,
     ) -> list[Any]:
-        """The values of these leaves; each array goes through `place` as soon as it is read.
+        """The values of these leaves; `convert` is called with each array as soon as it is read.
 
-        `wanted` says, by the ways to leaves, of which only a part is to be read; files that hold nothing of it are not
+        `requests` are the leaves, by path, of which only some entries are read; files that contain none of them are not
         opened.
 
-        Raises `CorruptCheckpointError`, naming the file and the leaf, where anything is not as it was written.
+        Raises `CorruptCheckpointError`, with the file and the leaf, if anything differs from what was written.
         """
-        self._check_files(rows)
-        parts = wanted or {}
-        packs = self._packs(rows)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as others:
-            return list(others.map(lambda row: self._value(row, place, parts.get(row.path), packs), rows))
+        self._check_files(records)
+        by_path = requests or {}
+        packs = self._packs(records)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return list(pool.map(lambda record: self._value(record, convert, by_path.get(record.path), packs), records))
 
-    def _packs(self, rows: Sequence[LeafRecord]) -> dict[tuple[str, str | None], Array]:
-        """The arrays that hold these leaves among others."""
-        names = {(row.item, row.array) for row in rows if row.start is not None}
-        found = [row for row in self.header.packs if (row.item, row.array) in names]
+    def _packs(self, records: Sequence[LeafRecord]) -> dict[tuple[str, str | None], Array]:
+        """The arrays in which these leaves are packed."""
+        pack_keys = {(record.item, record.array) for record in records if record.start is not None}
+        packs = [record for record in self.header.packs if (record.item, record.array) in pack_keys]
         return {
-            (row.item, row.array): dtypes.bits(self._array(row, _all_of(row))).numpy().view(_carrier(row))
-            for row in found
+            (record.item, record.array): dtypes.bits(self._array(record, _full_request(record)))
+            .numpy()
+            .view(_carrier(record))
+            for record in packs
         }
 
     def _value(
         self,
-        row: LeafRecord,
-        place: Callable[[LeafRecord, Tensor], Any] | None,
-        part: Wanted | None,
+        record: LeafRecord,
+        convert: Callable[[LeafRecord, Tensor], Any] | None,
+        request: ReadRequest | None,
         packs: Mapping[tuple[str, str | None], Array],
     ) -> Any:
-        if row.kind == "empty":
-            return {} if row.value == "dict" else ()
-        if row.kind not in ARRAYS:
-            return decode(row.kind, row.value)
-        part = part or _all_of(row)
-        value = self._array(row, part) if row.start is None else _of_pack(row, part, packs[row.item, row.array])
-        return as_kind(row.kind, value) if place is None else place(row, value)
+        if record.kind == "empty":
+            return {} if record.value == "dict" else ()
+        if record.kind not in ARRAYS:
+            return decode(record.kind, record.value)
+        request = request or _full_request(record)
+        value = (
+            self._array(record, request)
+            if record.start is None
+            else _unpack_leaf(record, request, packs[record.item, record.array])
+        )
+        return as_kind(record.kind, value) if convert is None else convert(record, value)
 
-    def _array(self, row: LeafRecord, part: Wanted) -> Tensor:
-        dtype = dtypes.TORCH[row.dtype]
-        if row.array is None:
-            return torch.empty(part.shape, dtype=dtype)
-        with self._damage(zarr.description(row), row):
-            tail_size = zarr.tail_size(self._small(zarr.description(row)), row)
-        blocks = [Block(box.whole, box.size) for box in part.boxes]
-        places = sorted({place for block in blocks for place in chunk_grid.chunks(block, row.chunk)})
-        for place in places:  # before any memory is taken
-            with self._chunk(row, place, tail_size):
+    def _array(self, record: LeafRecord, request: ReadRequest) -> Tensor:
+        dtype = dtypes.TORCH[record.dtype]
+        if record.array is None:
+            return torch.empty(request.shape, dtype=dtype)
+        with self._as_corrupt(zarr.description(record), record):
+            tail_size = zarr.tail_size(self._read_small_file(zarr.description(record)), record)
+        blocks = [Block(box.whole, box.size) for box in request.boxes]
+        positions = sorted({position for block in blocks for position in chunk_grid.chunks(block, record.chunk)})
+        for position in positions:  # before any memory is allocated
+            with self._chunk(record, position, tail_size):
                 pass
-        filled = sum(math.prod(block.size) for block in blocks) == math.prod(part.shape)
-        memory = (torch.empty if filled else torch.zeros)(math.prod(part.shape) * dtype.itemsize, dtype=torch.uint8)
-        array = memory.numpy().view(_carrier(row)).reshape(part.shape)
-        into = [(block, chunk_grid.in_box(array, box)) for block, box in zip(blocks, part.boxes, strict=True)]
-        for place in places:
-            with self._chunk(row, place, tail_size) as file:
-                self._read_chunk(row, place, file, into)
-        return memory.view(dtype).view(part.shape)
+        filled = sum(math.prod(block.size) for block in blocks) == math.prod(request.shape)
+        memory = (torch.empty if filled else torch.zeros)(math.prod(request.shape) * dtype.itemsize, dtype=torch.uint8)
+        array = memory.numpy().view(_carrier(record)).reshape(request.shape)
+        targets = [(block, chunk_grid.box_view(array, box)) for block, box in zip(blocks, request.boxes, strict=True)]
+        for position in positions:
+            with self._chunk(record, position, tail_size) as file:
+                self._read_chunk(record, position, file, targets)
+        return memory.view(dtype).view(request.shape)
 
     @contextmanager
-    def _chunk(self, row: LeafRecord, place: Index, tail_size: int) -> Iterator[IO[bytes]]:
-        """The file of a chunk, of the size that it should have."""
-        name = zarr.data_file(row, place)
-        with self._damage(name, row):
+    def _chunk(self, record: LeafRecord, position: Index, tail_size: int) -> Iterator[IO[bytes]]:
+        """Open the file of a chunk, after a check of its size."""
+        name = zarr.data_file(record, position)
+        with self._as_corrupt(name, record):
             size, _ = self.header.files[name]
-            if size != row.chunk_bytes + tail_size:
-                raise ValueError(f"the header gives {size} bytes, shape and dtype {row.chunk_bytes + tail_size}")
+            if size != record.chunk_bytes + tail_size:
+                raise ValueError(f"the header gives {size} bytes, shape and dtype {record.chunk_bytes + tail_size}")
             with open_file(self.path, name, size) as file:
                 yield file
 
-    def _read_chunk(self, row: LeafRecord, place: Index, file: IO[bytes], into: Sequence[tuple[Block, Array]]) -> None:
-        """Copy of a chunk what belongs into each of the blocks, and check all of it."""
-        size, crc = self.header.files[zarr.data_file(row, place)]
-        block = chunk_grid.block_of(place, row.chunk)
-        direct = _direct(block, into)
+    def _read_chunk(
+        self, record: LeafRecord, position: Index, file: IO[bytes], targets: Sequence[tuple[Block, Array]]
+    ) -> None:
+        """Check a chunk, and copy into each target array the entries of its block."""
+        size, crc = self.header.files[zarr.data_file(record, position)]
+        block = chunk_grid.block_of(position, record.chunk)
+        direct = _direct_target(block, targets)
         if direct is not None:
-            found = _fill(file, direct)
+            computed_crc = _fill(file, direct)
         else:
-            found = 0
-            for slab, values in _slabs(file, block, _carrier(row)):
-                found = zlib.crc32(values.reshape(-1).view(np.uint8).data, found)
-                for target, array in into:
-                    shared = target.meet(slab)
+            computed_crc = 0
+            for slab, values in _row_slabs(file, block, _carrier(record)):
+                computed_crc = zlib.crc32(values.reshape(-1).view(np.uint8).data, computed_crc)
+                for target, array in targets:
+                    shared = target.intersection(slab)
                     if shared is not None:
-                        array[shared.within(target)] = values[shared.within(slab)]
-        tail = file.read(size - row.chunk_bytes + 1)
-        if len(tail) != size - row.chunk_bytes or zlib.crc32(tail, found) != crc:
+                        array[shared.slices_in(target)] = values[shared.slices_in(slab)]
+        tail = file.read(size - record.chunk_bytes + 1)
+        if len(tail) != size - record.chunk_bytes or zlib.crc32(tail, computed_crc) != crc:
             raise ValueError("its checksum does not match")
-        zarr.check_tail(tail, row)
+        zarr.check_tail(tail, record)
 
-    def _check_files(self, rows: Sequence[LeafRecord]) -> None:
-        """Everything but the arrays: small files, which Orbax reads and we do not."""
-        alone = [row for row in self.header.rows if row.array is not None and row.start is None]
-        stored = [*alone, *self.header.packs]
-        for row in stored:
-            with self._damage(zarr.description(row), row):
-                if chunk_grid.count(row.shape, row.chunk) > len(self.header.files):
+    def _check_files(self, records: Sequence[LeafRecord]) -> None:
+        """Check all files but the arrays: small files, which Orbax reads and Lumen does not."""
+        unpacked = [record for record in self.header.records if record.array is not None and record.start is None]
+        stored = [*unpacked, *self.header.packs]
+        for record in stored:
+            with self._as_corrupt(zarr.description(record), record):
+                if chunk_grid.count(record.shape, record.chunk) > len(self.header.files):
                     raise ValueError("the header does not list all of its files")
-        arrays = {name for row in stored for name in zarr.data_files(row)}
-        wanted = {zarr.description(row) for row in rows if row.array is not None}
+        arrays = {name for record in stored for name in zarr.data_files(record)}
+        descriptions = {zarr.description(record) for record in records if record.array is not None}
         for name in self.header.files:
             described = not name.startswith("meta/") and name.endswith("/zarr.json")
-            if name not in arrays and (name in wanted or not described):
-                with self._damage(name):
-                    self._small(name)
+            if name not in arrays and (name in descriptions or not described):
+                with self._as_corrupt(name):
+                    self._read_small_file(name)
 
-    def _small(self, name: str) -> bytes:
+    def _read_small_file(self, name: str) -> bytes:
         if name not in self.header.files:
             raise ValueError("the header does not list it")
         size, crc = self.header.files[name]
@@ -172,9 +179,9 @@ class Reader:
         return content
 
     @contextmanager
-    def _damage(self, name: str, row: LeafRecord | None = None) -> Iterator[None]:
-        what = "" if row is None else f"{'a part of ' if row.parts else ''}{name_of(row.path)!r}"
-        leaf = f", which holds {what}," if what else ""
+    def _as_corrupt(self, name: str, record: LeafRecord | None = None) -> Iterator[None]:
+        leaf_name = "" if record is None else f"{'a shard of ' if record.chunk_shape else ''}{name_of(record.path)!r}"
+        leaf = f", which contains {leaf_name}," if leaf_name else ""
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
@@ -184,8 +191,8 @@ class Reader:
 def load(path: str | os.PathLike[str], *, item: str = "state", under: str = "") -> Any:
     """The tree in the checkpoint at `path` as nested dicts of CPU tensors, numpy arrays and Python scalars.
 
-    Positions in tuples and lists are int keys. `item="extra"` gives what was saved as `extra`. `under` picks a part
-    by its name, such as "params" or "opt_state/0"; what lies outside it is not read.
+    Positions in tuples and lists are int keys. `item="extra"` loads what was saved as `extra`. `under` is the name of a
+    subtree, such as "params" or "opt_state/0"; nothing else is read.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -196,25 +203,25 @@ def load(path: str | os.PathLike[str], *, item: str = "state", under: str = "") 
     4
     """
     reader = Reader(path, item)
-    picked, depth = pick(reader, under)
+    records, depth = pick(reader, under)
     result: Any = {}
-    for row, value in zip(picked, reader.read(picked), strict=True):
-        way = row.path[depth:]
-        if not way:
+    for record, value in zip(records, reader.read(records), strict=True):
+        path = record.path[depth:]
+        if not path:
             return value
         node = result
-        for part in way[:-1]:
-            node = node.setdefault(part, {})
-        node[way[-1]] = value
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
     return result
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is known of a checkpoint, without reading its arrays.
+    """The metadata of a checkpoint; its arrays are not read.
 
-    `meta` and `metrics` are the user's; `format`, `lumen`, `torch`, `orbax` and `time` say what wrote it and when;
-    `leaves` has a dict for each leaf by its name: its `kind`, and `dtype` and `shape`, or `value`; `extra` has the same
-    for the leaves of that tree.
+    `meta` and `metrics` are the user's. `format`, `lumen`, `torch` and `orbax` are the versions that wrote the
+    checkpoint, and `time` is when. `leaves` has a dict for each leaf by name, with its `kind`, and its `dtype` and
+    `shape`, or its `value`. `extra` has the same for the leaves of that tree.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -226,32 +233,32 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     head = read_header(Path(path))
     fields = {name: value for name, value in head.fields.items() if name not in ("files", "leaves", "packs")}
     tables: dict[str, dict[str, Any]] = {item: {} for item in header.ITEMS}
-    for row in head.rows:
-        tables[row.item][name_of(row.path)] = _described(row)
+    for record in head.records:
+        tables[record.item][name_of(record.path)] = _summary(record)
     return {**fields, "leaves": tables["state"], "extra": tables["extra"]}
 
 
-def _described(row: LeafRecord) -> dict[str, Any]:
-    if row.kind in ARRAYS:
-        return {"kind": row.kind, "dtype": row.dtype, "shape": row.shape}
-    if row.kind == "empty":
-        return {"kind": row.kind}
-    return {"kind": row.kind, "value": decode(row.kind, row.value)}
+def _summary(record: LeafRecord) -> dict[str, Any]:
+    if record.kind in ARRAYS:
+        return {"kind": record.kind, "dtype": record.dtype, "shape": record.shape}
+    if record.kind == "empty":
+        return {"kind": record.kind}
+    return {"kind": record.kind, "value": decode(record.kind, record.value)}
 
 
 def pick(reader: Reader, under: str) -> tuple[list[LeafRecord], int]:
-    """The leaves below a name, and how many parts that name has; raises `CheckpointNotFoundError` if there is none."""
+    """The leaves below a name, and the number of keys in that name; raises `CheckpointNotFoundError` if none match."""
     if not under:
-        return reader.rows, 0
-    picked = [row for row in reader.rows if f"{name_of(row.path)}/".startswith(f"{under}/")]
-    if not picked:
-        first = sorted({printable(name_of(row.path[:1])) for row in reader.rows})
-        raise CheckpointNotFoundError(f"{reader.path} holds nothing under {under!r}; it holds {', '.join(first)}.")
-    return picked, len(under.split("/"))
+        return reader.records, 0
+    matches = [record for record in reader.records if f"{name_of(record.path)}/".startswith(f"{under}/")]
+    if not matches:
+        first = sorted({printable(name_of(record.path[:1])) for record in reader.records})
+        raise CheckpointNotFoundError(f"{reader.path} has nothing under {under!r}; it has {', '.join(first)}.")
+    return matches, len(under.split("/"))
 
 
 def as_kind(kind: str, value: Tensor) -> Any:
-    """A tensor as the kind of leaf that was asked for: itself, a numpy array, or a numpy scalar."""
+    """A tensor as a leaf of this kind: the tensor itself, a numpy array, or a numpy scalar."""
     if kind == "tensor":
         return value
     dtype = dtypes.numpy_dtype(dtypes.NAMES[value.dtype])
@@ -260,7 +267,7 @@ def as_kind(kind: str, value: Tensor) -> Any:
 
 
 def read_header(path: Path) -> header.Header:
-    """The header of the checkpoint at `path`; raises `CheckpointNotFoundError` where there is none."""
+    """The header of the checkpoint at `path`; raises `CheckpointNotFoundError` if there is none."""
     try:
         with open_file(path, header.FILE) as file:
             text = file.read()
@@ -275,7 +282,7 @@ def read_header(path: Path) -> header.Header:
 
 
 def lost_header(path: Path) -> bool:
-    """Whether `path` is what is left of a checkpoint whose header is gone."""
+    """Whether `path` is a checkpoint whose header is missing."""
     if not path.is_dir() or path.is_symlink() or os.path.lexists(path / header.FILE):
         return False
     return any(os.path.lexists(path / name) for name in (*header.ITEMS, _ORBAX))
@@ -283,75 +290,75 @@ def lost_header(path: Path) -> bool:
 
 @contextmanager
 def open_file(root: Path, name: str, size: int | None = None) -> Iterator[IO[bytes]]:
-    """A plain file below `root`, reached without a link; raises ValueError for anything else, or another size."""
-    parts = name.split("/")
-    for end in range(1, len(parts)):
-        if not stat.S_ISDIR(os.lstat(root.joinpath(*parts[:end])).st_mode):
-            raise ValueError("the way to it leads through something that is no directory")
-    # A named pipe would block until somebody writes.
-    number = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, "rb", buffering=0) as file:
-        found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no plain file")
-        if size is not None and found.st_size != size:
-            raise ValueError(f"it has {found.st_size} bytes, expected {size}")
+    """Open a regular file below `root` without following links; raises ValueError for another kind or size."""
+    segments = name.split("/")
+    for depth in range(1, len(segments)):
+        if not stat.S_ISDIR(os.lstat(root.joinpath(*segments[:depth])).st_mode):
+            raise ValueError("a parent in its path is not a directory")
+    # Without O_NONBLOCK a named pipe would block until another process writes to it.
+    descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if size is not None and status.st_size != size:
+            raise ValueError(f"it has {status.st_size} bytes, expected {size}")
         yield file
 
 
-def _all_of(row: LeafRecord) -> Wanted:
-    zeros = (0,) * len(row.shape)
-    return Wanted(row.shape, (Slice(zeros, zeros, row.shape),) if row.nbytes else ())
+def _full_request(record: LeafRecord) -> ReadRequest:
+    zeros = (0,) * len(record.shape)
+    return ReadRequest(record.shape, (Slice(zeros, zeros, record.shape),) if record.nbytes else ())
 
 
-def _of_pack(row: LeafRecord, part: Wanted, pack: Array) -> Tensor:
-    """A leaf, or what is wanted of it, in memory of its own."""
-    dtype = dtypes.TORCH[row.dtype]
-    memory = torch.zeros(math.prod(part.shape) * dtype.itemsize, dtype=torch.uint8)
-    unpack(row, pack, memory.numpy().view(_carrier(row)).reshape(part.shape), part.boxes)
-    return memory.view(dtype).view(part.shape)
+def _unpack_leaf(record: LeafRecord, request: ReadRequest, pack: Array) -> Tensor:
+    """The requested entries of a packed leaf, as a new tensor."""
+    dtype = dtypes.TORCH[record.dtype]
+    memory = torch.zeros(math.prod(request.shape) * dtype.itemsize, dtype=torch.uint8)
+    unpack(record, pack, memory.numpy().view(_carrier(record)).reshape(request.shape), request.boxes)
+    return memory.view(dtype).view(request.shape)
 
 
-def _carrier(row: LeafRecord) -> np.dtype[Any]:
-    return dtypes.numpy_dtype(dtypes.carrier(row.dtype))
+def _carrier(record: LeafRecord) -> np.dtype[Any]:
+    return dtypes.numpy_dtype(dtypes.carrier(record.dtype))
 
 
-def _direct(block: Block, into: Sequence[tuple[Block, Array]]) -> memoryview | None:
-    """The memory where all of a chunk belongs, if it is one piece."""
-    for target, array in into:
-        if target.meet(block) == block:
-            room = chunk_grid.view(array, block.within(target))
-            return room.reshape(-1).view(np.uint8).data if room.flags.c_contiguous else None
+def _direct_target(block: Block, targets: Sequence[tuple[Block, Array]]) -> memoryview | None:
+    """The memory to read a chunk into directly, if all of it belongs to one contiguous target."""
+    for target, array in targets:
+        if target.intersection(block) == block:
+            memory = chunk_grid.view(array, block.slices_in(target))
+            return memory.reshape(-1).view(np.uint8).data if memory.flags.c_contiguous else None
     return None
 
 
-def _slabs(file: IO[bytes], block: Block, dtype: np.dtype[Any]) -> Iterator[tuple[Block, Array]]:
-    """The rows of a chunk, a few at a time, so that a part of a large one takes little memory."""
-    rows, rest = (block.size[0], block.size[1:]) if block.size else (1, ())
-    few = max(1, min(rows, _PIECE // max(1, math.prod(rest) * dtype.itemsize)))
-    for start in range(0, rows, few):
-        size = (min(few, rows - start), *rest) if block.size else ()
+def _row_slabs(file: IO[bytes], block: Block, dtype: np.dtype[Any]) -> Iterator[tuple[Block, Array]]:
+    """The rows of a chunk, a few at a time, so that reading few entries of a large chunk needs little memory."""
+    rows, row_shape = (block.size[0], block.size[1:]) if block.size else (1, ())
+    rows_per_slab = max(1, min(rows, _IO_BYTES // max(1, math.prod(row_shape) * dtype.itemsize)))
+    for start in range(0, rows, rows_per_slab):
+        size = (min(rows_per_slab, rows - start), *row_shape) if block.size else ()
         values = np.empty(size, dtype)
         _fill(file, values.reshape(-1).view(np.uint8).data)
         yield Block((block.low[0] + start, *block.low[1:]) if block.low else (), size), values
 
 
 def _fill(file: IO[bytes], memory: memoryview) -> int:
-    """Read until `memory` is full; its CRC-32."""
+    """Read until `memory` is full; returns its CRC-32."""
     crc = 0
     start = 0
     while start < len(memory):
-        piece = memory[start : start + _PIECE]
-        count = file.readinto(piece)  # type: ignore[attr-defined]
+        buffer = memory[start : start + _IO_BYTES]
+        count = file.readinto(buffer)  # type: ignore[attr-defined]
         if not count:
             raise ValueError(f"it ends after {start} bytes")
-        crc = zlib.crc32(piece[:count], crc)
+        crc = zlib.crc32(buffer[:count], crc)
         start += count
     return crc
 
 
 def listed(node: Any) -> list[Any]:
-    """A list or tuple, also as `load` gives it back: a dict with its positions as keys.
+    """The entries of a list or tuple, or of the dict with positions as keys that `load` returns for one.
 
     >>> from lumen.checkpoint import listed
     >>> listed({0: "a", 1: "b"}), listed(())

@@ -1,9 +1,9 @@
-"""The one place that imports Orbax and JAX.
+"""The only module that imports Orbax and JAX.
 
-Orbax asks JAX for the number of processes, which makes JAX look for devices, and on a GPU JAX takes three quarters of
-the memory for itself. So where nobody has imported JAX before us or set JAX_PLATFORMS, it starts on the CPU alone;
-the environment and `jax.config` are then as they were. What remains: JAX looks for devices once in a process, so a
-program that uses JAX on a GPU itself must import it, and use it, before its first checkpoint.
+Orbax asks JAX for the number of processes, which makes JAX initialize its devices, and on a GPU JAX reserves three
+quarters of the memory. So unless JAX was imported before or JAX_PLATFORMS is set, it is initialized on the CPU only,
+and `jax.config` is then restored. One limitation remains: JAX initializes its devices once per process, so a program
+that uses JAX on a GPU itself must import and use it before its first checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _load() -> ModuleType:
 def _start_on_cpu() -> None:
     import jax
 
-    config: Any = jax.config  # its options come at run time
+    config: Any = jax.config  # its options are defined at run time
     before = config.jax_platforms
     config.update("jax_platforms", "cpu")
     try:
@@ -58,13 +58,13 @@ def _start_on_cpu() -> None:
 def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarray[Any, Any]]) -> None:
     """Write a composite checkpoint: each item's arrays as a nested dict, and the item `meta`, an empty object.
 
-    What Orbax raises comes without the way it took through Orbax's threads and event loops: that is hundreds of lines.
+    Errors of Orbax are raised without their traceback, which is hundreds of lines of threads and event loops.
     """
     ocp = load()
     items: dict[str, Any] = {"meta": ocp.args.JsonSave({})}
-    # One without arrays is left out: Orbax takes no empty tree.
+    # An item without arrays is left out: Orbax does not accept an empty tree.
     items |= {item: ocp.args.PyTreeSave(nested) for item, nested in _nested(arrays).items()}
-    # Orbax numbers the saves of a process, and two at once take each other's signals that a directory is there.
+    # Orbax numbers the saves of a process, and two concurrent ones confuse each other's signals of new directories.
     with _saving, _quiet():
         handlers = {item: ocp.JsonCheckpointHandler() if item == "meta" else _tree_handler(ocp) for item in items}
         try:
@@ -76,7 +76,7 @@ def write(directory: Path, arrays: Mapping[tuple[str, tuple[str, ...]], np.ndarr
 
 
 def _tree_handler(ocp: ModuleType) -> Any:
-    """One plain file for each array, which Orbax does not copy first: nobody changes it."""
+    """A handler that writes one plain file for each array, without copying it first: the snapshot does not change."""
     types = ocp.type_handlers
     numpy = types.NumpyHandler(deepcopy_host_arrays=False)
     return ocp.PyTreeCheckpointHandler(
@@ -99,9 +99,9 @@ def _nested(arrays: Mapping[tuple[str, tuple[str, ...]], Any]) -> dict[str, Any]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Orbax logs meanwhile, in whichever thread: that there is no OCDBT checkpoint to merge, say.
+    """Suppress what Orbax logs inside, in any thread, such as that there is no OCDBT checkpoint to merge.
 
-    The errors that it logs are said where it raises nothing; else they are what it raises, over and over.
+    Errors that it logs are logged at the end if it raises none; otherwise they only repeat what it raises.
     """
     errors: list[logging.LogRecord] = []
 
@@ -118,7 +118,7 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = ours = _without_late_writes(before)
     try:
         yield
-        if sys.unraisablehook is ours:  # after an error it stays: some writes end later
+        if sys.unraisablehook is ours:  # after an error the hook stays, because some writes end later
             sys.unraisablehook = before
     finally:
         logger.removeFilter(audible)
@@ -130,16 +130,20 @@ Hook = Callable[[Any], object]  # of `sys.unraisablehook`
 
 
 def _without_late_writes(hook: Hook) -> Hook:
-    """`hook` without what TensorStore says of each write that ends after Orbax, where another failed, has gone."""
+    """`hook` without TensorStore's error for each write that ends after Orbax has closed its loop on a failure."""
     if getattr(hook, "of_orbax", False):
         return hook
 
-    def run(said: Any) -> None:
-        late = said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"
-        trace = said.exc_traceback
-        # It comes of no object, and in a thread of TensorStore's own nothing of Python lies around the call.
-        if not late or said.object is not None or trace.tb_frame.f_globals.get("__name__") != "asyncio.base_events":
-            hook(said)
+    def run(unraisable: Any) -> None:
+        late = unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+        trace = unraisable.exc_traceback
+        # The error belongs to no object, and TensorStore's thread has no Python frame around the call.
+        if (
+            not late
+            or unraisable.object is not None
+            or trace.tb_frame.f_globals.get("__name__") != "asyncio.base_events"
+        ):
+            hook(unraisable)
 
     run.of_orbax = True  # type: ignore[attr-defined]
     return run

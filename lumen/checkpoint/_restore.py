@@ -1,4 +1,4 @@
-"""`restore`: the leaves of a checkpoint in the places of a tree like it."""
+"""`restore`: the leaves of a checkpoint in the structure of an existing tree."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lumen import tree
 from lumen.checkpoint import dtypes, shard_specs
-from lumen.checkpoint._load import Reader, Wanted, as_kind
-from lumen.checkpoint.leaves import ARRAYS, Path, kind_of, name_of, named
+from lumen.checkpoint._load import Reader, ReadRequest, as_kind
+from lumen.checkpoint.leaves import ARRAYS, LeafPath, kind_of, name_of, named
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn
@@ -35,19 +35,19 @@ def restore(
     device: torch.device | str | None = None,
     step: StepFn | None = None,
 ) -> Any:
-    """The checkpoint at `path` as a tree like `like`, which gives structure, dtypes and devices and is not changed.
+    """The checkpoint at `path` as a tree with the structure, dtypes and devices of `like`, which is not changed.
 
-    With `strict=False`, leaves that the checkpoint lacks stay as they are in `like`, and what it has beyond is left
-    out; one `InexactWarning` lists both. `cast=True` allows floats of another dtype, and ints of another that hold
-    the values. `rename` maps prefixes of saved names to the wanted ones, or is a function of the whole name; None
-    leaves a leaf out. Leaves of `like` on the meta device give a shape and a dtype and come to the CPU, or to `device`
-    like all others.
+    With `strict=False`, leaves that are missing from the checkpoint keep their value in `like`, and unexpected ones are
+    ignored; one `InexactWarning` lists both. `cast=True` converts between float dtypes, and between int dtypes if the
+    values fit. `rename` maps prefixes of saved names to those of `like`, or is a function from one name to the other;
+    None leaves a leaf out. Leaves of `like` on the meta device need no memory; they are restored to the CPU, or to
+    `device` like all others.
 
-    Under a transform that spreads the state over processes, `step` is the step that has it, and `like` this process's
-    state of it: each process reads the parts that it holds, whatever the checkpoint was saved under.
+    If a transform shards the state over processes, `step` is the step with that transform, and `like` is this process's
+    state of it. Each process reads its own shards, whatever transforms the checkpoint was saved under.
 
-    Raises `CheckpointMismatchError` with everything that does not fit, `CorruptCheckpointError` where a file is
-    damaged, and `CheckpointNotFoundError` where there is no checkpoint.
+    Raises `CheckpointMismatchError` with every leaf that does not fit, `CorruptCheckpointError` if a file is damaged,
+    and `CheckpointNotFoundError` if there is no checkpoint.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -57,15 +57,15 @@ def restore(
     {'backbone': {'weight': tensor([1., 1.], dtype=torch.float64)}}
     """
     shard_specs.check(step, like, "lm.checkpoint.restore(path, like, step=step)")
-    like, hand_back = shard_specs.export_opaque(step, like)
+    like, import_opaque = shard_specs.export_opaque(step, like)
     paths, values, spec = named(like)
     reader = Reader(path)
-    saved = renamed(reader.rows, rename)
-    kinds = [kind_of_like(value, way) for value, way in zip(values, paths, strict=True)]
-    pieces = shard_specs.by_place(shard_specs.shard_specs(step, like), kinds)
+    saved = renamed(reader.records, rename)
+    kinds = [kind_of_like(value, path) for value, path in zip(values, paths, strict=True)]
+    specs = shard_specs.by_leaf_index(shard_specs.leaf_specs(step, like), kinds)
     targets = [
-        _Target(name_of(way), kind, value, pieces.get(place))
-        for place, (way, kind, value) in enumerate(zip(paths, kinds, values, strict=True))
+        _Target(name_of(path), kind, value, specs.get(index))
+        for index, (path, kind, value) in enumerate(zip(paths, kinds, values, strict=True))
     ]
     problems = Problems.between(targets, saved, cast)
     if problems.wrong or (strict and problems.any()):
@@ -73,14 +73,14 @@ def restore(
     if problems.any():
         warnings.warn(problems.notice(str(path)), InexactWarning, stacklevel=3)
     filled = [target for target in targets if target.kind != "empty" and target.name in saved]
-    by_row = {id(saved[target.name]): target for target in filled}
-    found = reader.read(
+    by_record = {id(saved[target.name]): target for target in filled}
+    values_read = reader.read(
         [saved[target.name] for target in filled],
-        lambda row, value: by_row[id(row)].place(value, device),
-        {saved[target.name].path: target.wanted for target in filled if target.wanted is not None},
+        lambda record, value: by_record[id(record)].convert(value, device),
+        {saved[target.name].path: target.request for target in filled if target.request is not None},
     )
-    new = dict(zip((target.name for target in filled), found, strict=True))
-    return hand_back(tree.unflatten(spec, [new.get(target.name, target.value) for target in targets]))
+    new = dict(zip((target.name for target in filled), values_read, strict=True))
+    return import_opaque(tree.unflatten(spec, [new.get(target.name, target.value) for target in targets]))
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ class _Target:
     name: str
     kind: str
     value: Any
-    piece: ShardSpec | None = None  # what it is of a whole leaf
+    spec: ShardSpec | None = None  # if it is a shard
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape) if self.piece is None else self.piece.shape
+        return tuple(self.value.shape) if self.spec is None else self.spec.shape
 
     @property
-    def wanted(self) -> Wanted | None:
-        return None if self.piece is None else Wanted(tuple(self.value.shape), self.piece.boxes)
+    def request(self) -> ReadRequest | None:
+        return None if self.spec is None else ReadRequest(tuple(self.value.shape), self.spec.boxes)
 
     @property
     def dtype(self) -> str:
@@ -110,18 +110,18 @@ class _Target:
             return _array_text(self.dtype, self.shape)
         return f"a Python {self.kind}"
 
-    def mismatch(self, row: LeafRecord, cast: bool) -> str:
-        """How a saved leaf does not fit here, or nothing."""
-        if self.kind in ARRAYS and row.kind in ARRAYS:
-            same = row.dtype == self.dtype or (cast and _castable(row.dtype, self.dtype))
-            fits = same and row.shape == self.shape
+    def mismatch(self, record: LeafRecord, cast: bool) -> str:
+        """How a saved leaf differs from what this one needs; empty if it fits."""
+        if self.kind in ARRAYS and record.kind in ARRAYS:
+            same = record.dtype == self.dtype or (cast and _castable(record.dtype, self.dtype))
+            fits = same and record.shape == self.shape
         else:
-            fits = row.kind == self.kind
-        found = _array_text(row.dtype, row.shape) if row.kind in ARRAYS else f"a Python {row.kind}"
-        return "" if fits else f"{printable(self.name)}: {found} in the checkpoint, {self.described()} wanted"
+            fits = record.kind == self.kind
+        saved = _array_text(record.dtype, record.shape) if record.kind in ARRAYS else f"a Python {record.kind}"
+        return "" if fits else f"{printable(self.name)}: {saved} in the checkpoint, {self.described()} wanted"
 
-    def place(self, value: Tensor, device: torch.device | str | None) -> Any:
-        """A saved array in the form of this leaf."""
+    def convert(self, value: Tensor, device: torch.device | str | None) -> Any:
+        """A saved array with the kind, dtype and device of this leaf."""
         value = _cast(value, dtypes.TORCH[self.dtype], self.name)
         if self.kind != "tensor":
             return as_kind(self.kind, value)
@@ -138,7 +138,7 @@ def _array_text(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
-def kind_of_like(value: Any, path: Path) -> str:
+def kind_of_like(value: Any, path: LeafPath) -> str:
     """The kind of a leaf of `like`; a tensor may be on the meta device, or a fake one."""
     if isinstance(value, Tensor) and value.is_meta and value.dtype in dtypes.NAMES:
         return "tensor"
@@ -148,20 +148,20 @@ def kind_of_like(value: Any, path: Path) -> str:
 # ------------------------------------------------------------------------------------------------- names
 
 
-def renamed(rows: Sequence[LeafRecord], rename: Rename | None) -> dict[str, LeafRecord]:
-    """The rows by the names that are wanted; empty containers hold nothing to be restored."""
+def renamed(records: Sequence[LeafRecord], rename: Rename | None) -> dict[str, LeafRecord]:
+    """The records by their new names, without empty containers, which have nothing to restore."""
     new = _by_prefix(rename or {}) if rename is None or isinstance(rename, Mapping) else rename
     result: dict[str, LeafRecord] = {}
-    for row in rows:
-        name = new(name_of(row.path)) if row.kind != "empty" else None
+    for record in records:
+        name = new(name_of(record.path)) if record.kind != "empty" else None
         if name is None:
             continue
         if name in result:
             raise CheckpointError(
-                f"rename gives two leaves the name {name!r}: {name_of(result[name].path)!r} and {name_of(row.path)!r}."
-                " Leave one of them out by renaming it to None."
+                f"rename gives two leaves the name {name!r}: {name_of(result[name].path)!r} and"
+                f" {name_of(record.path)!r}. Leave one of them out by renaming it to None."
             )
-        result[name] = row
+        result[name] = record
     return result
 
 
@@ -172,8 +172,8 @@ def _by_prefix(table: Mapping[str, str | None]) -> Callable[[str], str | None]:
     def new(name: str) -> str | None:
         for prefix in prefixes:
             if name.startswith(prefix):
-                wanted = table[prefix]
-                return None if wanted is None else wanted + name[len(prefix) :]
+                replacement = table[prefix]
+                return None if replacement is None else replacement + name[len(prefix) :]
         return name
 
     return new
@@ -182,8 +182,8 @@ def _by_prefix(table: Mapping[str, str | None]) -> Callable[[str], str | None]:
 # ------------------------------------------------------------------------------------------------ dtypes
 
 
-def _castable(saved: str, wanted: str) -> bool:
-    return _family(dtypes.TORCH[saved]) == _family(dtypes.TORCH[wanted])
+def _castable(saved: str, target: str) -> bool:
+    return _family(dtypes.TORCH[saved]) == _family(dtypes.TORCH[target])
 
 
 def _family(dtype: torch.dtype) -> str:
@@ -200,16 +200,16 @@ def _cast(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     new = value.to(dtype)
     if _family(dtype) == "int" and not _equal_ints(new, value):
         raise CheckpointMismatchError(
-            f"{printable(name)} holds values that do not fit into {dtypes.NAMES[dtype]}: it was saved as"
-            f" {dtypes.NAMES[value.dtype]}. Restore it as that, and convert it as it should be."
+            f"{printable(name)} has values that do not fit into {dtypes.NAMES[dtype]}: it was saved as"
+            f" {dtypes.NAMES[value.dtype]}. Restore it with that dtype, and convert it yourself."
         )
     return new
 
 
-def _equal_ints(one: Tensor, other: Tensor) -> bool:
-    a, b = one.to(torch.int64), other.to(torch.int64)
+def _equal_ints(converted: Tensor, original: Tensor) -> bool:
+    a, b = converted.to(torch.int64), original.to(torch.int64)
     # From 2**63 up, unsigned ints have the bits of negative ones.
-    wraps = (one.dtype == torch.uint64) != (other.dtype == torch.uint64) and bool((a < 0).any())
+    wraps = (converted.dtype == torch.uint64) != (original.dtype == torch.uint64) and bool((a < 0).any())
     return torch.equal(a, b) and not wraps
 
 
@@ -218,7 +218,7 @@ def _equal_ints(one: Tensor, other: Tensor) -> bool:
 
 @dataclass
 class Problems:
-    """Everything that does not fit between a checkpoint and a tree."""
+    """Every difference between the leaves of a checkpoint and those of a tree."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -227,21 +227,21 @@ class Problems:
     @classmethod
     def between(cls, targets: Sequence[_Target], saved: Mapping[str, LeafRecord], cast: bool) -> Problems:
         """Compare the leaves of a tree with those of a checkpoint."""
-        found = cls()
+        problems = cls()
         for target in targets:
             if target.kind == "empty":
                 continue
-            row = saved.get(target.name)
-            if row is None:
-                found.missing.append(f"{printable(target.name)}: {target.described()}")
-            elif why := target.mismatch(row, cast):
-                found.wrong.append(why)
+            record = saved.get(target.name)
+            if record is None:
+                problems.missing.append(f"{printable(target.name)}: {target.described()}")
+            elif why := target.mismatch(record, cast):
+                problems.wrong.append(why)
         names = {target.name for target in targets}
-        found.unexpected = [printable(name) for name in saved if name not in names]
-        return found
+        problems.unexpected = [printable(name) for name in saved if name not in names]
+        return problems
 
     def any(self) -> bool:
-        """Whether there is one."""
+        """Whether there is any difference."""
         return bool(self.missing or self.unexpected or self.wrong)
 
     def message(self, path: str) -> str:
@@ -252,13 +252,13 @@ class Problems:
         if self.missing and self.unexpected:
             hints.append("rename={'saved prefix': 'wanted prefix'} maps names")
         if self.missing or self.unexpected:
-            hints.append("strict=False keeps what is missing as it is in `like` and ignores what is unexpected")
-        lists = self._lists("missing from the checkpoint", "in the checkpoint, but not wanted")
+            hints.append("strict=False keeps missing leaves as they are in `like` and ignores unexpected ones")
+        lists = self._lists("missing from the checkpoint", "in the checkpoint, but not in `like`")
         return f"the checkpoint {path} does not fit.\n{lists}\nIn restore(...), {'; '.join(hints)}."
 
     def notice(self, path: str) -> str:
         """The text of the warning."""
-        return f"the checkpoint {path} was restored in part.\n{self._lists('kept as in `like`', 'ignored')}"
+        return f"the checkpoint {path} was only partially restored.\n{self._lists('kept as in `like`', 'ignored')}"
 
     def _lists(self, missing: str, unexpected: str) -> str:
         titled = ((missing, self.missing), (unexpected, self.unexpected), ("different", self.wrong))

@@ -1,4 +1,4 @@
-"""Writing one checkpoint: complete on disk, or invisible."""
+"""Writing one checkpoint, which appears under its name only when it is complete on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lumen.checkpoint import _orbax, header, shard_specs, sharded, zarr
 from lumen.checkpoint.coordinator import TIMEOUT, SaveCoordinator, SaveSession
 from lumen.checkpoint.fsync import sync, sync_directory
 from lumen.checkpoint.packing import packed
-from lumen.checkpoint.snapshot import LeafRecord, Snapshot, snapshot
+from lumen.checkpoint.snapshot import LeafRecord, Snapshot, take_snapshot
 from lumen.core import distributed
 from lumen.core.step import StepFn
 from lumen.core.versions import own_version, version_of
@@ -31,7 +31,7 @@ DELETED = ".lumen-deleted"
 REPLACED = ".lumen-replaced"
 _COMMITTED = "commit_success.txt"
 
-Written = tuple[list[LeafRecord], header.Files, header.Files]  # all files, and those that are on disk already
+Written = tuple[list[LeafRecord], header.Files, header.Files]  # records, all files, and those already synced
 
 
 def save(
@@ -45,18 +45,17 @@ def save(
 ) -> None:
     """Write `tree` to the new directory `path`, as an Orbax checkpoint.
 
-    A tree holds tensors, numpy arrays, Python scalars, strings and None, in any pytree. `extra` is a second one, for
-    what is read without a `like`: `load(path, item="extra")`. `meta` is any JSON; see `metadata`. The checkpoint
-    appears under its name when it is complete and on disk.
+    `tree` is any pytree of tensors, numpy arrays, Python scalars, strings and None. `extra` is a second tree, which is
+    read without a `like`: `load(path, item="extra")`. `meta` is any JSON; see `metadata`. The checkpoint appears under
+    its name when it is complete and on disk.
 
-    With `step`, the step whose state `tree` is, all processes of its world call this together: each writes the parts
-    that it holds under transforms such as `lm.fsdp`, and the first one the rest, from its own `tree`, `extra` and
-    `meta`. The directory is the first one's, on a file system that all share. A process from which nothing is heard
-    for `timeout` seconds counts as hung. If one fails, all raise its error.
+    With `step`, the step whose state `tree` is, all processes of its world call this together. Each writes its own
+    shards of the state under transforms such as `lm.fsdp`. Rank 0 writes everything else, from its own `tree`, `extra`
+    and `meta`, to its own `path`, which must be on a file system that all processes share. A process that gives no sign
+    of life for `timeout` seconds counts as hung. If one process fails, all raise its error.
 
-    Raises `CheckpointExistsError` where there is something already, `CheckpointLeafError` for a leaf of another kind,
-    and `CheckpointError` where the disk does not take it, a process hangs, or the tree is one process's part of a state
-    and there is no `step`.
+    Raises `CheckpointExistsError` if `path` exists, and `CheckpointLeafError` for a leaf of another kind. Raises
+    `CheckpointError` if writing fails, if a process hangs, or if the state is sharded and `step` is missing.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -66,23 +65,23 @@ def save(
     """
     final = Path(path)
     shard_specs.check(step, tree, "lm.checkpoint.save(path, state, step=step)")
-    talk = SaveCoordinator(timeout).next() if step is not None and distributed.world_size() > 1 else None
-    with nullcontext() if talk is None else talk.failing_together():
-        first = talk is None or talk.first
-        if first and os.path.lexists(final):
-            raise CheckpointExistsError(f"{final} is there already; a checkpoint is written to a new directory.")
+    session = SaveCoordinator(timeout).next() if step is not None and distributed.world_size() > 1 else None
+    with nullcontext() if session is None else session.sharing_failures():
+        is_main = session is None or session.is_main
+        if is_main and os.path.lexists(final):
+            raise CheckpointExistsError(f"{final} exists; a checkpoint is written to a new directory.")
         fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": {}}
         items = {"state": shard_specs.strip_sharding(step, tree), "extra": {} if extra is None else extra}
-        taken = snapshot(items, cut=shard_specs.shard_specs(step, tree), whole=first)
+        snap = take_snapshot(items, specs=shard_specs.leaf_specs(step, tree), with_unsharded=is_main)
         temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
         try:
-            if talk is not None and not first:
-                write_shard(talk, taken)
+            if session is not None and not is_main:
+                write_shard(session, snap)
                 return
             final.parent.mkdir(parents=True, exist_ok=True)
-            write(final, temporary, taken, fields, talk=talk)
-            if talk is not None:
-                talk.finish()
+            write(final, temporary, snap, fields, session=session)
+            if session is not None:
+                session.finish()
         except CheckpointError:
             raise
         except Exception as error:
@@ -92,78 +91,80 @@ def save(
 def write(
     final: Path,
     temporary: Path,
-    taken: Snapshot,
+    snap: Snapshot,
     fields: dict[str, Any],
     replace: bool = False,
-    talk: SaveSession | None = None,
+    session: SaveSession | None = None,
 ) -> None:
-    """Write a snapshot to `temporary`, beside `final`, and rename it when all is on disk.
+    """Write a snapshot to `temporary`, beside `final`, and rename it when everything is on disk.
 
-    With `replace`, a checkpoint that has that name goes. With `talk`, this is the first of several processes, of which
-    the others `write_shard`, and stay until it leaves. What was written is removed where it fails.
+    With `replace`, an existing checkpoint of that name is replaced. With `session`, this process is rank 0 of several;
+    the others call `write_shard`, which returns after this. If writing fails, the written files are removed.
     """
     try:
-        rows, files, synced = _write_alone(temporary, taken) if talk is None else _write_first(temporary, taken, talk)
-        text = header.dump(rows, files, **_versions(), **fields)
+        records, files, synced = (
+            _write_single(temporary, snap) if session is None else _write_main(temporary, snap, session)
+        )
+        text = header.dump(records, files, **_versions(), **fields)
         (temporary / header.FILE).write_text(text)
         sync(temporary, synced)
-        if talk is not None:
-            talk.check()
+        if session is not None:
+            session.check()
         _commit(temporary, final, replace)
     except BaseException as error:
-        if talk is not None:
-            talk.break_up(error)
-        for left in (temporary, *final.parent.glob(f"{glob.escape(temporary.name)}.*")):
-            shutil.rmtree(left, ignore_errors=True)
+        if session is not None:
+            session.abort(error)
+        for leftover in (temporary, *final.parent.glob(f"{glob.escape(temporary.name)}.*")):
+            shutil.rmtree(leftover, ignore_errors=True)
         raise
 
 
-def write_shard(talk: SaveSession, taken: Snapshot) -> None:
-    """Write this process's share of a checkpoint that the first process makes; returns when it is complete."""
-    talk.publish("layout", sharded.layout(taken))
-    plan = sharded.Plan.from_json(talk.await_("plan"))
-    talk.publish("parts", sharded.write(talk, taken, plan))
-    talk.finish()
+def write_shard(session: SaveSession, snap: Snapshot) -> None:
+    """On ranks other than 0: write this process's shards; returns when the checkpoint is complete."""
+    session.publish("layout", sharded.layout(snap))
+    plan = sharded.Plan.from_json(session.await_("plan"))
+    session.publish("shards", sharded.write(session, snap, plan))
+    session.finish()
 
 
-def _write_alone(temporary: Path, taken: Snapshot) -> Written:
-    taken = packed(taken)
-    with ThreadPoolExecutor(1) as other:
-        sums = other.submit(_sums, taken)
-        _orbax.write(temporary, {taken.keys[place]: taken.data[place] for place in taken.stored})
+def _write_single(temporary: Path, snap: Snapshot) -> Written:
+    snap = packed(snap)
+    with ThreadPoolExecutor(1) as pool:
+        checksums = pool.submit(_checksums, snap)
+        _orbax.write(temporary, {snap.keys[index]: snap.data[index] for index in snap.stored})
         _strip_paths(temporary)
-        return taken.rows, _inspected(temporary, taken, sums.result()), {}
+        return snap.records, _checked_files(temporary, snap, checksums.result()), {}
 
 
-def _write_first(temporary: Path, taken: Snapshot, talk: SaveSession) -> Written:
-    """The same, with the parts that all write in a folder beside it, and move into it."""
-    folder = temporary.with_name(f"{temporary.name}.parts").absolute()
-    others = talk.hear_all("layout")  # nobody is writing for an earlier save any more
-    shutil.rmtree(folder, ignore_errors=True)
-    plan = sharded.plan(taken, others, folder)
-    folder.mkdir()
-    talk.publish("plan", plan.to_json())
-    written = packed(taken)
-    rows = plan.rows(written.rows)
-    with ThreadPoolExecutor(1) as other:
-        writing = other.submit(sharded.write, talk, taken, plan)
-        sums = other.submit(_sums, written)
-        arrays = written.data | sharded.stand_ins(written)
-        _orbax.write(temporary, {written.keys[place]: array for place, array in arrays.items()})
+def _write_main(temporary: Path, snap: Snapshot, session: SaveSession) -> Written:
+    """Write on rank 0 of several: all write the sharded arrays beside `temporary`, and rank 0 moves them into it."""
+    directory = temporary.with_name(f"{temporary.name}.parts").absolute()
+    layouts = session.await_all("layout")  # from now on no process writes for an earlier save
+    shutil.rmtree(directory, ignore_errors=True)
+    plan = sharded.plan(snap, layouts, directory)
+    directory.mkdir()
+    session.publish("plan", plan.to_json())
+    written = packed(snap)
+    records = plan.records(written.records)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(sharded.write, session, snap, plan)
+        checksums = pool.submit(_checksums, written)
+        arrays = written.data | sharded.placeholders(written)
+        _orbax.write(temporary, {written.keys[index]: array for index, array in arrays.items()})
         _strip_paths(temporary)
-        sharded.describe(plan, rows, temporary)
+        sharded.write_descriptions(plan, records, temporary)
         files = writing.result()
-        for found in talk.hear_all("parts"):
-            files |= {name: (size, crc) for name, (size, crc) in found.items()}
-        sharded.collect(plan, rows, files, temporary)
-        shutil.rmtree(folder)
-        return rows, _inspected(temporary, written, sums.result(), files), files
+        for shard_files in session.await_all("shards"):
+            files |= {name: (size, crc) for name, (size, crc) in shard_files.items()}
+        sharded.collect(plan, records, files, temporary)
+        shutil.rmtree(directory)
+        return records, _checked_files(temporary, written, checksums.result(), files), files
 
 
 def _commit(temporary: Path, final: Path, replace: bool) -> None:
-    """Give the checkpoint its name; one that has it already goes out of the way, and back if that fails.
+    """Rename the checkpoint to `final`; an existing one is renamed first, and renamed back if that fails.
 
-    A process that dies between the two renames leaves the old one under its other name, which `Store.open` gives back.
+    If the process dies between the two renames, `Store.open` restores the old checkpoint.
     """
     replaced = final.with_name(f".{final.name}{REPLACED}")
     replace = replace and final.is_dir()
@@ -182,37 +183,39 @@ def _commit(temporary: Path, final: Path, replace: bool) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint: at once from sight, then from disk."""
+    """Delete a checkpoint: hide it by a rename, then remove its files."""
     doomed = path.with_name(f".{path.name}{DELETED}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 
 
-def _sums(taken: Snapshot) -> list[int]:
-    return [zlib.crc32(taken.data[place].reshape(-1).view(np.uint8).data) for place in taken.stored]
+def _checksums(snap: Snapshot) -> list[int]:
+    return [zlib.crc32(snap.data[index].reshape(-1).view(np.uint8).data) for index in snap.stored]
 
 
 def _strip_paths(directory: Path) -> None:
-    """Orbax writes the path of the directory into its commit marks, which a rename makes untrue."""
+    """Remove the directory's path from Orbax's commit marks: it is wrong after the rename."""
     for mark in directory.rglob(_COMMITTED):
         mark.write_text("Checkpoint commit was successful")
 
 
-def _inspected(directory: Path, taken: Snapshot, sums: list[int], known: header.Files | None = None) -> header.Files:
-    """Size and checksum of each file but the header; raises where an array is not in the form that we read."""
-    files: header.Files = dict(known or {})
-    for place, crc in zip(taken.stored, sums, strict=True):
-        row = taken.rows[place]
-        tail_size = zarr.tail_size((directory / zarr.description(row)).read_bytes(), row)
-        data = directory / zarr.data_file(row)
+def _checked_files(
+    directory: Path, snap: Snapshot, checksums: list[int], sharded_files: header.Files | None = None
+) -> header.Files:
+    """Size and checksum of each file but the header; raises if an array is not in the format that Lumen reads."""
+    files: header.Files = dict(sharded_files or {})
+    for index, crc in zip(snap.stored, checksums, strict=True):
+        record = snap.records[index]
+        tail_size = zarr.tail_size((directory / zarr.description(record)).read_bytes(), record)
+        data = directory / zarr.data_file(record)
         with open(data, "rb") as file:
-            file.seek(row.nbytes)
+            file.seek(record.nbytes)
             tail = file.read()
         if len(tail) != tail_size:
             raise CheckpointError(f"{data} has {len(tail)} bytes after its array, expected {tail_size}")
-        zarr.check_tail(tail, row)
-        files[zarr.data_file(row)] = (row.nbytes + len(tail), zlib.crc32(tail, crc))
+        zarr.check_tail(tail, record)
+        files[zarr.data_file(record)] = (record.nbytes + len(tail), zlib.crc32(tail, crc))
     for name in _names(directory):
         if name not in files and name != header.FILE:
             content = (directory / name).read_bytes()

@@ -1,6 +1,6 @@
-"""The regular grid of chunks on which an array that several processes write lies on disk.
+"""The regular grid of chunks in which an array is stored.
 
-Zarr knows no other: all chunks have one shape, and those at the far edges are filled up to it. A block is given by its
+In Zarr all chunks of an array have one shape, and those at the far edges are padded to it. A block is described by its
 low corner and its size.
 """
 
@@ -20,72 +20,72 @@ Array = np.ndarray[Any, Any]
 
 
 class Block(NamedTuple):
-    """A block of an array's entries."""
+    """A rectangular block of an array's entries."""
 
     low: Index
     size: Index
 
     @property
     def high(self) -> Index:
-        """The corner behind the last entry."""
+        """The corner after the last entry."""
         return tuple(a + b for a, b in zip(self.low, self.size, strict=True))
 
-    def meet(self, other: Block) -> Block | None:
-        """The entries that both have, or None.
+    def intersection(self, other: Block) -> Block | None:
+        """The entries that both blocks contain, or None.
 
-        >>> Block((0, 2), (4, 4)).meet(Block((3, 0), (9, 3)))
+        >>> Block((0, 2), (4, 4)).intersection(Block((3, 0), (9, 3)))
         Block(low=(3, 2), size=(1, 1))
         """
         low = tuple(map(max, self.low, other.low))
         size = tuple(min(a, b) - c for a, b, c in zip(self.high, other.high, low, strict=True))
-        return Block(low, size) if all(each > 0 for each in size) else None
+        return Block(low, size) if all(n > 0 for n in size) else None
 
-    def within(self, other: Block) -> tuple[slice, ...]:
-        """Where it lies in an array of the entries of `other`."""
+    def slices_in(self, other: Block) -> tuple[slice, ...]:
+        """The slices that select this block in an array of the entries of `other`."""
         starts = [a - b for a, b in zip(self.low, other.low, strict=True)]
         return tuple(slice(a, a + n) for a, n in zip(starts, self.size, strict=True))
 
 
-def view(array: Array, place: Sequence[slice]) -> Array:
-    """That part of an array, in the same memory also where it is a single entry."""
-    index: Any = (..., *place)
-    part: Array = array[index]
-    return part
+def view(array: Array, slices: Sequence[slice]) -> Array:
+    """These slices of an array, as a view even if they select a single entry."""
+    index: Any = (..., *slices)
+    result: Array = array[index]
+    return result
 
 
-def in_box(array: Array, box: Slice) -> Array:
-    """The entries that a box has in this process's array."""
+def box_view(array: Array, box: Slice) -> Array:
+    """The entries of a box in this process's array."""
     return view(array, [slice(a, a + n) for a, n in zip(box.here, box.size, strict=True)])
 
 
 def common_chunk(shape: Index, boxes: Sequence[Slice], most: int) -> Index | None:
-    """The largest chunks of which each of `boxes` consists, or None where that makes more than `most`.
+    """The largest chunk shape that divides each of `boxes`, or None if that gives more than `most` chunks.
 
     >>> halves = [Slice((0,), (0,), (3,)), Slice((0,), (3,), (2,))]
     >>> common_chunk((5,), halves, 8)
     (3,)
     """
-    chunk = tuple(_common(shape[dim], dim, boxes) for dim in range(len(shape)))
+    chunk = tuple(_common_size(shape[dim], dim, boxes) for dim in range(len(shape)))
     return chunk if count(shape, chunk) <= most else None
 
 
-def _common(length: int, dim: int, boxes: Sequence[Slice]) -> int:
+def _common_size(length: int, dim: int, boxes: Sequence[Slice]) -> int:
     edges = {edge for box in boxes for edge in (box.whole[dim], box.whole[dim] + box.size[dim])}
     return math.gcd(*(edges - {length})) or length
 
 
-def rows_chunk(shape: Index, parts: int) -> Index:
-    """Chunks of whole rows, about as many as `parts`."""
-    return (-(-shape[0] // parts), *shape[1:])
+def rows_chunk(shape: Index, n_chunks: int) -> Index:
+    """A chunk shape of complete rows, for about `n_chunks` chunks."""
+    return (-(-shape[0] // n_chunks), *shape[1:])
 
 
 def count(shape: Index, chunk: Index) -> int:
-    """How many chunks there are."""
+    """The number of chunks of an array."""
     return math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
 
 
 def chunks(block: Block, chunk: Index) -> Iterator[Index]:
-    """The places of the chunks that `block`, which is not empty, meets.
+    """The grid positions of the chunks that overlap `block`, which must not be empty.
 
     >>> list(chunks(Block((2, 0), (3, 1)), (2, 4)))
     [(1, 0), (2, 0)]
@@ -94,33 +94,33 @@ def chunks(block: Block, chunk: Index) -> Iterator[Index]:
     return itertools.product(*ranges)
 
 
-def block_of(place: Index, chunk: Index) -> Block:
-    """The entries of a chunk, also those beyond the array's edges."""
-    return Block(tuple(p * c for p, c in zip(place, chunk, strict=True)), chunk)
+def block_of(position: Index, chunk: Index) -> Block:
+    """The entries of a chunk, including those beyond the array's edges."""
+    return Block(tuple(p * c for p, c in zip(position, chunk, strict=True)), chunk)
 
 
-def whole(shape: Index) -> Block:
+def full_block(shape: Index) -> Block:
     """All entries of an array."""
     return Block((0,) * len(shape), shape)
 
 
 def uncovered(shape: Index, boxes: Sequence[Slice], chunk: Index | None = None) -> str:
-    """How `boxes` fail to make up an array, each entry once; nothing where they do.
+    """How `boxes` fail to cover an array with each entry once; empty if they do not fail.
 
-    `chunk` is one of whose chunks they consist, which makes it quick.
+    With `chunk`, a chunk shape that divides all boxes, the check is fast.
 
     >>> uncovered((4,), [Slice((0,), (0,), (2,)), Slice((0,), (1,), (3,))])
     '5 entries of 4'
     """
-    found, wanted = sum(math.prod(box.size) for box in boxes), math.prod(shape)
-    if found != wanted:
-        return f"{found} entries of {wanted}"
+    covered, total = sum(math.prod(box.size) for box in boxes), math.prod(shape)
+    if covered != total:
+        return f"{covered} entries of {total}"
     blocks = [Block(box.whole, box.size) for box in boxes]
     for block in blocks:
-        if block.meet(whole(shape)) != block:
+        if block.intersection(full_block(shape)) != block:
             return f"entries from {block.low} on, beyond {shape}"
     if chunk is not None:
-        places = [place for block in blocks for place in chunks(block, chunk)]
-        return "" if len(set(places)) == len(places) else "some entries twice"
-    twice = [one for one, other in itertools.combinations(blocks, 2) if one.meet(other)]
-    return f"entries from {twice[0].low} on twice" if twice else ""
+        positions = [position for block in blocks for position in chunks(block, chunk)]
+        return "" if len(set(positions)) == len(positions) else "some entries twice"
+    overlapping = [first for first, second in itertools.combinations(blocks, 2) if first.intersection(second)]
+    return f"entries from {overlapping[0].low} on twice" if overlapping else ""

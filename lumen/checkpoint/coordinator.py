@@ -1,8 +1,8 @@
-"""What the processes that write one checkpoint tell each other.
+"""Coordination of the processes that write one checkpoint together.
 
-They talk through keys of the store of their world, and not by collectives: this happens in threads, beside the
-collectives of a run. All listen to the first process, and the first one to all. Whoever fails says so, and so does the
-first process of one from which it hears nothing any more; then all fail with that error.
+They exchange messages through keys of the world's store, not through collectives, because a save runs in a thread
+beside the collectives of the run. Every process waits for rank 0, and rank 0 for all others. A process that fails
+publishes its error; rank 0 publishes one for a process that gives no sign of life. Then all raise that error.
 """
 
 from __future__ import annotations
@@ -19,160 +19,161 @@ from lumen.core import distributed
 from lumen.errors import CheckpointError
 
 TIMEOUT = 600.0  # seconds without a sign of life after which a process counts as hung
-_GRACE = 5.0  # that many, where the run has failed already
-_SHORT = 0.002
-_KEPT = 3  # a save before the one that is being written may still be left by others
-_STORES = 1000  # how often per second all processes together may ask the store
+_GRACE = 5.0  # the same, after the run has failed
+_FIRST_PAUSE = 0.002
+_MAX_SESSIONS = 3  # a process may still have to finish the save before the current one
+_MAX_QUERIES = 1000  # that all processes together send to the store, per second
 
-_meetings = itertools.count()  # the same in each process, as all make the same saves
+_coordinators = itertools.count()  # equal on all processes, because all make the same saves
 
 
 class SaveCoordinator:
-    """The processes that come together for one save after another."""
+    """The processes that save together; makes a `SaveSession` for each save."""
 
     def __init__(self, timeout: float) -> None:
-        self._prefix = f"lumen/checkpoint/{next(_meetings)}"
+        self._prefix = f"lumen/checkpoint/{next(_coordinators)}"
         self._timeout = timeout
         self._count = 0
-        self._talks: list[SaveSession] = []
+        self._sessions: list[SaveSession] = []
 
     def next(self) -> SaveSession:
-        """For the next save; what was said for the third before it is forgotten, as all have left that one."""
-        self._talks.append(SaveSession(f"{self._prefix}/{self._count}", self._timeout))
+        """The session of the next save; deletes the keys of the third save before it, which all have finished."""
+        self._sessions.append(SaveSession(f"{self._prefix}/{self._count}", self._timeout))
         self._count += 1
-        if len(self._talks) > _KEPT:
-            self._talks.pop(0).forget()
-        return self._talks[-1]
+        if len(self._sessions) > _MAX_SESSIONS:
+            self._sessions.pop(0).delete_keys()
+        return self._sessions[-1]
 
-    def hurry(self) -> None:
-        """The run has failed: wait for no one for long."""
-        for talk in self._talks:
-            talk.hurry()
+    def shorten_timeout(self) -> None:
+        """Wait only briefly for other processes from now on, because the run has failed."""
+        for session in self._sessions:
+            session.shorten_timeout()
 
 
 class SaveSession:
-    """What is said for one save. `rank` is this process, of `size`."""
+    """The messages of one save. `rank` is this process's, of `size`; `is_main` is true on rank 0."""
 
     def __init__(self, prefix: str, timeout: float) -> None:
         self.rank, self.size = distributed.rank(), distributed.world_size()
-        self.first = self.rank == 0
+        self.is_main = self.rank == 0
         self._store = distributed.store(prefix)
         self._timeout = timeout
-        self._interval = max(0.05, self.size / _STORES)
-        self._said: list[str] = []
-        self._beats, self._beaten = 0, 0.0
+        self._interval = max(0.05, self.size / _MAX_QUERIES)
+        self._published: list[str] = []
+        self._heartbeats, self._last_heartbeat = 0, 0.0
 
-    def publish(self, what: str, value: Any = None) -> None:
-        """Tell the others, or the first process, once."""
-        self._said.append(f"{what}/{self.rank}")
-        self._store.set(self._said[-1], json.dumps(value))
+    def publish(self, event: str, value: Any = None) -> None:
+        """Publish the value of an event, once, for rank 0 or for all others."""
+        self._published.append(f"{event}/{self.rank}")
+        self._store.set(self._published[-1], json.dumps(value))
 
-    def await_(self, what: str, rank: int = 0) -> Any:
-        """What a process says, when it does; raises `CheckpointError` where one has failed, or is silent too long."""
-        key, pause = f"{what}/{rank}", _SHORT
-        heard, since = "", time.monotonic()
+    def await_(self, event: str, rank: int = 0) -> Any:
+        """Wait for the value that a rank publishes; raises `CheckpointError` if a process fails or that rank hangs."""
+        key, pause = f"{event}/{rank}", _FIRST_PAUSE
+        last, since = "", time.monotonic()
         while not self._store.check([key]):
             self.check()
-            beat = self._beat_of(rank)
-            if beat != heard:
-                heard, since = beat, time.monotonic()
-                self.beat()
+            current = self._heartbeat_of(rank)
+            if current != last:
+                last, since = current, time.monotonic()
+                self.heartbeat()
             elif time.monotonic() - since > self._patience():
                 raise CheckpointError(
-                    f"rank {rank} hangs, or is gone: for {self._patience():g} s nothing was heard of its part"
-                    f" ({_WORDS[what]})."
+                    f"rank {rank} hangs or has exited: it gave no sign of life for {self._patience():g} s while it was"
+                    f" {_ACTIVITIES[event]}."
                 )
             time.sleep(pause)
             pause = min(2 * pause, self._interval)
-        self.beat()
+        self.heartbeat()
         return json.loads(self._store.get(key))
 
-    def hear_all(self, what: str) -> list[Any]:
-        """What each of the others says, by rank from 1 up; for the first process."""
-        return [self.await_(what, rank) for rank in range(1, self.size)]
+    def await_all(self, event: str) -> list[Any]:
+        """The values of all other processes, by rank from 1 up; for rank 0."""
+        return [self.await_(event, rank) for rank in range(1, self.size)]
 
     def finish(self) -> None:
-        """Return when all is done: the first process comes here last, and then waits a moment until all know."""
-        if not self.first:
+        """Return when the save is complete; rank 0 calls this last, and waits briefly until all others know."""
+        if not self.is_main:
             self.await_("committed")
             self.publish("over")
             return
         self.publish("committed")
-        self.hurry()
-        with contextlib.suppress(CheckpointError):  # the checkpoint is whole, whoever is lost now
-            self.hear_all("over")
+        self.shorten_timeout()
+        with contextlib.suppress(CheckpointError):  # the checkpoint is complete, whatever happens to the others now
+            self.await_all("over")
 
-    def beat(self) -> None:
-        """Say that this process is at work; costs nothing when it did so just now."""
+    def heartbeat(self) -> None:
+        """Publish that this process is alive; costs nothing just after the last heartbeat."""
         now = time.monotonic()
-        if now - self._beaten > min(1.0, self._timeout / 4):
-            self._beats, self._beaten = self._beats + 1, now
-            self._store.set(f"at/{self.rank}", str(self._beats))
+        if now - self._last_heartbeat > min(1.0, self._timeout / 4):
+            self._heartbeats, self._last_heartbeat = self._heartbeats + 1, now
+            self._store.set(f"at/{self.rank}", str(self._heartbeats))
 
     def check(self) -> None:
-        """Raise `CheckpointError` where another process has failed."""
+        """Raise `CheckpointError` if another process has failed."""
         if self._store.check(["failed"]):
             raise CheckpointError(self._store.get("failed").decode())
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """What is raised inside is told to the others; where another one failed first, its error is raised."""
+    def sharing_failures(self) -> Iterator[None]:
+        """Publish an exception that is raised inside; if another process failed first, raise its error instead."""
         try:
             yield
         except BaseException as error:
-            first = self._failed(error)
-            if not self.first:
-                with contextlib.suppress(RuntimeError):  # torch's errors of a store that is not there any more
+            first = self._publish_failure(error)
+            if not self.is_main:
+                with contextlib.suppress(RuntimeError):  # torch's errors of a store that no longer exists
                     self.publish("over")
             if first is None:
                 raise
             raise CheckpointError(first) from error
 
-    def break_up(self, error: BaseException) -> None:
-        """For the first process: tell the others of `error`, and wait a moment until they have stopped writing."""
-        self._failed(error)
+    def abort(self, error: BaseException) -> None:
+        """On rank 0: publish `error`, and wait briefly until the other processes have stopped writing."""
+        self._publish_failure(error)
         keys = [f"over/{rank}" for rank in range(1, self.size)]
         until = time.monotonic() + min(self._timeout, _GRACE)
         while time.monotonic() < until and not all(self._store.check([key]) for key in keys):
             time.sleep(self._interval / 2)
 
-    def _failed(self, error: BaseException) -> str | None:
+    def _publish_failure(self, error: BaseException) -> str | None:
+        """Publish `error` unless another process failed first; returns that process's message, or None."""
         text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        mine = text if text.startswith("rank ") else f"rank {self.rank}: {text}"
+        message = text if text.startswith("rank ") else f"rank {self.rank}: {text}"
         try:
-            first = self._store.compare_set("failed", "", mine).decode()
+            first = self._store.compare_set("failed", "", message).decode()
         except RuntimeError:
-            return "rank 0 is gone, and with it the store through which the ranks talk" if _of_store(error) else None
-        return None if first == mine else first
+            return "rank 0 is gone, and with it the store that connects the ranks" if _is_store_error(error) else None
+        return None if first == message else first
 
-    def hurry(self) -> None:
-        """Wait for no one for long."""
+    def shorten_timeout(self) -> None:
+        """Wait only briefly for other processes from now on."""
         self._timeout = min(self._timeout, _GRACE)
 
-    def forget(self) -> None:
-        """Take back what was said: nobody listens any more."""
-        for key in [*self._said, f"at/{self.rank}", *(["failed"] if self.first else [])]:
+    def delete_keys(self) -> None:
+        """Delete what this process published; no process reads it any more."""
+        for key in [*self._published, f"at/{self.rank}", *(["failed"] if self.is_main else [])]:
             self._store.delete_key(key)
 
-    def _beat_of(self, rank: int) -> str:
+    def _heartbeat_of(self, rank: int) -> str:
         key = f"at/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _patience(self) -> float:
-        # The first process is silent while it waits for one that hangs, which it is the one to name.
-        return self._timeout if self.first else 2 * self._timeout
+        # Rank 0 publishes nothing while it waits for a process that hangs, and must be the first to report that one.
+        return self._timeout if self.is_main else 2 * self._timeout
 
 
-_WORDS = {
-    "layout": "it did not come to the save",
-    "plan": "saying how the parts are to be written",
-    "pieces": "writing its pieces",
-    "all pieces": "waiting for pieces",
-    "parts": "writing its parts",
+_ACTIVITIES = {
+    "layout": "expected to join the save",
+    "plan": "planning the save",
+    "fragments": "writing its shards",
+    "all fragments": "waiting for the shards of others",
+    "shards": "writing its shards",
     "committed": "completing the checkpoint",
-    "over": "leaving the save",
+    "over": "finishing the save",
 }
 
 
-def _of_store(error: BaseException) -> bool:
+def _is_store_error(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") and isinstance(error, RuntimeError)

@@ -1,4 +1,4 @@
-"""The dtypes that a checkpoint holds, by name, and what carries each on disk."""
+"""The dtypes that a checkpoint can contain, by name, and the dtype that stores each on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Zarr has no such types: their bits travel as integers of the same size.
+# Zarr lacks these dtypes, so they are stored as integers of the same size.
 _AS_BITS = {"float8_e8m0fnu": "uint8", "float4_e2m1fn_x2": "uint8", "complex32": "uint32", "bcomplex32": "uint32"}
 
 _NAMES = (
@@ -18,40 +18,40 @@ _NAMES = (
     *_AS_BITS,
 )
 
-# A dtype that torch gained lately is carried where the installed torch has it, and refused by name where it has not.
+# Recent dtypes, and the torch version that added them; reading one with an older torch raises an error.
 SINCE = {"bcomplex32": "2.14"}
 
 TORCH: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items()}
 
-# Copies go through integers, so that no bit of a NaN is lost on the way; complex128 has none of its size.
+# Tensors are copied as integers, so that no bit of a NaN changes; there is no integer of the size of complex128.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory seen as integers of the same size."""
+    """The same memory as integers of the same element size."""
     return tensor.view(_BITS[tensor.element_size()])
 
 
 def carrier(name: str) -> str:
-    """The name of the dtype that holds these bits on disk."""
+    """The name of the dtype that stores these bits on disk."""
     return _AS_BITS.get(name, name)
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element."""
+    """The bytes of one element."""
     return TORCH[name].itemsize
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of that name; those of machine learning come from ml_dtypes, which Orbax brings along."""
+    """The NumPy dtype of that name; those that NumPy lacks come from ml_dtypes, a dependency of Orbax."""
     try:
-        found: np.dtype[Any] = np.dtype(name)
+        dtype: np.dtype[Any] = np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        found = np.dtype(getattr(ml_dtypes, name))
-    return found
+        dtype = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 def is_numpy(dtype: np.dtype[Any]) -> bool:

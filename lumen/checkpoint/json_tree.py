@@ -1,4 +1,4 @@
-"""Nested Python data with tensors in it, as one JSON text and a list of tensors: no pickle."""
+"""Nested Python data with tensors, as one JSON text and a list of tensors, without pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCALARS = (str, int, float, bool, type(None))
 
 
 def number(value: float) -> float | str:
-    """`value` for JSON, which has no NaN and no infinity; `float` reads both forms.
+    """`value` for JSON, with NaN and infinities as strings; `float` converts both forms back.
 
     >>> from lumen.checkpoint import json_tree
     >>> json_tree.number(0.5), json_tree.number(float("-inf"))
@@ -27,9 +27,9 @@ def number(value: float) -> float | str:
 
 
 def pack(value: Any) -> dict[str, Any]:
-    """`value` as `{"text": …, "tensors": […]}`; raises TypeError with the place of what has no plain form.
+    """`value` as `{"text": …, "tensors": […]}`; raises TypeError, with its path, for an object of any other type.
 
-    Takes numbers, strings, bytes, None, tensors, arrays, and dicts, lists and tuples of them.
+    Accepts numbers, strings, bytes, None, tensors, arrays, and dicts, lists and tuples of them.
 
     >>> from lumen.checkpoint import json_tree
     >>> json_tree.unpack(json_tree.pack({1: (2.5, b"x"), "t": [None]}))
@@ -40,7 +40,7 @@ def pack(value: Any) -> dict[str, Any]:
 
 
 def unpack(packed: Any) -> Any:
-    """What `pack` was given, also where it comes from a checkpoint."""
+    """The inverse of `pack`, also after a round trip through a checkpoint."""
     return _unpacked(json.loads(packed["text"]), listed(packed["tensors"]))
 
 
@@ -56,7 +56,7 @@ def _packed(value: Any, tensors: list[Tensor], path: str) -> Any:
     if type(value) is bytes:
         return {"bytes": base64.b64encode(value).decode()}
     if type(value) in (list, tuple):
-        return {type(value).__name__: [_packed(each, tensors, f"{path}[{i}]") for i, each in enumerate(value)]}
+        return {type(value).__name__: [_packed(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, dict):
         pairs = [[_packed(k, tensors, path), _packed(v, tensors, f"{path}[{k!r}]")] for k, v in value.items()]
         return {"dict": pairs}
@@ -75,5 +75,5 @@ def _unpacked(value: Any, tensors: list[Tensor]) -> Any:
         return base64.b64decode(body)
     if kind == "dict":
         return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in body}
-    items = [_unpacked(each, tensors) for each in body]
+    items = [_unpacked(item, tensors) for item in body]
     return tuple(items) if kind == "tuple" else items

@@ -1,7 +1,7 @@
 """A tree as a list of leaves with names, and Python scalars as JSON.
 
-A name is the way to a leaf: field names, dict keys and positions. It is written with slashes,
-`params/encoder.weight`; a slash in a key is written `~1` and a tilde `~0`, as in a JSON pointer.
+The name of a leaf is its path of field names, dict keys and positions, joined with slashes: `params/encoder.weight`. A
+slash in a key is written `~1` and a tilde `~0`, as in a JSON pointer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lumen import tree
 from lumen.checkpoint import dtypes
 from lumen.errors import CheckpointLeafError
 
-Part = str | int
-Path = tuple[Part, ...]
+PathKey = str | int
+LeafPath = tuple[PathKey, ...]
 
 ARRAYS = ("tensor", "numpy", "generic")
 _SCALARS: dict[type, str] = {
@@ -35,30 +35,30 @@ _SCALARS: dict[type, str] = {
 }
 
 
-def named(pytree: Any) -> tuple[list[Path], list[Any], tree.Spec]:
-    """The way to each leaf, the leaves, and the spec that builds the tree again.
+def named(pytree: Any) -> tuple[list[LeafPath], list[Any], tree.Spec]:
+    """The path of each leaf, the leaves, and the spec to rebuild the tree.
 
-    Unlike in `lumen.tree`, None and an empty container are leaves: a checkpoint says that there is nothing.
+    Unlike in `lumen.tree`, None and empty containers are leaves, because a checkpoint records them.
     """
     accessors, values, spec = optree.tree_flatten_with_accessor(
         pytree, _is_empty, none_is_leaf=True, namespace=tree.NAMESPACE
     )
-    paths = [tuple(_part(entry, accessor) for entry in accessor) for accessor in accessors]
+    paths = [tuple(_path_key(entry, accessor) for entry in accessor) for accessor in accessors]
     _check_unique(paths)
     return paths, values, spec
 
 
-def name_of(path: Sequence[Part]) -> str:
+def name_of(path: Sequence[PathKey]) -> str:
     """The name of a leaf with slashes.
 
     >>> name_of(("opt_state", 0, "mu", "fc/1.weight"))
     'opt_state/0/mu/fc~11.weight'
     """
-    return "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in path)
+    return "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
 
 
-def kind_of(value: Any, path: Sequence[Part]) -> str:
-    """Which kind of leaf it is; raises `CheckpointLeafError` for what no checkpoint holds."""
+def kind_of(value: Any, path: Sequence[PathKey]) -> str:
+    """The kind of a leaf; raises `CheckpointLeafError` for a value that a checkpoint cannot contain."""
     if type(value) in _SCALARS:
         return _SCALARS[type(value)]
     if isinstance(value, Tensor):
@@ -75,8 +75,8 @@ def kind_of(value: Any, path: Sequence[Part]) -> str:
         kind = ""
     if problem:
         raise CheckpointLeafError(
-            f"the leaf {name_of(path)!r} is {problem}. A checkpoint holds dense tensors, numpy arrays of numbers, int,"
-            " float, complex, bool, str and None: nothing that would have to be pickled. Turn it into one of these, or"
+            f"the leaf {name_of(path)!r} is {problem}. A checkpoint can contain dense tensors, numpy arrays of numbers,"
+            " int, float, complex, bool, str and None, but nothing that would have to be pickled. Convert the leaf, or"
             " keep it out of the tree: a field of an @lm.dataclass class is left out with lm.static()."
         )
     return kind
@@ -98,7 +98,7 @@ def _tensor_problem(value: Tensor) -> str:
 
 
 def encode(value: Any) -> Any:
-    """A Python scalar as JSON, to the bit.
+    """A Python scalar as JSON, exact to the bit.
 
     >>> encode(0.1), encode(float("-inf")), encode(2**70), encode(1 - 2j)
     (0.1, 'fff0000000000000', '0x400000000000000000', [1.0, -2.0])
@@ -136,24 +136,24 @@ def _is_empty(node: Any) -> bool:
     return isinstance(node, dict | tuple | list | deque) and not node
 
 
-def _part(entry: optree.PyTreeEntry, accessor: optree.PyTreeAccessor) -> Part:
+def _path_key(entry: optree.PyTreeEntry, accessor: optree.PyTreeAccessor) -> PathKey:
     key = entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry
     if type(key) in (str, int):
         return key
     raise CheckpointLeafError(
-        f"the key {key!r} of {accessor.codify('tree')} is a {type(key).__name__}; a checkpoint takes keys that are"
-        f" strings or ints. Write: {{str(key): value for key, value in ...}}"
+        f"the key {key!r} of {accessor.codify('tree')} is a {type(key).__name__}; in a checkpoint keys are strings or"
+        f" ints. Write: {{str(key): value for key, value in ...}}"
     )
 
 
-def _check_unique(paths: list[Path]) -> None:
-    """Raise where a dict has a number and the string of it as keys: their names are the same."""
-    known: dict[tuple[str, ...], Path] = {}
+def _check_unique(paths: list[LeafPath]) -> None:
+    """Raise if a dict has an int and the same number as a string among its keys: their names would be equal."""
+    first_paths: dict[tuple[str, ...], LeafPath] = {}
     for path in paths:
         names = tuple(map(str, path))
         for end in range(1, len(path) + 1):
-            if known.setdefault(names[:end], path[:end]) != path[:end]:
+            if first_paths.setdefault(names[:end], path[:end]) != path[:end]:
                 raise CheckpointLeafError(
-                    f"two parts of the tree have the name {name_of(path[:end])!r}: a dict has the keys"
+                    f"two entries of the tree have the name {name_of(path[:end])!r}: a dict has the keys"
                     f" {int(path[end - 1])} and '{path[end - 1]}'. Rename one."
                 )

@@ -1,8 +1,8 @@
-"""Many small arrays as few large ones.
+"""Packing of many small arrays into few large ones.
 
-Each array of an Orbax checkpoint is four names on disk and a millisecond of its own, whatever it holds, so that
-thousands of scalars and biases take longer than gigabytes. Where there are many small arrays, those of one item and
-dtype are written one after the other as a single array of one dim; the header knows which entries are whose.
+Each array of an Orbax checkpoint costs four names on disk and a millisecond, whatever its size. Thousands of scalars
+and biases would take longer than gigabytes. So if there are many small arrays, those of one item and dtype are
+concatenated into a single array of one dim. The header lists which entries belong to which leaf.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from lumen.checkpoint.orbax_names import directory_of
 from lumen.checkpoint.snapshot import PACK, LeafRecord, Snapshot
 from lumen.core.sharding import Slice
 
-SMALL = 1 << 16  # bytes of an array that is packed
-MANY = 1000  # small arrays up to which each stays an array that Orbax knows by its name
-_NAME = "~packed"  # no leaf's: a tilde begins no name of ours
+SMALL = 1 << 16  # arrays of up to so many bytes are packed
+MANY = 1000  # up to so many small arrays, none is packed: Orbax then knows each by its name
+_NAME = "~packed"  # no leaf has this name: escaped names do not begin with a tilde
 
 
-def packed(taken: Snapshot) -> Snapshot:
-    """What is to be written of `taken`: its small arrays joined, behind the other rows, where there are many."""
-    small = [place for place in taken.stored if taken.rows[place].nbytes <= SMALL]
+def packed(snap: Snapshot) -> Snapshot:
+    """The snapshot to write: if `snap` has many small arrays, they are packed, and the packs are the last records."""
+    small = [index for index in snap.stored if snap.records[index].nbytes <= SMALL]
     if len(small) <= MANY:
-        return taken
+        return snap
     groups: dict[tuple[str, str], list[int]] = {}
-    for place in small:
-        row = taken.rows[place]
-        groups.setdefault((row.item, row.dtype), []).append(place)
-    rows, gone = list(taken.rows), set(small)
-    keys = {place: key for place, key in taken.keys.items() if place not in gone}
-    data = {place: array for place, array in taken.data.items() if place not in gone}
-    for (item, dtype), places in groups.items():
+    for index in small:
+        record = snap.records[index]
+        groups.setdefault((record.item, record.dtype), []).append(index)
+    records, packed_indices = list(snap.records), set(small)
+    keys = {index: key for index, key in snap.keys.items() if index not in packed_indices}
+    data = {index: array for index, array in snap.data.items() if index not in packed_indices}
+    for (item, dtype), indices in groups.items():
         name = (_NAME, dtype)
         start = 0
-        for place in places:
-            rows[place] = replace(rows[place], array=directory_of(name), start=start)
-            start += math.prod(rows[place].shape)
-        keys[len(rows)] = (item, name)
-        data[len(rows)] = np.concatenate([taken.data[place].reshape(-1) for place in places])
-        rows.append(LeafRecord(item, name, PACK, dtype, (start,), directory_of(name)))
-    return Snapshot(rows, keys, data, taken.cut)
+        for index in indices:
+            records[index] = replace(records[index], array=directory_of(name), start=start)
+            start += math.prod(records[index].shape)
+        keys[len(records)] = (item, name)
+        data[len(records)] = np.concatenate([snap.data[index].reshape(-1) for index in indices])
+        records.append(LeafRecord(item, name, PACK, dtype, (start,), directory_of(name)))
+    return Snapshot(records, keys, data, snap.specs)
 
 
-def unpack(row: LeafRecord, pack: Array, into: Array, boxes: Sequence[Slice]) -> None:
-    """Copy the boxes of a leaf from the array that holds it among others."""
-    assert row.start is not None
-    whole = pack[row.start : row.start + math.prod(row.shape)].reshape(row.shape)
+def unpack(record: LeafRecord, pack: Array, target: Array, boxes: Sequence[Slice]) -> None:
+    """Copy the boxes of a leaf from the array in which it is packed."""
+    assert record.start is not None
+    leaf = pack[record.start : record.start + math.prod(record.shape)].reshape(record.shape)
     for box in boxes:
-        there = [slice(low, low + size) for low, size in zip(box.whole, box.size, strict=True)]
-        chunk_grid.in_box(into, box)[...] = chunk_grid.view(whole, there)
+        source = [slice(low, low + size) for low, size in zip(box.whole, box.size, strict=True)]
+        chunk_grid.box_view(target, box)[...] = chunk_grid.view(leaf, source)

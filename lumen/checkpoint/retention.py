@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Retention: which checkpoints of a run to keep."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lumen.errors import HyperparameterError
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `keep` (None: all), the best `keep_best` by a metric, and each step that `keep_every` divides.
+    """Keep the newest `keep` (None: all), the best `keep_best` by a metric, and each step that `keep_every` divides.
 
     A tie goes to the later step, which has seen more data (Lightning keeps the earlier one). NaN is never best.
 
-    >>> values = {0: 10, 1: 9, 2: 2.8, 3: 5, 4: 2.5}
-    >>> Retention(best=("loss", "min"), keep_best=2).kept({step: {"loss": x} for step, x in values.items()})
+    >>> saved = {step: {"loss": loss} for step, loss in enumerate([10, 9, 2.8, 5, 2.5])}
+    >>> Retention(best=("loss", "min"), keep_best=2).steps_to_keep(saved)
     {2, 4}
     """
 
@@ -33,15 +33,15 @@ class Retention:
         if self.best is not None and not _is_best(self.best):
             raise HyperparameterError(f'best takes a metric and "min" or "max", ("val/loss", "min"); got {self.best!r}')
 
-    def kept(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """The steps that stay, of those saved with these metrics; the newest always does."""
+    def steps_to_keep(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
+        """The steps to keep, of those saved with these metrics; always includes the newest."""
         steps = sorted(saved)
         newest = steps if self.keep is None else steps[-self.keep :]
         regular = [step for step in steps if self.keep_every and step % self.keep_every == 0]
         return {*newest, *regular, *self.ranked(saved)[: self.keep_best]}
 
     def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """The steps that have the metric, the best first."""
+        """The steps that were saved with the metric, the best first."""
         if self.best is None:
             return []
         metric, mode = self.best
@@ -50,7 +50,7 @@ class Retention:
         candidates = [step for step, value in values.items() if not math.isnan(value)]
         return sorted(candidates, key=lambda step: (sign * values[step], -step))
 
-    def takes(self, saved: Mapping[int, Mapping[str, float]], metrics: Mapping[str, float]) -> bool:
+    def would_keep(self, saved: Mapping[int, Mapping[str, float]], metrics: Mapping[str, float]) -> bool:
         """Whether one more step, with these metrics, would be among the best."""
         newest = max(saved, default=-1) + 1
         return newest in self.ranked({**saved, newest: metrics})[: self.keep_best]

@@ -1,4 +1,4 @@
-"""The global random generators as a tree, for a run that goes on exactly as if it had not stopped."""
+"""The states of the global random generators as a tree, for exact resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumen.errors import CheckpointError, InexactWarning
 
 
 def capture() -> dict[str, Any]:
-    """The states of torch's generator on the CPU and on each accelerator in use, of numpy's global one and Python's.
+    """The states of torch's generators on the CPU and each accelerator in use, and of NumPy's and Python's global ones.
 
     >>> import lumen as lm, torch
     >>> before = lm.checkpoint.rng.capture()
@@ -24,12 +24,12 @@ def capture() -> dict[str, Any]:
     >>> torch.equal(torch.rand(3), first)
     True
     """
-    kind, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (it is the one to be captured)
+    kind, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is captured)
     version, state, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": {str(i): state for i, state in enumerate(_cuda_states())},
-        **_other_states(),
+        **_accelerator_states(),
         "numpy": {
             "kind": str(kind),
             "words": torch.from_numpy(np.array(words, dtype=np.int64)),
@@ -42,25 +42,25 @@ def capture() -> dict[str, Any]:
 
 
 def _cuda_states() -> list[torch.Tensor]:
-    # Asking would initialize CUDA, which a process that forks workers must not do by the way.
+    # The call would initialize CUDA, which must not happen as a side effect in a process that forks workers.
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _other_states() -> dict[str, Any]:
-    """Those of an accelerator that is no CUDA device, under "other"; nothing where there is none, as in old files."""
-    found = running()
-    if found is None or found[0] == "cuda":
+def _accelerator_states() -> dict[str, Any]:
+    """The states of an accelerator other than CUDA, under "other"; empty if there is none, as in old checkpoints."""
+    accelerator = running()
+    if accelerator is None or accelerator[0] == "cuda":
         return {}
-    kind, module = found
+    kind, module = accelerator
     states = {str(i): module.get_rng_state(torch.device(kind, i)) for i in range(module.device_count())}
     return {"other": {kind: states}}
 
 
 def restore(tree: Mapping[str, Any]) -> None:
-    """Put back what `capture` gave, also as `lm.checkpoint.load` gives it.
+    """Restore the result of `capture`, also after a round trip through `lm.checkpoint.load`.
 
-    A device that is not here is passed over, with an `InexactWarning`. Raises `CheckpointError` for a tree that is
-    no such state; then nothing has been changed.
+    A device that does not exist here is skipped, with an `InexactWarning`. Raises `CheckpointError` for any other tree,
+    and then changes nothing.
 
     >>> import lumen as lm
     >>> lm.checkpoint.rng.restore({"torch": None})
@@ -77,18 +77,18 @@ def restore(tree: Mapping[str, Any]) -> None:
         random.Random().setstate(python_state)
         torch.Generator().set_state(tree["torch"])
         cuda = dict(tree["cuda"])
-        others = [(str(kind), dict(states)) for kind, states in tree.get("other", {}).items()]
+        other_states = [(str(kind), dict(states)) for kind, states in tree.get("other", {}).items()]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"this is not what lm.checkpoint.rng.capture() gave: {error!r}") from error
     np.random.set_state(numpy_state)  # noqa: NPY002
     random.setstate(python_state)
     torch.set_rng_state(tree["torch"])
-    _restore("cuda", "CUDA", cuda)
-    for kind, states in others:
-        _restore(kind, kind.upper(), states)
+    _restore_devices("cuda", "CUDA", cuda)
+    for kind, states in other_states:
+        _restore_devices(kind, kind.upper(), states)
 
 
-def _restore(kind: str, said: str, states: Mapping[Any, torch.Tensor]) -> None:
+def _restore_devices(kind: str, label: str, states: Mapping[Any, torch.Tensor]) -> None:
     module = module_of(torch.device(kind)) if states else None
     count = 0 if module is None else module.device_count()
     absent = sorted(str(name) for name in states if int(name) >= count)
@@ -97,7 +97,7 @@ def _restore(kind: str, said: str, states: Mapping[Any, torch.Tensor]) -> None:
             module.set_rng_state(state, torch.device(kind, int(name)))
     if absent:
         warnings.warn(
-            f"the generators of the {said} devices {', '.join(absent)} were not restored: there are {count} here."
+            f"the generators of the {label} devices {', '.join(absent)} were not restored: this machine has {count}."
             " Random numbers drawn there, such as dropout, will differ.",
             InexactWarning,
             stacklevel=3,

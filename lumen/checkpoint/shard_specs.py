@@ -1,4 +1,4 @@
-"""States that a step's transforms spread over processes: which leaf of this process is which part of what."""
+"""States that a step's transforms shard over processes: the `ShardSpec` of each leaf, and states without sharding."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from lumen.core.step import StepFn, Transform, as_step, without_slot
 from lumen.errors import CheckpointError
 
 
-def shard_specs(step: StepFn | None, state: Any) -> Mapping[int, ShardSpec]:
-    """Of the leaves of `state`, by place, those that are parts."""
+def leaf_specs(step: StepFn | None, state: Any) -> Mapping[int, ShardSpec]:
+    """The specs of the sharded leaves of `state`, by index among `lumen.tree.leaves`."""
     return {} if step is None else as_step(step).shard_specs(state)
 
 
-def by_place(cut: Mapping[int, ShardSpec], kinds: Sequence[str]) -> dict[int, ShardSpec]:
-    """The same, by place among leaves of these `kinds`: in a checkpoint, None and empty containers are leaves too."""
-    places = [place for place, kind in enumerate(kinds) if kind not in ("none", "empty")] if cut else []
-    return {places[leaf]: piece for leaf, piece in cut.items()}
+def by_leaf_index(specs: Mapping[int, ShardSpec], kinds: Sequence[str]) -> dict[int, ShardSpec]:
+    """The specs by index among leaves of these `kinds`, which include None and empty containers."""
+    indices = [index for index, kind in enumerate(kinds) if kind not in ("none", "empty")] if specs else []
+    return {indices[leaf]: spec for leaf, spec in specs.items()}
 
 
 def strip_sharding(step: StepFn | None, state: Any) -> Any:
-    """`state` as it would be without what says how it is spread: a checkpoint does not depend on it."""
+    """`state` without the slots that describe its sharding, so that a checkpoint does not depend on it."""
     if step is None:
         return state
     for transform in as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
             state = _export(step, transform, state) if transform.opaque_state else without_slot(state, transform.name)
-    for name in _spread_slots(state):
+    for name in _sharding_slots(state):
         state = without_slot(state, name)
     return state
 
 
-def is_spread(state: Any) -> bool:
-    """Whether this process holds a part of the state only."""
-    return bool(_spread_slots(state))
+def is_sharded(state: Any) -> bool:
+    """Whether this process holds only a shard of the state."""
+    return bool(_sharding_slots(state))
 
 
-def _spread_slots(state: Any) -> list[str]:
+def _sharding_slots(state: Any) -> list[str]:
     slots = getattr(state, "slots", None) or {}
     return [name for name, slot in slots.items() if isinstance(slot, Spread)]
 
 
 def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The state to read into where another library holds it, and what gives it back to that library."""
+    """A state to restore into if another library holds it, and the function that hands the result to that library."""
     opaque = [] if step is None else [t for t in as_step(step).transforms if t.opaque_state]
     if step is None or not opaque or opaque[0].name not in getattr(state, "slots", ()):
         return state, lambda values: values
@@ -64,10 +64,10 @@ def _export(step: StepFn, transform: Transform, state: Any) -> Any:
 
 
 def check(step: StepFn | None, state: Any, write: str) -> None:
-    """Raise `CheckpointError` where `state` is this process's part of one, and there is no step to say of which."""
-    found = _spread_slots(state)
-    if found and step is None:
+    """Raise `CheckpointError` if `state` is sharded and there is no step that describes how; `write` is the advice."""
+    sharding_slots = _sharding_slots(state)
+    if sharding_slots and step is None:
         raise CheckpointError(
-            f"this process has a part of the state under lm.{found[0]}. Write {write} on every process, or give"
-            " step.export(state), the whole state."
+            f"this process has only a shard of the state under lm.{sharding_slots[0]}. Write {write} on every process,"
+            " or pass step.export(state), the full state."
         )

@@ -1,8 +1,8 @@
-"""Arrays that several processes write: one file for each chunk of a regular grid, and each file by one process.
+"""Arrays that several processes write: one file for each chunk of a regular grid, each written by one process.
 
-Where the grid is that of the parts themselves, a process writes its chunks at once. Parts that have no such grid in
-common (rows of columns that do not come out even) are written as they are, beside the checkpoint, and put together to
-chunks when all have come, each chunk by one process.
+If the shards of an array lie on a regular grid, each process writes its shards directly as chunks. Otherwise (uneven
+rows and columns) each process first writes its shards as fragments beside the checkpoint. Then the processes assemble
+the chunks from all fragments, each chunk by one process.
 """
 
 from __future__ import annotations
@@ -27,205 +27,223 @@ from lumen.checkpoint.snapshot import LeafRecord, Snapshot
 from lumen.core.sharding import Slice
 from lumen.errors import CheckpointError
 
-_PIECE = 1 << 22  # written and summed while it is in the cache
-_FEW = 8  # chunks for each part: with more, parts are put together
+_IO_BYTES = 1 << 22  # small enough to be still in the CPU cache when its checksum is computed
+_MAX_CHUNKS_PER_BOX = 8  # an array that needs more is assembled from fragments
 
-Boxes = dict[int, list[Slice]]  # by place among the rows
+Boxes = dict[int, list[Slice]]  # by index among the records
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where parts go: the folder, the chunks of each array that is cut, and whose boxes are to be put together."""
+    """How to write the sharded arrays, by index among the records.
+
+    `folder` is where all processes write. `chunks` are the chunk shapes, and `fragmented` the boxes, with the rank that
+    writes each, of the arrays that are assembled from fragments.
+    """
 
     folder: Path
     chunks: dict[int, Index]
-    loose: dict[int, list[tuple[int, Slice]]]
+    fragmented: dict[int, list[tuple[int, Slice]]]
 
     def to_json(self) -> Any:
-        """For a `SaveSession`."""
-        return [str(self.folder), [*self.chunks.items()], [*self.loose.items()]]
+        """As JSON, for a `SaveSession`."""
+        return [str(self.folder), [*self.chunks.items()], [*self.fragmented.items()]]
 
     @classmethod
     def from_json(cls, value: Any) -> Plan:
-        """The inverse."""
-        folder, chunks, loose = value
+        """The inverse of `to_json`."""
+        folder, chunks, fragmented = value
         return cls(
             Path(folder),
-            {place: tuple(chunk) for place, chunk in chunks},
-            {place: [(rank, _box(box)) for rank, box in each] for place, each in loose},
+            {index: tuple(chunk) for index, chunk in chunks},
+            {index: [(rank, _box(box)) for rank, box in boxes] for index, boxes in fragmented},
         )
 
-    def rows(self, rows: Sequence[LeafRecord]) -> list[LeafRecord]:
-        """The rows, where those that are cut know their chunks."""
-        return [replace(row, parts=self.chunks[i]) if i in self.chunks else row for i, row in enumerate(rows)]
+    def records(self, records: Sequence[LeafRecord]) -> list[LeafRecord]:
+        """The records, those of sharded arrays with their chunk shape."""
+        return [
+            replace(record, chunk_shape=self.chunks[i]) if i in self.chunks else record
+            for i, record in enumerate(records)
+        ]
 
 
-def layout(taken: Snapshot) -> Any:
-    """What the first process must know of another: a digest of the tree, and the boxes that it writes."""
-    text = repr([(row.item, row.path, row.kind, row.dtype, row.shape) for row in taken.rows if row.item == "state"])
-    return [hashlib.sha256(text.encode()).hexdigest(), [*_boxes(taken).items()]]
+def layout(snap: Snapshot) -> Any:
+    """What rank 0 must know of each process: a digest of its tree, and the boxes that it writes."""
+    text = repr(
+        [
+            (record.item, record.path, record.kind, record.dtype, record.shape)
+            for record in snap.records
+            if record.item == "state"
+        ]
+    )
+    return [hashlib.sha256(text.encode()).hexdigest(), [*_boxes(snap).items()]]
 
 
-def plan(taken: Snapshot, others: Sequence[Any], folder: Path) -> Plan:
-    """How all write, from what each has; raises `CheckpointError` where the parts do not make up the wholes."""
-    mine = layout(taken)
-    for rank, (digest, _) in enumerate(others, 1):
-        if digest != mine[0]:
+def plan(snap: Snapshot, layouts: Sequence[Any], folder: Path) -> Plan:
+    """Plan the save from the layouts of all processes; raises `CheckpointError` if the shards do not fit together."""
+    own_layout = layout(snap)
+    for rank, (digest, _) in enumerate(layouts, 1):
+        if digest != own_layout[0]:
             raise CheckpointError(
-                f"rank {rank} saves a tree of another form than rank 0: all must save the same state, at the same time."
+                f"rank {rank} saves a tree of another structure than rank 0: all ranks must save the same state in the"
+                " same call."
             )
-    holders: dict[int, list[tuple[int, Slice]]] = {place: [] for place in taken.cut}
-    for rank, (_, boxes) in enumerate([mine, *others]):
-        for place, each in boxes:
-            holders[place] += [(rank, _box(box)) for box in each]
-    chunks, loose = {}, {}
-    for place, held in holders.items():
-        shape, boxes = taken.rows[place].shape, [box for _, box in held]
-        common = chunk_grid.common_chunk(shape, boxes, _FEW * len(boxes))
-        wrong = chunk_grid.uncovered(shape, boxes, common)
-        if wrong:
+    boxes_by_index: dict[int, list[tuple[int, Slice]]] = {index: [] for index in snap.specs}
+    for rank, (_, boxes) in enumerate([own_layout, *layouts]):
+        for index, box_list in boxes:
+            boxes_by_index[index] += [(rank, _box(box)) for box in box_list]
+    chunks, fragmented = {}, {}
+    for index, rank_boxes in boxes_by_index.items():
+        shape, boxes = snap.records[index].shape, [box for _, box in rank_boxes]
+        chunk = chunk_grid.common_chunk(shape, boxes, _MAX_CHUNKS_PER_BOX * len(boxes))
+        problem = chunk_grid.uncovered(shape, boxes, chunk)
+        if problem:
             raise CheckpointError(
-                f"the parts of {name_of(taken.rows[place].path)!r} do not make up the whole of shape {shape}: {wrong}."
+                f"the shards of {name_of(snap.records[index].path)!r} do not cover its shape {shape} exactly once:"
+                f" {problem}."
             )
-        if common is None:
-            loose[place] = held
-            common = chunk_grid.rows_chunk(shape, len({rank for rank, _ in held}))
-        chunks[place] = common
-    return Plan(folder, chunks, loose)
+        if chunk is None:
+            fragmented[index] = rank_boxes
+            chunk = chunk_grid.rows_chunk(shape, len({rank for rank, _ in rank_boxes}))
+        chunks[index] = chunk
+    return Plan(folder, chunks, fragmented)
 
 
-def write(talk: SaveSession, taken: Snapshot, plan: Plan) -> header.Files:
-    """Write this process's share of the arrays that are cut; size and checksum of each file."""
-    writer = _Writer(talk, plan, plan.rows(taken.rows))
-    for place, boxes in _boxes(taken).items():
-        if place in plan.loose:
-            writer.write_pieces(place, taken.data[place], boxes)
+def write(session: SaveSession, snap: Snapshot, plan: Plan) -> header.Files:
+    """Write this process's share of the sharded arrays; returns the size and checksum of each file."""
+    writer = _Writer(session, plan, plan.records(snap.records))
+    for index, boxes in _boxes(snap).items():
+        if index in plan.fragmented:
+            writer.write_fragments(index, snap.data[index], boxes)
         else:
-            writer.write_chunks(place, taken.data[place], boxes)
-    if plan.loose:
-        _all_say(talk, "pieces")
-        for place in plan.loose:
-            writer.assemble(place)
+            writer.write_chunks(index, snap.data[index], boxes)
+    if plan.fragmented:
+        _barrier(session, "fragments")
+        for index in plan.fragmented:
+            writer.assemble(index)
     writer.sync()
     return writer.files
 
 
-def _all_say(talk: SaveSession, what: str) -> None:
-    """Go on when all are here."""
-    if talk.first:
-        talk.hear_all(what)
-        talk.publish(f"all {what}")
+def _barrier(session: SaveSession, event: str) -> None:
+    """Return when all processes have reached this call."""
+    if session.is_main:
+        session.await_all(event)
+        session.publish(f"all {event}")
     else:
-        talk.publish(what)
-        talk.await_(f"all {what}")
+        session.publish(event)
+        session.await_(f"all {event}")
 
 
-def stand_ins(taken: Snapshot) -> dict[int, Array]:
-    """For Orbax, a single number in place of each array that is cut."""
-    return {i: np.zeros((), dtypes.numpy_dtype(dtypes.carrier(taken.rows[i].dtype))) for i in taken.cut}
+def placeholders(snap: Snapshot) -> dict[int, Array]:
+    """For Orbax: a scalar in place of each sharded array."""
+    return {i: np.zeros((), dtypes.numpy_dtype(dtypes.carrier(snap.records[i].dtype))) for i in snap.specs}
 
 
-def describe(plan: Plan, rows: Sequence[LeafRecord], written: Path) -> None:
-    """Beside the chunks, what Orbax has written of each array, for its shape and chunks; the stand-in goes."""
-    for place in plan.chunks:
-        row = rows[place]
-        path = plan.folder / zarr.description(row)
+def write_descriptions(plan: Plan, records: Sequence[LeafRecord], directory: Path) -> None:
+    """Write the description of each sharded array beside its chunks, and remove the placeholder that Orbax wrote.
+
+    The description is Orbax's own, with the real shape and chunks.
+    """
+    for index in plan.chunks:
+        record = records[index]
+        path = plan.folder / zarr.description(record)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(zarr.of_parts((written / zarr.description(row)).read_bytes(), row))
-        shutil.rmtree(written / zarr.folder(row))
+        path.write_text(zarr.chunked_description((directory / zarr.description(record)).read_bytes(), record))
+        shutil.rmtree(directory / zarr.folder(record))
 
 
-def collect(plan: Plan, rows: Sequence[LeafRecord], files: header.Files, into: Path) -> None:
-    """Move the arrays that all have written to where the checkpoint is being made; raises where a file is missing."""
+def collect(plan: Plan, records: Sequence[LeafRecord], files: header.Files, directory: Path) -> None:
+    """Move the sharded arrays into the checkpoint's `directory`; raises `CheckpointError` if a file is missing."""
     for name, (size, _) in files.items():
         path = plan.folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(
-                f"{path} is not as another process wrote it. The directory must be on a file system that all processes"
-                " of the run share."
+                f"{path} is missing or differs from what another process wrote. The directory must be on a file system"
+                " that all processes of the run share."
             )
-    for place in plan.chunks:
-        os.rename(plan.folder / zarr.folder(rows[place]), into / zarr.folder(rows[place]))
+    for index in plan.chunks:
+        os.rename(plan.folder / zarr.folder(records[index]), directory / zarr.folder(records[index]))
 
 
 class _Writer:
     """Writes files below the plan's folder."""
 
-    def __init__(self, talk: SaveSession, plan: Plan, rows: Sequence[LeafRecord]) -> None:
+    def __init__(self, session: SaveSession, plan: Plan, records: Sequence[LeafRecord]) -> None:
         self.files: header.Files = {}
-        self._talk, self._plan, self._rows = talk, plan, rows
-        self._made: list[Path] = []
+        self._session, self._plan, self._records = session, plan, records
+        self._created: list[Path] = []
 
-    def write_chunks(self, place: int, data: Array, boxes: Sequence[Slice]) -> None:
-        """The chunks of which these boxes consist."""
-        row = self._rows[place]
+    def write_chunks(self, index: int, data: Array, boxes: Sequence[Slice]) -> None:
+        """Write the chunks of these boxes."""
+        record = self._records[index]
         for box in boxes:
             block = Block(box.whole, box.size)
-            values = chunk_grid.in_box(data, box)
-            for chunk in chunk_grid.chunks(block, row.chunk):
-                self._write_chunk(row, chunk, [(block, values)])
+            values = chunk_grid.box_view(data, box)
+            for chunk in chunk_grid.chunks(block, record.chunk):
+                self._write_chunk(record, chunk, [(block, values)])
 
-    def write_pieces(self, place: int, data: Array, boxes: Sequence[Slice]) -> None:
-        """The boxes, each as a file of its own."""
+    def write_fragments(self, index: int, data: Array, boxes: Sequence[Slice]) -> None:
+        """Write each box to its own file."""
         for number, box in enumerate(boxes):
-            self._write(self._piece(place, self._talk.rank, number), chunk_grid.in_box(data, box))
+            self._write(self._fragment_path(index, self._session.rank, number), chunk_grid.box_view(data, box))
 
-    def assemble(self, place: int) -> None:
-        """This process's share of the chunks, from the pieces of all."""
-        row, held = self._rows[place], self._plan.loose[place]
-        dtype = dtypes.numpy_dtype(dtypes.carrier(row.dtype))
-        pieces, counts = [], dict.fromkeys(range(self._talk.size), 0)
-        for rank, box in held:
-            pieces.append((Block(box.whole, box.size), self._piece(place, rank, counts[rank])))
+    def assemble(self, index: int) -> None:
+        """Write this process's share of the chunks from the fragments of all processes."""
+        record, rank_boxes = self._records[index], self._plan.fragmented[index]
+        dtype = dtypes.numpy_dtype(dtypes.carrier(record.dtype))
+        fragments, counts = [], dict.fromkeys(range(self._session.size), 0)
+        for rank, box in rank_boxes:
+            fragments.append((Block(box.whole, box.size), self._fragment_path(index, rank, counts[rank])))
             counts[rank] += 1
-        for number, chunk in enumerate(chunk_grid.chunks(chunk_grid.whole(row.shape), row.chunk)):
-            if number % self._talk.size == self._talk.rank:
-                near = [(b, p) for b, p in pieces if b.meet(chunk_grid.block_of(chunk, row.chunk))]
-                self._write_chunk(row, chunk, [(b, np.memmap(p, dtype, "r", shape=b.size)) for b, p in near])
+        for number, chunk in enumerate(chunk_grid.chunks(chunk_grid.full_block(record.shape), record.chunk)):
+            if number % self._session.size == self._session.rank:
+                overlapping = [(b, p) for b, p in fragments if b.intersection(chunk_grid.block_of(chunk, record.chunk))]
+                self._write_chunk(record, chunk, [(b, np.memmap(p, dtype, "r", shape=b.size)) for b, p in overlapping])
 
     def sync(self) -> None:
-        """Return when what was written is on disk; its names are the first process's affair."""
-        sync_files(self._made, self._talk.beat)
+        """Return when the content of the files is on disk; rank 0 syncs their directories."""
+        sync_files(self._created, self._session.heartbeat)
 
-    def _write_chunk(self, row: LeafRecord, place: Index, blocks: Sequence[tuple[Block, Array]]) -> None:
-        chunk = chunk_grid.block_of(place, row.chunk)
+    def _write_chunk(self, record: LeafRecord, position: Index, blocks: Sequence[tuple[Block, Array]]) -> None:
+        chunk = chunk_grid.block_of(position, record.chunk)
         block, values = blocks[0]
-        if block.meet(chunk) == chunk:
-            content = chunk_grid.view(values, chunk.within(block))
-        else:  # several, or beyond the edge, where zeros stand
+        if block.intersection(chunk) == chunk:
+            content = chunk_grid.view(values, chunk.slices_in(block))
+        else:  # several blocks, or a chunk beyond the array's edge, which is padded with zeros
             content = np.zeros(chunk.size, values.dtype)
             for block, values in blocks:
-                shared = block.meet(chunk)
+                shared = block.intersection(chunk)
                 if shared is not None:
-                    content[shared.within(chunk)] = values[shared.within(block)]
-        name = zarr.data_file(row, place)
+                    content[shared.slices_in(chunk)] = values[shared.slices_in(block)]
+        name = zarr.data_file(record, position)
         self.files[name] = self._write(self._plan.folder / name, content)
 
     def _write(self, path: Path, content: Array) -> tuple[int, int]:
-        """Size and CRC-32 of a new file."""
+        """Write a new file; returns its size and CRC-32."""
         path.parent.mkdir(parents=True, exist_ok=True)
         flat = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
         crc = 0
         with open(path, "xb", buffering=0) as file:
-            for start in range(0, len(flat), _PIECE):
-                piece = flat[start : start + _PIECE]
-                crc = zlib.crc32(piece, crc)
-                while piece:
-                    piece = piece[file.write(piece) :]
-                self._talk.beat()
-        self._made.append(path)
-        self._talk.beat()
+            for start in range(0, len(flat), _IO_BYTES):
+                buffer = flat[start : start + _IO_BYTES]
+                crc = zlib.crc32(buffer, crc)
+                while buffer:
+                    buffer = buffer[file.write(buffer) :]
+                self._session.heartbeat()
+        self._created.append(path)
+        self._session.heartbeat()
         return len(flat), crc
 
-    def _piece(self, place: int, rank: int, number: int) -> Path:
-        return self._plan.folder / "pieces" / f"{place}.{rank}.{number}"
+    def _fragment_path(self, index: int, rank: int, number: int) -> Path:
+        return self._plan.folder / "pieces" / f"{index}.{rank}.{number}"
 
 
-def _boxes(taken: Snapshot) -> Boxes:
-    """What this process writes."""
-    return {place: list(piece.boxes) for place, piece in taken.cut.items() if place in taken.data}
+def _boxes(snap: Snapshot) -> Boxes:
+    """The boxes that this process writes."""
+    return {index: list(spec.boxes) for index, spec in snap.specs.items() if index in snap.data}
 
 
 def _box(value: Sequence[Sequence[int]]) -> Slice:
-    here, whole, size = (tuple(each) for each in value)
-    return Slice(here, whole, size)
+    local_start, global_start, size = (tuple(corner) for corner in value)
+    return Slice(local_start, global_start, size)

@@ -1,7 +1,7 @@
-"""The one form in which our arrays lie on disk: a Zarr array, uncompressed, of one chunk from Orbax or several of ours.
+"""The format of arrays on disk: uncompressed Zarr arrays, of one chunk written by Orbax or of several by Lumen.
 
-Reading it needs no library: a file is the bytes of a chunk, and after them, from Orbax, the index of the shard.
-Anything else, such as a compressed chunk that would unfold to a terabyte, is refused.
+Reading needs no library: a file contains the bytes of a chunk, followed, from Orbax, by the index of the shard. Any
+other format, such as a compressed chunk that would expand to a terabyte, is rejected.
 """
 
 from __future__ import annotations
@@ -15,82 +15,84 @@ from typing import Any
 from lumen.checkpoint import chunk_grid, dtypes
 from lumen.checkpoint.snapshot import LeafRecord
 
-_INDEX = struct.Struct("<QQ")  # where the only chunk of a shard begins, and its length
+_INDEX = struct.Struct("<QQ")  # offset and length of the only chunk of a shard
 _CHECKSUM = 4
 _ENDIAN = {"configuration": {"endian": "little"}, "name": "bytes"}
-_DEEP = {"name": "default"}  # chunks in directories, as Orbax has them
-_FLAT = {"configuration": {"separator": "."}, "name": "default"}  # side by side: fewer names to be synced
-_BYTES = [[_ENDIAN], [{"name": "bytes"}]]  # types of one byte have no order
+_NESTED_KEYS = {"name": "default"}  # chunk files in nested directories, as Orbax writes them
+_FLAT_KEYS = {"configuration": {"separator": "."}, "name": "default"}  # in one directory: fewer names to sync
+_BYTES = [[_ENDIAN], [{"name": "bytes"}]]  # dtypes of one byte have no byte order
 
 
-def description(row: LeafRecord) -> str:
-    """The file that describes the array of `row`."""
-    return f"{row.item}/{row.array}/zarr.json"
+def description(record: LeafRecord) -> str:
+    """The file that describes the array of `record`."""
+    return f"{record.item}/{record.array}/zarr.json"
 
 
-def data_file(row: LeafRecord, place: tuple[int, ...] | None = None) -> str:
-    """The file that holds its bytes, or those of the chunk at `place`."""
-    numbers = map(str, place or (0,) * len(row.shape))
-    if row.parts is not None:
-        return f"{folder(row)}/{'.'.join(('c', *numbers))}"
-    return str(PurePosixPath(folder(row), "c", *numbers))
+def data_file(record: LeafRecord, position: tuple[int, ...] | None = None) -> str:
+    """The file of the chunk at `position`; by default, of the only chunk."""
+    numbers = map(str, position or (0,) * len(record.shape))
+    if record.chunk_shape is not None:
+        return f"{folder(record)}/{'.'.join(('c', *numbers))}"
+    return str(PurePosixPath(folder(record), "c", *numbers))
 
 
-def folder(row: LeafRecord) -> str:
-    """Where the files of the array are."""
-    return f"{row.item}/{row.array}"
+def folder(record: LeafRecord) -> str:
+    """The directory of the array's files."""
+    return f"{record.item}/{record.array}"
 
 
-def data_files(row: LeafRecord) -> Iterator[str]:
-    """All of them."""
-    return (data_file(row, place) for place in chunk_grid.chunks(chunk_grid.whole(row.shape), row.chunk))
+def data_files(record: LeafRecord) -> Iterator[str]:
+    """The files of all chunks."""
+    return (
+        data_file(record, position) for position in chunk_grid.chunks(chunk_grid.full_block(record.shape), record.chunk)
+    )
 
 
-def of_parts(text: bytes, row: LeafRecord) -> str:
-    """What describes the array of `row`, in parts, where `text` describes a single number of its dtype."""
+def chunked_description(text: bytes, record: LeafRecord) -> str:
+    """The description of a chunked array: `text`, which describes a scalar of its dtype, with its shape and chunks."""
     description = json.loads(text)
-    description["shape"] = list(row.shape)
-    description["chunk_grid"]["configuration"]["chunk_shape"] = list(row.chunk)
-    description["chunk_key_encoding"] = _FLAT
-    description["codecs"] = _BYTES[dtypes.itemsize(row.dtype) == 1]
+    description["shape"] = list(record.shape)
+    description["chunk_grid"]["configuration"]["chunk_shape"] = list(record.chunk)
+    description["chunk_key_encoding"] = _FLAT_KEYS
+    description["codecs"] = _BYTES[dtypes.itemsize(record.dtype) == 1]
     return json.dumps(description, separators=(",", ":"))
 
 
-def tail_size(text: bytes, row: LeafRecord) -> int:
-    """How many bytes follow a chunk's own in its file; raises ValueError where it is not in the form we write."""
+def tail_size(text: bytes, record: LeafRecord) -> int:
+    """How many bytes follow the chunk in its file; raises ValueError for a format that Lumen does not write."""
     try:
-        found = json.loads(text)
-        wanted = {
-            "data_type": dtypes.carrier(row.dtype),
-            "shape": list(row.shape),
+        described = json.loads(text)
+        expected = {
+            "data_type": dtypes.carrier(record.dtype),
+            "shape": list(record.shape),
             "node_type": "array",
             "zarr_format": 3,
-            "chunk_grid": {"configuration": {"chunk_shape": list(row.chunk)}, "name": "regular"},
-            "chunk_key_encoding": _DEEP if row.parts is None else _FLAT,
+            "chunk_grid": {"configuration": {"chunk_shape": list(record.chunk)}, "name": "regular"},
+            "chunk_key_encoding": _NESTED_KEYS if record.chunk_shape is None else _FLAT_KEYS,
         }
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise ValueError(f"{name} is {found[name]!r}, expected {value!r}")
-        return _tail(found["codecs"], row)
+        for name, value in expected.items():
+            if described[name] != value:
+                raise ValueError(f"{name} is {described[name]!r}, expected {value!r}")
+        return _tail(described["codecs"], record)
     except (KeyError, TypeError, IndexError, RecursionError) as error:
-        raise ValueError(f"the description is not sound: {error!r}") from error
+        raise ValueError(f"the description is malformed: {error!r}") from error
 
 
-def _tail(codecs: list[Any], row: LeafRecord) -> int:
+def _tail(codecs: list[Any], record: LeafRecord) -> int:
     if codecs in _BYTES:
         return 0
     shard = codecs[0]["configuration"]
-    wanted = {"chunk_shape": list(row.chunk), "index_codecs": [_ENDIAN, {"name": "crc32c"}]}
+    expected = {"chunk_shape": list(record.chunk), "index_codecs": [_ENDIAN, {"name": "crc32c"}]}
     plain = shard["codecs"] in _BYTES and shard.get("index_location", "end") == "end"
     if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed" or not plain:
         raise ValueError(f"the codecs are {codecs}")
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if shard[name] != value:
             raise ValueError(f"{name} of the shard is {shard[name]!r}, expected {value!r}")
     return _INDEX.size + _CHECKSUM
 
 
-def check_tail(tail: bytes, row: LeafRecord) -> None:
-    """Raise ValueError where the index says that the array is elsewhere than before it."""
-    if tail and _INDEX.unpack_from(tail) != (0, row.chunk_bytes):
-        raise ValueError(f"the index of the shard is {_INDEX.unpack_from(tail)}, expected {(0, row.chunk_bytes)}")
+def check_tail(tail: bytes, record: LeafRecord) -> None:
+    """Raise ValueError if the index locates the chunk anywhere but at the start of the file."""
+    if tail and _INDEX.unpack_from(tail) != (0, record.chunk_bytes):
+        raise ValueError(f"the index of the shard is {_INDEX.unpack_from(tail)}, expected {(0, record.chunk_bytes)}")

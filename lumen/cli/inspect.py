@@ -169,16 +169,18 @@ def verify_files(path: Path) -> None:
     """Read every file of a checkpoint; raises `CorruptCheckpointError` if one does not match its digest."""
     for item in header.ITEMS:
         reader = Reader(path, item)
-        reader.read(reader.rows, lambda row, value: None)
+        reader.read(reader.records, lambda record, value: None)
 
 
 def count_nonfinite(path: Path) -> dict[str, str]:
     """Count the NaN and infinite elements of each leaf of the state; leaves without any are omitted."""
     reader = Reader(path)
-    rows = [row for row in reader.rows if row.kind in ARRAYS]
-    counts = reader.read(rows, lambda row, value: int((~_wide(value).isfinite()).sum()))
+    records = [record for record in reader.records if record.kind in ARRAYS]
+    counts = reader.read(records, lambda record, value: int((~_wide(value).isfinite()).sum()))
     nonfinite = {
-        name_of(row.path): (count, math.prod(row.shape)) for row, count in zip(rows, counts, strict=True) if count
+        name_of(record.path): (count, math.prod(record.shape))
+        for record, count in zip(records, counts, strict=True)
+        if count
     }
     return {name: f"{count} of {size}" for name, (count, size) in nonfinite.items()}
 

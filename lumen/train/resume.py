@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lumen import checkpoint
 from lumen.checkpoint import rng
-from lumen.checkpoint.shard_specs import is_spread
+from lumen.checkpoint.shard_specs import is_sharded
 from lumen.errors import CorruptCheckpointError, InexactWarning
 from lumen.parallel.comm import consistency
 from lumen.train import frozen_params
@@ -42,7 +42,7 @@ class RunCheckpoints:
         step, group, checkpointer = run.settings.step, run.group, run.settings.checkpoint
         self.shards_params = any(t.opaque_state or (t.shards and group.size > 1) for t in step.transforms)
         # Rank 0 writes a state that is the same on all ranks; of a sharded one each rank writes its shards.
-        self.is_sharded = self.shards_params or is_spread(run.state)
+        self.is_sharded = self.shards_params or is_sharded(run.state)
         self._run = run
         self._batches = batches
         self._checkpointer = checkpointer

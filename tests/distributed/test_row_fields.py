@@ -254,7 +254,7 @@ def test_mistakes_are_told_with_the_fix(world2):
         assert stage.startswith("StateError: this state was sharded by lm.fsdp(stage=3) over 2 ranks, and lm.fsdp(")
         assert other.startswith("StateError: this state is one rank's shard under lm.fsdp, which is no transform of")
         assert "step.export(state)" in other
-        assert saved.startswith("CheckpointError: this process has a part of the state")
+        assert saved.startswith("CheckpointError: this process has only a shard of the state")
 
 
 @lm.dataclass

@@ -316,11 +316,11 @@ def test_a_process_reads_only_the_chunks_that_it_needs(world2, tmp_path):
     content = bytearray(chunk.read_bytes())
     content[0] ^= 1
     chunk.write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match=r"c\.1\.0, which holds a part of 'params/blocks.0.up.weight'"):
+    with pytest.raises(CorruptCheckpointError, match=r"c\.1\.0, which contains a shard of 'params/blocks.0.up.weight'"):
         lm.checkpoint.load(path)
     first = world2.run(read_by_one, path, 0)[0]
     assert_same(first, {"x": wanted["params[blocks.0.up.weight]"][:6]})
-    with pytest.raises(TaskError, match=r"c\.1\.0, which holds a part of 'params/blocks.0.up.weight'"):
+    with pytest.raises(TaskError, match=r"c\.1\.0, which contains a shard of 'params/blocks.0.up.weight'"):
         world2.run(read_by_one, path, 1)
 
 
@@ -392,7 +392,7 @@ def test_a_process_that_hangs_is_named_in_time(rank, tmp_path):
     code, out, err = found[1 - rank]
     assert code == 0, err[-3000:]
     told = json.loads(out)
-    assert f"rank {rank} hangs, or is gone" in told["said"]
+    assert f"rank {rank} hangs or has exited" in told["said"]
     assert not told["late"], "before it came back"
     assert told["steps"] == [1]
     late = json.loads(found[rank][1])["said"]  # when it comes back
@@ -535,12 +535,12 @@ def save_where_something_is(path):
 
 def test_what_cannot_be_saved_together(world2, tmp_path):
     for said in world2.run(save_a_part, tmp_path / "a"):
-        assert "has a part of the state under lm.fsdp. Write lm.checkpoint.save(path, state, step=step)" in said
+        assert "has only a shard of the state under lm.fsdp. Write lm.checkpoint.save(path, state, step=step)" in said
     for said in world2.run(save_different_trees, tmp_path / "b"):
-        assert "rank 1 saves a tree of another form than rank 0" in said
+        assert "rank 1 saves a tree of another structure than rank 0" in said
     (tmp_path / "c").mkdir()
     for said in world2.run(save_where_something_is, tmp_path / "c"):
-        assert "c is there already" in said
+        assert "c exists; a checkpoint is written to a new directory" in said
     assert os.listdir(tmp_path) == ["c"]
 
 

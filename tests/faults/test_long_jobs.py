@@ -199,7 +199,7 @@ def test_a_directory_that_was_deleted_under_a_run_is_locked_again(tmp_path):
         store.save(1, {"w": torch.ones(1)})
         store.wait()
         shutil.rmtree(tmp_path / "run")
-        with pytest.warns(InexactWarning, match="was deleted, or moved away, under the run"):
+        with pytest.warns(InexactWarning, match="was deleted or moved away during the run"):
             store.save(2, {"w": torch.ones(1)})
         with pytest.raises(CheckpointLockedError):
             checkpoint.Store(tmp_path / "run").open()
@@ -235,5 +235,5 @@ def test_no_message_has_a_control_character_of_a_leafs_name(tmp_path):
     said(CorruptCheckpointError, lambda: checkpoint.load(path))
     row = {"item": "state", "path": ["w"], "kind": "tensor", "dtype": "float32", "shape": [1], "array": "w\x1b"}
     with pytest.raises(ValueError, match=r"the path 'w\\x1b' is not allowed"):
-        header._row_from_json(row)
-    assert _load.read_header(path).rows[0].path == (name,)
+        header._record_from_json(row)
+    assert _load.read_header(path).records[0].path == (name,)

@@ -10,7 +10,7 @@ import torch
 
 from lumen import checkpoint
 from lumen.checkpoint import _load, dtypes, header, packing
-from lumen.checkpoint._load import Reader, Wanted
+from lumen.checkpoint._load import Reader, ReadRequest
 from lumen.core.sharding import Slice
 from lumen.errors import CorruptCheckpointError
 
@@ -100,9 +100,9 @@ def test_many_leaves_are_few_files_and_hardly_more_bytes(tmp_path):
 
 def test_parts_of_a_packed_leaf(packed):
     reader = Reader(packed)
-    row = next(row for row in reader.rows if row.path == ("small", 2))
+    record = next(record for record in reader.records if record.path == ("small", 2))
     boxes = (Slice(here=(0, 0), whole=(1, 1), size=(1, 2)), Slice(here=(1, 0), whole=(0, 0), size=(1, 2)))
-    (found,) = reader.read([row], None, {row.path: Wanted((2, 2), boxes)})
+    (found,) = reader.read([record], None, {record.path: ReadRequest((2, 2), boxes)})
     whole = leaves()["small"][2]
     assert torch.equal(found, torch.stack([whole[1, 1:], whole[0, :2]]))
 

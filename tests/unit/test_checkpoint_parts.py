@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import lumen as lm
 from lumen.checkpoint import chunk_grid, shard_specs, sharded
 from lumen.checkpoint.chunk_grid import Block
-from lumen.checkpoint.snapshot import snapshot
+from lumen.checkpoint.snapshot import take_snapshot
 from lumen.core.sharding import ShardSpec, Slice
 from lumen.core.step import Transform
 from lumen.errors import CheckpointError
@@ -33,9 +33,9 @@ def test_each_box_is_made_of_whole_chunks(length, starts, rest):
     assert chunk_grid.uncovered(shape, boxes) == ""
     chunk = chunk_grid.common_chunk(shape, boxes, 10**9)
     assert chunk_grid.uncovered(shape, boxes, chunk) == ""
-    places = [place for box in boxes for place in chunk_grid.chunks(Block(box.whole, box.size), chunk)]
-    assert sorted(places) == sorted(chunk_grid.chunks(chunk_grid.whole(shape), chunk))
-    assert len(places) == chunk_grid.count(shape, chunk)
+    positions = [position for box in boxes for position in chunk_grid.chunks(Block(box.whole, box.size), chunk)]
+    assert sorted(positions) == sorted(chunk_grid.chunks(chunk_grid.full_block(shape), chunk))
+    assert len(positions) == chunk_grid.count(shape, chunk)
     few = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True)) - 1
     assert chunk_grid.common_chunk(shape, boxes, few) is None, "more chunks than are allowed"
 
@@ -51,18 +51,18 @@ def test_each_box_is_made_of_whole_chunks(length, starts, rest):
 )
 def test_parts_that_are_not_the_whole_are_refused_by_name(boxes, wrong, tmp_path):
     tree = {"a": torch.ones(6), "w": torch.ones(6)}
-    taken = snapshot({"state": tree}, cut={1: ShardSpec((6,), tuple(boxes), owner=True)})
-    with pytest.raises(CheckpointError, match=f"the parts of 'w' do not make up the whole .*{wrong}"):
-        sharded.plan(taken, [], tmp_path)
+    snap = take_snapshot({"state": tree}, specs={1: ShardSpec((6,), tuple(boxes), owner=True)})
+    with pytest.raises(CheckpointError, match=rf"the shards of 'w' do not cover its shape \(6,\) .*{wrong}"):
+        sharded.plan(snap, [], tmp_path)
 
 
 def test_a_copy_that_another_process_writes_is_not_taken():
     tree = {"a": torch.ones(6), "w": torch.ones(3), "n": 3, "none": None, "v": torch.ones(2)}
-    piece = ShardSpec((6,), tuple(rows_of(3, [])), owner=False)
-    taken = snapshot({"state": tree}, cut={1: piece, 3: piece._replace(owner=True)}, whole=False)
-    assert {taken.rows[place].path for place in taken.data} == {("v",)}
-    assert [row.shape for row in taken.rows] == [(6,), (6,), (), (), (6,)], "as wholes"
-    assert all(place in taken.keys for place in (0, 1, 4))
+    spec = ShardSpec((6,), tuple(rows_of(3, [])), owner=False)
+    snap = take_snapshot({"state": tree}, specs={1: spec, 3: spec._replace(owner=True)}, with_unsharded=False)
+    assert {snap.records[index].path for index in snap.data} == {("v",)}
+    assert [record.shape for record in snap.records] == [(6,), (6,), (), (), (6,)], "full shapes"
+    assert all(index in snap.keys for index in (0, 1, 4))
 
 
 class Rows(Transform):
@@ -79,7 +79,7 @@ class Rows(Transform):
 
 def test_pieces_of_several_transforms_are_composed_from_the_innermost():
     step = Rows("outer", 2, 4)(Rows("inner", 4, 8)(lambda state, batch: (state, {})))
-    found = shard_specs.shard_specs(step, {"w": torch.ones(2, 2)})
+    found = shard_specs.leaf_specs(step, {"w": torch.ones(2, 2)})
     assert found == {0: ShardSpec((8, 2), (Slice((0, 0), (6, 0), (2, 2)),), owner=True)}
 
 

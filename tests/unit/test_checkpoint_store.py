@@ -144,7 +144,7 @@ def test_misuse(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint of step 3; it has none"):
         store.restore(3, tree())
     with store:
-        with pytest.raises(CheckpointError, match="open already"):
+        with pytest.raises(CheckpointError, match="already open"):
             store.open()
         for step in (-1, True, 1.0, "1"):
             with pytest.raises(CheckpointError, match="a step is an int"):
@@ -200,7 +200,8 @@ def test_host_memory_lasts_for_the_run_and_no_longer(tmp_path, monkeypatch):
             store.save(step, tree(step))
         assert len(taken) == 1
         store.wait()
-    assert store._memory._block is None
+        memory = store._writer._memory
+    assert memory._block is None
 
 
 # -------------------------------------------------------------------------------------------------------- lock

@@ -19,7 +19,7 @@ from torch import nn
 import lumen as lm
 from lumen import checkpoint
 from lumen.checkpoint import dtypes, leaves, orbax_names
-from lumen.checkpoint.snapshot import HostMemory, snapshot
+from lumen.checkpoint.snapshot import HostMemory, take_snapshot
 from lumen.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -188,7 +188,7 @@ def test_a_dtype_that_the_installed_torch_lacks_is_named(tmp_path, monkeypatch):
     path = saved(tmp_path, {"a": {"w": torch.ones(2).half()}})
     monkeypatch.setitem(dtypes.SINCE, "float16", "9.1")
     monkeypatch.delitem(dtypes.TORCH, "float16")
-    with pytest.raises(CheckpointFormatError, match=r"'a/w' is of dtype float16, .*torch 9\.1 or newer, pip install"):
+    with pytest.raises(CheckpointFormatError, match=r"'a/w' has dtype float16, .*torch 9\.1 or newer, pip install"):
         checkpoint.load(path)
 
 
@@ -308,15 +308,15 @@ def test_ordinary_names_stay(name):
 def test_host_memory_is_used_again():
     memory = HostMemory()
     tree = {"a": torch.ones(1000), "b": torch.ones(3, dtype=torch.int8)}
-    first = snapshot({"state": tree}, memory)
+    first = take_snapshot({"state": tree}, memory)
     block = memory.take(0, pinned=False).data_ptr()
     tree["a"].zero_()  # the step goes on
     assert all(array.all() for array in first.data.values())
-    second = snapshot({"state": tree}, memory)
+    second = take_snapshot({"state": tree}, memory)
     assert memory.take(0, pinned=False).data_ptr() == block
     addresses = [[array.ctypes.data for array in each.data.values()] for each in (first, second)]
     assert addresses[0] == addresses[1]
-    snapshot({"state": {"a": torch.ones(5000)}}, memory)  # more than there is
+    take_snapshot({"state": {"a": torch.ones(5000)}}, memory)  # more than there is
     assert memory.take(0, pinned=False).numel() >= 20000
     memory.release()
 
@@ -337,7 +337,7 @@ def test_one_error_lists_everything(tmp_path):
     text = str(caught.value)
     for line in (
         "missing from the checkpoint (1):\n  new: float32[5]",
-        "not wanted (30):\n  old0\n",
+        "not in `like` (30):\n  old0\n",
         "  and 10 more",
         "different (3):\n  a: float32[2] in the checkpoint, float64[2] wanted\n",
         "  b: float32[3] in the checkpoint, float32[4] wanted",

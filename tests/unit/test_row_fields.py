@@ -144,5 +144,5 @@ def test_one_rank_s_shard_is_refused_by_a_step_that_does_not_know_of_it(slot, re
         lm.donate()(step).init(shard)
     with pytest.raises(StateError, match="over 2"):
         getattr(lm, owner)()(step).init(shard)
-    with pytest.raises(lm.LumenError, match="this process has a part of the state"):
+    with pytest.raises(lm.LumenError, match="this process has only a shard of the state"):
         lm.checkpoint.save("nowhere", shard)

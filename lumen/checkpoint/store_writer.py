@@ -1,0 +1,192 @@
+"""The writing side of a store: the lock on its directory, the copy in host memory, and the background save."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lumen.checkpoint import _load, _orbax, _save, header, shard_specs, step_metrics
+from lumen.checkpoint.background_job import BackgroundJob
+from lumen.checkpoint.coordinator import SaveCoordinator, SaveSession
+from lumen.checkpoint.lock import Lock
+from lumen.checkpoint.retention import Retention
+from lumen.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
+from lumen.checkpoint.store_directory import StoreDirectory, reported_errors
+from lumen.core import distributed
+from lumen.core.step import StepFn
+from lumen.errors import CheckpointError, CheckpointExistsError, InexactWarning
+
+
+class StoreWriter:
+    """Saves to a directory until it is closed.
+
+    Without `step_fn` one process writes. With it, all processes of the world save together, and rank 0 locks the
+    directory and deletes old checkpoints.
+    """
+
+    def __init__(self, directory: StoreDirectory, retention: Retention, step_fn: StepFn | None, timeout: float) -> None:
+        distributed_save = step_fn is not None and distributed.world_size() > 1
+        self.process = os.getpid()
+        self.closed = False
+        self._directory = directory
+        self._retention = retention
+        self._step_fn = step_fn
+        self._is_main = not distributed_save or distributed.rank() == 0
+        self._memory = HostMemory()
+        self._job = BackgroundJob()
+        self._lock = self._acquire_lock() if self._is_main else None
+        self._coordinator = SaveCoordinator(timeout) if distributed_save else None
+
+    def _acquire_lock(self) -> Lock:
+        path = self._directory.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(path)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"checkpoints cannot be written to {path}: {error.strerror}. Use a directory that this user may write"
+                " to."
+            ) from error
+        try:
+            self._directory.clean_up()
+            _orbax.load()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def close(self) -> None:
+        """Wait for the running save, then unlock the directory and free the memory; raises what the save raised."""
+        try:
+            self.wait()
+        finally:
+            if not self._job.running():  # it is, if the wait was interrupted: the save still needs both
+                if self._lock is not None:
+                    self._lock.release()
+                self._memory.release()
+                self.closed = True
+
+    def shorten_timeout(self) -> None:
+        """Wait only briefly for other processes from now on, because the run has failed."""
+        if self._coordinator is not None:
+            self._coordinator.shorten_timeout()
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        extra: Any,
+        meta: Mapping[str, Any] | None,
+        metrics: Mapping[str, Any] | None,
+    ) -> None:
+        """Copy `tree` and `extra` to host memory, and start to write them; see `Store.save`."""
+        session = None if self._coordinator is None else self._coordinator.next()
+        with (
+            nullcontext() if session is None else session.sharing_failures(),
+            reported_errors(self._directory.path),
+        ):
+            self.wait()
+            self._check_step(step)
+            numbers = step_metrics.to_floats(metrics or {})
+            fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": step_metrics.to_json(numbers)}
+            snap = self._snapshot(tree, extra)
+            self._job.start(partial(self._write, step, snap, fields, numbers, session), f"step {step}")
+
+    def _check_step(self, step: int) -> None:
+        """Check that the checkpoint of `step` can be written, and that this process still holds the lock."""
+        if type(step) is not int or step < 0:
+            raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
+        if not self._is_main:
+            return
+        self._ensure_locked()
+        path = self._directory.checkpoint(step)
+        if not os.path.lexists(path) or step in self._directory.steps():
+            return
+        if not _load.lost_header(path):
+            raise CheckpointExistsError(f"{path} exists and is no checkpoint: move it away.")
+        new = self.quarantine(path)
+        warnings.warn(
+            f"the checkpoint {path} has lost its header; it was renamed to {new.name}, and step {step} is saved again.",
+            InexactWarning,
+            stacklevel=5,
+        )
+
+    def _ensure_locked(self) -> None:
+        """Lock the directory again if it was deleted during the run; another process may hold the lock by now."""
+        assert self._lock is not None
+        if self._lock.holds(self._directory.path):
+            return
+        self._lock.release()
+        self._lock = self._acquire_lock()
+        self._directory.clear_cache()
+        warnings.warn(
+            f"{self._directory.path} was deleted or moved away during the run, together with its checkpoints. The"
+            " directory was created again, and new checkpoints are saved there.",
+            InexactWarning,
+            stacklevel=6,
+        )
+
+    def _snapshot(self, tree: Any, extra: Any) -> Snapshot:
+        advice = f"with lm.checkpoint.Store({str(self._directory.path)!r}).open(step) as store: store.save(...)"
+        shard_specs.check(self._step_fn, tree, advice)
+        items = {"state": shard_specs.strip_sharding(self._step_fn, tree), "extra": {} if extra is None else extra}
+        specs = shard_specs.leaf_specs(self._step_fn, tree)
+        return take_snapshot(items, self._memory, specs, with_unsharded=self._is_main)
+
+    def quarantine(self, path: Path) -> Path:
+        """Rename a damaged checkpoint after the running save; see `StoreDirectory.quarantine`."""
+        self.wait()
+        return self._directory.quarantine(path)
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if a save has failed; each failure is raised once."""
+        error = self._job.failure()
+        if error is not None:
+            raise CheckpointError(
+                f"saving {self._job.label} to {self._directory.path} failed: {error}. Complete checkpoints there:"
+                f" {self._directory.steps() or 'none'}."
+            ) from error
+
+    def wait(self) -> None:
+        """Return when the running save is on disk; raises `CheckpointError` if it failed."""
+        if self.process == os.getpid():  # a forked child has this object, but not its thread
+            self._job.join()
+            self.check()
+
+    def _write(
+        self, step: int, snap: Snapshot, fields: dict[str, Any], metrics: dict[str, float], session: SaveSession | None
+    ) -> None:
+        if session is None:
+            self._write_main(step, snap, fields, metrics)
+            return
+        with session.sharing_failures():
+            if self._is_main:
+                self._write_main(step, snap, fields, metrics, session)
+                session.finish()
+            else:
+                _save.write_shard(session, snap)
+
+    def _write_main(
+        self,
+        step: int,
+        snap: Snapshot,
+        fields: dict[str, Any],
+        metrics: dict[str, float],
+        session: SaveSession | None = None,
+    ) -> None:
+        temporary = self._directory.path / f".{step}{_save.TEMPORARY}"
+        _save.write(self._directory.checkpoint(step), temporary, snap, fields, replace=True, session=session)
+        self._directory.set_metrics(step, metrics)
+        saved = self._directory.metrics_by_step()
+        for old in sorted(saved.keys() - self._retention.steps_to_keep(saved) - {step}):
+            try:
+                self._directory.delete(old)
+            except OSError as error:
+                raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
