@@ -12,9 +12,10 @@ import lumen as lm
 
 API = (Path(__file__).parents[2] / "docs/api.md").read_text()
 PACKAGES_WITH_ALL = (
-    lm, lm.bridges, lm.checkpoint, lm.data, lm.extend, lm.metrics, lm.optim, lm.parallel, lm.planner, lm.sinks
-)  # fmt: skip
-DEFINING = (lm.random, lm.tree, lm.checkpoint.rng, lm.parallel.plans, lm.bridges.huggingface, lm.bridges.lora)
+    *(lm, lm.bridges, lm.checkpoint, lm.data, lm.extend, lm.metrics, lm.optim, lm.parallel, lm.planner, lm.random),
+    lm.sinks,
+)
+DEFINING = (lm.tree, lm.checkpoint.rng, lm.parallel.plans, lm.bridges.huggingface, lm.bridges.lora)
 
 # Names without an example of their own, by the reason.
 RETURNED = "it is met as the answer of another, whose example shows it"
