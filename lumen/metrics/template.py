@@ -41,7 +41,7 @@ Note = tuple[int, str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class StateSpec:
     """One state of one metric, and how it merges.
 
     `join` is "sum", "max" or "min" if two tensors reduce to one immediately; "list" if the elements are concatenated;
@@ -85,13 +85,13 @@ class _Node:
     containers: tuple[str, ...]
 
 
-class Skeleton:
+class MetricTemplate:
     """An empty, private copy of a metric on one device."""
 
     def __init__(self, metric: Metric | MetricCollection, device: torch.device | None = None) -> None:
         self.metric = _private_copy(metric, device)
         self.nodes = _nodes(self.metric)
-        self.slots = tuple(_slots(self.nodes))
+        self.state_specs = tuple(_state_specs(self.nodes))
         metrics = [node.module for node in self.nodes if node.is_metric]
         self.device: torch.device = metrics[0].device if metrics else torch.device("cpu")
 
@@ -121,7 +121,7 @@ class Skeleton:
         """
         notes: list[Note] = []
         for index, (module, node) in enumerate(zip(copies, self.nodes, strict=True)):
-            for name in _changed_attributes(module, node, self.slots):
+            for name in _changed_attributes(module, node, self.state_specs):
                 value = getattr(module, name)
                 if value is not None and not isinstance(value, _LABELS):
                     raise _hidden_state_error(node, name, value)
@@ -181,7 +181,7 @@ def _is_module_attribute(name: str) -> bool:
 _EMPTY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def _slots(nodes: list[_Node]) -> Iterator[Slot]:
+def _state_specs(nodes: list[_Node]) -> Iterator[StateSpec]:
     from torchmetrics.utilities import data
 
     joins = {
@@ -202,7 +202,7 @@ def _slots(nodes: list[_Node]) -> Iterator[Slot]:
             is_list = isinstance(default, list)
             join = "list" if is_list else joins.get(reduce, "custom")
             key = f"{node.path}.{name}" if node.path else name
-            yield Slot(key, i, name, join, None if is_list else default, reduce)
+            yield StateSpec(key, i, name, join, None if is_list else default, reduce)
 
 
 def _followers(nodes: list[_Node]) -> set[int]:
@@ -217,7 +217,7 @@ def _followers(nodes: list[_Node]) -> set[int]:
     return indices
 
 
-def _changed_attributes(module: Any, node: _Node, slots: tuple[Slot, ...]) -> Iterator[str]:
+def _changed_attributes(module: Any, node: _Node, state_specs: tuple[StateSpec, ...]) -> Iterator[str]:
     before, after = node.module.__dict__, module.__dict__
     for name, value in after.items():
         if before.get(name, module) is value or name in _BOOKKEEPING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +10,27 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
-from lumen.core.collectives import pmax, pmean, pmin, psum
+from lumen.core.collectives import psum
 from lumen.core.metrics import Metric as LumenMetric
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.errors import AxisError, InexactWarning, MetricError
-from lumen.metrics.logits import form_of_logits
-from lumen.metrics.template import Note, Skeleton, Slot
+from lumen.errors import MetricError
+from lumen.metrics.arguments import concrete_count, detach, have_no_rows, in_transform, lane_zero_of
+from lumen.metrics.logits import convert_predictions, form_of_logits, guessed_as_logits, warn_if_mixed
+from lumen.metrics.packing import pack_state, packed_names, unpack_state
+from lumen.metrics.states import compute_input, fold, initial_state, merge_states, psum_state, stored_state
+from lumen.metrics.template import MetricTemplate, Note, StateSpec
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
-_FOLD_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
-_FOLD_MANY: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda stacked: stacked.sum(0, dtype=stacked.dtype),
-    "max": lambda stacked: stacked.amax(0),
-    "min": lambda stacked: stacked.amin(0),
-}
 _UPDATES = "updates"
 _AS_LOGITS = ":as_logits"
-_SHAPES = ":shapes"
 
 
 @pytree_dataclass
 class MetricValue(LumenMetric):
-    """The accumulated states of a torchmetrics metric; created by `TorchMetric.of`, and merged like any metric.
+    """The accumulated states of a torchmetrics metric, created by `TorchMetric.of` and merged like any metric.
 
     `states` contains the metric's states by name: a tensor if it reduces immediately, or a tuple of tensors collected
     until `compute`. `updates` counts the updates, and `as_logits` those whose predictions torchmetrics interpreted as
@@ -57,9 +48,9 @@ class MetricValue(LumenMetric):
         return self.metric.merge(self, other)
 
     @classmethod
-    def merge_all(cls, parts: Sequence[MetricValue]) -> MetricValue:
+    def merge_all(cls, values: Sequence[MetricValue]) -> MetricValue:
         """Merge all values at once, in time proportional to their number."""
-        return parts[0].metric.merge(*parts)
+        return values[0].metric.merge(*values)
 
     def compute(self) -> Any:
         """The result of the metric's own `compute`: a tensor or a dict of tensors, with a leading dim for lanes."""
@@ -73,20 +64,20 @@ class MetricValue(LumenMetric):
 class TorchMetric:
     """A torchmetrics metric as pure functions: `init`, `update`, `merge`, `compute`, and `of` for one batch.
 
-    Created by `from_torchmetrics`, once, outside the step. It is stateless; two handles are equal only if they are
+    Create it once, outside the step, with `from_torchmetrics`. It is stateless. Two of them are equal only if they are
     the same object.
     """
 
     def __init__(self, metric: Metric | MetricCollection, logits: bool = False) -> None:
-        self._skeleton = Skeleton(metric)
-        self._by_device: dict[torch.device, Skeleton] = {}
+        self._template = MetricTemplate(metric)
+        self._templates: dict[torch.device, MetricTemplate] = {}
         self._logits = logits
-        self._form = form_of_logits(self._skeleton, logits)
+        self._form = form_of_logits(self._template, logits)
         self._guesses = self._form is not None and not logits
 
     def __repr__(self) -> str:
         logits = ", logits=True" if self._logits else ""
-        return f"lm.metrics.from_torchmetrics({type(self._skeleton.metric).__name__}(...){logits})"
+        return f"lm.metrics.from_torchmetrics({type(self._template.metric).__name__}(...){logits})"
 
     def __copy__(self) -> TorchMetric:
         return self
@@ -96,12 +87,15 @@ class TorchMetric:
 
     def init(self) -> MetricValue:
         """The empty value; merging it has no effect."""
-        return self._empty(self._skeleton.device, None)
+        return self._empty(self._template.device, None)
 
-    def _empty(self, device: torch.device, tie: Tensor | None) -> MetricValue:
-        states = {slot.key: _start(slot, None, device, tie) if slot.folds else () for slot in self._skeleton.slots}
+    def _empty(self, device: torch.device, lane_zero: Tensor | None) -> MetricValue:
+        states = {
+            spec.key: initial_state(spec, None, device, lane_zero) if spec.folds else ()
+            for spec in self._template.state_specs
+        }
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        zero = zero if tie is None else zero + tie
+        zero = zero if lane_zero is None else zero + lane_zero
         return MetricValue(states, zero, zero.clone() if self._guesses else (), self)
 
     def of(self, /, *args: Any, **kwargs: Any) -> MetricValue:
@@ -109,7 +103,7 @@ class TorchMetric:
 
         A batch without rows, as a process may have under `lm.ddp`, is not an update: its value is that of `init`.
         """
-        return self._run(None, args, kwargs)
+        return self._update_with(None, args, kwargs)
 
     def update(self, value: MetricValue, /, *args: Any, **kwargs: Any) -> MetricValue:
         """Update `value` with one batch; a batch without rows returns `value` itself."""
@@ -118,8 +112,8 @@ class TorchMetric:
             not s.folds and s.join != "list" and len(value.states[s.key]) > 1 for s in self.slots
         ):
             # The metric can update one tensor only; collected tensors get another one.
-            return self.merge(value, self._run(None, args, kwargs))
-        return self._run(value, args, kwargs)
+            return self.merge(value, self._update_with(None, args, kwargs))
+        return self._update_with(value, args, kwargs)
 
     def merge(self, value: MetricValue, *more: MetricValue) -> MetricValue:
         """Merge values with the metric's own reductions.
@@ -132,9 +126,9 @@ class TorchMetric:
             self._check(v)
         if not more:
             return value
-        states = {slot.key: _join(slot, [v.states[slot.key] for v in values]) for slot in self.slots}
-        updates = _fold("sum", [v.updates for v in values])
-        as_logits = _fold("sum", [v.as_logits for v in values]) if self._guesses else ()
+        states = {spec.key: merge_states(spec, [v.states[spec.key] for v in values]) for spec in self.slots}
+        updates = fold("sum", [v.updates for v in values])
+        as_logits = fold("sum", [v.as_logits for v in values]) if self._guesses else ()
         return MetricValue(states, updates, as_logits, self, next((v.notes for v in values if v.notes), ()))
 
     def compute(self, value: MetricValue) -> Any:
@@ -143,27 +137,23 @@ class TorchMetric:
         if value.updates.dim():
             lanes = [self.compute(tree.map(lambda leaf, i=i: leaf[i], value)) for i in range(len(value.updates))]
             return tree.map(lambda *results: torch.stack([torch.as_tensor(x) for x in results]), *lanes)
-        if self._guesses:
-            self._check_guesses(value)
-        skeleton = self._on(value.updates.device)
-        copies = skeleton.instantiate(_count(value.updates), value.notes)
-        for slot in skeleton.slots:
-            content = value.states[slot.key]
-            if slot.join == "list":
-                state: Any = list(content)
-            else:
-                state = content.clone() if slot.folds else slot.reduce_collected(content, value.updates.device)
-            copies[slot.node].__dict__[slot.name] = state
+        if self._guesses and not rules.is_tracing() and not in_transform():
+            warn_if_mixed(self, int(value.as_logits), int(value.updates))
+        template = self._template_on(value.updates.device)
+        copies = template.instantiate(concrete_count(value.updates), value.notes)
+        for spec in template.state_specs:
+            state = compute_input(spec, value.states[spec.key], value.updates.device)
+            copies[spec.node].__dict__[spec.name] = state
         with torch.no_grad():
             result = self._call(copies[0].compute)
-        skeleton.release(copies)
+        template.release(copies)
         return result
 
     def psum(self, value: MetricValue, axis: str) -> MetricValue:
         """Reduce `value` over all members of `axis`."""
         if rules.axis(axis) is None:
             return value
-        states = {slot.key: self._psum(slot, value.states[slot.key], axis) for slot in self.slots}
+        states = {spec.key: psum_state(spec, value.states[spec.key], axis, self) for spec in self.slots}
         counts = {"updates": psum(value.updates, axis), "as_logits": psum(value.as_logits, axis)}
         return value.replace(states=states, **counts)  # type: ignore[attr-defined, no-any-return]
 
@@ -182,97 +172,63 @@ class TorchMetric:
             names = ", ".join(repr(name) for _, name, _ in value.notes)
             raise MetricError(f"{self!r} keeps {names} outside its states, which is not a tensor and cannot be saved.")
         packed = {_UPDATES: value.updates, **({_AS_LOGITS: value.as_logits} if self._guesses else {})}
-        for slot in self.slots:
-            content = value.states[slot.key]
-            if slot.folds:
-                packed[slot.key] = content
-            else:
-                packed[slot.key], packed[slot.key + _SHAPES] = _flatten(slot.key, content, value.updates)
+        for spec in self.slots:
+            packed |= pack_state(spec, value.states[spec.key], value.updates)
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor]) -> MetricValue:
         """Restore the value from the result of `pack`."""
-        states: dict[str, Any] = {}
-        names = [name for slot in self.slots for name in self._packed_names(slot)]
+        names = [name for spec in self.slots for name in packed_names(spec)]
         for name in [*names, _UPDATES, *([_AS_LOGITS] if self._guesses else [])]:
             if name not in packed:
                 raise MetricError(
                     f"{name!r} is missing, so the dict was not packed by {self!r}; it has {', '.join(packed)}."
                 )
-        for slot in self.slots:
-            content = packed[slot.key]
-            states[slot.key] = content if slot.folds else _unflatten(content, packed[slot.key + _SHAPES])
+        states = {spec.key: unpack_state(spec, packed) for spec in self.slots}
         return MetricValue(states, packed[_UPDATES], packed[_AS_LOGITS] if self._guesses else (), self)
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
+    def slots(self) -> tuple[StateSpec, ...]:
         """The states of the metric, and how they merge."""
-        return self._skeleton.slots
+        return self._template.state_specs
 
-    def _packed_names(self, slot: Slot) -> tuple[str, ...]:
-        return (slot.key,) if slot.folds else (slot.key, slot.key + _SHAPES)
-
-    def _run(self, value: MetricValue | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MetricValue:
+    def _update_with(self, value: MetricValue | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MetricValue:
         tensors: list[Tensor] = []
-        args, kwargs = _detached(args, tensors), _detached(kwargs, tensors)
+        args, kwargs = detach(args, tensors), detach(kwargs, tensors)
         count = torch.zeros((), dtype=torch.int64) if value is None else value.updates
         if tensors:
             device = tensors[0].device
         else:
-            device = self._skeleton.device if value is None else count.device
-        tie = _tie(tensors)
-        if _without_rows((*args, *kwargs.values())):
-            return self._empty(device, tie) if value is None else value
-        args, kwargs, as_logits_now = self._predictions(args, kwargs)
-        skeleton = self._on(device)
-        copies = skeleton.instantiate(0, () if value is None else value.notes)
-        for slot in skeleton.slots:
-            content = None if value is None else value.states[slot.key]
-            copies[slot.node].__dict__[slot.name] = _start(slot, content, device, tie)
+            device = self._template.device if value is None else count.device
+        lane_zero = lane_zero_of(tensors)
+        if have_no_rows((*args, *kwargs.values())):
+            return self._empty(device, lane_zero) if value is None else value
+        as_logits: Any = ()
+        if self._guesses:
+            as_logits = guessed_as_logits(args, kwargs)
+            as_logits = as_logits if value is None else value.as_logits.to(device) + as_logits
+        elif self._form is not None:
+            args, kwargs = convert_predictions(args, kwargs, self._form)
+        template = self._template_on(device)
+        copies = template.instantiate(0, () if value is None else value.notes)
+        for spec in template.state_specs:
+            content = None if value is None else value.states[spec.key]
+            copies[spec.node].__dict__[spec.name] = initial_state(spec, content, device, lane_zero)
         with torch.no_grad():
             self._call(copies[0].update, *args, **kwargs)
-        states = {slot.key: _content(slot, getattr(copies[slot.node], slot.name)) for slot in skeleton.slots}
-        notes = skeleton.release(copies)
+        states = {spec.key: stored_state(spec, getattr(copies[spec.node], spec.name)) for spec in template.state_specs}
+        notes = template.release(copies)
         updates = count.to(device) + 1
-        as_logits = as_logits_now if value is None or not self._guesses else value.as_logits.to(device) + as_logits_now
-        return MetricValue(states, updates if tie is None else updates + tie, as_logits, self, notes)
+        return MetricValue(states, updates if lane_zero is None else updates + lane_zero, as_logits, self, notes)
 
-    def _predictions(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any, Any]:
-        """The arguments of an update with logits as probabilities; and 1 if torchmetrics interprets them as logits.
-
-        It does so if a prediction is outside [0, 1].
-        """
-        raw = kwargs.get("preds", args[0] if args else None)
-        if self._form is None or not isinstance(raw, Tensor):
-            return args, kwargs, torch.zeros((), dtype=torch.int64) if self._guesses else ()
-        if not self._logits:
-            return args, kwargs, (~((raw >= 0) & (raw <= 1)).all() & raw.is_floating_point()).to(torch.int64)
-        preds = raw if not raw.is_floating_point() else raw.sigmoid() if self._form == "sigmoid" else raw.softmax(1)
-        return (args, {**kwargs, "preds": preds}, ()) if "preds" in kwargs else ((preds, *args[1:]), kwargs, ())
-
-    def _check_guesses(self, value: MetricValue) -> None:
-        """Warn if torchmetrics interpreted predictions as logits in some updates, and as probabilities in others."""
-        if rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return
-        guessed, updates = int(value.as_logits), int(value.updates)
-        if 0 < guessed < updates:
-            warnings.warn(
-                f"{self!r}: torchmetrics interprets predictions as logits if one of a batch is outside [0, 1], as in"
-                f" {guessed} of {updates} updates, and as probabilities in the others, so the result differs from that"
-                " of all the data together. For logits write lm.metrics.from_torchmetrics(metric, logits=True);"
-                " otherwise pass probabilities.",
-                InexactWarning,
-                stacklevel=3,
-            )
-
-    def _on(self, device: torch.device) -> Skeleton:
-        if device == self._skeleton.device:
-            return self._skeleton
-        skeleton = self._by_device.get(device)
-        if skeleton is None:
+    def _template_on(self, device: torch.device) -> MetricTemplate:
+        if device == self._template.device:
+            return self._template
+        template = self._templates.get(device)
+        if template is None:
             # Two threads may both create one; the two are equivalent.
-            skeleton = self._by_device[device] = Skeleton(self._skeleton.metric, device)
-        return skeleton
+            template = self._templates[device] = MetricTemplate(self._template.metric, device)
+        return template
 
     def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -285,22 +241,6 @@ class TorchMetric:
                 " has no rule for. Pass the metric validate_args=False (nan_strategy='disable' for an aggregation), or"
                 " return its inputs (logits, labels) from the vmapped function and call `of` outside."
             ) from error
-
-    def _psum(self, slot: Slot, content: Any, axis: str) -> Any:
-        if slot.join == "sum":
-            return psum(content, axis)
-        if slot.join == "max":
-            return pmax(content, axis)
-        if slot.join == "min":
-            return pmin(content, axis)
-        if slot.join == "mean":
-            return (pmean(slot.reduce_collected(content, content[0].device), axis),) if content else ()
-        # Support for a gather over the axis would go here.
-        raise AxisError(
-            f"the state {slot.key!r} of {self!r} is not a sum, mean, maximum or minimum, so it cannot be reduced over"
-            f" the axis {axis!r} without a gather. Return the value from the step unreduced, to be merged outside,"
-            " or use a metric with states of fixed size, such as thresholds=100."
-        )
 
     def _check(self, value: Any) -> None:
         if isinstance(value, MetricValue) and value.metric is self:
@@ -349,106 +289,3 @@ def from_torchmetrics(metric: Metric | MetricCollection, *, logits: bool = False
             " Write: lm.metrics.from_torchmetrics(torchmetrics.classification.MulticlassAccuracy(10))"
         )
     return TorchMetric(metric, logits)
-
-
-def _default(slot: Slot, device: torch.device) -> Tensor:
-    assert slot.default is not None
-    return slot.default.detach().to(device, copy=True)
-
-
-def _start(slot: Slot, content: Any, device: torch.device, tie: Tensor | None) -> Any:
-    """The initial state of an update: a copy, because metrics add in place, that varies over lanes like `tie`."""
-    if slot.join == "list":
-        return list(content or ())
-    if not slot.folds:
-        content = content[0] if content else None
-    start = _default(slot, device) if content is None else content.to(device, copy=True)
-    return start if tie is None else start + tie.to(start)
-
-
-def _without_rows(args: Sequence[Any]) -> bool:
-    """Whether all arguments of an update that can have rows have none."""
-    counts = [count for arg in args if (count := _rows(arg)) is not None]
-    return bool(counts) and not any(counts)
-
-
-def _rows(arg: Any) -> int | None:
-    """The number of rows of an argument: the first dim of a tensor, or the length of a list; None for other values."""
-    if isinstance(arg, Tensor):
-        return arg.shape[0] if arg.dim() else None
-    if isinstance(arg, Mapping):
-        return max((count for item in arg.values() if (count := _rows(item)) is not None), default=None)
-    return len(arg) if isinstance(arg, list | tuple) else None
-
-
-def _content(slot: Slot, state: Any) -> Any:
-    if slot.join == "list":
-        return tuple(state) if isinstance(state, list) else (state,)
-    return state if slot.folds else (state,)
-
-
-def _join(slot: Slot, contents: list[Any]) -> Any:
-    if slot.folds:
-        return _fold(slot.join, contents)
-    return tuple([tensor for content in contents for tensor in content])
-
-
-def _fold(join: str, tensors: list[Tensor]) -> Tensor:
-    if len(tensors) == 2:
-        return _FOLD_TWO[join](*tensors)
-    return _FOLD_MANY[join](torch.stack(tensors))
-
-
-def _detached(node: Any, tensors: list[Tensor]) -> Any:
-    """The same arguments detached from autograd; appends their tensors to `tensors`."""
-    kind = type(node)
-    if isinstance(node, Tensor):
-        tensors.append(node)
-        return node.detach()
-    if kind is tuple or kind is list:
-        return kind([_detached(child, tensors) for child in node])
-    if kind is dict:
-        return {key: _detached(child, tensors) for key, child in node.items()}
-    return node
-
-
-def _tie(tensors: list[Tensor]) -> Tensor | None:
-    """Under a torch.func transform, a zero that varies over lanes like the arguments.
-
-    Metrics add to their states in place, which vmap allows only if the state varies over the lanes too.
-    """
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return None
-    zero = torch.zeros((), dtype=torch.int64)
-    for tensor in tensors:
-        zero = zero + tensor.detach().new_zeros((), dtype=torch.int64)
-    return zero
-
-
-def _count(updates: Tensor) -> int:
-    """The number of updates, or 1 if it is not concrete; torchmetrics warns if compute precedes any update."""
-    if rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return 1
-    return int(updates)
-
-
-def _flatten(key: str, tensors: tuple[Any, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Flatten several tensors into one, and return the table of their shapes."""
-    kinds = {
-        (tensor.dtype, tensor.dim()) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in tensors
-    }
-    if len(kinds) > 1 or any(isinstance(kind, str) for kind in kinds):
-        raise MetricError(
-            f"the state {key!r} cannot be packed: its entries are not tensors of one dtype and number of dims, but"
-            f" {', '.join(sorted(map(str, kinds)))}."
-        )
-    if not tensors:
-        return like.new_zeros(0, dtype=torch.float32), like.new_zeros((0, 0))
-    shapes = torch.tensor([tensor.shape for tensor in tensors], dtype=torch.int64)
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]), shapes.reshape(len(tensors), tensors[0].dim())
-
-
-def _unflatten(flat: Tensor, shapes: Tensor) -> tuple[Tensor, ...]:
-    sizes = [tuple(shape) for shape in shapes.tolist()]
-    chunks = flat.split([int(torch.Size(size).numel()) for size in sizes])
-    return tuple([chunk.reshape(size) for chunk, size in zip(chunks, sizes, strict=True)])

@@ -352,14 +352,14 @@ def test_threads_do_not_meet() -> None:
 
 def test_merging_many_copies_each_entry_once(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = from_torchmetrics(torchmetrics.CatMetric())
-    value, join = metric.of(torch.ones(1)), handles._join
+    value, join = metric.of(torch.ones(1)), handles.merge_states
     copied: list[int] = []
 
     def counted(slot: Any, contents: list[Any]) -> Any:
         copied.append(sum(map(len, contents)))
         return join(slot, contents)
 
-    monkeypatch.setattr(handles, "_join", counted)
+    monkeypatch.setattr(handles, "merge_states", counted)
     merged = lm.merge_metrics([{"m": value}] * 50)["m"]
     assert copied == [50]
     assert merged.compute().tolist() == [1.0] * 50
