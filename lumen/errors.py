@@ -1,13 +1,13 @@
-"""Every exception that Lumen raises on purpose; each also derives from the built-in it refines."""
+"""Every exception that Lumen raises on purpose; most also derive from the built-in exception that they refine."""
 
 from __future__ import annotations
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""The text with all that does not print written out, but what is in `keep`.
+    r"""The text with unprintable characters as escape sequences, except those in `keep`.
 
-    Names of leaves, metrics and files may come from a stranger's file: in a message they neither reach a terminal as
-    control sequences nor begin a line of their own.
+    Names of leaves, metrics and files may come from an untrusted file: in a message they must not send control
+    sequences to a terminal, or start a new line.
 
     >>> printable("fc\x1b[31m\nweight")
     'fc\\x1b[31m\\nweight'
@@ -18,18 +18,18 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class _Printable(Exception):  # noqa: N818 (warnings derive from it, too)
-    """An exception or warning whose message has no control characters but line ends and tabs."""
+    """An exception or warning whose message has no control characters except newlines and tabs."""
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(each, "\n\t") if isinstance(each, str) else each for each in args))
+        super().__init__(*(printable(arg, "\n\t") if isinstance(arg, str) else arg for arg in args))
 
 
 class LumenError(_Printable):
-    """Base of all errors raised by Lumen: `except lm.LumenError` catches every one of them."""
+    """The base of all errors raised by Lumen: `except lm.LumenError` catches every one of them."""
 
 
 class BatchError(LumenError, ValueError):
-    """A batch that cannot be split, counted or cut: its leaves disagree, or it is too small or empty."""
+    """A batch that cannot be split or counted: its leaves disagree in rows, or it is too small or empty."""
 
 
 class LossError(LumenError, ValueError):
@@ -37,31 +37,31 @@ class LossError(LumenError, ValueError):
 
 
 class ParamsError(LumenError, ValueError):
-    """Params or a module that cannot be trained: integer, uninitialized, missing or unexpected leaves."""
+    """Params or a module that cannot be trained: with integer, uninitialized, missing or unexpected leaves."""
 
 
 class StepError(LumenError, TypeError):
-    """A step that does not return `(state, metrics)` with the state's own structure."""
+    """A step that does not return `(state, metrics)` with a state of the same structure."""
 
 
 class PurityError(LumenError, RuntimeError):
-    """A step that changes what it was given, or answers differently when called again."""
+    """A step that changes its arguments, or returns other results when it is called again."""
 
 
 class StateError(LumenError, TypeError):
-    """A state type that is not a proper pytree, or an attempt to assign to a frozen one."""
+    """A state type that is not a valid pytree, or an assignment to a field of a frozen state."""
 
 
 class DonatedError(LumenError, RuntimeError):
-    """A state whose memory was handed over to its successor is used again, or cannot be handed over."""
+    """A donated state that is used again, or a state that cannot be donated."""
 
 
 class OrderError(LumenError, ValueError):
-    """Transforms composed in an order in which they would not mean what they say."""
+    """Transforms composed in an order in which they would not do what they promise."""
 
 
 class SlotError(LumenError, KeyError):
-    """A transform with memory found no slot of its own in the state."""
+    """A state without the slot that a transform needs."""
 
     def __str__(self) -> str:  # KeyError would print the message's repr
         return str(self.args[0]) if self.args else ""
@@ -76,7 +76,7 @@ class HyperparameterError(LumenError, ValueError):
 
 
 class MergeError(LumenError, ValueError):
-    """Parts of a batch changed a buffer, and nothing says how they make that of the whole batch."""
+    """A buffer that microbatches or ranks have changed, without a rule for merging the results."""
 
 
 class NonFiniteError(LumenError, FloatingPointError):
@@ -84,27 +84,27 @@ class NonFiniteError(LumenError, FloatingPointError):
 
 
 class MetricError(LumenError, TypeError):
-    """A metric that cannot be a typed value, or values of different metrics that cannot merge."""
+    """A metric that is not a typed value, or values of different metrics that cannot merge."""
 
 
 class WorldError(LumenError, RuntimeError):
-    """Processes, a mesh of them, or what they hold, that do not fit together."""
+    """Processes, meshes or states of processes that do not fit together, or a process that failed."""
 
 
 class AxisError(LumenError, RuntimeError):
-    """A collective over an axis that cannot run where it was called."""
+    """A collective over an axis that cannot run where it is called."""
 
 
 class UpdateInterceptedError(LumenError, RuntimeError):
-    """`tx.update` was called by hand where a transform must see the whole update."""
+    """A manual call of `tx.update` under a transform that must intercept the update."""
 
 
 class ValueKindError(LumenError, TypeError):
-    """A value that no sink can write, or an image or configuration that is not one."""
+    """A value that a sink cannot write, or an invalid image or configuration."""
 
 
 class SinkError(LumenError, ValueError):
-    """A file that is another table, a value that takes the name of a sink's own column, or an unknown `on_error`."""
+    """A file of another table, a value with the name of a column that a sink reserves, or an unknown `on_error`."""
 
 
 class CheckpointError(LumenError, RuntimeError):
@@ -112,36 +112,36 @@ class CheckpointError(LumenError, RuntimeError):
 
 
 class CheckpointLeafError(CheckpointError, TypeError):
-    """A tree with a leaf, or a name, that no checkpoint holds."""
+    """A tree with a leaf, or a name, that a checkpoint cannot contain."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no complete checkpoint where one was asked for."""
+    """A path without a complete checkpoint."""
 
 
 class CheckpointExistsError(CheckpointError, FileExistsError):
-    """There is something already where a checkpoint, or an export, was to be written."""
+    """A checkpoint or export whose path already exists."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint whose files are damaged, incomplete or lead elsewhere."""
+    """A checkpoint with files that are damaged, missing or outside its directory."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A checkpoint whose leaves are not those of the tree that it is to fill."""
+    """A checkpoint whose leaves differ from those of the tree to restore into."""
 
 
 class CheckpointFormatError(CheckpointError):
-    """A checkpoint in a format that this version does not read."""
+    """A checkpoint in a format, or with a dtype, that this version cannot read."""
 
 
 class CheckpointLockedError(CheckpointError):
-    """A directory that another run writes its checkpoints to."""
+    """A directory to which another run writes its checkpoints."""
 
 
 class GraphBreakWarning(_Printable, UserWarning):
-    """A step that cannot be compiled whole; it runs with graph breaks instead."""
+    """A step that cannot be compiled as a single graph, and runs with graph breaks."""
 
 
 class InexactWarning(_Printable, UserWarning):
-    """Something runs, but slower or less exactly than it was asked to."""
+    """Something that works, but slower or less exactly than requested."""

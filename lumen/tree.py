@@ -1,8 +1,7 @@
-"""Pytrees: the few operations that Lumen needs, on optree with its own namespace.
+"""Pytrees: the few operations that Lumen needs, built on optree under the namespace `lumen`.
 
-Dicts keep their insertion order. The option is entered when this module loads and held for as long as the
-process lives: a spec made under one order and used under the other would silently permute leaves.
-`None` is an empty subtree.
+Dicts keep their insertion order. This module sets that option at import, for the lifetime of the process: a spec
+created under one order and used under another would silently permute leaves. `None` is an empty subtree.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ IsLeaf = Callable[[Any], bool]
 
 
 def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[Any], Spec]:
-    """The leaves of `tree`, depth first, and the spec that `unflatten` takes.
+    """The leaves of `tree`, depth first, and its spec for `unflatten`.
 
     >>> leaves, spec = flatten({"b": 1, "a": (2, None)})
     >>> leaves
@@ -39,7 +38,7 @@ def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[Any], Spec]:
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
-    """The tree with structure `spec` and the given leaves: the inverse of `flatten`.
+    """The tree with structure `spec` and these leaves: the inverse of `flatten`.
 
     >>> unflatten(structure({"a": 0, "b": 0}), [1, 2])
     {'a': 1, 'b': 2}
@@ -57,7 +56,7 @@ def leaves(tree: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
 
 
 def structure(tree: Any, is_leaf: IsLeaf | None = None) -> Spec:
-    """The spec of `tree`; specs compare equal when structures and static fields do.
+    """The spec of `tree`; specs are equal if their structures and static fields are.
 
     >>> structure({"a": 0}) == structure({"a": 1}), structure({"a": 0}) == structure({"b": 0})
     (True, False)
@@ -66,7 +65,7 @@ def structure(tree: Any, is_leaf: IsLeaf | None = None) -> Spec:
 
 
 def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = None) -> Any:  # noqa: A001
-    """`fn` applied leaf by leaf over one tree, or several of the same structure.
+    """Apply `fn` leaf by leaf to one tree, or to several of the same structure.
 
     >>> map(lambda x, y: x + y, {"a": 1}, {"a": 10})
     {'a': 11}
@@ -87,20 +86,20 @@ def paths(tree: Any, is_leaf: IsLeaf | None = None) -> list[str]:
 def tensors(tree: Any) -> list[Tensor]:
     """The leaves of `tree` that are tensors, in the order of `leaves`.
 
-    It walks the common containers in Python: a step calls this often on small trees, and entering optree between
-    torch's own calls costs several times what it does in a loop of its own.
+    It walks the common containers in Python: a step calls this often on small trees, and between calls of torch a call
+    of optree is several times as slow as in a tight loop.
 
     >>> import torch
     >>> tensors({"a": torch.tensor(1), "b": 2})
     [tensor(1)]
     """
-    found: list[Tensor] = []
-    _collect(tree, found)
-    return found
+    result: list[Tensor] = []
+    _collect(tree, result)
+    return result
 
 
 def first_tensor(tree: Any) -> Tensor | None:
-    """The first of the leaves of `tree` that is a tensor, found without a look at those after it.
+    """The first leaf of `tree` that is a tensor, or None; the leaves after it are not visited.
 
     >>> import torch
     >>> first_tensor({"a": 2, "b": [torch.tensor(1), torch.tensor(3)]})
@@ -109,17 +108,16 @@ def first_tensor(tree: Any) -> Tensor | None:
     children = _children(tree)
     if children is None:
         return tree if isinstance(tree, Tensor) else next(iter(tensors(tree)), None)
-    return next((found for child in children if (found := first_tensor(child)) is not None), None)
+    return next((tensor for child in children if (tensor := first_tensor(child)) is not None), None)
 
 
-CHILDREN: dict[
-    type, Callable[[Any], tuple[Any, ...]]
-] = {}  # of the registered dataclasses; see lumen.core.pytree_dataclass
+# The children of registered dataclasses, by type: see lumen.core.pytree_dataclass.
+CHILDREN: dict[type, Callable[[Any], tuple[Any, ...]]] = {}
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 
 
 def _children(node: Any) -> Iterable[Any] | None:
-    """What a node of one of the common kinds holds, in order; None for all else."""
+    """The children of a container of a common type, in order; None for anything else."""
     kind = type(node)
     if kind is dict:
         return node.values()  # type: ignore[no-any-return]
@@ -128,21 +126,21 @@ def _children(node: Any) -> Iterable[Any] | None:
     return CHILDREN[kind](node) if kind in CHILDREN else None
 
 
-def _collect(node: Any, found: list[Tensor]) -> None:
+def _collect(node: Any, result: list[Tensor]) -> None:
     kind = type(node)
     if kind is Tensor:
-        found.append(node)
+        result.append(node)
     elif kind is dict:
         for child in node.values():
-            _collect(child, found)
+            _collect(child, result)
     elif kind is tuple or kind is list:
         for child in node:
-            _collect(child, found)
+            _collect(child, result)
     elif kind in CHILDREN:
         for child in CHILDREN[kind](node):
-            _collect(child, found)
+            _collect(child, result)
     elif kind not in _PLAIN:
-        found.extend(leaf for leaf in leaves(node) if isinstance(leaf, Tensor))
+        result.extend(leaf for leaf in leaves(node) if isinstance(leaf, Tensor))
 
 
 def named_tensors(tree: Any) -> list[tuple[str, Tensor]]:
@@ -156,7 +154,7 @@ def named_tensors(tree: Any) -> list[tuple[str, Tensor]]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes held by the tensors of `tree`; a tensor that occurs twice counts once.
+    """The bytes of the tensors of `tree`; a tensor that occurs twice counts once.
 
     >>> import torch
     >>> x = torch.zeros(3)
@@ -167,7 +165,7 @@ def nbytes(tree: Any) -> int:
 
 
 def select(where: Tensor, yes: Any, no: Any) -> Any:
-    """Leaf by leaf, `yes` where the boolean scalar `where` is true, else `no`; without leaving the device.
+    """Leaf by leaf, `yes` if the boolean scalar `where` is true, else `no`; computed on the device.
 
     >>> import torch
     >>> select(torch.tensor(False), {"x": torch.tensor(1)}, {"x": torch.tensor(2)})
@@ -177,14 +175,14 @@ def select(where: Tensor, yes: Any, no: Any) -> Any:
 
 
 def differences(expected: Any, found: Any) -> list[str]:
-    """What a reader needs to see when two trees should have had the same structure.
+    """The differences between two trees that should have the same structure, one line each, for an error message.
 
     >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 2})
     ['missing b', 'unexpected c']
     """
-    want, have = paths(expected), paths(found)
-    lines = [f"missing {printable(path)}" for path in want if path not in set(have)]
-    lines += [f"unexpected {printable(path)}" for path in have if path not in set(want)]
+    expected_paths, found_paths = paths(expected), paths(found)
+    lines = [f"missing {printable(path)}" for path in expected_paths if path not in set(found_paths)]
+    lines += [f"unexpected {printable(path)}" for path in found_paths if path not in set(expected_paths)]
     if not lines and structure(expected) != structure(found):
         lines.append(printable(f"structure {structure(found)} where {structure(expected)} was expected"))
     return lines
