@@ -72,13 +72,12 @@ class Reader:
     def _packs(self, records: Sequence[LeafRecord]) -> dict[tuple[str, str | None], Array]:
         """The arrays in which these leaves are packed."""
         pack_keys = {(record.item, record.array) for record in records if record.start is not None}
-        packs = [record for record in self.header.packs if (record.item, record.array) in pack_keys]
-        return {
-            (record.item, record.array): dtypes.bits(self._array(record, _full_request(record)))
-            .numpy()
-            .view(_carrier(record))
-            for record in packs
-        }
+        arrays = {}
+        for pack in self.header.packs:
+            if (pack.item, pack.array) in pack_keys:
+                bits = dtypes.bits(self._array(pack, _full_request(pack)))
+                arrays[pack.item, pack.array] = bits.numpy().view(_carrier(pack))
+        return arrays
 
     def _value(
         self,
@@ -92,11 +91,10 @@ class Reader:
         if record.kind not in ARRAYS:
             return decode(record.kind, record.value)
         request = request or _full_request(record)
-        value = (
-            self._array(record, request)
-            if record.start is None
-            else _unpack_leaf(record, request, packs[record.item, record.array])
-        )
+        if record.start is None:
+            value = self._array(record, request)
+        else:
+            value = _unpack_leaf(record, request, packs[record.item, record.array])
         return as_kind(record.kind, value) if convert is None else convert(record, value)
 
     def _array(self, record: LeafRecord, request: ReadRequest) -> Tensor:
@@ -206,13 +204,13 @@ def load(path: str | os.PathLike[str], *, item: str = "state", under: str = "") 
     records, depth = pick(reader, under)
     result: Any = {}
     for record, value in zip(records, reader.read(records), strict=True):
-        path = record.path[depth:]
-        if not path:
+        keys = record.path[depth:]
+        if not keys:
             return value
         node = result
-        for key in path[:-1]:
+        for key in keys[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = value
+        node[keys[-1]] = value
     return result
 
 

@@ -61,11 +61,11 @@ def restore(
     paths, values, spec = named(like)
     reader = Reader(path)
     saved = renamed(reader.records, rename)
-    kinds = [kind_of_like(value, path) for value, path in zip(values, paths, strict=True)]
+    kinds = [kind_of_like(value, leaf_path) for value, leaf_path in zip(values, paths, strict=True)]
     specs = shard_specs.by_leaf_index(shard_specs.leaf_specs(step, like), kinds)
     targets = [
-        _Target(name_of(path), kind, value, specs.get(index))
-        for index, (path, kind, value) in enumerate(zip(paths, kinds, values, strict=True))
+        _Target(name_of(leaf_path), kind, value, specs.get(index))
+        for index, (leaf_path, kind, value) in enumerate(zip(paths, kinds, values, strict=True))
     ]
     problems = Problems.between(targets, saved, cast)
     if problems.wrong or (strict and problems.any()):

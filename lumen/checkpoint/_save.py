@@ -102,9 +102,10 @@ def write(
     the others call `write_shard`, which returns after this. If writing fails, the written files are removed.
     """
     try:
-        records, files, synced = (
-            _write_single(temporary, snap) if session is None else _write_main(temporary, snap, session)
-        )
+        if session is None:
+            records, files, synced = _write_single(temporary, snap)
+        else:
+            records, files, synced = _write_main(temporary, snap, session)
         text = header.dump(records, files, **_versions(), **fields)
         (temporary / header.FILE).write_text(text)
         sync(temporary, synced)

@@ -69,13 +69,8 @@ class Plan:
 
 def layout(snap: Snapshot) -> Any:
     """What rank 0 must know of each process: a digest of its tree, and the boxes that it writes."""
-    text = repr(
-        [
-            (record.item, record.path, record.kind, record.dtype, record.shape)
-            for record in snap.records
-            if record.item == "state"
-        ]
-    )
+    state_records = [record for record in snap.records if record.item == "state"]
+    text = repr([(record.item, record.path, record.kind, record.dtype, record.shape) for record in state_records])
     return [hashlib.sha256(text.encode()).hexdigest(), [*_boxes(snap).items()]]
 
 

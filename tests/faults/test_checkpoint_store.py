@@ -272,7 +272,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_open(tmp_path):
 def test_a_read_only_directory_is_refused_at_open(tmp_path):
     tmp_path.chmod(0o500)
     for path in (tmp_path, tmp_path / "new"):
-        with pytest.raises(CheckpointError, match="Permission denied. Give a directory that this user may write to"):
+        with pytest.raises(CheckpointError, match="Permission denied. Use a directory that this user may write to"):
             Store(path).open()
     tmp_path.chmod(0o700)
 

@@ -188,7 +188,7 @@ def test_a_checkpoint_without_its_header_is_set_aside(tmp_path):
         os.remove(lost.parent / str(each) / header.FILE)
     with pytest.raises(CorruptCheckpointError, match=r"checkpoints/6 has lost its header"):
         fit(tmp_path)
-    with checkpoint.Store(lost.parent) as store, pytest.warns(InexactWarning, match="is now damaged-4-1"):
+    with checkpoint.Store(lost.parent) as store, pytest.warns(InexactWarning, match="was renamed to damaged-4-1"):
         store.save(4, {"w": torch.ones(1)})
     with pytest.raises(CheckpointNotFoundError, match="was not written by Lumen"):
         checkpoint.load(tmp_path)

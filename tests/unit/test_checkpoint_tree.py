@@ -265,7 +265,7 @@ def test_something_there_already_is_not_touched(tmp_path):
     (tmp_path / "x").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("x", "link"):
-        with pytest.raises(CheckpointExistsError, match="there already"):
+        with pytest.raises(CheckpointExistsError, match="exists; a checkpoint is written to a new directory"):
             checkpoint.save(tmp_path / name, {"a": 1})
     assert (tmp_path / "x").read_text() == "mine"
 
@@ -393,7 +393,7 @@ def test_casts(tmp_path):
     for bad in ({**like, "f": torch.zeros(3, dtype=torch.int32)}, {**like, "i": torch.zeros(2, dtype=torch.bool)}):
         with pytest.raises(CheckpointMismatchError, match="different"):
             checkpoint.restore(path, bad, cast=True)
-    with pytest.raises(CheckpointMismatchError, match="i holds values that do not fit into uint8"):
+    with pytest.raises(CheckpointMismatchError, match="i has values that do not fit into uint8"):
         checkpoint.restore(path, {**like, "i": torch.zeros(2, dtype=torch.uint8)}, cast=True)
 
 
@@ -426,7 +426,7 @@ def test_load_part_by_part(tmp_path):
     assert list(checkpoint.load(path, under="params")) == ["w", "wide"]
     assert_same(checkpoint.load(path, under="params/w"), torch.ones(2))
     assert checkpoint.load(path, item="extra") == {"n": 5}
-    with pytest.raises(CheckpointNotFoundError, match=r"nothing under 'par'; it holds a~1b, opt, params"):
+    with pytest.raises(CheckpointNotFoundError, match=r"nothing under 'par'; it has a~1b, opt, params"):
         checkpoint.load(path, under="par")
     with pytest.raises(CheckpointError, match="items state and extra"):
         checkpoint.load(path, item="meta")

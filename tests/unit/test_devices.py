@@ -173,7 +173,7 @@ def test_generators_of_any_accelerator_are_in_a_checkpoint(xpu: Accelerator) -> 
     rng.restore(held)
     assert [int(state) for state in xpu.states] == [0, 1]
     xpu.states.pop()
-    with pytest.warns(lm.InexactWarning, match="XPU devices 1 were not restored: there are 1 here"):
+    with pytest.warns(lm.InexactWarning, match="XPU devices 1 were not restored: this machine has 1"):
         rng.restore(held)
     del held["other"]  # as before there were any
     rng.restore(held)
