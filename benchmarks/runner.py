@@ -91,7 +91,7 @@ def runner_saving(steps: int, folder: Path) -> float:
         step,
         sinks=[lm.sinks.JSONL(folder / "saving.jsonl")],
         checkpoint=lm.Checkpointer(tempfile.mkdtemp(dir=folder), every=lm.Every(seconds=3600)),
-        callbacks=[lm.EarlyStop("train/loss", patience=10**9)],
+        callbacks=[lm.EarlyStop(monitor="train/loss", patience=10**9)],
         log_every=LOG_EVERY,
         progress=False,
     ).fit(make_state(), data, until=lm.Epochs(1) | lm.Seconds(3600))

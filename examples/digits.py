@@ -126,7 +126,7 @@ def main(config: Config) -> lm.Result:
     runner = lm.Runner(
         step,
         transforms=make_transforms(config.transforms),
-        checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(epochs=1), best=("val/accuracy", "max")),
+        checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(epochs=1), monitor="val/accuracy", mode="max"),
         sinks=[lm.sinks.TensorBoard(config.logdir), lm.sinks.JSONL(config.logdir / "metrics.jsonl")],
         config=config,
         progress=config.progress,

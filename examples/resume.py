@@ -128,16 +128,15 @@ def train(config: Config) -> lm.Result:
     tx = lm.optim.chain(
         lm.optim.clip_by_global_norm(1.0),
         lm.optim.adamw(config.lr, weight_decay=0.05, decay_mask=lm.optim.matrices),
-        lm.optim.reduce_on_plateau(factor=0.5, patience=3),
+        lm.optim.reduce_on_plateau(factor=0.5, patience=3, monitor="val/loss"),
     )
-    checkpoint = lm.Checkpointer(config.rundir, every=lm.Every(steps=20), keep=3, best=("val/loss", "min"))
+    checkpoint = lm.Checkpointer(config.rundir, every=lm.Every(steps=20), keep=3, monitor="val/loss", mode="min")
     runner = lm.Runner(
         step,
         transforms=[lm.ema(0.98), lm.donate()],
         checkpoint=checkpoint,
         sinks=[lm.sinks.TensorBoard(config.rundir), lm.sinks.JSONL(config.rundir / "metrics.jsonl")],
-        callbacks=[lm.EarlyStop("val/loss", patience=config.patience)],
-        plateau="val/loss",
+        callbacks=[lm.EarlyStop(monitor="val/loss", patience=config.patience)],
         config=config,
         log_every=5,
         progress=config.progress,
@@ -159,7 +158,7 @@ def report(result: lm.Result, config: Config) -> None:
     """What came out, and the averaged params of the best checkpoint as a file of their own."""
     print(f"{result.reason}, after {result.clock.step} steps in {result.clock.seconds:.1f} s of training")
     print(f"val/loss {result.metrics['val/loss']:.4f}, val/accuracy {result.metrics['val/accuracy']:.4f}")
-    best = lm.Checkpointer(config.rundir, best=("val/loss", "min")).best()
+    best = lm.Checkpointer(config.rundir, monitor="val/loss").best()
     exported = config.rundir / "best.safetensors"
     exported.unlink(missing_ok=True)
     lm.checkpoint.export(best, exported, what="ema")

@@ -120,7 +120,7 @@ def main(config: Config) -> lm.Result:
     runner = lm.Runner(
         step,
         transforms=[lm.donate(), lm.ddp()],
-        checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(epochs=10), best=("val/elbo_per_pixel", "max")),
+        checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(epochs=10), monitor="val/elbo_per_pixel", mode="max"),
         sinks=[lm.sinks.TensorBoard(config.logdir), lm.sinks.JSONL(config.logdir / "metrics.jsonl")],
         config=config,
         progress=config.progress,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,6 @@ _LUMEN_OPTIMIZERS: dict[type, tuple[Callable[..., GradientTransformation], froze
     torch.optim.Adagrad: (adagrad, frozenset({"eps", "lr_decay", "weight_decay"})),
 }
 _IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable")  # these do not affect the result
-
-
-class Configured(NamedTuple):
-    """An optimizer, and the metric that its `reduce_on_plateau` monitors."""
-
-    tx: GradientTransformation
-    monitor: str | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Table:
         return self.values.to(step.device)[index]
 
 
-def convert_optimizer(module: nn.Module, result: Any, length: Length) -> Configured:
+def convert_optimizer(module: nn.Module, result: Any, length: Length) -> GradientTransformation:
     """Convert the `result` of `module.configure_optimizers()` to an optimizer of Lumen.
 
     Raises `HyperparameterError` for several optimizers, and for a scheduler that changes more than learning rates.
@@ -76,11 +69,11 @@ def convert_optimizer(module: nn.Module, result: Any, length: Length) -> Configu
     optimizer, scheduler = _optimizer_and_config(result)
     names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     groups = optimizer.param_groups
-    plateau, monitor = None, None
+    plateau = None
     rates: Sequence[Any] = [float(group["lr"]) for group in groups]
     if scheduler is not None:
         if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
-            plateau, monitor = _plateau(scheduler, optimizer), scheduler["monitor"]
+            plateau = _plateau(scheduler, optimizer)
         else:
             rates = _tables(scheduler, optimizer, length)
     group_rules = [_rule(optimizer, group, rate) for group, rate in zip(groups, rates, strict=True)]
@@ -90,7 +83,7 @@ def convert_optimizer(module: nn.Module, result: Any, length: Length) -> Configu
         frozen = len(group_rules)  # the label of params outside all groups
         rules = dict(enumerate([*group_rules, freeze()]))
         tx = partition(rules, label=lambda name, _leaf: owners.get(name, frozen))
-    return Configured(tx if plateau is None else chain(tx, plateau), monitor)
+    return tx if plateau is None else chain(tx, plateau)
 
 
 def _optimizer_and_config(result: Any) -> tuple[torch.optim.Optimizer, dict[str, Any] | None]:
@@ -190,7 +183,7 @@ def _options(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict
 
 
 def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> GradientTransformation:
-    """ReduceLROnPlateau's rule, in units of the learning rate."""
+    """ReduceLROnPlateau's rule, in units of the learning rate; it monitors a metric of the validation "val"."""
     scheduler = config["scheduler"]
     if config["interval"] != "epoch" or config["frequency"] != 1:
         raise HyperparameterError(
@@ -217,4 +210,5 @@ def _plateau(config: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Gra
         cooldown=scheduler.cooldown,
         min_scale=min(floors) / rate,
         eps=scheduler.eps / rate,
+        monitor=f"val/{config['monitor']}",
     )

@@ -11,17 +11,18 @@ from lumen.errors import HyperparameterError
 
 @dataclass(frozen=True)
 class Retention:
-    """Keep the newest `keep` (None: all), the best `keep_best` by a metric, and each step that `keep_every` divides.
+    """Keep the newest `keep` (None: all), the best `keep_best` by `monitor`, and each step that `keep_every` divides.
 
     A tie goes to the later step, which has seen more data (Lightning keeps the earlier one). NaN is never best.
 
     >>> saved = {step: {"loss": loss} for step, loss in enumerate([10, 9, 2.8, 5, 2.5])}
-    >>> Retention(best=("loss", "min"), keep_best=2).steps_to_keep(saved)
+    >>> Retention(monitor="loss", mode="min", keep_best=2).steps_to_keep(saved)
     {2, 4}
     """
 
     keep: int | None = 1
-    best: tuple[str, str] | None = None
+    monitor: str | None = None
+    mode: str = "min"
     keep_best: int = 1
     keep_every: int | None = None
 
@@ -30,8 +31,10 @@ class Retention:
             value = getattr(self, name)
             if not (value is None and name != "keep_best") and (type(value) is not int or value < 1):
                 raise HyperparameterError(f"{name} takes an int from 1 up, got {value!r}.")
-        if self.best is not None and not _is_best(self.best):
-            raise HyperparameterError(f'best takes a metric and "min" or "max", ("val/loss", "min"); got {self.best!r}')
+        if not isinstance(self.monitor, str | None):
+            raise HyperparameterError(f"monitor takes the name of a metric, such as 'val/loss', got {self.monitor!r}.")
+        if self.mode not in ("min", "max"):
+            raise HyperparameterError(f"mode={self.mode!r} is unknown; give 'min' or 'max'.")
 
     def steps_to_keep(self, saved: Mapping[int, Mapping[str, float]]) -> set[int]:
         """The steps to keep, of those saved with these metrics; always includes the newest."""
@@ -42,11 +45,10 @@ class Retention:
 
     def ranked(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
         """The steps that were saved with the metric, the best first."""
-        if self.best is None:
+        if self.monitor is None:
             return []
-        metric, mode = self.best
-        sign = 1 if mode == "min" else -1
-        values = {step: metrics[metric] for step, metrics in saved.items() if metric in metrics}
+        sign = 1 if self.mode == "min" else -1
+        values = {step: metrics[self.monitor] for step, metrics in saved.items() if self.monitor in metrics}
         candidates = [step for step, value in values.items() if not math.isnan(value)]
         return sorted(candidates, key=lambda step: (sign * values[step], -step))
 
@@ -54,7 +56,3 @@ class Retention:
         """Whether one more step, with these metrics, would be among the best."""
         newest = max(saved, default=-1) + 1
         return newest in self.ranked({**saved, newest: metrics})[: self.keep_best]
-
-
-def _is_best(best: object) -> bool:
-    return isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("min", "max")

@@ -26,10 +26,10 @@ class Store:
     `save` returns when the tree has been copied to host memory; a thread writes the copy to disk. Consecutive saves
     reuse the memory of the copy.
 
-    A store keeps the newest `keep` checkpoints (None: all). With `best=("val/loss", "min")` or "max" it also keeps the
-    best `keep_best` by that metric: a tie goes to the later step, NaN is never best, and a checkpoint saved without the
-    metric does not count. It also keeps each step that `keep_every` divides. An old checkpoint is deleted when the new
-    one is on disk.
+    A store keeps the newest `keep` checkpoints (None: all). With `monitor="val/loss"` it also keeps the best `keep_best`
+    by that metric, the lowest or highest as `mode` is "min" or "max": a tie goes to the later step, NaN is never best,
+    and a checkpoint saved without the metric does not count. It also keeps each step that `keep_every` divides. An old
+    checkpoint is deleted when the new one is on disk.
 
     To save, open the store: `with lm.checkpoint.Store("runs/a") as store`. Reading needs no open store, and works while
     a run writes.
@@ -55,14 +55,15 @@ class Store:
         directory: str | os.PathLike[str],
         *,
         keep: int | None = 1,
-        best: tuple[str, str] | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
         keep_best: int = 1,
         keep_every: int | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         self.directory = Path(directory)
         self.blocked = 0.0
-        self._retention = Retention(keep, best, keep_best, keep_every)
+        self._retention = Retention(keep, monitor, mode, keep_best, keep_every)
         self._checkpoints = StoreDirectory(self.directory)
         self._timeout = timeout
         self._step_fn: StepFn | None = None  # whose states are saved
@@ -127,7 +128,7 @@ class Store:
 
         It waits for an earlier save that is still running, and raises the error of that one. An existing checkpoint of
         the step is replaced. `extra` is a second tree, and `meta` any JSON: see `lm.checkpoint.save`. `metrics` are
-        numbers or 0-d tensors, for `best`.
+        numbers or 0-d tensors, among which `monitor` is looked up.
         """
         began = time.perf_counter()
         try:
@@ -176,7 +177,7 @@ class Store:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The best step by the metric of `best=`, or None if there is no metric, or no checkpoint that has it."""
+        """The best step by `monitor`, or None if there is no metric, or no checkpoint that has it."""
         return next(iter(self._retention.ranked(self._checkpoints.metrics_by_step())), None)
 
     def would_keep(self, metrics: Mapping[str, float]) -> bool:

@@ -84,7 +84,7 @@ def train(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | None]:
     tx = optim.chain(
         optim.clip_by_global_norm(1.0), optim.adamw(schedule, weight_decay=0.05, decay_mask=optim.matrices)
     )
-    checkpoint = Checkpointer(rundir, every=Every(epochs=4), best=("val/accuracy", "max"))
+    checkpoint = Checkpointer(rundir, every=Every(epochs=4), monitor="val/accuracy", mode="max")
     runner = Runner(
         step,
         transforms=[donate(), seeded(), ddp()],

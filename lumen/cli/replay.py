@@ -17,7 +17,7 @@ from lumen.cli.entry_point import load_step
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import Step, as_step, compose
 from lumen.errors import NonFiniteError
-from lumen.train.replay import described as describe_dump
+from lumen.train.replay import read_description as describe_dump
 from lumen.train.replay import replay
 from lumen.transforms._compile import compile as compiled
 

@@ -31,6 +31,7 @@ class PlateauRule:
     cooldown: int
     min_scale: float
     eps: float
+    monitor: str | None
 
 
 @pytree_dataclass
@@ -53,13 +54,15 @@ def reduce_on_plateau(
     cooldown: int = 0,
     min_scale: float = 0.0,
     eps: float = 1e-8,
+    *,
+    monitor: str | None = None,
 ) -> GradientTransformation:
     """Scale updates down each time a metric has not improved for more than `patience` reports.
 
-    Put it behind an optimizer in a chain, and report the metric with `plateau_step` (the Runner does). The
-    scale starts at 1 and follows the table of `torch.optim.lr_scheduler.ReduceLROnPlateau`, with the
-    learning rate as the
-    unit: torch's `min_lr` and `eps` are `lr · min_scale` and `lr · eps`.
+    Put it behind an optimizer in a chain. The Runner reports the metric `monitor` after each validation; without a
+    Runner, report it with `plateau_step`. The scale starts at 1 and follows the table of
+    `torch.optim.lr_scheduler.ReduceLROnPlateau`, with the learning rate as the unit: torch's `min_lr` and `eps` are
+    `lr · min_scale` and `lr · eps`.
 
     Args:
         factor: what the scale is multiplied by, in [0, 1).
@@ -70,6 +73,8 @@ def reduce_on_plateau(
         cooldown: how many reports after a reduction do not count as bad.
         min_scale: the least scale.
         eps: a reduction by no more than this is not made.
+        monitor: the name of the metric, such as "val/loss". The Runner needs it: a run is a `StepError` without it, or
+            where no validation returns that name.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -92,7 +97,7 @@ def reduce_on_plateau(
         raise HyperparameterError(
             f"mode={mode!r} must be 'min' or 'max', and threshold_mode={threshold_mode!r} 'rel' or 'abs'."
         )
-    rule = PlateauRule(factor, patience, threshold, threshold_mode, mode, cooldown, min_scale, eps)
+    rule = PlateauRule(factor, patience, threshold, threshold_mode, mode, cooldown, min_scale, eps, monitor)
 
     def init(params: Any) -> PlateauState:
         device = device_of(params)
@@ -107,8 +112,10 @@ def reduce_on_plateau(
     return GradientTransformation(init, update, scale_fn=lambda state: state.scale)
 
 
-def plateau_step(opt_state: Any, metric: float | Tensor) -> Any:
+def plateau_step(opt_state: Any, metric: float | Tensor, *, monitor: str | None = None) -> Any:
     """The optimizer's state after a report of `metric`, wherever in it `reduce_on_plateau` is nested.
+
+    With `monitor`, only those that monitor this name get the report.
 
     It takes no branch on a value, so it works for many lanes under `vmap` as well.
 
@@ -127,7 +134,7 @@ def plateau_step(opt_state: Any, metric: float | Tensor) -> Any:
 
     def visit(node: Any) -> Any:
         nonlocal found
-        if not isinstance(node, PlateauState):
+        if not isinstance(node, PlateauState) or monitor not in (None, node.rule.monitor):
             return node
         found = True
         return _reported(node, metric)

@@ -1,1 +1,1 @@
-"""The Runner, and what it is told: when to stop, when to validate, what to show."""
+"""The Runner and its settings: when to stop, when to validate, what to save and what to show."""

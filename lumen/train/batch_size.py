@@ -1,4 +1,4 @@
-"""How many rows and tokens a batch has, from shapes alone."""
+"""Counts the rows and tokens of a batch from its shapes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def count_rows(batch: Any, stacked: bool = False) -> int:
-    """The leading size of the batch's first tensor (of `stacked` batches: the product of its first two); 0 without one.
+    """The size of the first dim of the batch's first tensor, or 0 without a tensor; of `stacked` batches the first two.
 
-    Called at each step, so it looks into dicts and tuples without listing their leaves.
+    It runs at each step, so it looks into dicts and tuples without listing their leaves.
     """
     node = batch
     while type(node) in (dict, tuple, list) and node:
@@ -31,12 +31,12 @@ def count_rows(batch: Any, stacked: bool = False) -> int:
 
 
 def count_tokens(batch: Any) -> int:
-    """The number of elements of the first tensor of integers in `batch`; raises `BatchError` where there is none."""
+    """The number of elements of the first integer tensor in `batch`; raises `BatchError` without one."""
     for leaf in tree.tensors(batch):
         if leaf.dtype in _INTEGERS:
             return leaf.numel()
     raise BatchError(
-        "tokens are counted in the batch's first tensor of integers, and this batch has none. Say how to count them:"
+        "tokens are counted in the batch's first integer tensor, and this batch has none. Say how to count them:"
         " lm.Runner(step, tokens=lambda batch: batch['x'].numel())"
     )
 

@@ -1,4 +1,4 @@
-"""Tensors of known names, shapes and dtypes as one row of bytes, and back."""
+"""Packs tensors into one tensor of bytes, and unpacks them by their names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def layout_of(entry: Entry) -> Layout:
 
 
 def total_bytes(layout: Layout) -> int:
-    """How many bytes an entry of this layout has."""
+    """The size in bytes of an entry of this layout."""
     return sum(_byte_sizes(layout))
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor."""
+    """The tensor's memory as a tensor of bytes."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def from_bytes(layout: Layout, row: Tensor) -> dict[str, dict[str, Tensor]]:
-    """The entry whose tensors were laid out in `row`."""
+    """Unpack the entry whose tensors are in `row`."""
     entry: dict[str, dict[str, Tensor]] = {}
     for (name, key, shape, dtype), data in zip(layout, row.split(_byte_sizes(layout)), strict=True):
-        entry.setdefault(name, {})[key] = data.clone().view(dtype).reshape(shape)  # a copy begins where a dtype may
+        entry.setdefault(name, {})[key] = data.clone().view(dtype).reshape(shape)  # a copy is aligned for its dtype
     return entry
 
 

@@ -1,4 +1,4 @@
-"""Callbacks: few points at which a run can be watched, or asked to stop."""
+"""Callbacks: a few points at which user code can observe a run, or stop it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lumen.train.clock import Clock
 
 
 def _ignore(*_args: Any) -> None:
-    """What a view made by hand does where nobody listens."""
+    """The default of `stop` and `log`, for a context that is created by hand."""
 
 
 @dataclass(frozen=True)
 class CallbackContext:
-    """What a callback sees: the run's `clock`, its current `state`, `metrics` and `batch`, and what it may ask for.
+    """The argument of a callback: the run's `clock`, its current `state`, `metrics` and `batch`, and two functions.
 
-    `metrics` are the step's own, on the device, in `on_step`; the numbers just published in `on_log`; the newest of
-    all numbers elsewhere. `stop(reason)` ends the run after this step, `log({"name": value})` sends values to the
-    sinks. A view is for reading: what should change training is a transform. With `lm.donate()` the state is valid
-    until the next step.
+    In `on_step` the `metrics` are those that the step returned, on the device; in `on_log` the numbers just published;
+    elsewhere the newest number of each name. `stop(reason)` ends the run after this step, `log({"name": value})` sends
+    values to the sinks. A callback only reads: to change training, write a transform. With `lm.donate()` the state is
+    valid until the next step.
     """
 
     clock: Clock
@@ -34,10 +34,10 @@ class CallbackContext:
 
 
 class Callback:
-    """Base of callbacks; override the points that matter, the others cost nothing.
+    """Base class of callbacks. Override the methods that you need; the others cost nothing.
 
-    A callback with memory gives it as plain data in `state_dict`: it is kept in checkpoints, and handed to
-    `load_state_dict` when a run goes on.
+    A callback with state returns it as plain data from `state_dict`. Checkpoints save it, and a resumed run passes it
+    to `load_state_dict`.
 
     >>> import lumen as lm
     >>> class StopAt(lm.Callback):
@@ -59,84 +59,84 @@ class Callback:
         """After each validation."""
 
     def on_checkpoint(self, view: CallbackContext) -> None:
-        """After each checkpoint was taken; it may still be on its way to the disk."""
+        """After each checkpoint; a thread may still be writing it to disk."""
 
     def on_exception(self, view: CallbackContext, error: BaseException) -> None:
-        """When the run is about to end with `error`, which is an `lm.Interrupted` where a signal asked it to."""
+        """When the run is about to end with `error`; after a signal that is an `lm.Interrupted`."""
 
     def on_end(self, view: CallbackContext) -> None:
         """After the last step of a run that ended without an exception."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it must remember when the run goes on from a checkpoint: numbers, strings, lists and dicts of them."""
+        """What a resumed run needs: numbers, strings, and lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 POINTS = ("on_start", "on_step", "on_log", "on_validate", "on_checkpoint", "on_exception", "on_end")
 
 
 class Callbacks:
-    """Several callbacks as one; a point that none overrides is an empty list."""
+    """The callbacks of a run, listed for each point that they override."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._all = tuple(callbacks)
         self._at = {point: [getattr(c, point) for c in callbacks if _overrides(c, point)] for point in POINTS}
 
     def listens(self, point: str) -> bool:
-        """Whether any callback has something to do at `point`."""
+        """Whether any callback overrides `point`."""
         return bool(self._at[point])
 
     def may_publish(self) -> bool:
-        """Whether any is of the user's own: those of Lumen publish no numbers."""
-        return any(not type(each).__module__.startswith("lumen.") for each in self._all)
+        """Whether any callback is the user's own: those of Lumen publish no numbers."""
+        return any(not type(callback).__module__.startswith("lumen.") for callback in self._all)
 
     def call(self, point: str, view: CallbackContext, *args: Any) -> None:
-        """Run all callbacks at `point`, in the order they were given."""
+        """Call all callbacks at `point`, in their order."""
         for fn in self._at[point]:
             fn(view, *args)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The memory of each, with its class, in their order."""
-        return [{"kind": type(c).__name__, "state": _memory(c)} for c in self._all]
+        """The state of each callback with its class, in their order."""
+        return [{"kind": type(c).__name__, "state": _state_of(c)} for c in self._all]
 
     def load_state_dict(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Hand each its memory: that of the same class, in their order.
+        """Pass each callback the state of the same class, in their order.
 
-        One that is new to the run begins without; memory that nobody takes is lost, with an `InexactWarning`.
+        A callback that is new to the run starts without one; a state without a callback is an `InexactWarning`.
         """
-        for each, found in by_class(saved, self._all):
-            if not each["state"]:
+        for entry, callback in match_by_class(saved, self._all):
+            if not entry["state"]:
                 continue
-            if found is not None:
-                found.load_state_dict(each["state"])
+            if callback is not None:
+                callback.load_state_dict(entry["state"])
             else:
                 warnings.warn(
-                    f"the checkpoint holds the memory of a callback {each['kind']}, which this run does not have.",
+                    f"the checkpoint holds the state of a callback {entry['kind']}, which this run does not have.",
                     InexactWarning,
                     stacklevel=2,
                 )
 
 
-def by_class(saved: Sequence[Mapping[str, Any]], present: Sequence[Any]) -> list[tuple[Mapping[str, Any], Any]]:
-    """What was saved of each object, by its `kind`, with the object of that class now; None where there is none.
+def match_by_class(saved: Sequence[Mapping[str, Any]], present: Sequence[Any]) -> list[tuple[Mapping[str, Any], Any]]:
+    """Each saved entry with the present object of the class that its `kind` names, or None.
 
-    Those of a class go by their order, as others may have come or gone.
+    Objects of one class are matched in their order, since objects of other classes may have been added or removed.
     """
-    waiting = list(present)
+    unmatched = list(present)
     pairs = []
-    for each in saved:
-        found = next((i for i, one in enumerate(waiting) if type(one).__name__ == each["kind"]), None)
-        pairs.append((each, None if found is None else waiting.pop(found)))
+    for entry in saved:
+        index = next((i for i, candidate in enumerate(unmatched) if type(candidate).__name__ == entry["kind"]), None)
+        pairs.append((entry, None if index is None else unmatched.pop(index)))
     return pairs
 
 
-def _memory(callback: Any) -> dict[str, Any]:
+def _state_of(callback: Any) -> dict[str, Any]:
     return callback.state_dict() if hasattr(callback, "state_dict") else {}
 
 
 def _overrides(callback: Any, point: str) -> bool:
-    own = getattr(type(callback), point, None)
-    return own is not None and own is not getattr(Callback, point)
+    method = getattr(type(callback), point, None)
+    return method is not None and method is not getattr(Callback, point)

@@ -1,4 +1,4 @@
-"""`Checkpointer`: when a run saves, what it keeps, and from where it goes on."""
+"""`Checkpointer`: when a run saves, which checkpoints it keeps, and which one it resumes from."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lumen.errors import CheckpointError, CorruptCheckpointError
 from lumen.train.clock import Every
 from lumen.train.sink_group import Positions
 
-Best = tuple[str, Literal["min", "max"]]
-
 
 class Checkpointer:
-    """Saves a run in `directory/checkpoints`, so that it can go on after anything.
+    """Saves a run in `directory/checkpoints`, so that it can resume after any interruption.
 
-    A checkpoint holds all that the rest of the run depends on: the state with its slots, the random generators, the
-    place in the data, the clock, half-merged metrics, and the memory of callbacks. Saving blocks the run for a copy to
-    host memory; the rest happens beside it. The Runner saves also at the end, when a signal ends the run, and, where
-    the state is whole, when an exception does.
+    A checkpoint holds everything that the remaining steps depend on: the state with its slots, the random generators,
+    the position in the data, the clock, metrics that are not logged yet, and the state of callbacks. Saving blocks the
+    run while the state is copied to host memory; a thread writes it to disk. The Runner also saves at the end of a run,
+    when a signal ends it, and when an exception does, if the state is consistent.
 
     Args:
-        directory: the run's directory; made where it is missing. Only one run at a time may write to it.
+        directory: the run's directory, created if it is missing. Only one run at a time may write to it.
         every: how often to save.
         keep: how many of the newest to keep; None keeps all.
-        best: a metric and whether it is to be small or large, `("val/loss", "min")`: the `keep_best` best are kept
-            besides, and a validation that makes one of them is saved even when nothing else is due. A name that the run
-            does not publish is a `StepError`, before the first step or at the first validation.
-        keep_best: how many.
+        monitor: the name of a metric, such as "val/loss". The `keep_best` checkpoints with the best values are kept
+            too, and a validation that reaches one of them is saved even when no save is due. A name that the run does
+            not publish is a `StepError`, before the first step or at the first validation.
+        mode: whether smaller ("min") or larger ("max") is better.
+        keep_best: how many of the best to keep.
         keep_every: keep each checkpoint whose step is divisible by this.
-        frozen: whether parameters that are not trained are saved too. Without them the checkpoints of a fine-tuning are
-            as small as what it trains; the run then goes on only beside the same ones, which is checked. Elsewhere
-            read such a checkpoint into a state that has them: `lm.checkpoint.restore(path, state, strict=False)`.
+        frozen: whether to save parameters that are not trained. Without them the checkpoints of a fine-tuning run are
+            as small as what it trains. Such a run resumes only with the same frozen parameters, which is checked. To
+            read the checkpoint elsewhere, restore it into a state that has them:
+            `lm.checkpoint.restore(path, state, strict=False)`.
 
     >>> import lumen as lm, tempfile
-    >>> checkpoint = lm.Checkpointer(tempfile.mkdtemp(), every=lm.Every(steps=500), keep=3, best=("val/loss", "min"))
+    >>> checkpoint = lm.Checkpointer(tempfile.mkdtemp(), every=lm.Every(steps=500), monitor="val/loss", mode="min")
     >>> checkpoint.latest() is None
     True
     """
@@ -49,7 +49,8 @@ class Checkpointer:
         *,
         every: Every | None = None,
         keep: int | None = 1,
-        best: Best | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
         keep_best: int = 1,
         keep_every: int | None = None,
         frozen: bool = True,
@@ -57,17 +58,23 @@ class Checkpointer:
         self.directory = Path(directory)
         self.frozen = frozen
         self.every = every or Every(epochs=1)
-        self.metric = best
+        self.monitor = monitor
+        self.mode = mode
         self.store = Store(
-            self.directory / "checkpoints", keep=keep, best=best, keep_best=keep_best, keep_every=keep_every
+            self.directory / "checkpoints",
+            keep=keep,
+            monitor=monitor,
+            mode=mode,
+            keep_best=keep_best,
+            keep_every=keep_every,
         )
 
     @property
     def interrupted(self) -> Path:
-        """A file that is there while a run that a signal has ended waits to be started again.
+        """A file that exists while a run that was ended by a signal waits to be started again.
 
-        It is written once the run's last checkpoint is whole, and removed where a run begins. A job script goes by it:
-        exit code 75 says the same, but torchrun makes 1 of it.
+        It is written after the run's last checkpoint, and removed when a run begins. A job script can test for it: exit
+        code 75 says the same, but torchrun replaces it by 1.
         """
         return self.directory / "interrupted.json"
 
@@ -77,47 +84,47 @@ class Checkpointer:
         return None if step is None else self.store.path(step)
 
     def best(self) -> Path | None:
-        """The best one by the metric."""
+        """The best one by `monitor`."""
         step = self.store.best()
         return None if step is None else self.store.path(step)
 
     def begin(self, resume: str | os.PathLike[str], positions: Positions) -> Positions:
-        """Note where the sinks are as a run begins; gives where they were, if this one takes the place of another.
+        """Record the positions of the sinks as a run begins; returns those that they are to be rewound to.
 
-        That is one that died before its first checkpoint: what it logged is not to stay beside what is logged now.
+        They differ if this run replaces one that died before its first checkpoint: what that run logged is removed.
         """
-        note = self.directory / "begun.json"
-        if resume == "auto" and note.exists():
-            found: Positions = json.loads(note.read_text())["sinks"]
-            return found
-        beside = note.with_suffix(".new")
+        path = self.directory / "begun.json"
+        if resume == "auto" and path.exists():
+            recorded: Positions = json.loads(path.read_text())["sinks"]
+            return recorded
+        temporary = path.with_suffix(".new")
         try:
-            beside.write_text(json.dumps({"sinks": positions}))
-            beside.replace(note)
+            temporary.write_text(json.dumps({"sinks": positions}))
+            temporary.replace(path)
         except OSError as error:
-            raise CheckpointError(f"{note} cannot be written: {error.strerror}.") from error
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
         return positions
 
     def mark_interrupted(self, reason: str, step: int) -> None:
         """Write `interrupted`."""
-        beside = self.interrupted.with_suffix(".new")
-        beside.write_text(json.dumps({"reason": reason, "step": step}))
-        beside.replace(self.interrupted)
+        temporary = self.interrupted.with_suffix(".new")
+        temporary.write_text(json.dumps({"reason": reason, "step": step}))
+        temporary.replace(self.interrupted)
 
-    def wants(self, fresh: Mapping[str, float]) -> bool:
-        """Whether these numbers make a checkpoint that is among the best."""
-        return self.metric is not None and self.metric[0] in fresh and self.store.would_keep(fresh)
+    def is_best(self, fresh: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these numbers would be among the best."""
+        return self.monitor is not None and self.monitor in fresh and self.store.would_keep(fresh)
 
 
 def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
-    """Checkpoints to go on from, the first choice first, and whether another may be taken where it is damaged.
+    """The checkpoints to resume from, the first choice first, and whether to try the next one if it is damaged.
 
-    Raises `CheckpointError` where `resume` asks for what is not there, or "never" would mix two runs.
+    Raises `CheckpointError` for a checkpoint that does not exist, and if "never" would mix two runs.
     """
     if resume == "auto":
         if checkpointer is None:
             raise CheckpointError(
-                'resume="auto" needs to know where the checkpoints are: write'
+                'resume="auto" needs the directory of the checkpoints: write'
                 ' lm.Runner(step, checkpoint=lm.Checkpointer("runs/a"))'
             )
         store = checkpointer.store
@@ -128,43 +135,43 @@ def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]
         if checkpointer is not None and (last := _last(checkpointer.store)) is not None:
             raise CheckpointError(
                 f"{checkpointer.directory} holds the checkpoints of a run, up to step {last}, and a new run would"
-                ' mix with them. To go on from there, fit(…, resume="auto"); to start over, choose another directory'
-                " or remove that one."
+                ' mix with them. To resume that run, write fit(…, resume="auto"); to start over, choose another'
+                " directory or remove that one."
             )
         return
     path = Path(resume)
-    other = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    newest = None if other is None else other.latest()
-    yield (path if other is None or newest is None else other.path(newest)), False
+    store_at_path = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    newest = None if store_at_path is None else store_at_path.latest()
+    yield (path if store_at_path is None or newest is None else store_at_path.path(newest)), False
 
 
 def _last(store: Store) -> int | None:
     return max([*store.steps(), *store.damaged()], default=None)
 
 
-def first_whole(
+def first_undamaged(
     paths: Iterator[tuple[Path, bool]],
     read: Callable[[Path], Any],
     quarantine: Callable[[Path, Path, CorruptCheckpointError], None],
 ) -> Any:
-    """What `read` gives for the first checkpoint that is not damaged, None where there is none at all.
+    """What `read` returns for the first checkpoint that is not damaged; None if there is no checkpoint.
 
-    Of damaged ones before it, `quarantine` is told, with the one that is whole, and what was wrong; where all are
-    damaged, the first one's error is raised.
+    It passes each damaged one before it to `quarantine`, with the one that was read and the error. If all are damaged,
+    it raises the first error.
     """
     damaged: list[tuple[Path, CorruptCheckpointError]] = []
     try:
         for path, optional in list(paths):
             try:
-                found = read(path)
+                checkpoint = read(path)
             except CorruptCheckpointError as error:
                 if not optional:
                     raise
                 damaged.append((path, error))
                 continue
-            for each, why in damaged:
-                quarantine(each, path, why)
-            return found
+            for damaged_path, error in damaged:
+                quarantine(damaged_path, path, error)
+            return checkpoint
         if damaged:
             raise damaged[0][1]
         return None

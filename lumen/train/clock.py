@@ -1,4 +1,4 @@
-"""The clock of a run, when it ends (`Steps`, `Epochs`, `Tokens`, `Seconds`), and what happens `Every` so often."""
+"""The clock of a run, its limits (`Steps`, `Epochs`, `Tokens`, `Seconds`) and its intervals (`Every`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NEVER = 2**62
 
 @dataclass
 class Clock:
-    """How far a run is: optimizer `step`s, whole `epoch`s, `batch`es of this epoch, `rows`, `tokens`, `seconds`.
+    """A run's progress: optimizer `step`s, complete `epoch`s, `batch`es of this epoch, `rows`, `tokens` and `seconds`.
 
-    All count from the beginning of training, also when a run goes on from a checkpoint. `seconds` is running time:
-    that between two runs is not in it. `tokens` are counted where something asks for them.
+    All count from the beginning of training, also after a resume. `seconds` is running time, without the time between
+    two runs. `tokens` are counted only if a limit or a setting needs them.
     """
 
     step: int = 0
@@ -37,35 +37,35 @@ class Clock:
 
 
 class Until:
-    """When a run ends; `a | b` ends at whichever comes first."""
+    """A limit of a run; `a | b` ends it at whichever is reached first."""
 
-    def __or__(self, other: Until) -> Until:
-        return _First((*_members(self), *_members(other)))
+    def __or__(self, until: Until) -> Until:
+        return _First((*_members(self), *_members(until)))
 
     def reached(self, clock: Clock) -> bool:
         """Whether the run is over."""
         raise NotImplementedError
 
     def steps(self) -> int | None:
-        """The number of steps at which it ends, where that is known."""
+        """The number of steps at which the run ends, or None if that is unknown."""
         return None
 
     def epochs(self) -> int | None:
-        """The number of epochs at which it ends, where that is known."""
+        """The number of epochs at which the run ends, or None if that is unknown."""
         return None
 
     def only_steps(self) -> bool:
-        """Whether it can only be reached at the step that `steps` gives, or at the end of an epoch."""
+        """Whether it is reached only at the step that `steps` returns, or at the end of an epoch."""
         return False
 
     def needs_tokens(self) -> bool:
-        """Whether tokens must be counted for it."""
+        """Whether it needs the number of tokens."""
         return False
 
 
 @dataclass(frozen=True)
 class Steps(Until):
-    """End after so many optimizer steps.
+    """End after `n` optimizer steps.
 
     >>> import lumen as lm
     >>> lm.Steps(100) | lm.Epochs(2)
@@ -75,13 +75,13 @@ class Steps(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _positive("Steps", self.n)
+        _check_positive("Steps", self.n)
 
     def __repr__(self) -> str:
         return f"Steps({self.n})"
 
     def reached(self, clock: Clock) -> bool:
-        """Whether that many steps have been made."""
+        """Whether `n` steps are complete."""
         return clock.step >= self.n
 
     def steps(self) -> int | None:
@@ -95,7 +95,7 @@ class Steps(Until):
 
 @dataclass(frozen=True)
 class Epochs(Until):
-    """End after so many passes over the data.
+    """End after `n` passes over the data.
 
     >>> import lumen as lm
     >>> lm.Epochs(3) | lm.Seconds(3600)
@@ -105,13 +105,13 @@ class Epochs(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _positive("Epochs", self.n)
+        _check_positive("Epochs", self.n)
 
     def __repr__(self) -> str:
         return f"Epochs({self.n})"
 
     def reached(self, clock: Clock) -> bool:
-        """Whether that many epochs are complete."""
+        """Whether `n` epochs are complete."""
         return clock.epoch >= self.n
 
     def epochs(self) -> int | None:
@@ -119,16 +119,15 @@ class Epochs(Until):
         return self.n
 
     def only_steps(self) -> bool:
-        """Yes: it is looked at when an epoch ends."""
+        """Yes: it is checked when an epoch ends."""
         return True
 
 
 @dataclass(frozen=True)
 class Tokens(Until):
-    """End at the first step that is complete after so many tokens.
+    """End at the first step that is complete after `n` tokens.
 
-    The Runner's `tokens` says how to count those of a batch; by default each element of the batch's first tensor of
-    integers is one.
+    The Runner's `tokens` counts those of a batch. By default each element of the batch's first integer tensor is one.
 
     >>> import lumen as lm
     >>> lm.Tokens(10**9) | lm.Seconds(3600)
@@ -138,13 +137,13 @@ class Tokens(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _positive("Tokens", self.n)
+        _check_positive("Tokens", self.n)
 
     def __repr__(self) -> str:
         return f"Tokens({self.n})"
 
     def reached(self, clock: Clock) -> bool:
-        """Whether that many tokens have been seen."""
+        """Whether `n` tokens were trained on."""
         return clock.tokens >= self.n
 
     def needs_tokens(self) -> bool:
@@ -154,7 +153,7 @@ class Tokens(Until):
 
 @dataclass(frozen=True)
 class Seconds(Until):
-    """End at the first step that is complete after so many seconds of running time.
+    """End at the first step that is complete after `n` seconds of running time.
 
     >>> import lumen as lm
     >>> lm.Seconds(3600)
@@ -164,13 +163,13 @@ class Seconds(Until):
     n: float
 
     def __post_init__(self) -> None:
-        _positive("Seconds", self.n)
+        _check_positive("Seconds", self.n)
 
     def __repr__(self) -> str:
         return f"Seconds({self.n})"
 
     def reached(self, clock: Clock) -> bool:
-        """Whether that much time has passed."""
+        """Whether `n` seconds have passed."""
         return clock.seconds >= self.n
 
 
@@ -199,7 +198,7 @@ class _First(Until):
 
 @dataclass(frozen=True)
 class Every:
-    """So often: each `steps` steps, `epochs` epochs or `seconds` seconds; several mean whichever comes first.
+    """An interval of `steps` steps, `epochs` epochs or `seconds` seconds; of several, whichever is over first.
 
     >>> import lumen as lm
     >>> lm.Every(steps=500)
@@ -211,39 +210,40 @@ class Every:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in self._given().items() if v is not None}
-        if not given:
+        intervals = self._intervals()
+        if not intervals:
             raise HyperparameterError("Every takes steps, epochs or seconds: lm.Every(steps=500)")
-        for name, value in given.items():
-            _positive(f"Every({name}=…)", value)
+        for name, value in intervals.items():
+            _check_positive(f"Every({name}=…)", value)
 
     def __repr__(self) -> str:
-        return f"Every({', '.join(f'{k}={v}' for k, v in self._given().items() if v is not None)})"
+        return f"Every({', '.join(f'{k}={v}' for k, v in self._intervals().items())})"
 
-    def _given(self) -> dict[str, float | None]:
-        return {"steps": self.steps, "epochs": self.epochs, "seconds": self.seconds}
+    def _intervals(self) -> dict[str, float]:
+        values = {"steps": self.steps, "epochs": self.epochs, "seconds": self.seconds}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Timer:
-    """Tells when something that happens `Every` so often is due, counting from `clock`."""
+    """Says when something that happens `Every` so often is due, counting from `clock`."""
 
     def __init__(self, every: Every, clock: Clock) -> None:
         self.every = every
         self.restart(clock)
 
     def restart(self, clock: Clock) -> None:
-        """Count from here: what was due is done."""
+        """Start a new interval at `clock`."""
         self._since = {"step": clock.step, "epoch": clock.epoch, "seconds": clock.seconds}
         steps = self.every.steps
         self.next_step = NEVER if steps is None else (clock.step // steps + 1) * steps
 
     @property
     def since(self) -> int:
-        """The step from which it counts."""
+        """The step at which the interval began."""
         return int(self._since["step"])
 
     def due(self, clock: Clock, epoch_end: bool = True) -> bool:
-        """Whether it is due; it stays so until `restart`. What counts epochs is due at the end of one only."""
+        """Whether it is due; it stays due until `restart`. An interval of epochs is due only at the end of an epoch."""
         every = self.every
         if every.epochs is not None and not epoch_end:
             return False
@@ -254,11 +254,11 @@ class Timer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The time from which it counts."""
+        """The time at which the interval began."""
         return dict(self._since)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count from the time that `state_dict` gave."""
+        """Continue the interval that `state_dict` returned."""
         self.restart(Clock(**state))
 
 
@@ -266,6 +266,6 @@ def _members(until: Until) -> tuple[Until, ...]:
     return until.members if isinstance(until, _First) else (until,)
 
 
-def _positive(what: str, value: float) -> None:
+def _check_positive(what: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise HyperparameterError(f"{what} takes a positive number, got {value!r}.")

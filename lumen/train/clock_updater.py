@@ -1,4 +1,4 @@
-"""`ClockUpdater`: reads the time, and counts rows and tokens, for the clock of a run."""
+"""`ClockUpdater`: reads the time and counts rows and tokens for the clock of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lumen.train.distributed import ProcessGroupContext
 
 
 class ClockUpdater:
-    """Keeps `clock`; under several ranks its time is that of the first, and its counts are sums over all.
+    """Updates `clock`. With several ranks its time is that of rank 0, and its counts are sums over all ranks.
 
-    With `exact_tokens`, counts are summed after each step: all ranks must find at the same step that there were enough.
+    With `exact_tokens` the counts are summed after each step, so that all ranks reach a limit at the same step.
     """
 
     def __init__(
@@ -29,19 +29,19 @@ class ClockUpdater:
         self._time_fn = time_fn
         self._count_tokens = count_tokens
         self._exact_tokens = exact_tokens
-        self._uncounted = [0, 0]  # rows and tokens of this rank that the clock does not have yet
+        self._uncounted = [0, 0]  # rows and tokens of this rank that the clock does not include yet
         self._began = time_fn()
 
     def resume(self) -> None:
-        """Continue from the seconds that the clock has."""
+        """Continue from the seconds of the clock."""
         self._began = self._time_fn() - self._clock.seconds
 
     def seconds(self) -> float:
-        """How long the run takes so far, by this rank's own clock."""
+        """The running time so far, measured on this rank."""
         return self._time_fn() - self._began
 
     def count_batch(self, batch: Any, steps: int) -> None:
-        """Count what was in a batch; under several ranks it comes to the clock when they synchronize anyway."""
+        """Count a batch. With several ranks the clock gets the sum the next time that they synchronize."""
         rows, count_tokens = count_rows(batch, steps > 1), self._count_tokens
         tokens = count_tokens(batch) if count_tokens is not None else 0
         if self._group.size == 1:
@@ -53,7 +53,7 @@ class ClockUpdater:
             self.read()
 
     def read(self) -> None:
-        """Set the time; under several ranks that of the first, so that all find the same things due."""
+        """Read the time. With several ranks it is that of rank 0, so the same things are due on all of them."""
         clock = self._clock
         clock.seconds = self._time_fn() - self._began
         if self._group.size > 1:
@@ -63,6 +63,6 @@ class ClockUpdater:
             self._uncounted = [0, 0]
 
     def read_on_all_ranks(self) -> None:
-        """The same, where there are several; alone, the time was read after the step."""
+        """`read` with several ranks; a single process has read the time after its step."""
         if self._group.size > 1:
             self.read()

@@ -1,4 +1,4 @@
-"""Curves of logged numbers: which belong into one picture, where they have gaps, and what their axes are."""
+"""Curves of logged numbers: how they are grouped into panels, where they have gaps, and their axes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from lumen.sinks.format import short
 
-# Colors and dashes that are told apart on white and on black, and by the colour-blind (Okabe and Ito's, some changed).
+# Colors that are distinct on white and on black, and for color-blind readers (Okabe and Ito's, some changed).
 COLORS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
-_LEAST = 1e-300  # below it, a tenth of a number is not much of a distance
-_MOST = 308.25  # the power of ten of the largest number, nearly
+_LEAST = 1e-300  # below it, a tenth of a number is too small a distance
+_MOST = 308.25  # about the power of ten of the largest number
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; NaN and infinity in `y` are gaps. `raw` is what it was before smoothing, if it was smoothed."""
+    """One curve; NaN and infinity in `y` are gaps. `raw` has the values before smoothing, if it was smoothed."""
 
     name: str
     x: Sequence[float]
@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in one picture: of one metric, in training and validation, of one run or several."""
+    """Curves with common axes: one metric, in training and validation, of one run or several."""
 
     title: str
     lines: Sequence[Line]
@@ -39,34 +39,34 @@ class Panel:
     x_name: str = "step"
 
     def drawable(self, value: float) -> bool:
-        """Whether there is a place for this value."""
+        """Whether the axis can show this value."""
         return math.isfinite(value) and (value > 0 or not self.log)
 
     def scaled(self, value: float) -> float:
-        """Its place on the axis."""
+        """The value in units of the axis: its logarithm on a logarithmic one."""
         return math.log10(value) if self.log else value
 
-    def number(self, place: float) -> float:
-        """The number that has this place on the axis."""
-        return 10.0 ** min(place, _MOST) if self.log else place
+    def number(self, scaled: float) -> float:
+        """The inverse of `scaled`."""
+        return 10.0 ** min(scaled, _MOST) if self.log else scaled
 
     def span(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
-        """From where to where the axes go, `y` scaled; None where there is nothing to draw."""
-        points = [point for line in self.lines for piece in self.pieces(line) for point in piece]
+        """The ranges of both axes, `y` scaled; None if there is nothing to draw."""
+        points = [point for line in self.lines for segment in self.segments(line) for point in segment]
         if not points:
             return None
-        return _wide([x for x, _ in points]), _wide([y for _, y in points])
+        return _padded_range([x for x, _ in points]), _padded_range([y for _, y in points])
 
-    def pieces(self, line: Line, raw: bool = False) -> Iterator[list[tuple[float, float]]]:
-        """The curve between its gaps, with `y` scaled."""
+    def segments(self, line: Line, raw: bool = False) -> Iterator[list[tuple[float, float]]]:
+        """The segments of the curve between its gaps, with `y` scaled."""
         values = line.raw if raw and line.raw is not None else line.y
         points = zip(line.x, values, strict=True)
-        for is_there, piece in itertools.groupby(points, lambda p: math.isfinite(p[0]) and self.drawable(p[1])):
-            if is_there:
-                yield [(x, self.scaled(y)) for x, y in piece]
+        for is_drawable, segment in itertools.groupby(points, lambda p: math.isfinite(p[0]) and self.drawable(p[1])):
+            if is_drawable:
+                yield [(x, self.scaled(y)) for x, y in segment]
 
 
-def _wide(values: Sequence[float]) -> tuple[float, float]:
+def _padded_range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high / 2 == low / 2:  # a flat line is drawn in the middle
         pad = abs(low) * 0.1 if abs(low) > _LEAST else 0.5
@@ -75,12 +75,12 @@ def _wide(values: Sequence[float]) -> tuple[float, float]:
 
 
 def fraction(value: float, span: tuple[float, float]) -> float:
-    """How far along the span a value lies, from 0 to 1.
+    """The position of a value within the span, from 0 to 1.
 
     >>> fraction(3.0, (2.0, 4.0))
     0.5
     """
-    # Halved, for the distance between two numbers may be more than the largest.
+    # Halved, since the difference of two numbers may exceed the largest float.
     return (value / 2 - span[0] / 2) / (span[1] / 2 - span[0] / 2)
 
 
@@ -88,7 +88,7 @@ _RATES = "lr/"
 
 
 def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Metrics by what they measure: for each title the names that belong together, each with what tells it apart.
+    """Metrics by what they measure: for each title the names that share it, each with the label of its curve.
 
     >>> grouped(["train/loss", "val/loss", "lr/0", "lr/1", "val/hard/loss", "val/wer"])
     {'loss': [('train/loss', 'train'), ('val/loss', 'val'), ('val/hard/loss', 'val/hard')],
@@ -96,19 +96,19 @@ def grouped(names: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
      'wer': [('val/wer', 'val')]}
     """
     trained = [name.removeprefix("train/") for name in names if name.startswith("train/")]
-    trained.sort(key=len, reverse=True)  # val/head/loss belongs to train/head/loss rather than to train/loss
-    found: dict[str, list[tuple[str, str]]] = {}
+    trained.sort(key=len, reverse=True)  # val/head/loss goes with train/head/loss rather than with train/loss
+    by_title: dict[str, list[tuple[str, str]]] = {}
     for name in names:
-        if name.startswith(_RATES):  # of a lane, or of a part of a partition
-            found.setdefault("lr", []).append((name, name.removeprefix(_RATES)))
+        if name.startswith(_RATES):  # of a lane, or of a group of a partition
+            by_title.setdefault("lr", []).append((name, name.removeprefix(_RATES)))
             continue
-        title = next((each for each in trained if name.endswith(f"/{each}")), name.partition("/")[2] or name)
-        found.setdefault(title, []).append((name, name[: -len(title)].rstrip("/")))
-    return found
+        title = next((metric for metric in trained if name.endswith(f"/{metric}")), name.partition("/")[2] or name)
+        by_title.setdefault(title, []).append((name, name[: -len(title)].rstrip("/")))
+    return by_title
 
 
 def measures(names: Sequence[str]) -> list[str]:
-    """Those that measure the model: not learning rates, throughput and epochs, unless there is nothing else.
+    """The names that measure the model, without learning rates, throughput and epochs; all if there are no others.
 
     >>> measures(["train/loss/0", "train/loss/1", "lr/0", "lr/1", "epoch"])
     ['train/loss/0', 'train/loss/1']
@@ -136,19 +136,19 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def value_ticks(panel: Panel, span: tuple[float, float]) -> list[tuple[float, str]]:
-    """Where the vertical axis has numbers, scaled, and these."""
+    """The positions of the numbers on the vertical axis, scaled, with their texts."""
     low, high = span
     if panel.log:
         powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
         if len(powers) >= 2:
             return [(float(p), short(panel.number(p))) for p in powers[:: 1 + len(powers) // 6]]
-        return [(place, short(panel.number(place))) for place in (low, (low + high) / 2, high)]
+        return [(scaled, short(panel.number(scaled))) for scaled in (low, (low + high) / 2, high)]
     return [(value, short(value)) for value in ticks(low, high)]
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """The last, the lowest and the highest number of a curve, each with its `x`; how many were not finite."""
+    """The last, the lowest and the highest number of a curve, each with its `x`, and the number of gaps."""
 
     last: tuple[float, float]
     lowest: tuple[float, float] | None
@@ -157,10 +157,10 @@ class Extremes:
 
     @staticmethod
     def of(x: Sequence[float], y: Sequence[float]) -> Extremes:
-        """Those of a curve of one point or more; of equal ones the first.
+        """The extremes of a curve with at least one point; of equal values the first.
 
-        >>> found = Extremes.of([1, 2, 3, 4], [0.5, float("nan"), 0.25, 0.25])
-        >>> found.last, found.lowest, found.highest, found.gaps
+        >>> extremes = Extremes.of([1, 2, 3, 4], [0.5, float("nan"), 0.25, 0.25])
+        >>> extremes.last, extremes.lowest, extremes.highest, extremes.gaps
         ((4, 0.25), (3, 0.25), (1, 0.5), 1)
         """
         points = list(zip(x, y, strict=True))

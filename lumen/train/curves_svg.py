@@ -1,4 +1,4 @@
-"""Curves as SVG, for a page or a notebook, whose colors of text and ground it takes."""
+"""Curves as SVG, in the text color of the page or notebook around it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _LINE = 340, 150, 52, 22, 20, 14
 
 
 def svg(panel: Panel) -> str:
-    """The panel as an SVG element, drawn in the color of the text round it."""
+    """The panel as an SVG element, drawn in the color of the text around it."""
     rows = _legend_rows(panel)
     height = _TOP + _HEIGHT + _BOTTOM + _LINE * len(rows) + 4
     width = _LEFT + _WIDTH + 12
-    parts = [
+    elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         f' role="img" font-family="sans-serif" font-size="10" fill="currentColor">'
         f"<title>{html.escape(panel.title)}</title>"
@@ -26,73 +26,73 @@ def svg(panel: Panel) -> str:
     ]
     span = panel.span()
     if span is None:
-        parts.append(f'<text x="{_LEFT + 8}" y="{_TOP + 20}" opacity="0.6">no finite number</text>')
+        elements.append(f'<text x="{_LEFT + 8}" y="{_TOP + 20}" opacity="0.6">no finite number</text>')
     else:
-        parts += _axes(panel, *span)
-        parts += [each for line in panel.lines for each in _curve(panel, line, *span)]
-    parts += _legend(rows)
-    return "".join([*parts, "</svg>"])
+        elements += _axes(panel, *span)
+        elements += [element for line in panel.lines for element in _curve(panel, line, *span)]
+    elements += _legend(rows)
+    return "".join([*elements, "</svg>"])
 
 
-def _place(value: float, span: tuple[float, float], length: float) -> float:
+def _offset(value: float, span: tuple[float, float], length: float) -> float:
     return round(fraction(value, span) * length, 1)
 
 
 def _axes(panel: Panel, across: tuple[float, float], up: tuple[float, float]) -> list[str]:
-    found = []
+    elements = []
     for value, label in value_ticks(panel, up):
-        y = round(_TOP + _HEIGHT - _place(value, up, _HEIGHT), 1)
-        found.append(f'<path d="M{_LEFT} {y}h{_WIDTH}" stroke="#888" stroke-opacity="0.3"/>')
-        found.append(f'<text x="{_LEFT - 5}" y="{y + 3}" text-anchor="end" opacity="0.8">{label}</text>')
+        y = round(_TOP + _HEIGHT - _offset(value, up, _HEIGHT), 1)
+        elements.append(f'<path d="M{_LEFT} {y}h{_WIDTH}" stroke="#888" stroke-opacity="0.3"/>')
+        elements.append(f'<text x="{_LEFT - 5}" y="{y + 3}" text-anchor="end" opacity="0.8">{label}</text>')
     for value in ticks(*across, 5):
-        x = round(_LEFT + _place(value, across, _WIDTH), 1)
-        found.append(
+        x = round(_LEFT + _offset(value, across, _WIDTH), 1)
+        elements.append(
             f'<text x="{x}" y="{_TOP + _HEIGHT + 13}" text-anchor="middle" opacity="0.8">{short(value)}</text>'
         )
-    found.append(
+    elements.append(
         f'<text x="{_LEFT + _WIDTH}" y="{_TOP - 5}" text-anchor="end" opacity="0.6">{html.escape(panel.x_name)}</text>'
     )
-    return found
+    return elements
 
 
 def _curve(panel: Panel, line: Line, across: tuple[float, float], up: tuple[float, float]) -> Iterator[str]:
     color, dash = COLORS[line.color % len(COLORS)], DASHES[line.dash % len(DASHES)]
-    raw = [(piece, ' opacity="0.25"') for piece in panel.pieces(line, raw=True)] if line.raw is not None else []
-    for piece, look in [*raw, *((piece, "") for piece in panel.pieces(line))]:
-        # What was smoothed may leave the axes before it was.
-        places = [(_LEFT + _place(x, across, _WIDTH), _TOP + _HEIGHT - _place(y, up, _HEIGHT)) for x, y in piece]
-        places = thinned([(round(x, 1), round(min(max(y, _TOP), _TOP + _HEIGHT), 1)) for x, y in places])
-        points = " ".join(f"{x},{y}" for x, y in places)
-        if len(places) == 1:
-            x, y = places[0]
-            yield f'<circle cx="{x}" cy="{y}" r="2" fill="{color}"{look}/>'
+    raw = [(segment, ' opacity="0.25"') for segment in panel.segments(line, raw=True)] if line.raw is not None else []
+    for segment, style in [*raw, *((segment, "") for segment in panel.segments(line))]:
+        # The axes fit the smoothed values; raw ones may be outside, and are clamped.
+        pixels = [(_LEFT + _offset(x, across, _WIDTH), _TOP + _HEIGHT - _offset(y, up, _HEIGHT)) for x, y in segment]
+        pixels = thinned([(round(x, 1), round(min(max(y, _TOP), _TOP + _HEIGHT), 1)) for x, y in pixels])
+        points = " ".join(f"{x},{y}" for x, y in pixels)
+        if len(pixels) == 1:
+            x, y = pixels[0]
+            yield f'<circle cx="{x}" cy="{y}" r="2" fill="{color}"{style}/>'
         else:
             dashes = f' stroke-dasharray="{dash}"' if dash else ""
             yield (
                 f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"'
-                f' stroke-linejoin="round"{dashes}{look}/>'
+                f' stroke-linejoin="round"{dashes}{style}/>'
             )
 
 
-def thinned(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of many points of a picture those that are seen: for each of its columns the first, the extremes and the last.
+def thinned(pixels: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that are visible: the first, the extremes and the last of each column of pixels.
 
     >>> thinned([(0.0, 5.0), (0.1, 1.0), (0.2, 9.0), (0.3, 4.0), (0.4, 4.5), (3.0, 2.0)])
     [(0.0, 5.0), (0.1, 1.0), (0.2, 9.0), (0.4, 4.5), (3.0, 2.0)]
     """
-    found: list[tuple[float, float]] = []
-    for _, column in itertools.groupby(places, lambda place: round(place[0])):
+    visible: list[tuple[float, float]] = []
+    for _, column in itertools.groupby(pixels, lambda pixel: round(pixel[0])):
         points = list(enumerate(column))
         least, most = (choose(points, key=lambda point: point[1][1]) for choose in (min, max))
-        found += [point for _, point in sorted({points[0], least, most, points[-1]})]
-    return found
+        visible += [point for _, point in sorted({points[0], least, most, points[-1]})]
+    return visible
 
 
 def _legend_rows(panel: Panel) -> list[list[tuple[float, Line]]]:
-    """Names beside each other as far as there is room, each with its place."""
+    """The rows of the legend: the lines that fit beside each other, each with its x position."""
     rows: list[list[tuple[float, Line]]] = []
     x = math.inf
-    for line in (each for each in panel.lines if each.name):
+    for line in (line for line in panel.lines if line.name):
         wide = 30 + 5.6 * len(line.name)
         if x + wide > _LEFT + _WIDTH:
             rows.append([])

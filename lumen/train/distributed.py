@@ -1,8 +1,8 @@
-"""`ProcessGroupContext`: what a run does together with its other processes; alone, it does nothing.
+"""`ProcessGroupContext`: how the processes of a run act together; in a single process it does nothing.
 
-Whatever branches the loop is decided by all alike. Most of it is, as all see the same numbers; what one process alone
-knows (a signal, the time, whether a checkpoint is among the best) reaches the others between two steps after which all
-synchronize, or where all come together anyway.
+All processes take the same branches of the loop. For most of them they have the same numbers to decide by. What only
+one process knows (a signal, the time, whether a checkpoint is among the best) reaches the others when they synchronize
+between two steps, or in a collective that all call anyway.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lumen.errors import BatchError, InexactWarning, WorldError
 from lumen.parallel.comm.init import check_launcher, launched
 from lumen.parallel.comm.rank_monitor import RankMonitor
 
-_runs = itertools.count()  # the same in each process, as all make the same runs
+_runs = itertools.count()  # the same in each process, as all start the same runs
 
 
 class ProcessGroupContext:
-    """The processes of one run, as this one sees them: `is_main` does what is done once."""
+    """The processes of one run, seen from this one; the one with `is_main` does what is done once."""
 
     def __init__(self, state: Any) -> None:
         self.rank, self.size = distributed.rank(), distributed.world_size()
@@ -38,7 +38,7 @@ class ProcessGroupContext:
         self._reported = False
 
     def __enter__(self) -> Self:
-        """Watch over the others from here on."""
+        """Monitor the other processes from here on."""
         if self.size > 1:
             store = PrefixStore(f"lumen/{next(_runs)}", dist.distributed_c10d._get_default_store())
             self._monitor = RankMonitor(store, self.rank, self.size)
@@ -58,12 +58,12 @@ class ProcessGroupContext:
     # ---------------------------------------------------------------------------------------- between steps
 
     def step_begins(self, step: int) -> None:
-        """This process is about to make the step after `step`."""
+        """This process begins the step after `step`."""
         if self._monitor is not None:
             self._monitor.working = step + 1
 
     def step_ends(self) -> None:
-        """It has made it."""
+        """This process has finished its step."""
         if self._monitor is not None:
             self._monitor.working = 0
 
@@ -87,7 +87,7 @@ class ProcessGroupContext:
             self._monitor.agree("wait", 0)
 
     def report_failure(self, error: BaseException, where: str) -> BaseException:
-        """Tell the others of `error`; gives what is to be raised: another's error where that is behind this one."""
+        """Report `error` to the others; returns what to raise: the error of another rank if that one caused it."""
         if self._monitor is None or self._reported:
             return error
         self._reported = True
@@ -100,7 +100,7 @@ class ProcessGroupContext:
     # ---------------------------------------------------------------------------------------- collectives
 
     def broadcast_object(self, value: Any) -> Any:
-        """What the first rank has, which is plain data."""
+        """The value of rank 0, which is plain data."""
         if self.size == 1:
             return value
         objects = [value]
@@ -108,9 +108,9 @@ class ProcessGroupContext:
         return objects[0]
 
     def reduce_clock(self, seconds: float, counts: Sequence[int]) -> tuple[float, list[int]]:
-        """The seconds of the first rank, and the sums of what each has counted in its rows, in one exchange.
+        """The seconds of rank 0, and the sums of the ranks' counts, in one all-reduce.
 
-        Of ranks that are handed the same rows one counts.
+        Of ranks with the same rows only one counts.
         """
         own_counts = counts if self.rank % distributed.tp_degree() == 0 else [0] * len(counts)
         own = [seconds if self.is_main else 0.0, *own_counts]
@@ -120,7 +120,7 @@ class ProcessGroupContext:
         return main_seconds, [int(total) for total in totals]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What each process has, by rank."""
+        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -128,7 +128,7 @@ class ProcessGroupContext:
         return values
 
     def any_rank_value(self, value: str) -> str:
-        """The value of the lowest rank that has one; almost always none has, which costs one number."""
+        """The value of the lowest rank that has one. Usually none has, which costs an all-reduce of one number."""
         if self.size == 1:
             return value
         flag = torch.tensor([bool(value)], dtype=torch.int32, device=self.device)
@@ -136,31 +136,31 @@ class ProcessGroupContext:
         return next(filter(None, self.all_gather_object(value)), "") if int(flag) else ""
 
     def any(self, value: bool) -> bool:
-        """Whether it is so for some process."""
+        """Whether `value` is true on any rank."""
         return bool(self.any_rank_value("yes" if value else ""))
 
     def assert_same_on_all_ranks(self, length: int | None) -> None:
-        """Raise `BatchError` where the processes know that their epochs have different numbers of batches."""
+        """Raise `BatchError` if ranks know that their epochs have different numbers of batches."""
         lengths = self.all_gather_object(length)
-        known = {each for each in lengths if each is not None}
-        if len(known) > 1:
+        distinct = {length for length in lengths if length is not None}
+        if len(distinct) > 1:
             raise BatchError(
-                f"ranks have different numbers of batches in an epoch: {lengths}. Each must have the same, as every"
-                " step is made by all: give lm.Loader the whole data set (it cuts each batch by rank), or limit="
-                f"{min(known)}."
+                f"ranks have different numbers of batches in an epoch: {lengths}. Each must have the same number, as"
+                " all ranks run every step: give lm.Loader the full data set (it shards each batch by rank), or limit="
+                f"{min(distinct)}."
             )
 
 
 def check_world(transforms: Sequence[Transform]) -> None:
-    """Raise `WorldError` where torchrun started several processes that would all make the same run, each by itself.
+    """Raise `WorldError` if torchrun started several processes that would each do the same run alone.
 
-    It can be told only once the transforms have joined the processes.
+    Call it after the transforms have joined the processes.
     """
     if distributed.world_size() > 1:
         if not any(transform.level in ("parallel", "tensor") for transform in transforms) and distributed.rank() == 0:
             warnings.warn(
-                f"{distributed.world_size()} processes make this run, and no transform joins what they learn: each"
-                " trains on its own rows, and the first one's state is saved. Write lm.Runner(step,"
+                f"{distributed.world_size()} processes do this run, and no transform reduces their gradients: each"
+                " trains on its own rows, and only the state of rank 0 is saved. Write lm.Runner(step,"
                 " transforms=[lm.ddp()]).",
                 InexactWarning,
                 stacklevel=3,
@@ -170,22 +170,22 @@ def check_world(transforms: Sequence[Transform]) -> None:
 
 
 def join_world(transforms: Sequence[Transform]) -> None:
-    """Have parallel transforms join the processes, as `init` does; raise `WorldError` where several stay alone."""
+    """Join the processes by the parallel transforms, as `init` does; raise `WorldError` if several stay unjoined."""
     for transform in transforms:
         if transform.level in ("parallel", "tensor"):
-            getattr(transform, "mesh", None)  # made, and with it the world, as it is first asked for
+            getattr(transform, "mesh", None)  # the first access creates the mesh, and joins the processes
     if distributed.world_size() == 1:
         _check_joined()
 
 
 def _check_joined() -> None:
     check_launcher()
-    if launched() and not distributed.is_distributed() and _asked_for() > 1:
+    if launched() and not distributed.is_distributed() and _launched_world_size() > 1:
         raise WorldError(
-            f"this process is one of {_asked_for()} that were started together, and nothing joins them: each would make"
-            " the whole run by itself. Write lm.Runner(step, transforms=[lm.ddp()]), or start one process."
+            f"this process is one of {_launched_world_size()} that were started together, and nothing joins them: each"
+            " would do the same run alone. Write lm.Runner(step, transforms=[lm.ddp()]), or start one process."
         )
 
 
-def _asked_for() -> int:
+def _launched_world_size() -> int:
     return int(os.environ["WORLD_SIZE"])

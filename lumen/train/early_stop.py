@@ -1,4 +1,4 @@
-"""`lm.EarlyStop`: end a run when a number has stopped improving."""
+"""`lm.EarlyStop`: end a run when a metric has stopped improving."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lumen.train.callbacks import Callback, CallbackContext
 
 
 class EarlyStop(Callback):
-    """Ends the run once `metric` has not improved for `patience` of its reports.
+    """Ends the run once the metric `monitor` has not improved for `patience` reports.
 
-    It reads each number that is published under the name `metric` ("val/loss", "train/loss"). A report is an
-    improvement where it is better than the best so far by more than `min_delta`. The other conditions end the run at
-    once, and are looked at first. The decisions are those of Lightning's `EarlyStopping`. What it remembers is kept in
-    checkpoints; a run that begins at step 0 begins without memory.
+    A report is a number that is published under the name `monitor` ("val/loss", "train/loss"). It is an improvement if
+    it is better than the best so far by more than `min_delta`. The other conditions are checked first, and end the run
+    at once. The decisions are those of Lightning's `EarlyStopping`. Checkpoints save the best report and the counters;
+    a run that begins at step 0 begins with new ones.
 
     Args:
-        metric: the name of the number, as it is published.
+        monitor: the name of the metric, as it is published.
         mode: whether smaller ("min") or larger ("max") is better.
         patience: how many reports without improvement end the run.
         min_delta: by how much a report must be better than the best to count as an improvement.
@@ -32,11 +32,11 @@ class EarlyStop(Callback):
 
     Raises:
         HyperparameterError: a value outside its range.
-        StepError: there is no number of that name among those that are published. Where a run ends before there could
-            be one, it is an `InexactWarning`.
+        StepError: no metric of that name is published. If the run ends before there could be one, this is an
+            `InexactWarning`.
 
     >>> import lumen as lm
-    >>> stop = lm.EarlyStop("val/loss", patience=2)
+    >>> stop = lm.EarlyStop(monitor="val/loss", patience=2)
     >>> for loss in (1.0, 0.5, 0.6, 0.5):
     ...     stop.on_log(lm.CallbackContext(lm.train.clock.Clock(), None, {"val/loss": loss}, stop=print))
     val/loss has not improved on 0.5 for 2 reports
@@ -44,9 +44,9 @@ class EarlyStop(Callback):
 
     def __init__(
         self,
-        metric: str,
-        mode: Literal["min", "max"] = "min",
+        monitor: str,
         *,
+        mode: Literal["min", "max"] = "min",
         patience: int = 3,
         min_delta: float = 0.0,
         threshold: float | None = None,
@@ -60,56 +60,56 @@ class EarlyStop(Callback):
         for name, value in (("threshold", threshold), ("divergence", divergence)):
             if value is not None:
                 check_scalar(name, value, low=-math.inf, schedule=False)
-        self.metric = metric
+        self.monitor = monitor
         self.mode = mode
         self.patience = patience
         self.min_delta = min_delta
         self.threshold = threshold
         self.divergence = divergence
         self.check_finite = check_finite
-        self._forget()
+        self._reset()
 
     def __repr__(self) -> str:
-        return f"lm.EarlyStop({self.metric!r}, {self.mode!r}, patience={self.patience})"
+        return f"lm.EarlyStop(monitor={self.monitor!r}, mode={self.mode!r}, patience={self.patience})"
 
     def on_start(self, view: CallbackContext) -> None:
-        """A new run begins without memory; one that goes on keeps it."""
+        """Reset the counters for a new run; a resumed run keeps them."""
         if view.clock.step == 0:
-            self._forget()
+            self._reset()
         self._stopped = False
         self._published.clear()
 
     def on_log(self, view: CallbackContext) -> None:
-        """Take in a report of the metric."""
-        if self.metric in view.metrics:
-            if not self._stopped:  # what is published while the run winds up decides nothing
-                self._report(float(view.metrics[self.metric]), view)
+        """Read a report of the metric."""
+        if self.monitor in view.metrics:
+            if not self._stopped:  # numbers that are published while the run ends decide nothing
+                self._report(float(view.metrics[self.monitor]), view)
             return
         # Only a name's second report: another callback may publish the metric between two of them.
-        if not self._reports and any(self._alike(name) for name in self._published & view.metrics.keys()):
+        if not self._reports and any(self._has_same_source(name) for name in self._published & view.metrics.keys()):
             raise self._missing()
         self._published.update(view.metrics)
 
     def on_validate(self, view: CallbackContext) -> None:
-        """A validation that should have given the metric did."""
+        """Check that the validation returned the metric, if it should have."""
         self._published.update(view.metrics)
-        if not self._reports and any(map(self._alike, self._published)):
+        if not self._reports and any(map(self._has_same_source, self._published)):
             raise self._missing()
 
     def on_end(self, view: CallbackContext) -> None:
-        """Say that the metric was never published; the run's result is not to be lost for it."""
+        """Warn that the metric was never published; an error would lose the run's result."""
         if not self._reports:
             warnings.warn(str(self._missing()), InexactWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best report, the number of reports without improvement since, and of all."""
+        """The best report, the number of reports without improvement since then, and the number of all reports."""
         return {"best": json_tree.number(self._best), "bad": self._bad, "reports": self._reports}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._best, self._bad, self._reports = float(state["best"]), state["bad"], state["reports"]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._best = math.inf if self.mode == "min" else -math.inf
         self._bad = 0
         self._reports = 0
@@ -118,42 +118,42 @@ class EarlyStop(Callback):
 
     def _report(self, value: float, view: CallbackContext) -> None:
         self._reports += 1
-        reason = self._at_once(value) or self._patience(value)
+        reason = self._check_limits(value) or self._check_patience(value)
         if reason:
             self._stopped = True
             view.stop(reason)
 
-    def _at_once(self, value: float) -> str:
+    def _check_limits(self, value: float) -> str:
         if self.check_finite and not math.isfinite(value):
-            return f"{self.metric} is {value}, not finite; the best was {self._best:g}"
-        if self.threshold is not None and self._better(value, self.threshold):
-            return f"{self.metric} is {value:g}, better than the threshold {self.threshold:g}"
-        if self.divergence is not None and self._better(self.divergence, value):
-            return f"{self.metric} is {value:g}, worse than {self.divergence:g}: it diverges"
+            return f"{self.monitor} is {value}, not finite; the best was {self._best:g}"
+        if self.threshold is not None and self._is_better(value, self.threshold):
+            return f"{self.monitor} is {value:g}, better than the threshold {self.threshold:g}"
+        if self.divergence is not None and self._is_better(self.divergence, value):
+            return f"{self.monitor} is {value:g}, worse than {self.divergence:g}: it diverges"
         return ""
 
-    def _patience(self, value: float) -> str:
+    def _check_patience(self, value: float) -> str:
         margin = self.min_delta if self.mode == "min" else -self.min_delta
-        if self._better(value + margin, self._best):
+        if self._is_better(value + margin, self._best):
             self._best, self._bad = value, 0
             return ""
         self._bad += 1
         if self._bad < self.patience:
             return ""
-        return f"{self.metric} has not improved on {self._best:g} for {self._bad} report{'s' * (self._bad != 1)}"
+        return f"{self.monitor} has not improved on {self._best:g} for {self._bad} report{'s' * (self._bad != 1)}"
 
-    def _better(self, value: float, other: float) -> bool:
-        return value < other if self.mode == "min" else value > other
+    def _is_better(self, value: float, reference: float) -> bool:
+        return value < reference if self.mode == "min" else value > reference
 
-    def _alike(self, name: str) -> bool:
-        """Whether `name` is published together with the metric: "val/accuracy" with "val/loss", a lane's too."""
-        group = self.metric.rpartition("/")[0]
-        return name.startswith(f"{self.metric}/") or (group != "" and name.rpartition("/")[0] == group)
+    def _has_same_source(self, name: str) -> bool:
+        """Whether `name` is published together with the metric: "val/accuracy" with "val/loss", or a lane of it."""
+        group = self.monitor.rpartition("/")[0]
+        return name.startswith(f"{self.monitor}/") or (group != "" and name.rpartition("/")[0] == group)
 
     def _missing(self) -> StepError:
         published = ", ".join(map(repr, sorted(self._published))) or "nothing"
         return StepError(
-            f"EarlyStop waits for {self.metric!r}, which was never published. What was: {published}. Give it one of"
+            f"EarlyStop waits for {self.monitor!r}, which was never published. What was: {published}. Give it one of"
             " these names, return the metric from the step, or let the Runner validate:"
             " runner.fit(..., validate=lm.Validate(eval_step, data))"
         )

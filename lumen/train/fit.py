@@ -1,4 +1,4 @@
-"""`Fit`: one call of `Runner.fit`, from the set-up of a run to its end, however that comes."""
+"""`Fit`: one call of `Runner.fit`, from the setup of a run to its end or failure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lumen.train.sink_group import SinkGroup
 from lumen.train.step_batches import StepBatches
 from lumen.train.stop import StopControl
 from lumen.train.validate import Validate
-from lumen.train.validator import Validator, open_held_out
+from lumen.train.validator import Validator, open_validation_sets
 
 
 class Fit:
@@ -47,21 +47,21 @@ class Fit:
     ) -> None:
         merger = MetricMerger(ProcessGroupContext(state))
         feed = opened(data, state, merger.group)
-        # Opened here, as what cannot be measured on is to be refused before the first step.
-        held_out = open_held_out(validations, state, merger)
+        # Opened here, so that unusable data raises before the first step.
+        validation_sets = open_validation_sets(validations, state, merger)
         run = _make_context(settings, state, until, validations, merger)
         self._run = run
         self._batches = StepBatches(
             feed, settings.step, run.clock, run.schedule, run.logger, limit=limit, mfu=bool(settings.mfu)
         )
         self._checkpoints = RunCheckpoints(run, self._batches)
-        validator = Validator(run, validations, held_out, merger)
+        validator = Validator(run, validations, validation_sets, merger)
         self._loop = TrainingLoop(run, self._batches, validator, self._checkpoints)
 
     def run(self, resume: str | os.PathLike[str]) -> Result:
-        """Train until the end, and clean up however it comes."""
+        """Train until the end, and clean up, also after an error."""
         group, stop = self._run.group, self._run.stop
-        # The store is the last to close: it tells its own failure only where there was no other.
+        # The store closes last: it raises its own failure only if there was no other.
         with group, self._checkpoints.opened():
             try:
                 self._train(resume)
@@ -99,20 +99,20 @@ class Fit:
         self._run.group.request_sync()
 
     def _handle_failure(self, error: BaseException) -> None:
-        """Say where it failed, and save a state that is consistent."""
+        """Add where the run failed to `error`, and save the state if it is consistent."""
         run, clock = self._run, self._run.clock
         if not run.is_training:
             return
         error.add_note(f"raised {run.where()} (epoch {clock.epoch}, batch {clock.batch})")
-        # Several processes make a checkpoint together, for which it is too late.
+        # Several processes save together, for which it is too late.
         is_alone = run.group.size == 1
-        # What the checkpoint's own disk did would only happen again; other disks are no reason to save nothing.
+        # A save that failed would fail again; an error of another disk does not prevent a save.
         is_savable = isinstance(error, Exception) and not isinstance(error, CheckpointError)
         if is_alone and is_savable and run.is_consistent():
             try:
                 self._checkpoints.save()
             except Exception as second:  # the first error is the one to show
-                error.add_note(f"and no checkpoint could be made of step {clock.step}: {second}")
+                error.add_note(f"and step {clock.step} could not be saved: {second}")
         run.callback("on_exception", error)
 
     def _close(self, because: BaseException | None = None) -> None:
@@ -122,14 +122,14 @@ class Fit:
         except Exception as error:
             if because is None:
                 raise
-            because.add_note(f"besides, a sink could not close: {type(error).__name__}: {error}")
+            because.add_note(f"a sink could not close either: {type(error).__name__}: {error}")
 
 
 def _make_context(
     settings: RunSettings, state: Any, until: Until, validations: Sequence[Validate], merger: MetricMerger
 ) -> RunContext:
     group, clock = merger.group, Clock(step=_step_of(state))
-    # What is done once, whatever the number of processes.
+    # Only rank 0 writes to sinks and to the display.
     sinks = SinkGroup(settings.sinks if group.is_main else ())
     progress = make_progress(settings.progress if group.is_main else False)
     history = History(settings.best_metric())

@@ -1,13 +1,13 @@
-"""The training loop: fetch a batch, make a step, count; and log, validate and save where that is due.
+"""The training loop: fetch a batch, run a step, count; log, validate and save when that is due.
 
-Between two logging points the loop does nothing but fetch a batch, call the step and count: no number leaves the
-device, nothing is synchronized.
+Between two logging points the loop only fetches a batch, calls the step and counts. No number leaves the device, and
+nothing synchronizes.
 
-Under several processes each runs this loop, and `ProcessGroupContext` keeps them together: rank 0 writes, and decides
-about the time; what one rank alone knows becomes known to all between two steps.
+With several processes each runs this loop, and `ProcessGroupContext` keeps them together. Rank 0 writes, and its time
+counts; what only one rank knows reaches the others between two steps.
 
-At a step where several things are due they happen in one order: log, validate, save. Each counts as done only when it
-is, so a run that is interrupted in the middle of them, and goes on from there, does the rest first.
+If several things are due at a step, they happen in the order log, validate, save. Each counts as done only when it is
+complete, so a run that is interrupted between them does the remaining ones first when it resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lumen.train.validator import Validator
 
 
 class TrainingLoop:
-    """Trains a run until it is over."""
+    """Trains until the run ends."""
 
     def __init__(
         self, run: RunContext, batches: StepBatches, validator: Validator, checkpoints: RunCheckpoints
@@ -36,7 +36,7 @@ class TrainingLoop:
         self._has_on_step = run.settings.callbacks.listens("on_step")
 
     def train(self) -> None:
-        """All epochs, from where the clock is."""
+        """Train all epochs from the position of the clock."""
         run, clock, stop = self._run, self._run.clock, self._run.stop
         self._start()
         while not stop.is_over(clock):
@@ -56,9 +56,9 @@ class TrainingLoop:
         self._finish()
 
     def _train_epoch(self) -> None:
-        """The steps until the end of the epoch, or of the run."""
+        """Train until the end of the epoch or of the run."""
         run, clock, group, schedule = self._run, self._run.clock, self._run.group, self._run.schedule
-        add_metrics, count_batch = run.logger.meter.add, run.clock_updater.count_batch
+        add_metrics, count_batch = run.logger.accumulator.add, run.clock_updater.count_batch
         if group.should_sync(clock.step) and self._sync():
             return
         for step_fn, batch, steps in self._batches.epoch(run.state):  # fetch
@@ -81,7 +81,7 @@ class TrainingLoop:
                 return
 
     def _log_validate_save(self, epoch_end: bool) -> None:
-        """Do what is due, in this order; what a signal cuts off is done when the run goes on."""
+        """Do what is due, in this order. What a signal interrupts is done when the run resumes."""
         run, schedule, is_best = self._run, self._run.schedule, False
         if schedule.log.due(run.clock):
             self._log()
@@ -93,7 +93,7 @@ class TrainingLoop:
         if is_best or schedule.save_due(epoch_end):
             self._checkpoints.save(again=is_best)
 
-    # ---------------------------------------------------------------------------------------- its parts
+    # ---------------------------------------------------------------------------------------- events
 
     def _start(self) -> None:
         run = self._run
@@ -103,7 +103,7 @@ class TrainingLoop:
         run.callback("on_start")
         run.stop.sync_requests()
         self._plan()
-        if run.clock.step:  # what was due, and not done, when the checkpoint was made
+        if run.clock.step:  # what was due but not done when the checkpoint was saved
             self._log_validate_save(epoch_end=run.clock.batch == 0)
 
     def _finish(self) -> None:
@@ -128,7 +128,7 @@ class TrainingLoop:
         run.stop.in_sync = True
 
     def _after_step(self, epoch_end: bool = False) -> None:
-        """Read the clock, and do what is due."""
+        """Update the clock, and do what is due."""
         run, updater = self._run, self._run.clock_updater
         if run.group.size == 1 or epoch_end:
             updater.read()
@@ -139,7 +139,7 @@ class TrainingLoop:
         self._plan()
 
     def _sync(self) -> bool:
-        """Synchronize all ranks: the time, signals, and what callbacks ask for; whether the run is over."""
+        """Synchronize the time, signals and stop requests of all ranks; returns whether the run is over."""
         run = self._run
         run.clock_updater.read()
         run.stop.sync_signals()
@@ -150,11 +150,11 @@ class TrainingLoop:
 
     def _plan(self) -> None:
         self._run.schedule.plan()
-        if self._run.stop.signal:  # asked for last, as it may come meanwhile
+        if self._run.stop.signal:  # checked last, as a signal may arrive meanwhile
             self._run.schedule.wake()
 
     def _log(self) -> None:
-        """Publish the metrics of the steps since the last time."""
+        """Publish the metrics of the steps since the last call."""
         run = self._run
         run.clock_updater.read_on_all_ranks()
         run.schedule.log.restart(run.clock)
@@ -171,19 +171,19 @@ class TrainingLoop:
         self._run.logger.sinks.show_params(self._run.clock.step, params, last)
 
     def _validate(self, number: int) -> bool:
-        """Whether it was done, rather than cut off by a signal."""
+        """Run a validation; returns False if a signal interrupted it."""
         self._log()
         return self._validator.run(number)
 
     def _validate_last(self) -> bool:
-        """Measure what asks for it at the end and was not measured at this step; whether there was any."""
-        stop, clock, measured = self._run.stop, self._run.clock, False
+        """Run the validations with `last=True` that did not run at this step; returns whether there were any."""
+        stop, clock, has_validated = self._run.stop, self._run.clock, False
         for number, timer in enumerate(self._run.schedule.validations):
             last = self._validator.validations[number].last
             if not last or stop.is_interrupted or timer.since == clock.step:
                 continue
             if not self._validate(number):
-                stop.reason = str(stop.signal)  # the run that goes on does it
+                stop.reason = str(stop.signal)  # the resumed run does it
                 break
-            measured = True
-        return measured
+            has_validated = True
+        return has_validated

@@ -1,4 +1,4 @@
-"""`lm.lr_find`: Smith's range test for a learning rate."""
+"""`lm.lr_find`: Smith's range test for the learning rate."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lumen.train.distributed import ProcessGroupContext
 
 @dataclass(frozen=True)
 class LRFinderResult:
-    """What `lm.lr_find` measured: the loss at each of the `lrs`, its running mean, and what they suggest.
+    """The result of `lm.lr_find`: the loss at each of the `lrs`, its running mean, and the suggested learning rate.
 
-    `index` is the place of the `suggestion` among them; both are None where the loss never fell, or the search ended
-    too soon to tell. `reason` says why it ended where it did.
+    `index` is the index of the `suggestion` in `lrs`. Both are None if the loss never fell, or if the search ended too
+    early. `reason` says why it ended.
     """
 
     lrs: tuple[float, ...]
@@ -51,7 +51,7 @@ class LRFinderResult:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # no pyplot: the user's backend stays as it is
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")  # no pyplot, which would change the user's backend
         axes = figure.add_subplot()
         axes.plot(self.lrs, self.losses, alpha=0.3, label="loss")
         axes.plot(self.lrs, self.smoothed, label="running mean")
@@ -80,26 +80,26 @@ def lr_find(
     This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186). The
     suggestion is where the loss falls fastest against the logarithm of the learning rate, before it is at its lowest:
     where a line through the losses of a fifth of the points is steepest. The learning rate is set in the optimizer's
-    state, so a warm-up or another schedule must be left out for the search. The given state and torch's random
-    generators stay as they were.
+    state, so leave out warm-up and other schedules for the search. The state and torch's random generators do not
+    change.
 
     Args:
         step: the training step, with its transforms.
         state: the state that `step` takes (`step.init(state)`).
-        batches: where batches come from; it is iterated again where it is shorter than `steps`.
+        batches: the source of batches; it is iterated again if it has fewer than `steps`.
         low: the first learning rate.
-        high: the last one.
-        steps: how many there are, each a constant factor from the next.
-        smoothing: the share of the past in the running mean of losses, in [0, 1).
-        diverge: stop where the running mean is so many times the best one; None to go on to the end.
-        metric: which of the step's metrics is the loss.
-        plot: where to write the curve as an image, "lr.png" say.
+        high: the last learning rate.
+        steps: the number of learning rates, each the same factor times the one before.
+        smoothing: the weight of the past in the running mean of losses, in [0, 1).
+        diverge: stop when the running mean is this many times the best one; None never stops early.
+        metric: the key of the loss among the metrics that the step returns.
+        plot: where to write the curve as an image, such as "lr.png".
 
     Raises:
         HyperparameterError: a value outside its range, or an optimizer whose learning rate is a schedule.
         BatchError: there is no batch.
-        StepError: the step's metrics have no such number.
-        ImportError: `plot` was given, and matplotlib is missing.
+        StepError: the step returns no such number.
+        ImportError: `plot` is set, and matplotlib is missing.
 
     >>> import lumen as lm, torch
     >>> def step(state, batch):
@@ -109,8 +109,8 @@ def lr_find(
     ...     loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
     ...     return state.apply_gradients(grads), {"loss": loss}
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(1e-3))
-    >>> found = lm.lr_find(step, state, [torch.ones(4, 2)])
-    >>> 0.01 < found.suggestion < 1
+    >>> result = lm.lr_find(step, state, [torch.ones(4, 2)])
+    >>> 0.01 < result.suggestion < 1
     True
     """
     _check(low, high, steps, smoothing, diverge)
@@ -121,16 +121,16 @@ def lr_find(
     with forked_rng(device):
         reason = _sweep(step, state, zip(lrs, _endless(source), strict=False), metric, curve)
     if not reason:
-        reason = f"all {steps} steps were made" if len(curve.lrs) == steps else "the batches ended"
+        reason = f"all {steps} steps are complete" if len(curve.lrs) == steps else "the batches ended"
     index = _steepest(curve.losses, curve.smoothed, reach=max(1, steps // 10))
-    found = LRFinderResult(tuple(curve.lrs), tuple(curve.losses), tuple(curve.smoothed), index, reason)
+    result = LRFinderResult(tuple(curve.lrs), tuple(curve.losses), tuple(curve.smoothed), index, reason)
     if plot is not None:
-        found.plot(plot)
-    return found
+        result.plot(plot)
+    return result
 
 
 class _Curve:
-    """The losses so far with their running mean, and whether to go on."""
+    """The losses so far with their running mean, and whether the search continues."""
 
     def __init__(self, smoothing: float, diverge: float | None) -> None:
         self.lrs: list[float] = []
@@ -142,11 +142,11 @@ class _Curve:
         self._best = math.inf
 
     def add(self, lr: float, loss: float) -> str:
-        """Take in a loss; what became of it where the search is to end, else nothing."""
+        """Add a loss; returns what happened to it if the search is to end, else an empty string."""
         if not math.isfinite(loss):
             return "was not finite"
         self._mean = self._smoothing * self._mean + (1 - self._smoothing) * loss
-        # The running mean began at zero, and would stay too small for a long time.
+        # The running mean starts at zero: without this it would be too small for a long time.
         smoothed = self._mean / (1 - self._smoothing ** (len(self.losses) + 1))
         self.lrs.append(lr)
         self.losses.append(loss)
@@ -159,39 +159,39 @@ class _Curve:
 
 
 def _sweep(step: StepFn, state: Any, points: Iterable[tuple[float, Any]], metric: str, curve: _Curve) -> str:
-    """Make the steps; why they ended early, or nothing."""
+    """Run the steps; returns why they ended early, or an empty string."""
     state = clone(state)  # a step may donate it
     lr = None
     for lr, batch in points:
         try:
             state, metrics = step(with_learning_rate(state, lr), batch)
-            ended = curve.add(lr, _number(metrics, metric))
-        except NonFiniteError:  # what `lm.guard` raises is an answer too
-            ended = "was not finite"
-        if ended:
-            return f"the loss {ended} at a learning rate of {lr:.3g}"
+            problem = curve.add(lr, _number(metrics, metric))
+        except NonFiniteError:  # from `lm.guard`
+            problem = "was not finite"
+        if problem:
+            return f"the loss {problem} at a learning rate of {lr:.3g}"
     if lr is None:
-        raise BatchError("there is no batch to search on. A generator that was used before is empty: make a new one.")
+        raise BatchError("there is no batch to search on. A generator that was used before is empty: create a new one.")
     return ""
 
 
 def _steepest(losses: Sequence[float], smoothed: Sequence[float], reach: int) -> int | None:
-    """Where the loss falls fastest: the center of the line through 2·reach + 1 losses that falls fastest.
+    """The index where the loss falls fastest: the center of the steepest line through 2·reach + 1 losses.
 
-    It is the losses themselves that are fitted. Their running mean lags behind: it falls fastest where the loss is
-    about to rise. Beyond the lowest running mean nothing counts, since a loss that has blown up may fall again.
+    The line is fitted to the losses themselves. Their running mean lags behind: it falls fastest where the loss is
+    about to rise. Points beyond the lowest running mean do not count, since a loss that has diverged may fall again.
     """
     if len(losses) <= 2 * reach:
         return None
     windows = torch.tensor(losses, dtype=torch.float64).unfold(0, 2 * reach + 1, 1)
-    slopes = windows @ torch.arange(-reach, reach + 1, dtype=torch.float64)  # of equal steps of the logarithm
+    slopes = windows @ torch.arange(-reach, reach + 1, dtype=torch.float64)  # the logarithms are evenly spaced
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     slopes = slopes[: max(1, lowest - reach + 1)]
     return reach + int(slopes.argmin()) if slopes.min() < 0 else None
 
 
 def _endless(batches: DeviceIterator) -> Iterator[Any]:
-    """Epoch after epoch, where the data can be iterated more than once."""
+    """The batches of epoch after epoch, as long as an epoch has any."""
     for number in itertools.count():
         empty = True
         for batch in batches.epoch(number):
@@ -203,9 +203,9 @@ def _endless(batches: DeviceIterator) -> Iterator[Any]:
 
 def _number(metrics: Any, name: str) -> float:
     if not isinstance(metrics, Mapping) or name not in metrics:
-        known = ", ".join(map(repr, metrics)) if isinstance(metrics, Mapping) else type(metrics).__name__
+        names = ", ".join(map(repr, metrics)) if isinstance(metrics, Mapping) else type(metrics).__name__
         raise StepError(
-            f"lr_find looks for {name!r} among the step's metrics, which are {known or 'none'}. Return it from the"
+            f"lr_find looks for {name!r} among the step's metrics, which are {names or 'none'}. Return it from the"
             " step, or name another: lm.lr_find(..., metric='loss')."
         )
     value = torch.as_tensor(compute_metrics(metrics[name]))

@@ -1,4 +1,4 @@
-"""`MetricAccumulator`: metrics kept on the device from step to step, read by the host only when they are asked for."""
+"""`MetricAccumulator`: metrics that stay on the device from step to step until the host reads them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lumen.train.byte_layout import Entry
 from lumen.train.metric_entries import from_entry, kinds_of, pack, to_entry, unpack
 from lumen.train.metric_merge import MetricMerger
 
-_MERGE_AFTER = 256  # bounds what is held between two readings
-_MANY = 64
+_MERGE_AFTER = 256  # steps; bounds the memory between two readings
+_MAX_NUMBERS = 64  # of one metric
 
 
 class MetricAccumulator:
@@ -26,13 +26,13 @@ class MetricAccumulator:
 
     def __init__(self) -> None:
         self._unmerged: list[Any] = []
-        self._newest: Any = None  # as the step gave it: what was merged does not tell what it was
+        self._newest: Any = None  # as the step returned it: merged metrics do not show their kinds
         self._saved: list[Entry] = []
         self._saved_kinds: dict[str, str] = {}
 
     def add(self, metrics: Any) -> None:
-        """Take in one step's metrics; nothing is computed."""
-        if self._saved:  # of what form they were shows only now
+        """Add the metrics of one step, without computing anything."""
+        if self._saved:  # their structure is known only now
             self._unmerged = [from_entry(entry, metrics) for entry in self._saved]
             self._saved = []
         self._unmerged.append(metrics)
@@ -44,11 +44,10 @@ class MetricAccumulator:
         return bool(self._unmerged)
 
     def read(self, prefix: str = "", merger: MetricMerger | None = None, key: str = "") -> dict[str, float]:
-        """The merged numbers by name, those of all ranks with a `merger`, and start anew.
+        """Return the merged numbers by name, and forget them; with a `merger` they are those of all ranks.
 
-        `key` is what they are called among ranks, by default `prefix`.
-
-        A metric that is a vector (one entry for each lane of an ensemble) becomes `name/0`, `name/1`, …
+        `key` identifies them among ranks, by default `prefix`. A metric that is a vector (one entry for each lane of an
+        ensemble) becomes `name/0`, `name/1`, …
         """
         unmerged, self._unmerged, self._newest = self._unmerged, [], None
         merged = merge_metrics(unmerged) if unmerged else None
@@ -61,13 +60,13 @@ class MetricAccumulator:
         return {} if merged is None else to_numbers(merged)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is held, unmerged: sums of floats depend on their order, and going on must not change it."""
+        """The metrics, unmerged: sums of floats depend on their order, which a resume must not change."""
         if self._saved:
             return pack(self._saved, self._saved_kinds)
         return pack([to_entry(metrics) for metrics in self._unmerged], kinds_of(self._newest))
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Hold again what `state_dict` gave, or several gave, also as `lm.checkpoint.load` gives it."""
+        """Restore one or several results of `state_dict`, also as `lm.checkpoint.load` returns them."""
         self._unmerged, self._newest = [], None
         self._saved = [entry for state in states for entry in unpack(state)]
         self._saved_kinds = next((dict(state["kinds"]) for state in states if state.get("kinds")), {})
@@ -77,21 +76,21 @@ _REDUCE = "Reduce it in the step, to a mean or its quantiles, say."
 
 
 def to_floats(metrics: Any, prefix: str = "", advice: str = _REDUCE) -> dict[str, float]:
-    """Numbers of a metrics tree by their names, moved to the host in one transfer.
+    """The numbers of a metrics tree by name, moved to the host in one transfer.
 
-    Warns, with the `advice`, of a tensor of more numbers than are logged.
+    It warns, with the `advice`, of a tensor that has too many numbers to be logged.
     """
     named = {f"{prefix}{name}": torch.as_tensor(leaf).detach() for name, leaf in _named(metrics)}
     flat: dict[str, Tensor] = {}
     for name, value in named.items():
         if value.dim() == 0:
             flat[name] = value
-        elif value.numel() <= _MANY:
-            flat.update({f"{name}/{i}": each for i, each in enumerate(value.flatten())})
+        elif value.numel() <= _MAX_NUMBERS:
+            flat.update({f"{name}/{i}": number for i, number in enumerate(value.flatten())})
         else:
             warnings.warn(
-                f"the metric {name!r} has {value.numel()} numbers, more than the {_MANY} that are logged one by one,"
-                f" so it is left out. {advice}",
+                f"the metric {name!r} has {value.numel()} numbers, more than the {_MAX_NUMBERS} that are logged one by"
+                f" one, so it is left out. {advice}",
                 InexactWarning,
                 stacklevel=2,
             )
@@ -101,11 +100,11 @@ def to_floats(metrics: Any, prefix: str = "", advice: str = _REDUCE) -> dict[str
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:
-    """0-d tensors as numbers, in one transfer from their device, or two from one that has no float64."""
+    """0-d tensors as numbers, in one transfer, or in two from a device without float64."""
     if all(scalar_dtype(scalar.device) == torch.float64 for scalar in scalars):
         return torch.stack([scalar.to(torch.float64) for scalar in scalars]).tolist()
     numbers = [0.0] * len(scalars)
-    for dtype, floating in ((torch.float32, True), (torch.int64, False)):  # a count need not fit into 24 bits
+    for dtype, floating in ((torch.float32, True), (torch.int64, False)):  # a count may need more than 24 bits
         indices = [i for i, scalar in enumerate(scalars) if scalar.is_floating_point() is floating]
         values = torch.stack([scalars[i].to(dtype) for i in indices]).tolist() if indices else []
         for i, value in zip(indices, values, strict=True):

@@ -1,4 +1,4 @@
-"""Metrics taken apart into named tensors, for checkpoints and other ranks, and put together again."""
+"""Metrics as named tensors, for checkpoints and other ranks, and back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _GLOBAL, _PLAIN = "global", "plain"  # kinds of metrics, in checkpoints
 
 
 def to_entry(metrics: Any) -> Entry:
-    """The tensors that each metric is made of, by its name."""
+    """The tensors of each metric, by its name."""
     return {name: _tensors_of(value) for name, value in _named_values(metrics)}
 
 
 def from_entry(entry: Entry, like: Any) -> Any:
-    """The metrics that `to_entry` took apart, in the form of `like`."""
+    """The metrics of an entry of `to_entry`, in the structure of `like`."""
     names = iter(tree.paths(like, is_leaf=is_value))
 
     def rebuild(value: Any) -> Any:
@@ -32,7 +32,7 @@ def from_entry(entry: Entry, like: Any) -> Any:
         tensors = {key: tensor.to(device) for key, tensor in saved.items()}
         if isinstance(value, MetricValue):
             return value.metric.unpack(tensors)
-        if not is_value(value) and len(tensors) > 1:  # several plain numbers that were merged
+        if not is_value(value) and len(tensors) > 1:  # merged plain numbers
             return Mean(tensors["0"], tensors["1"])
         return tree.unflatten(tree.structure(value), [tensors[str(i)] for i in range(len(tensors))])
 
@@ -40,20 +40,20 @@ def from_entry(entry: Entry, like: Any) -> Any:
 
 
 def kinds_of(metrics: Any) -> dict[str, str]:
-    """Which metrics are not of a rank's own rows, by name: means over all rows, and plain numbers."""
+    """The kinds of metrics that are not of a rank's own rows, by name: means over all rows, and plain numbers."""
     kinds = {name: _kind_of(value) for name, value in _named_values(metrics)}
     return {name: kind for name, kind in kinds.items() if kind}
 
 
 def pack(entries: Sequence[Entry], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Entries and the kinds of their metrics as a tree for a checkpoint; empty where there are none."""
+    """Entries and the kinds of their metrics as a tree for a checkpoint; empty without entries."""
     if not entries:
         return {}
     return {**_columns(entries), **({"kinds": dict(kinds)} if kinds else {})}
 
 
 def unpack(state: Mapping[str, Any]) -> list[Entry]:
-    """The entries that `pack` was given, also as `lm.checkpoint.load` gives them."""
+    """The entries of a tree of `pack`, also as `lm.checkpoint.load` returns it."""
     columns: Mapping[str, Mapping[str, Tensor]] = state.get("columns", {})
     count = next((len(column) for tensors in columns.values() for column in tensors.values()), 0)
     rows = [
@@ -64,10 +64,10 @@ def unpack(state: Mapping[str, Any]) -> list[Entry]:
 
 
 def reweight(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    """What the accumulators of several ranks held, for one rank of a world of another size to continue from.
+    """Convert the metrics of several ranks, so that one rank of a world of another size can continue from them.
 
-    Values of a rank's own rows are taken over as they are. A `GlobalMean` is the same on all ranks, and counts once. Of
-    plain numbers each rank gives one for each step: they weigh as much as those that `world_size` ranks give.
+    Metrics of a rank's own rows do not change. A `GlobalMean` is the same on all ranks, and counts once. Plain numbers
+    are one for each step and rank: they are rescaled to weigh as much as those of `world_size` ranks.
     """
     share = world_size / max(1, len(states))
     reweighted = []
@@ -114,7 +114,7 @@ def _columns(entries: Sequence[Entry]) -> dict[str, Any]:
         name: {key: torch.stack([entry[name][key] for entry in entries]) for key in tensors}
         for name, tensors in entries[0].items()
     }
-    return {"columns": columns}  # few arrays rather than one for each number: each is a file
+    return {"columns": columns}  # a few arrays rather than one for each number, as each array is a file
 
 
 def _shapes(entry: Entry) -> Any:

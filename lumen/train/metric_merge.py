@@ -19,18 +19,18 @@ from lumen.train.metric_entries import from_entry, to_entry
 
 
 class MetricMerger:
-    """Merges metrics over the ranks of `group`; alone, it merges nothing."""
+    """Merges metrics over the ranks of `group`; in a single process it merges nothing."""
 
     def __init__(self, group: ProcessGroupContext) -> None:
         self.group = group
         self._layouts: dict[str, Layout] = {}
 
     def merge(self, key: str, metrics: Any, to_numbers: Callable[[Any], dict[str, float]]) -> dict[str, float]:
-        """The numbers that `to_numbers` makes of the metrics of all ranks; a rank without any gives None.
+        """The result of `to_numbers` for the merged metrics of all ranks; a rank without metrics passes None.
 
-        Of ranks that are handed the same rows the first counts, and of a `GlobalMean`, which all hold. Tensors travel
-        as bytes in one all-gather, and each rank merges them in the same order, so that all have the same numbers to
-        the bit. Where those under a `key` are not all of the layout that they had before, they travel as objects.
+        Of ranks with the same rows only the first counts, and a `GlobalMean`, which all ranks hold, counts once. The
+        tensors are sent as bytes in one all-gather. Each rank merges them in the same order, so the numbers are bitwise
+        the same. If any layout under a `key` differs from the last one, the metrics are sent as objects.
         """
         if self.group.size == 1:
             return {} if metrics is None else to_numbers(metrics)
@@ -43,9 +43,9 @@ class MetricMerger:
         if metrics is not None:
             _check_names(entries)
             by_rank = [from_entry(entries[rank], metrics) for rank in holders if rank % distributed.tp_degree() == 0]
-            # The first rank comes last: it is the one whose Last counts.
+            # Rank 0 comes last, so that its `Last` counts.
             numbers = to_numbers(merge_metrics([*map(_without_shared, reversed(by_rank[1:])), by_rank[0]]))
-        if len(holders) < self.group.size:  # a rank without metrics cannot know what they mean
+        if len(holders) < self.group.size:  # a rank without metrics does not know their types
             numbers = self.group.all_gather_object(numbers)[holders[0]]
         return numbers
 
@@ -64,7 +64,7 @@ class MetricMerger:
         return entries
 
     def _all_gather_bytes(self, layout: Layout, entry: Entry | None) -> list[Any] | None:
-        """The entries of all ranks, or None where one is of another layout: its first byte says so."""
+        """The entries of all ranks, or None if one has another layout, which its first byte says."""
         device = self.group.device
         row = torch.zeros(1 + total_bytes(layout), dtype=torch.uint8, device=device)
         if entry is not None and layout_of(entry) == layout:
@@ -84,12 +84,12 @@ def _on_host(entry: Entry) -> dict[str, dict[str, Tensor]]:
 
 
 def _without_shared(metrics: Any) -> Any:
-    """The metrics of one rank without what all hold, which another one gives."""
+    """The metrics of one rank with every `GlobalMean`, which another rank counts, set to zero."""
 
-    def own(value: Any) -> Any:
+    def zero_shared(value: Any) -> Any:
         return tree.map(torch.zeros_like, value) if isinstance(value, GlobalMean) else value
 
-    return tree.map(own, metrics, is_leaf=is_value)
+    return tree.map(zero_shared, metrics, is_leaf=is_value)
 
 
 def _check_names(entries: Sequence[Any]) -> None:
@@ -99,5 +99,5 @@ def _check_names(entries: Sequence[Any]) -> None:
         if names != names_of[first]:
             raise MetricError(
                 f"ranks return different metrics: {sorted(names ^ names_of[first])} on rank {rank} or rank {first}"
-                " alone. Return the same names everywhere, and a value without weight where there is nothing to count."
+                " only. Return the same names on all ranks, and a value of weight zero where there is nothing to count."
             )

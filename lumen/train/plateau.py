@@ -1,8 +1,8 @@
-"""Feeding a validation metric to `lm.optim.reduce_on_plateau`."""
+"""Reports validation metrics to the optimizer's `lm.optim.reduce_on_plateau`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,32 +13,32 @@ from lumen.optim import plateau_step
 from lumen.optim._plateau import PlateauState
 
 
-def update_plateau(state: Any, name: str, values: Mapping[str, float]) -> Any:
-    """The state after its optimizer was told the metric `name`; in an ensemble, that of each lane."""
-    lanes = [key for key in values if key.startswith(f"{name}/")]
-    metric = values[name] if name in values else torch.tensor([values[f"{name}/{i}"] for i in range(len(lanes))])
-    return state.replace(opt_state=plateau_step(state.opt_state, metric))
+def update_plateau(state: Any, monitor: str, values: Mapping[str, float]) -> Any:
+    """The state after `reduce_on_plateau(monitor=…)` got its metric; in an ensemble each lane gets its own."""
+    lanes = [key for key in values if key.startswith(f"{monitor}/")]
+    metric = (
+        values[monitor] if monitor in values else torch.tensor([values[f"{monitor}/{i}"] for i in range(len(lanes))])
+    )
+    return state.replace(opt_state=plateau_step(state.opt_state, metric, monitor=monitor))
 
 
-def check_plateau(state: Any, name: str | None, validations: list[str]) -> None:
-    """Raise `StepError` where an optimizer waits for a metric that it will never be told, or the other way round."""
-    waits = any(isinstance(n, PlateauState) for n in tree.leaves(getattr(state, "opt_state", ()), is_leaf=_is_plateau))
-    if waits and name is None:
-        raise StepError(
-            "the optimizer has reduce_on_plateau, and the Runner does not know which metric it watches. Write"
-            ' lm.Runner(step, plateau="val/loss"), with a validation that gives it.'
-        )
-    if name is not None and not waits:
-        raise StepError(
-            f"plateau={name!r} has no reduce_on_plateau to feed. Build the optimizer as"
-            " lm.optim.chain(lm.optim.adamw(1e-3), lm.optim.reduce_on_plateau())"
-        )
-    if name is not None and not any(name.startswith(f"{each}/") for each in validations):
-        raise StepError(
-            f"plateau={name!r} is no metric of a validation; those of this run are called"
-            f" {', '.join(map(printable, validations)) or 'nothing, as there are none'}."
-            " Write fit(…, validate=lm.Validate(…, name='val'))."
-        )
+def plateau_monitors(state: Any, validations: Sequence[str]) -> list[str]:
+    """The metrics that `reduce_on_plateau` monitors; raises `StepError` for one that no validation could return."""
+    nodes = tree.leaves(getattr(state, "opt_state", ()), is_leaf=_is_plateau)
+    monitors = dict.fromkeys(node.rule.monitor for node in nodes if _is_plateau(node))
+    for monitor in monitors:
+        if monitor is None:
+            raise StepError(
+                "the optimizer's reduce_on_plateau does not say which metric it monitors. Write"
+                ' lm.optim.reduce_on_plateau(monitor="val/loss"), with a validation that returns this metric.'
+            )
+        if not any(monitor.startswith(f"{name}/") for name in validations):
+            raise StepError(
+                f"reduce_on_plateau(monitor={monitor!r}) needs the metric of a validation, and the validations of this"
+                f" run are named {', '.join(map(printable, validations)) or 'nothing, as there are none'}."
+                " Write fit(…, validate=lm.Validate(…, name='val'))."
+            )
+    return list(monitors)
 
 
 def _is_plateau(node: Any) -> bool:

@@ -27,10 +27,10 @@ def predict(
 ) -> Iterator[Any]:
     """The outputs of `step(state, batch)` for each batch of `data`, on the CPU, in evaluation mode.
 
-    In a world of several processes each gets the outputs of its own rows, which are cut as those of training are.
+    With several processes each gets the outputs of its own rows, which are sharded as those of training are.
 
     >>> import lumen as lm, torch
-    >>> [len(out) for out in lm.predict(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
+    >>> [len(outputs) for outputs in lm.predict(lambda state, batch: batch * 2, {}, [torch.ones(2), torch.ones(1)])]
     [2, 1]
     """
     join_world(transforms)
@@ -46,19 +46,19 @@ def predict(
 def joined(outputs: Iterable[Any]) -> Any:
     """Outputs of several batches as one tree: tensors joined along their first dim, lists appended.
 
-    Raises `BatchError` where there are none, or where they differ in structure.
+    Raises `BatchError` for no outputs, and for outputs that differ in structure.
     """
-    parts = list(outputs)
-    if not parts:
+    batches = list(outputs)
+    if not batches:
         raise BatchError("there is nothing to predict on: the data gave no batch.")
-    spec = tree.structure(parts[0], is_leaf=_is_list)
-    for number, part in enumerate(parts):
-        if tree.structure(part, is_leaf=_is_list) != spec:
+    spec = tree.structure(batches[0], is_leaf=_is_list)
+    for number, batch in enumerate(batches):
+        if tree.structure(batch, is_leaf=_is_list) != spec:
             raise BatchError(
                 f"the outputs of batch {number} have another structure than the first: "
-                + "; ".join(tree.differences(parts[0], part))
+                + "; ".join(tree.differences(batches[0], batch))
             )
-    return tree.map(lambda *leaves: _join(leaves), *parts, is_leaf=_is_list)
+    return tree.map(lambda *leaves: _join(leaves), *batches, is_leaf=_is_list)
 
 
 def _join(leaves: tuple[Any, ...]) -> Any:

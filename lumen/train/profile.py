@@ -18,23 +18,23 @@ _ROWS = 30  # of the table
 
 
 class Profile(Callback):
-    """Profiles a few steps of a run on the CPU and, where there is one, the accelerator.
+    """Profiles a few steps of a run on the CPU and the accelerator.
 
-    Each cycle lets `wait` steps pass, warms the profiler up for `warmup` and records `active` of them; then it writes
+    Each cycle skips `wait` steps, warms the profiler up for `warmup` steps and records `active` steps. Then it writes
     two files into `directory`: `*.pt.trace.json`, which TensorBoard's profiler plugin, ui.perfetto.dev and
     chrome://tracing open, and `*.txt` with the operators that took longest. After the last cycle the profiler is off
-    and costs nothing. With `unroll(k)` a step is a call of k steps. A run that ends or raises while steps are being
-    recorded writes what there is.
+    and costs nothing. With `unroll(k)` a step is a call of k steps. A run that ends or fails in a cycle writes what was
+    recorded.
 
     Args:
-        directory: where the files go; made where it is missing.
-        wait: how many steps of each cycle pass unseen: those of the first are slow for reasons of their own.
-        warmup: how many steps run under the profiler but are thrown away.
+        directory: where the files go; it is created if it is missing.
+        wait: how many steps of each cycle are skipped: the first steps of a run are not representative.
+        warmup: how many steps run under the profiler without being recorded.
         active: how many steps are recorded.
         repeat: how many cycles there are.
         memory: record allocations too.
-        stacks: record the Python lines that called each operator; that makes recorded steps much slower.
-        trace: write the trace, which may be large; without it, the table alone.
+        stacks: record the Python lines that called each operator, which makes recorded steps much slower.
+        trace: write the trace, which may be large; if False, only the table.
 
     Raises:
         HyperparameterError: a count outside its range.
@@ -60,8 +60,8 @@ class Profile(Callback):
             check_count(name, value, low=low)
         if not isinstance(warmup, int) or warmup < 1:
             raise HyperparameterError(
-                f"warmup={warmup!r} is not allowed: give a whole number from 1, since the first step under the profiler"
-                " carries its own start."
+                f"warmup={warmup!r} is not allowed: give an integer from 1, since the first step under the profiler"
+                " includes its start-up."
             )
         self.directory = Path(directory)
         self._schedule = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
@@ -73,15 +73,15 @@ class Profile(Callback):
         self._trace = trace
         self._profiler: profile | None = None
         self._cycles = 0
-        self._left = 0
+        self._steps_left = 0
 
     def __repr__(self) -> str:
-        each = f", {self._repeat} times" if self._repeat > 1 else ""
-        return f"lm.Profile({str(self.directory)!r}, the last {self._active} of {self._length} steps{each})"
+        repeats = f", {self._repeat} times" if self._repeat > 1 else ""
+        return f"lm.Profile({str(self.directory)!r}, the last {self._active} of {self._length} steps{repeats})"
 
     def on_start(self, view: CallbackContext) -> None:
         """Begin the first cycle."""
-        self._stop()  # what a run that never ended may have left
+        self._stop()  # a run that never ended may have left a profiler
         self._cycles = self._repeat
         self._begin()
 
@@ -91,27 +91,27 @@ class Profile(Callback):
         if profiler is None:
             return
         profiler.step()
-        self._left -= 1
-        if self._left == 0:
+        self._steps_left -= 1
+        if self._steps_left == 0:
             self._stop()
             if self._cycles:
                 self._begin()
 
     def on_exception(self, view: CallbackContext, error: BaseException) -> None:
-        """Stop, without standing in the way of the error."""
+        """Stop, and add a failure to do so to the error."""
         try:
             self._stop()
         except Exception as failure:
-            error.add_note(f"the profile was lost too: {failure!r}")
+            error.add_note(f"the profile was lost as well: {failure!r}")
 
     def on_end(self, view: CallbackContext) -> None:
-        """Stop, where the run was shorter than the profile."""
+        """Stop, if the run was shorter than the profile."""
         self._stop()
 
     def _begin(self) -> None:
-        # A profiler of its own for each cycle: torch's would gather the events of all of them.
+        # A new profiler for each cycle: a single one would collect the events of all cycles.
         self._cycles -= 1
-        self._left = self._length
+        self._steps_left = self._length
         self._profiler = profile(
             activities=_activities(),
             schedule=self._schedule,
@@ -128,7 +128,7 @@ class Profile(Callback):
 
     def _write(self, profiler: profile) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # The plugin's own naming: a worker, a span and the ending.
+        # The plugin's naming scheme: a worker, a span and the suffix.
         stem = f"{socket.gethostname()}_{os.getpid()}.{time.time_ns()}"
         if self._trace:
             profiler.export_chrome_trace(str(self.directory / f"{stem}.pt.trace.json"))

@@ -14,13 +14,13 @@ _REFRESH = 0.1  # seconds between two redrawings
 
 
 class Progress(Protocol):
-    """What the Runner tells a display."""
+    """The interface of a display."""
 
     def start(self, total: int | None, begin: int) -> None:
-        """A run of `total` steps (None: unknown) begins at step `begin`."""
+        """A run of `total` steps (None: unknown) starts at step `begin`."""
 
     def tick(self, clock: Clock) -> None:
-        """Steps were made; called after each, so it must be cheap."""
+        """A step is complete. This is called after every step, so it must be cheap."""
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """New numbers."""
@@ -53,11 +53,11 @@ class Lines:
         self._total: int | None = None
 
     def start(self, total: int | None, begin: int) -> None:
-        """Remember how long the run is."""
+        """Store the number of steps."""
         self._total = total
 
     def tick(self, clock: Clock) -> None:
-        """Nothing: lines come with numbers."""
+        """Nothing: a line is printed with new numbers."""
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """Print one line."""
@@ -84,7 +84,7 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("eta"),
             Remaining(),
-            # It alone gives way where the terminal is narrow.
+            # The only column that shrinks on a narrow terminal.
             TextColumn("{task.fields[numbers]}", markup=False, table_column=last),
             auto_refresh=False,
             expand=True,
@@ -99,7 +99,7 @@ class Bar:
         self._task = self._bar.add_task("fit", total=total, completed=begin, epoch=0, numbers="")
 
     def tick(self, clock: Clock) -> None:
-        """Redraw, where it is time."""
+        """Redraw, if the last drawing is old enough."""
         now = time.monotonic()
         if now >= self._due:
             self._due = now + _REFRESH
@@ -120,7 +120,7 @@ class Bar:
 
 
 def make_progress(kind: bool | str) -> Progress:
-    """The display for `kind`: True or "auto" (a bar where there is a terminal or notebook), "bar", "lines", False."""
+    """The display for `kind`: True or "auto" (a bar on a terminal or in a notebook), "bar", "lines", False."""
     if kind is False:
         return Silent()
     if kind == "bar" or (kind in (True, "auto") and (sys.stdout.isatty() or "ipykernel" in sys.modules)):

@@ -1,4 +1,4 @@
-"""The random generators of a rank as a run continues: put back, or seeded anew where the ranks are others."""
+"""Restores the random generators of a rank, or seeds them if the number of ranks has changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumen.core import distributed
 
 
 def restore_rng(own: Mapping[str, Any] | None, main: Mapping[str, Any]) -> None:
-    """Put back this rank's `own` generators; where it has none, seed them from those of the `main` rank."""
+    """Restore this rank's `own` generators; if it has none, seed them from those of the `main` rank."""
     if own is not None:
         rng.restore(own)
         return
@@ -23,4 +23,4 @@ def restore_rng(own: Mapping[str, Any] | None, main: Mapping[str, Any]) -> None:
     seed = int.from_bytes(hashlib.sha256(text).digest()[:8])
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (it is the one that user code draws from)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the one that user code draws from)

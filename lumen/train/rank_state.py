@@ -1,4 +1,4 @@
-"""What each rank has of its own in a checkpoint: random generators, half-merged metrics, its position in the data."""
+"""The state of each rank in a checkpoint: random generators, metrics to be logged, its position in the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lumen.train.metric_entries import reweight
 
 
 def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dict[str, Any]:
-    """For a checkpoint that the first rank writes: what each rank has of its `own`; empty on the others."""
+    """On rank 0 the `own` states of all ranks, for the checkpoint that it writes; empty on the others."""
     if group.size == 1:
         return dict(own)
     states: list[Any] | None = [None] * group.size if group.is_main else None
@@ -34,22 +34,20 @@ def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dic
 def own_rank_state(
     group: ProcessGroupContext, extra: Mapping[str, Any], processes: int
 ) -> tuple[Mapping[str, Any], list[Any]]:
-    """This rank's own of what `gather_rank_state` gave in a run of `processes`, and the metrics it continues from.
+    """This rank's state in a checkpoint of `processes` ranks, and the metrics that it continues from.
 
-    Where the number of processes has changed, random generators are to be seeded anew from those of the first (`rng`
-    is None), and the first rank takes over all metrics that were not logged yet, weighted as in the run before.
+    If the number of processes has changed, `rng` is None and the generators are to be seeded from those of rank 0.
+    Rank 0 then takes over all metrics that were not logged yet, weighted as in the run before.
     """
-    others = unbundle(extra["ranks"]) if "ranks" in extra else []
-    states: list[Mapping[str, Any]] = [extra, *others]
+    states: list[Mapping[str, Any]] = [extra, *(unbundle(extra["ranks"]) if "ranks" in extra else [])]
     copies = extra.get("copies", 1)
     if processes == group.size and copies == distributed.tp_degree():
         own = states[group.rank]
         return own, [own.get("meter", {})]
     if group.is_main:
         warnings.warn(
-            f"this run goes on with {group.size} processes, and had {processes}: the order of the data stays that of"
-            " an lm.Loader, while random numbers such as dropout's are drawn anew. With lm.seeded they follow"
-            " from the step.",
+            f"this run resumes with {group.size} processes, and had {processes}. An lm.Loader keeps its order, but"
+            " random numbers such as dropout's will differ. Under lm.seeded they depend on the step alone.",
             InexactWarning,
             stacklevel=2,
         )
@@ -58,7 +56,7 @@ def own_rank_state(
 
 
 def bundle(values: Sequence[Any]) -> dict[str, Any]:
-    """Plain data with tensors in it as one text and one tensor of bytes: each array of a checkpoint is a file.
+    """Plain data with tensors as one text and one tensor of bytes, since each array of a checkpoint is a file.
 
     >>> import torch
     >>> from lumen.train.rank_state import bundle, unbundle
@@ -67,15 +65,15 @@ def bundle(values: Sequence[Any]) -> dict[str, Any]:
     """
     packed = json_tree.pack(list(values))
     tensors: list[Tensor] = packed["tensors"]
-    forms = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
+    specs = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
     data = torch.cat([torch.zeros(1, dtype=torch.uint8), *map(to_bytes, tensors)])  # never empty
-    return {"text": json.dumps([packed["text"], forms]), "bytes": data}
+    return {"text": json.dumps([packed["text"], specs]), "bytes": data}
 
 
 def unbundle(bundled: Mapping[str, Any]) -> list[Any]:
-    """What `bundle` was given."""
-    text, forms = json.loads(bundled["text"])
-    layout = [("", str(i), tuple(shape), getattr(torch, dtype)) for i, (shape, dtype) in enumerate(forms)]
+    """The inverse of `bundle`."""
+    text, specs = json.loads(bundled["text"])
+    layout = [("", str(i), tuple(shape), getattr(torch, dtype)) for i, (shape, dtype) in enumerate(specs)]
     tensors = from_bytes(layout, bundled["bytes"][1:]).get("", {})
     values: list[Any] = json_tree.unpack({"text": text, "tensors": list(tensors.values())})
     return values

@@ -1,4 +1,4 @@
-"""`lm.replay`: a step that `lm.guard("dump")` wrote, done again alone."""
+"""`lm.replay`: runs a step again that `lm.guard("dump")` wrote."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lumen.transforms._unroll import unroll
 
 
 def replay(path: str | os.PathLike[str], step: StepFn, state: Any, *, batch: Any = None) -> tuple[Any, Any]:
-    """Do the step in the dump at `path` again: the same state, batch and random numbers, so the same failure.
+    """Run the step in the dump at `path` again, with the same state, batch and random numbers, so it fails again.
 
-    Returns what the step returns; where it fails as it did, that error is raised. No other dump is written.
+    Returns what the step returns, or raises its error. It writes no other dump.
 
     Args:
-        path: what `lm.guard("dump")` wrote.
+        path: the directory that `lm.guard("dump")` wrote.
         step: the step with the transforms that it ran under.
-        state: a plain state of the same form (as for a new run); its values do not matter.
-        batch: one of the same form, where the batch is of a type that plain data cannot tell; its values do not matter.
+        state: a plain state of the same structure (as for a new run); its values do not matter.
+        batch: a batch of the same structure, if its type cannot be stored as plain data; its values do not matter.
 
     Raises:
-        CheckpointError: there is no dump, it is damaged, or it is that of another state or of other transforms.
-        StepError: the batch is of a type of its own, and none like it was given.
+        CheckpointError: there is no dump, it is damaged, or it belongs to another state or to other transforms.
+        StepError: the batch has a type that cannot be stored, and `batch` is missing.
 
     >>> import lumen as lm, tempfile, torch
     >>> def step(state, x):
@@ -47,63 +47,62 @@ def replay(path: str | os.PathLike[str], step: StepFn, state: Any, *, batch: Any
         ...
     lumen.errors.NonFiniteError: the loss is not finite at step 0. The update was left out. ...
     """
-    meta = described(path)
-    run = _fitting(as_step(step), meta)
-    like = run.init(state)
-    given = _batch(path, meta, batch)
-    generators = _generators(path)
+    meta = read_description(path)
+    replayed = _replayed_step(as_step(step), meta)
+    like = replayed.init(state)
+    saved_batch = _read_batch(path, meta, batch)
+    generators = _read_rng(path)
     try:
-        restored = checkpoint.restore(path, like, rename=_state_alone)
+        restored = checkpoint.restore(path, like, rename=_state_path)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(
-            f"{error}\nThe step in it ran under {_list(meta['transforms'])}, the one given runs under"
-            f" {_list([repr(t) for t in run.transforms])}. Give the step with the same transforms, and a state of the"
-            " same model and optimizer."
+            f"{error}\nThe step in it ran under {_list(meta['transforms'])}, but this one runs under"
+            f" {_list([repr(t) for t in replayed.transforms])}. Give the step with the same transforms, and a state of"
+            " the same model and optimizer."
         ) from error
     device = device_of(restored)
-    given = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
+    saved_batch = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, saved_batch)
     rng.restore(generators)
-    return run(restored, given)
+    return replayed(restored, saved_batch)
 
 
-def described(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the dump at `path` says of itself.
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of the dump at `path`.
 
-    `message` is that of the failure, `step` the counter before the call and `steps` how many were in it, `transforms`
-    are as they read, outermost first, `function` is the module and name of the step, `batch` its form as JSON, or None
-    where it has a type of its own.
+    `message` is the failure's message, `step` the counter before the call, and `steps` the number of steps in it.
+    `transforms` has their reprs, outermost first, `function` is the module and name of the step, and `batch` its
+    structure as JSON, or None if its type cannot be stored.
 
-    Raises `CheckpointError` for what is no dump.
+    Raises `CheckpointError` for what is not a dump.
     """
     meta = checkpoint.metadata(path).get("meta")
     if not isinstance(meta, dict) or meta.get("kind") != KIND:
         raise CheckpointError(f"{Path(path)} is a checkpoint, but not a step that lm.guard('dump') wrote.")
-    sound = (
+    is_valid = (
         isinstance(meta.get("message"), str)
         and isinstance(meta.get("function"), str)
         and isinstance(meta.get("steps"), int)
         and isinstance(meta.get("step"), int | None)
         and isinstance(meta.get("batch"), str | None)
         and isinstance(meta.get("transforms"), list)
-        and all(isinstance(each, str) for each in meta["transforms"])
+        and all(isinstance(text, str) for text in meta["transforms"])
     )
-    if not sound:
-        raise _damaged(path, "what it says of the step is not sound")
+    if not is_valid:
+        raise _damaged(path, "its description of the step is invalid")
     return meta
 
 
-def _fitting(step: Step, meta: dict[str, Any]) -> Step:
-    """The step without `unroll` where a single one was written, and with a guard that writes nothing."""
-    kept = [t for t in step.transforms if meta["steps"] > 1 or not isinstance(t, unroll)]
-    return compose(*(guard("raise") if isinstance(t, guard) and t.on_nonfinite == "dump" else t for t in kept))(
-        step.user
-    )
+def _replayed_step(step: Step, meta: dict[str, Any]) -> Step:
+    """The step without `unroll`, if the dump has a single step, and with a guard that writes no dump."""
+    transforms = [t for t in step.transforms if meta["steps"] > 1 or not isinstance(t, unroll)]
+    transforms = [guard("raise") if isinstance(t, guard) and t.on_nonfinite == "dump" else t for t in transforms]
+    return compose(*transforms)(step.user)
 
 
-def _batch(path: str | os.PathLike[str], meta: dict[str, Any], like: Any) -> Any:
+def _read_batch(path: str | os.PathLike[str], meta: dict[str, Any], like: Any) -> Any:
     if meta["batch"] is None and like is None:
         raise StepError(
-            "the batch in this dump is of a type of its own; give one of the same form:"
+            "the batch in this dump has a type that could not be stored; give a batch of the same structure:"
             " lm.replay(path, step, state, batch=next(iter(loader)))"
         )
     tensors = checkpoint.load(path, under="batch")
@@ -111,14 +110,14 @@ def _batch(path: str | os.PathLike[str], meta: dict[str, Any], like: Any) -> Any
         try:
             return json_tree.unpack({"text": meta["batch"], "tensors": tensors})
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise _damaged(path, f"its batch is not sound ({error})") from error
+            raise _damaged(path, f"its batch is invalid ({error})") from error
     spec, leaves = tree.structure(like), listed(tensors)
     if spec.num_leaves != len(leaves):
-        raise StepError(f"the batch given has {spec.num_leaves} leaves, that in the dump {len(leaves)}.")
+        raise StepError(f"the batch has {spec.num_leaves} leaves, but the batch in the dump has {len(leaves)}.")
     return tree.unflatten(spec, leaves)
 
 
-def _generators(path: str | os.PathLike[str]) -> Any:
+def _read_rng(path: str | os.PathLike[str]) -> Any:
     extra = checkpoint.load(path, item="extra")
     if not isinstance(extra, dict) or "rng" not in extra:
         raise _damaged(path, "it has no random generators")
@@ -133,5 +132,5 @@ def _list(transforms: list[str]) -> str:
     return ", ".join(transforms) or "no transforms"
 
 
-def _state_alone(name: str) -> str | None:
+def _state_path(name: str) -> str | None:
     return name.removeprefix("state/") if name.startswith("state/") else None

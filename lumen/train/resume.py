@@ -1,4 +1,4 @@
-"""`RunCheckpoints`: what goes into the checkpoints of a run, and how a run continues from one."""
+"""`RunCheckpoints`: what the checkpoints of a run contain, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumen.checkpoint.shard_specs import is_sharded
 from lumen.errors import CorruptCheckpointError, InexactWarning
 from lumen.parallel.comm import consistency
 from lumen.train import frozen_params
-from lumen.train.checkpointer import candidates, first_whole
+from lumen.train.checkpointer import candidates, first_undamaged
 from lumen.train.rank_rng import restore_rng
 from lumen.train.rank_state import gather_rank_state, own_rank_state
 from lumen.train.run_context import RunContext
@@ -25,7 +25,7 @@ from lumen.train.step_batches import StepBatches
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held: the `state`, what is beside it in tensors (`extra`) and in plain data (`meta`)."""
+    """The contents of a checkpoint: the `state`, other tensors (`extra`) and plain data (`meta`)."""
 
     state: Any
     extra: Any
@@ -35,7 +35,7 @@ class Restored(NamedTuple):
 class RunCheckpoints:
     """Saves and restores a run; without a checkpointer it does nothing.
 
-    A state that is the same on all ranks is written by the first; of one that is sharded, each rank writes its shards.
+    Rank 0 writes a state that is the same on all ranks. Of a sharded state each rank writes its shards.
     """
 
     def __init__(self, run: RunContext, batches: StepBatches) -> None:
@@ -48,44 +48,43 @@ class RunCheckpoints:
         self._checkpointer = checkpointer
         saves = checkpointer is not None and (self.is_sharded or group.is_main)
         self._store = checkpointer.store if checkpointer is not None and saves else None
-        # What frozen weights are known by, where checkpoints do without them.
         omits_frozen = checkpointer is not None and not checkpointer.frozen
         self._frozen_fingerprint = frozen_params.fingerprint(run.state) if omits_frozen else None
         self._saved_at: tuple[Any, ...] = ()
         self._compared_ranks = False
 
     def opened(self) -> AbstractContextManager[Any]:
-        """The store, open for this run."""
+        """A context in which the store is open for this run."""
         if self._store is None:
             return nullcontext()
         return self._store.open(self._run.settings.step if self.is_sharded else None)
 
     def check(self) -> None:
-        """Raise `CheckpointError` where a save has failed in the background."""
+        """Raise `CheckpointError` if a save has failed in the background."""
         if self._store is not None:
             self._store.check()
 
     def wait(self) -> None:
-        """Until all that was saved is on disk."""
+        """Wait until every save is on disk."""
         if self._store is not None:
             self._store.wait()
 
     def mark_interrupted(self) -> None:
-        """Leave word that the run waits to be started again."""
+        """Record that the run waits to be started again."""
         if self._checkpointer is not None and self._run.group.is_main:
             self._checkpointer.mark_interrupted(self._run.stop.reason, self._run.clock.step)
 
     # ---------------------------------------------------------------------------------------- saving
 
     def is_best(self) -> bool:
-        """Whether what was just measured is among the best, and so is to be kept."""
+        """Whether a checkpoint with the numbers of this step is among the best, and so is to be saved."""
         if self._checkpointer is None:
             return False
         group, fresh = self._run.group, self._run.logger.fresh
-        return bool(group.broadcast_object(group.is_main and self._checkpointer.wants(fresh)))
+        return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(fresh)))
 
     def save(self, again: bool = False) -> None:
-        """A checkpoint of this very moment, unless there is one already that knows as much."""
+        """Save a checkpoint, unless there is one of this position; `again` saves in any case."""
         run, position = self._run, self._run.position()
         if run.schedule.save is None or (self._saved_at == position and not again):
             return
@@ -101,22 +100,22 @@ class RunCheckpoints:
         run.stop.sync_requests()
 
     def _compare_ranks(self) -> None:
-        """Check that all ranks hold the same kind of state, with the first checkpoint."""
+        """Check with the first checkpoint that the states of all ranks have the same fields."""
         run = self._run
         if run.group.size > 1 and not self._compared_ranks:
             self._compared_ranks = True
             consistency.check_fields(run.state, dist.group.WORLD, run.settings.step.shard_specs(run.state))
 
     def _rank_state(self) -> dict[str, Any]:
-        """What each rank has of its own, in tensors."""
+        """The tensors that each rank has of its own."""
         return {
             "rng": rng.capture(),
-            "meter": self._run.logger.meter.state_dict(),
+            "meter": self._run.logger.accumulator.state_dict(),
             "feed": self._batches.state_dict(),
         }
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors: plain data."""
+        """The plain data of a checkpoint."""
         run, fingerprint = self._run, self._frozen_fingerprint
         return {
             "clock": run.clock.state_dict(),
@@ -130,13 +129,13 @@ class RunCheckpoints:
         }
 
     def _without_frozen(self, state: Any) -> Any:
-        """What of `state` a checkpoint holds."""
+        """The state to save: without frozen params, if the checkpointer omits them."""
         return state if self._frozen_fingerprint is None else frozen_params.without(state)
 
     # ---------------------------------------------------------------------------------------- resuming
 
     def resume(self, resume: str | os.PathLike[str]) -> None:
-        """Continue the run from where the checkpoint left it, if there is one."""
+        """Restore the run from its checkpoint, if there is one."""
         run = self._run
         if self._checkpointer is not None and run.group.is_main:
             self._checkpointer.interrupted.unlink(missing_ok=True)
@@ -155,37 +154,37 @@ class RunCheckpoints:
         run.clock_updater.resume()
         run.schedule.load_state_dict(meta["timers"])
         run.logger.load_state_dict(meta["journal"])
-        run.logger.meter.load_state_dict(*meters)
+        run.logger.accumulator.load_state_dict(*meters)
         run.settings.callbacks.load_state_dict(meta["callbacks"])
         self._batches.load_state_dict(own.get("feed", {}))
-        if same_run:  # a run that a callback ended is over
+        if same_run:  # a run that a callback ended stays ended
             run.stop.reason = run.stop.stopped = meta["stopped"]
         self._saved_at = run.position()
         restore_rng(own["rng"], extra["rng"])
 
     def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
-        """What to continue from: the first rank knows what there is, and all read it."""
+        """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
         choices = [(str(path), optional) for path, optional in self._candidates(resume)]
         paths = ((Path(path), optional) for path, optional in self._run.group.broadcast_object(choices))
-        restored: Restored | None = first_whole(paths, self._read_on_all_ranks, self._quarantine)
+        restored: Restored | None = first_undamaged(paths, self._read_on_all_ranks, self._quarantine)
         return restored
 
     def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
         return candidates(self._checkpointer, resume) if self._run.group.is_main else iter(())
 
-    def _quarantine(self, path: Path, instead: Path, why: CorruptCheckpointError) -> None:
+    def _quarantine(self, path: Path, restored: Path, error: CorruptCheckpointError) -> None:
         if not self._run.group.is_main:
             return
         assert self._store is not None
         self._store.quarantine(path)
         warnings.warn(
-            f"the checkpoint {path.name} is damaged and was set aside; the run goes on from {instead.name}: {why}",
+            f"the checkpoint {path.name} is damaged and was set aside; the run resumes from {restored.name}: {error}",
             InexactWarning,
             stacklevel=2,
         )
 
     def _read_on_all_ranks(self, path: Path) -> Restored:
-        """What each rank reads of it; raises `CorruptCheckpointError` where what any of them needs is damaged."""
+        """Read a checkpoint; raises `CorruptCheckpointError` on all ranks if one of them cannot read its share."""
         restored, damage = None, None
         try:
             restored = self._read(path)
@@ -203,4 +202,4 @@ class RunCheckpoints:
         meta, initial = checkpoint.metadata(path)["meta"], self._run.state
         like = initial if "frozen" not in meta else frozen_params.without(initial, meta["frozen"], path)
         state = checkpoint.restore(path, like, step=self._run.settings.step)
-        return Restored(frozen_params.with_those_of(state, initial), checkpoint.load(path, item="extra"), meta)
+        return Restored(frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)

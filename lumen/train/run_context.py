@@ -1,4 +1,4 @@
-"""`RunContext`: the state of one call of `fit`, and what its loop, validations and checkpoints share."""
+"""`RunContext`: the state of one call of `fit`, shared by its loop, validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lumen.train.stop import StopControl
 
 
 class RunContext:
-    """One run. Nothing in it refers back to it, so that it goes with its last reference.
+    """One run. Nothing in it refers back to it, so it is freed with its last reference.
 
-    `input_state` is the state given to the step that is being made, None between two.
+    `input_state` is the argument of the step that is running, and None between two steps.
     """
 
     def __init__(
@@ -55,32 +55,32 @@ class RunContext:
             self.settings.callbacks.call("on_log", self.view(values))
 
     def callback(self, point: str, *args: Any) -> None:
-        """Call the callbacks at `point`, with the newest of all numbers."""
+        """Call the callbacks at `point`, with the newest number of each name."""
         self.settings.callbacks.call(point, self.view(self.logger.newest), *args)
 
     def view(self, metrics: Any, batch: Any = None) -> CallbackContext:
-        """What a callback sees of the run."""
+        """The argument of a callback."""
         return CallbackContext(self.clock, self.state, metrics, batch, stop=self.stop.request, log=self.publish)
 
     def position(self) -> tuple[Any, ...]:
-        """What tells two checkpoints apart."""
+        """The position of the run, which identifies a checkpoint."""
         return self.clock.step, self.clock.epoch, self.clock.batch, self.stop.stopped
 
     def where(self) -> str:
-        """How far the run is, for an error."""
+        """How far the run is, for the note of an error."""
         if not self.is_training:
             return "before its first step"
         step = self.clock.step
         return f"after step {step}" if self.input_state is None else f"in step {step + 1}"
 
     def is_consistent(self) -> bool:
-        """Whether the state is that of the clock's step: an error may come at any moment, as from a signal handler."""
+        """Whether the state belongs to the clock's step: an error can occur at any point."""
         donates = any(transform.donates for transform in self.settings.step.transforms)
-        half_done = self.input_state is not None and (donates or self.state is not self.input_state)
-        return self.clock.step > 0 and not is_retired(self.state) and not half_done
+        is_in_step = self.input_state is not None and (donates or self.state is not self.input_state)
+        return self.clock.step > 0 and not is_retired(self.state) and not is_in_step
 
     def result(self) -> Result:
-        """The run so far."""
+        """The result of the run so far."""
         settings, logger = self.settings, self.logger
         files = files_of(settings.checkpoint, logger.sinks) if self.group.is_main else {}
         return Result(self.state, logger.newest, self.clock, self.stop.reason, settings.step, logger.history, files)

@@ -1,4 +1,4 @@
-"""`RunLogger`: the numbers of a run, from the step's metrics to sinks, display and callbacks."""
+"""`RunLogger`: passes the numbers of a run from the step's metrics to the sinks and the display."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _TOO_MANY = "lm.optim.learning_rate(result.state.opt_state) has them all."
 def learning_rates(opt_state: Any) -> dict[str, float]:
     """The learning rates of an optimizer's state, by the names that they are logged under.
 
-    `lr` is that of an optimizer, or of the first part of a `partition`; where several parts have one, they are `lr/0`,
-    `lr/1`, …. In an ensemble each lane has its own: `lr/0`, `lr/1`, …, and those of a partition `lr/PART/LANE`.
+    `lr` is the rate of the optimizer, or of the first group of a `partition`. If several groups have one, they are also
+    logged as `lr/0`, `lr/1`, …. In an ensemble each lane has its own: `lr/0`, `lr/1`, …, or `lr/GROUP/LANE` under a
+    partition.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
@@ -32,19 +33,19 @@ def learning_rates(opt_state: Any) -> dict[str, float]:
     lr = learning_rate(opt_state)
     if lr is None:
         return {}
-    of_groups = {f"lr/{i}": rate for i, rate in enumerate(group_rates(opt_state)) if rate is not None}
-    if len(of_groups) <= 1:
-        of_groups = {}
-    by_lane = lr.dim() > 0
-    rates = {**({} if by_lane and of_groups else {"lr": lr}), **of_groups}
+    by_group = {f"lr/{i}": rate for i, rate in enumerate(group_rates(opt_state)) if rate is not None}
+    if len(by_group) <= 1:
+        by_group = {}
+    has_lanes = lr.dim() > 0
+    rates = {**({} if has_lanes and by_group else {"lr": lr}), **by_group}
     return to_floats(rates, advice=_TOO_MANY)
 
 
 class RunLogger:
-    """Keeps the metrics of steps until they are logged, and the newest number of each name.
+    """Accumulates the metrics of steps until they are logged, and stores the newest number of each name.
 
-    `newest` holds all numbers by name, `fresh` those that were published at the clock's present step, and `history`
-    what was published in this fit.
+    `newest` has all numbers by name, `fresh` those that were published at the clock's step, and `history` those of this
+    call of `fit`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class RunLogger:
         merger: MetricMerger,
         history: History,
     ) -> None:
-        self.meter = MetricAccumulator()
+        self.accumulator = MetricAccumulator()
         self.newest: dict[str, float] = {}
         self.flops_per_step: float | None = None
         self.sinks = sinks
@@ -66,30 +67,30 @@ class RunLogger:
         self._merger = merger
         self.history = history
         self._fresh: tuple[int, dict[str, float]] = (-1, {})
-        self.mark()
+        self.restart_throughput()
 
     @property
     def fresh(self) -> dict[str, float]:
-        """The numbers of this very step: a checkpoint is judged by no others."""
+        """The numbers that were published at this step. Only these decide whether a checkpoint is the best."""
         step, values = self._fresh
         return values if step == self._clock.step else {}
 
-    def mark(self) -> None:
-        """Measure throughput from here: what came before was no training."""
+    def restart_throughput(self) -> None:
+        """Measure throughput from here on, without the validation or setup before."""
         self._since = self._now()
 
     def training(self, state: Any) -> dict[str, float]:
-        """The merged metrics of the steps since the last call, with throughput and learning rate."""
-        if not self.meter:
+        """The merged metrics of the steps since the last call, with throughput and learning rates."""
+        if not self.accumulator:
             return {}
-        values = self.meter.read("train/", self._merger)
+        values = self.accumulator.read("train/", self._merger)
         values.update(self._throughput())
-        self.mark()
+        self.restart_throughput()
         values.update(learning_rates(getattr(state, "opt_state", None)))
         return values
 
     def publish(self, values: Mapping[str, Any]) -> None:
-        """Send values to the sinks and the display; numbers are remembered by name."""
+        """Send values to the sinks and the display, and store the numbers by name."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.newest.update(numbers)
         self.history.add(self._clock.step, numbers)
@@ -98,17 +99,17 @@ class RunLogger:
         self.progress.show(self._clock, numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the meter: plain data."""
+        """The newest numbers and the positions of the sinks, as plain data."""
         return {
             "metrics": {name: json_tree.number(value) for name, value in self.newest.items()},
             "sinks": self.sinks.positions(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave, and cut off what the sinks took in after it."""
+        """Restore what `state_dict` returned, and remove what the sinks wrote after it."""
         self.newest = {name: float(value) for name, value in state["metrics"].items()}
         self.sinks.rewind(state["sinks"])
-        self.mark()
+        self.restart_throughput()
 
     def _now(self) -> tuple[int, int, int, float]:
         return self._clock.step, self._clock.rows, self._clock.tokens, self._clock.seconds
@@ -117,11 +118,11 @@ class RunLogger:
         steps, rows, tokens, seconds = (now - then for now, then in zip(self._now(), self._since, strict=True))
         if not steps or seconds <= 0:
             return {}
-        found = {"steps_per_second": steps / seconds}
+        rates = {"steps_per_second": steps / seconds}
         if rows:
-            found["rows_per_second"] = rows / seconds
+            rates["rows_per_second"] = rows / seconds
         if tokens:
-            found["tokens_per_second"] = tokens / seconds
+            rates["tokens_per_second"] = tokens / seconds
         if self.flops_per_step and self._peak:
-            found["mfu"] = self.flops_per_step * steps / seconds / self._peak
-        return found
+            rates["mfu"] = self.flops_per_step * steps / seconds / self._peak
+        return rates

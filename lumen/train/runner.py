@@ -1,4 +1,4 @@
-"""`lm.Runner`: drives a step over data until it is told to end."""
+"""`lm.Runner`: runs a step over data until a limit, a callback or a signal ends it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lumen.train.distributed import ProcessGroupContext, check_world, join_world
 from lumen.train.fit import Fit
 from lumen.train.lr_find import LRFinderResult, lr_find
 from lumen.train.monitored_metrics import Monitors, names_of
-from lumen.train.plateau import check_plateau
+from lumen.train.plateau import plateau_monitors
 from lumen.train.predict import joined
 from lumen.train.predict import predict as predict_batches
 from lumen.train.result import Result
@@ -38,19 +38,17 @@ class Runner:
 
     Args:
         step: the training step, `(state, batch) -> (state, metrics)`.
-        transforms: what it runs under.
-        checkpoint: when to save, and where; see `lm.Checkpointer`.
-        sinks: get the merged numbers each `log_every` steps: metrics as `train/…`, those of validation under its name,
-            the learning rate, and the throughput.
-        callbacks: watch the run; see `lm.Callback`.
-        plateau: the validation metric that `lm.optim.reduce_on_plateau` is told, such as "val/loss". A name that
-            validations do not give is a `StepError` at the first one.
-        config: what the run was made with, a mapping or a dataclass: logged, and kept in checkpoints.
-        log_every: steps between two logging points.
+        transforms: the transforms around the step, outermost first.
+        checkpoint: where and when to save; see `lm.Checkpointer`.
+        sinks: where the merged numbers go every `log_every` steps: metrics as `train/…`, those of a validation under
+            its name, the learning rate, and the throughput.
+        callbacks: observe the run; see `lm.Callback`.
+        config: the configuration of the run, a mapping or a dataclass; it is logged, and saved in checkpoints.
+        log_every: the number of steps between two logging points.
         tokens: counts the tokens of a batch, for `lm.Tokens` and the throughput.
         mfu: log the model FLOPs utilization: True takes the published peak of the GPU, a number is the peak in FLOP/s.
         progress: True (a bar on a terminal or in a notebook, lines elsewhere), "bar", "lines" or False.
-        time_fn: gives seconds, for tests.
+        time_fn: returns the time in seconds; tests replace it.
 
     >>> import lumen as lm, torch
     >>> def step(state, batch):
@@ -74,7 +72,6 @@ class Runner:
         checkpoint: Checkpointer | None = None,
         sinks: Sequence[Sink] = (),
         callbacks: Sequence[Callback] = (),
-        plateau: str | None = None,
         config: Any = None,
         log_every: int = 50,
         tokens: TokenCount | None = None,
@@ -87,11 +84,10 @@ class Runner:
         self.checkpoint = checkpoint
         self.sinks = tuple(sinks)
         self.callbacks = Callbacks(callbacks)
-        self.plateau = plateau
         self.log_every = Every(steps=log_every)
         self.tokens = tokens
         self.progress = progress
-        self.now = time_fn
+        self._time_fn = time_fn
         self.mfu = mfu
         self._config = _mapping(config)
 
@@ -105,42 +101,42 @@ class Runner:
         limit: int | None = None,
         resume: str | os.PathLike[str] = "never",
     ) -> Result:
-        """Train from `state` on `data` until told to end, and return the `Result`.
+        """Train from `state` on `data` until a limit, a callback or a signal ends the run; returns the `Result`.
 
-        `data` is an `lm.Loader`, or any iterable of batches; it is iterated anew for each epoch, of which `limit`
-        bounds the batches. What shuffles by the epoch, however deep inside a DataLoader, is told its number. A one-shot
-        iterator is one epoch. Numpy batches become tensors; batches are moved to the state's device.
+        `data` is an `lm.Loader`, or any iterable of batches. It is iterated again for each epoch, and `limit` bounds
+        the batches of an epoch. Samplers and data sets with a `set_epoch`, however deep inside a DataLoader, get the
+        number of the epoch. A one-shot iterator is one epoch. Numpy batches become tensors, and batches are moved to
+        the state's device.
 
-        `resume="auto"` goes on from the newest whole checkpoint of the run's directory, if there is one; a path goes
-        on from that checkpoint; "never" begins anew, in a directory without checkpoints. What follows is bitwise what
-        would have followed without the interruption, with an `lm.Loader` at any place; other data says once where
-        it cannot promise that.
+        `resume="auto"` resumes from the newest undamaged checkpoint of the run's directory, if there is one. A path
+        resumes from that checkpoint, and "never" starts a new run, in a directory without checkpoints. With an
+        `lm.Loader` a resumed run is bitwise the uninterrupted one, from any position. Other data warns once if it
+        cannot promise that.
 
         SIGTERM and SIGINT end the run after its step, with a checkpoint: `lm.Interrupted` is raised, a `SystemExit`
-        with code 75 that has the `result`; at a prompt and in a notebook Ctrl-C returns the result instead. A second
-        signal ends it at once.
+        with code 75 that has the `result`. At a prompt and in a notebook Ctrl-C returns the result instead. A second
+        signal ends the process at once.
 
-        Under torchrun each process calls this, with the same data: each batch of an `lm.Loader` or of a DataLoader over
-        a map-style set is cut by rank, a Hugging Face stream is split; rows of any other data must be said to be this
-        rank's own, by `lm.data.per_rank`. The first one writes checkpoints, sinks and the display, and its time
-        counts; numbers are those of all. Under transforms that spread the state, such as `lm.fsdp`, each process writes
-        its parts of a checkpoint, and reads what it needs: the directory is to be on a file system that all share. A
-        signal to any process ends all after the same step, and so does an error: the others raise `WorldError` with the
-        first. Then nothing is saved; the last checkpoint stands.
+        Under torchrun each process calls this with the same data. Each batch of an `lm.Loader`, or of a DataLoader over
+        a map-style data set, is sharded by rank, and a Hugging Face stream is split; any other data needs
+        `lm.data.per_rank`, which says that its rows are this rank's own. Rank 0 writes checkpoints, sinks and the
+        display, and its time counts; logged numbers are those of all ranks. Under transforms that shard the state, such
+        as `lm.fsdp`, each process writes and reads its shards of a checkpoint, so all need to share the file system of
+        the directory. A signal to any process ends all of them after the same step. An error does so too: the other
+        processes raise `WorldError` with the first error, nothing is saved, and the last checkpoint remains.
 
-        Raises `BatchError` where the data is empty, has no batch where a run that goes on needs one, is not known to be
-        cut by rank, or has different numbers of batches for the processes, `WorldError` where
-        another process failed, hangs or is gone, `CheckpointError` where there is nothing to go on from or no way
-        to save. What the step raises comes through as it is, with a note that says at which step and batch.
+        Raises `BatchError` for data that is empty, that has no batch left for a resumed run, whose sharding is unknown,
+        or that has different numbers of batches on the ranks; `WorldError` if another process failed, hangs or died;
+        and `CheckpointError` if there is nothing to resume from, or saving fails. An error of the step is raised as it
+        is, with a note of the step and the batch.
         """
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
-        check_plateau(state, self.plateau, names_of(validations))
-        settings = self._settings()
+        settings = self._settings(plateau_monitors(state, names_of(validations)))
         Monitors(settings, names_of(validations)).check_before()
-        state = self.step.init(state)  # where the processes of a parallel transform join
+        state = self.step.init(state)  # a parallel transform joins the processes here
         check_world(self.step.transforms)
         return Fit(settings, state, data, until, validations, limit).run(resume)
 
@@ -154,11 +150,11 @@ class Runner:
     def predict(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
     ) -> Any:
-        """What `step(state, batch) -> outputs` gives for all of `data`, in evaluation mode, as one tree on the CPU.
+        """The outputs of `step(state, batch) -> outputs` for all of `data`, in evaluation mode, as one tree on the CPU.
 
-        Tensors are joined along their first dim, lists are appended, in the order of the data; anything else comes as
-        a list with an entry for each batch. For more than fits into memory use `lm.predict`, which yields batch by
-        batch.
+        Tensors are joined along their first dim and lists are appended, in the order of the data. Anything else becomes
+        a list with an entry for each batch. If the outputs do not fit into memory, use `lm.predict`, which yields batch
+        by batch.
 
         >>> import lumen as lm, torch
         >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
@@ -174,63 +170,62 @@ class Runner:
     def smoke(
         self, state: Any, data: Iterable[Any], *, validate: Validate | Sequence[Validate] | None = None
     ) -> Result:
-        """One batch of everything: a training step, each validation, a checkpoint saved and read back.
+        """Run one batch of everything: a training step, each validation, a checkpoint saved and read back.
 
-        Nothing is logged, no callback is called, and the run's own directory is not touched. The state given is left
-        as it is.
+        Nothing is logged, no callback is called, and the run's own directory is not touched. `state` does not change.
         """
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
-        brief = [dataclasses.replace(each, limit=1, every=Every(steps=1)) for each in validations]
+        brief = [dataclasses.replace(validate, limit=1, every=Every(steps=1)) for validate in validations]
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = Checkpointer(directory, every=Every(steps=1))
-            trial = self._with(checkpoint=checkpoint, plateau=self.plateau)
+            trial = self._with(checkpoint=checkpoint)
             trial.fit(state, data, until=Steps(1), validate=brief, limit=1)
             return trial.fit(state, data, until=Steps(1), validate=brief, limit=1, resume="auto")
 
     def overfit(self, state: Any, data: Iterable[Any], *, batches: int = 1, until: Until | None = None) -> Result:
-        """Train on the first few batches again and again: a model that works brings their loss to nearly nothing.
+        """Train on the first few batches again and again: a working model brings their loss to almost zero.
 
-        `until` is 100 steps unless given. Metrics go to the display and the result, not to the sinks, and nothing is
-        saved. The state given is left as it is.
+        `until` is 100 steps by default. Metrics go to the display and the result, not to the sinks, and nothing is
+        saved. `state` does not change.
         """
         check_limit(batches)
         join_world(self.transforms)
         source = opened(data, state, ProcessGroupContext(state))
-        few = list(itertools.islice(source, batches))
-        quick = self._with(progress=self.progress, log_every=10)
-        return quick.fit(state, per_rank(few), until=until or Steps(100))
+        first_batches = list(itertools.islice(source, batches))
+        runner = self._with(progress=self.progress, log_every=10)
+        return runner.fit(state, per_rank(first_batches), until=until or Steps(100))
 
     def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> LRFinderResult:
         """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.
 
-        The state given is left as it is.
+        `state` does not change.
         """
         single, _ = without_unroll(self.step)
-        begun = self.step.init(state)
-        return lr_find(single, begun, opened(data, state, ProcessGroupContext(state)), **options)
+        initial = self.step.init(state)
+        return lr_find(single, initial, opened(data, state, ProcessGroupContext(state)), **options)
 
     def description(self) -> dict[str, Any]:
-        """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
+        """A description of the run as plain data: its configuration, step and transforms, versions and commit."""
         return self._settings().description
 
-    def _settings(self) -> RunSettings:
+    def _settings(self, monitors: Sequence[str] = ()) -> RunSettings:
         return RunSettings(
             step=self.step,
             checkpoint=self.checkpoint,
             sinks=self.sinks,
             callbacks=self.callbacks,
-            plateau=self.plateau,
             config=self._config,
             log_every=self.log_every,
             tokens=self.tokens,
             mfu=self.mfu,
             progress=self.progress,
-            time_fn=self.now,
+            time_fn=self._time_fn,
+            plateau_monitors=monitors,
         )
 
     def _with(self, **changes: Any) -> Runner:
-        """A Runner of the same step that leaves no traces."""
-        quiet = {"progress": False, "log_every": 10**9, "time_fn": self.now, "tokens": self.tokens}
+        """A Runner of the same step that logs and saves nothing."""
+        quiet = {"progress": False, "log_every": 10**9, "time_fn": self._time_fn, "tokens": self.tokens}
         return Runner(self.step, **{**quiet, **changes})
 
 
@@ -241,18 +236,18 @@ def _mapping(config: Any) -> dict[str, Any]:
         config = vars(config)
     if config is not None and not isinstance(config, Mapping):
         raise StepError(f"config={config!r} must be a mapping or a dataclass: config={{'lr': 3e-4}}")
-    return {str(key): _jsonable(each) for key, each in (config or {}).items()}
+    return {str(key): _jsonable(value) for key, value in (config or {}).items()}
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(each) for key, each in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if value is None or isinstance(value, str | bool | int):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _jsonable(dataclasses.asdict(value))
-    if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):  # OmegaConf's lists, too
-        return [_jsonable(each) for each in value]
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray):  # also OmegaConf's lists
+        return [_jsonable(item) for item in value]
     if isinstance(value, float):
         return json_tree.number(value)
     return str(value)

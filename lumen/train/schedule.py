@@ -1,4 +1,4 @@
-"""`Schedule`: what is due when."""
+"""`Schedule`: when to log, to validate and to save."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lumen.train.clock import NEVER, Clock, Every, Timer, Until
 
 
 class Schedule:
-    """The timers of a run: of logging, of each of its validations, and of saving, where it saves.
+    """The timers of a run: for logging, for each of its validations, and for saving.
 
-    Before the step `next_event` nothing happens between steps, unless `every_step` is to be looked at.
+    Nothing happens between two steps before the step `next_event`, unless `every_step` is set.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class Schedule:
         self.every_step = watched or has_seconds or not until.only_steps()
 
     def plan(self) -> None:
-        """Find the next event."""
+        """Compute the step of the next event."""
         self.next_event = min(self._until.steps() or NEVER, *[timer.next_step for timer in self._timers])
 
     def wake(self) -> None:
-        """Look at everything after this step; also from a signal handler."""
+        """Check all timers after this step; a signal handler may call it."""
         self.next_event = 0
 
     def steps_left(self) -> int:
-        """Steps until the next event that must not be passed over; logging may be late."""
+        """The number of steps until the next event that must not be skipped; logging may be late."""
         next_steps = [timer.next_step for timer in self._timers if timer is not self.log]
         return max(1, min([*next_steps, self._until.steps() or NEVER]) - self._clock.step)
 
@@ -48,13 +48,13 @@ class Schedule:
         return self.save is not None and self.save.due(self._clock, epoch_end)
 
     def due_by_time(self, seconds: float) -> bool:
-        """Whether something is due at that time, which the first rank alone knows."""
+        """Whether something is due at this time, which only rank 0 knows."""
         now = replace(self._clock, seconds=seconds)
         timers = [t for t in self._timers if t.every.seconds is not None and t.every.epochs is None]
         return self._until.reached(now) or any(timer.due(now) for timer in timers)
 
     def total_steps(self, epoch_length: int | None) -> int | None:
-        """The step at which the run ends, where that is known."""
+        """The step at which the run ends, or None if that is unknown."""
         clock, ends = self._clock, [self._until.steps()]
         epochs = self._until.epochs()
         if epochs is not None and epoch_length is not None:
@@ -62,10 +62,10 @@ class Schedule:
         return min((step for step in ends if step is not None), default=None)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The times from which the timers count."""
+        """The times at which the intervals of the timers began."""
         return [timer.state_dict() for timer in self._timers]
 
     def load_state_dict(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Count from the times that `state_dict` gave."""
+        """Continue the intervals that `state_dict` returned."""
         for timer, state in zip(self._timers, saved, strict=False):
             timer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""`RunSettings`: what a `Runner` was made with, as one call of `fit` reads it."""
+"""`RunSettings`: the arguments of a `Runner`, as one call of `fit` reads them."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lumen.transforms._precision import precision
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The arguments of a `Runner`; see there."""
+    """The arguments of a `Runner`, and the metrics that the optimizer's `reduce_on_plateau` monitors."""
 
     step: Step
     checkpoint: Checkpointer | None
     sinks: Sequence[Sink]
     callbacks: Callbacks
-    plateau: str | None
     config: Mapping[str, Any]
     log_every: Every
     tokens: TokenCount | None
     mfu: bool | float
     progress: bool | str
     time_fn: Callable[[], float]
+    plateau_monitors: Sequence[str] = ()
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What the run is made of, as plain data: its configuration, step and transforms, versions and commit."""
+        """A description of the run as plain data: its configuration, step and transforms, versions and commit."""
         return {"config": self.config, "step": repr(self.step), **run_info()}
 
     def best_metric(self) -> dict[str, str]:
-        """The metric that the best checkpoints are chosen by, and whether it is to be small or large."""
-        best = None if self.checkpoint is None else self.checkpoint.metric
-        return {} if best is None else dict([best])
+        """The metric that the best checkpoints are chosen by, and whether "min" or "max" is best."""
+        checkpoint = self.checkpoint
+        return {} if checkpoint is None or checkpoint.monitor is None else {checkpoint.monitor: checkpoint.mode}
 
     def peak_flops(self, state: Any) -> float | None:
-        """The peak FLOP/s that `mfu` is measured by."""
+        """The peak FLOP/s that `mfu` is relative to."""
         if self.mfu is True:
             leaf = next((t for t in tree.tensors(getattr(state, "params", state)) if t.is_floating_point()), None)
             compute_dtypes = [t.policy.compute for t in self.step.transforms if isinstance(t, precision)]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the first lets it finish its step and save, the second ends it at once."""
+"""Signals that end a run: after the first it finishes its step and saves, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# EX_TEMPFAIL of BSD's sysexits.h: nothing is wrong, try again later. Distinct from 130 and 143, which say that a
-# signal killed the process, so that a scheduler can tell a run that saved from one that was cut off.
+# EX_TEMPFAIL of BSD's sysexits.h: nothing is wrong, try again later. It differs from 130 and 143, the codes of a
+# process that was killed by a signal, so a scheduler can distinguish a run that saved from one that did not.
 EXIT_CODE = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -21,10 +21,10 @@ _ECHO = 2.0  # seconds within which torchrun passes a signal on
 
 
 class Interrupted(SystemExit):
-    """A run ended because a signal asked it to; it finished its step, and saved where it had a checkpointer.
+    """A signal ended the run, which finished its step, and saved if it has a checkpointer.
 
-    `result` is the run's `lm.Result` so far. A script that does not catch it exits with code 75 (`EX_TEMPFAIL`):
-    start it again with `resume="auto"` and it goes on.
+    `result` is the run's `lm.Result` so far. A script that does not catch this exits with code 75 (`EX_TEMPFAIL`);
+    started again with `resume="auto"`, it continues.
     """
 
     def __init__(self, result: Any) -> None:
@@ -36,15 +36,15 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """While it listens, notes the first SIGTERM or SIGINT in `received` and calls `wake`; the second acts as always.
+    """While it listens, the first SIGTERM or SIGINT is stored in `received` and calls `wake`; the second acts as usual.
 
-    Python lets only the main thread handle signals; elsewhere this does nothing. Under torchrun a signal that comes at
-    once after another is the same one: Ctrl-C reaches its processes from the terminal, and again from torchrun.
+    Python lets only the main thread handle signals; in other threads this does nothing. Under torchrun a signal within
+    two seconds of another is the same one: Ctrl-C reaches its processes from the terminal, and again from torchrun.
     """
 
     def __init__(self, rank: int = 0) -> None:
         self.received: str | None = None
-        self._wake: Callable[[], None] = _sleep_on
+        self._wake: Callable[[], None] = _ignore
         self._who = f"[rank {rank}] " if rank else ""
         self._since = 0.0
         self._owner = os.getpid()
@@ -52,7 +52,7 @@ class Signals:
 
     @contextmanager
     def listening(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Handle signals meanwhile. `wake` is let go of afterwards: it is the run's, which has these signals."""
+        """Handle signals in the block. Afterwards `wake` is dropped: it refers to the run, which refers to this."""
         self._wake = wake
         try:
             if threading.current_thread() is threading.main_thread():
@@ -62,7 +62,7 @@ class Signals:
             yield
         finally:
             self._restore()
-            self._wake = _sleep_on
+            self._wake = _ignore
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -77,13 +77,16 @@ class Signals:
         self._since = time.monotonic()
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             self._restore()
-        # Not print: a handler may run in the middle of another write to the same stream.
+        # Not print, since a handler may run in the middle of another write to the same stream.
         os.write(2, f"{self._who}{self.received}: ending after this step. Send it again to end at once.\n".encode())
         self._wake()
 
     def _handle_in_child(self, number: int) -> None:
-        """Processes forked meanwhile have this handler too. Ctrl-C reaches all of them at once: loader workers must
-        outlive it, as the step that is to be finished may wait for their batch. They end with their parent."""
+        """Handle a signal in a forked process, which has inherited this handler.
+
+        Ctrl-C reaches all processes at once. Loader workers must survive it, as the last step may wait for their batch;
+        they end with their parent.
+        """
         if number == signal.SIGTERM:
             self._restore()
             os.kill(os.getpid(), number)
@@ -94,10 +97,10 @@ class Signals:
         self._previous.clear()
 
 
-def _sleep_on() -> None:
-    """Whom to wake while nobody listens."""
+def _ignore() -> None:
+    """The default of `wake`."""
 
 
 def interactive() -> bool:
-    """Whether somebody sits at a prompt or a notebook, where an interrupted run should give back what it has."""
+    """Whether this is a prompt or a notebook, where an interrupted run returns its result."""
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -19,7 +19,7 @@ from lumen.transforms._unroll import stack, unroll
 
 
 class StepBatches:
-    """Fetches batches for the position of the clock; `limit` bounds those of an epoch.
+    """Fetches batches from the position of the clock on; `limit` bounds the batches of an epoch.
 
     With `mfu`, the FLOPs of a step are counted on the first one.
     """
@@ -46,13 +46,13 @@ class StepBatches:
         self._resumed_at: int | None = None  # the step of the checkpoint
 
     def epoch(self, state: Any) -> Iterator[tuple[StepFn, Any, int]]:
-        """`(step, batch, how many optimizer steps)` of the rest of this epoch, before which the state is `state`."""
+        """`(step, batch, number of optimizer steps)` for the remaining epoch, which begins with `state`."""
         if self._unroll == 1:
             return zip(itertools.repeat(self._single), self._batches(state), itertools.repeat(1))
         return self._unrolled(self._groups(state))
 
     def epoch_length(self) -> int | None:
-        """How many batches an epoch has, where that is known."""
+        """The number of batches in an epoch, or None if that is unknown."""
         return min((n for n in (self._feed.length, self._limit) if n is not None), default=None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class StepBatches:
         return self._feed.state_dict(self._clock.epoch, self._clock.batch)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the position that `state_dict` gave; the clock has its epoch and batch already."""
+        """Continue from the position that `state_dict` returned, to which the clock is set already."""
         self._feed.load_state_dict(state)
         self._resumed_at = self._clock.step
 
@@ -78,7 +78,7 @@ class StepBatches:
         return self._mfu and self._logger.flops_per_step is None
 
     def _count_flops(self, state: Any, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, after the FLOPs of a step on the first one were counted."""
+        """The same batches, after counting the FLOPs of a step on the first one."""
         for batch in batches:
             self._logger.flops_per_step = flops_of(self._step, state, batch)
             return itertools.chain([batch], batches)
@@ -89,7 +89,7 @@ class StepBatches:
             yield self._step if count > 1 else self._single, batch, count
 
     def _groups(self, state: Any) -> Iterator[tuple[Any, int]]:
-        """Batches stacked, and how many; one by one where an event or the epoch's end is nearer than the unroll."""
+        """Stacked batches with their number; single ones if an event or the epoch's end is nearer than the unroll."""
 
         def group_size() -> int:
             return self._unroll if self._schedule.steps_left() >= self._unroll else 1
@@ -103,7 +103,7 @@ class StepBatches:
     # ---------------------------------------------------------------------------------------- the end of data
 
     def no_batch(self, until: Until) -> str:
-        """Why a run ends whose data gave no batch; raises `BatchError` where it may not end there."""
+        """Why the run ends, after its data gave no batch; raises `BatchError` if that must not end it."""
         clock = self._clock
         if clock.epoch == 0:
             raise BatchError(
@@ -112,34 +112,34 @@ class StepBatches:
             )
         if self._resumed_at == clock.step:
             raise BatchError(
-                f"the run went on from step {clock.step}, in epoch {clock.epoch}, and its data gave no batch,"
-                f" where it is to train until {until!r}: nothing would be trained. A generator, or an iterator"
-                " that was used before, has one epoch: give data that can be iterated anew, or until= what was reached."
+                f"the run resumed at step {clock.step}, in epoch {clock.epoch}, and its data gave no batch, although it"
+                f" is to train until {until!r}: nothing would be trained. A generator, or an iterator that was used"
+                " before, has one epoch: give data that can be iterated again, or a limit that is reached already."
             )
         return f"the data ended after {clock.epoch} epochs"
 
     def check_resumed(self, first: int) -> None:
-        """Raise `BatchError` where an epoch was to continue from the batch `first`, and none came."""
+        """Raise `BatchError` if an epoch was to continue from the batch `first`, and the data gave none."""
         length, ended = self._feed.length, self._clock.batch == first
         limited = self._limit is not None and first >= self._limit
         if first and ended and not limited and length is not None and first != length:
             raise BatchError(
-                f"the run goes on at batch {first} of epoch {self._clock.epoch}, and its data gave none, while an epoch"
-                f" has {length}: it is not the data of the checkpoint, or its state there says that it is over."
+                f"the run resumes at batch {first} of epoch {self._clock.epoch}, and its data gave none, while an epoch"
+                f" has {length}: it is not the data of the checkpoint, or its saved state is that of a finished epoch."
             )
 
 
 def without_unroll(step: Step) -> tuple[StepFn, int]:
-    """The step without its `unroll`, for what does not fill a group, and by how many it unrolls."""
+    """The step without its `unroll`, for batches that do not fill a group, and the size of a group."""
     unrolls = [t for t in step.transforms if isinstance(t, unroll)]
     if not unrolls:
         return step, 1
-    others = [t for t in step.transforms if not isinstance(t, unroll)]
-    return compose(*others)(step.user), unrolls[0].k
+    transforms = [t for t in step.transforms if not isinstance(t, unroll)]
+    return compose(*transforms)(step.user), unrolls[0].k
 
 
 def _stacked(batches: Iterator[Any], group_size: Callable[[], int]) -> Iterator[tuple[Any, int]]:
-    """Single batches in groups: stacked where a group is complete and its batches are alike, else one by one."""
+    """Groups of batches: stacked if a group is complete and its batches have the same shapes, else one by one."""
     for first in batches:
         group = [first, *itertools.islice(batches, (count := group_size()) - 1)]
         if len(group) == count > 1 and _have_same_shapes(group[0], group[-1]):
@@ -149,5 +149,5 @@ def _stacked(batches: Iterator[Any], group_size: Callable[[], int]) -> Iterator[
             yield batch, 1
 
 
-def _have_same_shapes(one: Any, other: Any) -> bool:
-    return [leaf.shape for leaf in tree.tensors(one)] == [leaf.shape for leaf in tree.tensors(other)]
+def _have_same_shapes(a: Any, b: Any) -> bool:
+    return [leaf.shape for leaf in tree.tensors(a)] == [leaf.shape for leaf in tree.tensors(b)]

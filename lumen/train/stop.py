@@ -10,8 +10,8 @@ from lumen.train.signals import Signals, interactive
 class StopControl:
     """Decides when the run ends, on all ranks after the same step.
 
-    `reason` is why it ends, `stopped` why a callback ended it, which checkpoints keep; `in_sync` says whether all
-    ranks come to this very point of the loop.
+    `reason` says why it ends, and `stopped` why a callback ended it, which checkpoints save. `in_sync` says whether all
+    ranks reach this point of the loop.
     """
 
     def __init__(self, until: Until, signals: Signals, group: ProcessGroupContext) -> None:
@@ -21,7 +21,7 @@ class StopControl:
         self.until = until
         self.signals = signals
         self._group = group
-        self._request = ""  # why a callback of this process would end the run
+        self._request = ""  # the reason of a callback on this rank
         self._agreed_signal: str | None = None
 
     @property
@@ -31,12 +31,12 @@ class StopControl:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a signal is why the run ends."""
+        """Whether the run ends because of a signal."""
         return self.reason == self.signal
 
     @property
     def exits_process(self) -> bool:
-        """Whether that signal ends the script as well: not Ctrl-C where somebody is there to see the result."""
+        """Whether the signal also ends the process: Ctrl-C at a prompt or in a notebook does not."""
         return self.is_interrupted and not (self.reason == "SIGINT" and interactive())
 
     def is_over(self, clock: Clock) -> bool:
@@ -49,7 +49,7 @@ class StopControl:
         return bool(self.reason)
 
     def request(self, reason: str) -> None:
-        """End the run because a callback asks for it."""
+        """End the run at the request of a callback."""
         if self._group.size == 1:
             self.reason = self.stopped = self.reason or reason
             return
@@ -58,11 +58,11 @@ class StopControl:
             self._group.request_sync()
 
     def sync_requests(self) -> None:
-        """End the run where a callback of any rank asks for it; all ranks come here."""
+        """End the run if a callback on any rank requested it; all ranks call this."""
         request, self._request = self._group.any_rank_value(self._request), ""
         if request:
             self.reason = self.stopped = self.reason or request
 
     def sync_signals(self) -> None:
-        """End the run where any rank got a signal; all ranks come here."""
+        """End the run if any rank received a signal; all ranks call this."""
         self._agreed_signal = self._group.any_rank_value(self.signals.received or "") or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("name", "kind", "trainable", "frozen", "buffers", "bytes", "dtypes")
 _NUMBERS = ("trainable", "frozen", "buffers", "elements", "bytes")
-_OF_A_TREE = ("name", "elements", "bytes", "dtypes")
+_TREE_COLUMNS = ("name", "elements", "bytes", "dtypes")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One line of a summary: a module with all that is below it, or an entry of a state that has no module.
+class SummaryRow:
+    """One row of a summary: a module with its submodules, or an entry of a state that has no module.
 
-    `trainable`, `frozen` and `buffers` are numbers of elements: those of params, of parameters with
-    `requires_grad=False`, and of buffers; all zero where there is no module to tell them apart. `elements` are all.
+    `trainable`, `frozen` and `buffers` count the elements of params, of parameters with `requires_grad=False`, and of
+    buffers. All three are zero for a state without a module, which does not tell them arow. `elements` counts all.
     """
 
     name: str
@@ -45,19 +45,19 @@ class Part:
 
     @property
     def depth(self) -> int:
-        """How far below the whole it stands."""
+        """How many levels it is below the model."""
         return _depth(self.name)
 
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What `lm.summary` found; `print` it, or `show` it with colors on a terminal.
+    """The result of `lm.summary`; `print` it, or `show` it with colors on a terminal.
 
-    `parts` are its lines, the whole model first. `nbytes` has the bytes of each field of the state. `flops` are those
-    of one step, None where no step was given or where it cannot be counted, for the `reason`.
+    `rows` has one entry for each line, the model first. `nbytes` has the bytes of each field of the state. `flops` are
+    those of one step: None without a step, or if they cannot be counted, for the `reason`.
     """
 
-    parts: tuple[Part, ...]
+    rows: tuple[SummaryRow, ...]
     nbytes: Mapping[str, int]
     flops: int | None = None
     reason: str = ""
@@ -65,17 +65,17 @@ class Summary:
     @property
     def trainable(self) -> int:
         """The number of trainable parameters."""
-        return self.parts[0].trainable
+        return self.rows[0].trainable
 
     @property
     def frozen(self) -> int:
         """The number of parameters with `requires_grad=False`."""
-        return self.parts[0].frozen
+        return self.rows[0].frozen
 
     @property
     def buffers(self) -> int:
         """The number of elements of all buffers."""
-        return self.parts[0].buffers
+        return self.rows[0].buffers
 
     def __str__(self) -> str:
         columns, rows = self._table()
@@ -92,8 +92,8 @@ class Summary:
         table = Table(caption=Text("\n".join(self._footer())), caption_justify="left", caption_style="")
         for name in columns:
             table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-        for part, row in zip(self.parts, rows, strict=True):
-            table.add_row(*map(Text, row), style="" if part.name else "bold", end_section=not part.name)
+        for row, cells in zip(self.rows, rows, strict=True):
+            table.add_row(*map(Text, cells), style="" if row.name else "bold", end_section=not row.name)
         return table
 
     def show(self) -> None:
@@ -106,12 +106,12 @@ class Summary:
         Console().print(self)
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        columns = _COLUMNS if self.parts[0].kind else _OF_A_TREE
-        return columns, [tuple(_cells(part)[name] for name in columns) for part in self.parts]
+        columns = _COLUMNS if self.rows[0].kind else _TREE_COLUMNS
+        return columns, [tuple(_cells(row)[name] for name in columns) for row in self.rows]
 
     def _footer(self) -> list[str]:
-        each = [f"{printable(name)} {human_bytes(size)}" for name, size in self.nbytes.items() if size]
-        lines = [f"state: {human_bytes(sum(self.nbytes.values()))}" + (f" ({', '.join(each)})" if each else "")]
+        fields = [f"{printable(name)} {human_bytes(size)}" for name, size in self.nbytes.items() if size]
+        lines = [f"state: {human_bytes(sum(self.nbytes.values()))}" + (f" ({', '.join(fields)})" if fields else "")]
         if self.flops is not None:
             lines.append(f"one step: {human_flops(self.flops)}")
         elif self.reason:
@@ -119,15 +119,24 @@ class Summary:
         return lines
 
 
-def summary(state: Any, step: StepFn | None = None, batch: Any = None, *, depth: int = 1) -> Summary:
-    """What `state` holds, module by module down to `depth`, and with `step` and `batch` the FLOPs of one step.
+@overload
+def summary(state: Any, /, *, depth: int = 1) -> Summary: ...
 
-    Of an `lm.TrainState` it lists the modules, each with all that is below it; tied parameters count where they
-    stand first. Of any other pytree it lists the entries by their paths. FLOPs are counted as by `lm.flops_of`.
+
+@overload
+def summary(step: StepFn, state: Any, batch: Any, /, *, depth: int = 1) -> Summary: ...
+
+
+def summary(*args: Any, depth: int = 1) -> Summary:
+    """The contents of a state, module by module down to `depth`: `summary(state)` or `summary(step, state, batch)`.
+
+    The second form adds the FLOPs of one step, counted as by `lm.flops_of`. For an `lm.TrainState` the rows are
+    modules, each with its submodules; tied parameters count where they occur first. For any other pytree the rows are
+    its entries by their paths.
 
     Raises:
-        HyperparameterError: `depth` is no whole number from 0.
-        StepError: `step` without `batch`, or `batch` without `step`.
+        HyperparameterError: `depth` is not an integer from 0.
+        StepError: neither a state alone, nor a step, a state and a batch.
 
     >>> import lumen as lm, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 4))
@@ -141,11 +150,15 @@ def summary(state: Any, step: StepFn | None = None, batch: Any = None, *, depth:
     state: 3.0 KiB (step 8 B, params 976 B, buffers 136 B, opt_state 1.9 KiB, seed 8 B)
     """
     check_count("depth", depth, low=0)
-    if (step is None) != (batch is None):
-        raise StepError("FLOPs need a step and a batch to run it on: lm.summary(state, step, batch).")
+    if len(args) not in (1, 3):
+        raise StepError(
+            f"summary takes a state, or a step with its state and batch, but got {len(args)} arguments. Write"
+            " lm.summary(state) or lm.summary(step, state, batch)."
+        )
+    state = args[len(args) // 2]
     sizes = {name: tree.nbytes(value) for name, value in _fields(state).items()}
-    flops, reason = (None, "") if step is None else count_flops(step, state, batch)
-    return Summary(tuple(_parts(state, depth)), sizes, flops, reason)
+    flops, reason = count_flops(*args) if len(args) == 3 else (None, "")
+    return Summary(tuple(_rows(state, depth)), sizes, flops, reason)
 
 
 def human_flops(count: float) -> str:
@@ -162,44 +175,45 @@ def human_flops(count: float) -> str:
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The top level of a state by name."""
+    """The top level of a state, by name."""
     if hasattr(type(state), "_fields_"):
-        found = {path.split(".")[0].split("[")[0] for path in tree.paths(state)}
-        return {name: value for name, value in vars(state).items() if name in found}
+        names = {path.split(".")[0].split("[")[0] for path in tree.paths(state)}
+        return {name: value for name, value in vars(state).items() if name in names}
     return dict(state) if isinstance(state, Mapping) else {"state": state}
 
 
-def _parts(state: Any, depth: int) -> list[Part]:
+def _rows(state: Any, depth: int) -> list[SummaryRow]:
     apply = getattr(state, "apply_fn", None)
     module = getattr(apply, "module", None)
     if module is None or not isinstance(getattr(state, "params", None), Mapping):
         return _entries(state, depth)
     frozen: frozenset[str] = getattr(apply, "frozen", frozenset())
     buffers = {name: t for name, t in state.buffers.items() if name not in frozen}
-    held = {name: t for name, t in state.buffers.items() if name in frozen}
+    frozen_params = {name: t for name, t in state.buffers.items() if name in frozen}
     return [
-        _part(name, type(sub).__name__, *(_below(name, each) for each in (state.params, held, buffers)), [])
+        _row(name, type(sub).__name__, *(_below(name, ts) for ts in (state.params, frozen_params, buffers)), [])
         for name, sub in module.named_modules()
         if _depth(name) <= depth
     ]
 
 
-def _entries(state: Any, depth: int) -> list[Part]:
-    """A pytree without a module: its leaves, gathered by the first parts of their paths."""
+def _entries(state: Any, depth: int) -> list[SummaryRow]:
+    """The rows of a pytree without a module: its leaves, grouped by the first keys of their paths."""
     groups: dict[str, list[Tensor]] = {"": []}
     for path, tensor in tree.named_tensors(state):
-        steps = path.replace("[", ".").replace("]", "").split(".") if path else []
-        for i in range(min(depth, len(steps)) + 1):
-            groups.setdefault(".".join(steps[:i]), []).append(tensor)
-    return [_part(name, "", [], [], [], tensors) for name, tensors in groups.items()]
+        keys = path.replace("[", ".").replace("]", "").split(".") if path else []
+        for i in range(min(depth, len(keys)) + 1):
+            groups.setdefault(".".join(keys[:i]), []).append(tensor)
+    return [_row(name, "", [], [], [], tensors) for name, tensors in groups.items()]
 
 
-def _part(name: str, kind: str, *held: list[Tensor]) -> Part:
-    everything = [t for tensors in held for t in tensors]
-    trainable, frozen, buffers, _ = (sum(t.numel() for t in tensors) for tensors in held)
-    elements = sum(t.numel() for t in everything)
-    dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in everything)
-    return Part(name, kind, trainable, frozen, buffers, elements, tree.nbytes(everything), tuple(dtypes))
+def _row(name: str, kind: str, *groups: list[Tensor]) -> SummaryRow:
+    """The row of tensors that are trainable, frozen, buffers, or of an unknown group."""
+    tensors = [t for group in groups for t in group]
+    trainable, frozen, buffers, _ = (sum(t.numel() for t in group) for group in groups)
+    elements = sum(t.numel() for t in tensors)
+    dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)
+    return SummaryRow(name, kind, trainable, frozen, buffers, elements, tree.nbytes(tensors), tuple(dtypes))
 
 
 def _below(name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -210,16 +224,16 @@ def _depth(name: str) -> int:
     return name.count(".") + 1 if name else 0
 
 
-def _cells(part: Part) -> dict[str, str]:
+def _cells(row: SummaryRow) -> dict[str, str]:
     return {
-        "name": "  " * part.depth + (printable(part.name) or "."),
-        "kind": part.kind,
-        "trainable": f"{part.trainable:,}",
-        "frozen": f"{part.frozen:,}",
-        "buffers": f"{part.buffers:,}",
-        "elements": f"{part.elements:,}",
-        "bytes": human_bytes(part.nbytes),
-        "dtypes": ", ".join(part.dtypes),
+        "name": "  " * row.depth + (printable(row.name) or "."),
+        "kind": row.kind,
+        "trainable": f"{row.trainable:,}",
+        "frozen": f"{row.frozen:,}",
+        "buffers": f"{row.buffers:,}",
+        "elements": f"{row.elements:,}",
+        "bytes": human_bytes(row.nbytes),
+        "dtypes": ", ".join(row.dtypes),
     }
 
 

@@ -1,4 +1,4 @@
-"""`Validate`: measure the model on held-out data now and then."""
+"""`Validate`: evaluates the model on other data during a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lumen.transforms._ema import ema
 
 EvalStep = Callable[[Any, Any], Any]
 
-# Transforms without which a step cannot even read the state: where params live, in which dtype, in how many lanes.
+# A step cannot read the state without these transforms: they decide its sharding, dtype and number of lanes.
 _NEEDED = ("ensemble", "parallel", "tensor", "precision")
 
 
@@ -29,13 +29,13 @@ _NEEDED = ("ensemble", "parallel", "tensor", "precision")
 class Validate:
     """Run `step(state, batch) -> metrics` over all of `data` every so often, and merge its metrics.
 
-    The state comes in evaluation mode, without gradients. Metrics merge by type, so uneven last batches count by their
-    rows. `use="ema"` evaluates the averaged params that `lm.ema` keeps. `limit` bounds the batches. Names are prefixed
-    with `name` and a slash; `data` may be a dict of several sets, whose names follow: `val/clean/loss`.
+    The state is in evaluation mode, without gradients. Metrics merge by type, so an uneven last batch counts by its
+    rows. `use="ema"` evaluates the averaged params of `lm.ema`. `limit` bounds the batches. Names are prefixed with
+    `name` and a slash; `data` may be a dict of several data sets, whose names follow: `val/clean/loss`.
 
-    `last=True` runs it at the end of `fit` too, where the last step is not one of `every`. Then what is logged depends
-    on where a run ends, and not only on how far it came: a run that is prolonged has one row more than one that was
-    long from the beginning, and `plateau=` and `EarlyStop` have counted it.
+    `last=True` also runs it at the end of `fit`, if the last step is not one of `every`. What is logged then depends on
+    where runs end: a run that is extended has one row more than one that was as long from the start, and
+    `reduce_on_plateau` and `EarlyStop` have counted it.
 
     >>> import lumen as lm
     >>> lm.Validate(lambda state, batch: {}, [], every=lm.Every(steps=100)).name
@@ -55,10 +55,10 @@ class Validate:
             raise StepError(f"Validate(use={self.use!r}) is unknown; give 'params' or 'ema'.")
         check_limit(self.limit)
         if isinstance(self.data, Mapping) and not self.data:
-            raise BatchError("Validate got an empty dict of data; give it one set, or several by their names.")
+            raise BatchError("Validate got an empty dict of data; give it one data set, or several by name.")
 
     def loaders(self) -> list[tuple[str, Iterable[Any]]]:
-        """Each set of data with the name that its metrics are under."""
+        """Each data set with the prefix of its metrics."""
         if isinstance(self.data, Mapping):
             return [(f"{self.name}/{name}", data) for name, data in self.data.items()]
         return [(self.name, self.data)]
@@ -74,10 +74,9 @@ def evaluate(
 ) -> dict[str, float]:
     """The merged metrics of `step(state, batch) -> metrics` over all batches of `data`, or the first `limit`.
 
-    In a world of several processes the data is cut by rank as that of training is; each gives its part, which may be
-    nothing, and gets the numbers of all.
-    A batch without rows is passed over, unless the step runs under a transform that gathers params for it.
-    Raises `BatchError` where there is no batch, `StepError` where the step returns no dict.
+    With several processes the data is sharded by rank as that of training is. Each rank evaluates its rows, which may
+    be none, and gets the numbers of all. A batch without rows is skipped, unless the step runs under a transform that
+    gathers params for it. Raises `BatchError` without any batch, `StepError` if the step returns no dict.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
@@ -105,7 +104,7 @@ def evaluate_until(
     stop: Callable[[], bool],
     key: str = "",
 ) -> dict[str, float] | None:
-    """`evaluate`, or None where `stop` became true on the way; `key` tells apart what is evaluated in one run."""
+    """`evaluate`, or None if `stop` became true; `key` identifies the data set among those of a run."""
     run = _as_step(step, transforms)
     accumulator = MetricAccumulator()
     skips_empty = merger.group.size > 1 and not any(t.shards for t in transforms)
@@ -114,7 +113,7 @@ def evaluate_until(
         for batch in itertools.islice(data, limit):
             if stop():
                 return None
-            if skips_empty and _is_empty(batch):  # this process's part of a small batch: there is nothing to measure
+            if skips_empty and _is_empty(batch):  # this rank has no rows of a small batch
                 continue
             _, metrics = run(state, batch)
             accumulator.add(metrics)
@@ -126,23 +125,23 @@ def evaluate_until(
 
 
 def evaluated(state: Any) -> Any:
-    """The state in evaluation mode, where it knows of one."""
+    """The state in evaluation mode, if it has one."""
     return state.eval() if hasattr(state, "eval") else state
 
 
 def needed(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
-    """Those transforms without which a step cannot read the state."""
+    """The transforms without which a step cannot read the state."""
     return tuple(t for t in transforms if t.level in _NEEDED)
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise `BatchError` for what is not a number of batches."""
+    """Raise `BatchError` unless `limit` is None or a number of batches."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise BatchError(f"limit={limit!r} must be a number of batches, at least 1, or None for all.")
 
 
 def params_for(validate: Validate, state: Any) -> Any:
-    """The state to evaluate: as it is, or with its averaged params."""
+    """The state to evaluate: `state`, or with its averaged params."""
     return state.replace(params=ema.params(state)) if validate.use == "ema" else state
 
 
@@ -161,5 +160,5 @@ def _as_step(step: EvalStep, transforms: tuple[Transform, ...]) -> StepFn:
             )
         return state, metrics
 
-    adapted.__name__ = getattr(step, "__name__", type(step).__name__)  # by which messages speak of it
+    adapted.__name__ = getattr(step, "__name__", type(step).__name__)  # for messages
     return compose(*needed(transforms))(adapted)

@@ -10,29 +10,29 @@ from lumen.train.plateau import update_plateau
 from lumen.train.run_context import RunContext
 from lumen.train.validate import Validate, evaluate_until, params_for
 
-HeldOut = Sequence[Sequence[tuple[str, DeviceIterator]]]
+ValidationSets = Sequence[Sequence[tuple[str, DeviceIterator]]]
 
 
-def open_held_out(validations: Sequence[Validate], run_state: object, merger: MetricMerger) -> HeldOut:
-    """The sets of data of each validation by their names; what cannot be measured on is refused here."""
+def open_validation_sets(validations: Sequence[Validate], run_state: object, merger: MetricMerger) -> ValidationSets:
+    """The data sets of each validation with their names; raises `BatchError` for data that cannot be used."""
     return [
         [(name, opened(data, run_state, merger.group)) for name, data in validate.loaders()] for validate in validations
     ]
 
 
 class Validator:
-    """Measures the run's state, publishes the numbers, and updates what waits for them."""
+    """Evaluates the run's state, publishes the numbers, and reports them to plateaus and callbacks."""
 
     def __init__(
-        self, run: RunContext, validations: Sequence[Validate], held_out: HeldOut, merger: MetricMerger
+        self, run: RunContext, validations: Sequence[Validate], data: ValidationSets, merger: MetricMerger
     ) -> None:
         self.validations = validations
         self._run = run
-        self._held_out = held_out
+        self._data = data
         self._merger = merger
 
     def run(self, number: int) -> bool:
-        """Do a validation; whether it was done, rather than cut off by a signal."""
+        """Run a validation; returns False if a signal interrupted it."""
         run, validate = self._run, self.validations[number]
         numbers = self._evaluate(number)
         if numbers is None:
@@ -44,7 +44,7 @@ class Validator:
         run.monitors.check(run.logger.newest)
         run.stop.sync_requests()
         run.clock_updater.read()
-        run.logger.mark()  # throughput is that of training alone
+        run.logger.restart_throughput()  # throughput measures training only
         run.schedule.validations[number].restart(run.clock)
         return True
 
@@ -52,7 +52,7 @@ class Validator:
         run, validate = self._run, self.validations[number]
         state = params_for(validate, run.state)
         numbers: dict[str, float] = {}
-        for name, data in self._held_out[number]:
+        for name, data in self._data[number]:
             values = evaluate_until(
                 validate.step,
                 state,
@@ -60,7 +60,7 @@ class Validator:
                 run.settings.step.transforms,
                 self._merger,
                 limit=validate.limit,
-                # Several processes finish it: none can leave the collectives of an evaluation by itself.
+                # Several processes always finish it: none can leave the collectives of an evaluation alone.
                 stop=lambda: run.stop.signal is not None,
                 key=name,
             )
@@ -70,6 +70,6 @@ class Validator:
         return numbers
 
     def _update_plateau(self, numbers: dict[str, float]) -> None:
-        metric = self._run.settings.plateau
-        if metric in numbers or f"{metric}/0" in numbers:
-            self._run.state = update_plateau(self._run.state, str(metric), numbers)
+        for monitor in self._run.settings.plateau_monitors:
+            if monitor in numbers or f"{monitor}/0" in numbers:
+                self._run.state = update_plateau(self._run.state, monitor, numbers)

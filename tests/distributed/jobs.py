@@ -95,7 +95,7 @@ def main(directory, options):
         short = options["at"] if distributed.rank() == options["rank"] else 10**6
         data = lm.data.per_rank(batch for (batch, _), _ in zip(loader.stream(), range(short), strict=False))
     if strategy == "none":
-        warnings.filterwarnings("ignore", message=".*no transform joins")
+        warnings.filterwarnings("ignore", message=".*no transform reduces")
     runner = lm.Runner(
         watched,
         transforms=STRATEGIES[strategy](mesh),

@@ -125,11 +125,11 @@ def test_a_shared_guard_dumps_the_step_that_failed(world2, tmp_path):
 def misspelled(directory):
     """The errors of a monitored name that no validation gives."""
     data = lm.Loader(metric_columns(), batch_size=4, shuffle=False)
-    plateau = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau())
+    plateau = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(monitor="val/lss"))
     found = {}
     for form in SHORT:
-        best = {"checkpoint": lm.Checkpointer(directory / form, best=("val/lss", "min"))}
-        for tx, options in ((None, best), (plateau, {"plateau": "val/lss"})):
+        best = {"checkpoint": lm.Checkpointer(directory / form, monitor="val/lss", mode="min")}
+        for tx, options in ((None, best), (plateau, {})):
             runner = lm.Runner(square_step, transforms=FORMS[form].around(), progress=False, **options)
             validate = lm.Validate(eval_step, data)
             fit = functools.partial(runner.fit, linear_state(tx), data, until=lm.Epochs(3), validate=validate)
@@ -265,7 +265,7 @@ def test_an_os_error_of_the_data_keeps_the_last_checkpoint_of_all_ranks(world2, 
 def windows(directory, steps, forms):
     """The numbers of each form's window up to step `steps`."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="this run goes on with")
+        warnings.filterwarnings("ignore", message="this run resumes with")
         return {form: window(directory / form, FORMS[form].around(), steps) for form in forms}
 
 

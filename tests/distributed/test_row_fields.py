@@ -79,7 +79,7 @@ def fit(transforms, steps, directory=None, dtype=torch.float64, **options):
     runner = lm.Runner(step, transforms=transforms, checkpoint=checkpoint, progress=False)
     data = lm.Loader(columns(dtype=dtype), batch_size=ROWS, shuffle=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="this run goes on with")
+        warnings.filterwarnings("ignore", message="this run resumes with")
         return runner.fit(make_state(dtype=dtype), data, until=lm.Steps(steps), **options)
 
 

@@ -84,11 +84,11 @@ def plain(state):
     return {path: leaf.clone() for path, leaf in lm.tree.named_tensors(state)}
 
 
-def make_runner(directory, *, best=("val/loss", "min"), callbacks=(), **options):
+def make_runner(directory, *, monitor="val/loss", callbacks=(), **options):
     return lm.Runner(
         step,
         transforms=[ddp(lm.mesh(device="cpu"))],
-        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=4), keep=2, best=best),
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=4), keep=2, monitor=monitor),
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl")],
         callbacks=callbacks,
         log_every=3,
@@ -102,7 +102,7 @@ def make_runner(directory, *, best=("val/loss", "min"), callbacks=(), **options)
 
 def whole_run(directory):
     held_out = lm.Loader(columns(7, seed=2), batch_size=3, shuffle=False)
-    stop = lm.EarlyStop("val/loss", patience=2, min_delta=0.03)
+    stop = lm.EarlyStop(monitor="val/loss", patience=2, min_delta=0.03)
     result = make_runner(directory, callbacks=[stop]).fit(
         make_state(),
         lm.Loader(columns(), batch_size=5, seed=2),
@@ -172,7 +172,7 @@ def test_padded_batches_on_two_are_the_smaller_ones_on_one(world2, tmp_path):
 
 def run_for_tokens(directory):
     """Batches of 5 rows, cut into 3 and 2: alone, the processes would not end together."""
-    runner = make_runner(directory, best=None, tokens=lambda batch: 7 * len(batch["y"]))
+    runner = make_runner(directory, monitor=None, tokens=lambda batch: 7 * len(batch["y"]))
     result = runner.fit(make_state(), lm.Loader(columns(), batch_size=5, seed=2), until=lm.Tokens(400))
     return result.clock.step, result.clock.tokens, result.clock.rows
 
@@ -313,7 +313,7 @@ def run_windows(*parts):
         state = lm.TrainState.create(torch.nn.Linear(1, 1, bias=False).double(), lm.optim.sgd(0.1))
         data = lm.Loader({"x": WINDOW}, batch_size=5, shuffle=False)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="this run goes on with")
+            warnings.filterwarnings("ignore", message="this run resumes with")
             found.append(runner.fit(state, data, until=lm.Steps(steps), resume="auto").metrics)
     return found
 
@@ -418,7 +418,7 @@ def test_a_callback_of_one_process_ends_all(world2, tmp_path):
 
 def run_on_lists(directory):
     data = list(lm.Loader(columns(), batch_size=5, seed=2).epoch(0))[: 3 + distributed.rank()]
-    make_runner(directory, best=None).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
+    make_runner(directory, monitor=None).fit(make_state(), lm.data.per_rank(data), until=lm.Epochs(1))
 
 
 def test_lists_of_different_lengths(world2, tmp_path):

@@ -433,7 +433,7 @@ def run(directory, name, end=None, steps=20):
     state = models.make_state("mlp")
     data = lm.Loader(data_set(), batch_size=6, seed=2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="this run goes on with")
+        warnings.filterwarnings("ignore", message="this run resumes with")
         try:
             result = runner.fit(state, data, until=lm.Steps(steps), resume="auto")
         except lm.Interrupted as interrupted:

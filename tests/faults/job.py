@@ -116,17 +116,16 @@ def main(directory, options):
     rows = Rows(options["kill_worker"], directory / "cured")
     plain = Rows()
     held_out = lm.Loader({"x": plain.x, "y": plain.y}, batch_size=24, shuffle=False)
-    tx = lm.optim.chain(lm.optim.adamw(0.01), lm.optim.reduce_on_plateau(patience=1, factor=0.7))
+    tx = lm.optim.chain(lm.optim.adamw(0.01), lm.optim.reduce_on_plateau(patience=1, factor=0.7, monitor="val/loss"))
     guard = [lm.guard(options["guard"], directory / "dumps")] if options["guard"] else []
     runner = lm.Runner(
         make_step(directory, options["bad_step"], options["slow"]),
         transforms=[*guard, lm.ema(0.9), lm.donate()],
         checkpoint=lm.Checkpointer(
-            directory, every=lm.Every(steps=options["every"]), keep=2, best=("val/loss", "min"), keep_every=30
+            directory, every=lm.Every(steps=options["every"]), keep=2, monitor="val/loss", mode="min", keep_every=30
         ),
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl"), lm.sinks.TensorBoard(directory)],
-        callbacks=[Started(directory, options["full_after"]), lm.EarlyStop("val/loss", patience=10**6)],
-        plateau="val/loss",
+        callbacks=[Started(directory, options["full_after"]), lm.EarlyStop(monitor="val/loss", patience=10**6)],
         log_every=4,
         progress=False,
     )

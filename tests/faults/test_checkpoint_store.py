@@ -350,12 +350,11 @@ def test_the_leaf_is_named(saved):
 
 
 def test_a_damaged_checkpoint_in_a_store_neither_hides_nor_stops_the_others(tmp_path):
-    best = ("loss", "min")
-    with Store(tmp_path, best=best, keep=3) as store:
+    with Store(tmp_path, monitor="loss", keep=3) as store:
         for step in range(3):
             store.save(step, value_of(step), metrics={"loss": float(step)})
     (store.path(1) / header.FILE).write_text("{")
-    with Store(tmp_path, best=best, keep=3) as store:
+    with Store(tmp_path, monitor="loss", keep=3) as store:
         assert (store.steps(), store.best()) == ([0, 1, 2], 0)
         with pytest.raises(CorruptCheckpointError):
             store.restore(1, value_of(0))

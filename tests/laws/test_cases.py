@@ -90,9 +90,9 @@ def test_a_shared_guard_dumps_the_step_that_failed(form: str, tmp_path: Path) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_a_monitored_name_that_no_validation_gives(form: str, tmp_path: Path) -> None:
     data = lm.Loader(metric_columns(), batch_size=4, shuffle=False)
-    plateau = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau())
-    best: dict[str, Any] = {"checkpoint": lm.Checkpointer(tmp_path, best=("val/lss", "min"))}
-    for tx, options in ((None, best), (plateau, {"plateau": "val/lss"})):
+    plateau = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(monitor="val/lss"))
+    best: dict[str, Any] = {"checkpoint": lm.Checkpointer(tmp_path, monitor="val/lss", mode="min")}
+    for tx, options in ((None, best), (plateau, {})):
         runner = lm.Runner(square_step, transforms=around(form), progress=False, **options)
         with pytest.raises(StepError, match=r"'val/lss'.*never published.*'val/loss'"):
             runner.fit(linear_state(tx), data, until=lm.Epochs(3), validate=lm.Validate(eval_step, data))

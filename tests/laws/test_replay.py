@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lumen as lm
 from lumen.checkpoint import fsync
-from lumen.train.replay import described
+from lumen.train.replay import read_description
 from tests import zygote
 
 from .models import Job, assert_same
@@ -131,7 +131,7 @@ def test_a_replayed_step_fails_as_it_did_from_the_same_state(name: str, kind: st
     guarded = stacked(name, lm.guard("dump", tmp_path))
     message, before = failed(guarded, guarded.init(start()), batches(kind))
     (dump,) = tmp_path.iterdir()
-    told = described(dump)
+    told = read_description(dump)
     assert message == f"{told['message']} State and batch are in {dump}; do the step again with: lumen replay {dump}"
     assert ("offset" if kind == "gradient" else "loss") in told["message"]
     assert told["step"] == int(before.step)
@@ -179,7 +179,7 @@ def test_unrolled_steps(compiled: bool, donated: bool, tmp_path: Path) -> None:
     calls = [lm.stack([good, good]), lm.stack([good, good]), lm.stack([bad[0], bad[-1]])]
     message, before = failed(make(), make().init(start()), calls)
     (dump,) = tmp_path.iterdir()
-    told = described(dump)
+    told = read_description(dump)
     assert (told["steps"], told["step"]) == ((2, 4) if compiled else (1, 5))
     if compiled:
         assert_same(state_in(dump, make().init(start())), before, exact=True)
@@ -245,7 +245,7 @@ def test_batches_of_a_type_of_their_own_need_one_like_them(tmp_path: Path) -> No
     guarded = lm.guard("dump", tmp_path)(typed)
     message, _ = failed(guarded, guarded.init(job.state()), [Rows(*job.batch()), Rows(*poisoned(job))])
     assert message.startswith(again(tmp_path / "step-1", guarded, job.state(), batch=Rows(*job.batch(8))))
-    with pytest.raises(lm.LumenError, match="of a type of its own; give one of the same form"):
+    with pytest.raises(lm.LumenError, match="has a type that could not be stored; give a batch of the same structure"):
         lm.replay(tmp_path / "step-1", guarded, job.state())
     with pytest.raises(lm.LumenError, match="has 2 leaves, that in the dump 3"):
         lm.replay(tmp_path / "step-1", guarded, job.state(), batch=(1, 2))
@@ -317,7 +317,7 @@ def test_a_fresh_process_fails_as_this_one_did(tmp_path: Path) -> None:
     for name in FRESH:
         guarded = stacked(name, lm.guard("dump", tmp_path / name))
         failed(guarded, guarded.init(start()), batches("gradient"))
-        told[name] = described(tmp_path / name / f"step-{BAD}")["message"]
+        told[name] = read_description(tmp_path / name / f"step-{BAD}")["message"]
     program = "import json, sys; from tests.laws.test_replay import messages; print(json.dumps(messages(sys.argv[1])))"
     done = zygote.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     assert done.returncode == 0, done.stderr

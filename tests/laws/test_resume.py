@@ -77,7 +77,11 @@ class Job:
     ):
         torch.manual_seed(0)
         adamw = lm.optim.adamw(lm.optim.warmup_cosine(0.05, 40, 4)) if not plateau else lm.optim.adamw(0.05)
-        tx = lm.optim.chain(adamw, lm.optim.reduce_on_plateau(patience=0, factor=0.5)) if plateau else adamw
+        tx = (
+            lm.optim.chain(adamw, lm.optim.reduce_on_plateau(patience=0, factor=0.5, monitor="val/loss"))
+            if plateau
+            else adamw
+        )
         self.state = lm.TrainState.create(Net(), tx, seed=3)
         self.loader = load() if load else lm.Loader(Samples(), batch_size=8, seed=2, workers=workers)
         self.sinks = [lm.sinks.JSONL(directory / "metrics.jsonl"), lm.sinks.CSV(directory / "metrics.csv")]
@@ -86,10 +90,9 @@ class Job:
         self.runner = lm.Runner(
             step,
             transforms=[make() for make in transforms],
-            checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=5), keep=2, best=("val/loss", "min")),
+            checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=5), keep=2, monitor="val/loss", mode="min"),
             sinks=self.sinks,
-            callbacks=[StopAt(stop), lm.EarlyStop("val/loss", patience=50)],
-            plateau="val/loss" if plateau else None,
+            callbacks=[StopAt(stop), lm.EarlyStop(monitor="val/loss", patience=50)],
             log_every=4,
             progress=False,
         )
@@ -160,7 +163,7 @@ def check(uninterrupted, tmp_path, stops, **options):
     assert {k: v for k, v in found.metrics.items() if k not in timed} == {
         k: v for k, v in expected.metrics.items() if k not in timed
     }
-    kept, wanted = (lm.Checkpointer(directory, best=("val/loss", "min")) for directory in (parts, whole))
+    kept, wanted = (lm.Checkpointer(directory, monitor="val/loss", mode="min") for directory in (parts, whole))
     assert (kept.latest().name, kept.best().name) == (wanted.latest().name, wanted.best().name)
 
 

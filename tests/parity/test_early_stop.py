@@ -63,7 +63,7 @@ def _lightning(early_stopping, series, rule):
 
 def _ours(series, rule):
     """The same for ours, and the reason."""
-    mine, reasons = EarlyStop("val/loss", **rule), []
+    mine, reasons = EarlyStop(monitor="val/loss", **rule), []
     for i, value in enumerate(series):
         mine.on_log(CallbackContext(Clock(step=i + 1), None, {"val/loss": value}, stop=reasons.append))
         if reasons:

@@ -87,9 +87,7 @@ def by_lightning(module: Any, **options: Any) -> dict[str, float]:
 
 def by_lumen(bridged: Any, *transforms: Any) -> tuple[Any, lm.sinks.Memory]:
     sink = lm.sinks.Memory()
-    runner = lm.Runner(
-        bridged.step, transforms=transforms, sinks=[sink], progress=False, log_every=BATCHES, plateau=bridged.plateau
-    )
+    runner = lm.Runner(bridged.step, transforms=transforms, sinks=[sink], progress=False, log_every=BATCHES)
     validate = lm.Validate(bridged.validation_step, loader(2))
     return runner.fit(bridged.state, loader(1), until=lm.Epochs(EPOCHS), validate=validate).state, sink
 

@@ -324,12 +324,12 @@ def test_checkpoints_without_frozen_weights(tmp_path):
         again = lm.checkpoint.restore(saved.latest(), state, strict=False)
     assert all(torch.equal(p, again.params[name]) for name, p in whole.params.items())
     torch.manual_seed(9)
-    with pytest.raises(lm.LumenError, match="saved without its frozen weights, and those of this run are others"):
+    with pytest.raises(lm.LumenError, match="saved without its frozen params, and those of this run are different"):
         fit(make(), tmp_path / "part", 12, resume="auto", frozen=False)
 
 
 def test_checkpoints_without_frozen_weights_need_them_whole(tmp_path):
-    with pytest.raises(lm.LumenError, match=r"needs frozen weights whole"):
+    with pytest.raises(lm.LumenError, match=r"needs unsharded frozen params"):
         state = make_state(lora.adapt(gpt2(), targets="*.c_attn", rank=2))
         cut = {name: b[:1] if name.endswith("wpe.weight") else b for name, b in state.buffers.items()}
         fit(state.replace(buffers=cut), tmp_path, 5, frozen=False)

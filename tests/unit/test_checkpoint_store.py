@@ -40,17 +40,17 @@ def fill(directory, values, metric="val/loss", **kwargs):
 @pytest.mark.parametrize(
     ("values", "kwargs", "kept"),
     [
-        ([10, 9, 2.8, 5, 2.5], {"best": ("val/loss", "min"), "keep_best": 2}, [2, 4]),
-        ([10, 9, 2.8, 5, 2.5], {"best": ("val/loss", "min"), "keep_best": 3}, [2, 3, 4]),
-        ([10, 9, 2.8, 5, 2.5], {"best": ("val/loss", "max"), "keep_best": 1}, [0, 4]),
+        ([10, 9, 2.8, 5, 2.5], {"monitor": "val/loss", "mode": "min", "keep_best": 2}, [2, 4]),
+        ([10, 9, 2.8, 5, 2.5], {"monitor": "val/loss", "mode": "min", "keep_best": 3}, [2, 3, 4]),
+        ([10, 9, 2.8, 5, 2.5], {"monitor": "val/loss", "mode": "max", "keep_best": 1}, [0, 4]),
         ([10, 9, 2.8, 5, 2.5], {}, [4]),
         ([10, 9, 2.8, 5, 2.5], {"keep": None}, [0, 1, 2, 3, 4]),
         ([10, 9, 2.8, 5, 2.5], {"keep": 2, "keep_every": 3}, [0, 3, 4]),
-        ([1.0, 1.0, 1.0, 2.0], {"best": ("val/loss", "min")}, [2, 3]),  # a tie: the later
-        ([math.nan, 3.0, math.nan], {"best": ("val/loss", "max")}, [1, 2]),
-        ([math.inf, math.nan, 5.0], {"best": ("val/loss", "max")}, [0, 2]),
-        ([None, 3.0, None, 4.0, None], {"best": ("val/loss", "min")}, [1, 4]),
-        ([None, None], {"best": ("val/loss", "min"), "keep_best": 2}, [1]),
+        ([1.0, 1.0, 1.0, 2.0], {"monitor": "val/loss", "mode": "min"}, [2, 3]),  # a tie: the later
+        ([math.nan, 3.0, math.nan], {"monitor": "val/loss", "mode": "max"}, [1, 2]),
+        ([math.inf, math.nan, 5.0], {"monitor": "val/loss", "mode": "max"}, [0, 2]),
+        ([None, 3.0, None, 4.0, None], {"monitor": "val/loss", "mode": "min"}, [1, 4]),
+        ([None, None], {"monitor": "val/loss", "mode": "min", "keep_best": 2}, [1]),
     ],
 )
 def test_what_is_kept(tmp_path, values, kwargs, kept):
@@ -63,18 +63,17 @@ def test_what_is_kept(tmp_path, values, kwargs, kept):
 
 
 def test_the_best_is_known_to_a_later_run_and_to_readers(tmp_path):
-    best = ("val/loss", "min")
-    fill(tmp_path, [3.0, 1.0, 2.0], best=best)
-    reader = Store(tmp_path, best=best)
+    fill(tmp_path, [3.0, 1.0, 2.0], monitor="val/loss")
+    reader = Store(tmp_path, monitor="val/loss")
     assert (reader.steps(), reader.best(), reader.metrics(1)) == ([1, 2], 1, {"val/loss": 1.0})
-    with Store(tmp_path, best=best) as store:
+    with Store(tmp_path, monitor="val/loss") as store:
         store.save(3, tree(3), metrics={"val/loss": torch.tensor(1.5)})
         store.wait()
         assert (store.steps(), store.best()) == ([1, 3], 1)
         store.save(4, tree(4), metrics={"val/loss": 0.5})
     assert (reader.steps(), reader.best()) == ([4], 4)
     assert Store(tmp_path).best() is None
-    assert Store(tmp_path / "none", best=best).best() is None
+    assert Store(tmp_path / "none", monitor="val/loss").best() is None
 
 
 def test_an_earlier_step_after_later_ones_is_not_deleted_by_its_own_save(tmp_path):
@@ -117,7 +116,7 @@ def test_what_is_no_checkpoint_is_neither_a_step_nor_deleted(tmp_path):
 @pytest.mark.parametrize(
     "kwargs",
     [{"keep": 0}, {"keep": True}, {"keep_best": 0}, {"keep_best": None}, {"keep_every": -1}, {"keep": 1.5},
-     {"best": "val/loss"}, {"best": ("val/loss", "least")}, {"best": ("val/loss",)}],
+     {"monitor": ("val/loss", "min")}, {"monitor": "val/loss", "mode": "least"}],
 )  # fmt: skip
 def test_bad_retention(tmp_path, kwargs):
     with pytest.raises(HyperparameterError):

@@ -12,7 +12,7 @@ import lumen as lm
 from lumen.cli import parse_transforms
 from lumen.cli.main import main
 from lumen.errors import CheckpointError, CorruptCheckpointError, StepError
-from lumen.train.replay import described
+from lumen.train.replay import read_description
 from lumen.transforms._support.snapshot_dump import KIND, CallTrace, SnapshotPolicy
 
 SOUND = {
@@ -62,7 +62,7 @@ def test_a_dump_says_what_it_is(tmp_path: Path) -> None:
     guarded = lm.compose(lm.guard("dump", tmp_path), lm.ema(0.9), lm.accumulate(2))(step)
     with pytest.raises(lm.NonFiniteError):
         guarded(guarded.init(state()), torch.full((4, 2), torch.inf))
-    told = described(tmp_path / "step-0")
+    told = read_description(tmp_path / "step-0")
     assert told["transforms"] == ["lm.guard('dump')", "lm.ema(0.9)", "lm.accumulate(2)"]
     assert told["function"] == f"{__name__}:step"
     assert (told["step"], told["steps"]) == (0, 1)
@@ -71,7 +71,7 @@ def test_a_dump_says_what_it_is(tmp_path: Path) -> None:
 def test_a_checkpoint_is_no_dump(tmp_path: Path) -> None:
     lm.checkpoint.save(tmp_path / "a", {"x": torch.ones(1)})
     with pytest.raises(CheckpointError, match="not a step that lm.guard"):
-        described(tmp_path / "a")
+        read_description(tmp_path / "a")
 
 
 # -------------------------------------------------------------------------------------- from a stranger
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_no_dump(tmp_path: Path) -> None:
 )
 def test_unsound_fields_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="not sound"):
-        described(dump(tmp_path / "a", **{field: value}))
+        read_description(dump(tmp_path / "a", **{field: value}))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_unsound_fields_are_refused(field: str, value: Any, tmp_path: Path) -> N
     ],
 )
 def test_unsound_batches_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(CorruptCheckpointError, match="its batch is not sound"):
+    with pytest.raises(CorruptCheckpointError, match="its batch is invalid"):
         lm.replay(dump(tmp_path / "a", batch=text), lm.guard("raise")(step), state())
 
 

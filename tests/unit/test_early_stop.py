@@ -60,18 +60,18 @@ rules = st.fixed_dictionaries(
 @given(rules, st.lists(values, min_size=1, max_size=30), st.data())
 def test_interrupted_and_restored_is_uninterrupted(rule, series, data):
     cut = data.draw(st.integers(0, len(series)))
-    whole = Run(EarlyStop("val/loss", **rule))
+    whole = Run(EarlyStop(monitor="val/loss", **rule))
     for value in series:
         whole.validate(val_loss=value)
 
-    first = Run(EarlyStop("val/loss", **rule))
+    first = Run(EarlyStop(monitor="val/loss", **rule))
     for value in series[:cut]:
         first.validate(val_loss=value)
     # A run that was asked to stop is not interrupted any more: there is nothing left of it.
     if first.reasons:
         assert first.reasons == whole.reasons
         return
-    second = EarlyStop("val/loss", **rule)
+    second = EarlyStop(monitor="val/loss", **rule)
     second.load_state_dict(json.loads(json.dumps(first.callback.state_dict(), allow_nan=False)))
     second = Run(second, step=max(cut, 1))
     for value in series[cut:]:
@@ -82,14 +82,14 @@ def test_interrupted_and_restored_is_uninterrupted(rule, series, data):
 
 
 def test_it_asks_once():
-    run = Run(EarlyStop("train/loss", patience=1))
+    run = Run(EarlyStop(monitor="train/loss", patience=1))
     for _ in range(4):
         run.publish(train_loss=1.0)
     assert run.reasons == ["train/loss has not improved on 1 for 1 report"]
 
 
 def test_a_run_from_the_beginning_has_no_memory_and_one_that_goes_on_has():
-    callback = EarlyStop("val/loss", patience=2)
+    callback = EarlyStop(monitor="val/loss", patience=2)
     for step, bad, reports in ((0, 1, 2), (0, 1, 2), (7, 2, 3)):
         run = Run(callback, step=step)
         run.validate(val_loss=1.0)
@@ -98,7 +98,7 @@ def test_a_run_from_the_beginning_has_no_memory_and_one_that_goes_on_has():
 
 
 def test_reports_of_others_are_none_of_its_business():
-    run = Run(EarlyStop("val/loss", patience=1))
+    run = Run(EarlyStop(monitor="val/loss", patience=1))
     run.publish(train_loss=1.0)
     run.publish(train_loss=1.0)
     run.validate(val_loss=1.0)
@@ -108,21 +108,21 @@ def test_reports_of_others_are_none_of_its_business():
 
 
 def test_a_name_that_the_validation_does_not_give_is_refused_at_the_first_one():
-    run = Run(EarlyStop("val/los"))
+    run = Run(EarlyStop(monitor="val/los"))
     run.publish(train_loss=1.0, lr=0.1)
     with pytest.raises(StepError, match=r"'val/los'.*'lr', 'train/loss', 'val/loss'"):
         run.validate(val_loss=1.0)
 
 
 def test_a_name_that_training_does_not_give_is_refused_at_the_second_report():
-    run = Run(EarlyStop("train/los"))
+    run = Run(EarlyStop(monitor="train/los"))
     run.publish(train_loss=1.0)
     with pytest.raises(StepError, match="'train/loss'"):
         run.publish(train_loss=1.0)
 
 
 def test_another_validation_does_not_make_it_miss_its_own():
-    run = Run(EarlyStop("test/loss"))
+    run = Run(EarlyStop(monitor="test/loss"))
     for _ in range(3):
         run.validate(val_loss=1.0)
     run.validate(test_loss=1.0)
@@ -130,7 +130,7 @@ def test_another_validation_does_not_make_it_miss_its_own():
 
 
 def test_a_metric_that_another_callback_logs_after_the_validation_is_in_time():
-    run = Run(EarlyStop("val/f1", "max"))
+    run = Run(EarlyStop(monitor="val/f1", mode="max"))
     run.publish(val_loss=1.0)
     run.publish(val_f1=0.5)
     run.callback.on_validate(run.view(run.newest))
@@ -138,7 +138,7 @@ def test_a_metric_that_another_callback_logs_after_the_validation_is_in_time():
 
 
 def test_the_lanes_of_an_ensemble_are_not_one_number():
-    run = Run(EarlyStop("val/loss"))
+    run = Run(EarlyStop(monitor="val/loss"))
     run.newest = {"val/loss/0": 1.0, "val/loss/1": 2.0}
     with pytest.raises(StepError, match="'val/loss/0', 'val/loss/1'"):
         run.validate()
@@ -156,20 +156,20 @@ def test_a_runner_ends_where_its_validation_got_no_better():
         return {"distance": (state.step - 6).abs().double()}  # least at step 6
 
     data = [torch.ones(4, 2)]
-    runner = lm.Runner(step, callbacks=[EarlyStop("val/distance", patience=3)], progress=False)
+    runner = lm.Runner(step, callbacks=[EarlyStop(monitor="val/distance", patience=3)], progress=False)
     validate = lm.Validate(eval_step, data, every=lm.Every(steps=2))
     for _ in range(2):  # the second run has forgotten the first
         state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
         result = runner.fit(state, data, until=lm.Steps(100), validate=validate)
         assert (result.clock.step, result.reason) == (12, "val/distance has not improved on 0 for 3 reports")
 
-    runner = lm.Runner(step, callbacks=[EarlyStop("val/loss")], progress=False)
+    runner = lm.Runner(step, callbacks=[EarlyStop(monitor="val/loss")], progress=False)
     with pytest.raises(StepError, match="'val/distance'"):
         runner.fit(state, data, until=lm.Steps(100), validate=validate)
 
 
 def test_a_metric_that_never_came_is_told_at_the_end():
-    run = Run(EarlyStop("val/loss"))
+    run = Run(EarlyStop(monitor="val/loss"))
     run.publish(train_loss=1.0)
     with pytest.warns(InexactWarning, match=r"'val/loss'.*never published.*'train/loss'.*lm\.Validate"):
         run.end()
@@ -189,4 +189,4 @@ def test_a_metric_that_never_came_is_told_at_the_end():
 )
 def test_bad_rules_are_refused(rule):
     with pytest.raises(HyperparameterError):
-        EarlyStop("val/loss", **rule)
+        EarlyStop(monitor="val/loss", **rule)

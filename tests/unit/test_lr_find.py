@@ -60,7 +60,7 @@ def test_it_sweeps_the_learning_rate_in_equal_factors():
     assert rates == pytest.approx(found.lrs, rel=1e-12)
     assert (rates[0], rates[-1]) == (pytest.approx(1e-5), pytest.approx(1e-1))
     assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10 ** (1 / 10)] * 40)
-    assert found.reason == "all 41 steps were made"
+    assert found.reason == "all 41 steps are complete"
 
 
 def test_losses_are_those_of_a_loop_by_hand():

@@ -91,7 +91,7 @@ REFUSED = {
     "impure": lambda _: lm.check_purity(impure, state(), torch.ones(3, 2)),
     "structure": lambda _: lm.compose()(lambda s, b: (s.replace(buffers={}), {}))(state(), torch.ones(3, 2)),
     "donated": lambda _: lm.donate()(step)(twice(state()), torch.ones(3, 2)),
-    "plateau": lambda _: plateau.check_plateau(state(tx=lm.optim.reduce_on_plateau()), "val/loss", [NAME]),
+    "plateau": lambda _: plateau.plateau_monitors(state(tx=lm.optim.reduce_on_plateau(monitor="val/loss")), [NAME]),
     "table": lambda path: table(path, NAME),
     "gradients": lambda _: state().apply_gradients({}),
 }

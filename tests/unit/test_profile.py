@@ -102,7 +102,7 @@ def test_what_cannot_be_written_does_not_hide_the_error(directory):
     error = ValueError("the error")
     callback.on_exception(CALL, error)
     assert not is_on()
-    assert "the profile was lost too: FileExistsError" in error.__notes__[0]
+    assert "the profile was lost as well: FileExistsError" in error.__notes__[0]
 
 
 def test_it_profiles_a_runner_and_again_in_its_next_run(directory):

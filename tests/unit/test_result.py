@@ -40,7 +40,7 @@ def fit(directory: Path, steps: int = 12, **options: Any) -> lm.Result:
     runner = lm.Runner(
         step,
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl"), lm.sinks.CSV(directory / "metrics.csv"), lm.sinks.Memory()],
-        checkpoint=lm.Checkpointer(directory, best=("val/gap", "max")),
+        checkpoint=lm.Checkpointer(directory, monitor="val/gap", mode="max"),
         callbacks=[Extra()],
         log_every=1,
         progress=False,

@@ -141,14 +141,13 @@ def test_smoke_runs_one_batch_of_everything_and_leaves_no_trace(tmp_path):
         seen.append(len(batch["x"]))
         return eval_step(state, batch)
 
-    state = make_state(lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()))
+    state = make_state(lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(monitor="val/loss")))
     before = lm.tree.map(torch.clone, state)
     job = runner(
         transforms=[lm.ema(0.9), lm.donate()],
         checkpoint=lm.Checkpointer(tmp_path / "run"),
         sinks=[sink],
         callbacks=[Watch()],
-        plateau="val/loss",
     )
     validate = [lm.Validate(counting, loader()), lm.Validate(counting, loader(), name="other", use="ema")]
     result = job.smoke(state, loader(), validate=validate)
@@ -283,9 +282,9 @@ def test_plateau_is_fed_as_torch_feeds_its_scheduler(seed, mode):
     series = torch.rand(25, generator=generator).round(decimals=1).tolist()
     settings = {"factor": 0.5, "patience": seed % 3, "cooldown": seed % 2, "mode": mode}
     sink = lm.sinks.Memory()
-    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(**settings))
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(**settings, monitor="val/loss"))
     validate = Recorded(series).validate(every=lm.Every(steps=1))
-    job = runner(sinks=[sink], plateau="val/loss", log_every=1)
+    job = runner(sinks=[sink], log_every=1)
     job.fit(make_state(tx), [make_data(4)] * 25, until=lm.Epochs(1), validate=validate)
     # The rate at step n is that after the n-1 reports before it.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -298,27 +297,35 @@ def test_plateau_is_fed_as_torch_feeds_its_scheduler(seed, mode):
 
 
 def test_plateau_in_a_sweep_is_fed_lane_by_lane():
-    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(patience=0, factor=0.5, threshold=0.5))
-    job = runner(transforms=[lm.sweep(lr=[1e-9, 0.05])], plateau="val/loss")
+    plateau = lm.optim.reduce_on_plateau(patience=0, factor=0.5, threshold=0.5, monitor="val/loss")
+    tx = lm.optim.chain(lm.optim.sgd(0.1), plateau)
+    job = runner(transforms=[lm.sweep(lr=[1e-9, 0.05])])
     validate = lm.Validate(eval_step, loader(), every=lm.Every(steps=1))
     result = job.fit(make_state(tx), loader(), until=lm.Steps(3), validate=validate)
     scales = [leaf for path, leaf in lm.tree.named_tensors(result.state.opt_state) if path.endswith("scale")]
     assert scales[0][0] < 1  # hardly learns at all
 
 
-@pytest.mark.parametrize(
-    ("plateau", "tx", "says"),
-    [
-        (None, lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()), 'plateau="val/loss"'),
-        ("val/loss", None, "no reduce_on_plateau"),
-        ("test/loss", lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()), "are called val"),
-    ],
-)
-def test_a_plateau_that_nothing_feeds(plateau, tx, says):
+@pytest.mark.parametrize(("monitor", "says"), [(None, 'monitor="val/loss"'), ("test/loss", "are named val")])
+def test_a_plateau_that_nothing_feeds(monitor, says):
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(monitor=monitor))
     with pytest.raises(StepError, match=says):
-        runner(plateau=plateau).fit(
-            make_state(tx), loader(), until=lm.Steps(1), validate=lm.Validate(eval_step, loader())
-        )
+        runner().fit(make_state(tx), loader(), until=lm.Steps(1), validate=lm.Validate(eval_step, loader()))
+
+
+def test_plateaus_of_a_partition_each_get_the_metric_that_they_monitor():
+    def monitoring(name):
+        return lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(patience=0, factor=0.5, monitor=name))
+
+    tx = lm.optim.partition({"*bias": monitoring("val/flat")}, default=monitoring("val/falling"))
+
+    def falling(state, batch):
+        return {"flat": torch.ones(()), "falling": 1.0 / state.step}
+
+    validate = lm.Validate(falling, loader(), every=lm.Every(steps=1))
+    result = runner().fit(make_state(tx), loader(), until=lm.Steps(3), validate=validate)
+    scales = {leaf.item() for path, leaf in lm.tree.named_tensors(result.state.opt_state) if path.endswith("scale")}
+    assert scales == {0.25, 1.0}
 
 
 class Logging(lm.Callback):
@@ -329,15 +336,15 @@ class Logging(lm.Callback):
 
 
 def watching(tmp_path, best=None, plateau=None, **options):
-    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau()) if plateau else None
-    checkpoint = lm.Checkpointer(tmp_path, best=(best, "min")) if best else None
+    tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.reduce_on_plateau(monitor=plateau)) if plateau else None
+    checkpoint = lm.Checkpointer(tmp_path, monitor=best) if best else None
     seen = []
 
     def counted(state, batch):
         seen.append(1)
         return step(state, batch)
 
-    job = lm.Runner(counted, progress=False, checkpoint=checkpoint, plateau=plateau, log_every=2, **options)
+    job = lm.Runner(counted, progress=False, checkpoint=checkpoint, log_every=2, **options)
     data = {"clean": loader(), "noisy": loader()} if "clean" in f"{best}{plateau}" else loader()
     try:
         job.fit(make_state(tx), loader(), until=lm.Epochs(3), validate=lm.Validate(eval_step, data))
@@ -349,14 +356,14 @@ def watching(tmp_path, best=None, plateau=None, **options):
 @pytest.mark.parametrize(
     ("watched", "steps", "says"),
     [
-        ({"best": "val/lss"}, 3, r"Checkpointer\(best=\('val/lss', 'min'\)\).*'lr'.*'train/loss', 'val/loss'"),
+        ({"best": "val/lss"}, 3, r"Checkpointer\(monitor='val/lss', mode='min'\).*'lr'.*'train/loss', 'val/loss'"),
         ({"best": "train/lss"}, 2, r"'train/lss'.*'train/loss'"),
         ({"best": "val_loss"}, 0, r"'val_loss'.*'val/…'.*Write \"val/loss\""),
         ({"best": "vall/loss"}, 0, r"'vall/loss'.*'val/…'"),
-        ({"best": "val_loss", "callbacks": [lm.EarlyStop("val/loss")]}, 0, "'val/…'"),
+        ({"best": "val_loss", "callbacks": [lm.EarlyStop(monitor="val/loss")]}, 0, "'val/…'"),
         ({"best": "val/lss", "callbacks": [Logging()]}, 3, r"'mine'.*'val/loss'"),
-        ({"plateau": "val/lss"}, 3, r"plateau='val/lss'.*What was: 'val/loss'\."),
-        ({"plateau": "val/mine", "callbacks": [Logging()]}, 3, "plateau='val/mine'"),
+        ({"plateau": "val/lss"}, 3, r"plateau\(monitor='val/lss'\).*What was: 'val/loss'\."),
+        ({"plateau": "val/mine", "callbacks": [Logging()]}, 3, "monitor='val/mine'"),
         ({"plateau": "val/clean/lss"}, 3, "'val/clean/loss', 'val/noisy/loss'"),
         ({"best": "val/loss"}, 9, "^$"),
         ({"best": "train/loss"}, 9, "^$"),
@@ -372,7 +379,7 @@ def test_a_monitored_name_that_there_is_not_is_an_error_by_the_first_validation(
 
 
 def test_a_name_that_no_callback_came_to_publish_is_a_warning_at_the_end(tmp_path):
-    with pytest.warns(lm.InexactWarning, match=r"best=\('main', 'min'\).*'mine'"):
+    with pytest.warns(lm.InexactWarning, match=r"monitor='main', mode='min'.*'mine'"):
         assert watching(tmp_path, best="main", callbacks=[Logging()]) == (9, "")
 
 
@@ -381,7 +388,7 @@ def test_a_name_that_no_callback_came_to_publish_is_a_warning_at_the_end(tmp_pat
 )
 def test_early_stopping_ends_after_the_epoch_that_lightning_ends_after(series, patience, epochs):
     validate = Recorded(map(float, series)).validate()
-    job = runner(callbacks=[lm.EarlyStop("val/loss", patience=patience)])
+    job = runner(callbacks=[lm.EarlyStop(monitor="val/loss", patience=patience)])
     result = job.fit(make_state(), loader(), until=lm.Epochs(len(series)), validate=validate)
     assert result.clock.epoch == epochs
     assert ("has not improved" in result.reason) == (epochs < len(series))
@@ -389,7 +396,7 @@ def test_early_stopping_ends_after_the_epoch_that_lightning_ends_after(series, p
 
 def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
     def job():
-        stop = lm.EarlyStop("val/loss", patience=1)
+        stop = lm.EarlyStop(monitor="val/loss", patience=1)
         return runner(callbacks=[stop], checkpoint=lm.Checkpointer(tmp_path, every=lm.Every(steps=2)))
 
     def fit(**options):
@@ -407,7 +414,7 @@ def test_early_stopping_goes_on_counting_after_an_interruption(tmp_path):
     series = [6.0, 5.0, 5.0, 5.0, 5.0, 5.0]
 
     def job():
-        return runner(callbacks=[lm.EarlyStop("val/loss", patience=3)], checkpoint=lm.Checkpointer(tmp_path))
+        return runner(callbacks=[lm.EarlyStop(monitor="val/loss", patience=3)], checkpoint=lm.Checkpointer(tmp_path))
 
     job().fit(make_state(), loader(), until=lm.Epochs(3), validate=Recorded(series[:3]).validate())
     result = job().fit(
@@ -421,7 +428,7 @@ def test_early_stopping_goes_on_counting_after_an_interruption(tmp_path):
 
 @pytest.mark.parametrize(("k", "kept"), [(2, {2, 4}), (3, {2, 3, 4})])
 def test_the_best_k_are_those_that_lightning_keeps(tmp_path, k, kept):
-    checkpoint = lm.Checkpointer(tmp_path, best=("val/loss", "min"), keep_best=k)
+    checkpoint = lm.Checkpointer(tmp_path, monitor="val/loss", mode="min", keep_best=k)
     validate = Recorded([10, 9, 2.8, 5, 2.5]).validate()
     runner(checkpoint=checkpoint).fit(make_state(), [make_data(4)], until=lm.Epochs(5), validate=validate)
     assert {step - 1 for step in checkpoint.store.steps()} == kept  # one step an epoch
@@ -429,7 +436,7 @@ def test_the_best_k_are_those_that_lightning_keeps(tmp_path, k, kept):
 
 
 def test_a_best_validation_is_kept_though_no_save_was_due(tmp_path):
-    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=1000), best=("val/loss", "min"))
+    checkpoint = lm.Checkpointer(tmp_path, every=lm.Every(steps=1000), monitor="val/loss", mode="min")
     validate = Recorded([3.0, 1.0, 2.0, float("nan")]).validate(every=lm.Every(steps=3))
     runner(checkpoint=checkpoint).fit(make_state(), loader(), until=lm.Steps(12), validate=validate)
     assert checkpoint.store.steps() == [6, 12]
@@ -505,12 +512,12 @@ def test_callbacks_may_join_and_leave_between_two_parts_of_a_run(tmp_path):
         return job.fit(make_state(), loader(), until=lm.Epochs(epochs), resume="auto", validate=validate)
 
     part(1)
-    first, second = lm.EarlyStop("val/loss", patience=50), lm.EarlyStop("train/loss", patience=60)
+    first, second = lm.EarlyStop(monitor="val/loss", patience=50), lm.EarlyStop(monitor="train/loss", patience=60)
     part(2, first, second)
-    again = lm.EarlyStop("val/loss", patience=50), lm.EarlyStop("train/loss", patience=60)
+    again = lm.EarlyStop(monitor="val/loss", patience=50), lm.EarlyStop(monitor="train/loss", patience=60)
     part(2, _Fail(at=-1), *again)
     assert [each.state_dict() for each in again] == [first.state_dict(), second.state_dict()]
-    with pytest.warns(lm.InexactWarning, match="memory of a callback EarlyStop") as caught:
+    with pytest.warns(lm.InexactWarning, match="state of a callback EarlyStop") as caught:
         part(3)
     assert len(caught) == 2
 
@@ -584,7 +591,7 @@ def test_each_lane_of_an_ensemble_logs_its_learning_rate(tmp_path):
     assert logged(parts, lm.ensemble(2)) == {"lr/0/0": 0.5, "lr/0/1": 0.5, "lr/1/0": 0.25, "lr/1/1": 0.25}
     only = lm.optim.partition({"bias": lm.optim.sgd(0.5)}, default=lm.optim.freeze())
     assert logged(only, lm.ensemble(2)) == {"lr/0": 0.5, "lr/1": 0.5}
-    best = lm.Checkpointer(tmp_path, best=("lr/1", "min"))
+    best = lm.Checkpointer(tmp_path, monitor="lr/1", mode="min")
     assert logged(lm.optim.sgd(1.0), lm.sweep(lr=rates), checkpoint=best)["lr/1"] == 0.25
     with pytest.warns(lm.InexactWarning, match=r"'lr' has 65 numbers.*lm\.optim\.learning_rate"):
         learning_rates(lm.sweep(lr=[0.5] * 65).init(make_state(lm.optim.sgd(1.0))).opt_state)

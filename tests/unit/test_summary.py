@@ -49,7 +49,7 @@ def step(state, batch):
 
 
 def by_name(found):
-    return {part.name: part for part in found.parts}
+    return {row.name: row for row in found.rows}
 
 
 def test_counts_are_the_modules_own():
@@ -83,8 +83,8 @@ def test_children_add_up_to_the_whole(widths, depth):
     found = summary(state_of(nn.Sequential(*layers)), depth=depth)
     for field in ("trainable", "buffers", "elements", "nbytes"):
         for level in range(1, min(depth, 2) + 1):
-            at = [getattr(part, field) for part in found.parts if part.depth == level]
-            assert sum(at) == getattr(found.parts[0], field)
+            at = [getattr(part, field) for part in found.rows if part.depth == level]
+            assert sum(at) == getattr(found.rows[0], field)
 
 
 @pytest.mark.parametrize("tx", [lm.optim.sgd(0.1), lm.optim.adamw(1e-3), lm.optim.adafactor(1e-3)])
@@ -101,12 +101,12 @@ def test_bytes_are_the_states(tx):
 def test_any_pytree():
     state = {"gen": {"w": torch.ones(3), "n": torch.ones((), dtype=torch.int64)}, "disc": [torch.ones(2, 2)]}
     found = summary(state, depth=2)
-    assert [(part.name, part.elements) for part in found.parts] == [
+    assert [(part.name, part.elements) for part in found.rows] == [
         ("", 8), ("gen", 4), ("gen.w", 3), ("gen.n", 1), ("disc", 4), ("disc.0", 4)
     ]  # fmt: skip
     assert found.nbytes == {"gen": 20, "disc": 16}
     assert str(found).splitlines()[0].split() == ["name", "elements", "bytes", "dtypes"]
-    assert summary(torch.ones(3)).parts[0].elements == 3
+    assert summary(torch.ones(3)).rows[0].elements == 3
     assert "0 B" in str(summary({}))
 
 
@@ -118,13 +118,13 @@ def test_the_state_of_a_users_own_class():
         name: str = lm.static(default="x")
 
     found = summary(Players(state_of(nn.Linear(2, 2)), torch.ones(4)))
-    assert [part.name for part in found.parts] == ["", "a", "b"]
+    assert [part.name for part in found.rows] == ["", "a", "b"]
     assert set(found.nbytes) == {"a", "b"}
 
 
 def test_flops_of_the_step_are_part_of_it():
     state, batch = state_of(nn.Linear(100, 100)), torch.ones(50, 100)
-    found = summary(state, lm.accumulate(2)(step), batch)
+    found = summary(lm.accumulate(2)(step), state, batch)
     assert found.flops == flops_of(step, state, batch) == 4 * 50 * 100 * 100
     assert str(found).endswith("one step: 2.0 MFLOP")
     assert summary(state).flops is None
@@ -135,7 +135,7 @@ def test_it_says_why_flops_are_unknown():
     def reads(state, batch):
         return state, {"loss": float(batch.sum())}
 
-    found = summary(state_of(nn.Linear(2, 2)), reads, torch.ones(2, 2))
+    found = summary(reads, state_of(nn.Linear(2, 2)), torch.ones(2, 2))
     assert found.flops is None
     assert "unknown; the step reads a tensor's value" in str(found)
 
@@ -143,7 +143,7 @@ def test_it_says_why_flops_are_unknown():
 def test_nothing_is_changed():
     state, batch = state_of(Block()), torch.randn(6, 4)
     before, generator = lm.tree.map(torch.clone, state), torch.get_rng_state()
-    summary(state, step, batch, depth=3).show()
+    summary(step, state, batch, depth=3).show()
     assert torch.equal(torch.get_rng_state(), generator)
     assert lm.tree.structure(before) == lm.tree.structure(state)
     assert all(torch.equal(a, b) for a, b in zip(lm.tree.leaves(before), lm.tree.leaves(state), strict=True))
@@ -164,7 +164,7 @@ def test_plain_text_where_there_is_no_terminal_and_a_table_where_there_is(capsys
 
 
 def test_rich_shows_what_the_text_says():
-    found = summary(state_of(Block()), step, torch.ones(2, 4), depth=2)
+    found = summary(step, state_of(Block()), torch.ones(2, 4), depth=2)
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(found)
     shown = console.file.getvalue()
@@ -177,8 +177,8 @@ def test_what_is_refused():
     state = state_of(nn.Linear(2, 2))
     with pytest.raises(HyperparameterError, match="depth=-1"):
         summary(state, depth=-1)
-    with pytest.raises(StepError, match=r"summary\(state, step, batch\)"):
-        summary(state, step)
+    with pytest.raises(StepError, match=r"summary\(step, state, batch\)"):
+        summary(step, state)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ class Bridged(NamedTuple):
     """The result of `lightning`.
 
     `step` trains; `validation_step` and `test_step` return metrics, for `lm.Validate` and `lm.evaluate`, and are None
-    if the module has none; `predict_step` returns outputs, for `Runner.predict`. `plateau` is the metric that a
-    `ReduceLROnPlateau` monitors, for `lm.Runner(plateau=...)`, under its name in a validation called "val".
+    if the module has none; `predict_step` returns outputs, for `Runner.predict`. A `ReduceLROnPlateau` becomes
+    `lm.optim.reduce_on_plateau`, which monitors its metric in a validation named "val", the default name.
     """
 
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
@@ -38,7 +38,6 @@ class Bridged(NamedTuple):
     validation_step: EvalStep | None
     test_step: EvalStep | None
     predict_step: Callable[[Any, Any], Any]
-    plateau: str | None
 
 
 def lightning(
@@ -108,9 +107,8 @@ def lightning(
     if overrides(module, base, "configure_model"):
         module.configure_model()
     module.__class__ = _class_without_trainer(type(module), base, length)
-    monitor = None
     if tx is None:
-        tx, monitor = convert_optimizer(module, module.configure_optimizers(), length)
+        tx = convert_optimizer(module, module.configure_optimizers(), length)
     apply, params, buffers = pure(module, merge=merge)
     state = TrainState.create(Pure(apply.variant("lightning", record_metrics), params, buffers), tx, seed)
     return Bridged(
@@ -119,7 +117,6 @@ def lightning(
         _evaluation("validation_step") if overrides(module, base, "validation_step") else None,
         _evaluation("test_step") if overrides(module, base, "test_step") else None,
         predict_step,
-        None if monitor is None else f"val/{monitor}",
     )
 
 

@@ -60,7 +60,7 @@ def render_panel(panel: Panel, width: int, height: int, color: bool) -> Iterator
     styles = _styles(panel.lines, color)
     canvas = Canvas(max(width - _MARGIN - 2, 10), height)
     for owner, line in enumerate(panel.lines):
-        for segment in panel.pieces(line):
+        for segment in panel.segments(line):
             dots = [(int(x), int(y)) for x, y in thinned([_dot(x, y, x_span, y_span, canvas) for x, y in segment])]
             for begin, end in zip(dots, dots[1:] or dots, strict=False):
                 canvas.line(begin, end, owner)
