@@ -37,9 +37,9 @@ class Lora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        out: Tensor = super().forward(x)
+        output: Tensor = super().forward(x)
         update = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
-        return out + (self.scale * update).to(out.dtype)
+        return output + (self.scale * update).to(output.dtype)
 
     def delta(self) -> Tensor:
         """The update that merging adds to the weight, in the weight's own layout."""

@@ -1,4 +1,4 @@
-"""Data: a loader whose order is a pure function of (seed, epoch), and whose cursor is data."""
+"""Data: a loader whose order is a pure function of (seed, epoch), and whose cursor is plain data."""
 
 from lumen.data._per_rank import per_rank
 from lumen.data.loader import Cursor, Loader

@@ -1,4 +1,4 @@
-"""`per_rank`: data of which each process has rows of its own."""
+"""`per_rank`: marks data whose rows belong to this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lumen.errors import BatchError
 
 
 class PerRank:
-    """What `per_rank` gives."""
+    """Data that `per_rank` has marked."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
@@ -23,24 +23,24 @@ class PerRank:
 
 
 def per_rank(data: Iterable[Any]) -> PerRank:
-    """Say that `data` gives this process rows that no other process is given.
+    """Mark `data` as this process's own: no other process gets the same rows.
 
-    Under several processes an `lm.Loader`, a `DataLoader` over a map-style data set and a Hugging Face stream are cut
-    by rank. Of a list, a generator, or an iterable of another kind nobody knows whose rows it has: it is refused, until
-    this says that they are this rank's alone. Nothing is cut then. All ranks must give equally many batches.
+    With several processes an `lm.Loader`, a `DataLoader` over a map-style data set and a Hugging Face stream are
+    sharded by rank. For a list, a generator or any other iterable it is unknown whether the ranks have the same rows,
+    so it is rejected, unless this marks it. It is not sharded then, and all ranks must have the same number of batches.
 
-    Raises `BatchError` for an `lm.Loader`, which says it by its `rank` and `world`.
+    Raises `BatchError` for an `lm.Loader`, whose arguments `rank` and `world_size` say the same.
 
     >>> import lumen as lm, torch
-    >>> mine = [torch.full((2,), float(lm.rank())) for _ in range(3)]
-    >>> lm.data.per_rank(mine)
+    >>> batches = [torch.full((2,), float(lm.rank())) for _ in range(3)]
+    >>> lm.data.per_rank(batches)
     lm.data.per_rank(list)
     """
     if isinstance(data, PerRank):
         return data
     if isinstance(data, Loader):
         raise BatchError(
-            "an lm.Loader cuts each batch by rank. For a data set that has this rank's rows alone write"
+            "an lm.Loader shards each batch by rank. For a data set that has only this rank's rows write"
             " lm.Loader(rows, batch_size=…, rank=0, world_size=1), with the batch size of one rank."
         )
     return PerRank(data)

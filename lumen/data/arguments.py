@@ -1,4 +1,4 @@
-"""Integers as arguments: found, allowed, fix."""
+"""Checks integer arguments; an error names the value, the allowed range and the fix."""
 
 from __future__ import annotations
 

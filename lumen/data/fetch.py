@@ -1,4 +1,4 @@
-"""From row numbers to a batch: whole columns indexed at once, or samples read one by one and collated."""
+"""Reads a batch by its row numbers: columns are indexed at once, samples are read one by one and collated."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Column = Tensor | np.ndarray[Any, Any]
 
 
 class Rows(NamedTuple):
-    """One rank's part of a global batch: the positions `start` … `stop` - 1 of an epoch's order.
+    """One rank's shard of a global batch: the positions `start` … `stop` - 1 of an epoch's order.
 
-    `fill` is None, or as how many rows it is to come: some are then repeated, and the batch tells which count.
+    `fill` is None, or the number of rows to pad it to: some rows are then repeated, and weights say which ones count.
     """
 
     epoch: int
@@ -32,17 +32,17 @@ class Rows(NamedTuple):
 
 
 class Source(Protocol):
-    """What batches are read from."""
+    """The source of batches."""
 
     def __len__(self) -> int:
         """The number of rows."""
 
     def read(self, rows: permutation.Indices, seed: int) -> Any:
-        """The batch of these rows, in this order; whatever is random in it is a function of `seed`."""
+        """The batch of these rows, in this order; its random numbers are a function of `seed`."""
 
 
 class Fetch:
-    """Batches by their rows: a pure function that worker processes get a copy of."""
+    """Batches by their rows: a pure function, of which each worker process has a copy."""
 
     def __init__(self, source: Source, seed: int, shuffle: bool, listeners: Sequence[Any] = ()) -> None:
         self._source, self._seed, self._shuffle = source, seed, shuffle
@@ -51,24 +51,24 @@ class Fetch:
 
     def __getitem__(self, key: Rows) -> Any:
         if self._listeners and key.epoch != self._epoch:
-            for each in self._listeners:  # here, as a worker process has its own copy of them
-                each.set_epoch(key.epoch)
+            for listener in self._listeners:  # here, as each worker process has its own copies
+                listener.set_epoch(key.epoch)
             self._epoch = key.epoch
-        # The first position, and not the batch's number, so that ranks draw different numbers.
+        # Seeded by the first position rather than the batch's number, so that ranks draw different numbers.
         batch = self._source.read(self._rows(key), permutation.hash64(self._seed, key.epoch, key.start))
         return batch if key.fill is None else _with_weight(batch, _weight(key))
 
     def stacked(self, keys: Sequence[Rows]) -> Any:
-        """Several batches of equally many rows as one with a new leading dim, read at once: of columns only."""
+        """Several batches of the same size as one with a new leading dim; only columns can read them at once."""
         assert isinstance(self._source, Columns)
-        parts = [self._rows(key) for key in keys]
-        read = self._source.read(np.concatenate(parts), 0)
-        batches = tree.map(lambda leaf: leaf.unflatten(0, (len(parts), len(parts[0]))), read)
+        rows = [self._rows(key) for key in keys]
+        flat = self._source.read(np.concatenate(rows), 0)
+        batches = tree.map(lambda leaf: leaf.unflatten(0, (len(rows), len(rows[0]))), flat)
         return batches if keys[0].fill is None else _with_weight(batches, torch.stack([_weight(key) for key in keys]))
 
     @property
     def stacks(self) -> bool:
-        """Whether batches can be read stacked."""
+        """Whether several batches can be read at once."""
         return isinstance(self._source, Columns)
 
     def _rows(self, key: Rows) -> permutation.Indices:
@@ -84,17 +84,17 @@ def _weight(key: Rows) -> Tensor:
 
 
 def _with_weight(batch: Any, weight: Tensor) -> Any:
-    """The batch with the weights of its rows: under "weight" in a dict, else as the last of a tuple."""
+    """The batch with the weights of its rows: under "weight" in a dict, else as the last entry of a tuple."""
     if type(batch) is dict and "weight" not in batch:
         return {**batch, "weight": weight}
     if type(batch) is tuple:
         return *batch, weight
     if isinstance(batch, Tensor):
         return batch, weight
-    found = "a dict that has a 'weight'" if type(batch) is dict else f"a {type(batch).__name__}"
+    kind = "a dict that has a 'weight'" if type(batch) is dict else f"a {type(batch).__name__}"
     raise BatchError(
-        "Loader(pad=True) tells which rows count as batch['weight'] of a dict, or as the last of a tuple; this batch"
-        f" is {found}. Give it another form by collate=…, or rename that column."
+        "Loader(pad=True) adds the weights of rows as batch['weight'] to a dict, or as the last entry to a tuple, but"
+        f" this batch is {kind}. Give it another structure by collate=…, or rename that column."
     )
 
 
@@ -107,8 +107,8 @@ class Columns:
         self._leaves = [_column(leaf, name) for leaf, name in zip(leaves, names, strict=True)]
         lengths = [len(leaf) for leaf in self._leaves]
         if len(set(lengths)) > 1:
-            found = ", ".join(f"{printable(name)}: {length}" for name, length in zip(names, lengths, strict=True))
-            raise BatchError(f"Columns of a data set must be equally long; found {found}. Cut or repeat some.")
+            sizes = ", ".join(f"{printable(name)}: {length}" for name, length in zip(names, lengths, strict=True))
+            raise BatchError(f"Columns of a data set must be equally long; found {sizes}. Slice or repeat some.")
         self._length = lengths[0] if lengths else 0
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class Columns:
         return tree.unflatten(self._spec, [torch.as_tensor(leaf[index]) for leaf in self._leaves])
 
     def read(self, rows: permutation.Indices, seed: int) -> Any:
-        """The rows of each column; nothing here is random."""
+        """The rows of each column; nothing in it is random."""
         index = torch.from_numpy(rows)
         return tree.unflatten(self._spec, [_take(leaf, rows, index) for leaf in self._leaves])
 
@@ -136,26 +136,26 @@ class Samples:
     def read(self, rows: permutation.Indices, seed: int) -> Any:
         """The collated samples; an exception gets a note that names the row."""
         with Seeded(seed):
-            if not len(rows):  # a rank without a part of this batch: the shapes are those of any sample
-                return emptied(self._batch([0]))
-            return self._batch(rows.tolist())
+            if not len(rows):  # a rank without rows of this batch takes the shapes from any sample
+                return without_rows(self._collated([0]))
+            return self._collated(rows.tolist())
 
-    def _batch(self, indices: list[int]) -> Any:
-        samples = self._at_once(indices) if hasattr(self._dataset, "__getitems__") else self._each(indices)
+    def _collated(self, indices: list[int]) -> Any:
+        samples = self._get_items(indices) if hasattr(self._dataset, "__getitems__") else self._get_one_by_one(indices)
         try:
             return as_dict(self._collate(samples))
         except Exception as error:
             _note(error, f"the batch of rows {indices}")
             raise
 
-    def _at_once(self, indices: list[int]) -> list[Any]:
+    def _get_items(self, indices: list[int]) -> list[Any]:
         try:
             return list(self._dataset.__getitems__(indices))
         except Exception as error:
             _note(error, f"rows {indices}")
             raise
 
-    def _each(self, indices: list[int]) -> list[Any]:
+    def _get_one_by_one(self, indices: list[int]) -> list[Any]:
         samples: list[Any] = []
         dataset = self._dataset
         try:
@@ -168,24 +168,24 @@ class Samples:
 
 
 def source(dataset: Any, collate: Collate | None) -> Source:
-    """What reads `dataset`; raises BatchError for what has no length or no rows."""
-    found: Source
+    """The reader of `dataset`; raises BatchError for a data set without length or rows."""
+    reader: Source
     if type(dataset) is TensorDataset and collate is None:  # a subclass may read its rows in another way
-        found = Columns(tuple(dataset.tensors))
+        reader = Columns(tuple(dataset.tensors))
     elif isinstance(dataset, Tensor | np.ndarray) or _is_tree(dataset):
         columns = Columns(dataset)
-        found = columns if collate is None else Samples(columns, collate)
+        reader = columns if collate is None else Samples(columns, collate)
     elif _is_map(dataset):
-        found = Samples(dataset, collate)
+        reader = Samples(dataset, collate)
     else:
         raise BatchError(
             f"Loader got a {type(dataset).__name__}, which has no length or no row numbers. It takes a"
             " data set with __len__ and __getitem__, a list of samples, or a tree of equally long tensors or"
             " arrays. An iterable of batches needs no Loader: pass it to Runner.fit directly."
         )
-    if len(found) == 0:
-        raise BatchError("Loader got a data set without rows; it takes at least one. Check where they get lost.")
-    return found
+    if len(reader) == 0:
+        raise BatchError("Loader got a data set without rows; it needs at least one. Check where they were lost.")
+    return reader
 
 
 def _note(error: Exception, what: str) -> None:
@@ -193,7 +193,7 @@ def _note(error: Exception, what: str) -> None:
 
 
 def as_dict(batch: Any) -> Any:
-    """A batch that is a mapping of its own kind, as transformers' BatchEncoding, as a dict: others are no trees."""
+    """The batch as a dict, if it is a mapping that is no pytree, such as transformers' BatchEncoding."""
     if type(batch) is dict or not isinstance(batch, Mapping):
         return batch
     return dict(batch) if tree.structure(batch).is_leaf() else batch
@@ -223,8 +223,8 @@ def _column(leaf: Any, name: str) -> Column:
     try:
         torch.from_numpy(np.empty(0, leaf.dtype))
     except TypeError as error:
-        raise BatchError(f"{where} is of {leaf.dtype}, unknown to torch; convert it with .astype.") from error
-    return np.asarray(leaf)  # a memory map stays one: rows are read from the file as they are needed
+        raise BatchError(f"{where} is of {leaf.dtype}, which torch does not have; convert it with .astype.") from error
+    return np.asarray(leaf)  # a memory map stays one, and reads rows from its file when they are needed
 
 
 def _take(column: Column, rows: permutation.Indices, index: Tensor) -> Tensor:
@@ -235,13 +235,13 @@ def _take(column: Column, rows: permutation.Indices, index: Tensor) -> Tensor:
 
 def _stack(samples: Sequence[Any]) -> Any:
     """Torch's collation leaf by leaf, so that samples may be any trees, and tuples stay tuples."""
-    if _are_flat(samples):  # the common case, in half the time; zip refuses samples of other lengths
-        return tuple(map(_collated, zip(*samples, strict=True)))
+    if _are_flat(samples):  # the common case, in half the time; zip raises for samples of different lengths
+        return tuple(map(_collate_leaves, zip(*samples, strict=True)))
     return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
 
 
-def _collated(leaves: tuple[Any, ...]) -> Any:
-    """What `default_collate` makes of equal leaves of samples, the usual ones on a shorter way."""
+def _collate_leaves(leaves: tuple[Any, ...]) -> Any:
+    """`default_collate` of leaves of the same position, with a faster path for the usual types."""
     kind = type(leaves[0])
     if {*map(type, leaves)} == {kind}:
         if kind in _NUMBERS:
@@ -252,7 +252,7 @@ def _collated(leaves: tuple[Any, ...]) -> Any:
 
 
 def _are_flat(samples: Sequence[Any]) -> bool:
-    """Whether they are tuples of leaves, which in the first are tensors, arrays and numbers."""
+    """Whether all samples are tuples, and the first one contains only tensors, arrays and numbers."""
     first = samples[0]
     return type(first) is tuple and {*map(type, first)} <= _LEAVES and bool(first) and {*map(type, samples)} == {tuple}
 
@@ -261,14 +261,14 @@ _NUMBERS: dict[type, Any] = {int: np.int64, float: np.float64, bool: np.bool_}
 _LEAVES = frozenset((Tensor, np.ndarray, *_NUMBERS))
 
 
-def emptied(batch: Any) -> Any:
-    """A batch of one row without it; raises `BatchError` where nothing in it has rows that could be left out."""
+def without_rows(batch: Any) -> Any:
+    """A batch of one row without its row; raises `BatchError` if nothing in it has rows."""
     batch = as_dict(batch)
     if not any(_has_rows(leaf) for leaf in tree.leaves(batch)):
         raise BatchError(
-            f"this rank has no rows of a batch, which is a {type(batch).__name__} without tensors or arrays of rows, so"
-            " it cannot be given without them. Use a collate that gives tensors, a batch size that is a multiple of the"
-            " number of processes, and drop_last=True."
+            f"this rank has no rows of a batch, and a {type(batch).__name__} without tensors or arrays of rows cannot"
+            " be made empty. Use a collate that returns tensors, or a batch size that is a multiple of the number of"
+            " processes and drop_last=True."
         )
     return tree.map(lambda leaf: leaf[:0] if _has_rows(leaf) else leaf, batch)
 

@@ -1,4 +1,4 @@
-"""Forking workers in a process whose checkpoints have loaded JAX."""
+"""Forks workers in a process that has loaded JAX for its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lumen.checkpoint import _orbax
 
 @contextmanager
 def quiet_forks() -> Iterator[None]:
-    """Leave out JAX's warning that a fork may deadlock, where JAX is here only because checkpoints are written.
+    """Suppress JAX's warning that a fork may deadlock, if only checkpoints have loaded JAX.
 
-    It speaks of locks that JAX's threads may hold in that moment; nothing that reads a data set asks for them. Where
-    the program itself has loaded JAX, its workers may use it, and the warning stays.
+    The warning is about locks that JAX's threads may hold during the fork; reading a data set does not take them. If
+    the program itself has loaded JAX, its workers may use it, and the warning is shown.
     """
     with warnings.catch_warnings():
         if _orbax.loaded_here:

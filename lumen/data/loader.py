@@ -1,4 +1,4 @@
-"""`Loader`: batches in an order that (seed, epoch) alone determines, from any position, on any world."""
+"""`Loader`: batches in an order that (seed, epoch) determines, from any position, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERSION = 1  # of the order and of the state_dict
 
 
 class Cursor(NamedTuple):
-    """Where the next batch is: the epoch, and how many of its batches come before.
+    """The position of the next batch: the epoch, and the number of its batches before this one.
 
     >>> import lumen as lm
     >>> lm.data.Cursor(epoch=2)
@@ -38,34 +38,34 @@ class Cursor(NamedTuple):
 class Loader:
     """Batches of a data set, in a new order each epoch, and a cursor that is plain data.
 
-    Each pass (`for batch in loader`) is the rest of the cursor's epoch, so the next pass is the next epoch.
-    `epoch` and `stream` read from any place and leave the cursor where it is. Live iterators do not disturb
-    each other; the cursor follows the pass that handed out a batch last.
+    Each pass (`for batch in loader`) iterates over the remaining batches of the cursor's epoch, so the next pass is the
+    next epoch. `epoch` and `stream` read from any position without moving the cursor. Live iterators do not disturb
+    each other; the cursor follows the one that returned a batch last.
 
     Args:
-        dataset: columns, that is a tensor, an array, a `TensorDataset` or a tree (tuple, dict, …) of equally
-            long tensors and arrays, which are indexed whole; or samples, that is a list or any data set with
-            `__len__` and `__getitem__`, which are read one by one and collated.
-        batch_size: rows of one optimizer step over all ranks. The last batch of an epoch may be smaller; it
-            is not padded unless `pad` says so.
-        seed: together with the epoch it determines the order, and together with the position what a data set
-            draws from the global generators of torch (CPU), NumPy and Python. The caller's are left as found.
+        dataset: columns or samples. Columns are a tensor, an array, a `TensorDataset` or a tree (tuple, dict, …) of
+            equally long tensors and arrays, and are indexed at once. Samples are a list or any data set with `__len__`
+            and `__getitem__`, and are read one by one and collated.
+        batch_size: the rows of one optimizer step over all ranks. The last batch of an epoch may be smaller; `pad` pads
+            it.
+        seed: determines the order together with the epoch. Together with the position, it also seeds the global
+            generators of torch (CPU), NumPy and Python, from which a data set may draw; the caller's states are
+            restored.
         shuffle: whether to reorder the rows.
-        workers: processes that prepare batches ahead; the batches do not depend on their number.
+        workers: the number of processes that prepare batches ahead; the batches do not depend on it.
         drop_last: whether to leave out a smaller last batch.
-        pad: whether to fill a smaller last batch up, by repeating rows of it, so that all batches have one shape
-            (nothing is compiled anew for it). Each batch then tells which rows count: 1.0 or 0.0 for each, float32,
-            as `batch["weight"]` of a dict, or as the last entry of a tuple. With
-            `lm.Mean.of(losses, batch["weight"])` the loss and its gradient are those of the smaller batch, exactly;
-            BatchNorm in training mode sees the repeated rows, and a loss that is a plain scalar counts them.
+        pad: whether to pad a smaller last batch by repeating its rows, so that all batches have one shape, and nothing
+            is compiled again. Each batch then says which rows count by weights of 1.0 or 0.0, float32, as
+            `batch["weight"]` of a dict, or as the last entry of a tuple. With `lm.Mean.of(losses, batch["weight"])`
+            the loss and its gradient are exactly those of the smaller batch. BatchNorm in training mode sees the
+            repeated rows, and a loss that is a plain scalar counts them.
         collate: makes a batch of a list of samples; by default torch's `default_collate`, leaf by leaf.
-        device: where to put the batches.
-        rank: which part of each global batch to read. Parts are contiguous and as even as possible (the rule
-            of `torch.tensor_split`), so that all of them in order are the batch; some may have 0 rows. By
-            default what the last `lm.mesh` says, or that of `torch.distributed` where it is initialized, else
-            0 of 1.
-        world_size: how many parts there are; give both or neither.
-        prefetch: batches that each worker prepares ahead.
+        device: the device of the batches.
+        rank: the shard of each global batch to read. Shards are contiguous and as even as possible (the rule of
+            `torch.tensor_split`), and together they are the batch; some may have 0 rows. By default those of the last
+            `lm.mesh`, or of `torch.distributed` if it is initialized, else 0 of 1.
+        world_size: the number of shards; give both or neither.
+        prefetch: the number of batches that each worker prepares ahead.
 
     Raises:
         BatchError: a data set without length or rows, columns that differ in length, arguments out of range; `pad`
@@ -101,8 +101,8 @@ class Loader:
         self.dataset = dataset
         self.batch_size = integer("batch_size", batch_size, 1)
         self.seed = integer("seed", seed, *SEEDS)
-        found = source(dataset, collate)
-        self._rows = len(found)
+        reader = source(dataset, collate)
+        self._rows = len(reader)
         self._batches = self._rows // self.batch_size if drop_last else -(-self._rows // self.batch_size)
         if not self._batches:
             raise BatchError(
@@ -110,11 +110,11 @@ class Loader:
                 f" leaves no batch; use a batch_size of at most {self._rows}, or drop_last=False."
             )
         if pad and drop_last:
-            raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or filled up.")
+            raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or padded.")
         self._pad = pad
         self._share = _share(rank, world_size)
         self._move = None if device is None else Move(device)
-        self._read = Fetch(found, self.seed, shuffle, listeners(dataset))
+        self._read = Fetch(reader, self.seed, shuffle, listeners(dataset))
         self._fetch = _fetcher(self._read, workers, prefetch)
         self._workers = workers
         self._cursor = Cursor()
@@ -128,11 +128,11 @@ class Loader:
         }
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same on each rank."""
+        """The number of batches in an epoch, the same on each rank."""
         return self._batches
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the cursor's epoch; the cursor moves as a batch is handed out, not when it is read."""
+        """The remaining batches of the epoch; the cursor moves when a batch is returned, not when it is read."""
         return self._continue(self._walk(self._cursor, endless=False))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -143,7 +143,7 @@ class Loader:
         return (batch for batch, _ in self._walk(self._check(epoch, start), endless=False))
 
     def stream(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[Any, Cursor]]:
-        """Batches without end, epoch after epoch, each with the cursor that follows it.
+        """An endless iterator of batches, epoch after epoch, each with the cursor after it.
 
         Raises BatchError as `epoch` does.
 
@@ -156,10 +156,10 @@ class Loader:
         return self._walk(self._check(epoch, position), endless=True)
 
     def stacked(self, epoch: int, start: int, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]] | None:
-        """The batches `start` to `stop` of an epoch, several at a time as one with a new leading dim, and how many.
+        """The batches `start` to `stop` of an epoch, several at a time as one with a new leading dim, and their number.
 
-        `size` is asked before each; where fewer full batches are left they come one by one, without that dim. None
-        where reading several at once gains nothing: samples, and worker processes, give single batches.
+        `size` is called before each group. If fewer full batches remain, they are returned one by one, without that
+        dim. None if reading several at once gains nothing: for samples, and with worker processes.
         """
         return self._stacked(self._check(epoch, start), stop, size) if self._read.stacks and not self._workers else None
 
@@ -171,39 +171,39 @@ class Loader:
         while position < end:
             count = size()
             if count == 1 or position + count > full:
-                batch, count = self._read[self._part(epoch, position, rank, world_size)], 1
+                batch, count = self._read[self._shard(epoch, position, rank, world_size)], 1
             else:
-                parts = [self._part(epoch, each, rank, world_size) for each in range(position, position + count)]
-                batch = self._read.stacked(parts)
-            yield self._placed(batch), count
+                keys = [self._shard(epoch, i, rank, world_size) for i in range(position, position + count)]
+                batch = self._read.stacked(keys)
+            yield self._to_device(batch), count
             position += count
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """The `rank` and `world_size` that were given, or None where the processes are asked at each pass."""
+        """The `rank` and `world_size` of the arguments, or None if each pass takes those of the process group."""
         return self._share
 
     @property
     def cursor(self) -> Cursor:
-        """Where the next pass starts."""
+        """The position at which the next pass starts."""
         return self._cursor
 
     def state_dict(self, cursor: Cursor | None = None) -> dict[str, int]:
-        """The cursor, or another one such as `stream` gives, and all that the order depends on."""
+        """The cursor, or another one such as `stream` returns, and everything that the order depends on."""
         return {**(self._cursor if cursor is None else cursor)._asdict(), **self._order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Move the cursor to where `state_dict` was taken, on any number of ranks and workers.
+        """Move the cursor to the position of `state_dict`, on any number of ranks and workers.
 
-        Raises BatchError if the state is that of another order; the cursor then stays.
+        Raises BatchError if the state belongs to another order; the cursor does not move then.
         """
         missing = [name for name in (*Cursor._fields, *self._order) if name not in state]
         if missing:
             raise BatchError(f"The state lacks {', '.join(missing)}; pass what Loader.state_dict returned.")
-        other = [f"{name}={state[name]} (here {own})" for name, own in self._order.items() if state[name] != own]
-        if other:
+        differences = [f"{name}={state[name]} (here {own})" for name, own in self._order.items() if state[name] != own]
+        if differences:
             raise BatchError(
-                f"The state is that of another order: {', '.join(other)}. To continue it, make the Loader"
+                f"The state belongs to another order: {', '.join(differences)}. To continue it, create the Loader"
                 " with the same values; to start over, do not load the state."
             )
         self._cursor = self._check(state["epoch"], state["position"])
@@ -214,29 +214,29 @@ class Loader:
             yield batch
 
     def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
-        # Asked for at each pass, as a loader may be made before the processes have found each other.
+        # Read at each pass, as a loader may be created before the process group.
         rank, world_size = self._share or processes.rows()
-        pending: deque[Cursor] = deque()  # workers run ahead of what is handed out
+        pending: deque[Cursor] = deque()  # workers read ahead of the batches that are returned
 
         def keys() -> Generator[Rows]:
             for epoch in itertools.count(start.epoch) if endless else (start.epoch,):
                 for position in range(start.position if epoch == start.epoch else 0, self._batches):
                     last = position + 1 == self._batches
                     pending.append(Cursor(epoch + 1) if last else Cursor(epoch, position + 1))
-                    yield self._part(epoch, position, rank, world_size)
+                    yield self._shard(epoch, position, rank, world_size)
 
-        # Closed at once: worker processes that wait for the next pass would else keep this loader alive.
-        with closing(keys()) as wanted:
-            for batch in self._fetch(wanted):
-                yield self._placed(batch), pending.popleft()
+        # Closed at once: otherwise worker processes that wait for the next pass would keep this loader alive.
+        with closing(keys()) as pass_keys:
+            for batch in self._fetch(pass_keys):
+                yield self._to_device(batch), pending.popleft()
 
-    def _part(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
+    def _shard(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
         first = position * self.batch_size
         start, stop = processes.shard_bounds(min(self.batch_size, self._rows - first), rank, world_size)
         fill = self.batch_size // world_size + (rank < self.batch_size % world_size) if self._pad else None
         return Rows(epoch, first + start, first + stop, fill)
 
-    def _placed(self, batch: Any) -> Any:
+    def _to_device(self, batch: Any) -> Any:
         move = self._move
         if move is None:
             return batch

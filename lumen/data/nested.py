@@ -1,4 +1,4 @@
-"""What data reads from: the samplers and data sets inside a loader, which are told the epoch and may name a rank."""
+"""Finds the samplers and data sets inside a loader: those with a `set_epoch`, and those with a rank."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lumen.data import grain
 
-_FEW = 64  # sources in one list; a longer one holds samples
+_MAX_SOURCES = 64  # in one list; a longer one holds samples
 _NAMES = (("num_replicas", "rank"), ("num_processes", "process_index"))  # torch's samplers; accelerate's
 
 
 def nested(data: Any) -> list[Any]:
-    """`data`, and the loaders, samplers and data sets it holds, however deep, each once.
+    """`data` and the loaders, samplers and data sets inside it, however deep, each once.
 
     >>> from torch.utils.data import DataLoader, Subset
-    >>> [type(each).__name__ for each in nested(DataLoader(Subset([1, 2], [0])))]
+    >>> [type(source).__name__ for source in nested(DataLoader(Subset([1, 2], [0])))]
     ['DataLoader', 'Subset', 'SequentialSampler', 'BatchSampler']
     """
-    found: dict[int, Any] = {}
+    visited: dict[int, Any] = {}
     waiting = [data]
     while waiting:
-        each = waiting.pop(0)
-        if id(each) not in found:
-            found[id(each)] = each
-            waiting += _inside(each)
-    return list(found.values())
+        source = waiting.pop(0)
+        if id(source) not in visited:
+            visited[id(source)] = source
+            waiting += _sources_in(source)
+    return list(visited.values())
 
 
 def listeners(data: Any) -> list[Any]:
-    """Those that shuffle, or choose, by the number of the epoch: they have a `set_epoch`."""
-    return [each for each in nested(data) if callable(getattr(each, "set_epoch", None))]
+    """The samplers and data sets inside `data` that depend on the number of the epoch: they have a `set_epoch`."""
+    return [source for source in nested(data) if callable(getattr(source, "set_epoch", None))]
 
 
 def announce_epoch(data: Any, number: int) -> None:
-    """Tell all of them that epoch `number` begins."""
-    for each in listeners(data):
-        each.set_epoch(number)
+    """Call `set_epoch(number)` of all `listeners`."""
+    for listener in listeners(data):
+        listener.set_epoch(number)
 
 
 class Share(NamedTuple):
-    """Which part of the rows something inside a loader says that it gives: that of `rank`, of `size`.
+    """The shard of rows that a sampler or data set inside a loader declares: that of `rank`, of `size`.
 
-    `repeats` is how many of its rows are there a second time, so that all parts are equally long.
+    `repeats` is the number of rows that it repeats to make all shards equally long.
     """
 
     name: str
@@ -55,23 +55,22 @@ class Share(NamedTuple):
 
 
 def shares(data: Any) -> list[Share]:
-    """What the samplers and data sets of `data` say about that, as torch's `DistributedSampler` does."""
-    return [share for each in nested(data) if (share := _share(each)) is not None]
+    """The shares that samplers and data sets inside `data` declare, as torch's `DistributedSampler` does."""
+    return [share for source in nested(data) if (share := _share(source)) is not None]
 
 
 def name_of(data: Any) -> str:
-    """What data is called in a message: its type, and that of the data set in a DataLoader."""
+    """The name of data in messages: its type, and the type of a DataLoader's data set."""
     inner = f" over {type(data.dataset).__name__}" if isinstance(data, DataLoader) else ""
     return f"{type(data).__name__}{inner}"
 
 
-def _share(thing: Any) -> Share | None:
+def _share(source: Any) -> Share | None:
     for size_name, rank_name in _NAMES:
-        size, rank = getattr(thing, size_name, None), getattr(thing, rank_name, None)
+        size, rank = getattr(source, size_name, None), getattr(source, rank_name, None)
         if isinstance(size, int) and isinstance(rank, int):
-            return Share(
-                type(thing).__name__, rank, size, _repeats(thing) if isinstance(thing, DistributedSampler) else 0
-            )
+            repeats = _repeats(source) if isinstance(source, DistributedSampler) else 0
+            return Share(type(source).__name__, rank, size, repeats)
     return None
 
 
@@ -79,17 +78,17 @@ def _repeats(sampler: Any) -> int:
     return max(0, int(sampler.total_size) - len(sampler.dataset))
 
 
-def _inside(thing: Any) -> Iterator[Any]:
-    for value in list(getattr(thing, "__dict__", {}).values()):
+def _sources_in(source: Any) -> Iterator[Any]:
+    for value in list(getattr(source, "__dict__", {}).values()):
         yield from filter(_is_source, _members(value))
 
 
 def _members(value: Any) -> Any:
-    if isinstance(value, list | tuple) and len(value) <= _FEW:
+    if isinstance(value, list | tuple) and len(value) <= _MAX_SOURCES:
         return value
-    return value.values() if isinstance(value, Mapping) and len(value) <= _FEW else [value]
+    return value.values() if isinstance(value, Mapping) and len(value) <= _MAX_SOURCES else [value]
 
 
 def _is_source(value: Any) -> bool:
-    known = isinstance(value, Dataset | Sampler | DataLoader) or hasattr(type(value), "set_epoch")
-    return known or bool(grain.kind_of(value))
+    is_torch_source = isinstance(value, Dataset | Sampler | DataLoader)
+    return is_torch_source or hasattr(type(value), "set_epoch") or bool(grain.kind_of(value))

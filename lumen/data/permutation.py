@@ -1,8 +1,8 @@
-"""The order of a data set: a keyed permutation that is computed where it is needed and never stored.
+"""The order of a data set: a keyed permutation that is computed on demand and never stored.
 
 `permute` is a Feistel network over Z_a × Z_b, a near-square with a·b >= n: a position is split into
-(high, low), and each round adds to one half a keyed hash of the other, modulo that half's size. Points that
-leave [0, n) go through the network until they are back (J. Black, P. Rogaway, "Ciphers with Arbitrary Finite
+(high, low), and each round adds to one half a keyed hash of the other, modulo that half's size. Points
+outside [0, n) go through the network again until they are inside (J. Black, P. Rogaway, "Ciphers with Arbitrary Finite
 Domains", CT-RSA 2002). The hash is the finalizer of SplitMix64 (G. L. Steele, D. Lea, C. H. Flood, "Fast
 Splittable Pseudorandom Number Generators", OOPSLA 2014).
 
@@ -46,30 +46,30 @@ def permute(n: int, seed: int, epoch: int, positions: ArrayLike) -> Indices:
     """
     n, epoch = integer("n", n, 1, 2**63), integer("epoch", epoch, 0, 2**63)
     keys = _keys(integer("seed", seed, *SEEDS), epoch)
-    given = _positions(positions, n)
-    points = _network(given.astype(np.uint64).reshape(-1), n, keys)
+    checked = _check_positions(positions, n)
+    points = _network(checked.astype(np.uint64).reshape(-1), n, keys)
     outside = np.flatnonzero(points >= n)
     while outside.size:
         points[outside] = _network(points[outside], n, keys)
         outside = outside[points[outside] >= n]
-    return points.astype(np.int64).reshape(given.shape)
+    return points.astype(np.int64).reshape(checked.shape)
 
 
 def rows(n: int, seed: int | None, epoch: int, start: int, stop: int) -> Indices:
-    """The rows at positions `start` … `stop` - 1, without a seed in their own order. Not to be written to."""
+    """The rows at positions `start` … `stop` - 1, in their own order if `seed` is None. Do not write to them."""
     if seed is None:
         return np.arange(start, stop)
     first, offset = divmod(start, _BLOCK)
     if stop <= (first + 1) * _BLOCK:
         return _block(n, seed, epoch, first)[offset : offset + stop - start]
-    parts = [_block(n, seed, epoch, number) for number in range(first, (stop - 1) // _BLOCK + 1)]
-    return np.concatenate(parts)[offset : offset + stop - start]
+    blocks = [_block(n, seed, epoch, number) for number in range(first, (stop - 1) // _BLOCK + 1)]
+    return np.concatenate(blocks)[offset : offset + stop - start]
 
 
 def hash64(*words: int) -> int:
-    """A number in [0, 2**64) that depends on every word and on their order: a seed made of others."""
+    """A number in [0, 2**64) that depends on every word and on their order; it derives a seed from others."""
     state = 0
-    for word in words:  # `_mix` on Python's integers, which are ten times as fast as an array of one
+    for word in words:  # `_mix` for Python integers, which are ten times as fast as arrays of one element
         state = (state ^ word & _MASK) + _GOLDEN & _MASK
         state = (state ^ state >> 30) * _FACTORS[0] & _MASK
         state = (state ^ state >> 27) * _FACTORS[1] & _MASK
@@ -77,7 +77,7 @@ def hash64(*words: int) -> int:
     return state
 
 
-@lru_cache(maxsize=16)  # a pure function; these are the blocks that live iterators stand in, 64 kB each
+@lru_cache(maxsize=16)  # a pure function; one block of 64 kB for each live iterator
 def _block(n: int, seed: int, epoch: int, number: int) -> Indices:
     start = number * _BLOCK
     return permute(n, seed, epoch, np.arange(start, min(start + _BLOCK, n)))
@@ -85,7 +85,7 @@ def _block(n: int, seed: int, epoch: int, number: int) -> Indices:
 
 @lru_cache(maxsize=16)
 def _keys(seed: int, epoch: int) -> _Words:
-    """One for each round, and one for the exchange at the end."""
+    """A key for each round, and one for the exchange at the end."""
     return _mix(np.uint64(hash64(seed, epoch)) + np.uint64(_GOLDEN) * np.arange(1, _ROUNDS + 2, dtype=np.uint64))
 
 
@@ -97,7 +97,7 @@ def _network(points: _Words, n: int, keys: _Words) -> _Words:
         word = _mix(fixed + key)
         word >>= _ONE  # keeps the sum below 2**64
         word += moved
-        moved, fixed = fixed, _modulo(word, sizes[i % 2])  # the halves change places
+        moved, fixed = fixed, _modulo(word, sizes[i % 2])  # the halves are swapped
     points = moved * sizes[1] + fixed
     # Rounds over odd sizes are even permutations: half of the time, exchange 0 and 1 to reach the others.
     exchange = keys[-1] & np.uint64(n > 1)
@@ -105,7 +105,7 @@ def _network(points: _Words, n: int, keys: _Words) -> _Words:
 
 
 def _mix(words: _Words) -> _Words:
-    """A hash of each, in their memory."""
+    """A hash of each word, computed in place."""
     words ^= words >> np.uint64(30)
     words *= np.uint64(_FACTORS[0])
     words ^= words >> np.uint64(27)
@@ -115,19 +115,19 @@ def _mix(words: _Words) -> _Words:
 
 
 def _modulo(words: _Words, size: np.uint64) -> _Words:
-    """`words % size`, in their memory; NumPy divides by a scalar several times as fast as it takes a remainder."""
-    parts = words // size
-    parts *= size
-    words -= parts
+    """`words % size`, computed in place; NumPy divides by a scalar several times as fast as it takes a remainder."""
+    multiples = words // size
+    multiples *= size
+    words -= multiples
     return words
 
 
-def _positions(positions: ArrayLike, n: int) -> Indices:
-    given = np.asarray(positions)
-    if given.size == 0:
-        return given.astype(np.int64)
-    if given.dtype.kind not in "iu":
-        raise BatchError(f"positions are {given.dtype}; they must be integers: convert with .astype(int).")
-    if given.min() < 0 or given.max() >= n:
-        raise BatchError(f"positions are in [{given.min()}, {given.max()}]; allowed is [0, {n}).")
-    return given
+def _check_positions(positions: ArrayLike, n: int) -> Indices:
+    array = np.asarray(positions)
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise BatchError(f"positions are {array.dtype}; they must be integers: convert with .astype(int).")
+    if array.min() < 0 or array.max() >= n:
+        raise BatchError(f"positions are in [{array.min()}, {array.max()}]; allowed is [0, {n}).")
+    return array

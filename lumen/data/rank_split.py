@@ -1,4 +1,4 @@
-"""Whose rows data has: those of all ranks, which are cut or split here, those of this one, or nobody knows."""
+"""Which ranks' rows data has: those of all ranks, which are sharded here, those of this one, or unknown."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lumen.errors import BatchError, InexactWarning
 
 _STATEFUL_LOADER = "torchdata.stateful_dataloader.stateful_dataloader"
 _ADVICE = (
-    "Write lm.Loader(rows, batch_size=…), which cuts each batch by rank, or, for rows that are this rank's own,"
+    "Write lm.Loader(rows, batch_size=…), which shards each batch by rank, or, for rows that are this rank's own,"
     " lm.data.per_rank(data)."
 )
 
 
 def refusal(data: Any) -> str:
-    """Why `data` cannot be what this process trains on: it is no iterable of batches, or not this rank's rows alone."""
+    """Why this process cannot train on `data`: it is no iterable of batches, or may have rows of other ranks."""
     source = data.data if isinstance(data, PerRank) else data
     if isinstance(source, str | bytes | Mapping) or not hasattr(source, "__iter__"):
         return (
@@ -45,21 +45,21 @@ def refusal(data: Any) -> str:
     kind = grain.kind_of(source)
     if kind == grain.MAP:
         return ""
-    line = grain.advice(source) if kind else _ADVICE
+    fix = grain.advice(source) if kind else _ADVICE
     return (
-        f"this process is rank {rank} of {size}, and whose rows this {name_of(source)} has is not known: if it gives"
-        f" each rank the same, each row would be trained on, or counted, several times. {line}"
+        f"this process is rank {rank} of {size}, and whose rows this {name_of(source)} has is unknown: if all ranks"
+        f" have the same, each row would be trained on, or counted, several times. {fix}"
     )
 
 
 def _declared(source: Any) -> list[tuple[str, int, int, int]]:
-    """What says which rows it has: its name, the rank, the number of parts, and how many rows it repeats."""
+    """The shards that `source` declares: a name, the rank, the world size, and the number of repeated rows."""
     if isinstance(source, Loader):
         return [] if source.share in (None, (0, 1)) else [("lm.Loader", *source.share, 0)]
     if (shard := grain.declared_shard(source)) is not None:
         return [(f"grain {type(source).__name__}", *shard, 0)]
-    streams = [each for each in nested(source) if is_stream(each)]
-    splits = [("IterableDataset", *found, 0) for each in streams if (found := split_of(each)) is not None]
+    streams = [data for data in nested(source) if is_stream(data)]
+    splits = [("IterableDataset", *shard, 0) for stream in streams if (shard := split_of(stream)) is not None]
     return [*shares(source), *splits]
 
 
@@ -68,14 +68,14 @@ def _wrong_share(declared: Sequence[tuple[str, int, int, int]], rank: int, size:
         if (its_rank, its_size) != (rank, size):
             return (
                 f"this process is rank {rank} of {size}, and its {name} gives the rows of rank {its_rank} of"
-                f" {its_size}. Give it rank={rank} and {size} parts, which are lm.rank() and lm.world_size() after"
-                " lm.mesh(), or leave the cutting to Lumen."
+                f" {its_size}. Give it rank={rank} of {size}, which are lm.rank() and lm.world_size() after"
+                " lm.mesh(), or leave the sharding to Lumen."
             )
     return ""
 
 
 def assert_same_on_all_ranks(source: Any) -> None:
-    """Raise `BatchError` where the ranks shuffle a stream in different orders; say where rows come twice."""
+    """Raise `BatchError` if the ranks have different orders of rows; warn if a sampler repeats rows."""
     _check_same_order(source)
     _check_same_pipeline(source)
     _check_repeats(source)
@@ -85,8 +85,8 @@ def _check_repeats(source: Any) -> None:
     repeated = max((share.repeats for share in shares(source)), default=0)
     if repeated:
         warnings.warn(
-            f"this DistributedSampler repeats {repeated} rows, so that all ranks have equally many: they count twice."
-            " Leave the sampler out, and each batch is cut by rank, each row once; or write drop_last=True.",
+            f"this DistributedSampler repeats {repeated} rows to give all ranks the same number: they count twice."
+            " Leave the sampler out, and each batch is sharded by rank, each row once; or write drop_last=True.",
             InexactWarning,
             stacklevel=4,
         )
@@ -100,8 +100,8 @@ def _check_same_order(source: Any) -> None:
     dist.all_gather_object(orders, order_of(stream))
     if len(set(orders)) > 1:
         raise BatchError(
-            "the ranks shuffle this stream in different orders, so that their parts would overlap. Give the shuffle a"
-            " seed, the same on each: stream.shuffle(seed=0, buffer_size=…)."
+            "the ranks shuffle this stream in different orders, so their shards would overlap. Give the shuffle the"
+            " same seed on each: stream.shuffle(seed=0, buffer_size=…)."
         )
 
 
@@ -110,23 +110,23 @@ def _check_same_pipeline(source: Any) -> None:
         return
     pipelines: list[Any] = [None] * distributed.world_size()
     dist.all_gather_object(pipelines, [grain.layout(source), grain.first_records(source)])
-    if all(each == pipelines[0] for each in pipelines):
+    if all(pipeline == pipelines[0] for pipeline in pipelines):
         return
-    layouts = [each[0] for each in pipelines]
+    layouts = [layout for layout, _ in pipelines]
     lines = [line for line in zip(*layouts, strict=False) if len(set(line)) > 1]
-    what = f"other pipelines ({' / '.join(lines[0])})" if lines else "other records"
+    what = f"different pipelines ({' / '.join(lines[0])})" if lines else "different records"
     raise BatchError(
-        f"the ranks give this grain.MapDataset {what}, and each of its batches is cut by rank, which takes the same on"
-        " all. Leave the slices by rank out, or, where each rank has rows of its own, write lm.data.per_rank(data)."
+        f"the ranks have {what} in this grain.MapDataset. Its batches are sharded by rank, so all ranks need the same."
+        " Leave out the slices by rank, or, if each rank has its own rows, write lm.data.per_rank(data)."
     )
 
 
 def is_table_loader(source: Any) -> bool:
-    """Whether it is a DataLoader over a map-style set whose batches are those of its sampler."""
+    """Whether it is a DataLoader over a map-style data set whose batches are those of its sampler."""
     if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
         return False
     if is_stateful_loader(source):
-        return not hasattr(source.dataset, "state_dict")  # a state of its own, which torchdata keeps
+        return not hasattr(source.dataset, "state_dict")  # torchdata saves such a state
     return type(source).__iter__ is DataLoader.__iter__
 
 
@@ -136,7 +136,7 @@ def is_stateful_loader(source: Any) -> bool:
 
 
 def _stream_of(source: Any) -> Any:
-    """The Hugging Face stream that `source` is, or that it has batches of, where it can be split by rank; or None."""
+    """The Hugging Face stream that `source` is or has batches of, if it can be split by rank; else None."""
     if is_stream(source):
         return source
     plain_loader = type(source) is DataLoader or is_stateful_loader(source)
@@ -144,14 +144,14 @@ def _stream_of(source: Any) -> Any:
 
 
 def split_by_rank(source: Any) -> Any:
-    """The rows of this rank of what holds a Hugging Face stream that was not split yet; anything else as it is."""
+    """`source` with this rank's rows of its Hugging Face stream, if that is not split yet; else unchanged."""
     rank, size = distributed.rows()
     stream = _stream_of(source)
     if size == 1 or stream is None or split_of(stream) is not None:
         return source
-    mine = split(stream, rank, size)
+    split_stream = split(stream, rank, size)
     if stream is source:
-        return mine
+        return split_stream
     names = [*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order"]
     names += ["snapshot_every_n_steps"] if is_stateful_loader(source) else []
-    return type(source)(mine, **{name: getattr(source, name) for name in names})
+    return type(source)(split_stream, **{name: getattr(source, name) for name in names})

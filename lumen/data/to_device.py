@@ -1,4 +1,4 @@
-"""`Move`: tensors to a device, without making the host wait for what the device computes."""
+"""`Move`: copies tensors to a device without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Move:
-    """Puts tensors on `device`.
+    """Copies tensors to `device`.
 
-    On CUDA a copy from ordinary memory first waits for all that was launched before, so that host and device take
-    turns. From pinned memory and on a stream of its own it runs beside the step before; what is launched later waits.
+    On CUDA a copy from pageable memory waits for all earlier kernels, so host and device would take turns. A copy from
+    pinned memory on its own stream overlaps with the step before, and later kernels wait for it.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -18,15 +18,15 @@ class Move:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor there; itself where it is there already."""
+        """The tensor on the device; the same object if it is there already."""
         if self.device.type != "cuda" or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            return tensor.to(self.device)  # MPS would read it later, when it may have changed
+            return tensor.to(self.device)  # on MPS an asynchronous copy could read the memory after it has changed
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
-        computing = torch.cuda.current_stream(self.device)
+        compute_stream = torch.cuda.current_stream(self.device)
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         with torch.cuda.stream(self._stream):
             moved = pinned.to(self.device, non_blocking=True)
-        computing.wait_stream(self._stream)
-        moved.record_stream(computing)  # its memory is free for the copying stream once the step has used it
+        compute_stream.wait_stream(self._stream)
+        moved.record_stream(compute_stream)  # the copying stream may reuse its memory only after the step
         return moved

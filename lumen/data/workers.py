@@ -1,4 +1,4 @@
-"""Processes that fetch whole batches, in order: torch's DataLoader, with the order and the seeds ours."""
+"""Processes that fetch batches in order: torch's DataLoader, with the order and the seeds of `Loader`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
     from lumen.data.fetch import Fetch, Rows
 
-# Seconds, after a connection broke: until the death behind it shows on a busy machine, and between two looks.
+# Seconds after a broken connection: how long to look for the dead worker on a busy machine, and between two looks.
 _PATIENCE, _PAUSE = 5.0, 0.02
 
 
 class Workers:
-    """`count` processes for each live iterator; one set of them waits for the next iterator.
+    """`count` processes for each live iterator; one set of idle processes waits for the next iterator.
 
-    They start as the start method says (`torch.multiprocessing.set_start_method`), each with its copy of the
-    data set.
+    They start by the start method (`torch.multiprocessing.set_start_method`), each with its copy of the data set.
     """
 
     def __init__(self, fetch: Fetch, count: int, prefetch: int) -> None:
@@ -42,16 +41,16 @@ class Workers:
             with quiet_forks():
                 batches = iter(loader)
             yield from batches
-        except GeneratorExit:  # the consumer stopped early: the next pass drops what was prefetched
+        except GeneratorExit:  # the consumer stopped early; the next pass drops the prefetched batches
             self._keep(loader)
             raise
         except BaseException as error:
             release(error)
-            # A worker dies in the midst of handing over: what is first seen may be a broken connection.
+            # A worker that dies while it sends a batch may first show as a broken connection.
             try:
                 dead = _dead(loader, patience=_PATIENCE if isinstance(error, ConnectionError | EOFError) else 0)
-            finally:  # torch's signal handler may raise its own error for the same death, here or anywhere
-                _end(loader)
+            finally:  # torch's signal handler may raise its own error for the same death at any point
+                _shut_down(loader)
             if dead:
                 raise RuntimeError(
                     f"Loader: worker process {dead}. If it ran out of memory, use fewer workers, or smaller prefetch;"
@@ -62,34 +61,34 @@ class Workers:
 
     def _keep(self, loader: DataLoader[Any]) -> None:
         if _dead(loader):
-            _end(loader)
+            _shut_down(loader)
         else:
             self._idle = loader
 
     def _start(self) -> DataLoader[Any]:
-        loader = self._made()
-        # Python collects what is part of a cycle in an order in which torch's own clean-up finds its queues closed, and
-        # then waits five seconds for each worker. This holds the loader until its workers have ended.
-        weakref.finalize(self, _end_in, os.getpid(), loader)
+        loader = self._make_loader()
+        # Python may collect a reference cycle in an order in which torch's clean-up finds its queues closed, and then
+        # waits five seconds for each worker. The finalizer keeps the loader alive until its workers have ended.
+        weakref.finalize(self, _shut_down_in_parent, os.getpid(), loader)
         return loader
 
-    def _made(self) -> DataLoader[Any]:
+    def _make_loader(self) -> DataLoader[Any]:
         return DataLoader(
             self._fetch,  # type: ignore[arg-type]
-            batch_size=None,  # a key is that of a whole batch
+            batch_size=None,  # each key reads one batch
             sampler=_Keys(),
             collate_fn=_as_fetched,
             num_workers=self._count,
             prefetch_factor=self._prefetch,
             persistent_workers=True,
-            generator=torch.Generator(),  # else each pass would draw from the global one
+            generator=torch.Generator(),  # otherwise each pass would draw from the global one
         )
 
 
 def release(error: BaseException) -> None:
-    """Let go of what torch's frame holds that raised what a worker process did: the error itself.
+    """Clear torch's frame that raised a worker's error, since the frame refers to the error.
 
-    Through its traceback the error holds all that ran, so a run would live until the cyclic collector comes by.
+    That cycle would keep everything in the traceback alive until the cyclic garbage collector runs.
     """
     trace = error.__traceback__
     while trace is not None:
@@ -100,7 +99,7 @@ def release(error: BaseException) -> None:
 
 
 def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
-    """The first worker that is found gone within `patience` seconds and how it ended, or nothing."""
+    """The first worker that has exited within `patience` seconds, with its exit code; "" if all are running."""
     until = time.monotonic() + patience
     while True:
         for worker in _workers(loader):
@@ -111,27 +110,27 @@ def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
             return ""
 
 
-def _end(loader: DataLoader[Any]) -> None:
-    """Stop the processes now: an exception's traceback may hold them, and a dead one raises at every chance."""
+def _shut_down(loader: DataLoader[Any]) -> None:
+    """Stop the processes now: a traceback may keep them alive, and torch raises again for a dead one."""
     if loader._iterator is not None and loader.num_workers:
         loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def is_live(loader: DataLoader[Any]) -> bool:
-    """Whether the processes of its last epoch wait for the next one."""
+    """Whether the worker processes of its last epoch wait for the next one."""
     return loader.persistent_workers and loader._iterator is not None
 
 
-def restarted(loader: DataLoader[Any]) -> None:
-    """Have the next epoch of `loader` start new processes, where it keeps those of the last one."""
-    _end(loader)
+def restart_workers(loader: DataLoader[Any]) -> None:
+    """Make the next epoch of `loader` start new worker processes."""
+    _shut_down(loader)
     loader._iterator = None
 
 
-def _end_in(process: int, loader: DataLoader[Any]) -> None:
-    """`_end`, in the process that started them: a fork has copies of all objects."""
+def _shut_down_in_parent(process: int, loader: DataLoader[Any]) -> None:
+    """`_shut_down`, unless this is a forked process, which has copies of all objects."""
     if os.getpid() == process:
-        _end(loader)
+        _shut_down(loader)
 
 
 def _workers(loader: DataLoader[Any]) -> list[BaseProcess]:

@@ -111,9 +111,9 @@ class Checkpointer:
         temporary.write_text(json.dumps({"reason": reason, "step": step}))
         temporary.replace(self.interrupted)
 
-    def is_best(self, fresh: Mapping[str, float]) -> bool:
-        """Whether a checkpoint with these numbers would be among the best."""
-        return self.monitor is not None and self.monitor in fresh and self.store.would_keep(fresh)
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these metrics would be among the best."""
+        return self.monitor is not None and self.monitor in metrics and self.store.would_keep(metrics)
 
 
 def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:

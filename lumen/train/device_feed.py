@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.step import device_of
-from lumen.data.adapter import Feed
-from lumen.data.adapters import feed
+from lumen.data.adapters import make_feed
+from lumen.data.feed import Feed
 from lumen.data.fetch import as_dict
 from lumen.data.rank_split import refusal
 from lumen.data.to_device import Move
@@ -29,7 +29,7 @@ def opened(data: Any, state: Any, group: ProcessGroupContext) -> DeviceIterator:
     message = group.any_rank_value(refusal(data))
     if message:
         raise BatchError(message)
-    return DeviceIterator(feed(data), state)
+    return DeviceIterator(make_feed(data), state)
 
 
 class DeviceIterator:

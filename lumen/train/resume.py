@@ -80,8 +80,8 @@ class RunCheckpoints:
         """Whether a checkpoint with the numbers of this step is among the best, and so is to be saved."""
         if self._checkpointer is None:
             return False
-        group, fresh = self._run.group, self._run.logger.fresh
-        return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(fresh)))
+        group, metrics = self._run.group, self._run.logger.current
+        return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(metrics)))
 
     def save(self, again: bool = False) -> None:
         """Save a checkpoint, unless there is one of this position; `again` saves in any case."""
@@ -93,7 +93,7 @@ class RunCheckpoints:
         run.schedule.save.restart(run.clock)
         extra = gather_rank_state(run.group, self._rank_state())
         if self._store is not None:
-            meta, metrics = self._meta(), run.logger.fresh
+            meta, metrics = self._meta(), run.logger.current
             self._store.save(run.clock.step, self._without_frozen(run.state), extra=extra, meta=meta, metrics=metrics)
         self._saved_at = position
         run.callback("on_checkpoint")

@@ -44,8 +44,8 @@ def learning_rates(opt_state: Any) -> dict[str, float]:
 class RunLogger:
     """Accumulates the metrics of steps until they are logged, and stores the newest number of each name.
 
-    `newest` has all numbers by name, `fresh` those that were published at the clock's step, and `history` those of this
-    call of `fit`.
+    `newest` has all numbers by name, `current` those that were published at the clock's step, and `history` those of
+    this call of `fit`.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class RunLogger:
         self._peak = peak
         self._merger = merger
         self.history = history
-        self._fresh: tuple[int, dict[str, float]] = (-1, {})
+        self._current: tuple[int, dict[str, float]] = (-1, {})
         self.restart_throughput()
 
     @property
-    def fresh(self) -> dict[str, float]:
+    def current(self) -> dict[str, float]:
         """The numbers that were published at this step. Only these decide whether a checkpoint is the best."""
-        step, values = self._fresh
+        step, values = self._current
         return values if step == self._clock.step else {}
 
     def restart_throughput(self) -> None:
@@ -94,7 +94,7 @@ class RunLogger:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.newest.update(numbers)
         self.history.add(self._clock.step, numbers)
-        self._fresh = (self._clock.step, {**self.fresh, **numbers})
+        self._current = (self._clock.step, {**self.current, **numbers})
         self.sinks.log(self._clock.step, {"epoch": self._clock.epoch, **values})
         self.progress.show(self._clock, numbers)
 

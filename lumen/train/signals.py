@@ -45,7 +45,7 @@ class Signals:
     def __init__(self, rank: int = 0) -> None:
         self.received: str | None = None
         self._wake: Callable[[], None] = _ignore
-        self._who = f"[rank {rank}] " if rank else ""
+        self._prefix = f"[rank {rank}] " if rank else ""
         self._since = 0.0
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
@@ -78,7 +78,7 @@ class Signals:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             self._restore()
         # Not print, since a handler may run in the middle of another write to the same stream.
-        os.write(2, f"{self._who}{self.received}: ending after this step. Send it again to end at once.\n".encode())
+        os.write(2, f"{self._prefix}{self.received}: ending after this step. Send it again to end at once.\n".encode())
         self._wake()
 
     def _handle_in_child(self, number: int) -> None:

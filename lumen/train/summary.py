@@ -31,7 +31,7 @@ class SummaryRow:
     """One row of a summary: a module with its submodules, or an entry of a state that has no module.
 
     `trainable`, `frozen` and `buffers` count the elements of params, of parameters with `requires_grad=False`, and of
-    buffers. All three are zero for a state without a module, which does not tell them arow. `elements` counts all.
+    buffers. All three are zero for a state without a module, which does not tell them apart. `elements` counts all.
     """
 
     name: str

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 import lumen as lm
 from lumen.checkpoint import json_tree
 from lumen.core import distributed
-from lumen.data.adapters import feed
+from lumen.data.adapters import make_feed
 from lumen.errors import BatchError, InexactWarning
 from lumen.parallel.ddp.ddp import ddp
 from tests.distributed.data_sources import (
@@ -66,7 +66,7 @@ def rows(batch):
 
 def read(data, *, epoch=0, position=0, state=None, batches=10**9, epochs=EPOCHS):
     """The rows of each epoch as `fit` would read them, and where it stopped with the state for a checkpoint."""
-    each, found = feed(data), {}
+    each, found = make_feed(data), {}
     if state is not None:
         each.load_state_dict(json_tree.unpack(state))
     while epoch < epochs and batches:
@@ -130,7 +130,7 @@ def test_one_process_and_a_run_that_goes_on(name, workers):
 
 
 def test_workers_of_grain_go_on():
-    data = feed(grain_iter(2))
+    data = make_feed(grain_iter(2))
     batches = [rows(batch) for batch in data.epoch(1)]
     assert once({1: batches}) == {1: ALL}
     state = json_tree.pack(data.state_dict(1, 2))
@@ -239,7 +239,7 @@ def odd_cases():
         "loader of another": lambda: lm.Loader(ALL, batch_size=3, rank=1 - rank, world_size=2),
         "grain slices": lambda: grain_map()[rank::2].batch(3),
         "grain, own slices": lambda: lm.data.per_rank(grain_map()[rank::2].to_iter_dataset().batch(3)),
-        "grain, other records": lambda: type(grain_map()).source(ALL[rank:] + ALL[:rank]).batch(3),
+        "grain, different records": lambda: type(grain_map()).source(ALL[rank:] + ALL[:rank]).batch(3),
         "grain, all in one shard": lambda: grain_loader(shard=(0, 1)),
         "grain, another shard": lambda: grain_loader(shard=(1 - rank, 2)),
         "grain, uneven shards": lambda: grain_loader(records=N - 1),
@@ -278,11 +278,11 @@ def test_what_is_declared_and_what_cannot_be_right(world2):
         "other lengths": r"data sets of [9, 10] rows",
         "no batches": "batch_size=None",
         "unlike orders": "orders that begin with [[9, 8, 7], [0, 1, 2]]",
-        "unseeded": "seed, the same on each",
+        "unseeded": "same seed on each",
         "grain slices": "(SliceMapDataset[0:10:2] of 5 / SliceMapDataset[1:10:2] of 5)",
         "grain, all in one shard": "ShardOptions(shard_index=lm.rank(), shard_count=lm.world_size())",
         "grain, uneven shards": "9 records into 2 shards",
-        "grain, other records": "other records",
+        "grain, different records": "different records",
     }.items():
         assert words in first[name], (name, first[name])
         assert isinstance(second[name], str)

@@ -247,7 +247,7 @@ def test_batches_of_a_type_of_their_own_need_one_like_them(tmp_path: Path) -> No
     assert message.startswith(again(tmp_path / "step-1", guarded, job.state(), batch=Rows(*job.batch(8))))
     with pytest.raises(lm.LumenError, match="has a type that could not be stored; give a batch of the same structure"):
         lm.replay(tmp_path / "step-1", guarded, job.state())
-    with pytest.raises(lm.LumenError, match="has 2 leaves, that in the dump 3"):
+    with pytest.raises(lm.LumenError, match="has 2 leaves, but the batch in the dump has 3"):
         lm.replay(tmp_path / "step-1", guarded, job.state(), batch=(1, 2))
 
 

@@ -91,7 +91,7 @@ def test_a_checkpoint_is_no_dump(tmp_path: Path) -> None:
     ],
 )
 def test_unsound_fields_are_refused(field: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(CorruptCheckpointError, match="not sound"):
+    with pytest.raises(CorruptCheckpointError, match="description of the step is invalid"):
         read_description(dump(tmp_path / "a", **{field: value}))
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 import lumen as lm
 from lumen.checkpoint import json_tree as plain
-from lumen.data.adapters import feed
+from lumen.data.adapters import make_feed
 from lumen.errors import BatchError, InexactWarning
 
 ROWS = list(range(11))
@@ -39,14 +39,14 @@ def values(batch):
 
 def uninterrupted(make, epochs):
     torch.manual_seed(5)
-    each = feed(make())
+    each = make_feed(make())
     return [[values(batch) for batch in each.epoch(epoch)] for epoch in range(epochs)]
 
 
 def interrupted(make, epochs, at, position):
     """The same, stopped in epoch `at` at `position` and gone on with in what could be another process."""
     torch.manual_seed(5)
-    each = feed(make())
+    each = make_feed(make())
     found = [[values(batch) for batch in each.epoch(epoch)] for epoch in range(at)]
     batches = each.epoch(at)
     found.append([values(next(batches)) for _ in range(position)])
@@ -54,7 +54,7 @@ def interrupted(make, epochs, at, position):
     del batches
 
     torch.manual_seed(77)
-    again = feed(make())
+    again = make_feed(make())
     again.load_state_dict(saved)
     torch.set_rng_state(generator)
     found[-1] += [values(batch) for batch in again.epoch(at, position)]
@@ -94,7 +94,7 @@ def test_goes_on_at_the_very_end_of_an_epoch():
 
 def test_workers_of_a_torch_loader_keep_the_order_and_say_what_they_cannot_keep():
     make = lambda: DataLoader(ROWS, batch_size=3, shuffle=True, num_workers=2)  # noqa: E731
-    with pytest.warns(InexactWarning, match=r"draws at random is not.*lm\.Loader") as caught:
+    with pytest.warns(InexactWarning, match=r"data set's random numbers are not.*lm\.Loader") as caught:
         found = interrupted(make, 3, 1, 2)
     assert sum(issubclass(w.category, InexactWarning) for w in caught) == 1
     assert found == uninterrupted(make, 3)
@@ -108,9 +108,9 @@ def test_nothing_is_read_of_what_came_before():
             read.append(index)
             return super().__getitem__(index)
 
-    each = feed(DataLoader(Counting(), batch_size=2))
+    each = make_feed(DataLoader(Counting(), batch_size=2))
     next(each.epoch(0))
-    again = feed(DataLoader(Counting(), batch_size=2))
+    again = make_feed(DataLoader(Counting(), batch_size=2))
     again.load_state_dict(each.state_dict(0, 1))
     read.clear()
     next(again.epoch(0, 1))
@@ -155,11 +155,11 @@ def test_hugging_face_streams():
 
 def test_a_place_before_what_was_read_ahead_is_read_again():
     make = lambda: hugging_face_stream(shuffled=False)  # noqa: E731
-    each = feed(make())
+    each = make_feed(make())
     batches = each.epoch(0)
     found = [values(next(batches)) for _ in range(3)]  # as a step that unrolls reads them
     saved = each.state_dict(0, 2)
-    again = feed(make())
+    again = make_feed(make())
     again.load_state_dict(saved)
     with pytest.warns(InexactWarning, match="read again"):
         rest = [values(batch) for batch in again.epoch(0, 2)]
@@ -222,7 +222,7 @@ def test_hugging_face_tables_are_samples_of_a_loader():
 
 def test_epochs_are_announced_to_samplers_that_shuffle_by_them():
     sampler = torch.utils.data.DistributedSampler(ROWS, num_replicas=1, rank=0)
-    each = feed(DataLoader(ROWS, batch_size=3, sampler=sampler))
+    each = make_feed(DataLoader(ROWS, batch_size=3, sampler=sampler))
     first, second = ([values(batch) for batch in each.epoch(epoch)] for epoch in (0, 1))
     assert first != second
     assert [values(batch) for batch in each.epoch(0)] == first
@@ -267,14 +267,14 @@ def told(each):
 @pytest.mark.parametrize("persistent", [False, True])
 def test_epochs_reach_data_sets_in_loaders_and_their_workers(workers, persistent):
     options = {"num_workers": workers, "persistent_workers": persistent and bool(workers)}
-    assert told(feed(DataLoader(ByEpoch(), batch_size=1, **options))) == [[0], [1], [5]]
+    assert told(make_feed(DataLoader(ByEpoch(), batch_size=1, **options))) == [[0], [1], [5]]
     nested = torch.utils.data.Subset(torch.utils.data.ConcatDataset([Rows(), Rows()]), [1])
-    assert told(feed(DataLoader(nested, batch_size=1, **options))) == [[[0]], [[1]], [[5]]]
+    assert told(make_feed(DataLoader(nested, batch_size=1, **options))) == [[[0]], [[1]], [[5]]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_epochs_reach_the_data_set_of_a_loader(workers):
-    assert told(feed(lm.Loader(torch.utils.data.Subset(Rows(), [0]), batch_size=1, workers=workers))) == [
+    assert told(make_feed(lm.Loader(torch.utils.data.Subset(Rows(), [0]), batch_size=1, workers=workers))) == [
         [[0]],
         [[1]],
         [[5]],
@@ -283,7 +283,7 @@ def test_epochs_reach_the_data_set_of_a_loader(workers):
 
 def test_epochs_reach_samplers_in_batch_samplers():
     sampler = torch.utils.data.DistributedSampler(ROWS, num_replicas=1, rank=0)
-    each = feed(DataLoader(ROWS, batch_sampler=BatchSampler(sampler, 3, drop_last=False)))
+    each = make_feed(DataLoader(ROWS, batch_sampler=BatchSampler(sampler, 3, drop_last=False)))
     first, second = ([values(batch) for batch in each.epoch(epoch)] for epoch in (0, 1))
     assert first != second
 
@@ -305,15 +305,15 @@ def test_state_without_a_plain_form_is_left_out_and_says_so_once():
 
 
 def test_another_order_is_refused():
-    saved = feed(lm.Loader(torch.arange(11), batch_size=3)).state_dict(0, 1)
+    saved = make_feed(lm.Loader(torch.arange(11), batch_size=3)).state_dict(0, 1)
     with pytest.raises(BatchError, match=r"batch_size=3 \(here 4\)"):
-        feed(lm.Loader(torch.arange(11), batch_size=4)).load_state_dict(saved)
+        make_feed(lm.Loader(torch.arange(11), batch_size=4)).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("data", [3, "text", {"x": torch.ones(3)}])
 def test_what_is_no_data(data):
     with pytest.raises(BatchError, match=r"lm\.Loader"):
-        feed(data)
+        make_feed(data)
 
 
 def test_plain_data_survives_packing():

@@ -13,7 +13,7 @@ import torch
 
 import lumen as lm
 from lumen.data import grain as grains
-from lumen.data.adapters import feed
+from lumen.data.adapters import make_feed
 from lumen.errors import BatchError, InexactWarning
 from tests.tiers import pick
 
@@ -79,17 +79,17 @@ def joined(parts):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_epochs_differ_and_go_on_from_any_place(name):
-    data = feed(PIPELINES[name]())
+    data = make_feed(PIPELINES[name]())
     epochs = [lists(data.epoch(number)) for number in range(2)]
     assert epochs[0] != epochs[1]
     assert lists(data.epoch(0)) == epochs[0]
     places = [(number, position) for number in range(2) for position in range(1, len(epochs[number]) + 1)]
     for number, position in pick([places[0], places[-2], places[-1]], places):
-        data = feed(PIPELINES[name]())
+        data = make_feed(PIPELINES[name]())
         batches = data.epoch(number)
         before = lists(next(batches) for _ in range(position))
         state = data.state_dict(number, position)
-        data = feed(PIPELINES[name]())
+        data = make_feed(PIPELINES[name]())
         data.load_state_dict(state)
         assert before + lists(data.epoch(number, position)) == epochs[number]
 
@@ -98,8 +98,10 @@ def test_an_epoch_is_the_one_that_grain_has():
     endless = [int(x) for _, x in zip(range(3 * N), rows().repeat(), strict=False)]
     for data in (rows().batch(5), rows().to_iter_dataset().batch(5)):
         for number in range(3):
-            assert joined(lists(feed(data).epoch(number))) == endless[number * N :][:N]
-    assert joined(lists(feed(loader(batch=5)).epoch(number)) for number in range(2)) == lists(loader(epochs=2, batch=5))
+            assert joined(lists(make_feed(data).epoch(number))) == endless[number * N :][:N]
+    assert joined(lists(make_feed(loader(batch=5)).epoch(number)) for number in range(2)) == lists(
+        loader(epochs=2, batch=5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,14 +134,14 @@ def test_a_rank_reads_its_own_rows_alone():
 
 def test_what_cannot_be_right_is_refused():
     with pytest.raises(BatchError, match="is an iterator of Grain"):
-        feed(iter(rows().batch(3)))
+        make_feed(iter(rows().batch(3)))
     with pytest.raises(BatchError, match="is an iterator of Grain"):
-        feed(iter(loader()))
+        make_feed(iter(loader()))
     windowed = grain.experimental.WindowShuffleMapDataset(grain.MapDataset.range(N), window_size=4, seed=0)
     assert len(set(windowed)) < N, "the fault that is refused"
     with pytest.raises(BatchError, match="window_size=4 over 10 rows"):
-        feed(windowed.batch(3))
-    feed(grain.experimental.WindowShuffleMapDataset(grain.MapDataset.range(N), window_size=5, seed=0))
+        make_feed(windowed.batch(3))
+    make_feed(grain.experimental.WindowShuffleMapDataset(grain.MapDataset.range(N), window_size=5, seed=0))
     uneven = {"shard_index": 0, "shard_count": 3}
     assert len(np.concatenate(list(loader(**uneven)))) == 3, "four rows are its share, and three of them come"
     assert "10 records into 3 shards" in grains.flaw(loader(**uneven))
@@ -150,13 +152,13 @@ def test_workers_need_flags_that_were_parsed(monkeypatch):
     data = rows().to_iter_dataset().batch(3).mp_prefetch(grain.MultiprocessingOptions(num_workers=2))
     monkeypatch.setattr(grains, "_flags_are_parsed", lambda: False)
     with pytest.raises(BatchError, match="mark_as_parsed"):
-        feed(data)
+        make_feed(data)
     monkeypatch.setattr(grains, "_flags_are_parsed", lambda: True)
-    feed(data)
+    make_feed(data)
 
 
 def test_another_pipeline_cannot_go_on():
-    data = feed(rows().batch(3))
+    data = make_feed(rows().batch(3))
     next(data.epoch(0))
     state = data.state_dict(0, 1)
     for other, words in (
@@ -166,7 +168,7 @@ def test_another_pipeline_cannot_go_on():
         (rows().batch(3).to_iter_dataset(), "PrefetchIterDataset"),
     ):
         with pytest.raises(BatchError, match=words):
-            feed(other).load_state_dict(state)
+            make_feed(other).load_state_dict(state)
 
 
 class Odd(grain.IterDataset):
@@ -195,12 +197,12 @@ class OddIterator(grain.DatasetIterator):
 
 
 def test_a_state_without_a_plain_form_is_left_out_and_the_batches_are_read_again():
-    data = feed(Odd())
+    data = make_feed(Odd())
     batches = data.epoch(0)
     before = [next(batches), next(batches)]
     with pytest.warns(InexactWarning, match="is not in the checkpoint: its state.* is a set"):
         state = data.state_dict(0, 2)
-    data = feed(Odd())
+    data = make_feed(Odd())
     data.load_state_dict(state)
     with pytest.warns(InexactWarning, match="read again and dropped"):
         assert lists(before) + lists(data.epoch(0, 2)) == [[1, 1], [2, 2], [3, 3], [4, 4]]
@@ -230,9 +232,9 @@ class Rotating(Plain):
 
 
 def test_samplers_of_other_kinds_are_told_the_epoch_or_it_is_said():
-    data = feed(loader(sampler=Rotating()))
+    data = make_feed(loader(sampler=Rotating()))
     assert lists(data.epoch(0)) != lists(data.epoch(1))
-    data = feed(loader(sampler=Plain()))
+    data = make_feed(loader(sampler=Plain()))
     first = lists(data.epoch(0))
     with pytest.warns(InexactWarning, match="a Plain, has no set_epoch"):
         assert lists(data.epoch(1)) == first
@@ -273,6 +275,6 @@ def test_the_threads_of_a_run_that_stopped_end_without_the_garbage_collector():
 
 
 def test_an_endless_data_set_has_one_epoch():
-    data = feed(rows().repeat().batch(3))
+    data = make_feed(rows().repeat().batch(3))
     assert data.length is None
     assert [len(batch) for batch, _ in zip(data.epoch(0), range(20), strict=False)] == [3] * 20

@@ -534,7 +534,7 @@ class Endless(IterableDataset):
         (lambda: Loader({"x": rows(3), "y": rows(4)}, 1), "found x: 3, y: 4"),
         (lambda: Loader({"x": rows(3), "y": torch.tensor(1)}, 1), "Column y of the data set is 0-d"),
         (lambda: Loader({"x": [1, 2]}, 1), r"Column x\[0\] of the data set is a int"),
-        (lambda: Loader({"x": np.array(["a", "b"])}, 1), "unknown to torch"),
+        (lambda: Loader({"x": np.array(["a", "b"])}, 1), "which torch does not have"),
         (lambda: Loader(Endless(), 1), "pass it to Runner.fit directly"),
         (lambda: Loader(iter([1]), 1), "pass it to Runner.fit directly"),
         (lambda: Loader(rows(3), 1, rank=2, world_size=2), r"rank is 2; it must be in \[0, 2\)"),
@@ -558,7 +558,7 @@ def test_workers_start_in_silence_after_a_checkpoint_has_loaded_jax(tmp_path):
     loader = lm.Loader(list(range(8)), batch_size=4, workers=1)
     assert sum(len(batch) for batch in loader) == 8
     plain = torch.utils.data.DataLoader(list(range(8)), batch_size=4, num_workers=1)
-    assert sum(len(batch) for batch in lm.data.adapters.feed(plain).epoch(0)) == 8
+    assert sum(len(batch) for batch in lm.data.adapters.make_feed(plain).epoch(0)) == 8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         list(plain)

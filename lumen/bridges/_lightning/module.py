@@ -134,8 +134,8 @@ def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 def predict_step(state: Any, batch: Any) -> Any:
     """The result of the module's `predict_step` for `batch`."""
-    out, _ = state.apply_fn.calling(_predicting)(state.params, state.buffers, batch, state.step)
-    return out
+    output, _ = state.apply_fn.calling(_predicting)(state.params, state.buffers, batch, state.step)
+    return output
 
 
 def _evaluation(name: str) -> EvalStep:
@@ -155,12 +155,12 @@ def _evaluation(name: str) -> EvalStep:
 
 def _training(module: Any, batch: Any, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
     with recording(batch, index) as record:
-        out = _call(module.training_step, batch, index)
-    loss = out.get("loss") if isinstance(out, dict) else out
+        output = _call(module.training_step, batch, index)
+    loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise LossError(
-            f"training_step returned {type(out).__name__}, but must return a loss: a tensor, or a dict with one under"
-            " 'loss'. To skip a batch, return a loss of zero: 0 * loss."
+            f"training_step returned {type(output).__name__}, but must return a loss: a tensor, or a dict with one"
+            " under 'loss'. To skip a batch, return a loss of zero: 0 * loss."
         )
     return loss, record.values
 
