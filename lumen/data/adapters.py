@@ -15,7 +15,7 @@ from lumen.checkpoint import json_tree
 from lumen.core import distributed
 from lumen.data import grain
 from lumen.data._per_rank import PerRank
-from lumen.data.feed import Feed, announce, warn_inexact, warn_other_data
+from lumen.data.feed import Feed, begin_epoch, warn_inexact, warn_other_data
 from lumen.data.forks import quiet_forks
 from lumen.data.grain_adapter import GrainFeed
 from lumen.data.hf_streams import buffered_rows, is_stream, order_of
@@ -72,7 +72,7 @@ class _TableFeed(Feed):
         saved, self._saved = self._saved, None
         if position and saved is None and self._rank_batches is None:
             return super().epoch(number, position)
-        is_restarted = announce(self.data, number)
+        is_restarted = begin_epoch(self.data, number)
         if position and saved is None:
             warn_other_data(self.data, position)
         elif position:
@@ -127,7 +127,7 @@ class _StatefulFeed(Feed):
         if position and self._is_unsaved:
             return super().epoch(number, position)
         self._check_ranks(position)
-        announce(self.data, number)
+        begin_epoch(self.data, number)
         self._iterator = iter(self._iterate())
         return self._counted(self._iterator, position)
 

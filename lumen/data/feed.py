@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lumen.core import distributed
 from lumen.data.forks import quiet_forks
 from lumen.data.hf_streams import is_stream
-from lumen.data.nested import announce_epoch, listeners, name_of
+from lumen.data.nested import listeners, name_of, set_epoch
 from lumen.data.workers import restart_workers
 from lumen.errors import BatchError, InexactWarning
 
@@ -35,8 +35,8 @@ class Feed:
     def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
         """The batches of epoch `number` from `position`."""
         self._check_ranks(position)
-        announce(self.data, number)
-        if number and is_spent(self.data):
+        begin_epoch(self.data, number)
+        if number and is_one_shot(self.data):
             return iter(())
         if not position:
             return self._iterate()
@@ -46,7 +46,7 @@ class Feed:
                 " there: the batches before it are read again and dropped. The run is exact only if each pass has"
                 " the same order. An lm.Loader resumes at once, and exactly."
             )
-        return after(self._iterate(), position, self.data)
+        return skip_to(self._iterate(), position, self.data)
 
     def stacked(
         self, number: int, position: int, stop: int, size: Callable[[], int]
@@ -81,9 +81,9 @@ class Feed:
             )
 
 
-def announce(data: Any, number: int) -> bool:
-    """Set the epoch of samplers and data sets; returns whether persistent workers had to be restarted for it."""
-    announce_epoch(data, number)
+def begin_epoch(data: Any, number: int) -> bool:
+    """Set the epoch of samplers and data sets; returns whether persistent workers had to be restarted."""
+    set_epoch(data, number)
     if not isinstance(data, DataLoader) or not data.persistent_workers:
         return False
     # A worker has a copy of the data set. Hugging Face's streams share the number of the epoch with all processes.
@@ -98,14 +98,14 @@ def ranks() -> str:
     return "{}/{}".format(*distributed.rows())
 
 
-def is_spent(data: Any) -> bool:
+def is_one_shot(data: Any) -> bool:
     """Whether the data can be read only once: a generator, or an iterator of Python's own."""
     return isinstance(data, GeneratorType) or (
         type(data).__module__ in _ONE_SHOT_MODULES and isinstance(data, Iterator) and iter(data) is data
     )
 
 
-def after(batches: Iterator[Any], position: int, data: Any) -> Iterator[Any]:
+def skip_to(batches: Iterator[Any], position: int, data: Any) -> Iterator[Any]:
     """The batches from `position` on; raises `BatchError` if there are fewer."""
     for number in range(position):
         if next(batches, _END) is _END:

@@ -10,7 +10,7 @@ from typing import Any
 from lumen.checkpoint import json_tree
 from lumen.core import distributed
 from lumen.data import grain
-from lumen.data.feed import Feed, after, announce, warn_inexact
+from lumen.data.feed import Feed, begin_epoch, skip_to, warn_inexact
 
 _MAX_STATES = 1024  # more than a step that unrolls reads at a time
 
@@ -32,7 +32,7 @@ class GrainFeed(Feed):
     def epoch(self, number: int, position: int = 0) -> Iterator[Any]:
         """The batches of epoch `number` from `position`."""
         self._check_ranks(position)
-        announce(self.data, number)
+        begin_epoch(self.data, number)
         if number and grain.is_fixed(self.data):
             warn_inexact(
                 f"the sampler of this grain.DataLoader, a {type(self.data._sampler).__name__}, has no"
@@ -48,7 +48,7 @@ class GrainFeed(Feed):
                 f"this run resumes at batch {position} of its data, a grain {type(self.data).__name__}, whose state is"
                 " not in the checkpoint: the batches before it are read again and dropped."
             )
-            return after(self._tracked(iterator, 0), position, self.data)
+            return skip_to(self._tracked(iterator, 0), position, self.data)
         iterator.set_state(saved)
         self._states.append((position, saved))
         return self._tracked(iterator, position)

@@ -36,8 +36,8 @@ def listeners(data: Any) -> list[Any]:
     return [source for source in nested(data) if callable(getattr(source, "set_epoch", None))]
 
 
-def announce_epoch(data: Any, number: int) -> None:
-    """Call `set_epoch(number)` of all `listeners`."""
+def set_epoch(data: Any, number: int) -> None:
+    """Call `set_epoch(number)` on all `listeners`."""
     for listener in listeners(data):
         listener.set_epoch(number)
 

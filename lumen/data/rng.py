@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator  # the stubs of numpy.random lack them
 from torch.utils.data import get_worker_info
 
 
@@ -52,13 +53,13 @@ def _replace_numpy() -> Callable[[], None]:
     NumPy reads and writes a state word by word, so exchanging the generator saves half of the time. It drops the second
     of a pair of normal numbers, which NumPy keeps beside the generator: the state that was read puts it back.
     """
-    caller_generator = np.random.get_bit_generator()
+    caller_generator = get_bit_generator()
     caller_state = np.random.get_state(legacy=False)  # noqa: NPY002
     spare = _spare_generators.pop() if _spare_generators else np.random.MT19937(0)
-    np.random.set_bit_generator(spare)
+    set_bit_generator(spare)
 
     def restore() -> None:
-        np.random.set_bit_generator(caller_generator)
+        set_bit_generator(caller_generator)
         if caller_state["has_gauss"]:
             np.random.set_state(caller_state)  # noqa: NPY002
         _spare_generators.append(spare)

@@ -169,8 +169,8 @@ def first_undamaged(
                     raise
                 damaged.append((path, error))
                 continue
-            for damaged_path, error in damaged:
-                quarantine(damaged_path, path, error)
+            for damaged_path, damage in damaged:
+                quarantine(damaged_path, path, damage)
             return checkpoint
         if damaged:
             raise damaged[0][1]

@@ -24,7 +24,7 @@ from lumen.train.distributed import ProcessGroupContext
 _END = object()
 
 
-def opened(data: Any, state: Any, group: ProcessGroupContext) -> DeviceIterator:
+def open_batches(data: Any, state: Any, group: ProcessGroupContext) -> DeviceIterator:
     """The batches of `data` for this process; raises `BatchError` on all ranks if one of them cannot use its data."""
     message = group.any_rank_value(refusal(data))
     if message:

@@ -12,7 +12,7 @@ from lumen.errors import CheckpointError
 from lumen.train.batch_size import count_tokens
 from lumen.train.clock import Clock, Until
 from lumen.train.clock_updater import ClockUpdater
-from lumen.train.device_feed import opened
+from lumen.train.device_feed import open_batches
 from lumen.train.distributed import ProcessGroupContext
 from lumen.train.history import History
 from lumen.train.loop import TrainingLoop
@@ -46,7 +46,7 @@ class Fit:
         limit: int | None,
     ) -> None:
         merger = MetricMerger(ProcessGroupContext(state))
-        feed = opened(data, state, merger.group)
+        feed = open_batches(data, state, merger.group)
         # Opened here, so that unusable data raises before the first step.
         validation_sets = open_validation_sets(validations, state, merger)
         run = _make_context(settings, state, until, validations, merger)
@@ -62,7 +62,7 @@ class Fit:
         """Train until the end, and clean up, also after an error."""
         group, stop = self._run.group, self._run.stop
         # The store closes last: it raises its own failure only if there was no other.
-        with group, self._checkpoints.opened():
+        with group, self._checkpoints.open_store():
             try:
                 self._train(resume)
             except BaseException as error:

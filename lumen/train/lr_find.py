@@ -18,7 +18,7 @@ from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepEr
 from lumen.optim._base import clone
 from lumen.optim._hyperparams import check_count, check_scalar
 from lumen.optim._with_learning_rate import with_learning_rate
-from lumen.train.device_feed import DeviceIterator, opened
+from lumen.train.device_feed import DeviceIterator, open_batches
 from lumen.train.distributed import ProcessGroupContext
 
 
@@ -117,7 +117,9 @@ def lr_find(
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     curve = _Curve(smoothing, diverge)
     device = device_of(state)
-    source = batches if isinstance(batches, DeviceIterator) else opened(batches, state, ProcessGroupContext(state))
+    source = (
+        batches if isinstance(batches, DeviceIterator) else open_batches(batches, state, ProcessGroupContext(state))
+    )
     with forked_rng(device):
         reason = _sweep(step, state, zip(lrs, _endless(source), strict=False), metric, curve)
     if not reason:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.step import Transform, compose
 from lumen.errors import BatchError
-from lumen.train.device_feed import opened
+from lumen.train.device_feed import open_batches
 from lumen.train.distributed import ProcessGroupContext, join_world
 from lumen.train.validate import evaluated, needed
 
@@ -37,13 +37,13 @@ def predict(
     run = compose(*needed(transforms))(lambda state, batch: (state, step(state, batch)))
     with torch.no_grad():
         state = evaluated(state)
-    for batch in itertools.islice(opened(data, state, ProcessGroupContext(state)).epoch(0), limit):
+    for batch in itertools.islice(open_batches(data, state, ProcessGroupContext(state)).epoch(0), limit):
         with torch.no_grad():
             _, outputs = run(state, batch)
         yield tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, outputs)
 
 
-def joined(outputs: Iterable[Any]) -> Any:
+def join_outputs(outputs: Iterable[Any]) -> Any:
     """Outputs of several batches as one tree: tensors joined along their first dim, lists appended.
 
     Raises `BatchError` for no outputs, and for outputs that differ in structure.

@@ -53,7 +53,7 @@ class RunCheckpoints:
         self._saved_at: tuple[Any, ...] = ()
         self._compared_ranks = False
 
-    def opened(self) -> AbstractContextManager[Any]:
+    def open_store(self) -> AbstractContextManager[Any]:
         """A context in which the store is open for this run."""
         if self._store is None:
             return nullcontext()

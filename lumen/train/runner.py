@@ -19,13 +19,13 @@ from lumen.train.batch_size import TokenCount
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every, Steps, Until
-from lumen.train.device_feed import opened
+from lumen.train.device_feed import open_batches
 from lumen.train.distributed import ProcessGroupContext, check_world, join_world
 from lumen.train.fit import Fit
 from lumen.train.lr_find import LRFinderResult, lr_find
 from lumen.train.monitored_metrics import Monitors, names_of
 from lumen.train.plateau import plateau_monitors
-from lumen.train.predict import joined
+from lumen.train.predict import join_outputs
 from lumen.train.predict import predict as predict_batches
 from lumen.train.result import Result
 from lumen.train.settings import RunSettings
@@ -165,7 +165,7 @@ class Runner:
         torch.Size([5, 1])
         """
         check_limit(limit)
-        return joined(predict_batches(step, state, data, self.step.transforms, limit=limit))
+        return join_outputs(predict_batches(step, state, data, self.step.transforms, limit=limit))
 
     def smoke(
         self, state: Any, data: Iterable[Any], *, validate: Validate | Sequence[Validate] | None = None
@@ -190,7 +190,7 @@ class Runner:
         """
         check_limit(batches)
         join_world(self.transforms)
-        source = opened(data, state, ProcessGroupContext(state))
+        source = open_batches(data, state, ProcessGroupContext(state))
         first_batches = list(itertools.islice(source, batches))
         runner = self._with(progress=self.progress, log_every=10)
         return runner.fit(state, per_rank(first_batches), until=until or Steps(100))
@@ -202,7 +202,7 @@ class Runner:
         """
         single, _ = without_unroll(self.step)
         initial = self.step.init(state)
-        return lr_find(single, initial, opened(data, state, ProcessGroupContext(state)), **options)
+        return lr_find(single, initial, open_batches(data, state, ProcessGroupContext(state)), **options)
 
     def description(self) -> dict[str, Any]:
         """A description of the run as plain data: its configuration, step and transforms, versions and commit."""

@@ -13,7 +13,7 @@ from lumen import tree
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
 from lumen.train.clock import Every
-from lumen.train.device_feed import opened
+from lumen.train.device_feed import open_batches
 from lumen.train.distributed import ProcessGroupContext, join_world
 from lumen.train.metric_buffer import MetricAccumulator
 from lumen.train.metric_merge import MetricMerger
@@ -87,7 +87,7 @@ def evaluate(
     """
     join_world(transforms)
     merger = MetricMerger(ProcessGroupContext(state))
-    batches = opened(data, state, merger.group)
+    batches = open_batches(data, state, merger.group)
     numbers = evaluate_until(step, state, batches, transforms, merger, limit=limit, stop=lambda: False)
     assert numbers is not None
     return numbers

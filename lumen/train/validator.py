@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lumen.train.device_feed import DeviceIterator, opened
+from lumen.train.device_feed import DeviceIterator, open_batches
 from lumen.train.metric_merge import MetricMerger
 from lumen.train.plateau import update_plateau
 from lumen.train.run_context import RunContext
@@ -16,7 +16,8 @@ ValidationSets = Sequence[Sequence[tuple[str, DeviceIterator]]]
 def open_validation_sets(validations: Sequence[Validate], run_state: object, merger: MetricMerger) -> ValidationSets:
     """The data sets of each validation with their names; raises `BatchError` for data that cannot be used."""
     return [
-        [(name, opened(data, run_state, merger.group)) for name, data in validate.loaders()] for validate in validations
+        [(name, open_batches(data, run_state, merger.group)) for name, data in validate.loaders()]
+        for validate in validations
     ]
 
 
