@@ -108,14 +108,14 @@ class TrainingLoop:
 
     def _finish(self) -> None:
         run = self._run
-        validated = self._validate_last()
+        has_validated = self._validate_last()
         if run.stop.is_interrupted:
             self._checkpoints.save()
             run.callback("on_exception", Interrupted(run.result()))
             return
         self._log()
         self._show_params(last=True)
-        self._checkpoints.save(again=validated)
+        self._checkpoints.save(again=has_validated)
         if run.group.is_main:
             for message in run.monitors.never_published(run.logger.newest):
                 warnings.warn(message, InexactWarning, stacklevel=2)
@@ -124,7 +124,7 @@ class TrainingLoop:
     def _callback_on_step(self, metrics: Any, batch: Any) -> None:
         run = self._run
         run.stop.in_sync = False
-        run.settings.callbacks.call("on_step", run.view(metrics, batch))
+        run.settings.callbacks.call("on_step", run.callback_context(metrics, batch))
         run.stop.in_sync = True
 
     def _after_step(self, epoch_end: bool = False) -> None:

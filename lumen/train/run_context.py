@@ -52,13 +52,13 @@ class RunContext:
         """Send values to the sinks, the display and the callbacks."""
         self.logger.publish(values)
         if self.settings.callbacks.listens("on_log"):
-            self.settings.callbacks.call("on_log", self.view(values))
+            self.settings.callbacks.call("on_log", self.callback_context(values))
 
     def callback(self, point: str, *args: Any) -> None:
         """Call the callbacks at `point`, with the newest number of each name."""
-        self.settings.callbacks.call(point, self.view(self.logger.newest), *args)
+        self.settings.callbacks.call(point, self.callback_context(self.logger.newest), *args)
 
-    def view(self, metrics: Any, batch: Any = None) -> CallbackContext:
+    def callback_context(self, metrics: Any, batch: Any = None) -> CallbackContext:
         """The argument of a callback."""
         return CallbackContext(self.clock, self.state, metrics, batch, stop=self.stop.request, log=self.publish)
 
