@@ -1,7 +1,7 @@
 """The steps of two checkouts beside each other: python -m benchmarks.versus ../before
 
-Each checkout runs in a process of its own, with its own `lumen` and `benchmarks`, on one thread. The processes take turns
-section by section, so what slows the machine for a while slows both. A ratio is the median over such pairs of the
+Each checkout runs in a process of its own, with its own `lumen` and `benchmarks`, on one thread. The processes take
+turns section by section, so what slows the machine for a while slows both. A ratio is the median over such pairs of the
 processor time of a step, this checkout's to the other's, with its quartiles. Processor time, unlike wall time, does not
 count what other programs of a busy machine take.
 """
