@@ -1,4 +1,4 @@
-"""The sources of data in the table of docs/data.md: how each is made, and what becomes of it."""
+"""The sources of data in the table of docs/data.md: how each is built, and what the table says about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL = list(range(N))
 
 
 class Stream(IterableDataset):
-    """Cut by worker, as torch asks; by rank it is not."""
+    """Split by worker, as torch requires, but not by rank."""
 
     epoch = 0
 
@@ -83,29 +83,29 @@ ONCE, SAID, LOST, REFUSED = "once", "once, and says what may differ", "says that
 
 
 class Cell(NamedTuple):
-    """What the tests assert of a source, and how the table of the docs says it."""
+    """What the tests assert about a source, and the words for it in the table of the docs."""
 
     outcome: str
     words: str
 
 
-CUT = Cell(ONCE, "once: each batch is cut by rank")
+CUT = Cell(ONCE, "once: each batch is sharded by rank")
 SPLIT = Cell(ONCE, "once: split by rank")
 PER_RANK = Cell(REFUSED, "**refused** until `per_rank`")
 SHARDED = Cell(ONCE, "once, with the `ShardOptions` of this rank; else **refused**")
-SAME, STATE = Cell(ONCE, "once, the same order"), Cell(ONCE, "once, as its own state")
-AGAIN = Cell(SAID, "once, read again, **said** (1)")
-OWN = Cell(SAID, "once, as its own state, **said** (2)")
-BUFFER = Cell(LOST, "rows of the buffer are lost, **said** (3)")
+SAME, STATE = Cell(ONCE, "once, the same order"), Cell(ONCE, "once, by its own state")
+AGAIN = Cell(SAID, "once, read again, **warns** (1)")
+OWN = Cell(SAID, "once, by its own state, **warns** (2)")
+BUFFER = Cell(LOST, "rows of the buffer are lost, **warns** (3)")
 NEXT, SPENT = Cell(ONCE, "the next epoch"), Cell(REFUSED, "**refused**: it has one epoch")
 NONE, NOTHING = Cell("", "—"), Cell(ONCE, "nothing")
-RANDOM = Cell(SAID, "what is drawn at random after a resume, **said** (4)")
-BATCHES = Cell(ONCE, "which rows make a batch (5)")
+RANDOM = Cell(SAID, "random draws after a resume, **warns** (4)")
+BATCHES = Cell(ONCE, "which rows form a batch (5)")
 
 
 @dataclass
 class Source:
-    """How it is made, and its row of the table: each row of an epoch is seen once in one process, and else this."""
+    """How a source is built, and its row of the table. In one process each row of an epoch is seen once."""
 
     make: Any
     two: Cell
@@ -144,7 +144,7 @@ SOURCES = {
 
 def markdown():
     """The table of docs/data.md."""
-    head = "data", "several processes", "resumed in the middle of an epoch", "resumed at its end", "workers change"
+    head = "data", "several processes", "resumed within an epoch", "resumed at its end", "workers affect"
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, source in SOURCES.items():
         cells = [cell.words for cell in (source.two, source.middle, source.end, source.workers)]
