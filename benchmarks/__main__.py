@@ -1,15 +1,15 @@
 """Measure Lumen beside raw loops and other libraries.
 
-    python -m benchmarks                            # every part
+    python -m benchmarks                            # every benchmark
     python -m benchmarks leaves sweep               # two of them
     python -m benchmarks overhead --cases mlp --only 'Lumen*' '*JAX*'
     python -m benchmarks --quick                    # a first look: few rounds, small cases
     python -m benchmarks --markdown runs/bench/report.json
 
-Each part runs in a process of its own, one after the other; the machine should do nothing else. Every figure is taken
-beside its reference in interleaved rounds, and a ratio is the median over rounds, with the quartiles. Results are
-printed as tables and written as JSON and as a picture (SVG). Lumen's ratios are then compared with the baseline that is
-committed, benchmarks/baseline.json: see benchmarks/regression.py for the rule. Set BENCH_TRACEBACK=1 to see where a
+Each benchmark runs in a separate process, one after the other; the machine should do nothing else. Every figure is
+measured beside its reference in interleaved rounds. A ratio is the median over rounds, with the quartiles. Results are
+printed as tables and written as JSON and as a picture (SVG). Lumen's ratios are then compared with the committed
+baseline, benchmarks/baseline.json: see benchmarks/regression.py for the rule. Set BENCH_TRACEBACK=1 to see where a
 variant failed.
 """
 

@@ -1,4 +1,4 @@
-"""A call in a fresh process: what one measurement leaves behind is not the next one's."""
+"""A call in a fresh process, so that one measurement does not affect the next."""
 
 from __future__ import annotations
 

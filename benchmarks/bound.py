@@ -1,7 +1,7 @@
-"""What a step must hold at least, by arithmetic: params, moments, gradients and activations of a model in units.
+"""A lower bound for the memory of a step: params, moments, gradients and activations of a model in units.
 
-A unit is a layer whose params and activations come and go together. For the backward pass over the units, last to
-first, the bound takes the largest of what is alive before and after each:
+A unit is a layer whose params and activations are allocated and freed together. For the backward pass over the units,
+last to first, the bound is the maximum of what is alive before and after each:
 
     params and moments                      3 P / n
     gradients of the units behind it        G_later / n     (all of P / n throughout, where microbatches are summed)
@@ -10,9 +10,9 @@ first, the bound takes the largest of what is alive before and after each:
     after: its own gradient                 P_own           (not with microbatches, where it can be added in place)
     its own params, gathered                P_own           (only on n > 1 processes)
 
-with P floats of params, on n processes, in k microbatches. With remat, the units before hold their inputs alone. A step
-that leaves the old state alone holds at least 6 P, the old and the new. Inputs of the model are not counted: they are
-there before the step, and are the caller's. Whatever a kernel needs for itself comes on top, as do incoming gradients.
+with P floats of params, on n processes, in k microbatches. With remat, earlier units hold only their inputs. A step
+that does not overwrite the old state holds at least 6 P, the old and the new. Inputs of the model are not counted:
+they exist before the step and belong to the caller. A kernel's own workspace comes on top, as do incoming gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How many Python calls into Lumen one eager step makes: python -m benchmarks.calls
 
 A step of three Linears, plain and under `donate`, `fsdp` over two processes and `accumulate(2)`, is profiled with
-`sys.setprofile` after three steps that fill every cache. Calls of functions defined in lumen/ are counted, the
-files that they are in, and how often two calls in a row are in different files.
+`sys.setprofile` after three steps that fill every cache. The script counts calls of functions defined in lumen/, the
+files that they are in, and how often two consecutive calls are in different files.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a checkpoint costs: Lumen's store against torch.save and torch.distributed.checkpoint.
+"""The cost of a checkpoint: Lumen's store beside torch.save and torch.distributed.checkpoint.
 
 In each round every variant saves the same tree once, to the same disk, and the order rotates. "Blocked" is how long the
-call holds up the training loop, "total" until the checkpoint is complete; for the synchronous ones they are the same.
-Lumen's totals include a checksum of every file, and its restores verify them; Lumen and DCP sync their files to the
-disk, torch.save does not. "Fresh" is the first save of a store, which takes its host memory then. Restores read from
-the page cache; DCP reads into tensors made before. Two processes: see checkpoint_world.py.
+call blocks the training loop, "total" the time until the checkpoint is complete; for synchronous variants they are the
+same. Lumen's totals include a checksum of every file, and its restores verify them. Lumen and DCP sync their files to
+the disk, torch.save does not. "Fresh" is the first save of a store, which allocates its host memory. Restores read
+from the page cache; DCP reads into existing tensors. For two processes see checkpoint_world.py.
 
-To be expected on two cores of a server with a local disk, in seconds for 500 MB: Lumen blocked 0.05 to 0.1, total 0.4
-to 0.5, the first time 0.4 and 0.8; torch.save 0.3 to 0.4; DCP 0.45 to 0.7. Restores: Lumen 0.3, torch 0.1, DCP 0.2 to
+Expected on two cores of a server with a local disk, in seconds for 500 MB: Lumen blocked 0.05 to 0.1, total 0.4 to
+0.5, the first time 0.4 and 0.8; torch.save 0.3 to 0.4; DCP 0.45 to 0.7. Restores: Lumen 0.3, torch 0.1, DCP 0.2 to
 0.5.
 """
 

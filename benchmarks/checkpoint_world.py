@@ -1,8 +1,8 @@
-"""The part `checkpoint` for several processes: several processes save one state that is spread over them.
+"""The benchmark `checkpoint` on several processes, which save one state that is sharded over them.
 
-Each has its rows of every array, on the CPU. In each round every variant saves once and restores once, to and from the
-same disk, and the order rotates; all begin together, and the slowest process counts. DCP saves DTensors of the same
-parts; its restores fill tensors made before. Lumen sums and syncs every file; DCP syncs its files too.
+Each process has its rows of every array, on the CPU. In each round every variant saves once and restores once, to and
+from the same disk, and the order rotates. All processes begin together, and the slowest counts. DCP saves DTensors of
+the same shards and restores into existing tensors. Lumen checksums and syncs every file; DCP syncs its files too.
 """
 
 from __future__ import annotations

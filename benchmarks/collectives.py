@@ -1,10 +1,10 @@
-"""Counts what a process hands to collectives, and makes them as slow as a wire of so many bytes per second.
+"""Counts the bytes that a process passes to collectives, and emulates a network of limited bandwidth.
 
-Import it before whatever takes the functions of `torch.distributed` for itself. Bytes are those that a process sends in
-a ring. On an emulated wire a collective ends no earlier than these bytes would have passed, one collective after the
-other; waiting takes no processor, as with a network card, so whatever overlaps the wire with computing is seen to.
+Import it before any module that keeps a reference to functions of `torch.distributed`. Bytes are those that a process
+sends in a ring. On an emulated network a collective ends no earlier than these bytes would have been sent, one
+collective after the other. Waiting takes no processor time, as with a network card, so overlap with computation shows.
 
-What torch's DDP sends goes past Python: `hook` brings it through here.
+What torch's DDP sends does not pass through Python: `hook` routes it through this module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One step in this process, `python -m benchmarks.first_step KIND [LAYERS]`: what start.py times.
 
-Of the small MLP of tasks.py, or of the GPT with so many layers.
+The model is the small MLP of tasks.py, or the GPT with LAYERS layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The cost of a leaf: one step of a model of n small params, for n from 1 to 10,000.
 
 Each param has 16 entries and the loss is the mean of their squares, so a step is all bookkeeping: flattening trees,
-making leaves that require grad, collecting gradients, the optimizer's lists. The reference is a raw loop with torch's
-foreach AdamW.
+making leaves that require grad, collecting gradients, building the optimizer's lists. The reference is a raw loop with
+torch's foreach AdamW.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Peak memory of one optimizer step, as a ratio to a raw loop with fused AdamW, beside an analytic lower bound.
 
-Two models: an MLP whose state is large (110 MB of params and moments, batch 512), and a GPT whose activations are
-(38 MB of state, 140 MB of activations). Every variant runs in fresh processes. See peak.py for the two ways of
-measuring, and bound.py for the bound. To be expected of "allocated": donate at most 1.05 of the raw loop; the plain
+There are two models: an MLP with a large state (110 MB of params and moments, batch 512), and a GPT with large
+activations (38 MB of state, 140 MB of activations). Every variant runs in fresh processes. See peak.py for the two
+ways of measuring, and bound.py for the bound. Expected of "allocated": donate at most 1.05 of the raw loop; the plain
 step and compile alone about 1.6 for the MLP (they hold the old state and the new one).
 """
 

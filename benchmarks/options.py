@@ -1,4 +1,4 @@
-"""What a part of the suite is asked for."""
+"""The options of a benchmark."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 Two models are timed: an MLP whose step is mostly overhead (about 0.3 ms), and a small GPT whose step is mostly
 arithmetic (tens of ms). All variants run in one process, in interleaved rounds. Each timed section starts from the same
-fresh state, after warm-up steps and a garbage collection, next to a section of the raw loop; a ratio is the median over
-rounds of such pairs, and the range beside it the quartiles. The row of the raw loop itself is such a pair too, so it
-shows the noise of the measurement: expect 1.00, within 0.02 on a quiet machine.
+fresh state, after warm-up steps and a garbage collection, next to a section of the raw loop. A ratio is the median over
+rounds of such pairs, with the quartiles as its range. The row of the raw loop itself is such a pair too, so it shows
+the noise of the measurement: expect 1.00, within 0.02 on a quiet machine.
 
-A variant must also reach the loss of the raw loop after 16 steps. One whose package is missing (they come with the
-extra `[bench]`), or that fails, is listed with the reason.
+A variant must also reach the loss of the raw loop after 16 steps. A variant that fails, or whose package is missing
+(they come with the extra `[bench]`), is listed with the reason.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """The cost of a step on several processes: Lumen's ddp and fsdp beside torch's DistributedDataParallel and fully_shard.
 
-Every process has one thread, and all share this machine's cores, over Gloo. The variants take turns, round by round, so
-that what slows the machine slows all; a ratio is the median over rounds of the time beside that of torch's in the same
-round, with the quartiles. Its own second row compares two such loops of torch's, and shows the noise. The bytes are
-those that a process sends in a ring of collectives for a step, counted where torch is called. All train the same: the
-losses after the last step must agree.
+Every process has one thread, and all share this machine's cores, over Gloo. The variants are interleaved round by
+round, so that a slow machine slows all of them. A ratio is the median over rounds of the time relative to torch's in
+the same round, with the quartiles. A second row of torch compares two identical loops, and shows the noise. The bytes
+are those that a process sends in a ring of collectives for a step, counted where torch is called. All variants train
+the same model: their losses after the last step must agree.
 
-On an emulated wire (`--wire 50` for 50 MB/s, see collectives.py) collectives last as long as a network of that
-bandwidth makes them, without taking the processor: there overlap shows. The machine must be quiet: two processes leave
-two cores no time for others.
+On an emulated network (`--wire 50` for 50 MB/s, see collectives.py) collectives last as long as on a network of that
+bandwidth, without taking processor time, so overlap shows. The machine must be quiet: two processes occupy both cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Peak memory of a step on several processes: Lumen's ddp and fsdp beside torch's, each in a world of its own.
+"""Peak memory of a step on several processes: Lumen's ddp and fsdp beside torch's, each in a separate world.
 
-The model is a GPT whose params and two moments hold 100 MB. Measured is the peak of a process's resident memory over
-five steps (Linux's VmHWM, reset just before), less what was resident before the model was made; the largest of the
-processes. The allocator gives freed blocks back at once, so this is memory in use.
+The model is a GPT with 100 MB of params and two moments. The figure is the peak of a process's resident memory over
+five steps (Linux's VmHWM, reset just before), less what was resident before the model was made, and the maximum over
+the processes. The allocator returns freed blocks at once, so this is memory in use.
 """
 
 from __future__ import annotations

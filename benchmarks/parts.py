@@ -1,4 +1,4 @@
-"""The parts of the suite: a module each, with `measure(options)`, whose docstring says what it measures and how."""
+"""The benchmarks: one module each, with `measure(options)`, whose docstring says what it measures and how."""
 
 from __future__ import annotations
 

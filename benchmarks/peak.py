@@ -1,10 +1,10 @@
-"""The peak of a process's memory over some steps, in two ways.
+"""The peak of a process's memory over some steps, measured in two ways.
 
-- allocated: the most that torch's own allocator had handed out, from the profiler's memory events.
+- allocated: the maximum that torch's own allocator had handed out, from the profiler's memory events.
 - resident: the peak of the process's resident memory (Linux's VmHWM, reset just before), less what was resident before
-  the state was made. The allocator gives freed blocks back at once (`ENVIRONMENT`), so this is memory in use. What
-  compiling leaves behind is in the baseline, since the step has run once before; so are the grads that a donated
-  warm-up step leaves, by whose size the figure is low.
+  the state was made. The allocator returns freed blocks at once (`ENVIRONMENT`), so this is memory in use. The step has
+  run once before, so the baseline includes memory that compiling has allocated. It also includes the grads that a
+  donated warm-up step keeps; the figure is too low by their size.
 
 Both include params, moments, gradients and activations.
 """

@@ -1,9 +1,9 @@
-"""Strong and weak scaling of ddp and fsdp, torch's and Lumen's, on this machine and on an emulated wire.
+"""Strong and weak scaling of ddp and fsdp, torch's and Lumen's, on this machine and on an emulated network.
 
-Weak: each process has the same batch, whatever the number of processes; efficiency is the time of one process over that
-of n. Strong: they share one batch of 8 rows; efficiency is the speed-up over n. More processes than cores share these:
-the figure to look at is then Lumen's beside torch's, which the variants' taking turns makes comparable; that is the
-ratio. On an emulated wire (`--wire 50`, see collectives.py) bytes cost time as on a network.
+Weak: each process has the same batch size, whatever the number of processes; efficiency is the time of one process
+over that of n. Strong: they share one batch of 8 rows; efficiency is the speed-up over n. If there are more processes
+than cores, compare Lumen's figure with torch's: the variants are interleaved, so their ratio is meaningful. On an
+emulated network (`--wire 50`, see collectives.py) bytes cost time as on a real one.
 """
 
 from __future__ import annotations

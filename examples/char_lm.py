@@ -5,11 +5,11 @@
     torchrun --nproc-per-node=2 examples/char_lm.py --strategy fsdp
     torchrun --nproc-per-node=4 --max-restarts=2 examples/char_lm.py --strategy fsdp-tensor --checkpoint
 
-Strategies: ddp, fsdp, hsdp (copies of parts), tensor, and two of them at once. With --checkpoint the run goes on from
-where it was, also under another strategy and with another number of processes.
+Strategies: ddp, fsdp, hsdp (replicas of shards), tensor, and two of them combined. With --checkpoint the run resumes
+from its last checkpoint, also under another strategy and with another number of processes.
 
-Expected: the validation loss falls from 4.6 (log of the vocabulary) to about 2.1 nats per character in 800 steps, and
-the sample at the end has the shape of Python.
+Expected: the validation loss decreases from 4.6 (log of the vocabulary) to about 2.1 nats per character in 800 steps,
+and the sample at the end has the shape of Python.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@
     python examples/contrastive.py --accumulate 4 --logdir runs/contrastive_microbatches
     torchrun --nproc-per-node=2 examples/contrastive.py --logdir runs/contrastive_ddp
 
-Two views of an image (turned, sheared, shifted, a patch hidden) shall have alike features, two images unlike ones. The
-loss compares the rows of a batch with each other (NT-Xent; Chen et al., 2020). It is a function of the features of all
-rows (`lm.grad_cache`), which are gathered from all processes (`lm.all_gather`), so that microbatches and processes
-train on the loss of the whole batch.
+Two views of an image (rotated, sheared, shifted, with a patch masked) should have similar features, two images
+different ones. The loss compares the rows of a batch with each other (NT-Xent; Chen et al., 2020). It is a function of
+the features of all rows (`lm.grad_cache`), which are all-gathered (`lm.all_gather`). Microbatches and processes
+therefore train on the loss of the full batch.
 
 The probe is a logistic regression on few labeled images.
 
-Expected: the probe with 50 labels finds about 91% on the trained features, 87% on pixels, 84% on untrained features.
+Expected: the probe with 50 labels reaches about 91% on the trained features, 87% on pixels, 84% on untrained features.
 """
 
 from __future__ import annotations

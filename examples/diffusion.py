@@ -4,12 +4,12 @@
     python examples/diffusion.py --epochs 300 --logdir runs/diffusion_long
     torchrun --nproc-per-node=2 examples/diffusion.py --logdir runs/diffusion_ddp
 
-The net predicts the noise in an image, given how much there is, and which digit it is. Times and noise of each row come
-from an explicit key of (seed, step, row). Validation and sampling use the averaged params of `lm.ema`.
+The net predicts the noise in an image from the noise level and the digit. Times and noise of each row come from an
+explicit key of (seed, step, row). Validation and sampling use the averaged params of `lm.ema`.
 
-Samples are judged by a logistic regression that has seen real images only, and by the distance to the nearest of these.
+Samples are judged by a logistic regression trained only on real images, and by the distance to the nearest of these.
 
-Expected: 99% of the samples are read as the digit that was asked for (held-out images: 97%, noise: 11%); their distance
+Expected: 99% of the samples are classified as the requested digit (held-out images: 97%, noise: 11%). Their distance
 to the nearest training image is 2.7, that of held-out images 2.1, that of noise 7.6. One of each digit is printed.
 """
 

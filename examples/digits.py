@@ -4,9 +4,10 @@
     python examples/digits.py --epochs 40 --transforms compile ema --logdir runs/digits_ema
     torchrun --nproc-per-node=2 examples/digits.py --logdir runs/digits_ddp
 
-Under torchrun each batch is cut by rows over the processes; BatchNorm sees the rows of all. Expected: a validation
-accuracy of 0.98 or more. TensorBoard logs, a JSONL file, and the newest and the best checkpoint
-are left in --logdir. Started again in the same one, it goes on from there; another --logdir begins anew.
+Under torchrun the rows of each batch are sharded over the processes; BatchNorm sees the rows of all.
+
+Expected: a validation accuracy of 0.98 or more. TensorBoard logs, a JSONL file, and the newest and the best checkpoint
+are written to --logdir. Started again with the same --logdir, the run resumes; with another one it starts from scratch.
 """
 
 from __future__ import annotations

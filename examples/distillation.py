@@ -4,13 +4,13 @@
     python examples/distillation.py --labels 50 --logdir runs/distillation_50
     torchrun --nproc-per-node=2 examples/distillation.py --logdir runs/distillation_ddp
 
-The teacher's params are the average that `lm.ema` keeps of the student's (Tarvainen and Valpola, 2017), and the step
-reads them from the state. The teacher sees an image slightly turned and shifted; where it is sure, its answer is what
-the student shall say of the same image turned further and spoiled (Sohn et al., 2020). For comparison the same net is
-first trained on the labels alone.
+The teacher's params are the moving average of the student's that `lm.ema` keeps (Tarvainen and Valpola, 2017), and the
+step reads them from the state. The teacher sees an image slightly rotated and shifted. If it is confident, its answer
+is the student's target for the same image after stronger rotation and noise (Sohn et al., 2020). For comparison the
+same net is first trained on the labels alone.
 
-Expected: 84% of held-out digits are recognized, and 75% by the net that saw the labels alone. With so few labels much
-depends on which they are: --seed 1 gains one point only, 77% against 76%.
+Expected: 84% of held-out digits are recognized, against 75% by the net trained on the labels alone. With so few labels
+the result depends on which they are: --seed 1 gains only one point, 77% against 76%.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Train on scikit-learn's handwritten digits with differential privacy, and say what was spent.
+"""Train on scikit-learn's handwritten digits with differential privacy, and report the privacy spent.
 
     python examples/dp_sgd.py                 # about 10 seconds on 2 cores; needs lumen-torch[dp-sgd]
     python examples/dp_sgd.py --noise 4 --steps 400 --logdir runs/dp_sgd_4
 
-DP-SGD (Abadi et al., 2016) is one transform, `lm.dp_sgd`, round the step that trains without privacy, too. Batches are
-drawn as its accountant assumes: each row is in a batch with the same probability (Poisson sampling), so that batches
-differ in size. The draws are a function of the seed and the batch's number, so a run that goes on draws the same.
+DP-SGD (Abadi et al., 2016) is one transform, `lm.dp_sgd`, around the same step that trains without privacy. Batches
+are drawn as its accountant assumes: each row is in a batch with the same probability (Poisson sampling), so batches
+differ in size. The draws are a function of the seed and the index of the batch, so a resumed run draws the same.
 
 Expected: 95% of held-out images are recognized at an epsilon of 5.3 (delta 1e-4), and 97% without privacy.
 """

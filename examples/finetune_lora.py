@@ -3,13 +3,15 @@
     python examples/finetune_lora.py                    # a few minutes on 2 cores
     python examples/finetune_lora.py --rank 16 --targets "*.q_proj" "*.k_proj" "*.v_proj" "*.o_proj"
 
-Nothing is downloaded: a Llama made from its configuration first learns the sources of some modules of Python, and is
-saved as a directory that transformers reads, which stands for what one takes from the hub. Then its weights stay, and
-adapters of a few percent of their size learn English: the Zen, and what `help()` knows. The newest checkpoint in
---logdir holds the adapters alone; --logdir/tuned is a directory for `AutoModelForCausalLM.from_pretrained`, with the
-adapters merged into the weights. Needs `pip install "lumen-torch[hf,examples]"`.
+Nothing is downloaded. A Llama built from its configuration first learns the sources of some Python modules, and is
+saved as a directory that transformers reads, in place of a pretrained model from the hub. Then its weights are frozen,
+and adapters of a few percent of their size learn English: the Zen of Python, and the topics of `help()`. The newest
+checkpoint in --logdir contains only the adapters; --logdir/tuned is a directory for
+`AutoModelForCausalLM.from_pretrained`, with the adapters merged into the weights. Needs
+`pip install "lumen-torch[hf,examples]"`.
 
-Expected: on the second text, the held-out loss falls from about 2.45 to 2.20 nats per byte, with the adapters alone.
+Expected: on the second text, the held-out loss decreases from about 2.45 to 2.20 nats per byte, with the adapters
+alone.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     torchrun --nproc-per-node=2 examples/gan.py --logdir runs/gan_ddp
 
 The state is a dataclass of two `TrainState`s. The step updates the discriminator, then the generator against the new
-one; Runner, checkpoints, `donate` and `ddp` take it as they take any other. The losses are non-saturating, with a
-penalty on the discriminator's slope at real points (R1; Mescheder et al., 2018), which is differentiated a second time.
+discriminator. Runner, checkpoints, `donate` and `ddp` treat this state like any other. The losses are non-saturating,
+with a penalty on the discriminator's slope at real points (R1; Mescheder et al., 2018), which is differentiated a
+second time.
 
 Expected: all 8 Gaussians are reached, and 85% of the points lie within four standard deviations of one.
 """

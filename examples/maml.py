@@ -5,11 +5,11 @@
     torchrun --nproc-per-node=2 examples/maml.py --logdir runs/maml_ddp
 
 Each row of a batch is a task (Finn et al., 2017): a sine with its own amplitude and phase, points to adapt to, and
-others to be judged by. The outer gradient goes through the inner one: one `lm.value_and_grad` inside another's loss.
-The baseline is the same net trained without adapting, then adapted in the same way.
+other points for evaluation. The outer gradient passes through the inner one: one `lm.value_and_grad` is inside
+another's loss. The baseline is the same net trained without adaptation, then adapted in the same way.
 
-Expected: after one gradient step on ten points of a new sine the error at other points is 0.9, where the baseline's is
-3.1; after five, 0.5 against 2.2.
+Expected: after one gradient step on ten points of a new sine the error at other points is 0.9, against 3.1 for the
+baseline; after five steps, 0.5 against 2.2.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""Choose how to spread a GPT over 1,024 devices, without any of them.
+"""Choose how to distribute a GPT over 1,024 devices, without any of them.
 
     python examples/planner.py                # about a minute
     python examples/planner.py --layers 32 --width 4096 --rows 4 --device h200
     lumen plan examples/planner.py:make --mesh shard=64,data=16 --device h100
 
-Each strategy is planned by `lm.plan`: the step, with its transforms, runs on tensors without values in a world of which
-only this process exists, and all that it would hold, send and compute is counted. The last command shows one plan.
+`lm.plan` plans each strategy. The step, with its transforms, runs on tensors without values in a world of which only
+this process exists, and everything that it would allocate, send and compute is counted. The last command shows one
+plan.
 
-Expected: for a GPT of 7.9 billion params on H100s, ddp would hold 119 GiB and does not fit; nor does spreading the
-optimizer's state alone. With params and gradients spread as well it is 6 GiB; parts over 64 devices, held 16 times, are
-the fastest that fit: 1.3 to 1.5 seconds a step, 2.8 million tokens a second. This is about steps: a job must also make
-its state in parts, from a module on the meta device or a checkpoint, since the whole would not fit either.
+Expected: for a GPT of 7.9 billion params on H100s, ddp would take 119 GiB and does not fit; nor does sharding only the
+optimizer state. With sharded params and gradients it is 6 GiB. Shards over 64 devices, replicated 16 times, are the
+fastest that fit: 1.3 to 1.5 seconds a step, 2.8 million tokens a second. These figures are about steps. A job must
+also initialize its state in shards, from a module on the meta device or a checkpoint, because the full state would not
+fit either.
 """
 
 from __future__ import annotations

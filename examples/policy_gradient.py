@@ -4,12 +4,13 @@
     python examples/policy_gradient.py --carts 256 --updates 200 --logdir runs/policy_gradient_256
     torchrun --nproc-per-node=2 examples/policy_gradient.py --logdir runs/policy_gradient_ddp
 
-A batch is nothing but a seed for each cart; the step plays the episodes itself, by explicit keys, so it stays a pure
-function, and a batch cut into parts plays the same episodes. An episode ends when the pole leans by 12 degrees or the
-cart is 2.4 m off, at the latest after 200 moves, which is the best return there is. The baseline is a second net.
+A batch is only a seed for each cart. The step plays the episodes itself, with explicit keys, so it stays a pure
+function, and a batch split into microbatches plays the same episodes. An episode ends when the pole leans by 12 degrees
+or the cart is 2.4 m off, at the latest after 200 moves, which is the best possible return. The baseline is a second
+net.
 
-Expected: a return of 200, the best there is, for the likelier push at each move, and 15 before training; 25 updates
-are mostly enough. Episodes in training, where pushes are drawn at random, come to about 190.
+Expected: a return of 200, the best possible, for the likelier push at each move, and 15 before training; 25 updates
+are usually enough. Episodes in training, where pushes are drawn at random, reach about 190.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""A training job that may be ended at any moment, and goes on as if nothing had happened.
+"""A training job that can be killed at any moment and resumes exactly.
 
     python examples/resume.py            # about 30 seconds on 2 cores; press Ctrl-C, or kill -9 it
-    python examples/resume.py            # … and start it again: it goes on from the newest checkpoint
-    python examples/resume.py --prove    # does that by itself, in about half a minute
+    python examples/resume.py            # … and start it again: it resumes from the newest checkpoint
+    python examples/resume.py --prove    # does this automatically, in about half a minute
 
-The job is a small convolutional net on scikit-learn's handwritten digits, with what makes exact resumption hard: random
-shifts drawn in worker processes, dropout, averaged params, a learning rate that falls on a plateau, early stopping.
+The job is a small convolutional net on scikit-learn's handwritten digits, with everything that makes exact resumption
+hard: random shifts drawn in worker processes, dropout, averaged params, a learning rate that is reduced on a plateau,
+early stopping.
 
-Expected: a validation accuracy of 0.98 or more, however often it was interrupted. In --rundir are checkpoints,
+Expected: a validation accuracy of 0.98 or more, however often the job was interrupted. --rundir contains checkpoints,
 TensorBoard logs, a JSONL file, and the best params as a safetensors file. `--prove` runs a short job of 6 epochs once
-through, and once with three SIGKILLs and a SIGTERM at random moments; it ends with a table of where each process began
-and ended, and finds the last checkpoints and all logged numbers equal, bit for bit.
+without interruption, and once with three SIGKILLs and a SIGTERM at random moments. It ends with a table of where each
+process began and ended, and checks that the last checkpoints and all logged numbers are equal, bit for bit.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python examples/vae.py --latent 2 --epochs 60 --logdir runs/vae_2d
     torchrun --nproc-per-node=2 examples/vae.py --logdir runs/vae_ddp
 
-A pixel is Binomial(16, p), so the ELBO bounds the log-likelihood of the images as they are. The noise of each row comes
-from an explicit key of (seed, step, row): whatever cuts the batch into parts, each row gets the same noise.
+A pixel is Binomial(16, p), so the ELBO bounds the log-likelihood of the original images. The noise of each row comes
+from an explicit key of (seed, step, row), so each row gets the same noise however the batch is split.
 
 Expected: on held-out images an ELBO of about -1.68 nats per pixel, where the mean image has a log-likelihood of -3.98,
 and a squared error of reconstructions of 0.015 against 0.074; at the end four digits drawn from the prior.

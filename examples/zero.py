@@ -1,12 +1,12 @@
-"""Train on scikit-learn's handwritten digits under a DeepSpeed engine: ZeRO by DeepSpeed's own configuration.
+"""Train on scikit-learn's handwritten digits under a DeepSpeed engine, with ZeRO set up by DeepSpeed's configuration.
 
     python examples/zero.py                                            # alone, about 20 seconds on 2 cores
     torchrun --nproc-per-node=2 examples/zero.py --stage 3
     torchrun --nproc-per-node=2 examples/zero.py --stage 1 --bf16 --accumulate 2
 
-Lumen's transforms become DeepSpeed's keys (see the configuration that it prints), the optimizer stays the state's own,
-and the checkpoints are plain ones: a run under stage 3 on two processes goes on in one, under stage 1 or without
-DeepSpeed. Needs `pip install "lumen-torch[deepspeed,examples]"`.
+Lumen's transforms become DeepSpeed's keys (see the printed configuration), and the optimizer remains the state's own.
+The checkpoints are plain ones: a run under stage 3 on two processes can resume in one process, under stage 1 or
+without DeepSpeed. Needs `pip install "lumen-torch[deepspeed,examples]"`.
 
 Expected: a validation accuracy of 0.97 or more, the same for every stage and number of processes.
 """

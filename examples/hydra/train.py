@@ -1,4 +1,4 @@
-"""Train on scikit-learn's handwritten digits, with everything chosen and set in composable YAML files, by Hydra.
+"""Train on scikit-learn's handwritten digits, with every choice and setting in composable YAML files, by Hydra.
 
     python examples/hydra/train.py                                    # about 20 seconds on 2 cores
     python examples/hydra/train.py optimizer=lion transforms=mixed strategy=fsdp
@@ -6,15 +6,15 @@
     python examples/hydra/train.py --multirun model=mlp,convnet optimizer=adamw,lion steps=200
     torchrun --nproc-per-node=2 examples/hydra/train.py strategy=fsdp
 
-`conf/` has a folder for each choice, and a file for each thing to choose: `model`, `optimizer`, `transforms`,
-`strategy`. A file names what it makes (`_target_: lumen.optim.adamw`) and with which arguments, so that Lumen needs no
-configuration of its own: what the file names is called, and the script gets the object. `--multirun` runs every
-combination, one after another; `--help` lists what can be set, `--cfg job` shows what would run.
+`conf/` has a folder for each choice, with a file for each alternative: `model`, `optimizer`, `transforms`, `strategy`.
+A file names what it builds (`_target_: lumen.optim.adamw`) and the arguments, so Lumen needs no configuration system:
+Hydra calls the target, and the script gets the object. `--multirun` runs every combination, one after another;
+`--help` lists the settings, `--cfg job` shows the configuration of a run.
 
-Expected: a validation accuracy of 0.97 or more. In runs/hydra/MODEL-OPTIMIZER-TRANSFORMS-STRATEGY, which `rundir=…`
-changes, are the composed configuration (.hydra/config.yaml), TensorBoard logs, a JSONL file and checkpoints. Started
-again with the same choices, a run goes on from there. A sweep leaves a folder for each of its runs in
-runs/hydra/sweep, by what differs. Needs `pip install "lumen-torch[examples,hydra]"`.
+Expected: a validation accuracy of 0.97 or more. The directory runs/hydra/MODEL-OPTIMIZER-TRANSFORMS-STRATEGY, which
+`rundir=…` changes, contains the composed configuration (.hydra/config.yaml), TensorBoard logs, a JSONL file and
+checkpoints. Started again with the same choices, a run resumes. A sweep leaves a folder for each of its runs in
+runs/hydra/sweep, named by what differs. Needs `pip install "lumen-torch[examples,hydra]"`.
 """
 
 from __future__ import annotations
