@@ -1,11 +1,11 @@
-"""Has Lumen become slower, or larger? The ratios of a report beside those of the committed one.
+"""Has Lumen become slower, or larger? Compares the ratios of a report with the committed ones.
 
-A ratio is worse where it lies beyond the baseline's by more than the sum of both interquartile ranges, and by more
-than `FLOOR`: the noise of either run widens what it is allowed, and a figure without noise, as that of memory, may
-still move a little. All in parts of the ratio itself, so that 0.5 and 5 are judged alike. The reference of a case
-shares the machine, the minute and the noise with what is compared to it, so ratios carry over from one machine to
-another as far as such figures do; times do not, and are not compared. Only Lumen's rows are: another library's are not
-ours to mend.
+A ratio counts as worse if it lies beyond the baseline's by more than the sum of both interquartile ranges, and by more
+than `FLOOR`. The noise of either run thus widens the tolerance, and a figure without noise, such as memory, may still
+change a little. All differences are relative to the ratio, so that 0.5 and 5 are treated alike. The reference of a
+case shares the machine, the minute and the noise with the variants compared to it, so ratios are comparable between
+machines to some extent. Times are not, and are not compared. Only Lumen's rows are compared, not those of other
+libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the suite prints and writes: a table for each part, one JSON, and the same tables for a page."""
+"""What the suite prints and writes: a table for each benchmark, one JSON file, and the same tables for a page."""
 
 from __future__ import annotations
 

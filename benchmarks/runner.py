@@ -1,11 +1,11 @@
-"""What the Runner adds to a step, beside the user's own loop over the same step.
+"""What the Runner adds to a step, beside a handwritten loop over the same step.
 
-The step does next to nothing, so that what is left is the loop. The user's loop keeps the metrics and writes their
-means as a line of JSON each 50 steps, as the Runner does into its JSONL sink. The Runner is timed from its first to its
-last step, without what it does once at the beginning and the end. The metric "added" is the median over rounds of the
-difference to the own loop.
+The step does next to nothing, so only the loop is measured. The handwritten loop keeps the metrics and writes their
+means as a line of JSON every 50 steps, as the Runner does with its JSONL sink. The Runner is timed from its first to
+its last step, without its work at the beginning and the end. The metric "added" is the median over rounds of the
+difference to the handwritten loop.
 
-To be expected on two cores of a server: 2 to 6 µs more than the loop that logs, whatever the step costs itself.
+Expected on two cores of a server: 2 to 6 µs more than the loop that logs, whatever the step itself costs.
 """
 
 from __future__ import annotations

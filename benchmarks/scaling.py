@@ -1,9 +1,9 @@
-"""How the cost of a step grows: with params, layers, the batch, and microbatches; beside a raw loop that grows as much.
+"""How the cost of a step grows with params, layers, batch and microbatches, beside a raw loop of the same size.
 
-MLPs of linear layers with ReLU, batch 32 where nothing else is said. "Params" widens two hidden layers, "layers" stacks
-layers of width 64, "batch" gives more rows to width 128, and "microbatches" cuts a batch of 64 rows in k parts, whose
-gradients the raw loop adds by k backward passes. Ratios that stay level say that Lumen's own cost is a fixed part of
-the step; ratios that fall, that it is a fixed time. Ranks and leaves are parts of their own.
+MLPs of linear layers with ReLU, batch 32 unless stated otherwise. "Params" widens two hidden layers, "layers" stacks
+layers of width 64, "batch" gives more rows to width 128, and "microbatches" splits a batch of 64 rows into k, whose
+gradients the raw loop adds by k backward passes. Level ratios mean that Lumen's own cost is a fixed fraction of the
+step; decreasing ratios mean that it is a fixed time. Ranks and leaves are separate benchmarks.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Start-up: what `import lumen` takes beyond `import torch`, and how long a process takes to its first step.
 
-All in fresh processes, which alternate; the first of each kind fills the file cache and is left out. "Import" is taken
-inside the process, "first step" from the start of the process until one step of the small MLP of tasks.py is done: by
-a raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and as the cold process left it
-("warm"). The raw loop compiles the model, Lumen the whole step with its update, or each kind of block once. To be
-expected: the import at most 0.3 s beyond torch's, and none of the heavy packages, which load on first use.
+All runs are in fresh processes, which alternate; the first of each kind fills the file cache and is not counted.
+"Import" is measured inside the process. "First step" is the time from the start of the process to the end of one step
+of the small MLP of tasks.py: by a raw loop and by Lumen, eager and compiled, with Inductor's cache empty ("cold") and
+as the cold process left it ("warm"). The raw loop compiles the model, Lumen the whole step with its update, or each
+kind of block once. Expected: the import takes at most 0.3 s beyond torch's, and loads none of the heavy packages, which
+are imported on first use.
 """
 
 from __future__ import annotations

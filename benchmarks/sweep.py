@@ -1,8 +1,8 @@
 """Many runs of a small model: side by side in one process, by lm.ensemble, beside one after the other.
 
 32 MLPs, each from its own seed, learn from the same batches. The reference is a raw loop that trains one model after
-the other with fused AdamW; "2 processes" are two processes of one thread, started before the clock, which share the
-models out. The unit is an optimizer step of one run; the ratio is one of throughputs, so 5 means five times the runs in
+the other with fused AdamW. "2 processes" are two processes of one thread, started before the clock, which share the
+models. The unit is an optimizer step of one run. The ratio is one of throughputs, so 5 means five times the runs in
 the same time. After the same number of steps each lane must have the loss of its own raw loop.
 """
 
