@@ -25,6 +25,7 @@ PAGES = (
 )
 TRANSFORMS = sorted(page.stem for page in (DOCS / "transforms").glob("*.md"))
 LAW = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+SOURCE = re.compile(r"\b((?:lumen|checkpoint|core|optim|parallel|planner|train|transforms)/[a-z0-9_/]+\.py)\b")
 
 
 @pytest.mark.timeout(240)
@@ -81,6 +82,14 @@ def test_migration_gives_what_other_libraries_give(tmp_path: Path, monkeypatch: 
 )
 def test_what_counts_as_printing_what_the_page_says(found: str, same: bool) -> None:
     assert alike(found, "step 2  0.2s  loss 0.50  steps/s 1200.5") == same
+
+
+@pytest.mark.parametrize("page", ["architecture", "design", "compatibility", "testing"])
+def test_source_files_that_a_page_names_exist(page: str) -> None:
+    named = set(SOURCE.findall((DOCS / f"{page}.md").read_text()))
+    assert named
+    missing = [file for file in sorted(named) if not (DOCS.parent / "lumen" / file.removeprefix("lumen/")).is_file()]
+    assert missing == []
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
