@@ -30,7 +30,7 @@ from benchmarks.parts import PARTS, about, measured
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts that were asked for; the exit code."""
+    """Run the selected benchmarks; returns the exit code."""
     asked = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if asked.list:
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def judged(console: Console, found: dict[str, Any], asked: argparse.Namespace) -> bool:
-    """Compare with the baseline, or make it one; whether anything is worse."""
+    """Compare with the baseline, or write a new one; returns whether anything is worse."""
     baseline = regression.load(asked.baseline)
     if asked.write_baseline:
         report.write(asked.baseline, regression.merged(baseline, found))
@@ -89,19 +89,19 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--list", action="store_true", help="say what each part measures")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and what they measure")
     parser.add_argument("--quick", action="store_true", help="few rounds and small cases, a few minutes in all")
     parser.add_argument("--cases", nargs="+", default=(), metavar="GLOB", help="only these cases")
     parser.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="only these variants, and the reference")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (each part has its own number)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (each benchmark has its own default)")
     parser.add_argument("--threads", type=int, default=2, help="and cores, of one process (2)")
     parser.add_argument("--worlds", type=int, nargs="+", default=(), metavar="N", help="numbers of processes")
-    parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a wire between processes (parallel, ranks)")
-    parser.add_argument("--directory", type=Path, help="on the disk that checkpoints are written to (a temporary one)")
+    parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a network of this speed (parallel, ranks)")
+    parser.add_argument("--directory", type=Path, help="a directory on the disk for checkpoints (a temporary one)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="(runs/bench)")
     parser.add_argument("--baseline", type=Path, default=regression.BASELINE, metavar="PATH")
-    parser.add_argument("--write-baseline", action="store_true", help="the parts that ran become the baseline's")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where a ratio is worse than the baseline")
+    parser.add_argument("--write-baseline", action="store_true", help="save the results as the new baseline")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a ratio is worse than the baseline")
     parser.add_argument("--markdown", type=Path, metavar="REPORT", help="print the tables of a report, measure nothing")
     asked = parser.parse_args(arguments)
     unknown = [part for part in asked.parts if part not in PARTS]
@@ -113,7 +113,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def options_of(asked: argparse.Namespace) -> Options:
-    """What of the command line concerns a part."""
+    """The options of one benchmark."""
     return Options(
         quick=asked.quick,
         rounds=asked.rounds,

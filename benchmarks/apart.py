@@ -18,7 +18,7 @@ class ApartError(RuntimeError):
 
 
 def apart(call: Callable[..., T], *args: Any, environment: Mapping[str, str] | None = None) -> T:
-    """What `call(*args)` returns in a process of its own, which starts with `environment` added to this one's."""
+    """The result of `call(*args)` in a fresh process, which has `environment` in addition to this one's."""
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     with _added(environment or {}):

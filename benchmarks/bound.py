@@ -25,7 +25,7 @@ FLOAT = 4  # bytes
 
 
 class Unit(NamedTuple):
-    """Floats of a layer: its params, what it keeps for the backward pass, and its input, which is part of that."""
+    """Floats of a layer: its params, what it saves for the backward pass, and its input, which is included in that."""
 
     params: int
     kept: int

@@ -33,7 +33,7 @@ METRICS = ("blocked", "total", "restore")
 
 
 def measure(options: Options) -> list[Row]:
-    """One process, and several together."""
+    """One process, and several processes."""
     rows: list[Row] = []
     megabytes = options.pick(500, 48)
     for size in options.worlds or (1, 2):
@@ -76,10 +76,10 @@ def _of(case: str, metric: str, times: dict[str, list[float]]) -> list[Row]:
 
 
 def measured(tree: Tree, root: Path, rounds: int) -> dict[str, list[tuple[float, float, float]]]:
-    """Seconds of each variant: blocked, total, and of a restore, 0 where it has none. One round is warm-up."""
+    """Seconds of each variant: blocked, total, and restore (0 if it has none). One round is warm-up."""
     times: dict[str, list[tuple[float, float, float]]] = {label: [] for label in VARIANTS}
     with lm.checkpoint.Store(root / "store", keep=None) as store:
-        store.save(0, tree)  # takes the host memory
+        store.save(0, tree)  # allocates the host memory
         store.wait()
         for index in range(rounds + 1):
             for at, label in enumerate(timing.rotated(VARIANTS, index)):
@@ -130,7 +130,7 @@ def torch_dcp(tree: Tree, path: Path, *_: object) -> tuple[Timed, Callable[[], o
 
 
 def synchronous(save: Callable[[], object]) -> Timed:
-    """How long a call takes, twice."""
+    """The time of a call, as blocked and as total."""
     took = timing.seconds(save)
     return took, took
 

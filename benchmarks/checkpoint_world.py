@@ -56,12 +56,12 @@ def run(rank: int, size: int, port: int, megabytes: int, arrays: int, rounds: in
     warnings.filterwarnings("ignore")
     mesh = lm.mesh(shard=-1, device="cpu")
     step = lm.fsdp(mesh)(lambda state, batch: (state, {}))
-    rows = megabytes * 10**6 // 4 // arrays // 1024 // size * size  # DTensor.from_local takes equal parts for granted
+    rows = megabytes * 10**6 // 4 // arrays // 1024 // size * size  # DTensor.from_local assumes equal shards
     net = torch.nn.ModuleList([torch.nn.Linear(1024, rows, bias=False) for _ in range(arrays)])
     state = step.init(lm.TrainState.create(net, lm.optim.sgd(0.1)))
     times: Times = {name: [] for name in VARIANTS}
     with lm.checkpoint.Store(root / "store", keep=None).open(step) as store:
-        store.save(0, state)  # takes the host memory
+        store.save(0, state)  # allocates the host memory
         store.wait()
         for index in range(rounds + 1):
             for at, name in enumerate(timing.rotated(VARIANTS, index)):

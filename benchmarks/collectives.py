@@ -39,7 +39,7 @@ class Wire:
         self._free = 0.0
 
     def carries(self, kind: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Make the call `kind` of torch, counted and slowed down."""
+        """Call the collective `kind` of torch, counted and slowed down."""
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         whole = max(t.nbytes for t in tensors)
         size = dist.get_world_size(kwargs.get("group"))
@@ -55,7 +55,7 @@ class Wire:
 
     @property
     def bytes(self) -> int:
-        """All that has been counted."""
+        """The sum of all counted bytes."""
         return sum(size for _, size in self.sent.values())
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ class Wire:
 
 
 class Slow(dist.Work):
-    """A collective that ends when the wire has carried it."""
+    """A collective that ends when the emulated network has sent it."""
 
     def __init__(self, work: Any, ready: float, value: Any) -> None:
         super().__init__()
@@ -86,24 +86,24 @@ class Slow(dist.Work):
         self._future.set_result(self._value)
 
     def wait(self, timeout: Any = None) -> bool:
-        """Until it has."""
+        """Wait until it has been sent."""
         self._future.wait()
         return True
 
     def is_completed(self) -> bool:
-        """Whether it has."""
+        """Whether it has been sent."""
         return bool(self._future.done())
 
     def get_future(self) -> Any:
-        """The tensors, when it has."""
+        """The tensors, once it has been sent."""
         return self._future
 
 
 WIRE = Wire()
 
 
-def hook(size, bucket):  # torch reads annotations, and takes no text for one
-    """For `DistributedDataParallel.register_comm_hook`: the mean of a bucket, through this wire."""
+def hook(size, bucket):  # torch reads annotations, and does not accept strings
+    """For `DistributedDataParallel.register_comm_hook`: the mean of a bucket, through this network."""
     flat = bucket.buffer().div_(size)
     work = dist.all_reduce(flat, async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future()

@@ -13,7 +13,7 @@ from benchmarks.tasks import GPT, LEARNING_RATE, WEIGHT_DECAY, loss_of, mlp
 
 
 def main(kind: str, layers: int = 0) -> None:
-    """A raw loop's, or Lumen's under the transforms that `kind` names."""
+    """One step of a raw loop, or of Lumen under the transforms that `kind` names."""
     torch.manual_seed(0)
     net = GPT(layers=layers) if layers else mlp(784, 128, 128, 10)
     text = torch.randint(0, 128, (8, 65))

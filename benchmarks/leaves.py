@@ -20,11 +20,11 @@ from benchmarks.rows import Row, timed
 
 WIDTH = 16
 SECONDS = 0.5  # of a timed section
-Loop = Callable[[int], float]  # trains for so many steps: the last loss
+Loop = Callable[[int], float]  # trains for n steps; returns the last loss
 
 
 class Leaves(torch.nn.Module):
-    """n params, all of which the loss uses alike."""
+    """n params, all of which the loss uses equally."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Leaves(torch.nn.Module):
 
 
 def raw(count: int, **kind: bool) -> Loop:
-    """The loop that one writes without any library."""
+    """A handwritten loop without any library."""
     net, target = Leaves(count), torch.ones(1, WIDTH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, **kind)
 

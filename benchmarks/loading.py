@@ -25,7 +25,7 @@ TORCH, LUMEN = "torch DataLoader", "Lumen: Loader"
 
 
 class Ready(Dataset[Any]):
-    """Samples that are there."""
+    """Ready samples."""
 
     def __init__(self, rows: int) -> None:
         self.x, self.y = columns(rows)
@@ -38,7 +38,7 @@ class Ready(Dataset[Any]):
 
 
 class Worked(Ready):
-    """Samples that Python works for."""
+    """Samples that Python computes."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         total = 0

@@ -24,29 +24,29 @@ from benchmarks.rows import Row
 PROCESSES = 2  # under fsdp
 PARTS = 4  # microbatches
 METHODS = {"allocated": peak.allocated, "resident": peak.grown}
-Start = Callable[[], Callable[[Any], None]]  # makes a state, and gives what moves it by one step
+Start = Callable[[], Callable[[Any], None]]  # makes a state, and returns a function that runs one step
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model with its batch; `units` are what its bound is reckoned from."""
+    """A model with its batch; its bound is computed from `units`."""
 
     net: Callable[[], nn.Module]
     batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     units: list[bound.Unit]
-    blocks: str | None = None  # what remat computes again
+    blocks: str | None = None  # recomputed by remat
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: by a raw loop, or by Lumen's transforms of these names; `least` are the bound's terms."""
+    """A variant of training: a raw loop, or Lumen's transforms of these names; `least` are the bound's terms."""
 
     transforms: tuple[str, ...] | None = None
     least: dict[str, Any] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:
-        """How many it takes."""
+        """The number of processes."""
         return self.least.get("processes", 1)
 
 
@@ -89,7 +89,7 @@ VARIANTS = {
 
 
 def measure(options: Options) -> list[Row]:
-    """Each model and variant, in both ways; a quick look takes one, the GPT, one process, and compiles nothing."""
+    """Each model and variant, measured in both ways; `--quick` measures one way, the GPT, one process, uncompiled."""
     os.environ.update(peak.ENVIRONMENT)
     rows = []
     for method in options.pick(tuple(METHODS), ("allocated",)):
@@ -132,7 +132,7 @@ def alone(case: str, label: str, method: str, threads: int) -> int:
 
 
 def in_world(case: str, label: str, method: str) -> int:
-    """The same in a world; each process has its part of the batch."""
+    """The same on several processes; each has its shard of the batch."""
     torch.manual_seed(0)
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     parts = [each.tensor_split(size)[rank].clone() for each in MODELS[case].batch()]
@@ -142,7 +142,7 @@ def in_world(case: str, label: str, method: str) -> int:
 
 
 def trainer(case: str, variant: Variant) -> Start:
-    """How to train so."""
+    """The training function of a variant."""
     if variant.transforms is None:
         return lambda: raw(MODELS[case], **variant.least)
     return _lumen(MODELS[case], variant.transforms)
@@ -171,7 +171,7 @@ def _lumen(model: Model, names: tuple[str, ...]) -> Start:
 
 
 def raw(model: Model, *, microbatches: int = 1, remat: bool = False, processes: int = 1) -> Callable[[Any], None]:
-    """The loop to compare with, as one writes it in plain PyTorch."""
+    """The reference: a handwritten loop in plain PyTorch."""
     net = model.net()
     if remat:
         _checkpointed(net)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """The command line's wishes, the same for every part; a part looks at those that concern it."""
+    """The options of the command line, the same for every benchmark; each reads those that it needs."""
 
     quick: bool = False
     rounds: int | None = None
@@ -25,15 +25,15 @@ class Options:
     directory: Path | None = None
 
     def pick(self, full: T, quick: T) -> T:
-        """The one or the other, by what was asked for."""
+        """One value for `--quick`, the other otherwise."""
         return quick if self.quick else full
 
     def times(self, full: int, quick: int = 3) -> int:
-        """How many rounds."""
+        """The number of rounds."""
         return self.rounds or self.pick(full, quick)
 
     def sizes(self, *full: int, quick: int = 2) -> tuple[int, ...]:
-        """How many processes, each in its turn."""
+        """The numbers of processes to measure, one after the other."""
         return self.worlds or self.pick(full, (quick,))
 
     def wants(self, case: str) -> bool:
@@ -41,7 +41,7 @@ class Options:
         return _matches(case, self.cases)
 
     def chosen(self, variants: dict[str, T], base: str) -> dict[str, T]:
-        """Those of `variants` that are to be measured, with the one that they are compared with."""
+        """The selected `variants`, with their reference."""
         return {label: each for label, each in variants.items() if label == base or _matches(label, self.only)}
 
 
@@ -50,6 +50,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def progress(text: str) -> None:
-    """Say what is being measured, on a terminal and in place of what was said before."""
+    """Show what is being measured: on a terminal, replacing the previous line."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

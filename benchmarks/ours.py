@@ -57,7 +57,7 @@ def called(*transforms: Callable[[], Any]) -> Callable[[Task], Measure]:
 
 
 def unrolled(stacked_before: bool) -> Callable[[Task], Measure]:
-    """Eight steps in each call; its batches are stacked before the timed section, or in it."""
+    """Eight steps in each call; the batches are stacked before the timed section, or in it."""
 
     def groups(batches: list[Batch]) -> list[Any]:
         return [batches[i : i + UNROLLED] for i in range(0, len(batches), UNROLLED)]

@@ -21,7 +21,7 @@ COMPILES = (*COMPILES_LONG, "raw-compile", "lumen-compile-donate")
 
 
 def measure(options: Options) -> list[Row]:
-    """Both models, every variant."""
+    """Both models, with every variant."""
     rows = []
     for name in ("mlp", "gpt"):
         if not options.wants(name):

@@ -38,7 +38,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def measured(case: str, model: str, strategy: str, rounds: int, steps: int) -> list[Row]:
-    """Two rows for each variant, of time by this process's clock and of bytes."""
+    """Two rows for each variant: the time by this process's clock, and the bytes."""
     task, variants = tasks.make(model), spread.STRATEGIES[strategy]
     base = next(iter(variants))
     data = spread.batches_of(task, steps)
@@ -62,6 +62,6 @@ def measured(case: str, model: str, strategy: str, rounds: int, steps: int) -> l
         raise AssertionError(f"the last loss of {base} is {wanted}, but that of {far}")
     rows = timed("parallel", case, times, base, unit="ms")
     for label, count in sent.items():
-        if count:  # not collectives of a compiled graph, which nobody calls from Python
+        if count:  # collectives of a compiled graph are not called from Python
             rows.append(Row("parallel", case, label, "sent", "KiB", count / 1024, count / sent[base]))
     return rows

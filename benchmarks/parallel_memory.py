@@ -18,7 +18,7 @@ from benchmarks.options import Options
 from benchmarks.rows import Row
 
 STEPS = 5
-VARIANTS = {  # compiling leaves hundreds of megabytes in a process that are no part of a step
+VARIANTS = {  # none is compiled: compiling leaves hundreds of megabytes in a process
     label: build for name in ("ddp", "fsdp") for label, build in spread.STRATEGIES[name].items() if "again" not in label
 }
 
@@ -37,7 +37,7 @@ def measured(label: str) -> int:
     peak.settle()
     before = peak.resident("VmRSS")
     loop = VARIANTS[label](work)
-    loop(data)  # makes what stays
+    loop(data)  # allocates what persists
     peak.settle()
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):

@@ -25,8 +25,8 @@ PARTS = (
 
 
 def measured(part: str, options: Options) -> tuple[dict[str, Any], list[Row]]:
-    """The machine as it was before, and the rows of one part, in the process that this is called in."""
-    from benchmarks import timing  # with torch, which the process that starts the parts has no need of
+    """The machine before the benchmark, and the rows of one benchmark, measured in this process."""
+    from benchmarks import timing  # imports torch, which the parent process does not need
 
     timing.prepare(options.threads)
     machine = timing.machine()
@@ -34,5 +34,5 @@ def measured(part: str, options: Options) -> tuple[dict[str, Any], list[Row]]:
 
 
 def about(part: str) -> str:
-    """What a part measures."""
+    """The first line of a benchmark's docstring."""
     return (importlib.import_module(f"benchmarks.{part}").__doc__ or "").partition("\n")[0]

@@ -70,7 +70,7 @@ def grown(start: Callable[[], Callable[[Any], None]], batch: Any, steps: int = 3
 
 
 def settle() -> None:
-    """Give back what is free."""
+    """Return free memory to the system."""
     import ctypes
 
     gc.collect()

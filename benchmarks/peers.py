@@ -100,7 +100,7 @@ def accelerate(task: Task) -> Measure:
 
 
 def lightning(logs: bool) -> Callable[[Task], Measure]:
-    """Lightning's Trainer, `logs` with one `self.log` at each step and a CSV row each 50."""
+    """Lightning's Trainer; with `logs`, one `self.log` at each step and a CSV row every 50."""
 
     def build(task: Task) -> Measure:
         import lightning as L

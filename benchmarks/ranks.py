@@ -17,12 +17,12 @@ from benchmarks.options import Options
 from benchmarks.rows import Row, quartiles, timed
 
 PAIRS = {"ddp": ("torch DDP", "Lumen: ddp"), "fsdp": ("torch fully_shard", "Lumen: fsdp")}
-ROWS = 8  # of the batch that is shared in strong scaling
+ROWS = 8  # of the shared batch in strong scaling
 Times = dict[str, dict[str, list[float]]]  # by kind and variant, seconds of a step in each round
 
 
 def measure(options: Options) -> list[Row]:
-    """Each number of processes; the first is what efficiency is reckoned from."""
+    """Each number of processes; efficiency is relative to the first."""
     rows: list[Row] = []
     bandwidth = None if options.wire is None else options.wire * 1e6
     sizes = options.worlds or options.pick((1, 2, 4), (1, 2))

@@ -24,14 +24,14 @@ BASELINE = Path(__file__).with_name("baseline.json")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found: lines that warn, and how much was compared."""
+    """The result of a comparison: warnings, and the number of compared rows."""
 
     warnings: Sequence[str]
     compared: int
-    unknown: int  # rows of ours that the baseline does not have
+    unknown: int  # rows of Lumen that the baseline lacks
 
     def lines(self) -> list[str]:
-        """All that there is to say."""
+        """The lines to print."""
         said = [f"warning: {line}" for line in self.warnings]
         new = f", {self.unknown} not in the baseline" if self.unknown else ""
         said.append(f"{self.compared} ratios compared with the baseline, {len(self.warnings)} worse{new}")
@@ -39,7 +39,7 @@ class Verdict:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report, as `write` leaves it; one without parts where there is no file."""
+    """A report as `write` saves it; an empty one if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {"parts": {}}
 
 
@@ -49,7 +49,7 @@ def rows_of(report: dict[str, Any]) -> list[Row]:
 
 
 def compare(rows: Iterable[Row], baseline: Iterable[Row]) -> Verdict:
-    """Each of our ratios in `rows` beside the one of the same case, variant and metric in `baseline`."""
+    """Compare each of Lumen's ratios in `rows` with the same case, variant and metric in `baseline`."""
     known: dict[Key, Row] = {row.key: row for row in baseline}
     warnings, compared, unknown = [], 0, 0
     for row in rows:
@@ -68,7 +68,7 @@ def compare(rows: Iterable[Row], baseline: Iterable[Row]) -> Verdict:
 
 
 def worse(row: Row, before: Row) -> bool:
-    """Whether `row` is worse than it was, beyond what the noise of both explains."""
+    """Whether `row` is worse than the baseline by more than the noise of both."""
     now, then = row.ratio or 0.0, before.ratio or 0.0
     if not now or not then:
         return False
@@ -77,12 +77,12 @@ def worse(row: Row, before: Row) -> bool:
 
 
 def merged(baseline: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The baseline with the parts of `report` in place of its own."""
+    """The baseline, with the benchmarks of `report` replaced."""
     return {"parts": {**baseline["parts"], **report["parts"]}}
 
 
 def elsewhere(report: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """In what the machine and its software differ from the baseline's, for the parts that both have."""
+    """Differences of machine and software from the baseline's, for the benchmarks in both."""
     found = set()
     for name, part in report["parts"].items():
         here, there = part["machine"], baseline["parts"].get(name, {}).get("machine", part["machine"])

@@ -15,7 +15,7 @@ from benchmarks.rows import Row
 
 
 def number(value: float | None) -> str:
-    """With three digits, or all before the point."""
+    """A number with three digits, or all digits before the decimal point."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -32,7 +32,7 @@ def cells(row: Row, bounded: bool) -> list[str]:
 
 
 def show(console: Console, part: str, rows: Sequence[Row]) -> None:
-    """One table for each metric of a part, its cases under each other."""
+    """One table for each metric of a benchmark, with a row for each case."""
     for metric, group in _by_metric(rows):
         bounded = any(row.bound is not None for row in group)
         better = "higher is better" if any(row.higher for row in group) else "lower is better"
@@ -52,7 +52,7 @@ def heads(bounded: bool) -> list[str]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """All tables, as a page of the documentation holds them."""
+    """All tables as Markdown, for a page of the documentation."""
     blocks = []
     for name, part in report["parts"].items():
         for metric, group in _by_metric([Row(**row) for row in part["rows"]]):
@@ -65,14 +65,14 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def described(machine: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """A line that describes the machine."""
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in machine["versions"].items())
     load = "" if machine["load_before"] is None else f", load {machine['load_before']:.1f}"
     return f"{machine['cpu']}, {machine['threads']} threads{load}; Python {machine['python']}; {versions}"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write `report` to `path`, making its folder."""
+    """Write `report` to `path`, and create its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -13,7 +13,7 @@ UNITS = {"µs": 1e6, "ms": 1e3, "s": 1.0}  # of a second
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one variant in one case of a part.
+    """The figures of one variant in one case of a benchmark.
 
     `ratio` compares with the variant of the case that has 1.00, `low` and `high` are the quartiles of it, where it was
     measured more than once. `higher` says that more is better; `bound` is what no implementation can go below.
@@ -35,12 +35,12 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What identifies it in another report."""
+        """The key that identifies this row in another report."""
         return self.part, self.case, self.variant, self.metric
 
     @property
     def ours(self) -> bool:
-        """Whether Lumen can be blamed for it."""
+        """Whether this row measures Lumen."""
         return self.variant.startswith("Lumen")
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def timed(
 def throughput(
     part: str, case: str, times: Mapping[str, Sequence[float]], base: str, *, unit: str, amount: float
 ) -> list[Row]:
-    """The same for `amount` things that are done in the seconds of a round: the ratio is one of speeds."""
+    """The same for `amount` items per round: the ratio is one of speeds."""
     rows = []
     for label, found in times.items():
         low, ratio, high = quartiles([other / mine for mine, other in zip(found, times[base], strict=True)])

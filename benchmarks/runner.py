@@ -28,7 +28,7 @@ LOG_EVERY = 50
 
 
 class Timed:
-    """The same batch again and again, with the time from the first to the last."""
+    """The same batch repeatedly, with the time from the first to the last."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -36,7 +36,7 @@ class Timed:
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Any]:
-        yield self.batch  # what a loop does once happens before the clock starts
+        yield self.batch  # a loop's initial work happens before the clock starts
         began = time.perf_counter()
         for _ in range(self.steps):
             yield self.batch
@@ -47,7 +47,7 @@ LOSS = lm.Mean(torch.tensor(3.0), torch.tensor(8.0))
 
 
 def step(state: Any, batch: Any) -> tuple[Any, Any]:
-    """Nothing but what every step has: a new state, and a metric."""
+    """A minimal step: a new state, and a metric."""
     return state.replace(step=state.step + 1), {"loss": LOSS}
 
 
@@ -57,7 +57,7 @@ def make_state() -> lm.TrainState:
 
 
 def write_means(file: TextIO, number: int, held: list[Any]) -> None:
-    """A line of JSON with the means of what was held."""
+    """A line of JSON with the means of the metrics so far."""
     means = {name: float(value) for name, value in lm.compute_metrics(lm.merge_metrics(held)).items()}
     file.write(json.dumps({"step": number, **means}) + "\n")
     file.flush()
@@ -65,7 +65,7 @@ def write_means(file: TextIO, number: int, held: list[Any]) -> None:
 
 
 def own_loop(steps: int, folder: Path) -> float:
-    """The loop that a user writes."""
+    """A handwritten loop."""
     state, data, held = make_state(), Timed(steps), []
     with (folder / "own.jsonl").open("w") as file:
         for number, batch in enumerate(data, 1):
@@ -85,7 +85,7 @@ def runner(steps: int, folder: Path) -> float:
 
 
 def runner_saving(steps: int, folder: Path) -> float:
-    """With a checkpointer that is not due, limits in seconds and in epochs, and a callback."""
+    """`Runner.fit` with a checkpointer that is never due, limits in seconds and in epochs, and a callback."""
     data = Timed(steps)
     lm.Runner(
         step,

@@ -18,8 +18,8 @@ from benchmarks import ours, peers, tasks, timing
 from benchmarks.options import Options
 from benchmarks.rows import Row
 
-SECONDS = 0.2  # of a timed section, and
-MOST = 400  # steps, before the batches are learned by heart
+SECONDS = 0.2  # of a timed section
+MOST = 400  # steps at most, before the model memorizes the batches
 CLASSES = 10
 
 
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 
 
 def points(quick: bool) -> dict[str, Point]:
-    """By the name of the case; a quick look takes the first and the last of each."""
+    """Sizes by the name of the case; `--quick` measures the first and the last of each."""
     kinds = [
         {f"params: width {width}": Point((64, width, width, CLASSES)) for width in (16, 64, 256, 1024)},
         {f"layers: {depth}": Point((64,) * depth + (CLASSES,)) for depth in (2, 8, 32)},
@@ -48,7 +48,7 @@ def points(quick: bool) -> dict[str, Point]:
 
 
 def measure(options: Options) -> list[Row]:
-    """Every point; a quick look compiles nothing."""
+    """Every size; `--quick` compiles nothing."""
     rows: list[Row] = []
     for case, point in points(options.quick).items():
         if options.wants(case):
@@ -88,7 +88,7 @@ def _task(case: str, point: Point) -> tasks.Task:
 
 
 def raw(parts: int) -> Callable[[tasks.Task], timing.Measure]:
-    """The loop that one writes in plain PyTorch; `parts` backward passes add up to each update."""
+    """A handwritten loop in plain PyTorch; each update sums the gradients of `parts` backward passes."""
     if parts == 1:
         return peers.raw(fused=True)
 

@@ -16,16 +16,16 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import collectives  # isort: skip (before what takes the functions of torch.distributed for itself)
+from benchmarks import collectives  # isort: skip (before modules that import functions of torch.distributed)
 import lumen as lm
 from benchmarks import tasks
 from benchmarks.ours import state_of, step
 
-Loop = Callable[[list[Any]], float]  # trains on these batches, and gives the last loss of all processes
+Loop = Callable[[list[Any]], float]  # trains on these batches; returns the last loss of all processes
 
 
 def torch_ddp(task: tasks.Task) -> Loop:
-    """The loop that a user of torch's DDP writes."""
+    """A handwritten loop with torch's DDP."""
     net = DistributedDataParallel(task.fresh(), gradient_as_bucket_view=True)
     if collectives.WIRE.bandwidth is not None:
         net.register_comm_hook(dist.get_world_size(), collectives.hook)
@@ -39,7 +39,7 @@ def torch_compiled(task: tasks.Task) -> Loop:
 
 
 def torch_fsdp(task: tasks.Task) -> Loop:
-    """The same with `fully_shard` on each block and on the whole."""
+    """The same with `fully_shard` on each block and on the model."""
     net = task.fresh()
     for block in blocks(net):
         fully_shard(block)
@@ -51,7 +51,7 @@ _ADAMW = {"lr": tasks.LEARNING_RATE, "weight_decay": tasks.WEIGHT_DECAY}
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
-    """What Lumen takes for units by itself."""
+    """The modules that Lumen selects as units by default."""
     if isinstance(net, nn.Sequential):
         return [each for each in net if isinstance(each, nn.Linear)]
     return [*net.blocks]
@@ -65,14 +65,14 @@ def _loop(net: Any, optimizer: torch.optim.Optimizer) -> Loop:
             loss.backward()
             optimizer.step()
         total = loss.detach().clone()
-        dist.all_reduce(total)  # Lumen's is the loss of all processes already
+        dist.all_reduce(total)  # Lumen's loss is already that of all processes
         return float(total) / dist.get_world_size()
 
     return run
 
 
 def lumen(*make: Callable[[], lm.Transform]) -> Callable[[tasks.Task], Loop]:
-    """The same step under Lumen's transforms, in place."""
+    """The same step under Lumen's transforms, updated in place."""
 
     def build(task: tasks.Task) -> Loop:
         fast = lm.compose(*(each() for each in make), lm.donate())(step)
@@ -116,7 +116,7 @@ def counted(label: str, task: tasks.Task, loop: Loop, data: list[Any]) -> tuple[
 
     Those of torch's DDP are not seen from Python, but known: each gradient once, in a ring.
     """
-    loop(data[:1])  # processes agree on their layouts once
+    loop(data[:1])  # processes exchange their layouts once
     with collectives.WIRE.counted() as sent:
         loss = loop(data[1:])
     if not label.startswith(("torch DDP", "torch.compile")) or collectives.WIRE.bandwidth is not None:
@@ -126,7 +126,7 @@ def counted(label: str, task: tasks.Task, loop: Loop, data: list[Any]) -> tuple[
 
 
 def world_of(size: int, serve: Callable[..., Any], *args: Any, bandwidth: float | None = None) -> Any:
-    """What `serve(*args)` gave on rank 0 of a world of `size` processes of one thread each, over Gloo."""
+    """The result of `serve(*args)` on rank 0 of a world of `size` processes with one thread each, over Gloo."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -150,7 +150,7 @@ def _served(
 
 
 def batches_of(task: tasks.Task, count: int, rows: int | None = None) -> list[Any]:
-    """This process's next `count` batches, or its part of `rows` rows of each batch that all have."""
+    """This process's next `count` batches, or its shard of `rows` rows of each common batch."""
     size, rank = dist.get_world_size(), dist.get_rank()
     if rows is None:
         return [task.batches[(i * size + rank) % tasks.DISTINCT] for i in range(count)]

@@ -32,7 +32,7 @@ SMALL = "import sys, time; began = time.perf_counter(); {}; print(time.perf_coun
 
 
 def measure(options: Options) -> list[Row]:
-    """Imports, first steps, and compiled first steps; a quick look compiles nothing."""
+    """Imports, first steps, and compiled first steps; `--quick` compiles nothing."""
     rows: list[Row] = []
     cases: dict[str, Callable[[], list[Row]]] = {
         "import": lambda: _imports("import", options),
@@ -103,5 +103,5 @@ def _printed(arguments: list[str], environment: dict[str, str] | None = None) ->
 
 
 def _cached() -> dict[str, str]:
-    """This process's environment, with compiled modules kept on disk as an installed package's are."""
+    """This process's environment, with bytecode saved to disk as for an installed package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

@@ -31,7 +31,7 @@ Train = Callable[[], list[float]]  # STEPS steps of each run: their last losses
 
 
 def measure(options: Options) -> list[Row]:
-    """Each size; a quick look takes the small one, and compiles nothing."""
+    """Each size; `--quick` measures the small one, uncompiled."""
     rows: list[Row] = []
     for case, widths in options.pick(SIZES, dict(itertools.islice(SIZES.items(), 1))).items():
         if options.wants(case):
@@ -67,7 +67,7 @@ def _checked(losses: dict[str, list[float]]) -> None:
 
 
 def batches(widths: tuple[int, ...]) -> list[tasks.Batch]:
-    """What all runs learn from."""
+    """The batches of all runs."""
     generator = torch.Generator().manual_seed(1)
     return [
         (torch.randn(32, widths[0], generator=generator), torch.randint(0, widths[-1], (32,), generator=generator))
@@ -76,7 +76,7 @@ def batches(widths: tuple[int, ...]) -> list[tasks.Batch]:
 
 
 def net_of(widths: tuple[int, ...], seed: int) -> torch.nn.Module:
-    """The model of one run as it begins."""
+    """The initial model of one run."""
     torch.manual_seed(seed)
     return tasks.mlp(*widths)
 

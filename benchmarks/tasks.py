@@ -14,8 +14,8 @@ Batch = tuple[Tensor, Tensor]
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
-NO_BOUND = 1e3  # of a norm: it is taken, and changes nothing
-# Few batches would be learned by heart: the loss goes to zero, and denormal numbers slow every variant down.
+NO_BOUND = 1e3  # of a norm: the norm is computed, but nothing is clipped
+# With few batches the loss would reach zero, and denormal numbers would slow every variant down.
 DISTINCT = 64
 
 
@@ -30,12 +30,12 @@ class Task:
     steps: int
 
     def fresh(self) -> nn.Module:
-        """The model as it stands before training, the same numbers each time."""
+        """The model before training, with the same numbers each time."""
         torch.manual_seed(0)
         return self.net()
 
     def data(self, count: int) -> list[Batch]:
-        """`count` batches, going round."""
+        """`count` batches, repeated cyclically."""
         return [self.batches[i % DISTINCT] for i in range(count)]
 
 

@@ -39,7 +39,7 @@ class Variant:
 
 @dataclass
 class Found:
-    """What was measured of one variant; `missing` says why it was not."""
+    """The figures of one variant; `missing` says why there are none."""
 
     label: str
     times: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Found:
     missing: str = ""
 
     def row(self, part: str, case: str) -> Row:
-        """The same as the suite reports it."""
+        """The same as a row of the report."""
         if not self.ratios:
             return Row(part, case, self.label, "step", "µs", note=self.missing)
         low, ratio, high = quartiles(self.ratios)
@@ -55,7 +55,7 @@ class Found:
 
 
 class NotTheSameError(AssertionError):
-    """A variant that computes something else than the raw loop."""
+    """A variant whose results differ from the raw loop's."""
 
 
 def looped(task: Task, fresh: Callable[[], Run], pack: Callable[[list[Batch]], list[Any]] | None = None) -> Measure:
@@ -136,7 +136,7 @@ def compare(task: Task, variants: list[Variant], *, rounds: int, steps: int) -> 
                 each, measure = found[at], measures[at]
                 if measure is None:
                     continue
-                if index % 2:  # what runs second may find warmer caches
+                if index % 2:  # the second one may have warmer caches
                     taken, beside = measure(steps), raw(steps)
                 else:
                     beside, taken = raw(steps), measure(steps)
@@ -161,7 +161,7 @@ def take_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict
 
 
 def rotated(items: Any, by: int) -> list[Any]:
-    """In an order that begins elsewhere each time, so that none always follows the same one."""
+    """Rotate the order each time, so that no variant always follows the same one."""
     each = list(items)
     by %= len(each)
     return each[by:] + each[:by]
@@ -176,7 +176,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def collected() -> Iterator[None]:
-    """What was imported and built is not walked again by each later collection."""
+    """Exclude existing objects from later garbage collections."""
     gc.collect()
     gc.freeze()
     try:
@@ -208,7 +208,7 @@ def _built(task: Task, found: Found, variant: Variant, wanted: float | None) -> 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the peers' remarks on standard output."""
+    """Suppress the peers' messages on standard output."""
     if os.environ.get("BENCH_TRACEBACK"):
         yield
         return
@@ -227,7 +227,7 @@ def prepare(threads: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """A description of the machine and versions."""
     versions = {}
     for name in ("torch", "lumen-torch", "lightning", "accelerate", "jax", "optax", "torchopt"):
         try:

@@ -59,9 +59,9 @@ class Config:
     seed: int = 0
     transforms: tuple[Literal["accumulate", "bf16", "compile", "donate", "ema", "guard", "remat"], ...] = ("donate",)
     strategy: Literal["ddp", "fsdp", "hsdp", "tensor", "ddp-tensor", "fsdp-tensor"] = "ddp"
-    """How several processes share the work; alone, all are the same."""
+    """How several processes share the work; with one process, all are the identity."""
     checkpoint: bool = False
-    """Save four times, and go on from there when started again."""
+    """Save four times, and resume when started again."""
     logdir: Path = Path("runs/char_lm")
     sample: int = 200
     """Characters to sample at the end."""
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        # As many heads as there are: under tensor parallelism, some of them.
+        # The number of heads follows from the shape: under tensor parallelism it is this rank's.
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).flatten(-2))
@@ -153,7 +153,7 @@ AXES = {
 
 
 def make_strategy(name: str) -> list[lm.Transform]:
-    """What spreads the step over processes, outermost first."""
+    """The transforms that distribute the step over processes, outermost first."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     mesh = lm.mesh(**({} if alone else AXES[name]))
     transforms: list[lm.Transform] = []
@@ -227,14 +227,14 @@ def main(config: Config) -> lm.Result:
         resume="auto" if config.checkpoint else "never",
     )
     last = result.state if use == "params" else result.state.replace(params=lm.ema.params(result.state))
-    final = result.step.export(last)  # whole, on every process
+    final = result.step.export(last)  # full tensors, on every process
     if lm.rank() == 0:
         report(result, final, vocabulary, config)
     return result
 
 
 def report(result: lm.Result, final: lm.TrainState, vocabulary: list[str], config: Config) -> None:
-    """The loss, and a sample of what the model writes."""
+    """Print the loss, and a sample from the model."""
     loss = result.metrics["val/loss"]
     print(f"validation loss {loss:.3f} nats per character ({loss / math.log(2):.3f} bits)")
     prompt = torch.tensor([vocabulary.index(char) for char in "def "])

@@ -39,9 +39,9 @@ class Config:
     batch_size: int = 256
     temperature: float = 0.2
     labels: int = 50
-    """Labeled images for the probe, equally many of each digit."""
+    """Labeled images for the probe, the same number of each digit."""
     accumulate: int = 1
-    """Microbatches of a batch, which are compared with each other all the same."""
+    """Microbatches of a batch; their rows are still compared with each other."""
     lr: float = 4e-3
     seed: int = 0
     logdir: Path = Path("runs/contrastive")
@@ -49,7 +49,7 @@ class Config:
 
 
 class Encoder(nn.Module):
-    """Features of an image, and a head to the space in which views are compared; the head is thrown away later."""
+    """Features of an image, and a head to the space in which views are compared; the head is discarded later."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def load(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def augment(images: Tensor, rows: Tensor, key: Tensor) -> Tensor:
-    """Views of images [B, 1, 8, 8], by draws that depend on the key and each row's number."""
+    """Views of images [B, 1, 8, 8], by draws that depend on the key and the index of each row."""
     draws = torch.vmap(lambda row: lm.random.uniform(lm.random.fold_in(key, row), (8,), low=-1.0, high=1.0))(rows)
     angle, shear, right, down, wide, high, hidden_x, hidden_y = draws.unbind(1)
     angle, wide, high = 0.3 * angle, 1 + 0.2 * wide, 1 + 0.2 * high
@@ -98,18 +98,18 @@ def augment(images: Tensor, rows: Tensor, key: Tensor) -> Tensor:
 
 
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """For each of these 2 B views, the cross-entropy of finding its partner among all others, of every process."""
+    """For each of these 2 B views, the cross-entropy of finding its partner among the views of all processes."""
     own = F.normalize(torch.cat([one, other]), dim=-1)
     everyone = torch.cat([lm.all_gather(views, "data") for views in own.chunk(2)])
     rows = lm.axis_index("data") * len(one) + torch.arange(len(one))
-    places = torch.cat([rows, rows + len(everyone) // 2])  # of own views among everyone's
+    places = torch.cat([rows, rows + len(everyone) // 2])  # of this rank's views among all
     itself = F.one_hot(places, len(everyone)).bool()
     similarity = (own @ everyone.T / temperature).masked_fill(itself, -torch.inf)
     return F.cross_entropy(similarity, places.roll(len(one)), reduction="none")
 
 
 def make_step(temperature: float):
-    """A step that draws two views of each image and makes them alike."""
+    """A step that draws two views of each image and brings their features together."""
 
     def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
         def encode(params, batch):
@@ -127,7 +127,7 @@ def make_step(temperature: float):
 
 
 def features_of(state: lm.TrainState, batch: dict[str, Tensor]) -> Tensor:
-    """Features [B, F] of the images themselves."""
+    """Features [B, F] of the original images."""
     return state.apply(state.params, batch["image"])[0][0]
 
 

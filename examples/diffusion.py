@@ -48,11 +48,11 @@ class Config:
 
 
 class Denoiser(nn.Module):
-    """A residual MLP from a noisy image, its time and its label to the noise. It knows the schedule of the noise."""
+    """A residual MLP from a noisy image, its time and its label to the noise. It contains the noise schedule."""
 
     def __init__(self, width: int, times: int) -> None:
         super().__init__()
-        # The cosine schedule of Nichol and Dhariwal (2021): what is left of the image's variance after each time.
+        # The cosine schedule of Nichol and Dhariwal (2021): the fraction of the image's variance left at each time.
         grid = torch.linspace(0, 1, times + 1)
         left = torch.cos((grid + 0.008) / 1.008 * torch.pi / 2).square()
         betas = (1 - left[1:] / left[:-1]).clamp(max=0.999)
@@ -113,7 +113,7 @@ def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState,
 
 
 def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Mean]:
-    """The same error on held-out images, by the same noise at each validation."""
+    """The same error on held-out images, with the same noise at each validation."""
     return {"loss": lm.Mean.of(errors(state, state.params, lm.random.key(0), batch))}
 
 
@@ -126,7 +126,7 @@ def sample(state: lm.TrainState, labels: Tensor, key: Tensor) -> Tensor:
     for time in reversed(range(len(betas))):
         noise, _ = state.apply(state.params, images, torch.full_like(labels, time), labels)
         kept, kept_before = left[time], left[time - 1] if time else torch.ones(())
-        # Bounding the guess at the clean image keeps early errors from growing.
+        # Clamping the estimate of the clean image keeps early errors from growing.
         clean = ((images - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-1, 1)
         mean = (kept_before.sqrt() * betas[time] * clean + (1 - betas[time]).sqrt() * (1 - kept_before) * images) / (
             1 - kept
@@ -163,7 +163,7 @@ def main(config: Config) -> lm.Result:
 
 
 def report(result: lm.Result, train_set: dict[str, Tensor], val_set: dict[str, Tensor], config: Config) -> None:
-    """How samples compare with held-out images and with noise, and one of each digit."""
+    """Print how samples compare with held-out images and with noise, and one sample of each digit."""
     labels = torch.arange(config.samples) % 10
     averaged = result.export().replace(params=lm.ema.params(result.state))
     images = sample(averaged.eval(), labels, lm.random.key(config.seed))

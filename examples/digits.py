@@ -75,7 +75,7 @@ def load(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-    """One training step: all there is to write."""
+    """One training step."""
 
     def loss_fn(params, batch):
         logits, buffers = state.apply(params, batch["image"])
@@ -98,7 +98,7 @@ def make_transforms(names: tuple[str, ...]) -> list[lm.Transform]:
     """The named transforms in their canonical order."""
     known = {
         "compile": lm.compile(),
-        # Alone it is the identity; torchrun makes several processes.
+        # With one process it is the identity; torchrun starts several.
         "ddp": lm.ddp(buffers="merge" if {"compile", "accumulate"} & {*names} else "sync"),
         "guard": lm.guard(),
         "ema": lm.ema(0.99),
@@ -113,7 +113,7 @@ def make_transforms(names: tuple[str, ...]) -> list[lm.Transform]:
 
 
 def main(config: Config) -> lm.Result:
-    """Train, validate after each epoch, and show what came out."""
+    """Train, validate after each epoch, and print the results."""
     torch.manual_seed(config.seed)
     train_set, val_set = load(config.seed)
     loader = lm.Loader(train_set, batch_size=config.batch_size, seed=config.seed)
@@ -144,7 +144,7 @@ def main(config: Config) -> lm.Result:
 
 
 def report(result: lm.Result, config: Config, best: Path) -> None:
-    """A table of the final numbers, and where the rest is."""
+    """Print a table of the final numbers, and where the files are."""
     table = Table(title=f"digits after {result.clock.step} steps in {result.clock.seconds:.1f} s")
     table.add_column("metric")
     table.add_column("value", justify="right")

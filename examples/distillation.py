@@ -38,9 +38,9 @@ class Config:
     epochs: int = 20
     batch_size: int = 128
     labels: int = 20
-    """Images that come with their label, equally many of each digit."""
+    """Images with a label, the same number of each digit."""
     consistency: float = 1.0
-    """Weight of what the teacher says, against that of the labels."""
+    """Weight of the teacher's loss, relative to that of the labels."""
     decay: float = 0.98
     lr: float = 2e-3
     seed: int = 0
@@ -72,7 +72,7 @@ class ConvNet(nn.Module):
 
 
 def load(labels: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A training and a validation set, 80 to 20. Each training image comes with another one, whose label is known."""
+    """A training and a validation set, 80 to 20. Each training image is paired with a labeled one."""
     digits = load_digits()
     images, target = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16.0, torch.tensor(digits.target)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
@@ -84,7 +84,7 @@ def load(labels: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def augment(images: Tensor, keys: Tensor, strength: float) -> Tensor:
-    """Images [B, 1, 8, 8] turned, sheared, scaled, shifted and with noise, by keys [B, 2], at most by `strength`."""
+    """Images [B, 1, 8, 8] rotated, sheared, scaled, shifted and with noise, by keys [B, 2], at most by `strength`."""
     draws = torch.vmap(lambda key: lm.random.uniform(key, (6,), low=-strength, high=strength))(keys)
     angle, shear, right, down, wide, high = draws.unbind(1)
     top = torch.stack([(1 + wide / 2) * angle.cos(), shear - angle.sin(), right], -1)
@@ -98,7 +98,7 @@ def make_step(consistency: float):
     """A step that learns from the known labels, and from the teacher on all images."""
 
     def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-        weight = consistency * (state.step / 100).clamp(max=1.0)  # the teacher must first have learned something
+        weight = consistency * (state.step / 100).clamp(max=1.0)  # the teacher must learn something first
 
         def loss_fn(params, batch):
             keys = torch.vmap(lambda row: lm.random.split(lm.random.fold_in(state.key, row), 3))(batch["row"])
@@ -127,7 +127,7 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
 
 
 def train(name: str, consistency: float, config: Config) -> lm.Result:
-    """One run, in a directory of its own."""
+    """One run, in its own directory."""
     torch.manual_seed(config.seed)
     train_set, val_set = load(config.labels, config.seed)
     loader = lm.Loader(train_set, batch_size=config.batch_size, seed=config.seed)

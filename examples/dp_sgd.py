@@ -35,7 +35,7 @@ class Config:
 
     steps: int = 150
     batch_size: int = 256
-    """Rows of a batch on average."""
+    """Average number of rows in a batch."""
     clip: float = 1.0
     noise: float = 2.0
     """Standard deviation of the noise, in units of `clip`."""
@@ -47,7 +47,7 @@ class Config:
 
 
 class PoissonBatches(Sequence[Batch]):
-    """Batches into which each row of `data` comes with probability `rate`."""
+    """Batches that contain each row of `data` with probability `rate`."""
 
     def __init__(self, data: Batch, rate: float, length: int, seed: int) -> None:
         self.data, self.rate, self.length, self.key = data, rate, length, lm.random.key(seed)
@@ -73,7 +73,7 @@ def load(seed: int) -> tuple[Batch, Batch]:
 
 
 def step(state: lm.TrainState, batch: Batch) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-    """One training step, that knows nothing of privacy."""
+    """One training step, written without regard to privacy."""
 
     def loss_fn(params, batch):
         logits, _ = state.apply(params, batch["image"])
@@ -90,7 +90,7 @@ def eval_step(state: lm.TrainState, batch: Batch) -> dict[str, lm.Mean]:
 
 
 def train(name: str, transforms: list[lm.Transform], config: Config) -> lm.Result:
-    """One run, in a directory of its own."""
+    """One run, in its own directory."""
     torch.manual_seed(config.seed)
     train_set, val_set = load(config.seed)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
@@ -114,13 +114,13 @@ def train(name: str, transforms: list[lm.Transform], config: Config) -> lm.Resul
 
 
 def sample_rate(data: Batch, config: Config) -> float:
-    """The probability of a row to be in a batch."""
+    """The probability that a row is in a batch."""
     return config.batch_size / len(data["label"])
 
 
 def main(config: Config) -> None:
     """Train with and without privacy, and compare."""
-    logging.getLogger("absl").setLevel("ERROR")  # the accountant tells of each bound that it leaves out
+    logging.getLogger("absl").setLevel("ERROR")  # the accountant logs each bound that it skips
     private = lm.dp_sgd(clip=config.clip, noise=config.noise, batch_size=config.batch_size)
     found = train("private", [private], config)
     plain = train("plain", [], config)

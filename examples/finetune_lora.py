@@ -34,7 +34,7 @@ from lumen.bridges import huggingface, lora
 
 # B batch, T time.
 MODULES = ("argparse", "ast", "calendar", "dataclasses", "functools", "inspect", "pathlib", "random", "typing")
-TOKENIZER = ByT5Tokenizer()  # bytes are its tokens, so it has no file
+TOKENIZER = ByT5Tokenizer()  # its tokens are bytes, so it needs no file
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("*.q_proj", "*.v_proj", "*.up_proj", "*.down_proj")
-    """Names of the layers that get adapters."""
+    """Name patterns of the layers that get adapters."""
     lr: float = 1e-2
     seed: int = 0
     logdir: Path = Path("runs/finetune_lora")
@@ -63,7 +63,7 @@ def sources() -> str:
 
 
 def prose() -> str:
-    """The text of the second: English, from what any Python carries."""
+    """The text of the second training: English, from Python's own documentation."""
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     from pydoc_data.topics import topics
@@ -84,13 +84,13 @@ def collate(samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def token_loss(state: lm.TrainState, params, batch) -> lm.Mean:
-    """The model's own loss, as a sum and the number of tokens that it is over."""
+    """The model's own loss, as a sum and the number of tokens in it."""
     out, _ = state.apply(params, **batch, num_items_in_batch=1)
     return lm.Mean(out.loss, (batch["labels"][:, 1:] != -100).sum())
 
 
 def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-    """One update; of a model with adapters, `state.params` are the adapters."""
+    """One update; for a model with adapters, `state.params` are the adapters."""
     loss, grads = lm.value_and_grad(lambda params, batch: token_loss(state, params, batch))(state.params, batch)
     return state.apply_gradients(grads), {"loss": loss}
 
@@ -107,7 +107,7 @@ def optimizer(lr: float, steps: int) -> lm.optim.GradientTransformation:
 
 
 def pretrained(config: Config, path: Path) -> Path:
-    """A directory as the hub has them, made on the spot."""
+    """A model directory as on the hub, created locally."""
     sizes = {"hidden_size": config.width, "intermediate_size": 2 * config.width, "num_hidden_layers": config.layers}
     net = LlamaForCausalLM(
         LlamaConfig(
@@ -123,7 +123,7 @@ def pretrained(config: Config, path: Path) -> Path:
 
 
 def main(config: Config) -> lm.Result:
-    """Pretrain where that is still to do, adapt, save, and read back."""
+    """Pretrain if necessary, adapt, save, and read back."""
     torch.manual_seed(config.seed)
     base = config.logdir / "base"
     net = LlamaForCausalLM.from_pretrained(base if base.exists() else pretrained(config, base))

@@ -45,7 +45,7 @@ class Config:
 
 @lm.dataclass
 class Game:
-    """Two players, each with its params, optimizer and counter."""
+    """Two players, each with params, optimizer state and a step count."""
 
     generator: lm.TrainState
     discriminator: lm.TrainState
@@ -56,19 +56,19 @@ def mlp(inside: int, width: int, out: int) -> nn.Sequential:
 
 
 def centers() -> Tensor:
-    """The middles [8, 2] of the Gaussians."""
+    """The centers [8, 2] of the Gaussians."""
     angles = torch.arange(MODES) * (2 * torch.pi / MODES)
     return 2 * torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def load(seed: int, size: int = 25_600) -> Tensor:
-    """Points [N, 2], equally many of each Gaussian."""
+    """Points [N, 2], the same number from each Gaussian."""
     spread = SPREAD * lm.random.normal(lm.random.key(seed), (size, 2))
     return centers()[torch.arange(size) % MODES] + spread
 
 
 def draw(key: Tensor, rows: Tensor) -> Tensor:
-    """Noise [B, 8], a function of the key and each row's number."""
+    """Noise [B, 8], a function of the key and the index of each row."""
     return torch.vmap(lambda row: lm.random.normal(lm.random.fold_in(key, row), (NOISE,)))(rows)
 
 

@@ -37,7 +37,7 @@ class Config:
     tasks: int = 25
     """Tasks in a batch."""
     points: int = 10
-    """Points of a task to adapt to; it is judged by as many others."""
+    """Points of a task to adapt to; the same number of other points is for evaluation."""
     inner_steps: int = 1
     inner_lr: float = 0.02
     lr: float = 3e-3
@@ -74,7 +74,7 @@ def adapt(state: lm.TrainState, params: Batch, task: Batch, steps: int, lr: floa
 
 
 def make_step(inner_steps: int, inner_lr: float):
-    """A step of the outer loop; with `inner_steps=0` the baseline's, which sees all tasks as one."""
+    """A step of the outer loop; with `inner_steps=0` the baseline's, which fits all tasks with one net."""
 
     def step(state: lm.TrainState, batch: Batch) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
         def loss_fn(params, batch):
@@ -99,7 +99,7 @@ def errors_after(state: lm.TrainState, tasks: Batch, steps: int, lr: float) -> f
 
 
 def train(name: str, inner_steps: int, config: Config) -> lm.TrainState:
-    """One run, in a directory of its own; the trained state."""
+    """One run, in its own directory; returns the trained state."""
     torch.manual_seed(config.seed)
     tx = lm.optim.adam(lm.optim.cosine(config.lr, steps=config.steps))
     tasks = make_tasks(config.tasks * config.steps, config.points, lm.random.key(config.seed))
@@ -121,7 +121,7 @@ def train(name: str, inner_steps: int, config: Config) -> lm.TrainState:
 
 
 def main(config: Config) -> None:
-    """Train both, and let them adapt to tasks that neither has seen."""
+    """Train both, and adapt them to tasks that neither has seen."""
     states = {
         "joint": train("joint", 0, config),
         "maml": train("maml", config.inner_steps, config),

@@ -112,13 +112,13 @@ def make_batch(config: Config) -> dict[str, Tensor]:
 
 
 def make() -> tuple[lm.Step, lm.TrainState, dict[str, Tensor]]:
-    """What `lumen plan` asks for."""
+    """The function that `lumen plan` calls."""
     config = Config()
     return spread(lm.fsdp()), make_state(config), make_batch(config)
 
 
 def strategies(world: int) -> dict[str, tuple[lm.Transform, dict[str, int]]]:
-    """Transforms, and the meshes that they are planned on, by name."""
+    """Transforms, and the meshes to plan them on, by name."""
     found: dict[str, tuple[lm.Transform, dict[str, int]]] = {
         "ddp": (lm.ddp(), {"data": world}),
         "fsdp, optimizer only": (lm.fsdp(stage=1), {"shard": world}),

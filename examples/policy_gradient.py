@@ -45,7 +45,7 @@ class Config:
 
 
 class ActorCritic(nn.Module):
-    """The logit of pushing to the right, and the return to be expected, each by a small net."""
+    """The logit of pushing to the right, and the expected return, each from a small net."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def is_up(cart: Tensor) -> Tensor:
 
 @torch.no_grad()
 def play(state: lm.TrainState, seeds: Tensor, key: Tensor, greedy: bool = False) -> dict[str, Tensor]:
-    """Episodes of all carts: what was `seen` [B, T, 4], pushes to the `right` and moves that count, `alive` [B, T]."""
+    """Episodes of all carts: observations `seen` [B, T, 4], pushes to the `right`, and valid moves, `alive` [B, T]."""
 
     def draw(seed: Tensor) -> tuple[Tensor, Tensor]:
         place_key, push_key = lm.random.split(lm.random.fold_in(key, seed)).unbind(0)
@@ -111,7 +111,7 @@ def to_go(rewards: Tensor, discount: float) -> Tensor:
 
 
 def make_step(discount: float):
-    """A step that plays, and makes what went better than expected more likely."""
+    """A step that plays, and makes moves with better than expected returns more likely."""
 
     def step(state: lm.TrainState, batch: Tensor) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
         def loss_fn(params, seeds):
@@ -132,17 +132,17 @@ def make_step(discount: float):
 
 
 def eval_step(state: lm.TrainState, seeds: Tensor) -> dict[str, lm.Mean]:
-    """The return of the likelier push at each move, on carts of its own."""
+    """The return of the likelier push at each move, on separate carts."""
     return {"return": lm.Mean.of(play(state, seeds, lm.random.key(0), greedy=True)["alive"].float().sum(1))}
 
 
 def main(config: Config) -> lm.Result:
-    """Train, and see how long the poles stay up."""
+    """Train, and measure how long the poles stay up."""
     torch.manual_seed(config.seed)
     steps = config.updates
     tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adam(lm.optim.linear(config.lr, steps, 0.0)))
     state = lm.TrainState.create(ActorCritic(), tx, seed=config.seed)
-    # Each epoch is one batch with the same seeds: what differs from step to step is the key of the state.
+    # Each epoch is one batch with the same seeds. Only the key of the state differs from step to step.
     loader = lm.Loader(torch.arange(config.carts), batch_size=config.carts, shuffle=False)
     carts = lm.Loader(torch.arange(100), batch_size=100, shuffle=False)
     runner = lm.Runner(

@@ -123,7 +123,7 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
 
 
 def train(config: Config) -> lm.Result:
-    """The job. `Checkpointer` and `resume="auto"` are all that makes it one that can be started again."""
+    """The job. Only `Checkpointer` and `resume="auto"` are needed to make it resumable."""
     torch.manual_seed(config.seed)
     train_set, val_set = load(config.seed)
     tx = lm.optim.chain(
@@ -150,13 +150,13 @@ def train(config: Config) -> lm.Result:
             validate=lm.Validate(eval_step, lm.Loader(val_set, batch_size=256, shuffle=False), use="ema"),
             resume=config.resume,
         )
-    except lm.Interrupted as interrupted:  # it is a SystemExit with code 75: leave it its way
+    except lm.Interrupted as interrupted:  # a SystemExit with code 75: let it pass
         print(f"saved at step {interrupted.result.clock.step}: start me again, and I go on from there")
         raise
 
 
 def report(result: lm.Result, config: Config) -> None:
-    """What came out, and the averaged params of the best checkpoint as a file of their own."""
+    """Print the results, and export the averaged params of the best checkpoint."""
     print(f"{result.reason}, after {result.clock.step} steps in {result.clock.seconds:.1f} s of training")
     print(f"val/loss {result.metrics['val/loss']:.4f}, val/accuracy {result.metrics['val/accuracy']:.4f}")
     best = lm.Checkpointer(config.rundir, monitor="val/loss").best()
@@ -170,7 +170,7 @@ def report(result: lm.Result, config: Config) -> None:
 
 
 def prove(config: Config) -> None:
-    """Run the job whole and in pieces, and compare what is left of both; exits with 1 where they differ."""
+    """Run the job with and without interruptions, and compare the results; exits with 1 if they differ."""
     table = Table(title="one job in five processes")
     for column in ("process", "began at step", "ended at step", "by", "exit code"):
         table.add_column(column, justify="right")
@@ -181,7 +181,7 @@ def prove(config: Config) -> None:
         signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
         for number, kind in enumerate(signals):
             began = newest(pieces)
-            # Somewhere in its own part of the run, so that each process gets a little further.
+            # At a random step of its range, so that each process makes some progress.
             job, moment = start(pieces, config), total * (number + random.uniform(0.2, 0.8)) / (len(signals) + 1.5)
             wait_for(job, pieces, moment)
             time.sleep(random.uniform(0, 0.05))  # in a step, a validation, a save, or between them
@@ -199,7 +199,7 @@ def prove(config: Config) -> None:
 
 
 def compare(whole: Path, pieces: Path) -> None:
-    """Say what is equal; exit with 1 where anything is not."""
+    """Print what is equal; exit with 1 if anything differs."""
     ours, theirs = (lm.checkpoint.load(lm.Checkpointer(each).latest()) for each in (pieces, whole))
     found, expected = (dict(lm.tree.named_tensors(each)) for each in (ours, theirs))
     unlike = found.keys() ^ expected.keys()
@@ -214,7 +214,7 @@ def compare(whole: Path, pieces: Path) -> None:
 
 
 def start(rundir: Path, config: Config) -> subprocess.Popen:
-    """The job as a process of its own."""
+    """The job as a separate process."""
     rundir.mkdir(exist_ok=True)
     settings = {"epochs": min(config.epochs, 6), "workers": config.workers, "seed": config.seed, "rundir": rundir}
     options = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
@@ -223,7 +223,7 @@ def start(rundir: Path, config: Config) -> subprocess.Popen:
 
 
 def finish(job: subprocess.Popen) -> int:
-    """Wait until it is through."""
+    """Wait until the job has finished."""
     code = job.wait()
     if code:
         raise SystemExit(f"the job ended with {code}:\n{said(Path(job.args[-1]))}")
@@ -240,7 +240,7 @@ def wait_for(job: subprocess.Popen, rundir: Path, step: float) -> None:
 
 
 def logged(rundir: Path, timed: bool = False) -> list[dict[str, Any]]:
-    """The rows of the JSONL file; what depends on the speed of the machine is left out unless `timed`."""
+    """The rows of the JSONL file; without values that depend on the machine's speed, unless `timed`."""
     path = rundir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -249,12 +249,12 @@ def logged(rundir: Path, timed: bool = False) -> list[dict[str, Any]]:
 
 
 def newest(rundir: Path) -> int:
-    """The step of the newest complete checkpoint, 0 where there is none."""
+    """The step of the newest complete checkpoint, 0 if there is none."""
     return lm.Checkpointer(rundir).store.latest() or 0
 
 
 def said(rundir: Path) -> str:
-    """The last that the job's processes have printed."""
+    """The last output of the job's processes."""
     return (rundir / "output.txt").read_text()[-3000:]
 
 

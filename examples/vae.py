@@ -53,7 +53,7 @@ class VAE(nn.Module):
         self.decoder = mlp(latent, width, PIXELS)
 
     def forward(self, images: Tensor, noise_key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, 64], mean and log-variance [B, L], for images [B, 64] in [0, 1] and their rows' numbers [B]."""
+        """Logits [B, 64], mean and log-variance [B, L], for images [B, 64] in [0, 1] and their row indices [B]."""
         mean, log_variance = self.encoder(images).chunk(2, -1)
         noise = lm.random.by_row(noise_key, rows, lambda key: lm.random.normal(key, (self.latent,)))
         return self.decoder(mean + (0.5 * log_variance).exp() * noise), mean, log_variance
@@ -64,7 +64,7 @@ def mlp(inside: int, width: int, out: int) -> nn.Sequential:
 
 
 def load(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A training and a validation set, 80 to 20. Each row knows its number, from which its noise is drawn."""
+    """A training and a validation set, 80 to 20. Each row has its index, from which its noise is drawn."""
     images = torch.tensor(load_digits().data, dtype=torch.float32) / LEVELS
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     cut = len(images) * 4 // 5
@@ -72,14 +72,14 @@ def load(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def log_likelihood(logits: Tensor, images: Tensor) -> Tensor:
-    """Of each image [B], in nats, where a pixel is Binomial(16, sigmoid(logit))."""
+    """The log-likelihood of each image [B] in nats; a pixel is Binomial(16, sigmoid(logit))."""
     count = images * LEVELS
     ways = torch.lgamma(torch.tensor(LEVELS + 1.0)) - torch.lgamma(count + 1) - torch.lgamma(LEVELS - count + 1)
     return (ways + count * F.logsigmoid(logits) + (LEVELS - count) * F.logsigmoid(-logits)).sum(-1)
 
 
 def elbo(logits: Tensor, mean: Tensor, log_variance: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The ELBO and its KL part, each [B], in nats."""
+    """The ELBO and its KL term, each [B], in nats."""
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
     return log_likelihood(logits, images) - divergence, divergence
 
@@ -110,7 +110,7 @@ def eval_step(state: lm.TrainState, batch: dict[str, Tensor]) -> dict[str, lm.Me
 
 
 def main(config: Config) -> lm.Result:
-    """Train, validate after each epoch, and show what came out."""
+    """Train, validate after each epoch, and print the results."""
     torch.manual_seed(config.seed)
     train_set, val_set = load(config.seed)
     loader = lm.Loader(train_set, batch_size=config.batch_size, seed=config.seed)
@@ -138,7 +138,7 @@ def main(config: Config) -> lm.Result:
 
 
 def report(result: lm.Result, mean_image: Tensor, images: Tensor, config: Config) -> None:
-    """The numbers beside those of the mean image, and four digits drawn from the prior."""
+    """Print the numbers beside those of the mean image, and four digits drawn from the prior."""
     found = {name: result.metrics[f"val/{name}"] for name in ("elbo_per_pixel", "kl", "error")}
     baseline = float(log_likelihood(mean_image.clamp(1e-3, 1 - 1e-3).logit(), images).mean()) / PIXELS
     print(f"ELBO per pixel {found['elbo_per_pixel']:.3f} nats (mean image: {baseline:.3f}), KL {found['kl']:.1f}")

@@ -29,10 +29,10 @@ import lumen as lm
 
 @dataclass(frozen=True)
 class Config:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO spreads over the processes: nothing, optimizer state, gradients too, params too."""
+    """What ZeRO shards over the processes: nothing, optimizer state, also gradients, also params."""
     accumulate: int = 1
     """Microbatches for an update."""
     bf16: bool = False
@@ -56,7 +56,7 @@ def load(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def step(state: lm.TrainState, batch: dict[str, Tensor]) -> tuple[lm.TrainState, dict[str, lm.Mean]]:
-    """One training step: nothing in it knows of DeepSpeed."""
+    """One training step, independent of DeepSpeed."""
 
     def loss_fn(params, batch):
         logits, _ = state.apply(params, batch["image"])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Residual blocks of two linear layers, on the pixels as they come."""
+    """Residual blocks of two linear layers, on raw pixels."""
 
     def __init__(self, width: int = 128, depth: int = 2) -> None:
         super().__init__()
