@@ -3,8 +3,10 @@
 Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, or let a `Runner` drive it.
 """
 
-from lumen import bridges, checkpoint, data, extend, metrics, optim, parallel, planner, random, sinks, tree
-from lumen.bridges.quantize import quantize
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lumen import checkpoint, data, extend, metrics, optim, parallel, random, sinks, tree
 from lumen.core.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from lumen.core.distributed import rank, world_size
 from lumen.core.flops import flops_of, peak_flops
@@ -21,10 +23,8 @@ from lumen.data import Loader
 from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError
 from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.ddp.ddp import ddp
-from lumen.parallel.deepspeed.deepspeed import deepspeed
 from lumen.parallel.fsdp.fsdp import fsdp
 from lumen.parallel.tensor.tensor_parallel import tensor_parallel
-from lumen.planner.plan import plan
 from lumen.train.callbacks import Callback, CallbackContext
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Epochs, Every, Seconds, Steps, Tokens
@@ -51,6 +51,12 @@ from lumen.transforms._quantized_matmul import quantized_matmul
 from lumen.transforms._remat import remat
 from lumen.transforms._seeded import seeded
 from lumen.transforms._unroll import stack, unroll
+
+if TYPE_CHECKING:
+    from lumen import bridges, planner
+    from lumen.bridges.quantize import quantize
+    from lumen.parallel.deepspeed.deepspeed import deepspeed
+    from lumen.planner.plan import plan
 
 __all__ = [
     "Apply",
@@ -149,6 +155,26 @@ __all__ = [
     "value_and_grad",
     "world_size",
 ]
+
+
+# Most runs use none of these, so their modules are imported when a name is first used.
+_LAZY_MODULES = {
+    "bridges": "lumen.bridges",
+    "deepspeed": "lumen.parallel.deepspeed.deepspeed",
+    "plan": "lumen.planner.plan",
+    "planner": "lumen.planner",
+    "quantize": "lumen.bridges.quantize",
+}
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that `__getattr__` knows
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY_MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(_LAZY_MODULES[name])
+        value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -205,6 +205,24 @@ def clone_all(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+def in_make_fx() -> bool:
+    """Whether `make_fx` records the operations of the caller, as it does under `lm.compile`.
+
+    >>> in_make_fx()
+    False
+    """
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def in_graph_capture() -> bool:
+    """Whether `torch.compile` or `make_fx` records the operations of the caller.
+
+    >>> in_graph_capture()
+    False
+    """
+    return torch.compiler.is_compiling() or in_make_fx()
+
+
 def has(name: str) -> bool:
     """Whether the installed torch has this name, private or not.
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, rules
+from lumen.core._torch_compat import in_make_fx
 from lumen.core.device import Generators
-from lumen.core.draws import is_recorded, refusing_draws
+from lumen.core.draws import refusing_draws
 from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import GradCache, is_pair, joined_aux, name_of
 from lumen.core.metrics import Mean
@@ -66,7 +67,7 @@ class CachedGradient:
         self._aux: Any = None
         self._mapped = torch._C._functorch.peek_interpreter_stack() is not None
         self._graphless = not self._mapped and not _is_live(call)
-        self._recorded = is_recorded()
+        self._recorded = in_make_fx()
         has_values = not self._recorded and not distributed.is_dry_run()
         self._generators = Generators((call.params, call.batch)) if has_values else None
         self._states: list[Any] = []

@@ -15,15 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumen.errors import OrderError
 
 
-def is_recorded() -> bool:
-    """Whether `make_fx` records what is computed, as `lm.compile` has it.
-
-    >>> is_recorded()
-    False
-    """
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
 def _is_draw(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 

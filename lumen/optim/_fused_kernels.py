@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lumen import tree
 from lumen.core import distributed
+from lumen.core._torch_compat import in_graph_capture
 from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
@@ -67,14 +68,7 @@ def _plain() -> type[Tensor]:
 
 def eager() -> bool:
     """Whether operations run as they are called: outside `torch.func`, `torch.compile` and `make_fx`."""
-    return torch._C._functorch.peek_interpreter_stack() is None and not traced()
-
-
-def traced() -> bool:
-    """Whether `torch.compile` or `make_fx` notes operations down."""
-    return (
-        torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return torch._C._functorch.peek_interpreter_stack() is None and not in_graph_capture()
 
 
 def alike(params: Any, grads: Any) -> bool:

@@ -15,7 +15,7 @@ from torch._C._functorch import TransformType
 
 from lumen import tree
 from lumen.core import distributed
-from lumen.optim import _fused_kernels
+from lumen.core._torch_compat import in_graph_capture
 
 _WORTH = 2**14  # params in a lane; below it the calls of the kernels take longer than the passes that they save
 
@@ -24,7 +24,7 @@ InPlace = Callable[[Any, Any, Any, Tensor | None], Any]
 
 def should_fuse_under_vmap(params: Any, *others: Any) -> bool:
     """Whether this is one `vmap`, in eager mode, over lanes that are large enough, which nobody differentiates."""
-    if _fused_kernels.traced() or distributed.is_dry_run():  # a plan's tensors have no numbers, as kernels want to read
+    if in_graph_capture() or distributed.is_dry_run():  # a plan's tensors have no numbers, as kernels want to read
         return False
     level = torch._C._functorch.peek_interpreter_stack()
     if level is None or level.key() != TransformType.Vmap or level.level() != 1:

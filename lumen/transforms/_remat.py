@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lumen.core.draws import is_recorded, keeping_draws, repeating_draws
+from lumen.core._torch_compat import in_make_fx
+from lumen.core.draws import keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
@@ -82,7 +83,7 @@ class _Checkpointed:
         inputs = [table[key].clone() if buffer else table[key] for table, key, buffer in self._slots]
         called = False
         # A graph would draw anew in the recomputation, whatever the generators' states.
-        draws: list[Any] | None = [] if is_recorded() else None
+        draws: list[Any] | None = [] if in_make_fx() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal called

@@ -59,7 +59,8 @@ def test_transforms_all_have_pages_that_the_overview_leads_to() -> None:
     text = (DOCS / "transforms.md").read_text()
     rows = re.findall(r"^\| (\[`.*?) \|", text, flags=re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"\[`(\w+)[^`]*`", row)}
-    classes = [value for value in vars(lm).values() if isinstance(value, type) and issubclass(value, lm.Transform)]
+    public = [getattr(lm, name) for name in lm.__all__]
+    classes = [value for value in public if isinstance(value, type) and issubclass(value, lm.Transform)]
     assert names == {cls.name if cls is not lm.sweep else "sweep" for cls in classes if cls is not lm.Transform}
     assert {f"transforms/{page}.md" for page in TRANSFORMS} == set(re.findall(r"\((transforms/\w+\.md)\)", text))
 

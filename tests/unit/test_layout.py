@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import lumen as lm
+
 ROOT = Path(__file__).parents[2]
 
 HEAVY = (
@@ -44,6 +46,9 @@ HEAVY = (
 )
 
 
+OPTIONAL = ("lumen.bridges.", "lumen.cli.", "lumen.parallel.deepspeed.", "lumen.planner.")
+
+
 def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -67,9 +72,10 @@ def test_imports_point_down() -> None:
         ("tree.py", "from lumen import core", "Imports point down only"),
         ("tree.py", "def f():\n    from lumen.core import rules", "Imports point down only"),
         ("core/rules.py", "import lumen", "Nothing inside imports through the front door"),
+        ("train/fit.py", "def f():\n    import lumen.planner.plan", "`import lumen` loads no optional module"),
         ("stray.py", "", "Imports point down only"),
     ],
-    ids=["up", "up inside a function", "front door", "a module without a layer"],
+    ids=["up", "up inside a function", "front door", "an optional module", "a module without a layer"],
 )
 def test_the_linter_sees_a_wrong_import(tmp_path: Path, module: str, line: str, contract: str) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -81,7 +87,9 @@ def test_the_linter_sees_a_wrong_import(tmp_path: Path, module: str, line: str, 
     assert contract in result.stdout
 
 
-def test_import_loads_nothing_heavy_beyond_torch() -> None:
+@pytest.fixture(scope="module")
+def loaded() -> list[str]:
+    """The modules that `import lumen` loads beyond torch's."""
     code = (
         "import json, sys, torch\n"
         "before = set(sys.modules)\n"
@@ -90,10 +98,36 @@ def test_import_loads_nothing_heavy_beyond_torch() -> None:
     )
     result = run("-W", "error", "-c", code)
     assert result.returncode == 0, result.stderr
-    loaded = json.loads(result.stdout)
+    names: list[str] = json.loads(result.stdout)
+    return names
+
+
+def test_import_loads_nothing_heavy_beyond_torch(loaded: list[str]) -> None:
     assert "lumen" in loaded
     heavy = [name for name in loaded if name.startswith(tuple(f"{h}." for h in HEAVY)) or name in HEAVY]
     assert heavy == [], "import these on first use instead (inside the function that needs them)"
+
+
+def test_import_loads_no_optional_module(loaded: list[str]) -> None:
+    assert "lumen.train.runner" in loaded
+    optional = [name for name in loaded if f"{name}.".startswith(OPTIONAL)]
+    assert optional == [], "import these in lumen/__init__.py on first use: see _LAZY_MODULES"
+
+
+def test_names_of_optional_modules_are_public_and_typed() -> None:
+    assert lm._LAZY_MODULES.keys() <= set(lm.__all__) == set(dir(lm))
+    assert {name: getattr(lm, name).__name__.rpartition(".")[2] for name in lm._LAZY_MODULES} == {
+        name: name for name in lm._LAZY_MODULES
+    }
+    (types_only,) = [node for node in ast.parse(Path(lm.__file__).read_text()).body if is_type_checking(node)]
+    imported = {alias.name for node in types_only.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported == lm._LAZY_MODULES.keys()
+    with pytest.raises(AttributeError, match="module 'lumen' has no attribute 'plans'"):
+        _ = lm.plans
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def test_types_ship() -> None:
