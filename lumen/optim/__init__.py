@@ -1,4 +1,4 @@
-"""Optimizers and schedules: `chain` them, `partition` them by name, `vmap` them, or run them fused."""
+"""Optimizers and schedules, to `chain`, `partition` by name, run under `vmap`, or run fused."""
 
 from lumen.optim._adafactor import adafactor
 from lumen.optim._adam import adam, adamw, scale_by_adam

@@ -1,4 +1,4 @@
-"""Adafactor: second moments of matrices kept as one row and one column."""
+"""Adafactor: the second moments of a matrix, stored as one row and one column."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation
-from lumen.optim._full_tensors import whole_init, whole_map
+from lumen.optim._full_tensors import init_full_tensors, map_full_tensors
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule, check_scalar
 from lumen.optim._numerics import Coefficients, Scalar, time, widen, widened
 
 
 @pytree_dataclass
 class AdafactorState:
-    """Adafactor's memory: for each leaf its second moments, as `row` and `col` (from two dims) or `full`."""
+    """Adafactor's state: the second moments of each leaf, as `row` and `col` (two or more dims) or `full`."""
 
     count: Tensor
     nu: Any
@@ -36,14 +36,14 @@ def adafactor(
 
     With `1 − β₂ = t^beta2_decay`: `R <- lerp(R, mean(g², cols), 1 − β₂)`, `C <- lerp(C, mean(g², rows), 1 −
     β₂)`, `v = R C / mean(R)`, `u = g / √v`, and `p <- p − lr · weight_decay · p − α · u / max(1, rms(u) /
-    clip_threshold)`, where `α = max(eps₂, rms(p)) · min(lr, 1/√t)`. The last two dims are the matrix; a
-    vector keeps all of `v`.
+    clip_threshold)`, where `α = max(eps₂, rms(p)) · min(lr, 1/√t)`. The last two dims form the matrix; for
+    a vector, `v` is stored in full.
 
     Args:
         lr: the largest relative step size: a number, a 0-d tensor, or a schedule.
         beta2_decay: the (negative) power of the update's number in `1 − β₂`.
-        eps: the least root of `v` (None: the dtype's resolution), and the least scale of a leaf.
-        clip_threshold: the largest root mean square of an update, at least 1.
+        eps: the lower bound of the root of `v` (None: the dtype's resolution), and that of a leaf's scale.
+        clip_threshold: the upper bound of an update's root mean square, at least 1.
         weight_decay: decay by `lr · weight_decay` at each step.
 
     Raises:
@@ -65,7 +65,7 @@ def adafactor(
 
     def init(params: Any) -> AdafactorState:
         count, hparams = hyper.init(params)
-        return AdafactorState(count, whole_init(_zeros, params), hparams)
+        return AdafactorState(count, init_full_tensors(_zeros, params), hparams)
 
     def update(grads: Any, state: AdafactorState, params: Any) -> tuple[Any, AdafactorState]:
         eps2, threshold, decay = hyper.values(state.hparams)
@@ -79,16 +79,19 @@ def adafactor(
             new, rho, rate, eps2, threshold, decay = scalars.like(g)
             least = torch.finfo(p.dtype).eps if eps1 is None else eps1
             scale = rho * _at_least(_rms(wide_p), eps2)
-            variance, kept = _second_moment(g, v, new, least)
+            variance, new_moments = _second_moment(g, v, new, least)
             u = g * torch.rsqrt(torch.clamp(variance, min=least * least))
             u = -scale * u / torch.clamp(_rms(u) / threshold, min=1.0)
-            return u - rate * decay * wide_p if decays else u, kept
+            return u - rate * decay * wide_p if decays else u, new_moments
 
-        updates, nu = whole_map(leaf, params, grads, state.nu, _zeros)
+        updates, nu = map_full_tensors(leaf, params, grads, state.nu, _zeros)
         return updates, AdafactorState(count, nu, hparams)
 
     return GradientTransformation(
-        init, update, whole="adafactor takes the rows and columns of whole matrices", gathers=True
+        init,
+        update,
+        needs_full_tensors="adafactor averages over the rows and columns of full matrices",
+        can_gather=True,
     )
 
 

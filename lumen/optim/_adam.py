@@ -1,4 +1,4 @@
-"""Adam and AdamW: moments of the gradient and of its square, corrected for their start at zero."""
+"""Adam and AdamW: bias-corrected moments of the gradient and of its square."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lumen.optim._param_names import Selector, selected
 
 @pytree_dataclass
 class AdamState:
-    """Adam's memory: `mu` and `nu` are the moments, `nu_max` is for amsgrad (else empty)."""
+    """Adam's state: `mu` and `nu` are the moments; `nu_max` is for amsgrad, and otherwise empty."""
 
     count: Tensor
     mu: Any
@@ -51,8 +51,8 @@ def adamw(
             predicate `(name, leaf) -> bool`. None means all. `lm.optim.matrices` leaves out norms and biases.
         eps_root: added under the root; keeps meta-gradients finite where a gradient is zero.
         amsgrad: divide by the root of the largest second moment so far (Reddi et al., 2018).
-        moment_dtype: the dtype of the moments; when None the params' own, and float32 for 16-bit params. In 16 bits
-            a mean whose decay rate is above 0.996 never falls, as a change of it is rounded away.
+        moment_dtype: the dtype of the moments. None means the params' own, and float32 for 16-bit params: in 16 bits
+            a mean whose decay rate is above 0.996 never falls, because each change is rounded away.
 
     Raises:
         HyperparameterError: a value outside its range, NaN included.
@@ -82,11 +82,11 @@ def adam(
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Adam (Kingma & Ba, 2015), with L2 regularization when `weight_decay` is given.
+    """Adam (Kingma & Ba, 2015), with L2 regularization if `weight_decay` is not zero.
 
     `m <- β₁ m + (1 − β₁) g`, `v <- β₂ v + (1 − β₂) g²`, `p <- p − lr · m̂ / (√(v̂ + eps_root) + eps)`, where
     `m̂ = m / (1 − β₁ᵗ)`, `v̂ = v / (1 − β₂ᵗ)` and `weight_decay · p` is added to `g` first. The arguments are
-    those of `adamw`.
+    as in `adamw`.
 
     The fused lowering is bitwise `torch.optim.Adam(fused=True)`.
 
@@ -108,7 +108,7 @@ def scale_by_adam(
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Adam's direction alone, `m̂ / (√(v̂ + eps_root) + eps)`: to be followed by a learning rate in a chain.
+    """Adam's direction, `m̂ / (√(v̂ + eps_root) + eps)`, without a learning rate: add one behind it in a chain.
 
     >>> import lumen as lm
     >>> tx = lm.optim.chain(lm.optim.scale_by_adam(), lm.optim.scale_by_learning_rate(1e-3))
@@ -136,7 +136,7 @@ def _hyper(
 
 
 class _Adam:
-    """The rule and its two lowerings; `adam`, `adamw` and `scale_by_adam` are its configurations."""
+    """The update rule with its plain and its fused lowering, for `adam`, `adamw` and `scale_by_adam`."""
 
     def __init__(
         self,
@@ -155,11 +155,11 @@ class _Adam:
         self.kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     def transform(self) -> GradientTransformation:
-        fusable = self.hyper.has_lr and self.hyper.is_zero("eps_root")  # the kernels know neither
+        fusable = self.hyper.has_lr and self.hyper.is_zero("eps_root")  # the kernels need a rate and have no eps_root
         return GradientTransformation(self.init, self.update, self.fused if fusable else None)
 
     def init(self, params: Any) -> AdamState:
-        self._decays(params)  # an unknown pattern is an error now, not at the first step
+        self._decays(params)  # a pattern without a match fails here, not at the first step
         count, hparams = self.hyper.init(params)
         mu, nu = (zeros_like(params, self.moment_dtype) for _ in range(2))
         return AdamState(count, mu, nu, zeros_like(params, self.moment_dtype) if self.amsgrad else (), hparams)
@@ -196,12 +196,12 @@ class _Adam:
 
     def fused(self, grads: Any, state: AdamState, params: Any, skip: Tensor | None) -> Any:
         hyper = self.hyper
-        held = _fused_kernels.FusedArgsCache.of(
+        cached = _fused_kernels.FusedArgsCache.of(
             _TRIALS[self.decoupled], hyper, state, params, state.mu, state.nu, state.nu_max
         )
-        if held is None or any(value.requires_grad for value in state.hparams.values()):
+        if cached is None or any(value.requires_grad for value in state.hparams.values()):
             return plain_in_place(self.update, grads, state, params, skip)
-        ps, *moments = held.lists
+        ps, *moments = cached.lists
         lists = [ps, _fused_kernels.aligned(params, grads), *moments]
         beta1, beta2, eps, decay, _ = hyper.numbers(state.hparams)
         lr, hparams = hyper.eager_lr(state.count, state.hparams)
@@ -226,11 +226,11 @@ class _Adam:
             )
         if hparams is state.hparams:
             return state
-        hparams = _fused_kernels.kept(state.hparams, hparams, skip)
+        hparams = _fused_kernels.select_hparams(state.hparams, hparams, skip)
         return AdamState(state.count, state.mu, state.nu, state.nu_max, hparams)
 
     def _decays(self, params: Any) -> bool | list[bool]:
-        """Whether leaves decay: one answer for all, or one for each leaf."""
+        """Whether leaves decay: one flag for all, or one for each leaf."""
         if self.hyper.is_zero("weight_decay"):
             return False
         return True if self.decay_mask is None else selected(self.decay_mask, params)

@@ -1,4 +1,4 @@
-"""RMSprop and Adagrad: steps divided by the root of a mean, or of the sum, of squared gradients."""
+"""RMSprop and Adagrad: gradients divided by the root of the mean, or of the sum, of their squares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lumen.optim._numerics import Coefficients, Scalar, time, widened, zeros_lik
 
 @pytree_dataclass
 class RMSpropState:
-    """RMSprop's memory: means of g² and (centered) of g, and the momentum buffer; empty where not in use."""
+    """RMSprop's state: means of g² and (if centered) of g, and the momentum buffer; empty if not in use."""
 
     count: Tensor
     nu: Any
@@ -29,7 +29,7 @@ class RMSpropState:
 
 @pytree_dataclass
 class AdagradState:
-    """Adagrad's memory: the sum of squared gradients."""
+    """Adagrad's state: the sum of squared gradients."""
 
     count: Tensor
     total: Any
@@ -47,7 +47,7 @@ def rmsprop(
 ) -> GradientTransformation:
     """RMSprop (Tieleman & Hinton, 2012; centered: Graves, 2013), in torch's form.
 
-    `v <- α v + (1 − α) g²`; `p <- p − lr · g / (√v + eps)`. With `centered`, `v − m²` in place of `v`,
+    `v <- α v + (1 − α) g²`; `p <- p − lr · g / (√v + eps)`. With `centered`, `v − m²` replaces `v`,
     where `m` is the mean of `g`. With `momentum`, the steps `g / (√v + eps)` are accumulated in a buffer
     first.
 
@@ -81,7 +81,7 @@ def rmsprop(
 
 
 class _RMSprop:
-    """The rule and its two lowerings."""
+    """The update rule with its plain and its fused lowering."""
 
     def __init__(self, hyper: Hyper, centered: bool) -> None:
         self.hyper = hyper
@@ -115,11 +115,11 @@ class _RMSprop:
             direction = g / (torch.sqrt(variance) + eps)
             if b is not None:
                 direction = momentum * wide_b + direction
-            kept_m = None if m is None else wide_m.to(m.dtype)
+            new_mean = None if m is None else wide_m.to(m.dtype)
             return (
                 minus_lr * direction,
                 wide_v.to(v.dtype),
-                kept_m,
+                new_mean,
                 None if b is None else direction.to(b.dtype),
             )
 
@@ -130,7 +130,7 @@ class _RMSprop:
         lists = _fused_kernels.columns(params, grads, state.nu, state.mu, state.trace)
         if not _fused_kernels.foreach_usable(self.hyper, state.hparams, lists[0], *lists[2:]):
             return plain_in_place(self.update, grads, state, params, skip)
-        if skip is not None and bool(skip):  # on the CPU: nothing waits for it
+        if skip is not None and bool(skip):  # on the CPU, where reading it does not synchronize
             return state
         alpha, eps, momentum, decay = self.hyper.numbers(state.hparams)
         lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
@@ -174,7 +174,7 @@ def adagrad(
         eps: added to the root.
         lr_decay: how fast the learning rate falls with the number of updates.
         weight_decay: L2 regularization.
-        initial_accumulator: what the sums start from.
+        initial_accumulator: the initial value of the sums.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -194,7 +194,7 @@ def adagrad(
 
 
 class _Adagrad:
-    """The rule and its two lowerings."""
+    """The update rule with its plain and its fused lowering."""
 
     def __init__(self, hyper: Hyper, initial: float) -> None:
         self.hyper = hyper
@@ -246,7 +246,7 @@ class _Adagrad:
                 maximize=False,
                 found_inf=found_inf,
             )
-        return AdagradState(state.count, state.total, _fused_kernels.kept(state.hparams, hparams, skip))
+        return AdagradState(state.count, state.total, _fused_kernels.select_hparams(state.hparams, hparams, skip))
 
 
 def _examples() -> list[_Adagrad]:

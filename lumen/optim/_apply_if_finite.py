@@ -1,4 +1,4 @@
-"""Leave out updates whose gradients are not finite."""
+"""Skip updates whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumen.optim._norms import leaf_norms
 
 @pytree_dataclass
 class FiniteState:
-    """How many updates in a row, and in all, had non-finite gradients; and the inner state."""
+    """The number of consecutive and of all updates with non-finite gradients, and the inner state."""
 
     consecutive: Tensor
     total: Tensor
@@ -29,8 +29,8 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) 
 
     A leaf whose L2 norm is too large for float32 (1e19 and more) counts as infinite.
 
-    After more than `max_consecutive_errors` such updates in a row it gives up and lets them through, so
-    that a run that is lost is seen to be. Compare `lm.guard`, which also watches the loss.
+    After more than `max_consecutive_errors` such updates in a row it lets them through, so that a diverged run
+    becomes visible. Compare `lm.guard`, which also checks the loss.
 
     Raises:
         HyperparameterError: `max_consecutive_errors` is not a whole number from 0.

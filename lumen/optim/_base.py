@@ -1,4 +1,4 @@
-"""Optimizers as pairs of pure functions, in optax's algebra, with a second lowering in place."""
+"""Optimizers as pairs of pure functions, as in optax, with a second lowering that works in place."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class GradientTransformation:
 
     `update_fn` is plain tree mathematics: it works under `vmap`, `torch.compile` and differentiation.
 
-    `fused_fn(grads, state, params, skip) -> state`, where given, is the same rule by torch's fused or foreach
+    `fused_fn(grads, state, params, skip) -> state`, if set, is the same rule by torch's fused or foreach
     kernels: it changes `params` and the state's tensors in place. `skip` is None or a boolean scalar tensor;
     where true, nothing may change. Both lowerings give the same numbers up to rounding.
 
-    `scale_fn(state) -> scalar` marks a transform that multiplies updates by that scalar and leaves its state
-    alone.
+    `scale_fn(state) -> scalar` marks a transform that multiplies updates by that scalar and does not change its
+    state.
 
-    `whole` says in words what the rule takes from whole tensors ("muon takes the singular vectors of whole
-    matrices"); it is empty for rules that look at single entries, which run on parts of tensors as they are. A rule
-    that `gathers` makes parts whole by itself, with `lumen.optim._full_tensors`; others are refused by `lm.fsdp`.
+    `needs_full_tensors` says in words why the rule needs full tensors ("muon orthogonalizes full matrices"); it is
+    empty for elementwise rules, which run on shards unchanged. A rule that `can_gather` all-gathers what it needs, with
+    `lumen.optim._full_tensors`; `lm.fsdp` rejects other rules that need full tensors.
 
-    `unused_fn(params) -> [bool, ...]`, where given, says of each leaf whether its gradient has no effect: `lm.clip`
+    `unused_fn(params) -> [bool, ...]`, if set, says for each leaf whether its gradient has no effect: `lm.clip`
     leaves those out of the norm.
 
     >>> import torch, lumen as lm
@@ -58,12 +58,12 @@ class GradientTransformation:
     update_fn: Update
     fused_fn: Callable[[Any, State, Params, Tensor | None], State] | None = None
     scale_fn: Callable[[State], Tensor] | None = None
-    whole: str = ""
-    gathers: bool = False
+    needs_full_tensors: str = ""
+    can_gather: bool = False
     unused_fn: Callable[[Params], Sequence[bool]] | None = None
 
     def init(self, params: Params) -> State:
-        """The optimizer's state for `params` (a pytree of floating tensors)."""
+        """The optimizer's state for `params`, a pytree of floating tensors."""
         for path, leaf in tree.named_tensors(params):
             if not leaf.is_floating_point():
                 raise ParamsError(
@@ -75,7 +75,7 @@ class GradientTransformation:
     def update(self, grads: Any, state: State, params: Params) -> tuple[Any, State]:
         """The updates to add to `params`, and the next state.
 
-        Raises `UpdateInterceptedError` where a transform (clip, guard, donate …) must see the whole update.
+        Raises `UpdateInterceptedError` inside a step with a transform that must see the update (clip, guard, donate …).
         """
         if rules.intercepts_updates():
             raise UpdateInterceptedError(
@@ -87,10 +87,10 @@ class GradientTransformation:
     def apply(
         self, grads: Any, state: State, params: Params, *, skip: Tensor | None = None, donate: bool = False
     ) -> tuple[Params, State]:
-        """The next params and state; with `donate`, in the memory of the given ones.
+        """The next params and state; with `donate`, in the memory of the old ones.
 
-        Takes the fused lowering where it is allowed: in eager mode, outside differentiation and outside
-        `torch.func` transforms, of large lanes also under `vmap`. Without `donate` it runs on copies.
+        Uses the fused lowering where possible: in eager mode, outside differentiation and outside `torch.func`
+        transforms, and for large lanes also under `vmap`. Without `donate` it runs on copies.
         """
         with rules.inside_update:
             may_fuse = can_fuse(params, grads)
@@ -109,25 +109,29 @@ class GradientTransformation:
             return tree.select(skip, params, new_params), tree.select(skip, state, new_state)
 
     def in_place(self, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
-        """Change `params` in place, by the fused lowering if possible: for transforms made of others."""
+        """Change `params` in place, by the fused lowering if possible; transforms that wrap others call this."""
         if can_fuse(params, grads) and self.fused_fn is not None:
             return self.fused_fn(grads, state, params, skip)
         return plain_in_place(self.update_fn, grads, state, params, skip)
 
 
 def needs(*transforms: GradientTransformation) -> dict[str, Any]:
-    """Fields of a transform that runs these one after another: `whole`, `gathers` and `unused_fn`."""
-    found = sorted((t for t in transforms if t.whole), key=lambda t: t.gathers)
-    fields: dict[str, Any] = {"whole": found[0].whole, "gathers": found[0].gathers} if found else {}
-    each = [t.unused_fn for t in transforms if t.unused_fn is not None]
-    if each:
-        fields["unused_fn"] = lambda params: [any(flags) for flags in zip(*(fn(params) for fn in each), strict=True)]
+    """Fields of a transform that wraps these: `needs_full_tensors`, `can_gather` and `unused_fn`."""
+    candidates = sorted((t for t in transforms if t.needs_full_tensors), key=lambda t: t.can_gather)
+    fields: dict[str, Any] = {}
+    if candidates:
+        fields = {"needs_full_tensors": candidates[0].needs_full_tensors, "can_gather": candidates[0].can_gather}
+    unused_fns = [t.unused_fn for t in transforms if t.unused_fn is not None]
+    if unused_fns:
+        fields["unused_fn"] = lambda params: [
+            any(flags) for flags in zip(*(fn(params) for fn in unused_fns), strict=True)
+        ]
     return fields
 
 
 def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
-    """Change `params` in place by the plain lowering; the next state."""
-    # Where a learning rate is differentiated, the backward pass still needs the params as they were.
+    """Change `params` in place by the plain lowering, and return the next state."""
+    # The backward pass of a differentiated learning rate needs the old params.
     differentiated = any(leaf.requires_grad for leaf in tree.tensors(state))
     updates, new_state = update_fn(grads, state, clone(params) if differentiated else params)
     if skip is None:
@@ -148,32 +152,32 @@ def apply_updates(params: Params, updates: Any) -> Params:
 
 
 def clone(values: Any) -> Any:
-    """A copy of every tensor in `values`; in eager mode by one foreach call for each dtype and device."""
+    """A copy of every tensor in `values`; in eager mode by one foreach call per dtype and device."""
     leaves, spec = tree.flatten(values)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    by_list = allowed([leaves[i] for i in places])
+    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    by_list = allowed([leaves[i] for i in indices])
     groups: dict[Any, list[int]] = {}
-    for i in places:
+    for i in indices:
         groups.setdefault((leaves[i].dtype, leaves[i].device) if by_list else i, []).append(i)
     for group in groups.values():
-        held = [leaves[i] for i in group]
-        copies = clone_all(held) if by_list else [held[0].clone()]
+        tensors = [leaves[i] for i in group]
+        copies = clone_all(tensors) if by_list else [tensors[0].clone()]
         for i, copy in zip(group, copies, strict=True):
             leaves[i] = copy
     return tree.unflatten(spec, leaves)
 
 
 def wide_clone(params: Params) -> Params:
-    """A copy of `params`, of 16-bit ones in float32: what an average over steps begins with."""
+    """A copy of `params`, with 16-bit leaves in float32: the start of an average over steps."""
     if not is_narrow(params):
         return clone(params)
     return tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params)
 
 
 def matched(params: Params, grads: Any) -> list[list[Tensor]]:
-    """The leaves of both in the same order; ParamsError where structures or shapes differ.
+    """The leaves of both in the same order; ParamsError if structures or shapes differ.
 
-    A fused kernel would not notice another shape, and read beyond the end of the smaller one.
+    A fused kernel does not check shapes: it would read past the end of the smaller tensor.
     """
     ps, gs = columns(params, grads)
     if [p.shape for p in ps] != [g.shape for g in gs]:
@@ -186,7 +190,7 @@ def matched(params: Params, grads: Any) -> list[list[Tensor]]:
 
 
 def can_fuse(params: Params, grads: Any) -> bool:
-    """Whether fused in-place kernels may be used on these trees here and now; ParamsError where they do not match."""
+    """Whether fused in-place kernels may run on these trees now; ParamsError if the trees do not match."""
     if alike(params, grads):
         return eager()
     ps, gs = matched(params, grads)

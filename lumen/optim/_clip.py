@@ -1,4 +1,4 @@
-"""Bounds on gradients: by their global norm, or entry by entry."""
+"""Clip gradients by their global norm, or entry by entry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lumen.optim._numerics import Coefficients, Scalar, widen
 
 
 def global_norm(grads: Any) -> Tensor:
-    """The L2 norm of all leaves together, in float32 (float64 when a leaf is); of all processes' parts under `fsdp`.
+    """The L2 norm over all leaves, in float32 (float64 if a leaf is); under `fsdp`, over the shards of all ranks.
 
     >>> import torch, lumen as lm
     >>> lm.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
@@ -28,9 +28,9 @@ def global_norm(grads: Any) -> Tensor:
 
 
 def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None, unused: Sequence[bool] | None = None) -> Any:
-    """Grads scaled to a global norm of at most `bound`; `norms` are those of the leaves, where they are known.
+    """Grads scaled to a global norm of at most `bound`; `norms` are the norms of the leaves, if already computed.
 
-    Leaves that are `unused` do not count.
+    Leaves that are `unused` do not count towards the norm.
     """
     return scaled(grads, torch.clamp(bound / (_global_norm(grads, norms, unused) + 1e-6), max=1.0))
 
@@ -66,7 +66,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
 
 
 def clip_by_value(max_value: Scalar) -> GradientTransformation:
-    """Cut every entry of the grads to [−max_value, max_value], as `torch.nn.utils.clip_grad_value_` does.
+    """Clamp every entry of the grads to [−max_value, max_value], as `torch.nn.utils.clip_grad_value_` does.
 
     Raises:
         HyperparameterError: `max_value` is negative or not finite.
@@ -80,13 +80,13 @@ def clip_by_value(max_value: Scalar) -> GradientTransformation:
     hyper = Hyper(None, max_value=max_value)
 
     def update(grads: Any, state: Any, _params: Any) -> tuple[Any, Any]:
-        return cut(grads, hyper("max_value", hyper.unpack(state))), state
+        return clip_entries(grads, hyper("max_value", hyper.unpack(state))), state
 
     return GradientTransformation(hyper.pack, update)
 
 
-def cut(grads: Any, bound: Scalar) -> Any:
-    """Grads with every entry in [−bound, bound]."""
+def clip_entries(grads: Any, bound: Scalar) -> Any:
+    """Grads with every entry clamped to [−bound, bound]."""
     if isinstance(bound, Tensor):
         return tree.map(lambda g: torch.clamp(g, -bound.to(g.dtype), bound.to(g.dtype)), grads)
     return tree.map(lambda g: torch.clamp(g, -bound, bound), grads)

@@ -1,4 +1,4 @@
-"""Transforms made of transforms: one after another, or each on its own parameters."""
+"""Combine transforms: one after another, or each on its own parameters."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lumen.optim._param_names import Pattern, dotted_names, matching
 
 
 def chain(*transforms: GradientTransformation) -> GradientTransformation:
-    """Each transform on the updates of the one before it. The state is the tuple of theirs.
+    """Apply each transform to the updates of the one before it. The state is the tuple of their states.
 
-    The chain has a fused lowering when its last member has one (members such as `reduce_on_plateau`, that
-    only rescale, may follow it): the earlier ones change the grads, the last one works in place.
+    The chain has a fused lowering if its last member has one: the earlier members change the grads, the last one works
+    in place. Members that only rescale, such as `reduce_on_plateau`, may follow it.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.sgd(1.0))
@@ -45,13 +45,13 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
         return tuple(transform.init_fn(params) for transform in transforms)
 
     def update(grads: Any, states: tuple[Any, ...], params: Any) -> tuple[Any, tuple[Any, ...]]:
-        grads, new = _through(transforms, grads, states, params)
+        grads, new = _update_in_turn(transforms, grads, states, params)
         return grads, tuple(new)
 
     def fused(grads: Any, states: tuple[Any, ...], params: Any, skip: Tensor | None) -> tuple[Any, ...]:
-        if main + 1 < len(transforms) and is_narrow(params):  # rescaled after they were rounded, small steps would go
+        if main + 1 < len(transforms) and is_narrow(params):  # small steps, rescaled after rounding, would be lost
             return plain_in_place(update, grads, states, params, skip)  # type: ignore[no-any-return]
-        grads, new = _through(transforms[:main], grads, states[:main], params)
+        grads, new = _update_in_turn(transforms[:main], grads, states[:main], params)
         if skip is not None:
             new = tree.select(skip, list(states[:main]), new)
         scales = _scales(transforms[main + 1 :], states[main + 1 :])
@@ -65,36 +65,36 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(init, update, fused if has_fused else None, **needs(*transforms))
 
 
-def _through(
+def _update_in_turn(
     transforms: Sequence[GradientTransformation], grads: Any, states: Sequence[Any], params: Any
 ) -> tuple[Any, list[Any]]:
-    """The updates that come out of `transforms`, one after another, and their new states."""
+    """The updates after all of `transforms`, and the new states."""
     new = []
     for transform, old in zip(transforms, states, strict=True):
-        grads, after = transform.update_fn(grads, old, params)
-        new.append(after)
+        grads, new_state = transform.update_fn(grads, old, params)
+        new.append(new_state)
     return grads, new
 
 
 def _scales(transforms: Sequence[GradientTransformation], states: Sequence[Any]) -> list[Tensor]:
     pairs = zip(transforms, states, strict=True)
-    return [transform.scale_fn(kept) for transform, kept in pairs if transform.scale_fn is not None]
+    return [transform.scale_fn(state) for transform, state in pairs if transform.scale_fn is not None]
 
 
 def _lerp_params(start: Any, params: Any, scale: Tensor) -> None:
-    """Go only `scale` of the way from `start` to `params`, in place; exact where `scale` is 1."""
+    """Set `params` to `start + scale · (params − start)`, in place; exact if `scale` is 1."""
     tree.map(lambda p, s: p.copy_(torch.lerp(s, p, scale.to(p.dtype))), params, start)
 
 
 def freeze(pattern: Pattern | None = None, inner: GradientTransformation | None = None) -> GradientTransformation:
-    """Zero updates for the leaves that `pattern` matches; the others go through `inner`, or stay as they are.
+    """Zero updates for the leaves that `pattern` matches; other updates go through `inner`, or stay unchanged.
 
-    Without a pattern, for every leaf. Frozen leaves have no memory in `inner`. `lm.clip` leaves their gradients out of
-    the norm; in a chain write `freeze(pattern, chain(clip_by_global_norm(1.0), adamw(1e-3)))`, as a clip before the
-    freeze counts them.
+    Without a pattern, every leaf is frozen. Frozen leaves have no state in `inner`, and `lm.clip` leaves their
+    gradients out of the norm. In a chain write `freeze(pattern, chain(clip_by_global_norm(1.0), adamw(1e-3)))`: a clip
+    in front of the freeze would count them.
 
     Raises:
-        PatternError: at init, when the pattern matches nothing.
+        PatternError: at init, if the pattern matches nothing.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.freeze("encoder.*", lm.optim.sgd(1.0))
@@ -111,13 +111,13 @@ def freeze(pattern: Pattern | None = None, inner: GradientTransformation | None 
     )
     if pattern is None:
         return zero
-    passed = GradientTransformation(lambda _params: (), lambda grads, state, _params: (grads, state))
-    return partition({pattern: zero}, default=inner or passed)
+    unchanged = GradientTransformation(lambda _params: (), lambda grads, state, _params: (grads, state))
+    return partition({pattern: zero}, default=inner or unchanged)
 
 
 @pytree_dataclass
 class PartitionState:
-    """The states of the parts, in the order of the rules, the default's last; () for one without leaves."""
+    """The state of each group, in the order of the rules and the default last; () for a group without leaves."""
 
     parts: tuple[Any, ...]
 
@@ -128,21 +128,21 @@ def partition(
     *,
     label: Callable[[str, Tensor], Hashable] | None = None,
 ) -> GradientTransformation:
-    """A transform for each group of parameters, by their dotted names.
+    """A transform for each group of parameters, selected by dotted name.
 
     Args:
-        rules: a transform for each pattern: a glob that must match the whole name (`*` also crosses dots),
-            or a compiled regular expression that is searched for in it. The first pattern that matches
-            takes the leaf.
+        rules: a transform for each pattern: a glob that must match the full name (`*` also crosses dots),
+            or a compiled regular expression that is searched for in it. A leaf belongs to the first pattern
+            that matches.
         default: the transform for leaves that no pattern matches.
         label: instead of patterns, a function `(name, leaf) -> key` into `rules`; it may look at the leaf's
             shape and dtype, not at its values.
 
     Raises:
-        PatternError: at init, for a pattern that matches nothing or only what earlier ones took, and for a
-            leaf that nothing matches when there is no default.
+        PatternError: at init, for a pattern that matches no leaf beyond those of earlier patterns, and for a leaf
+            that nothing matches if there is no default.
 
-    Each transform sees a flat dict of its own leaves by name. The fused lowering is that of each part.
+    Each transform sees a flat dict of its own leaves by name. The fused lowering uses that of each transform.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.1))
@@ -155,7 +155,7 @@ def partition(
 
 
 def group_rates(opt_state: Any) -> list[Tensor | None]:
-    """The learning rate of each part of the first partition in an optimizer's state; [] where there is none.
+    """The learning rate of each group of the first partition in an optimizer's state; [] if there is none.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
@@ -163,9 +163,9 @@ def group_rates(opt_state: Any) -> list[Tensor | None]:
     [0.5, 0.25]
     """
     if isinstance(opt_state, PartitionState):
-        return [learning_rate(part) for part in opt_state.parts]
+        return [learning_rate(state) for state in opt_state.parts]
     below = list(children(opt_state))
-    rates = next((found for found in map(group_rates, below) if found), [])
+    rates = next((rates for rates in map(group_rates, below) if rates), [])
     if type(opt_state) is tuple:  # a chain, whose other members may scale
         for neighbor in below:
             rates = [None if lr is None else lr * getattr(neighbor, "scale", 1.0) for lr in rates]
@@ -173,7 +173,7 @@ def group_rates(opt_state: Any) -> list[Tensor | None]:
 
 
 class _Partition:
-    """The leaves cut into a dict for each part, by name, and put together again."""
+    """Splits the leaves into one dict by name for each transform, and joins the updates again."""
 
     def __init__(
         self,
@@ -183,52 +183,52 @@ class _Partition:
     ) -> None:
         self.keys = tuple(rules)
         self.has_default = default is not None
-        self.parts = (*rules.values(), *([] if default is None else [default]))
+        self.transforms = (*rules.values(), *([] if default is None else [default]))
         self.label = label
 
     def transform(self) -> GradientTransformation:
-        unused = any(part.unused_fn is not None for part in self.parts)
-        fields = {**needs(*self.parts), "unused_fn": self.unused if unused else None}
+        unused = any(transform.unused_fn is not None for transform in self.transforms)
+        fields = {**needs(*self.transforms), "unused_fn": self.unused if unused else None}
         return GradientTransformation(self.init, self.update, self.fused, **fields)
 
     def init(self, params: Any) -> PartitionState:
-        groups = self._cut(params)
+        groups = self._split(params)
         return PartitionState(
-            tuple(part.init_fn(ps) if ps else () for part, (ps,) in zip(self.parts, groups, strict=True))
+            tuple(transform.init_fn(ps) if ps else () for transform, (ps,) in zip(self.transforms, groups, strict=True))
         )
 
     def update(self, grads: Any, state: PartitionState, params: Any) -> tuple[Any, PartitionState]:
         updates: dict[str, Any] = {}
         new = []
-        for part, inner, (ps, gs) in zip(self.parts, state.parts, self._cut(params, grads), strict=True):
-            moved, after = part.update_fn(gs, inner, ps) if ps else ({}, inner)
-            updates.update(moved)
-            new.append(after)
+        for transform, inner, (ps, gs) in zip(self.transforms, state.parts, self._split(params, grads), strict=True):
+            group_updates, new_inner = transform.update_fn(gs, inner, ps) if ps else ({}, inner)
+            updates.update(group_updates)
+            new.append(new_inner)
         ordered = [updates[name] for name in dotted_names(params)]
         return tree.unflatten(tree.structure(params), ordered), PartitionState(tuple(new))
 
     def fused(self, grads: Any, state: PartitionState, params: Any, skip: Tensor | None) -> PartitionState:
-        groups = zip(self.parts, state.parts, self._cut(params, grads), strict=True)
+        groups = zip(self.transforms, state.parts, self._split(params, grads), strict=True)
         return PartitionState(
-            tuple(part.in_place(gs, inner, ps, skip) if ps else inner for part, inner, (ps, gs) in groups)
+            tuple(transform.in_place(gs, inner, ps, skip) if ps else inner for transform, inner, (ps, gs) in groups)
         )
 
     def unused(self, params: Any) -> list[bool]:
         flags: dict[str, bool] = {}
-        for part, (ps,) in zip(self.parts, self._cut(params), strict=True):
-            of_part = [False] * len(ps) if part.unused_fn is None else part.unused_fn(ps)
-            flags.update(zip(ps, of_part, strict=True))
+        for transform, (ps,) in zip(self.transforms, self._split(params), strict=True):
+            group_flags = [False] * len(ps) if transform.unused_fn is None else transform.unused_fn(ps)
+            flags.update(zip(ps, group_flags, strict=True))
         return [flags[name] for name in dotted_names(params)]
 
-    def _cut(self, params: Any, *trees: Any) -> list[tuple[dict[str, Any], ...]]:
-        """For each part, a dict by name of its leaves in each tree."""
+    def _split(self, params: Any, *trees: Any) -> list[tuple[dict[str, Any], ...]]:
+        """For each transform, a dict by name of its leaves in each tree."""
         names = dotted_names(params)
         if self.label is None:
             owners: Sequence[int] = _by_pattern(self.keys, self.has_default, tuple(names))
         else:
             owners = _by_label(self.keys, self.has_default, names, self.label, tree.leaves(params))
         lists = columns(params, *trees)
-        groups: list[tuple[dict[str, Any], ...]] = [tuple({} for _ in lists) for _ in self.parts]
+        groups: list[tuple[dict[str, Any], ...]] = [tuple({} for _ in lists) for _ in self.transforms]
         for i, (name, owner) in enumerate(zip(names, owners, strict=True)):
             for group, column in zip(groups[owner], lists, strict=True):
                 group[name] = column[i]
@@ -237,19 +237,18 @@ class _Partition:
 
 @functools.lru_cache(maxsize=256)
 def _by_pattern(patterns: tuple[Pattern, ...], has_default: bool, names: tuple[str, ...]) -> tuple[int, ...]:
-    """The index of the part that owns each name."""
-    _refuse_twins(names)
+    """The index of the pattern that owns each name."""
+    _check_unique(names)
     owners = [-1] * len(names)
     for i, pattern in enumerate(patterns):
-        wanted = matching(pattern, names)
-        taken = [j for j, match in enumerate(wanted) if match and owners[j] < 0]
-        if not taken:
+        unowned = [j for j, matches in enumerate(matching(pattern, names)) if matches and owners[j] < 0]
+        if not unowned:
             text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
             raise PatternError(
-                f"every name that {text!r} matches is taken by an earlier pattern of the partition; the first match"
+                f"every name that {text!r} matches belongs to an earlier pattern of the partition; the first match"
                 " wins, so put the narrower pattern first."
             )
-        for j in taken:
+        for j in unowned:
             owners[j] = i
     return tuple(_with_default(owners, has_default, len(patterns), names))
 
@@ -261,20 +260,20 @@ def _by_label(
     label: Callable[[str, Tensor], Hashable],
     leaves: Sequence[Tensor],
 ) -> list[int]:
-    _refuse_twins(names)
-    places = {key: i for i, key in enumerate(keys)}
+    _check_unique(names)
+    owner_of = {key: i for i, key in enumerate(keys)}
     owners = []
     for name, leaf in zip(names, leaves, strict=True):
         key = label(name, leaf)
-        if key not in places and not has_default:
+        if key not in owner_of and not has_default:
             raise PatternError(
                 f"the label {key!r} of {name!r} is not among the rules {list(keys)}; add it, or give a default."
             )
-        owners.append(places.get(key, -1))
+        owners.append(owner_of.get(key, -1))
     return _with_default(owners, has_default, len(keys), names)
 
 
-def _refuse_twins(names: Sequence[str]) -> None:
+def _check_unique(names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PatternError(f"two leaves of the params have the name {twice!r}; rename one to partition them.")
@@ -286,6 +285,6 @@ def _with_default(owners: list[int], has_default: bool, default: int, names: Seq
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise PatternError(
             f"no pattern of the partition matches {', '.join(missing[:5])}{more}. Add one, or"
-            " partition(rules, default=tx); default=lm.optim.freeze() leaves the rest as it is."
+            " partition(rules, default=tx); default=lm.optim.freeze() leaves the others unchanged."
         )
     return [default if owner < 0 else owner for owner in owners]

@@ -1,4 +1,4 @@
-"""Any `torch.optim` optimizer as a Transform whose memory is in the pytree."""
+"""Any `torch.optim` optimizer as a transform whose state is a pytree."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
 
 Memory = dict[str, Any]
 
-_ELEMENTWISE = (  # rules of torch's whose update of an entry looks at that entry alone
+_ELEMENTWISE = (  # torch's elementwise rules
     *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
 )
 
 
 @pytree_dataclass
 class TorchState:
-    """A torch optimizer's memory: for each leaf a dict of its tensors.
+    """A torch optimizer's state: for each leaf a dict of its tensors.
 
-    `count` and `hparams` are on the CPU, where the optimizer reads them. `numbers` names what it keeps as
+    `count` and `hparams` are on the CPU, where the optimizer reads them. `numbers` names the entries that it keeps as
     Python numbers.
     """
 
@@ -39,22 +39,22 @@ class TorchState:
 
 
 def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> GradientTransformation:
-    """The optimizer class `optimizer`, built with `kwargs`, as a Transform.
+    """The optimizer class `optimizer`, built with `kwargs`, as a transform.
 
-    Its numbers are bitwise torch's own. It runs in eager mode only, since such optimizers change tensors in
-    place: not under `vmap`, `lm.compile` or differentiation. A learning rate lives in
-    `opt_state.hparams["lr"]` and may be a schedule. Gradients are laid out in memory as their params are, as autograd
-    lays out `.grad`. What the optimizer keeps has the dtype that it makes it in: torch's keep the moments of 16-bit
-    params in 16 bits, where means stop moving; `lm.optim.adamw` keeps them in float32.
+    The results are bitwise those of the torch optimizer. It runs in eager mode only, because torch optimizers change
+    tensors in place: not under `vmap`, `lm.compile` or differentiation. The learning rate is in
+    `opt_state.hparams["lr"]` and may be a schedule. Gradients get the memory layout of their params, as autograd
+    gives `.grad`. The optimizer chooses the dtype of its state: torch's optimizers keep the moments of 16-bit
+    params in 16 bits, where small changes are rounded away; `lm.optim.adamw` keeps them in float32.
 
     Args:
         optimizer: the class, of torch or of another library.
         **kwargs: its arguments, without the params.
 
     Raises:
-        HyperparameterError: the class refuses the arguments, needs a closure, or keeps memory outside its
+        HyperparameterError: the class rejects the arguments, needs a closure, or keeps memory outside its
             state; or, at init, its fused kernel in this version of torch is wrong for the dtype of a param.
-        PurityError: at an update that is traced, vmapped or differentiated.
+        PurityError: at an update under tracing, vmap or differentiation.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.from_torch(torch.optim.Adamax, lr=0.5)
@@ -66,16 +66,18 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Gradien
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise HyperparameterError(
-            f"{optimizer.__name__}.step needs a closure that evaluates the loss again, which an update of given grads"
-            " cannot offer."
+            f"{optimizer.__name__}.step needs a closure that evaluates the loss again, which is not"
+            " possible in an update from computed gradients."
         )
     lr: ScalarOrSchedule | None = kwargs.pop("lr", None)
     defaults = _build(optimizer, [torch.zeros(1, 1)], kwargs, None).defaults
     lr = defaults.get("lr") if lr is None else lr
     hyper = Hyper(lr)
     rule = _TorchRule(optimizer, kwargs, hyper)
-    whole = f"from_torch({optimizer.__name__}) is not known to be a rule for single entries"
-    return GradientTransformation(rule.init, rule.update, rule.fused, whole="" if _is_elementwise(optimizer) else whole)
+    reason = f"from_torch({optimizer.__name__}) is not known to be elementwise"
+    return GradientTransformation(
+        rule.init, rule.update, rule.fused, needs_full_tensors="" if _is_elementwise(optimizer) else reason
+    )
 
 
 def _is_elementwise(optimizer: type[torch.optim.Optimizer]) -> bool:
@@ -89,7 +91,7 @@ class _TorchRule:
         self.hyper = hyper
 
     def init(self, params: Any) -> TorchState:
-        """The memory's structure: torch makes it at the first step, so one is taken here, on copies."""
+        """The initial state. Torch creates it at the first step, so this runs one step on copies."""
         self._check_kernel(params)
         count, hparams = self.hyper.init({"cpu": torch.zeros(())})
         leaves, spec = tree.flatten(clone(params))
@@ -99,7 +101,7 @@ class _TorchRule:
         unknown = {key: value for memory in memories for key, value in memory.items() if not _is_value(value)}
         if unknown:
             raise HyperparameterError(
-                f"{self.optimizer.__name__} keeps in its state what is neither tensor nor number: {unknown!r}"
+                f"{self.optimizer.__name__} keeps values in its state that are neither tensors nor numbers: {unknown!r}"
             )
         blank = [{key: torch.zeros_like(_as_tensor(value)) for key, value in memory.items()} for memory in memories]
         return TorchState(count, tree.unflatten(spec, blank), hparams, tuple(sorted(numbers)))
@@ -112,9 +114,9 @@ class _TorchRule:
                 " vmap, lm.compile and differentiation cannot follow. Use one of lm.optim's own optimizers there, such"
                 " as lm.optim.adamw."
             )
-        moved, state = clone((params, state))
-        state = self.fused(grads, state, moved, None)
-        return tree.map(torch.sub, moved, params), state
+        new_params, state = clone((params, state))
+        state = self.fused(grads, state, new_params, None)
+        return tree.map(torch.sub, new_params, params), state
 
     def fused(self, grads: Any, state: TorchState, params: Any, skip: Tensor | None) -> TorchState:
         if skip is not None and bool(skip):
@@ -129,11 +131,11 @@ class _TorchRule:
                 {k: v.item() if k in state.numbers else v for k, v in memory.items()} for memory in memory_leaves
             ]
         memories = self._step(leaves, grad_leaves, memories, lr)
-        kept = [{key: _as_tensor(value) for key, value in memory.items()} for memory in memories]
-        return TorchState(state.count + 1, tree.unflatten(spec, kept), hparams, state.numbers)
+        new_memories = [{key: _as_tensor(value) for key, value in memory.items()} for memory in memories]
+        return TorchState(state.count + 1, tree.unflatten(spec, new_memories), hparams, state.numbers)
 
     def _check_kernel(self, params: Any) -> None:
-        """Refuse a fused kernel that does not train the params."""
+        """Raise `HyperparameterError` for a fused kernel that computes wrong updates for these params."""
         if not self.kwargs.get("fused") or distributed.is_dry_run():
             return
         for dtype, device in {(leaf.dtype, leaf.device): None for leaf in tree.leaves(params)}:
@@ -158,15 +160,15 @@ class _TorchRule:
     def _step(
         self, params: list[Tensor], grads: list[Tensor], memories: list[Memory] | None, lr: float | None
     ) -> list[Memory]:
-        """One step of a fresh optimizer that is given the memory; params change in place."""
+        """One step of a new optimizer that starts from `memories`; params change in place."""
         aliases = [_walkable(p.detach()) for p in params]  # the user's own tensors get no `.grad`
         for alias, grad in zip(aliases, grads, strict=True):
-            alias.grad = _laid_out(grad, alias, alias.dtype)
+            alias.grad = _with_strides_of(grad, alias, alias.dtype)
         optimizer = _build(self.optimizer, aliases, self.kwargs, lr)
         if memories is not None:
             for alias, memory in zip(aliases, memories, strict=True):
                 optimizer.state[alias] = {
-                    k: _laid_out(v, alias, v.dtype) if isinstance(v, Tensor) and v.shape == alias.shape else v
+                    k: _with_strides_of(v, alias, v.dtype) if isinstance(v, Tensor) and v.shape == alias.shape else v
                     for k, v in memory.items()
                 }
         before = [_options(group) for group in optimizer.param_groups]
@@ -181,30 +183,30 @@ class _TorchRule:
         return [dict(optimizer.state[alias]) for alias in aliases]
 
 
-_works: dict[tuple[Any, torch.dtype, str], bool] = {}  # for each optimizer, whether its fused kernel does
+_works: dict[tuple[Any, torch.dtype, str], bool] = {}  # whether the fused kernel is right, by optimizer, dtype, device
 
 
 def _fused_works(
     optimizer: type[torch.optim.Optimizer], kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a step by the fused kernel is one by plain operations in float64, for more entries than a few vectors."""
+    """Whether one step of the fused kernel matches plain operations in float64, on several vectors of entries."""
     start = torch.linspace(-1.0, 1.0, 1031, dtype=torch.float64, device="cpu").to(device, dtype)
-    found, exact = start.clone(), start.double()
-    for param, fused in ((found, True), (exact, False)):
+    by_kernel, exact = start.clone(), start.double()
+    for param, fused in ((by_kernel, True), (exact, False)):
         param.grad = 0.5 - param
         _build(optimizer, [param], {**kwargs, "fused": fused}, 0.125).step()
     tolerance = 4 * torch.finfo(dtype).eps
-    return torch.allclose(found.double(), exact, rtol=tolerance, atol=tolerance)
+    return torch.allclose(by_kernel.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def _walkable(leaf: Tensor) -> Tensor:
-    """`leaf`, or a copy of it without gaps or overlaps: fused kernels walk memory from its first entry on."""
+    """`leaf`, or a copy of it without gaps or overlaps: fused kernels read memory consecutively."""
     dense = leaf.is_contiguous() or torch.empty_like(leaf).stride() == leaf.stride()
     return leaf if dense else leaf.contiguous()
 
 
-def _laid_out(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` with the strides of `like`, in memory of its own where they differ."""
+def _with_strides_of(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` with the strides of `like` and in `dtype`, copied if it has others."""
     if value.stride() == like.stride() and value.dtype == dtype:
         return value
     return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=value.device).copy_(value)
@@ -218,7 +220,7 @@ def _build(
     try:
         return optimizer(params, **kwargs)
     except (TypeError, ValueError) as error:
-        raise HyperparameterError(f"{optimizer.__name__} refuses its arguments: {error}") from error
+        raise HyperparameterError(f"{optimizer.__name__} rejects its arguments: {error}") from error
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Rules that look at whole tensors, where each process holds rows of them: gathered leaf by leaf, as they are needed.
+"""Rules that need full tensors where each rank holds rows of them: all-gathered one leaf at a time.
 
-Every process computes the same update of the whole tensor and keeps its own rows of it, so the numbers are those of one
-process, at the cost of one gather for each leaf and of everybody's doing all the work.
+Every rank computes the same update of the full tensor and keeps its own rows, so the numbers are those of one process.
+The cost is one all-gather per leaf, and every rank repeats the computation.
 """
 
 from __future__ import annotations
@@ -20,55 +20,59 @@ from lumen.optim._param_names import dotted_names
 Leaf = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
-def whole_map(
+def map_full_tensors(
     leaf: Leaf, params: Any, grads: Any, state: Any = (), blank: Callable[[Tensor], Any] = lambda p: p
 ) -> Any:
-    """`leaf(p, g, state of p) -> (update, new state)` for each leaf, on whole tensors: two trees of what it returns.
+    """`leaf(p, g, state of p) -> (update, new state)` for each leaf, on full tensors: two trees of results.
 
-    `blank(p)` is the state of a leaf to begin with: which of its tensors are cut as `p` is can be told by their shapes.
+    `blank(p)` is the initial state of a leaf. Its tensors with the shape of `p` are those that are sharded like `p`.
 
     >>> params = {"w": torch.tensor([3.0, 4.0])}
-    >>> whole_map(lambda p, g, _: (g / p.norm(), None), params, params)[0]["w"]
+    >>> map_full_tensors(lambda p, g, _: (g / p.norm(), None), params, params)[0]["w"]
     tensor([0.6000, 0.8000])
     """
-    wholes = sharding.wholes()
-    if wholes is None:
+    gatherer = sharding.wholes()
+    if gatherer is None:
         return zip_map(leaf, params, grads, state)
     names = iter(dotted_names(params))
 
-    def on_whole(p: Tensor, g: Tensor, kept: Any) -> tuple[Tensor, Any]:
-        shape = wholes.shape(next(names))
+    def on_full_tensors(p: Tensor, g: Tensor, leaf_state: Any) -> tuple[Tensor, Any]:
+        shape = gatherer.shape(next(names))
         if not shape:
-            return leaf(p, g, kept)
-        held, spec = tree.flatten(kept)
-        cut = [like.shape == shape for like in tree.leaves(blank(_shell(shape)))] if held else []
-        p, g, *rows = wholes.gather([p, g, *(x for x, is_cut in zip(held, cut, strict=True) if is_cut)], shape)
-        gathered = iter(rows)
-        held = [next(gathered) if is_cut else x for x, is_cut in zip(held, cut, strict=True)]
-        update, new = leaf(p, g, spec.unflatten(held))
-        after = [wholes.part(x).clone() if is_cut else x for x, is_cut in zip(tree.leaves(new), cut, strict=True)]
-        return wholes.part(update).clone(), spec.unflatten(after) if held else new
+            return leaf(p, g, leaf_state)
+        tensors, spec = tree.flatten(leaf_state)
+        sharded = [like.shape == shape for like in tree.leaves(blank(_meta_tensor(shape)))] if tensors else []
+        shards = [x for x, is_sharded in zip(tensors, sharded, strict=True) if is_sharded]
+        p, g, *full = gatherer.gather([p, g, *shards], shape)
+        gathered = iter(full)
+        tensors = [next(gathered) if is_sharded else x for x, is_sharded in zip(tensors, sharded, strict=True)]
+        update, new_state = leaf(p, g, spec.unflatten(tensors))
+        new_tensors = [
+            gatherer.part(x).clone() if is_sharded else x
+            for x, is_sharded in zip(tree.leaves(new_state), sharded, strict=True)
+        ]
+        return gatherer.part(update).clone(), spec.unflatten(new_tensors) if tensors else new_state
 
-    return zip_map(on_whole, params, grads, state)
+    return zip_map(on_full_tensors, params, grads, state)
 
 
-def whole_init(blank: Callable[[Tensor], Any], params: Any) -> Any:
-    """`blank(p)` for each leaf, made for whole tensors; of what has their shape, this process's part."""
-    wholes = sharding.wholes()
-    if wholes is None:
+def init_full_tensors(blank: Callable[[Tensor], Any], params: Any) -> Any:
+    """`blank(p)` for each full leaf, of which tensors with the shape of `p` are cut to this rank's shard."""
+    gatherer = sharding.wholes()
+    if gatherer is None:
         return tree.map(blank, params)
     names = iter(dotted_names(params))
 
-    def of_whole(p: Tensor) -> Any:
-        shape = wholes.shape(next(names))
+    def init_leaf(p: Tensor) -> Any:
+        shape = gatherer.shape(next(names))
         if not shape:
             return blank(p)
-        # Expanded, a whole tensor takes no memory.
-        made = blank(p.new_zeros(()).expand(shape))
-        return tree.map(lambda x: wholes.part(x).clone() if x.shape == shape else x, made)
+        # An expanded tensor needs no memory for its entries.
+        full = blank(p.new_zeros(()).expand(shape))
+        return tree.map(lambda x: gatherer.part(x).clone() if x.shape == shape else x, full)
 
-    return tree.map(of_whole, params)
+    return tree.map(init_leaf, params)
 
 
-def _shell(shape: torch.Size) -> Tensor:
+def _meta_tensor(shape: torch.Size) -> Tensor:
     return torch.empty(shape, device="meta")

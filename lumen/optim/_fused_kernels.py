@@ -1,14 +1,13 @@
-"""What torch's list kernels need: leaves as aligned lists, of one dtype and device, in dense memory.
+"""Prepare leaves for torch's list kernels: aligned lists of one dtype and device, in dense memory.
 
-The fused CPU kernels walk memory from `data_ptr` and trust that every tensor of a leaf has the same
-strides; on a transposed gradient they are silently wrong and on an expanded one they read past its end
-(torch 2.13). So gradients are made contiguous here, and where params or moments are not, a rule takes its
+The fused CPU kernels read memory consecutively from `data_ptr` and assume that every tensor of a leaf has the same
+strides. With a transposed gradient they are silently wrong, and with an expanded one they read past its end
+(torch 2.13). So gradients are made contiguous here, and if params or moments are not contiguous, a rule uses its
 plain lowering.
 
-They never see 16-bit tensors: moments are wider than such params, and of torch's own 16-bit kernels one skips most of
-what it is given (SGD on the CPU, torch 2.12 and 2.13). Such leaves are widened, some at a time, updated by the float32
-kernel and rounded once. What a fused kernel of the installed torch does to float32 and float64 is tried out before
-its first use.
+The kernels never get 16-bit tensors: moments are wider than such params, and torch's 16-bit SGD kernel on the CPU skips
+most entries (torch 2.12 and 2.13). Such leaves are widened, a chunk at a time, updated by the float32
+kernel and rounded once. Each fused kernel of the installed torch is tested in float32 and float64 before its first use.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
 from lumen.optim._numerics import absent
 
-_AT_ONCE = 2**22  # entries that are widened at once
+_CHUNK_SIZE = 2**22  # entries that are widened together
 
 
 def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
     """The leaves of `params` and of each other tree in the same order; an empty tuple gives an empty list."""
     if type(params) is dict and {*map(type, params.values())} == {Tensor}:  # several times faster than optree
         keys = [*params]
-        found = [[*params.values()]]
+        lists = [[*params.values()]]
         for other in trees:
             if type(other) is dict and [*other] == keys:
-                found.append([*other.values()])
+                lists.append([*other.values()])
             elif absent(other):
-                found.append([])
+                lists.append([])
             else:
                 break
         else:
-            return found
+            return lists
     leaves, spec = tree.flatten(params)
     try:
         return [leaves, *[[] if absent(other) else spec.flatten_up_to(other) for other in trees]]
@@ -62,19 +61,19 @@ def allowed(leaves: list[Any]) -> bool:
 
 
 def _plain() -> type[Tensor]:
-    """The type of tensors that are not a subclass for some purpose: those of a plan stand for plain ones."""
+    """The type of an ordinary tensor: in a dry run, fake tensors take its role."""
     return FakeTensor if distributed.is_dry_run() else Tensor
 
 
 def eager() -> bool:
-    """Whether operations run as they are called: outside `torch.func`, `torch.compile` and `make_fx`."""
+    """Whether operations run immediately: outside `torch.func`, `torch.compile` and `make_fx`."""
     return torch._C._functorch.peek_interpreter_stack() is None and not in_graph_capture()
 
 
 def alike(params: Any, grads: Any) -> bool:
-    """Whether both are flat dicts of plain tensors that agree leaf by leaf, none to be differentiated.
+    """Whether both are flat dicts of plain tensors that match leaf by leaf and do not require gradients.
 
-    This is the common case, seen in one pass; anything else is looked at thoroughly.
+    This is the common case, checked in one pass; callers check anything else in detail.
     """
     if type(params) is not dict or type(grads) is not dict or len(params) != len(grads):
         return False
@@ -95,11 +94,11 @@ def alike(params: Any, grads: Any) -> bool:
 def usable(
     hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor], trial: Trial | None = None
 ) -> bool:
-    """Whether a kernel may run on these lists; if not, the caller takes its plain lowering."""
+    """Whether a kernel may run on these lists; if not, the caller uses its plain lowering."""
     if not params:
         return False
     first = params[0]
-    if not first.is_cpu and (not first.is_cuda or hyper.has_tensors):  # tensors as a kernel's floats would sync
+    if not first.is_cpu and (not first.is_cuda or hyper.has_tensors):  # reading tensors as floats would synchronize
         return False
     if True in [value.requires_grad for value in hparams.values()]:
         return False
@@ -109,24 +108,24 @@ def usable(
     for column in moments:
         if column and not (
             all(map(Tensor.is_contiguous, column))
-            and ((kinds := [m.dtype for m in column]) == dtypes or _meet_in_float32(dtypes, kinds))
+            and ((kinds := [m.dtype for m in column]) == dtypes or _compute_in_float32(dtypes, kinds))
             and [*map(Tensor.numel, column)] == sizes
         ):
             return False
     return trial is None or trial.passed({*dtypes}, first.device)
 
 
-def _meet_in_float32(params: list[torch.dtype], moments: list[torch.dtype]) -> bool:
-    """Whether each moment is as wide as its param, or both are computed with in float32."""
+def _compute_in_float32(params: list[torch.dtype], moments: list[torch.dtype]) -> bool:
+    """Whether each moment has its param's dtype, or both are computed with in float32."""
     pairs = zip(params, moments, strict=True)
     return all(p == m or (p in NARROW and wide_dtype(m) == torch.float32) for p, m in pairs)
 
 
 class Trial:
-    """Whether a fused kernel of the installed torch does what it should, tried on first use for each dtype and device.
+    """Whether a fused kernel of the installed torch is correct, tested on first use for each dtype and device.
 
-    `rules` are examples of rules whose fused lowering calls it. Two steps of each are compared with the plain lowering
-    in float64.
+    `rules` returns examples of rules whose fused lowering calls the kernel. Two steps of each are compared with the
+    plain lowering in float64.
     """
 
     def __init__(self, rules: Callable[[], Iterable[Any]]) -> None:
@@ -140,12 +139,12 @@ class Trial:
     def _passed(self, key: tuple[torch.dtype, str], device: torch.device) -> bool:
         result = self._results.get(key)
         if result is None:
-            # A plan's tensors have no numbers, and a graph that is captured cannot wait for them.
+            # Fake tensors have no values, and CUDA graph capture cannot synchronize to read them.
             if distributed.is_dry_run() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return True
-            self._results[key] = result = True  # while it is tried
+            self._results[key] = result = True  # during the test
             try:
-                with _disable_current_modes():  # whoever counts operations or memory counts the user's
+                with _disable_current_modes():  # modes that count operations must not count these
                     result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
             finally:
                 del self._results[key]
@@ -154,14 +153,14 @@ class Trial:
 
 
 def _works(rule: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    sizes = (1, 17, 4097)  # less than a vector of entries, one and a rest, many blocks and a rest
+    sizes = (1, 17, 4097)  # less than one SIMD vector, one and a remainder, many blocks and a remainder
     exact = {str(n): torch.linspace(-1.0, 1.0, n, dtype=torch.float64, device="cpu") for n in sizes}
     grads = {name: 0.5 - p for name, p in exact.items()}
-    given = {name: g.to(device, dtype) for name, g in grads.items()}
+    device_grads = {name: g.to(device, dtype) for name, g in grads.items()}
     params = {name: p.to(device, dtype, copy=True) for name, p in exact.items()}
     state, exact_state = rule.init(params), rule.init(exact)
     for _ in range(2):
-        state = rule.fused(given, state, params, None)
+        state = rule.fused(device_grads, state, params, None)
         updates, exact_state = rule.update(grads, exact_state, exact)
         exact = {name: p + updates[name] for name, p in exact.items()}
     tolerance = math.sqrt(torch.finfo(dtype).eps)
@@ -171,22 +170,22 @@ def _works(rule: Any, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def foreach_usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
-    """Whether an in-place foreach lowering may run and pays: on the CPU.
+    """Whether an in-place foreach lowering may run and is worthwhile: on the CPU.
 
-    It takes its scalars as Python numbers, which elsewhere would wait for the device.
+    Its scalars are Python numbers, and reading them would synchronize with an accelerator.
     """
     return usable(hyper, hparams, params, *moments) and params[0].is_cpu
 
 
 class FusedArgsCache:
-    """The params and moments of one state as lists that a kernel may use, remembered with that state.
+    """The params and moments of one state as lists for a kernel, cached on that state.
 
-    A donated state keeps its dicts and tensors from step to step. Looking at all of them again would cost as much as a
-    small kernel; that each is still the same object is seen at once.
+    A donated state keeps its dicts and tensors from step to step. Checking all of them again would cost as much as a
+    small kernel; comparing identities is cheap.
     """
 
     __slots__ = ("_flat", "lists")
-    _KEY = "_held"
+    _KEY = "_fused_args"
 
     def __init__(self, lists: list[list[Tensor]]) -> None:
         self.lists = lists
@@ -194,43 +193,43 @@ class FusedArgsCache:
 
     @classmethod
     def of(cls, trial: Trial, hyper: Hyper, state: Any, params: Any, *moments: Any) -> FusedArgsCache | None:
-        """What `state` remembers if it still holds, else what is found now; None where no kernel may run."""
-        remembered: FusedArgsCache | None = state.__dict__.get(cls._KEY)
-        if remembered is not None and remembered._holds(params, *moments):
-            return remembered
+        """The cache of `state` if it is still valid, or a new one; None if no kernel may run."""
+        cached: FusedArgsCache | None = state.__dict__.get(cls._KEY)
+        if cached is not None and cached._matches(params, *moments):
+            return cached
         lists = columns(params, *moments)
         if not usable(hyper, state.hparams, *lists, trial=trial):
             return None
-        held = state.__dict__[cls._KEY] = cls(lists)
-        return held
+        cache = state.__dict__[cls._KEY] = cls(lists)
+        return cache
 
-    def _holds(self, *trees: Any) -> bool:
-        found: list[Tensor] = []
-        for each in trees:
-            if type(each) is dict:
-                found += each.values()
-            elif not absent(each):
+    def _matches(self, *trees: Any) -> bool:
+        leaves: list[Tensor] = []
+        for values in trees:
+            if type(values) is dict:
+                leaves += values.values()
+            elif not absent(values):
                 return False
-        return len(found) == len(self._flat) and all(map(is_, found, self._flat))
+        return len(leaves) == len(self._flat) and all(map(is_, leaves, self._flat))
 
 
 def aligned(params: Any, grads: Any) -> list[Tensor]:
-    """The gradients in the order of the params, in memory that a kernel may walk."""
+    """The gradients in the order of the params, contiguous in memory."""
     return contiguous(columns(params, grads)[1])
 
 
 def contiguous(grads: list[Tensor]) -> list[Tensor]:
-    """The same gradients, in memory that a kernel may walk."""
+    """The same gradients, contiguous in memory."""
     return grads if all(map(Tensor.is_contiguous, grads)) else [g.contiguous() for g in grads]
 
 
 def batches(
     lists: Sequence[list[Tensor]], labels: Hashable | list[Any] = None
 ) -> Iterator[tuple[Any, Sequence[list[Tensor]]]]:
-    """`lists` cut into batches of one label, dtype and device of the first list, as `(label, lists)`.
+    """`lists` in batches with one label, dtype and device (of the first list), as `(label, lists)`.
 
-    The lists are params, grads and then moments. `labels` is one label for all, or a list of one for each leaf. For
-    16-bit params a batch is a copy in float32, which is written back, but for the grads, when the next is asked for.
+    The lists are params, grads and then moments. `labels` is one label for all, or a list with one label per leaf. For
+    16-bit params a batch is a float32 copy. When the next batch is requested, it is written back, except for the grads.
     """
     first = lists[0]
     keys: list[Hashable] = [(leaf.dtype, leaf.get_device()) for leaf in first]
@@ -255,43 +254,46 @@ def batches(
 
 
 def _widened(label: Any, lists: Sequence[list[Tensor]]) -> Iterator[tuple[Any, Sequence[list[Tensor]]]]:
-    """`lists` in float32, some leaves at a time, and what the caller made of them, rounded, in their place."""
-    for some in _portions([leaf.numel() for leaf in lists[0]]):
-        part = [column[some] for column in lists]
-        wide = [[leaf.to(torch.float32) for leaf in column] for column in part]
+    """`lists` in float32, a chunk of leaves at a time; the caller's changes are rounded and written back."""
+    for chunk in _chunks([leaf.numel() for leaf in lists[0]]):
+        narrow = [column[chunk] for column in lists]
+        wide = [[leaf.to(torch.float32) for leaf in column] for column in narrow]
         yield label, wide
-        for place, (column, made) in enumerate(zip(part, wide, strict=True)):
-            changed = [(old, new) for old, new in zip(column, made, strict=True) if old is not new]
-            if changed and place != 1:
+        for index, (column, wide_column) in enumerate(zip(narrow, wide, strict=True)):
+            changed = [(old, new) for old, new in zip(column, wide_column, strict=True) if old is not new]
+            if changed and index != 1:
                 torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
 
 
-def _portions(sizes: list[int]) -> Iterator[slice]:
-    """Runs of leaves with no more than `_AT_ONCE` entries together, or of one leaf."""
+def _chunks(sizes: list[int]) -> Iterator[slice]:
+    """Slices of consecutive leaves with no more than `_CHUNK_SIZE` entries in total, or of one leaf."""
     begin = total = 0
-    for place, size in enumerate(sizes):
-        if place > begin and total + size > _AT_ONCE:
-            yield slice(begin, place)
-            begin, total = place, 0
+    for index, size in enumerate(sizes):
+        if index > begin and total + size > _CHUNK_SIZE:
+            yield slice(begin, index)
+            begin, total = index, 0
         total += size
     yield slice(begin, len(sizes))
 
 
 def advance(count: Tensor, skip: Tensor | None) -> Tensor:
-    """Count one update in place, unless skipped; the count as a scalar that the kernels read (any dtype on the CPU)."""
+    """Count one update in place, unless skipped, and return the count as the kernels need it.
+
+    On the CPU they read any dtype.
+    """
     if skip is not None:
         count.add_(~skip)
     elif count.is_cpu:
-        count.fill_(int(count) + 1)  # a third of the time of add_
+        count.fill_(int(count) + 1)  # takes a third of the time of add_
     else:
         count.add_(1)
     return count if count.is_cpu else count.to(torch.float32)
 
 
 def scalars(leaf: Tensor, lr: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`(lr, found_inf)` as the kernels read them beside `leaf`: on its device, and in float32.
+    """`(lr, found_inf)` as the kernels need them for `leaf`: on its device, in float32.
 
-    On the CPU they take a learning rate in float64. Where `found_inf` is 1 they leave everything as it is.
+    On the CPU they accept a learning rate in float64. If `found_inf` is 1, they change nothing.
     """
     if leaf.is_cpu:
         return lr, None if skip is None else skip.to(torch.float32)
@@ -300,12 +302,12 @@ def scalars(leaf: Tensor, lr: Tensor, skip: Tensor | None) -> tuple[Tensor, Tens
 
 
 def steps(leaves: list[Tensor], count: Tensor) -> list[Tensor]:
-    """The number of the update once for each leaf, as the kernels read it."""
+    """The update count, repeated for each leaf, as the kernels need it."""
     if not leaves[0].is_cpu:
         count = count.to(leaves[0].device, torch.float32)
     return [count] * len(leaves)
 
 
-def kept(old: HParams, new: HParams, skip: Tensor | None) -> HParams:
-    """`new` hyperparameters, or `old` where skipped."""
+def select_hparams(old: HParams, new: HParams, skip: Tensor | None) -> HParams:
+    """The `new` hyperparameters, or the `old` ones where the update is skipped."""
     return new if skip is None or new is old else tree.select(skip, old, new)

@@ -1,7 +1,7 @@
-"""Hyperparameters: what is a constant of the program, and what lives in the state.
+"""Hyperparameters: constants of the program, or tensors in the state.
 
-The learning rate is always a tensor in `state.hparams`, so that it can be changed, swept by `vmap` and
-differentiated, and never recompiles a step. Other hyperparameters join it when they are given as tensors.
+The learning rate is always a tensor in `state.hparams`: it can be changed without recompiling a step, swept by `vmap`
+and differentiated. Other hyperparameters are stored there if they are passed as tensors.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ ScalarOrSchedule = float | Tensor | Schedule
 
 @pytree_dataclass
 class HyperState:
-    """The state of a transform whose only memory is hyperparameters given as tensors."""
+    """The state of a transform that stores nothing but tensor hyperparameters."""
 
     hparams: HParams
 
 
 class Hyper:
-    """The hyperparameters of one optimizer, checked when it is made.
+    """The hyperparameters of one optimizer, checked at construction.
 
-    `lr` is None for transforms without one. `below_one` names those that must lie in [low, 1), `at_most_one`
-    those in [low, 1]; the others are only to be finite and at least `low`.
+    `lr` is None for transforms without one. `below_one` names those that must be in [low, 1), `at_most_one`
+    those in [low, 1]; the others must be finite and at least `low`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Hyper:
         self.has_tensors = any(name != "lr" for name in self._stored)
 
     def init(self, params: Any) -> tuple[Tensor, HParams]:
-        """A count of zero and the hyperparameters that live in the state, on the params' device."""
+        """A count of zero and the hyperparameters for the state, on the params' device."""
         device = device_of(params)
         count = torch.zeros((), dtype=torch.int64, device=device)
         hparams = {name: _stored_scalar(value, device) for name, value in self._stored.items()}
@@ -75,7 +75,7 @@ class Hyper:
         return count, hparams
 
     def pack(self, params: Any) -> Any:
-        """The state of a transform that has no other memory: its tensor hyperparameters, or nothing."""
+        """The state of a transform that stores nothing else: its tensor hyperparameters, or an empty tuple."""
         if not self._stored:
             return ()
         _, hparams = self.init(params)
@@ -92,26 +92,26 @@ class Hyper:
         return self._constants[name] if value is None else value
 
     def values(self, hparams: HParams) -> tuple[Scalar, ...]:
-        """The values of all but the learning rate, in the order in which they were declared."""
+        """The values of all but the learning rate, in the order of declaration."""
         return tuple(hparams.get(name, self._constants.get(name)) for name in self._names)  # type: ignore[misc]
 
     def numbers(self, hparams: HParams) -> tuple[float, ...]:
-        """The same as Python numbers, for kernels that take nothing else."""
+        """The same as Python numbers, for kernels that accept nothing else."""
         return tuple(float(value) for value in self.values(hparams)) if self.has_tensors else self._numbers
 
     def is_zero(self, name: str) -> bool:
-        """Whether `name` is the constant 0, so that its term may be left out of the program."""
+        """Whether `name` is the constant 0, so its term can be omitted."""
         return self._constants.get(name) == 0
 
     def lr(self, count: Tensor, hparams: HParams) -> tuple[Tensor, HParams]:
-        """The learning rate of the step `count`, and hyperparameters that record it when it is scheduled."""
+        """The learning rate at step `count`, and the hyperparameters, which record a scheduled rate."""
         if self.schedule is None:
             return hparams["lr"], hparams
         lr = torch.as_tensor(self.schedule(count), dtype=scalar_dtype(count.device), device=count.device)
         return lr, {**hparams, "scheduled_lr": lr}
 
     def eager_lr(self, count: Tensor, hparams: HParams) -> tuple[Tensor, HParams]:
-        """As `lr`, for a fused lowering: Lumen's own schedules are evaluated as numbers where that costs no sync."""
+        """Like `lr`, for a fused lowering: on the CPU, Lumen's schedules are evaluated as Python numbers."""
         at = getattr(self.schedule, "at", None)
         if at is None or not count.is_cpu:
             return self.lr(count, hparams)
@@ -119,7 +119,7 @@ class Hyper:
         return lr, {**hparams, "scheduled_lr": lr}
 
     def minus_lr(self, count: Tensor, hparams: HParams) -> tuple[Scalar, HParams]:
-        """What a direction is multiplied by: minus the learning rate, or 1 for a transform without one."""
+        """The factor of a direction: minus the learning rate, or 1 for a transform without one."""
         if not self.has_lr:
             return 1.0, hparams
         lr, hparams = self.lr(count, hparams)
@@ -127,15 +127,15 @@ class Hyper:
 
 
 def device_of(params: Any) -> torch.device:
-    """The device of the first leaf; ParamsError when there is none."""
-    found = tree.tensors(params)
-    if not found:
+    """The device of the first leaf; ParamsError if there is none."""
+    tensors = tree.tensors(params)
+    if not tensors:
         raise ParamsError("params has no tensors: there is nothing to train.")
-    return found[0].device
+    return tensors[0].device
 
 
 def _stored_scalar(value: Scalar, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):  # a copy of its own: the caller's tensor must not be donated with the state
+    if isinstance(value, Tensor):  # a copy: the caller's tensor must not be donated with the state
         return value.to(device=device, dtype=scalar_dtype(device)).clone()
     return torch.tensor(value, dtype=scalar_dtype(device), device=device)
 
@@ -151,8 +151,8 @@ def check_scalar(
 ) -> None:
     """Raise `HyperparameterError` unless `value` is a finite number in [low, high], or [low, high).
 
-    Floating 0-d tensors pass when their value cannot be read here (on an accelerator, in a traced or vmapped
-    function); schedules pass where `schedule` allows them.
+    Floating 0-d tensors pass if their value cannot be read here (on an accelerator, in a traced or vmapped
+    function). Schedules pass if `schedule` is true.
     """
     if schedule and callable(value) and not isinstance(value, Tensor):
         return
@@ -191,10 +191,10 @@ def _readable(value: Tensor) -> bool:
 
 
 def learning_rate(opt_state: Any) -> Tensor | None:
-    """The learning rate found first in an optimizer's state, however deeply nested; None when there is none.
+    """The first learning rate in an optimizer's state, at any depth; None if there is none.
 
-    For a scheduled rate it is that of the last update (of the first one, before it). A `reduce_on_plateau`
-    beside the optimizer in its chain is taken into account.
+    A scheduled rate is that of the last update, or before any update that of the first. The scale of a
+    `reduce_on_plateau` in the same chain is included.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.sgd(0.5))
@@ -206,7 +206,7 @@ def learning_rate(opt_state: Any) -> Tensor | None:
         if key in hparams:
             return hparams[key]  # type: ignore[no-any-return]
     below = list(children(opt_state))
-    lr = next((found for found in map(learning_rate, below) if found is not None), None)
+    lr = next((rate for rate in map(learning_rate, below) if rate is not None), None)
     if lr is not None and type(opt_state) is tuple:
         for neighbor in below:
             lr = lr * getattr(neighbor, "scale", 1.0)
@@ -214,7 +214,7 @@ def learning_rate(opt_state: Any) -> Tensor | None:
 
 
 def children(node: Any) -> Iterable[Any]:
-    """What may hold further states: the values of a state's fields, of a dict or a sequence."""
+    """The nodes that may contain further states: the values of a state's fields, of a dict or of a sequence."""
     if dataclasses.is_dataclass(node):
         return [getattr(node, field.name) for field in dataclasses.fields(node)]
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""LAMB: Adam's direction, scaled for each leaf by the ratio of its norm to the update's."""
+"""LAMB: Adam's direction, scaled for each leaf by the ratio of its norm to that of the update."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lumen.optim._adam import scale_by_adam
 from lumen.optim._base import GradientTransformation
 from lumen.optim._combine import chain
-from lumen.optim._full_tensors import whole_map
+from lumen.optim._full_tensors import map_full_tensors
 from lumen.optim._hyperparams import ScalarOrSchedule
 from lumen.optim._numerics import Scalar, widened
 from lumen.optim._param_names import Selector
@@ -18,7 +18,7 @@ from lumen.optim._scaling import add_decayed_weights, scale_by_learning_rate
 
 
 def scale_by_trust_ratio() -> GradientTransformation:
-    """Each leaf's update times `‖p‖ / ‖update‖`, or 1 where a norm is zero (You et al., 2017, LARS).
+    """Each leaf's update times `‖p‖ / ‖update‖`, or 1 if either norm is zero (You et al., 2017, LARS).
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.scale_by_trust_ratio()
@@ -34,10 +34,10 @@ def scale_by_trust_ratio() -> GradientTransformation:
         return (wide * ratio.to(wide.dtype)).to(u.dtype), None
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        return whole_map(leaf, params, grads)[0], state
+        return map_full_tensors(leaf, params, grads)[0], state
 
-    whole = "scale_by_trust_ratio takes the norms of whole tensors (lamb is made of it)"
-    return GradientTransformation(lambda _params: (), update, whole=whole, gathers=True)
+    reason = "scale_by_trust_ratio takes the norms of full tensors, also in lamb"
+    return GradientTransformation(lambda _params: (), update, needs_full_tensors=reason, can_gather=True)
 
 
 def lamb(
@@ -57,7 +57,7 @@ def lamb(
         lr: a number, a 0-d tensor, or a schedule.
         betas: the decay rates of the two moments, in [0, 1).
         eps: added to the root.
-        weight_decay: added to the direction before its norm is taken.
+        weight_decay: the decay, added to the direction before its norm is computed.
         decay_mask: which leaves decay, as in `adamw`.
         eps_root: added under the root.
 

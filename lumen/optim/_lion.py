@@ -17,7 +17,7 @@ from lumen.optim._param_names import Selector, selected
 
 @pytree_dataclass
 class LionState:
-    """Lion's memory: `mu` is the momentum."""
+    """Lion's state: `mu` is the momentum."""
 
     count: Tensor
     mu: Any
@@ -42,7 +42,7 @@ def lion(
         betas: the share of the momentum in the step, and its decay rate; both in [0, 1).
         weight_decay: decay by `lr · weight_decay` at each step.
         decay_mask: which leaves decay, as in `adamw`.
-        moment_dtype: the dtype of the momentum; when None the params' own, and float32 for 16-bit params.
+        moment_dtype: the dtype of the momentum. None means the params' own, and float32 for 16-bit params.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -59,7 +59,7 @@ def lion(
 
 
 class _Lion:
-    """The rule and its two lowerings."""
+    """The update rule with its plain and its fused lowering."""
 
     def __init__(self, hyper: Hyper, decay_mask: Selector | None, moment_dtype: torch.dtype | None) -> None:
         self.hyper = hyper
@@ -94,7 +94,7 @@ class _Lion:
         lists = _fused_kernels.columns(params, grads, state.mu)
         if not _fused_kernels.foreach_usable(self.hyper, state.hparams, lists[0], lists[2]):
             return plain_in_place(self.update, grads, state, params, skip)
-        if skip is not None and bool(skip):  # on the CPU: nothing waits for it
+        if skip is not None and bool(skip):  # on the CPU, where reading it does not synchronize
             return state
         beta1, beta2, decay = self.hyper.numbers(state.hparams)
         lr, hparams = self.hyper.eager_lr(state.count, state.hparams)

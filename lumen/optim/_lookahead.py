@@ -1,4 +1,4 @@
-"""Lookahead: slow params that follow the fast ones from time to time."""
+"""Lookahead: slow params that move towards the fast ones at intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar 
     """Every `period` updates `slow <- slow + slow_step · (fast − slow)`, `fast <- slow` (Zhang et al., 2019).
 
     The params of the training state are the fast ones; evaluate with `lookahead_slow_params`, or at a
-    multiple of `period`, where both are equal. The slow ones of 16-bit params are kept in float32.
+    multiple of `period`, where both are equal. For 16-bit params, the slow ones are stored in float32.
 
     Args:
         inner: the fast optimizer.
@@ -62,8 +62,8 @@ def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar 
 
         def leaf(fast: Tensor, slow: Tensor) -> tuple[Tensor, Tensor]:
             wide = widen(slow)
-            met = wide + share.like(wide)[0] * (widen(fast) - wide)
-            return torch.where(due, met.to(fast.dtype), fast), torch.where(due, met.to(slow.dtype), slow)
+            merged = wide + share.like(wide)[0] * (widen(fast) - wide)
+            return torch.where(due, merged.to(fast.dtype), fast), torch.where(due, merged.to(slow.dtype), slow)
 
         fast, slow = zip_map(leaf, fast, slow)
         return fast, slow
@@ -78,12 +78,12 @@ def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar 
         return updates, LookaheadState(count, slow, new_inner, state.hparams)
 
     def fused(grads: Any, state: LookaheadState, params: Any, skip: Tensor | None) -> LookaheadState:
-        if is_narrow(params):  # the slow params go towards the fast ones as they are before these are rounded
+        if is_narrow(params):  # the slow params move towards the fast ones before these are rounded
             return plain_in_place(update, grads, state, params, skip)  # type: ignore[no-any-return]
         new_inner = inner.in_place(grads, state.inner, params, skip)
         count = state.count + (1 if skip is None else ~skip)
         fast, slow = synchronized(count, state.slow, params, state.hparams)
-        if skip is not None:  # count may stand at a multiple of the period, where slow would move again
+        if skip is not None:  # a skipped update at a multiple of the period must not move the slow params again
             fast, slow = tree.select(skip, (params, state.slow), (fast, slow))
         tree.map(lambda p, f: p.copy_(f), params, fast)
         tree.map(lambda p, s: p.copy_(s), state.slow, slow)
@@ -97,21 +97,21 @@ def lookahead_slow_params(opt_state: Any, params: Any = None) -> Any:
 
     Args:
         opt_state: the optimizer's state.
-        params: the training state's params: the slow ones come in their dtypes. Without them they come as they are
-            kept, those of 16-bit params in float32.
+        params: the training state's params; the slow ones are cast to their dtypes. Without them, those of 16-bit
+            params are returned in float32.
 
     Raises:
-        StateError: there is none.
+        StateError: there is no `lookahead` in `opt_state`.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.lookahead(lm.optim.sgd(1.0))
     >>> lm.optim.lookahead_slow_params(tx.init({"w": torch.zeros(1)}))
     {'w': tensor([0.])}
     """
-    found = [s for s in tree.leaves(opt_state, is_leaf=_is_lookahead) if _is_lookahead(s)]
-    if not found:
+    states = [s for s in tree.leaves(opt_state, is_leaf=_is_lookahead) if _is_lookahead(s)]
+    if not states:
         raise StateError("lookahead_slow_params found no lookahead optimizer in this opt_state.")
-    slow = found[0].slow
+    slow = states[0].slow
     return slow if params is None else tree.map(lambda s, p: s.to(p.dtype), slow, params)
 
 

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix is replaced by the nearest orthogonal one."""
+"""Muon: momentum matrices, each replaced by the nearest orthogonal matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lumen import tree
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._base import GradientTransformation
-from lumen.optim._full_tensors import whole_map
+from lumen.optim._full_tensors import map_full_tensors
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
 from lumen.optim._numerics import Coefficients, Scalar, widened, zeros_like
 from lumen.optim._param_names import dotted_names
@@ -22,7 +22,7 @@ Adjustment = Literal["original", "match_rms_adamw"]
 
 @pytree_dataclass
 class MuonState:
-    """Muon's memory: `mu` is the momentum."""
+    """Muon's state: `mu` is the momentum."""
 
     count: Tensor
     mu: Any
@@ -48,8 +48,8 @@ def muon(
     `c` depends on the shape of `p`: `√max(1, rows/cols)` ("original") or `0.2 · √max(rows, cols)`
     ("match_rms_adamw", Moonshot).
 
-    It is for the matrices of hidden layers only. Leave embeddings, output layers, norms and biases to
-    another rule: `partition({"*layers*.weight": muon(0.02)}, default=adamw(3e-4))`.
+    It is for the matrices of hidden layers only. Use another rule for embeddings, output layers, norms and
+    biases: `partition({"*layers*.weight": muon(0.02)}, default=adamw(3e-4))`.
 
     Args:
         lr: a number, a 0-d tensor, or a schedule.
@@ -58,9 +58,9 @@ def muon(
         nesterov: look ahead along the momentum.
         adjust_lr: how `c` depends on the shape.
         coefficients: of the Newton–Schulz polynomial.
-        steps: how many Newton–Schulz iterations.
-        eps: the least norm that `u` is divided by.
-        dtype: what the iteration computes in.
+        steps: the number of Newton–Schulz iterations.
+        eps: the lower bound of the norm that `u` is divided by.
+        dtype: the dtype of the iteration.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -81,7 +81,7 @@ def muon(
         for name, leaf in zip(dotted_names(params), tree.leaves(params), strict=True):
             if leaf.dim() != 2:
                 raise ParamsError(
-                    f"muon is for matrices, and {name!r} has shape {tuple(leaf.shape)}. Give it the matrices alone:"
+                    f"muon is for matrices, and {name!r} has shape {tuple(leaf.shape)}. Apply it to matrices only:"
                     " lm.optim.partition({'*layers*.weight': lm.optim.muon(0.02)}, default=lm.optim.adamw(3e-4))"
                 )
         count, hparams = hyper.init(params)
@@ -101,23 +101,23 @@ def muon(
             adjusted = minus_rate * _adjustment(p.shape, adjust_lr)
             return adjusted * orthogonal - shrink * wide_p, wide_m.to(m.dtype)
 
-        updates, mu = whole_map(leaf, params, grads, state.mu)
+        updates, mu = map_full_tensors(leaf, params, grads, state.mu)
         return updates, MuonState(state.count + 1, mu, hparams)
 
-    return GradientTransformation(init, update, whole="muon takes the singular vectors of whole matrices", gathers=True)
+    return GradientTransformation(init, update, needs_full_tensors="muon orthogonalizes full matrices", can_gather=True)
 
 
 def orthogonalize(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """`U V^T` of a matrix `U S V^T`, roughly: its singular values end between 0.5 and 1.5.
+    """Approximately `U V^T` of a matrix `U S V^T`: the singular values end between 0.5 and 1.5.
 
-    A quintic Newton–Schulz iteration whose slope at zero is as large as possible, which needs few steps.
+    This is a quintic Newton–Schulz iteration with the steepest slope at zero, which needs few steps.
     """
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype).mT if tall else matrix.to(dtype)
-    x = x / torch.linalg.vector_norm(x).clamp(min=eps)  # so that the spectral norm is at most 1
+    x = x / torch.linalg.vector_norm(x).clamp(min=eps)  # the spectral norm is now at most 1
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

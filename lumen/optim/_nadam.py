@@ -1,4 +1,4 @@
-"""NAdam and RAdam: Adam with Nesterov's momentum, and with a rectified start."""
+"""NAdam and RAdam: Adam with Nesterov momentum, and with a rectified warm-up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lumen.optim._numerics import (
 
 @pytree_dataclass
 class NAdamState:
-    """NAdam's memory: the moments, and the product of all momentum coefficients so far."""
+    """NAdam's state: the moments, and the product of all momentum coefficients so far."""
 
     count: Tensor
     mu: Any
@@ -35,7 +35,7 @@ class NAdamState:
 
 @pytree_dataclass
 class RAdamState:
-    """RAdam's memory: the moments."""
+    """RAdam's state: the moments."""
 
     count: Tensor
     mu: Any
@@ -61,7 +61,7 @@ def nadam(
         lr: a number, a 0-d tensor, or a schedule.
         betas: the decay rates of the two moments, in [0, 1).
         eps: added to the root.
-        weight_decay: L2 regularization, or decay by `lr · weight_decay` when `decoupled`.
+        weight_decay: L2 regularization, or decay by `lr · weight_decay` if `decoupled`.
         momentum_decay: how fast the momentum coefficients reach β₁.
         decoupled: decay as in AdamW.
 
@@ -146,7 +146,7 @@ def radam(
         lr: a number, a 0-d tensor, or a schedule.
         betas: the decay rates of the two moments, in [0, 1).
         eps: added to the root.
-        weight_decay: L2 regularization, or decay by `lr · weight_decay` when `decoupled`.
+        weight_decay: L2 regularization, or decay by `lr · weight_decay` if `decoupled`.
         decoupled: decay as in AdamW.
 
     Raises:
@@ -174,7 +174,7 @@ def radam(
         limit = 2 / (1 - beta2) - 1
         length = limit - 2 * time(count) * (1 - correction2) / correction2
         rectified = length > 5
-        # Values that keep the branch not taken finite, and its gradients with it.
+        # Values that keep the unused branch and its gradients finite.
         safe = torch.where(rectified, length, 6.0)
         divisor = torch.where(rectified, (limit - 4) * (limit - 2) * safe, 1.0)
         ratio = torch.where(rectified, (safe - 4) * (safe - 2) * limit / divisor, 1.0)

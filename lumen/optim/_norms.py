@@ -1,4 +1,4 @@
-"""The L2 norm of each leaf: what says of gradients, in one pass, how large they are and whether they are finite."""
+"""The L2 norm of each leaf: one pass over the gradients gives their size and whether they are finite."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lumen.optim import _fused_kernels
 
 
 def leaf_norms(leaves: list[Tensor]) -> Tensor:
-    """The L2 norm of each tensor, in float32 (float64 when one is), as a vector on the device of the first.
+    """The L2 norm of each tensor, in float32 (float64 if one is), as a vector on the device of the first.
 
-    A norm is finite where every entry is, and their squares can be summed: not for entries of 1e19 and more, which no
-    bound and no optimizer that squares them could use either.
+    A norm is finite if every entry and the sum of their squares are. Entries of 1e19 and more overflow; clipping and
+    optimizers that square gradients could not use them either.
     """
     dtype = torch.float32
     for leaf in leaves:
@@ -25,7 +25,7 @@ def leaf_norms(leaves: list[Tensor]) -> Tensor:
 
 
 class Norms:
-    """The norms that somebody took of `leaves`, for others who want them of the same."""
+    """The norms of `leaves`, shared between transforms that need them."""
 
     __slots__ = ("_leaves", "_versions", "values")
 
@@ -35,13 +35,13 @@ class Norms:
         self._versions = _versions(leaves)
 
     def of(self, leaves: list[Tensor]) -> Tensor | None:
-        """The norms, if `leaves` are those of which they were taken, and nobody has written to one since."""
+        """The norms, if `leaves` are the same tensors and have not been written to since."""
         same = len(leaves) == len(self._leaves) and all(map(is_, leaves, self._leaves))
         return self.values if same and self._versions is not None and _versions(leaves) == self._versions else None
 
 
 def _versions(leaves: list[Tensor]) -> list[int] | None:
-    """How often each was written to; None where that is not counted, or does not show, as while a step is traced."""
+    """The version counters of the leaves; None if they are not counted, or if a step is traced."""
     if not _fused_kernels.eager() or any(leaf.is_inference() for leaf in leaves):
         return None
     return [leaf._version for leaf in leaves]

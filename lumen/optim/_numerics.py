@@ -1,9 +1,9 @@
-"""Scalars and leaves: the arithmetic that every rule here shares.
+"""Scalars and leaves: arithmetic shared by all update rules.
 
-A rule computes in its leaf's dtype, 16-bit types in float32; only what it keeps is rounded. What a rule averages over
-steps (moments, momentum) it keeps in float32 for 16-bit params: there, a change of less than 1/256 of an entry would
-be rounded away, at each step anew. Scalars (learning rates, bias corrections) are 0-d float64 tensors until they meet
-a leaf.
+A rule computes in the dtype of its leaf, or in float32 for 16-bit leaves; only results are rounded. Averages over steps
+(moments, momentum) of 16-bit params are stored in float32: in 16 bits, changes below 1/256 of an entry would be
+rounded away at each step. Scalars (learning rates, bias corrections) are 0-d float64 tensors until they are combined
+with a leaf.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lumen.core.dtypes import NARROW, wide_dtype
 
 Scalar = float | Tensor
 
-NO_FLOAT64 = {"mps"}  # types of devices
+NO_FLOAT64 = {"mps"}  # device types
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -30,7 +30,7 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 
 def time(count: Tensor) -> Tensor:
-    """A count as a floating scalar: an integer tensor times a Python float would be float32."""
+    """A count as a floating scalar: an integer tensor times a Python float gives float32."""
     return count.to(scalar_dtype(count.device))
 
 
@@ -40,12 +40,12 @@ def widen(leaf: Tensor) -> Tensor:
 
 
 def is_narrow(params: Any) -> bool:
-    """Whether a leaf is of 16 bits."""
+    """Whether any leaf has a 16-bit dtype."""
     return any(leaf.dtype in NARROW for leaf in tree.leaves(params))
 
 
 def widened(*leaves: Tensor | None) -> Any:
-    """The leaves in the dtype that their update is computed in: their common one, and at least float32."""
+    """The leaves in the dtype of their update: their common dtype, and at least float32."""
     dtype = torch.float32
     for leaf in leaves:
         if leaf is not None:
@@ -54,14 +54,14 @@ def widened(*leaves: Tensor | None) -> Any:
 
 
 class Coefficients:
-    """Scalars of one update, cast once for each dtype and device that asks for them."""
+    """Scalars of one update, cast once for each dtype and device."""
 
     def __init__(self, *scalars: Scalar) -> None:
         self._scalars = scalars
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Scalar, ...]] = {}
 
     def like(self, leaf: Tensor) -> tuple[Scalar, ...]:
-        """The scalars in the dtype and on the device of `leaf`: a 0-d leaf would be promoted otherwise."""
+        """The scalars in the dtype and on the device of `leaf`; otherwise a 0-d leaf would be promoted."""
         key = (leaf.dtype, leaf.device)
         if key not in self._cast:
             cast = [s.to(device=leaf.device, dtype=leaf.dtype) if isinstance(s, Tensor) else s for s in self._scalars]
@@ -70,22 +70,22 @@ class Coefficients:
 
 
 def _in_one_buffer(scalars: list[Scalar]) -> list[Scalar]:
-    """The same scalars, the tensors among them computed once and kept.
+    """The same scalars, with the tensors among them stacked in one buffer.
 
-    Inductor would fuse their computation into the loop over every leaf: the exponentials of a bias correction, once for
-    each few elements, took two thirds of a compiled Adam update.
+    Otherwise Inductor fuses their computation into the loop over each leaf: the exponentials of a bias correction,
+    repeated every few elements, took two thirds of a compiled Adam update.
     """
-    at = [i for i, scalar in enumerate(scalars) if isinstance(scalar, Tensor)]
-    if len(at) < 2:
+    indices = [i for i, scalar in enumerate(scalars) if isinstance(scalar, Tensor)]
+    if len(indices) < 2:
         return scalars
-    kept = list(scalars)
-    for i, scalar in zip(at, torch.stack([scalars[i] for i in at]).unbind(), strict=True):  # type: ignore[misc]
-        kept[i] = scalar
-    return kept
+    result = list(scalars)
+    for i, scalar in zip(indices, torch.stack([scalars[i] for i in indices]).unbind(), strict=True):  # type: ignore[misc]
+        result[i] = scalar
+    return result
 
 
 def one_minus_power(base: Scalar, count: Tensor) -> Tensor:
-    """`1 - base**count` as `-expm1(count * log(base))`, which keeps its digits when `base` is close to 1."""
+    """`1 - base**count` as `-expm1(count * log(base))`, which is accurate for `base` close to 1."""
     t = time(count)
     if isinstance(base, Tensor):
         return -torch.expm1(t * torch.log(base))
@@ -93,29 +93,29 @@ def one_minus_power(base: Scalar, count: Tensor) -> Tensor:
 
 
 def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
-    """Zeros in the shapes of `params`, in `dtype` or else in the params' dtypes, and at least float32."""
+    """Zeros with the shapes of `params`, in `dtype`, or by default in the params' dtypes and at least float32."""
     return tree.map(lambda p: torch.zeros_like(p, dtype=dtype or wide_dtype(p.dtype)), params)
 
 
 def as_tree(values: Any, params: Any) -> Any:
-    """A list of one value for each leaf, or one value for all, in the structure of `params`."""
+    """A list with one value per leaf, or one value for all, in the structure of `params`."""
     spec = tree.structure(params)
     return tree.unflatten(spec, values if isinstance(values, list) else [values] * spec.num_leaves)
 
 
 def absent(values: Any) -> bool:
-    """Whether `values` is the empty tuple, which stands for a tree that a configuration does without."""
+    """Whether `values` is the empty tuple, which marks a tree that a configuration does not use."""
     return type(values) is tuple and not values
 
 
-def zip_map(fn: Callable[..., tuple[Any, ...]], first: Any, *rest: Any) -> tuple[Any, ...]:
-    """Like `tree.map`, for a function of several results: one tree for each of them.
+def zip_map(fn: Callable[..., tuple[Any, ...]], first: Any, *others: Any) -> tuple[Any, ...]:
+    """Like `tree.map`, for a function with several results: one tree for each of them.
 
-    An empty tuple among `rest` stands for a tree that this configuration does without: `fn` gets None for it.
+    An empty tuple among `others` marks a tree that this configuration does not use: `fn` gets None for it.
     """
     leaves, spec = tree.flatten(first)
-    columns = [[None] * len(leaves) if absent(other) else spec.flatten_up_to(other) for other in rest]
-    rows = [fn(*each) for each in zip(leaves, *columns, strict=True)]
+    columns = [[None] * len(leaves) if absent(other) else spec.flatten_up_to(other) for other in others]
+    rows = [fn(*row) for row in zip(leaves, *columns, strict=True)]
     return tuple(
         () if column and column[0] is None else tree.unflatten(spec, column) for column in zip(*rows, strict=True)
     )

@@ -44,9 +44,9 @@ def matrices(_name: str, leaf: Tensor) -> bool:
 def selected(selector: Selector | None, params: Any) -> list[bool]:
     """Whether each leaf of `params` is selected; None selects every leaf.
 
-    A string is a glob over the whole name, in which `*` also crosses dots; a compiled regular expression is
-    searched for anywhere in the name; of several patterns one must match. A predicate gets the name and the
-    leaf and may look at shape and dtype, not at values.
+    A string is a glob over the full name, in which `*` also crosses dots. A compiled regular expression is
+    searched for anywhere in the name. Of several patterns, one must match. A predicate gets the name and the
+    leaf; it may use the leaf's shape and dtype, but not its values.
 
     Raises:
         PatternError: a pattern matches no name.
@@ -61,14 +61,14 @@ def selected(selector: Selector | None, params: Any) -> list[bool]:
 
 
 def matching(pattern: Pattern, names: Sequence[str], what: str = "parameter") -> list[bool]:
-    """Whether each name, of a `what`, matches `pattern`; PatternError with the nearest names when none does."""
+    """Whether each name (of a `what`) matches `pattern`; PatternError with similar names if none does."""
     if isinstance(pattern, re.Pattern):
-        found = [pattern.search(name) is not None for name in names]
+        flags = [pattern.search(name) is not None for name in names]
     else:
-        found = [fnmatch.fnmatchcase(name, pattern) for name in names]
-    if not any(found):
+        flags = [fnmatch.fnmatchcase(name, pattern) for name in names]
+    if not any(flags):
         raise PatternError(_no_match(pattern, names, what))
-    return found
+    return flags
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,6 +83,6 @@ def _no_match(pattern: Pattern, names: Sequence[str], what: str) -> str:
     kind = "regular expression" if isinstance(pattern, re.Pattern) else "pattern"
     return (
         f"the {kind} {text!r} matches none of the {len(names)} {what} names. Near names:"
-        f" {', '.join(map(printable, near))}. A glob must match the whole name ('*.bias', 'encoder.*'); a"
+        f" {', '.join(map(printable, near))}. A glob must match the full name ('*.bias', 'encoder.*'); a"
         " compiled regex may match anywhere in it."
     )

@@ -1,4 +1,4 @@
-"""Smaller steps when a metric stops improving."""
+"""Reduce the step size when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PlateauRule:
 
 @pytree_dataclass
 class PlateauState:
-    """What updates are scaled by, the best metric so far, and the counters of bad and of idle reports."""
+    """The scale of updates, the best metric so far, and the counters of bad reports and of the cooldown."""
 
     scale: Tensor
     best: Tensor
@@ -60,21 +60,21 @@ def reduce_on_plateau(
     """Scale updates down each time a metric has not improved for more than `patience` reports.
 
     Put it behind an optimizer in a chain. The Runner reports the metric `monitor` after each validation; without a
-    Runner, report it with `plateau_step`. The scale starts at 1 and follows the table of
-    `torch.optim.lr_scheduler.ReduceLROnPlateau`, with the learning rate as the unit: torch's `min_lr` and `eps` are
+    Runner, report it with `plateau_step`. The scale starts at 1 and changes as in
+    `torch.optim.lr_scheduler.ReduceLROnPlateau`, relative to the learning rate: torch's `min_lr` and `eps` are
     `lr · min_scale` and `lr · eps`.
 
     Args:
-        factor: what the scale is multiplied by, in [0, 1).
-        patience: how many reports without improvement are tolerated.
+        factor: the factor of each reduction, in [0, 1).
+        patience: the number of reports without improvement before a reduction.
         threshold: how much better than the best a metric must be to count.
         threshold_mode: whether `threshold` is relative to the best, or absolute.
         mode: whether the metric is to be minimized or maximized.
-        cooldown: how many reports after a reduction do not count as bad.
-        min_scale: the least scale.
-        eps: a reduction by no more than this is not made.
-        monitor: the name of the metric, such as "val/loss". The Runner needs it: a run is a `StepError` without it, or
-            where no validation returns that name.
+        cooldown: the number of reports after a reduction that do not count as bad.
+        min_scale: the lower bound of the scale.
+        eps: reductions of at most this size are skipped.
+        monitor: the name of the metric, such as "val/loss". The Runner needs it: a run raises `StepError` without it,
+            or if no validation returns that name.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -113,11 +113,11 @@ def reduce_on_plateau(
 
 
 def plateau_step(opt_state: Any, metric: float | Tensor, *, monitor: str | None = None) -> Any:
-    """The optimizer's state after a report of `metric`, wherever in it `reduce_on_plateau` is nested.
+    """The optimizer's state after a report of `metric`; `reduce_on_plateau` may be nested at any depth.
 
     With `monitor`, only those that monitor this name get the report.
 
-    It takes no branch on a value, so it works for many lanes under `vmap` as well.
+    It does not branch on values, so it also works under `vmap`.
 
     Raises:
         StateError: there is no `reduce_on_plateau` in `opt_state`.
@@ -130,17 +130,17 @@ def plateau_step(opt_state: Any, metric: float | Tensor, *, monitor: str | None 
     >>> lm.optim.learning_rate(opt_state).item()
     0.5
     """
-    found = False
+    has_plateau = False
 
     def visit(node: Any) -> Any:
-        nonlocal found
+        nonlocal has_plateau
         if not isinstance(node, PlateauState) or monitor not in (None, node.rule.monitor):
             return node
-        found = True
+        has_plateau = True
         return _reported(node, metric)
 
     new = tree.map(visit, opt_state, is_leaf=lambda node: isinstance(node, PlateauState))
-    if not found:
+    if not has_plateau:
         raise StateError(
             "plateau_step found no reduce_on_plateau in this opt_state. Build the optimizer as"
             " lm.optim.chain(lm.optim.adamw(1e-3), lm.optim.reduce_on_plateau())"

@@ -1,4 +1,4 @@
-"""Single-purpose links of a chain: scale updates, add decay, keep momentum, or change nothing."""
+"""Single-purpose members of a chain: scale updates, add decay, add momentum, or change nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lumen.optim._param_names import Selector, selected
 
 @pytree_dataclass
 class CountState:
-    """How many updates there were."""
+    """The number of updates."""
 
     count: Tensor
 
 
 @pytree_dataclass
 class RateState:
-    """How many updates there were, and the learning rate."""
+    """The number of updates, and the learning rate."""
 
     count: Tensor
     hparams: HParams
@@ -40,7 +40,7 @@ class TraceState:
 
 
 def identity() -> GradientTransformation:
-    """Updates as they are.
+    """Return updates unchanged.
 
     >>> import lumen as lm
     >>> tx = lm.optim.chain(lm.optim.identity(), lm.optim.sgd(0.1))
@@ -49,7 +49,7 @@ def identity() -> GradientTransformation:
 
 
 def scale(factor: float | Tensor) -> GradientTransformation:
-    """Updates times `factor`, which may be negative.
+    """Multiply updates by `factor`, which may be negative.
 
     Raises:
         HyperparameterError: `factor` is not finite.
@@ -71,7 +71,7 @@ def scale(factor: float | Tensor) -> GradientTransformation:
 
 
 def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
-    """Updates times `schedule(count)`; the sign stays as it is.
+    """Multiply updates by `schedule(count)`; the sign does not change.
 
     >>> import lumen as lm
     >>> tx = lm.optim.chain(lm.optim.sgd(0.1), lm.optim.scale_by_schedule(lm.optim.linear(0.0, 100, 1.0)))
@@ -87,7 +87,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
 
 
 def scale_by_learning_rate(lr: ScalarOrSchedule) -> GradientTransformation:
-    """Updates times minus the learning rate: the last link of a chain that descends.
+    """Multiply updates by minus the learning rate: the last member of a chain that minimizes.
 
     Raises:
         HyperparameterError: `lr` is negative or not finite.
@@ -108,10 +108,10 @@ def scale_by_learning_rate(lr: ScalarOrSchedule) -> GradientTransformation:
 
 
 def add_decayed_weights(weight_decay: Scalar, mask: Selector | None = None) -> GradientTransformation:
-    """Updates plus `weight_decay · p`: L2 regularization in front of an optimizer, decoupled decay behind it.
+    """Add `weight_decay · p` to updates: L2 regularization in front of an optimizer, decoupled decay behind it.
 
     Args:
-        weight_decay: how much of a leaf is added.
+        weight_decay: the factor of the leaf that is added.
         mask: which leaves decay, as `decay_mask` in `adamw`; all when None.
 
     Raises:

@@ -17,9 +17,9 @@ from lumen.optim._numerics import Coefficients, Scalar, is_narrow, scalar_dtype,
 
 @pytree_dataclass
 class ScheduleFreeState:
-    """The base iterates `z`, the largest learning rate and the weights' sum so far, and the inner state.
+    """The base iterates `z`, the largest learning rate and the sum of weights so far, and the inner state.
 
-    `x` is the average, in float32, where a param is of 16 bits; else it is empty, as params and `z` say what it is.
+    `x` is the average, in float32, if any param has 16 bits; otherwise it is empty and computed from params and `z`.
     """
 
     z: Any
@@ -35,15 +35,15 @@ def schedule_free(
 ) -> GradientTransformation:
     """Schedule-free learning (Defazio et al., 2024, "The Road Less Scheduled") around an optimizer.
 
-    The params of the training state are `y`, where gradients are taken. With `γ` the inner learning rate's
-    maximum so
-    far: `z <- z + inner's update`, `x <- (1 − c) x + c z` with `c = γ^weight_power / Σ γ^weight_power`, and
-    `y <- β x + (1 − β) z`. `x` is not stored: `schedule_free_eval_params` recovers it for evaluation. But where a param
-    is of 16 bits, `x` and `z` are kept in float32: recovered from a rounded `y`, the average would stand still.
+    The params of the training state are `y`, where gradients are computed. With `γ` the
+    maximum of the inner learning rate so far: `z <- z + inner's update`, `x <- (1 − c) x + c z` with
+    `c = γ^weight_power / Σ γ^weight_power`, and `y <- β x + (1 − β) z`. `x` is not stored:
+    `schedule_free_eval_params` recovers it for evaluation. But if any param has 16 bits, `x` and `z` are stored in
+    float32: an average recovered from a rounded `y` would not change.
 
     Args:
-        inner: `sgd(lr)` or `adamw(lr, betas=(0.0, 0.999))`: `beta` stands in for its momentum. A learning
-            rate that warms up and then stays constant suits it.
+        inner: `sgd(lr)` or `adamw(lr, betas=(0.0, 0.999))`: `beta` replaces its momentum. Use a learning
+            rate that warms up and then stays constant.
         beta: the share of the average in `y`, in (0, 1).
         weight_power: the power of the learning rate in the average's weights.
 
@@ -61,12 +61,14 @@ def schedule_free(
     """
     hyper = Hyper(None, below_one=("beta",), beta=beta, weight_power=weight_power)
     if hyper.is_zero("beta"):
-        raise HyperparameterError("beta=0 is not allowed: give a number in (0, 1). At 0 the average is lost.")
+        raise HyperparameterError(
+            "beta=0 is not allowed: give a number in (0, 1). At 0 the average cannot be recovered."
+        )
 
     def init(params: Any) -> ScheduleFreeState:
         count, hparams = hyper.init(params)
         zero = torch.zeros((), dtype=scalar_dtype(count.device), device=count.device)
-        # evaluation needs beta beside the state, so it is there even when it is a constant
+        # evaluation reads beta from the state, so it is stored even if it is a constant
         hparams.setdefault("beta", zero + hyper("beta", hparams))
         average = wide_clone(params) if is_narrow(params) else ()
         return ScheduleFreeState(wide_clone(params), average, zero, zero.clone(), inner.init_fn(params), hparams)
@@ -98,9 +100,9 @@ def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
     """The averaged params `x`, at which a model trained with `schedule_free` is to be evaluated.
 
     Args:
-        opt_state: the optimizer's state; the schedule-free part may be nested in a chain or partition.
-        params: the training state's params. Leaves that no schedule-free optimizer trains come back as they
-            are.
+        opt_state: the optimizer's state; `schedule_free` may be nested in a chain or partition.
+        params: the training state's params. Leaves that no schedule-free optimizer trains are returned
+            unchanged.
 
     Raises:
         StateError: there is no schedule-free optimizer in `opt_state`.
@@ -111,17 +113,17 @@ def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
     >>> lm.optim.schedule_free_eval_params(tx.init(params), params)["w"]
     tensor([1.])
     """
-    found = [s for s in tree.leaves(opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
-    if not found:
+    states = [s for s in tree.leaves(opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
+    if not states:
         raise StateError("schedule_free_eval_params found no schedule_free optimizer in this opt_state.")
-    for part in found:
-        scalars = Coefficients(part.hparams["beta"])
-        if tree.structure(part.z) == tree.structure(params):
-            (params,) = zip_map(lambda y, z, x, s=scalars: (_average(y, z, x, s),), params, part.z, part.x)
-        else:  # a part of a partition: its leaves by name
-            x = part.x or {}
+    for state in states:
+        scalars = Coefficients(state.hparams["beta"])
+        if tree.structure(state.z) == tree.structure(params):
+            (params,) = zip_map(lambda y, z, x, s=scalars: (_average(y, z, x, s),), params, state.z, state.x)
+        else:  # the group of a partition: its leaves by name
+            x = state.x or {}
             params = {
-                name: _average(y, part.z[name], x.get(name), scalars) if name in part.z else y
+                name: _average(y, state.z[name], x.get(name), scalars) if name in state.z else y
                 for name, y in params.items()
             }
     return params

@@ -1,8 +1,8 @@
 """Schedules: pure functions from the step (an integer scalar tensor, 0 at first) to a scalar tensor.
 
 They contain no Python branch on a value, so they run under `vmap` and in traced programs. Pass one wherever
-an optimizer takes a learning rate. Beyond its last step, a schedule keeps its last value. Any function of the
-step will do as well; mind that an integer tensor over a number is float32, and write `step.double()`.
+an optimizer takes a learning rate. After its last step, a schedule keeps its last value. Any function of the
+step is a schedule too. In your own, write `step.double()`: an integer tensor divided by a number is float32.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Anneal = Literal["cos", "linear"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A schedule by its formula `(step, mathematics) -> value`, for tensors and for numbers alike.
+    """A schedule defined by a formula `(step, functions) -> value`, for tensors and for Python numbers.
 
-    A fused update on the CPU evaluates it in Python numbers, at a tenth of the time of twenty scalar tensors.
+    A fused update on the CPU evaluates it in Python numbers, which takes a tenth of the time of scalar tensors.
     """
 
     formula: Callable[[Any, Any], Any]
@@ -37,12 +37,12 @@ class Curve:
         return _tensor(self.formula(time(step), _Tensors), step)
 
     def at(self, step: int) -> Any:
-        """The value at `step`, a number where the schedule is made of numbers."""
+        """The value at `step`, a Python number unless the schedule contains tensors."""
         return self.formula(float(step), _Numbers)
 
 
 class _Tensors:
-    """The functions that formulas are made of, for tensors."""
+    """The functions that formulas use, for tensors."""
 
     cos = torch.cos
     floor = torch.floor
@@ -77,7 +77,7 @@ class _Numbers:
 
 
 def _tensor(value: Scalar, like: Tensor) -> Tensor:
-    """`value` as a tensor on the device of `like`: two numbers in `torch.where` would be float32."""
+    """`value` as a tensor on the device of `like`: `torch.where` makes two numbers float32."""
     if isinstance(value, Tensor):
         return value
     return torch.full_like(like, value, dtype=scalar_dtype(like.device))
@@ -153,7 +153,7 @@ def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0,
 def exponential(
     start: Scalar, rate: Scalar, every: int = 1, *, staircase: bool = False, stop: Scalar = 0.0
 ) -> Schedule:
-    """`start · rate^(step/every)`, not below `stop`; in whole periods with `staircase`. Torch: `ExponentialLR`.
+    """`start · rate^(step/every)`, not below `stop`; stepwise per period with `staircase`. Torch: `ExponentialLR`.
 
     >>> import torch, lumen as lm
     >>> lm.optim.exponential(1.0, 0.5)(torch.tensor(2)).item()
@@ -182,7 +182,7 @@ def step_decay(start: Scalar, factor: Scalar, every: int) -> Schedule:
 
 
 def piecewise(start: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
-    """`start`, multiplied at each given step by its factor from there on. Torch: `MultiStepLR`.
+    """`start`, multiplied by each factor from its step on. Torch: `MultiStepLR`.
 
     >>> import torch, lumen as lm
     >>> schedule = lm.optim.piecewise(1.0, {100: 0.5, 200: 0.1})
@@ -219,7 +219,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         raise HyperparameterError(f"boundaries={list(boundaries)} must be positive and increase.")
 
     curves = [schedule for schedule in schedules if isinstance(schedule, Curve)]
-    if len(curves) < len(schedules):  # a function of the user's own among them
+    if len(curves) < len(schedules):  # includes a user's own function
         return lambda step: _joined(schedules, boundaries, step, _Tensors, lambda later, x: later(x))
     return Curve(lambda t, m: _joined(curves, boundaries, t, m, lambda later, x: later.formula(x, m)))
 
@@ -245,7 +245,7 @@ def one_cycle(
 ) -> Schedule:
     """Up from `peak / start_divisor` to `peak`, then down to `start / stop_divisor` (Smith & Topin, 2019).
 
-    With `three_phase`, first down to the start as slowly as it went up. Torch: `OneCycleLR`, whose
+    With `three_phase`, it first returns to the start as slowly as it rose. Torch: `OneCycleLR`, whose
     `pct_start`, `anneal_strategy`, `div_factor` and `final_div_factor` are `warmup_fraction`, `anneal` and
     the two divisors.
 
@@ -263,9 +263,7 @@ def one_cycle(
         raise HyperparameterError(f"anneal={anneal!r} is not allowed: give 'cos' or 'linear'.")
     curve: Callable[[Any, Any, Any, Any], Any] = _half_wave if anneal == "cos" else _line
     start = peak / start_divisor
-    up = (
-        warmup_fraction * steps - 1
-    )  # torch counts phases in such fractional steps, so that the last one ends at steps - 1
+    up = warmup_fraction * steps - 1  # fractional, as in torch; the last phase ends at steps - 1
     ends = [up, 2 * warmup_fraction * steps - 2, steps - 1] if three_phase else [up, steps - 1]
     values = [start, peak, start, start / stop_divisor] if three_phase else [start, peak, start / stop_divisor]
 
@@ -281,7 +279,7 @@ def one_cycle(
 
 
 def _progress(t: Any, begin: float, end: float, m: Any) -> Any:
-    """How much of the way from `begin` to `end` is done at `t`, from 0 to 1."""
+    """The fraction of the interval from `begin` to `end` that has passed at `t`, from 0 to 1."""
     span = end - begin
     return m.clamp((t - begin if begin else t) / (span if span > 0 else 1.0), 0.0, 1.0)
 

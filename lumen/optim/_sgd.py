@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, with momentum as torch writes it."""
+"""Stochastic gradient descent, with momentum in torch's form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lumen.optim._param_names import Selector, selected
 
 @pytree_dataclass
 class SGDState:
-    """SGD's memory: `trace` is the momentum buffer (empty without momentum)."""
+    """SGD's state: `trace` is the momentum buffer (empty without momentum)."""
 
     count: Tensor
     trace: Any
@@ -43,7 +43,7 @@ def sgd(
         lr: a number, a 0-d tensor, or a schedule.
         momentum: the decay rate of the buffer, in [0, 1).
         nesterov: look ahead along the momentum; needs momentum, and no dampening.
-        dampening: the share of a gradient that does not enter the buffer.
+        dampening: the fraction of a gradient that is not added to the buffer.
         weight_decay: L2 regularization.
         decay_mask: which leaves decay, as in `adamw`.
 
@@ -73,7 +73,7 @@ def sgd(
 
 
 class _SGD:
-    """The rule and its two lowerings."""
+    """The update rule with its plain and its fused lowering."""
 
     def __init__(self, hyper: Hyper, nesterov: bool, decay_mask: Selector | None) -> None:
         self.hyper = hyper
@@ -94,7 +94,7 @@ class _SGD:
         momentum, dampening, decay = self.hyper.values(state.hparams)
         lr, hparams = self.hyper.lr(state.count, state.hparams)
         share: Scalar = 1 - dampening
-        if self.dampened:  # the first gradient enters whole
+        if self.dampened:  # the first gradient is not dampened
             one = torch.ones_like(lr)
             share = torch.where(state.count == 0, one, share * one)
         scalars = Coefficients(-lr, momentum, share, decay)
@@ -116,7 +116,7 @@ class _SGD:
     def fused(self, grads: Any, state: SGDState, params: Any, skip: Tensor | None) -> Any:
         hyper = self.hyper
         lists = _fused_kernels.columns(params, grads, state.trace)
-        # Only dampening makes the first step special, and the kernel takes "is first" as a Python flag.
+        # With dampening the first step differs, and the kernel takes `is_first_step` as a Python flag.
         syncs = self.dampened and not state.count.is_cpu
         if syncs or not _fused_kernels.usable(hyper, state.hparams, lists[0], lists[2], trial=_TRIAL):
             return plain_in_place(self.update, grads, state, params, skip)
@@ -141,7 +141,7 @@ class _SGD:
             )
         if hparams is state.hparams:
             return state
-        return SGDState(state.count, state.trace, _fused_kernels.kept(state.hparams, hparams, skip))
+        return SGDState(state.count, state.trace, _fused_kernels.select_hparams(state.hparams, hparams, skip))
 
     def _decays(self, params: Any) -> bool | list[bool]:
         if self.hyper.is_zero("weight_decay"):

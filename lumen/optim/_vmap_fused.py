@@ -1,7 +1,7 @@
-"""Updates under `vmap`: lane by lane in the kernels of plain tensors, where that is the faster way.
+"""Updates under `vmap`: lane by lane with the kernels for plain tensors, where that is faster.
 
-Mapped over lanes, an update is some fifteen operations, each of which reads and writes all of what it works on. Fused,
-it reads and writes params and moments once: an eager step of 32 lanes of 10⁵ params takes a third of the time.
+Under `vmap`, an update is about fifteen operations, each of which reads and writes all its operands. A fused kernel
+reads and writes params and moments once: an eager step of 32 lanes of 10⁵ params takes a third of the time.
 """
 
 from __future__ import annotations
@@ -17,44 +17,45 @@ from lumen import tree
 from lumen.core import distributed
 from lumen.core._torch_compat import in_graph_capture
 
-_WORTH = 2**14  # params in a lane; below it the calls of the kernels take longer than the passes that they save
+_MIN_LANE_SIZE = 2**14  # params; in smaller lanes, calling the kernels takes longer than the memory traffic they save
 
 InPlace = Callable[[Any, Any, Any, Tensor | None], Any]
 
 
 def should_fuse_under_vmap(params: Any, *others: Any) -> bool:
-    """Whether this is one `vmap`, in eager mode, over lanes that are large enough, which nobody differentiates."""
-    if in_graph_capture() or distributed.is_dry_run():  # a plan's tensors have no numbers, as kernels want to read
+    """Whether this is a single eager `vmap` over large enough lanes, outside differentiation."""
+    if in_graph_capture() or distributed.is_dry_run():  # the kernels read values, which fake tensors do not have
         return False
     level = torch._C._functorch.peek_interpreter_stack()
     if level is None or level.key() != TransformType.Vmap or level.level() != 1:
         return False
     leaves = tree.tensors(params)
-    if sum(leaf.numel() for leaf in leaves) < _WORTH:
+    if sum(leaf.numel() for leaf in leaves) < _MIN_LANE_SIZE:
         return False
     return not any(leaf.requires_grad for leaf in (*leaves, *tree.tensors(others)))
 
 
 def update(in_place: InPlace, grads: Any, state: Any, params: Any, skip: Tensor | None, donate: bool) -> Any:
-    """The next `(params, state)`; with `donate`, in the memory of the given ones."""
-    given, spec = tree.flatten((params, state))
-    others, rest = tree.flatten((grads, skip))
+    """The next `(params, state)`; with `donate`, in the memory of the old ones."""
+    targets, target_spec = tree.flatten((params, state))
+    inputs, input_spec = tree.flatten((grads, skip))
 
-    def lane(kept: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> list[Tensor]:
-        params, state = spec.unflatten(kept)
-        grads, skip = tree.unflatten(rest, read)
+    def update_lane(targets: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        params, state = target_spec.unflatten(targets)
+        grads, skip = tree.unflatten(input_spec, inputs)
         return tree.leaves((params, in_place(grads, state, params, skip)))
 
-    return spec.unflatten(_ByLane.apply(lane, len(given), donate, *given, *others))  # type: ignore[no-untyped-call]
+    tensors = _ByLane.apply(update_lane, len(targets), donate, *targets, *inputs)  # type: ignore[no-untyped-call]
+    return target_spec.unflatten(tensors)
 
 
 class _ByLane(torch.autograd.Function):
-    """`lane(kept, read)` for each lane: `kept` is changed in place, or replaced, by what it answers."""
+    """`update_lane(targets, inputs)` for each lane; it updates targets in place or returns new tensors for them."""
 
     @staticmethod
-    def forward(lane: Any, count: int, donate: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kept = tensors[:count] if donate else [leaf.clone() for leaf in tensors[:count]]
-        return tuple(lane(kept, tensors[count:]))
+    def forward(update_lane: Any, count: int, donate: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        targets = tensors[:count] if donate else [leaf.clone() for leaf in tensors[:count]]
+        return tuple(update_lane(targets, tensors[count:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -62,26 +63,26 @@ class _ByLane(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], lane: Any, count: int, donate: bool, *tensors: Tensor
+        info: Any, in_dims: tuple[int | None, ...], update_lane: Any, count: int, donate: bool, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], int]:
-        stacked = [_stacked(leaf, dim, info.batch_size) for leaf, dim in zip(tensors, in_dims[3:], strict=True)]
-        # Written to in place: of lanes that share their memory, and without donation, in a copy.
-        kept = [
+        stacked = [_lanes_first(leaf, dim, info.batch_size) for leaf, dim in zip(tensors, in_dims[3:], strict=True)]
+        # Updated in place, so copied if lanes share their memory or nothing is donated.
+        targets = [
             leaf if donate and dim is not None else leaf.clone(memory_format=torch.contiguous_format)
             for leaf, dim in zip(stacked[:count], in_dims[3:], strict=False)
         ]
-        given = list(zip(*(leaf.unbind() for leaf in kept), strict=True))
-        read = list(zip(*(leaf.unbind() for leaf in stacked[count:]), strict=True))
-        made = [lane(*each) for each in zip(given, read, strict=True)]
-        new = []
-        for place, leaf in enumerate(kept):
-            in_place = all(after[place] is before[place] for after, before in zip(made, given, strict=True))
-            new.append(leaf if in_place else torch.stack([after[place] for after in made]))
-        return tuple(new), 0
+        lane_targets = list(zip(*(leaf.unbind() for leaf in targets), strict=True))
+        lane_inputs = list(zip(*(leaf.unbind() for leaf in stacked[count:]), strict=True))
+        results = [update_lane(*lane) for lane in zip(lane_targets, lane_inputs, strict=True)]
+        updated = []
+        for i, leaf in enumerate(targets):
+            same = all(after[i] is before[i] for after, before in zip(results, lane_targets, strict=True))
+            updated.append(leaf if same else torch.stack([after[i] for after in results]))
+        return tuple(updated), 0
 
 
-def _stacked(leaf: Tensor, dim: int | None, lanes: int) -> Tensor:
-    """A leaf with its lanes in front."""
+def _lanes_first(leaf: Tensor, dim: int | None, lanes: int) -> Tensor:
+    """`leaf` with the lanes as its first dimension."""
     if dim is None:
         return leaf.expand(lanes, *leaf.shape)
     return leaf if dim == 0 else leaf.movedim(dim, 0)

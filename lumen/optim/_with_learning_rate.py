@@ -1,4 +1,4 @@
-"""`with_learning_rate`: another learning rate in the state of an optimizer."""
+"""`with_learning_rate`: set the learning rate in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from lumen.errors import HyperparameterError
 
 
 def with_learning_rate(state: Any, lr: float | Tensor) -> Any:
-    """An optimizer's state, or a whole training state, with `lr` as its learning rate.
+    """An optimizer's state, or a training state, with `lr` as its learning rate.
 
-    Several learning rates (of a `partition`, or of two optimizers in one state) are all set. The given state stays as
-    it is. A `reduce_on_plateau` in the chain still scales updates down.
+    If there are several learning rates (of a `partition`, or of two optimizers in one state), all are set. The old
+    state does not change. A `reduce_on_plateau` in the chain still scales updates down.
 
     Raises:
-        HyperparameterError: the learning rate is a schedule, a function of the step that a state does not hold, or
-            there is none.
+        HyperparameterError: the learning rate is a schedule, which is not part of the state, or there is none.
 
     >>> import torch, lumen as lm
     >>> opt_state = lm.optim.adamw(1e-3).init({"w": torch.ones(2)})
@@ -34,15 +33,15 @@ def with_learning_rate(state: Any, lr: float | Tensor) -> Any:
             f"the learning rate is a schedule ({scheduled} only records it), so it cannot be set in the state. Build"
             " the optimizer with a constant one: lm.optim.adamw(1e-3)."
         )
-    places = [i for i, path in enumerate(paths) if _is(path, "lr")]
-    if not places:
+    indices = [i for i, path in enumerate(paths) if _is(path, "lr")]
+    if not indices:
         raise HyperparameterError(
-            "there is no learning rate in this state. Give the optimizer one: lm.optim.adamw(1e-3), or"
+            "there is no learning rate in this state. Pass one to the optimizer: lm.optim.adamw(1e-3), or"
             " lm.optim.chain(..., lm.optim.scale_by_learning_rate(1e-3))."
         )
-    for i in places:
+    for i in indices:
         old = leaves[i]
-        # Memory of its own: a donated step updates its state in place, and refuses two leaves that share it.
+        # A copy, because a donated step updates its state in place and rejects two leaves that share memory.
         leaves[i] = torch.as_tensor(lr, dtype=old.dtype, device=old.device).expand(old.shape).clone()
     return tree.unflatten(spec, leaves)
 

@@ -1,4 +1,4 @@
-"""Which optimizers may run on parts of tensors."""
+"""Which optimizers may run on shards."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 from lumen.errors import HyperparameterError
 
 
-def check_optimizer(tx: Any, under: str = "lm.fsdp", gathers: bool = True) -> None:
-    """Raise `HyperparameterError`, naming it, where a part of `tx` needs whole tensors, and nobody gathers them.
+def check_optimizer(tx: Any, under: str = "lm.fsdp", can_gather: bool = True) -> None:
+    """Raise `HyperparameterError` if `tx` needs full tensors that are not gathered.
 
-    A rule may do that by itself where the transform that cuts `gathers` for it.
+    `can_gather` means that the transform `under` provides all-gathers for rules that use them.
 
     >>> import lumen as lm
     >>> check_optimizer(lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.lamb(1e-3)))
     """
-    needs = getattr(tx, "whole", "")
-    if needs and not (gathers and tx.gathers):
+    reason = getattr(tx, "needs_full_tensors", "")
+    if reason and not (can_gather and tx.can_gather):
         raise HyperparameterError(
-            f"this optimizer cannot run under {under}, where each process updates its own part: {needs}. Use"
-            f" lm.optim.adamw, {'muon' if gathers else 'lion'} or another rule of lm.optim, or train under lm.ddp()."
+            f"this optimizer cannot run under {under}, where each rank updates its own shards: {reason}. Use"
+            f" lm.optim.adamw, {'muon' if can_gather else 'lion'} or another rule of lm.optim, or train under lm.ddp()."
         )

@@ -10,7 +10,7 @@ from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError
-from lumen.optim._clip import clipped, cut
+from lumen.optim._clip import clip_entries, clipped
 from lumen.optim._hyperparams import check_scalar
 
 
@@ -52,7 +52,7 @@ class clip(Transform):
 
     def _bounded(self, call: UpdateCall, leaves: list[Any]) -> Any:
         if self.value is not None:
-            return cut(call.grads, self.value)
+            return clip_entries(call.grads, self.value)
         assert self.norm is not None
         norms = None if call.norms is None else call.norms.of(leaves)
         unused_fn = getattr(call.tx, "unused_fn", None)

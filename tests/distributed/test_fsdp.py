@@ -392,7 +392,7 @@ def whole_torch():
 
 def of_the_user():
     return lm.optim.GradientTransformation(
-        lambda _: (), lambda grads, state, _: (grads, state), whole="mine takes the mean"
+        lambda _: (), lambda grads, state, _: (grads, state), needs_full_tensors="mine takes the mean"
     )
 
 

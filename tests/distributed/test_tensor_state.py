@@ -379,7 +379,7 @@ BAD = {
     "kind": (ParamsError, "is a LayerNorm", lambda: cut({"norm": Colwise()}, model="odd")),
     "optimizer": (
         HyperparameterError,
-        "adafactor takes the rows and columns",
+        "adafactor averages over the rows and columns",
         lambda: cut(GPT, lm.optim.adafactor(0.1)),
     ),
     "rows": (BatchError, "different rows", lambda: cut(GPT, batch=odd_rows())),

@@ -44,7 +44,7 @@ def test_each_lane_is_its_own_run(stack: str, large: bool, job: Job) -> None:
     """Small lanes are updated under vmap, large ones one by one: here whatever their size."""
     own = starts(job, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lumen.optim._vmap_fused._WORTH", 0 if large else 2**60)
+        patch.setattr("lumen.optim._vmap_fused._MIN_LANE_SIZE", 0 if large else 2**60)
         lanes = lanes_of(STACKS[stack](lm.ensemble(3)), own, job)
     for lane, state in zip(lanes, own, strict=True):
         assert_same(lane, train(job.step, state, job.batches(3))[0])

@@ -156,7 +156,7 @@ class TestPartition:
         [
             (optim.partition({"*.kernel": optim.sgd(0.1)}, optim.sgd(0.1)), "'\\*.kernel' matches none"),
             (optim.partition({"*.bias": optim.sgd(0.1)}), "no pattern of the partition matches encoder.fc.weight"),
-            (optim.partition({"*": optim.sgd(0.1), "*.bias": optim.sgd(1.0)}), "taken by an earlier pattern"),
+            (optim.partition({"*": optim.sgd(0.1), "*.bias": optim.sgd(1.0)}), "belongs to an earlier pattern"),
             (optim.partition({"a": optim.sgd(0.1)}, label=lambda name, leaf: "b"), "label 'b' of 'encoder"),
         ],
     )

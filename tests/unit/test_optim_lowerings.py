@@ -185,7 +185,7 @@ def test_every_lowering_is_float64_rounded_once(name):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", [name for name in ALL if "schedule" not in name or name == "schedule_free"])
 def test_every_lane_is_float64_rounded_once(name, large, monkeypatch):
-    monkeypatch.setattr(by_lane, "_WORTH", 0 if large else 2**60)
+    monkeypatch.setattr(by_lane, "_MIN_LANE_SIZE", 0 if large else 2**60)
     tx = make()[name]
     lanes = [leaves_of(seed, (17, 64)) for seed in (0, 10)]
     grads = [[leaves_of(seed + s, (17, 64)) for s in (1, 2, 3)] for seed in (0, 10)]
@@ -311,7 +311,7 @@ def test_state_owns_its_memory(name):
 @pytest.mark.parametrize("name", [name for name in ALL if "schedule" not in name or name == "schedule_free"])
 def test_lanes_of_vmap_are_their_own_runs(name, large, monkeypatch):
     """Params and learning rates differ by lane; float64 to 1e-10. Large lanes are updated one by one, by kernels."""
-    monkeypatch.setattr(by_lane, "_WORTH", 0 if large else 2**60)
+    monkeypatch.setattr(by_lane, "_MIN_LANE_SIZE", 0 if large else 2**60)
     lrs = torch.tensor([0.003, 0.01, 0.03], dtype=torch.float64)
     lanes = [{key: p * (1 + i) for key, p in tensors(0, torch.float64).items()} for i in range(3)]
     stacked = lm.tree.map(lambda *leaves: torch.stack(leaves), *lanes)

@@ -126,7 +126,7 @@ class deepspeed(Transform):
             return state
         row_shards.check(state)
         params = flat_params(state, "lm.deepspeed takes")
-        check_optimizer(state.tx, "lm.deepspeed", gathers=False)
+        check_optimizer(state.tx, "lm.deepspeed", can_gather=False)
         wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
         if wrong:
             raise ParamsError(

@@ -144,7 +144,7 @@ class tensor_parallel(Transform):
         self._check_outside()
         if team is None:
             return state
-        check_optimizer(state.tx, "lm.tensor_parallel", gathers=False)
+        check_optimizer(state.tx, "lm.tensor_parallel", can_gather=False)
         rest, row_leaves = row_fields.split_off(consistency.broadcast(state, team.group))  # whatever names these have
         state = row_fields.joined(cut_tree(team, rest, layouts), row_leaves)
         return with_slot(state, self.name, ParamLayouts(layouts=tuple(layouts.items()), size=team.size))
