@@ -26,10 +26,10 @@ class Store:
     `save` returns when the tree has been copied to host memory; a thread writes the copy to disk. Consecutive saves
     reuse the memory of the copy.
 
-    A store keeps the newest `keep` checkpoints (None: all). With `monitor="val/loss"` it also keeps the best `keep_best`
-    by that metric, the lowest or highest as `mode` is "min" or "max": a tie goes to the later step, NaN is never best,
-    and a checkpoint saved without the metric does not count. It also keeps each step that `keep_every` divides. An old
-    checkpoint is deleted when the new one is on disk.
+    A store keeps the newest `keep` checkpoints (None: all). With `monitor="val/loss"` it also keeps the `keep_best`
+    best by that metric, the lowest or highest as `mode` is "min" or "max": a tie goes to the later step, NaN is never
+    best, and a checkpoint saved without the metric does not count. It also keeps each step that `keep_every` divides.
+    An old checkpoint is deleted when the new one is on disk.
 
     To save, open the store: `with lm.checkpoint.Store("runs/a") as store`. Reading needs no open store, and works while
     a run writes.
