@@ -15,9 +15,9 @@ from lumen.core.gradient import value_and_grad
 from lumen.core.inspect import check_purity, inspect
 from lumen.core.metrics import Last, Max, Mean, Metric, Min, Sum, compute_metrics, merge_metrics
 from lumen.core.module import Apply, Pure, pure
-from lumen.core.primitives import Aux, apply_gradients
+from lumen.core.primitives import Aux
 from lumen.core.pytree_dataclass import dataclass, row_field, static
-from lumen.core.state import TrainState
+from lumen.core.state import TrainState, apply_gradients
 from lumen.core.step import Step, Transform, compose
 from lumen.data import Loader
 from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError

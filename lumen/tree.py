@@ -94,7 +94,7 @@ def tensors(tree: Any) -> list[Tensor]:
     [tensor(1)]
     """
     result: list[Tensor] = []
-    _collect(tree, result)
+    _collect((tree,), result)
     return result
 
 
@@ -108,7 +108,11 @@ def first_tensor(tree: Any) -> Tensor | None:
     children = _children(tree)
     if children is None:
         return tree if isinstance(tree, Tensor) else next(iter(tensors(tree)), None)
-    return next((tensor for child in children if (tensor := first_tensor(child)) is not None), None)
+    for child in children:
+        first = child if type(child) is Tensor else first_tensor(child)
+        if first is not None:
+            return first
+    return None
 
 
 # The children of registered dataclasses, by type: see lumen.core.pytree_dataclass.
@@ -126,21 +130,20 @@ def _children(node: Any) -> Iterable[Any] | None:
     return CHILDREN[kind](node) if kind in CHILDREN else None
 
 
-def _collect(node: Any, result: list[Tensor]) -> None:
-    kind = type(node)
-    if kind is Tensor:
-        result.append(node)
-    elif kind is dict:
-        for child in node.values():
-            _collect(child, result)
-    elif kind is tuple or kind is list:
-        for child in node:
-            _collect(child, result)
-    elif kind in CHILDREN:
-        for child in CHILDREN[kind](node):
-            _collect(child, result)
-    elif kind not in _PLAIN:
-        result.extend(leaf for leaf in leaves(node) if isinstance(leaf, Tensor))
+def _collect(nodes: Iterable[Any], result: list[Tensor]) -> None:
+    """Append the tensors in `nodes` to `result`; one call for each container, none for its leaves."""
+    for node in nodes:
+        kind = type(node)
+        if kind is Tensor:
+            result.append(node)
+        elif kind is dict:
+            _collect(node.values(), result)
+        elif kind is tuple or kind is list:
+            _collect(node, result)
+        elif kind in CHILDREN:
+            _collect(CHILDREN[kind](node), result)
+        elif kind not in _PLAIN:
+            result.extend(leaf for leaf in leaves(node) if isinstance(leaf, Tensor))
 
 
 def named_tensors(tree: Any) -> list[tuple[str, Tensor]]:

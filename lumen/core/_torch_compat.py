@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -193,15 +193,7 @@ def missing() -> list[str]:
     ]
 
 
-def clone_all(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, by one call where torch has one.
-
-    >>> import torch
-    >>> clone_all([torch.ones(2), torch.zeros(1)])
-    [tensor([1., 1.]), tensor([0.])]
-    """
-    if hasattr(torch, "_foreach_clone"):
-        return list(torch._foreach_clone(tensors))
+def _clone_each(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
@@ -220,7 +212,13 @@ def in_graph_capture() -> bool:
     >>> in_graph_capture()
     False
     """
-    return torch.compiler.is_compiling() or in_make_fx()
+    return (
+        torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_each)
+"""A copy of each tensor of a list, by one call where torch has one (not 2.11)."""
 
 
 def has(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from types import CodeType
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
 _MISSING = object()
+_requires_grad = attrgetter("requires_grad")
 
 
 def value_and_grad(
@@ -68,7 +70,8 @@ def value_and_grad(
                 " split it: lm.value_and_grad(loss_fn)(params, batch)"
             )
         call = GradientCall(loss_fn, params, batch, extras, has_aux, False, engine)
-        answer: Gradient = rules.bind(Primitive.GRADIENT, differentiate, call)
+        has_rules = rules.stack.rules[Primitive.GRADIENT]
+        answer = rules.bind(Primitive.GRADIENT, differentiate, call) if has_rules else differentiate(call)
         return ((answer.loss, answer.aux) if has_aux else answer.loss), answer.grads
 
     return gradient
@@ -96,14 +99,14 @@ def normalized(total: Gradient, *, own: bool = False) -> Gradient:
     loss = total.loss
     assert isinstance(loss, Mean)
     divide = Tensor.div_ if own else Tensor.div
-
-    def mean(g: Tensor) -> Tensor:
-        if g.dtype in NARROW:  # which does not have every number of rows
-            return (g.float() / loss.weight.to(g.device)).to(g.dtype)
-        return divide(g, loss.weight.to(g.device, g.dtype))
-
-    grads = tree.map(mean, total.grads)
-    return total.replace(loss=loss.compute() if total.scalar else loss, grads=grads)
+    sums, rebuild = flat(total.grads)
+    means = []
+    for g in sums:
+        if g.dtype in NARROW:  # which cannot represent every number of rows
+            means.append((g.float() / loss.weight.to(g.device)).to(g.dtype))
+        else:
+            means.append(divide(g, loss.weight.to(g.device, g.dtype)))
+    return total.replace(loss=loss.compute() if total.scalar else loss, grads=rebuild(means))
 
 
 def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -116,11 +119,12 @@ def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 
 def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any]) -> Gradient:
     try:
-        live = [leaf.detach().requires_grad_() for leaf in leaves]
+        live = [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
     except RuntimeError:  # torch's own words for an integer leaf
         _check_params(leaves, call.params)
         raise
-    with rules.inside_loss:
+    rules.stack.in_loss += 1
+    try:
         size = batching.count(call.batch) if call.summed else None
         objective, loss, aux, scalar = objective_of(call, rebuild(live), size)
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
@@ -133,18 +137,20 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
             if call.reduction is not None:
                 call.reduction.register_hooks(live)
             grads = _backward(objective, live)
+    finally:
+        rules.stack.in_loss -= 1
     independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
             independent = independent_of(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
-    answer = Gradient(detached(loss), rebuild(grads), detached(aux), scalar, size)
-    return _finished(call, answer, independent)
+    answer = Gradient(detached(loss), rebuild(grads), None if aux is None else detached(aux), scalar, size)
+    return answer if call.reduction is None and independent is None else _finished(call, answer, independent)
 
 
 def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, in plain eager mode straight to its engine: what it looks for costs 3% of a small step."""
-    if type(objective) is not Tensor or rules.is_tracing() or torch._C._len_torch_function_stack():
+    if type(objective) is not Tensor or rules.stack.tracing or torch._C._len_torch_function_stack():
         return torch.autograd.grad(objective, live, allow_unused=True)
     one = _one(objective)
     return _engine_run_backward((objective,), (one,), False, False, tuple(live), True, accumulate_grad=False)
@@ -209,13 +215,18 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
 
     A summed call needs `size`, the number of rows.
     """
-    out = rules.call_loss(call.loss_fn, params, call.batch, call.extras)
+    if rules.stack.loss_contexts:
+        out = rules.call_loss(call.loss_fn, params, call.batch, call.extras)
+    else:
+        out = call.loss_fn(params, call.batch, *call.extras)
     loss, aux = _split_aux(out) if call.has_aux else (out, None)
-    if isinstance(loss, Mean):
-        _check_scalar(loss.total, call)
+    is_mean = isinstance(loss, Mean)
+    value = loss.total if is_mean else loss
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        raise _not_a_scalar(value, call)
+    if is_mean:
         weight = loss.weight.detach()
-        return (loss.total if call.summed else loss.total / weight), Mean(loss.total, weight), aux, False
-    _check_scalar(loss, call)
+        return (value if call.summed else value / weight), Mean(value, weight), aux, False
     if not call.summed:
         return loss, loss, aux, True
     assert size is not None
@@ -234,16 +245,14 @@ def _split_aux(out: Any) -> tuple[Any, Any]:
     return out
 
 
-def _check_scalar(loss: Any, call: GradientCall) -> None:
-    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point():
-        return
+def _not_a_scalar(loss: Any, call: GradientCall) -> LossError:
     if isinstance(loss, tuple) and not call.has_aux:
         hint = "It returned several values: write lm.value_and_grad(loss_fn, has_aux=True)."
     elif isinstance(loss, Tensor) and loss.dim() > 0:
         hint = "For one loss per row write: lm.Mean.of(losses), or losses.mean()."
     else:
         hint = "Return a floating scalar tensor, or lm.Mean.of(losses)."
-    raise LossError(f"the loss must be a scalar tensor or an lm.Mean, not {_describe(loss)}. {hint}")
+    return LossError(f"the loss must be a scalar tensor or an lm.Mean, not {_describe(loss)}. {hint}")
 
 
 def _check_params(leaves: list[Any], params: Any) -> None:
@@ -272,14 +281,15 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
     """Whether somebody outside differentiates through this gradient, or a functorch transform is at work."""
     if call.engine != "auto":
         return call.engine == "func"
-    if rules.is_inside_loss() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if rules.stack.in_loss or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if torch.compiler.is_compiling():
         return True
     if not torch.is_grad_enabled():
         return False
-    given = tree.tensors(call.batch) if not call.extras else tree.tensors((call.batch, call.extras))
-    return True in [leaf.requires_grad for leaf in leaves] or True in [leaf.requires_grad for leaf in given]
+    batch = (call.batch, call.extras) if call.extras else call.batch
+    is_flat = type(batch) is dict and {*map(type, batch.values())} == {Tensor}
+    return any(map(_requires_grad, (*leaves, *(batch.values() if is_flat else tree.tensors(batch)))))
 
 
 _examined: set[CodeType] = set()
@@ -295,7 +305,7 @@ def _depends_on_external_grad(loss_fn: Callable[..., Any], objective: Tensor, li
     while hasattr(loss_fn, "__wrapped__"):  # a transform's wrapper serves every loss function
         loss_fn = loss_fn.__wrapped__
     code = getattr(loss_fn, "__code__", None)
-    if code is None or rules.is_tracing():
+    if code is None or rules.stack.tracing:
         return False
     if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
         _examined.add(code)

@@ -17,6 +17,8 @@ from lumen import tree
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import LossError
 
+_WIDE = (torch.float32, torch.float64)
+
 
 class Metric:
     """Base of the typed values: `merge` joins two parts, `compute` gives the number.
@@ -76,7 +78,8 @@ class Mean(Metric):
         """
         if not isinstance(values, Tensor):
             raise LossError(f"Mean.of takes a tensor, not {type(values).__name__}; use torch.as_tensor(value).")
-        values = _wide(values)
+        if values.dtype not in _WIDE:
+            values = values.float()
         if weight is None:
             return cls(values.sum(), values.new_full((), values.numel()))
         weights = torch.as_tensor(weight, device=values.device).to(values.dtype).expand_as(values)
@@ -311,4 +314,4 @@ def as_value(leaf: Any) -> Metric:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return values if values.dtype in _WIDE else values.float()

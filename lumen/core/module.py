@@ -113,6 +113,8 @@ class Apply:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """P0: run the module through whatever transforms surround the step."""
+        if not rules.stack.rules[Primitive.APPLY]:
+            return self.run(params, buffers, args, kwargs)
         return rules.bind(Primitive.APPLY, _apply, ApplyCall(self, params, buffers, args, kwargs))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:

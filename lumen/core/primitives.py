@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from lumen import tree
-from lumen.core import rules
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
-from lumen.core.rules import Primitive
 
 if TYPE_CHECKING:
     from lumen.core.metrics import Mean
@@ -170,26 +167,3 @@ class UpdateCall(_Call):
     def skipping(self, bad: Tensor) -> Self:
         """The call skipped where `bad` is true as well as where it was."""
         return self.replace(skip=bad if self.skip is None else bad | self.skip)
-
-
-def apply_gradients(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    """P2: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
-
-    Returns `(params, opt_state)`. `TrainState.apply_gradients` calls it; a step with a state of its own (a GAN's two
-    players, say) calls it for each optimizer.
-
-    >>> import lumen as lm, torch
-    >>> tx = lm.optim.sgd(0.5)
-    >>> params = {"w": torch.ones(2)}
-    >>> params, opt_state = lm.apply_gradients(tx, {"w": torch.ones(2)}, tx.init(params), params)
-    >>> params["w"]
-    tensor([0.5000, 0.5000])
-    """
-    return rules.bind(Primitive.UPDATE, _update, UpdateCall(tx, grads, opt_state, params))  # type: ignore[no-any-return]
-
-
-def _update(call: UpdateCall) -> tuple[Any, Any]:
-    skip = call.skip
-    if skip is not None:  # found where the step computes, which need not be where params are kept
-        skip = skip.to(tree.tensors(call.params)[0].device)
-    return call.tx.apply(call.grads, call.opt_state, call.params, skip=skip, donate=call.donate)  # type: ignore[no-any-return]

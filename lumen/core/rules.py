@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 Next = Callable[[Any], Any]
@@ -35,7 +36,9 @@ class Primitive(IntEnum):
     UPDATE = 2
 
 
-class _Stack(threading.local):
+class RuleStack(threading.local):
+    """What is installed in this thread. The primitives read it directly: each step asks it several times."""
+
     def __init__(self) -> None:
         self.rules: tuple[list[Rule], list[Rule], list[Rule]] = ([], [], [])
         self.in_loss = 0
@@ -43,12 +46,12 @@ class _Stack(threading.local):
         self.in_weightless = 0
         self.tracing = 0
         self.axes: dict[str, Any] = {}
-        self.losses: list[LossContext] = []
-        self.step: Any = None
+        self.loss_contexts: list[LossContext] = []
+        self.step: Any = None  # the outermost step that is being called, prepared or exported
         self.splitters: list[str | None] = []
 
 
-_stack = _Stack()
+stack = RuleStack()
 
 
 def bind(primitive: Primitive, base: Next, call: Any) -> Any:
@@ -57,16 +60,11 @@ def bind(primitive: Primitive, base: Next, call: Any) -> Any:
     Inside a loss function only APPLY rules hold: gradients and updates taken there belong to the loss's own
     mathematics (an inner loop, say), not to the training step.
     """
-    rules = _stack.rules[primitive]
-    if not rules or (_stack.in_loss and primitive is not Primitive.APPLY):
-        return base(call)
-    return _descend(rules, 0, base, call)
-
-
-def _descend(rules: list[Rule], depth: int, base: Next, call: Any) -> Any:
-    if depth == len(rules):
-        return base(call)
-    return rules[depth](lambda inner: _descend(rules, depth + 1, base, inner), call)
+    handler = base
+    if not stack.in_loss or primitive is Primitive.APPLY:
+        for rule in reversed(stack.rules[primitive]):
+            handler = partial(rule, handler)
+    return handler(call)
 
 
 class rule_context:  # noqa: N801
@@ -89,11 +87,11 @@ class rule_context:  # noqa: N801
 
     def __enter__(self) -> None:
         for primitive, rule in self._rules.items():
-            _stack.rules[primitive].append(rule)
+            stack.rules[primitive].append(rule)
 
     def __exit__(self, *_exc: object) -> None:
         for primitive in self._rules:
-            _stack.rules[primitive].pop()
+            stack.rules[primitive].pop()
 
 
 def with_rules(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -129,18 +127,18 @@ class around_losses:  # noqa: N801
         self._make = make
 
     def __enter__(self) -> None:
-        _stack.losses.append(self._make)
+        stack.loss_contexts.append(self._make)
 
     def __exit__(self, *_exc: object) -> None:
-        _stack.losses.pop()
+        stack.loss_contexts.pop()
 
 
 def call_loss(loss_fn: Callable[..., Any], params: Any, batch: Any, extras: tuple[Any, ...]) -> Any:
     """What `loss_fn` returns, inside what transforms have put around losses."""
-    if not _stack.losses:
+    if not stack.loss_contexts:
         return loss_fn(params, batch, *extras)
     with ExitStack() as entered:
-        for make in _stack.losses:
+        for make in stack.loss_contexts:
             entered.enter_context(make((params, batch)))
         return loss_fn(params, batch, *extras)
 
@@ -152,10 +150,10 @@ class _Inside:
         self._counter = counter
 
     def __enter__(self) -> None:
-        setattr(_stack, self._counter, getattr(_stack, self._counter) + 1)
+        setattr(stack, self._counter, getattr(stack, self._counter) + 1)
 
     def __exit__(self, *_exc: object) -> None:
-        setattr(_stack, self._counter, getattr(_stack, self._counter) - 1)
+        setattr(stack, self._counter, getattr(stack, self._counter) - 1)
 
 
 inside_loss = _Inside("in_loss")
@@ -166,28 +164,28 @@ tracing = _Inside("tracing")
 
 def is_inside_loss() -> bool:
     """Whether a loss function is being differentiated by an enclosing `value_and_grad`."""
-    return _stack.in_loss > 0
+    return stack.in_loss > 0
 
 
 def is_weightless() -> bool:
     """Whether a loss runs on rows that are not of the batch, to take part in collectives."""
-    return _stack.in_weightless > 0
+    return stack.in_weightless > 0
 
 
 def is_tracing() -> bool:
     """Whether `lm.compile` is tracing the step, so that host-side work must wait until it runs."""
-    return _stack.tracing > 0
+    return stack.tracing > 0
 
 
 def is_innermost(primitive: Primitive, rule: Rule) -> bool:
     """Whether `rule` is the last before the primitive's base."""
-    installed = _stack.rules[primitive]
+    installed = stack.rules[primitive]
     return bool(installed) and installed[-1] == rule
 
 
 def inside(primitive: Primitive, rule: Rule) -> list[Rule]:
     """The rules between `rule` and the primitive's base."""
-    installed = _stack.rules[primitive]
+    installed = stack.rules[primitive]
     return installed[installed.index(rule) + 1 :]
 
 
@@ -200,20 +198,20 @@ class splitting:  # noqa: N801
         self._name = name
 
     def __enter__(self) -> None:
-        _stack.splitters.append(self._name)
+        stack.splitters.append(self._name)
 
     def __exit__(self, *_exc: object) -> None:
-        _stack.splitters.pop()
+        stack.splitters.pop()
 
 
 def splitter() -> str | None:
     """The transform that hands microbatches to a loss function now, or None."""
-    return _stack.splitters[-1] if _stack.splitters else None
+    return stack.splitters[-1] if stack.splitters else None
 
 
 def intercepts_updates() -> bool:
     """Whether a transform must see updates that are made now."""
-    return bool(_stack.rules[Primitive.UPDATE]) and not _stack.in_update and not _stack.in_loss
+    return bool(stack.rules[Primitive.UPDATE]) and not stack.in_update and not stack.in_loss
 
 
 class running:  # noqa: N801
@@ -225,17 +223,17 @@ class running:  # noqa: N801
         self._step = step
 
     def __enter__(self) -> None:
-        self._before = _stack.step
+        self._before = stack.step
         if self._before is None or not self._before.has(self._step):
-            _stack.step = self._step
+            stack.step = self._step
 
     def __exit__(self, *_exc: object) -> None:
-        _stack.step = self._before
+        stack.step = self._before
 
 
 def current_step() -> Any:
     """The outermost step that is being called, prepared or exported, or None."""
-    return _stack.step
+    return stack.step
 
 
 class bound_axes:  # noqa: N801
@@ -247,7 +245,7 @@ class bound_axes:  # noqa: N801
         self._axes = axes
 
     def __enter__(self) -> None:
-        bound = _stack.axes
+        bound = stack.axes
         for name in self._axes:
             if name in bound:
                 raise ValueError(
@@ -257,7 +255,7 @@ class bound_axes:  # noqa: N801
 
     def __exit__(self, *_exc: object) -> None:
         for name in self._axes:
-            del _stack.axes[name]
+            del stack.axes[name]
 
 
 def bound_axis(name: str, axis: Any) -> bound_axes:
@@ -267,9 +265,9 @@ def bound_axis(name: str, axis: Any) -> bound_axes:
 
 def axis(name: str) -> Any | None:
     """What is bound to the axis `name`, or None."""
-    return _stack.axes.get(name)
+    return stack.axes.get(name)
 
 
 def depth() -> dict[str, int]:
     """How many rules each primitive has, for `lm.inspect`."""
-    return {primitive.name.lower(): len(_stack.rules[primitive]) for primitive in Primitive}
+    return {primitive.name.lower(): len(stack.rules[primitive]) for primitive in Primitive}

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lumen import random, tree
+from lumen.core import rules
 from lumen.core.buffers import Merges, check_statistics
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
-from lumen.core.primitives import Optimizer, apply_gradients
+from lumen.core.primitives import Optimizer, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
+from lumen.core.rules import Primitive
 from lumen.errors import ParamsError, StateError
 
 
@@ -117,3 +119,28 @@ class TrainState:
     def train(self) -> Self:
         """The same state with the model in training mode."""
         return self.replace(apply_fn=self.apply_fn.train())
+
+
+def apply_gradients(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """P2: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
+
+    Returns `(params, opt_state)`. `TrainState.apply_gradients` calls it; a step with a state of its own (a GAN's two
+    players, say) calls it for each optimizer.
+
+    >>> import lumen as lm, torch
+    >>> tx = lm.optim.sgd(0.5)
+    >>> params = {"w": torch.ones(2)}
+    >>> params, opt_state = lm.apply_gradients(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params["w"]
+    tensor([0.5000, 0.5000])
+    """
+    if not rules.stack.rules[Primitive.UPDATE]:
+        return tx.apply(grads, opt_state, params)
+    return rules.bind(Primitive.UPDATE, _update, UpdateCall(tx, grads, opt_state, params))  # type: ignore[no-any-return]
+
+
+def _update(call: UpdateCall) -> tuple[Any, Any]:
+    skip = call.skip
+    if skip is not None:  # found where the step computes, which need not be where params are kept
+        skip = skip.to(tree.tensors(call.params)[0].device)
+    return call.tx.apply(call.grads, call.opt_state, call.params, skip=skip, donate=call.donate)  # type: ignore[no-any-return]

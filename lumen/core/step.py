@@ -88,8 +88,8 @@ class Transform(ValueObject):
 
         It is not kept here, as the same transform may be part of several steps.
         """
-        step: Step | None = rules.current_step()
-        return step if step is not None and any(each is self for each in step.transforms) else None
+        step: Step | None = rules.stack.step
+        return step if step is not None and id(self) in map(id, step.transforms) else None
 
     def _new_memory(self) -> Any:
         """What each step that this transform makes keeps on the host beside its state, where it keeps anything."""
@@ -101,7 +101,7 @@ class Transform(ValueObject):
 
         Outside of steps it is new each time.
         """
-        step: Step | None = rules.current_step()
+        step: Step | None = rules.stack.step
         while step is not None and not (step.transforms and step.transforms[0] is self):
             step = step.inner
         return self._new_memory() if step is None else step.memory
@@ -141,17 +141,23 @@ class Step:
         else:
             self._traceable = transforms[0].wrap(inner)
             self._run = transforms[0].wrap_host(self._traceable)
-        self._parts: frozenset[int] = frozenset((id(self), *(() if inner is None else inner._parts)))
+        self._nested: frozenset[int] = frozenset((id(self), *(() if inner is None else inner._nested)))
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
         """One step."""
-        with rules.running(self):
-            return self._traceable(state, batch) if rules.is_tracing() else self._run(state, batch)
+        stack = rules.stack
+        outer: Step | None = stack.step
+        if outer is None or id(self) not in outer._nested:  # as in `rules.running`, without its three calls
+            stack.step = self
+        try:
+            return self._traceable(state, batch) if stack.tracing else self._run(state, batch)
+        finally:
+            stack.step = outer
 
     def has(self, step: Step) -> bool:
         """Whether `step` is this one, or what some of its transforms are around."""
-        return id(step) in self._parts
+        return id(step) in self._nested
 
     def init(self, state: State) -> State:
         """The state that this step takes, from a plain one; of one that it has prepared already, nothing is sharded."""
@@ -332,7 +338,10 @@ class _Checked:
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
         if self._seen:
-            return self._checked(state, self._user(state, batch))
+            out = self._user(state, batch)
+            if type(out) is tuple and len(out) == 2:
+                return out
+            raise self._not_a_pair(out)
         before = [] if _wrapped() else [(p, t, t._version) for p, t in tree.named_tensors(state)]
         spec = tree.structure(state)
         given: set[int] = set()
@@ -348,7 +357,9 @@ class _Checked:
                     " it is and return a new state: state.replace(...), state.apply_gradients(grads). For updates in"
                     " place without copies, use lm.donate()(step)."
                 )
-        new, metrics = self._checked(state, out)
+        if type(out) is not tuple or len(out) != 2:
+            raise self._not_a_pair(out)
+        new, metrics = out
         found = tree.structure(new)
         if found != spec:
             raise StepError(
@@ -359,14 +370,12 @@ class _Checked:
         self._seen = not rules.is_tracing()
         return new, metrics
 
-    def _checked(self, state: State, out: Any) -> tuple[State, Metrics]:
-        if type(out) is not tuple or len(out) != 2:
-            got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"one value, {type(out).__name__}"
-            raise StepError(
-                f"the step {self.__name__} must return (state, metrics), but returned {got}."
-                " Write: return state, {} where there is nothing to report."
-            )
-        return out
+    def _not_a_pair(self, out: Any) -> StepError:
+        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"one value, {type(out).__name__}"
+        return StepError(
+            f"the step {self.__name__} must return (state, metrics), but returned {got}."
+            " Write: return state, {} where there is nothing to report."
+        )
 
 
 def _noting_donated(given: set[int]) -> Rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ class _Adam:
     ) -> None:
         self.hyper = hyper
         self.decay_mask = decay_mask
+        self.has_decay = not hyper.is_zero("weight_decay")
         self.decoupled = decoupled
         self.amsgrad = amsgrad
         self.moment_dtype = moment_dtype
@@ -199,12 +201,11 @@ class _Adam:
         cached = _fused_kernels.FusedArgsCache.of(
             _TRIALS[self.decoupled], hyper, state, params, state.mu, state.nu, state.nu_max
         )
-        if cached is None or any(value.requires_grad for value in state.hparams.values()):
+        if cached is None or any(map(attrgetter("requires_grad"), state.hparams.values())):
             return plain_in_place(self.update, grads, state, params, skip)
         ps, *moments = cached.lists
         lists = [ps, _fused_kernels.aligned(params, grads), *moments]
-        beta1, beta2, eps, decay, _ = hyper.numbers(state.hparams)
-        lr, hparams = hyper.eager_lr(state.count, state.hparams)
+        (beta1, beta2, eps, decay, _), lr, hparams = _fused_kernels.scalar_arguments(hyper, state)
         count = _fused_kernels.advance(state.count, skip)
         for decays, (ps, gs, mus, nus, maxima) in _fused_kernels.batches(lists, self._decays(params)):
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)
@@ -231,7 +232,7 @@ class _Adam:
 
     def _decays(self, params: Any) -> bool | list[bool]:
         """Whether leaves decay: one flag for all, or one for each leaf."""
-        if self.hyper.is_zero("weight_decay"):
+        if not self.has_decay:
             return False
         return True if self.decay_mask is None else selected(self.decay_mask, params)
 

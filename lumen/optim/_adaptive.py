@@ -132,8 +132,7 @@ class _RMSprop:
             return plain_in_place(self.update, grads, state, params, skip)
         if skip is not None and bool(skip):  # on the CPU, where reading it does not synchronize
             return state
-        alpha, eps, momentum, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
+        (alpha, eps, momentum, decay), lr, hparams = _fused_kernels.scalar_arguments(self.hyper, state)
         minus_lr = -lr.item()
         for _, (ps, gs, nus, mus, traces) in _fused_kernels.batches(lists):
             if decay:
@@ -229,8 +228,7 @@ class _Adagrad:
         lists = _fused_kernels.columns(params, grads, state.total)
         if not _fused_kernels.usable(self.hyper, state.hparams, lists[0], lists[2], trial=_TRIAL):
             return plain_in_place(self.update, grads, state, params, skip)
-        eps, lr_decay, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
+        (eps, lr_decay, decay), lr, hparams = _fused_kernels.scalar_arguments(self.hyper, state)
         count = _fused_kernels.advance(state.count, skip)
         for _, (ps, gs, totals) in _fused_kernels.batches(lists):
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -92,21 +93,24 @@ class GradientTransformation:
         Uses the fused lowering where possible: in eager mode, outside differentiation and outside `torch.func`
         transforms, and for large lanes also under `vmap`. Without `donate` it runs on copies.
         """
-        with rules.inside_update:
+        rules.stack.in_update += 1
+        try:
             may_fuse = can_fuse(params, grads)
-            if may_fuse and self.fused_fn is not None and not rules.is_tracing():
+            if may_fuse and self.fused_fn is not None and not rules.stack.tracing:
                 if not donate:
                     params, state = clone((params, state))
                 return params, self.fused_fn(grads, state, params, skip)
             if self.fused_fn is not None and _vmap_fused.should_fuse_under_vmap(params, grads, state, skip):
                 return _vmap_fused.update(self.in_place, grads, state, params, skip, donate)  # type: ignore[no-any-return]
-            if donate and not rules.is_tracing():
+            if donate and not rules.stack.tracing:
                 return params, plain_in_place(self.update_fn, grads, state, params, skip)
             updates, new_state = self.update_fn(grads, state, params)
             new_params = apply_updates(params, updates)
             if skip is None:
                 return new_params, new_state
             return tree.select(skip, params, new_params), tree.select(skip, state, new_state)
+        finally:
+            rules.stack.in_update -= 1
 
     def in_place(self, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:
         """Change `params` in place, by the fused lowering if possible; transforms that wrap others call this."""
@@ -153,18 +157,18 @@ def apply_updates(params: Params, updates: Any) -> Params:
 
 def clone(values: Any) -> Any:
     """A copy of every tensor in `values`; in eager mode by one foreach call per dtype and device."""
-    leaves, spec = tree.flatten(values)
+    leaves, spec = optree.tree_flatten(values, namespace=tree.NAMESPACE)  # as in tree.flatten
     indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    by_list = allowed([leaves[i] for i in indices])
+    by_list = allowed([*map(leaves.__getitem__, indices)])
     groups: dict[Any, list[int]] = {}
     for i in indices:
         groups.setdefault((leaves[i].dtype, leaves[i].device) if by_list else i, []).append(i)
     for group in groups.values():
-        tensors = [leaves[i] for i in group]
+        tensors = [*map(leaves.__getitem__, group)]
         copies = clone_all(tensors) if by_list else [tensors[0].clone()]
         for i, copy in zip(group, copies, strict=True):
             leaves[i] = copy
-    return tree.unflatten(spec, leaves)
+    return spec.unflatten(leaves)
 
 
 def wide_clone(params: Params) -> Params:

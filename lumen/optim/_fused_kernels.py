@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
 from lumen.optim._numerics import absent
 
+_requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 _CHUNK_SIZE = 2**22  # entries that are widened together
 
 
@@ -41,7 +43,7 @@ def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
         for other in trees:
             if type(other) is dict and [*other] == keys:
                 lists.append([*other.values()])
-            elif absent(other):
+            elif type(other) is tuple and not other:
                 lists.append([])
             else:
                 break
@@ -57,12 +59,13 @@ def columns(params: Any, *trees: Any) -> list[list[Tensor]]:
 
 def allowed(leaves: list[Any]) -> bool:
     """Whether list kernels may run here: in eager mode, outside transforms and differentiation."""
-    return eager() and {*map(type, leaves)} == {_plain()} and True not in [leaf.requires_grad for leaf in leaves]
+    kinds = {*map(type, leaves)}
+    return len(kinds) == 1 and eager() and _is_plain(*kinds) and not any(map(_requires_grad, leaves))
 
 
-def _plain() -> type[Tensor]:
-    """The type of an ordinary tensor: in a dry run, fake tensors take its role."""
-    return FakeTensor if distributed.is_dry_run() else Tensor
+def _is_plain(kind: type) -> bool:
+    """Whether this is the type of ordinary tensors; in a dry run, fake tensors take their role."""
+    return kind is Tensor or (kind is FakeTensor and distributed.is_dry_run())
 
 
 def eager() -> bool:
@@ -77,11 +80,13 @@ def alike(params: Any, grads: Any) -> bool:
     """
     if type(params) is not dict or type(grads) is not dict or len(params) != len(grads):
         return False
-    plain = _plain()
+    kind: type = Tensor
     for (name, p), (other, g) in zip(params.items(), grads.items(), strict=True):
+        if type(p) is not kind and _is_plain(type(p)):
+            kind = type(p)
         if (
             name != other
-            or not (type(p) is type(g) is plain)
+            or not (type(p) is type(g) is kind)
             or p.dtype != g.dtype
             or p.shape != g.shape
             or p.requires_grad
@@ -100,15 +105,15 @@ def usable(
     first = params[0]
     if not first.is_cpu and (not first.is_cuda or hyper.has_tensors):  # reading tensors as floats would synchronize
         return False
-    if True in [value.requires_grad for value in hparams.values()]:
+    if any(map(_requires_grad, hparams.values())):
         return False
     if not all(map(Tensor.is_contiguous, params)):
         return False
-    dtypes, sizes = [p.dtype for p in params], [*map(Tensor.numel, params)]
+    dtypes, sizes = [*map(_dtype, params)], [*map(Tensor.numel, params)]
     for column in moments:
         if column and not (
             all(map(Tensor.is_contiguous, column))
-            and ((kinds := [m.dtype for m in column]) == dtypes or _compute_in_float32(dtypes, kinds))
+            and ((kinds := [*map(_dtype, column)]) == dtypes or _compute_in_float32(dtypes, kinds))
             and [*map(Tensor.numel, column)] == sizes
         ):
             return False
@@ -134,21 +139,23 @@ class Trial:
 
     def passed(self, dtypes: Iterable[torch.dtype], device: torch.device) -> bool:
         """Whether the kernel may be used for leaves of all these dtypes."""
-        return all(self._passed((dtype, device.type), device) for dtype in dtypes)
+        for dtype in dtypes:
+            result = self._results.get((dtype, device.type))
+            if not (self._try((dtype, device.type), device) if result is None else result):
+                return False
+        return True
 
-    def _passed(self, key: tuple[torch.dtype, str], device: torch.device) -> bool:
-        result = self._results.get(key)
-        if result is None:
-            # Fake tensors have no values, and CUDA graph capture cannot synchronize to read them.
-            if distributed.is_dry_run() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                return True
-            self._results[key] = result = True  # during the test
-            try:
-                with _disable_current_modes():  # modes that count operations must not count these
-                    result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
-            finally:
-                del self._results[key]
-            self._results[key] = result
+    def _try(self, key: tuple[torch.dtype, str], device: torch.device) -> bool:
+        # Fake tensors have no values, and CUDA graph capture cannot synchronize to read them.
+        if distributed.is_dry_run() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return True
+        self._results[key] = result = True  # during the test
+        try:
+            with _disable_current_modes():  # modes that count operations must not count these
+                result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
+        finally:
+            del self._results[key]
+        self._results[key] = result
         return result
 
 
@@ -189,7 +196,7 @@ class FusedArgsCache:
 
     def __init__(self, lists: list[list[Tensor]]) -> None:
         self.lists = lists
-        self._flat = [leaf for column in lists for leaf in column]
+        self._flat = [*chain.from_iterable(lists)]
 
     @classmethod
     def of(cls, trial: Trial, hyper: Hyper, state: Any, params: Any, *moments: Any) -> FusedArgsCache | None:
@@ -208,14 +215,15 @@ class FusedArgsCache:
         for values in trees:
             if type(values) is dict:
                 leaves += values.values()
-            elif not absent(values):
+            elif type(values) is not tuple or values:
                 return False
         return len(leaves) == len(self._flat) and all(map(is_, leaves, self._flat))
 
 
 def aligned(params: Any, grads: Any) -> list[Tensor]:
     """The gradients in the order of the params, contiguous in memory."""
-    return contiguous(columns(params, grads)[1])
+    leaves = columns(params, grads)[1]
+    return leaves if all(map(Tensor.is_contiguous, leaves)) else [g.contiguous() for g in leaves]
 
 
 def contiguous(grads: list[Tensor]) -> list[Tensor]:
@@ -232,7 +240,7 @@ def batches(
     16-bit params a batch is a float32 copy. When the next batch is requested, it is written back, except for the grads.
     """
     first = lists[0]
-    keys: list[Hashable] = [(leaf.dtype, leaf.get_device()) for leaf in first]
+    keys: list[Hashable] = [*zip(map(_dtype, first), map(Tensor.get_device, first), strict=True)]
     if isinstance(labels, list):
         keys = list(zip(keys, labels, strict=True))
     elif keys.count(keys[0]) == len(keys):
@@ -274,6 +282,14 @@ def _chunks(sizes: list[int]) -> Iterator[slice]:
             begin, total = index, 0
         total += size
     yield slice(begin, len(sizes))
+
+
+def scalar_arguments(hyper: Hyper, state: Any) -> tuple[tuple[float, ...], Tensor, HParams]:
+    """The hyperparameters but the learning rate as numbers; that rate; and the `hparams` of the next state."""
+    hparams = state.hparams
+    numbers = hyper.numbers(hparams) if hyper.has_tensors else hyper.constants
+    lr, hparams = (hparams["lr"], hparams) if hyper.schedule is None else hyper.eager_lr(state.count, hparams)
+    return numbers, lr, hparams
 
 
 def advance(count: Tensor, skip: Tensor | None) -> Tensor:

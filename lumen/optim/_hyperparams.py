@@ -61,7 +61,7 @@ class Hyper:
         self._constants = {name: value for name, value in others.items() if not isinstance(value, Tensor)}
         self._stored = stored | {name: value for name, value in others.items() if isinstance(value, Tensor)}
         self._names = tuple(others)
-        self._numbers = tuple(float(value) for value in self._constants.values())
+        self.constants = tuple(float(value) for value in self._constants.values())
         self.has_lr = lr is not None
         self.has_tensors = any(name != "lr" for name in self._stored)
 
@@ -97,7 +97,7 @@ class Hyper:
 
     def numbers(self, hparams: HParams) -> tuple[float, ...]:
         """The same as Python numbers, for kernels that accept nothing else."""
-        return tuple(float(value) for value in self.values(hparams)) if self.has_tensors else self._numbers
+        return tuple(float(value) for value in self.values(hparams)) if self.has_tensors else self.constants
 
     def is_zero(self, name: str) -> bool:
         """Whether `name` is the constant 0, so its term can be omitted."""

@@ -96,8 +96,7 @@ class _Lion:
             return plain_in_place(self.update, grads, state, params, skip)
         if skip is not None and bool(skip):  # on the CPU, where reading it does not synchronize
             return state
-        beta1, beta2, decay = self.hyper.numbers(state.hparams)
-        lr, hparams = self.hyper.eager_lr(state.count, state.hparams)
+        (beta1, beta2, decay), lr, hparams = _fused_kernels.scalar_arguments(self.hyper, state)
         rate = lr.item()
         for decays, (ps, gs, mus) in _fused_kernels.batches(lists, self._decays(params)):
             directions = torch._foreach_lerp(mus, gs, 1 - beta1)

@@ -120,8 +120,7 @@ class _SGD:
         syncs = self.dampened and not state.count.is_cpu
         if syncs or not _fused_kernels.usable(hyper, state.hparams, lists[0], lists[2], trial=_TRIAL):
             return plain_in_place(self.update, grads, state, params, skip)
-        momentum, dampening, decay = hyper.numbers(state.hparams)
-        lr, hparams = hyper.eager_lr(state.count, state.hparams)
+        (momentum, dampening, decay), lr, hparams = _fused_kernels.scalar_arguments(hyper, state)
         is_first_step = self.dampened and int(state.count) == 0
         _fused_kernels.advance(state.count, skip)
         for decays, (ps, gs, traces) in _fused_kernels.batches(lists, self._decays(params)):

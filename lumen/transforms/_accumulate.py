@@ -6,6 +6,7 @@ import gc
 import math
 import warnings
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -104,9 +105,11 @@ class accumulate(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients accumulated over microbatches."""
 
+        text = repr(self)
+
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             memory: _AutoMemory | None = self._memory if self.auto else None
-            accumulation = _Accumulation(self, memory)
+            accumulation = _Accumulation(self, text, memory)
             handlers: dict[Primitive, rules.Rule] = {
                 Primitive.GRADIENT: accumulation,
                 Primitive.APPLY: accumulation.tracker.apply,
@@ -202,8 +205,9 @@ class _AutoMemory:
 class _Accumulation:
     """The rules of `accumulate` during one step."""
 
-    def __init__(self, settings: accumulate, memory: _AutoMemory | None) -> None:
+    def __init__(self, settings: accumulate, text: str, memory: _AutoMemory | None) -> None:
         self.settings = settings
+        self.text = text
         self.memory = memory  # for "auto" only
         self.tracker = Tracker()
 
@@ -274,7 +278,7 @@ class _Accumulation:
             return self._sum(next, calls, 1, into_buffers)
         if cache is not None:
             return self._cached(next, CachedGradient(cache, call), calls, len(microbatches), into_buffers)
-        with rules.splitting(repr(self.settings)):
+        with rules.splitting(self.text):
             return self._sum(next, calls, len(microbatches), into_buffers)
 
     def _sum(
@@ -357,12 +361,14 @@ class _Accumulation:
 
     def _can_add_into_buffers(self, call: GradientCall) -> bool:
         """Whether autograd may add each gradient to its sum: no rule inside sees it, and no sum needs more digits."""
+        leaves = tree.leaves(call.params)
         return (
             rules.is_innermost(Primitive.GRADIENT, self)
             and not rules.is_tracing()
             and torch._C._functorch.peek_interpreter_stack() is None
             and not torch._C._len_torch_function_stack()
-            and all(type(leaf) is Tensor and leaf.dtype not in NARROW for leaf in tree.leaves(call.params))
+            and {*map(type, leaves)} == {Tensor}
+            and {*map(attrgetter("dtype"), leaves)}.isdisjoint(NARROW)
         )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lumen.core import _torch_compat
@@ -209,10 +210,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has("no_such_package._x")
 
 
-def test_copies_without_the_call_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clone_all", [_torch_compat.clone_all, _torch_compat._clone_each])  # torch 2.11: the second
+def test_copies_by_one_call_and_by_many(clone_all: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
     tensors = [torch.randn(3, 2).T, torch.zeros((), dtype=torch.bfloat16)]
-    monkeypatch.delattr(torch, "_foreach_clone", raising=False)  # torch 2.11 has none
-    for tensor, copy in zip(tensors, _torch_compat.clone_all(tensors), strict=True):
+    for tensor, copy in zip(tensors, clone_all(tensors), strict=True):
         assert torch.equal(tensor, copy)
         assert (tensor.stride(), tensor.dtype) == (copy.stride(), copy.dtype)
         assert tensor.data_ptr() != copy.data_ptr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:
     Adds in place once this module owns the memory of `sums` (autograd may return one tensor twice). Before that it adds
     a group of leaves at a time and frees their summands, so that three copies of all gradients never exist.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(g.requires_grad for g in grads):
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(map(attrgetter("requires_grad"), grads)):
         sums[:] = [a + b for a, b in zip(sums, grads, strict=True)]
     elif own:
         torch._foreach_add_(sums, grads)
