@@ -287,7 +287,7 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    batch = (call.batch, call.extras) if call.extras else call.batch
+    batch: Any = (call.batch, call.extras) if call.extras else call.batch
     is_flat = type(batch) is dict and {*map(type, batch.values())} == {Tensor}
     return any(map(_requires_grad, (*leaves, *(batch.values() if is_flat else tree.tensors(batch)))))
 

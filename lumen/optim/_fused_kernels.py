@@ -80,7 +80,7 @@ def alike(params: Any, grads: Any) -> bool:
     """
     if type(params) is not dict or type(grads) is not dict or len(params) != len(grads):
         return False
-    kind: type = Tensor
+    kind: type[Any] = Tensor
     for (name, p), (other, g) in zip(params.items(), grads.items(), strict=True):
         if type(p) is not kind and _is_plain(type(p)):
             kind = type(p)
