@@ -150,7 +150,9 @@ def _kind(leaves: Sequence[Tensor]) -> Any:
 
 
 class Buckets:
-    """The buckets of one gradient on their way."""
+    """The buckets of one gradient on their way: the `GradReducer` of ddp, and of fsdp's stage 1."""
+
+    in_backward = False
 
     def __init__(self, wire: GradComm, layouts: BucketPlanCache, overlap: bool) -> None:
         self._wire = wire
@@ -161,7 +163,7 @@ class Buckets:
         self._grads: list[Tensor | None] = []
         self._missing: list[int] = []
         self._flying: list[tuple[WaitFn, list[Tensor]]] = []
-        self.flat: list[Tensor] = []
+        self.flat_sums: list[Tensor] = []
 
     def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Launch each bucket as soon as the backward pass has filled it, or record the order to do so next time."""
@@ -214,7 +216,7 @@ class Buckets:
         out: list[Tensor] = list(leaves)
         for (arrived, parts), bucket in zip(self._flying, layout.buckets, strict=True):
             flat = arrived()
-            self.flat.append(flat)
+            self.flat_sums.append(flat)
             for place, view in zip(bucket, _unflatten(flat, parts), strict=True):
                 out[place] = view
         if alone is not None:

@@ -104,6 +104,12 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
     return _Pending(_all_gather(out, flat, group=group, async_op=True), out)
 
 
+def start_all_gather(flat: Tensor, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
+    """The same outside of a trace: the tensor that is filled, and the `Work` to wait for."""
+    gathered = flat.new_empty(size * flat.numel())
+    return gathered, _all_gather(gathered, flat, group=group, async_op=True)
+
+
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> WaitFn:
     """The rows of all ranks in rank order, of which rank i has `counts[i]`, as a new tensor.
 
@@ -132,6 +138,13 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
         return _waiting(_graph().reduce_scatter_tensor(flat, "sum", size, group.group_name), (-1,))
     out = flat.new_empty(flat.numel() // size)
     return _Pending(_reduce_scatter(out, flat, group=group, async_op=True), out)
+
+
+def reduce_scatter_eager(flat: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    """The same outside of a trace, once it has arrived."""
+    out = flat.new_empty(flat.numel() // size)
+    _reduce_scatter(out, flat, group=group, async_op=True).wait()
+    return out
 
 
 def all_to_all(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:

@@ -32,14 +32,15 @@ class GroupRef:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._find = weakref.ref(noted(group))
-        self._world = world_number()
+        world_number()
+        self._world = _world  # of the group: the newest
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
 
     def __call__(self) -> dist.ProcessGroup:
         """The group."""
-        group = self._find()
-        if group is None or self._world != world_number():
+        group, world = self._find(), dist.group.WORLD
+        if group is None or world is None or self._world is None or self._world() is not world:
             raise_left("this step")
         return group
 

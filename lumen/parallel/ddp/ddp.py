@@ -6,17 +6,20 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lumen.core import row_fields, rules
-from lumen.core.rules import Primitive, Rule
+import torch
+
+from lumen.core import batching, row_fields, rules
+from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of
-from lumen.errors import HyperparameterError, OrderError
+from lumen.errors import AxisError, HyperparameterError, OrderError
 from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
-from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
+from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
-from lumen.parallel.ddp.grad_reduction import Buffers, DataParallelRule
+from lumen.parallel.ddp.grad_reduction import Buffers, DataParallelRule, GradReduction
 from lumen.transforms._support.unapplied import Unapplied
 
 
@@ -38,6 +41,35 @@ class _Processes(StepMesh):
         """Their buckets."""
         assert self.comm is not None
         return BucketPlanCache(self.comm, self._limit)
+
+
+class DDPRule(DataParallelRule):
+    """What ddp does with each gradient of one step."""
+
+    def __init__(
+        self, processes: _Processes, comm: GradComm, buffers: Buffers, state: Any, checks: BufferChecks
+    ) -> None:
+        super().__init__(comm, buffers, state, checks)
+        self._plans = processes.plans
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of the global batch."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise AxisError(
+                "lm.ddp sums gradients over processes, which torch cannot do inside vmap or torch.func.grad. Train one"
+                " model under lm.ddp, or an lm.ensemble in each process by itself."
+            )
+        rows = batching.count(call.batch)
+        # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
+        overlap = rows > 0 and self._buffers != "sync"
+        reducer = Buckets(self._comm, self._plans, overlap)
+        reduction = GradReduction(self._comm, reducer, rows, self, self._device)
+        self._counts = rows > 0
+        call = self._begun(call, rows)
+        answer: Gradient = next(call.replace(summed=True, reduction=reduction))
+        if not rows:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        return answer if call.summed else reduction.normalized(answer)
 
 
 class ddp(Transform):
@@ -147,7 +179,7 @@ class ddp(Transform):
             if processes.comm is None:
                 with processes.mesh.bound():
                     return step(state, batch)
-            rule = DataParallelRule(processes.comm, processes.plans, self.buffers, state, checks)
+            rule = DDPRule(processes, processes.comm, self.buffers, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with processes.mesh.bound(), rules.rule_context(handlers):
                 out = step(state, batch)

@@ -1,4 +1,7 @@
-"""What `ddp` and `fsdp` share: a batch whose rows lie on several processes, and one gradient, loss and aux of them."""
+"""What strategies share whose ranks have rows of their own: one gradient, loss and aux for the global batch.
+
+`lumen.parallel.comm.grad_reducer` says how the pieces fit together.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import batching, distributed, gradient, rules
+from lumen.core import distributed, gradient, rules
 from lumen.core.buffers import Origin, Tracker
 from lumen.core.metrics import GlobalMean, Max, Mean, Metric, Min, Sum, extremes, is_value
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
@@ -18,57 +21,40 @@ from lumen.core.rules import Next
 from lumen.core.step import device_of
 from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import AxisError, LossError, OrderError
-from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
+from lumen.parallel.comm.buckets import GradComm
+from lumen.parallel.comm.grad_reducer import GradReducer
 from lumen.parallel.ddp.aux_reduction import AuxReduction, BufferChecks
 from lumen.parallel.ddp.sync_batchnorm import synchronized
 
 Buffers = Literal["merge", "local", "sync"]
 
-_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what travels with each gradient, and how much: `Exchange._tail`
+_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what travels with each gradient, and how much: `GradReduction._tail`
 STAND_IN = 2  # rows that an empty process computes in vain: BatchNorm takes no fewer
 
 
 class DataParallelRule:
-    """What ddp makes of each P1 call of one step."""
+    """What a strategy whose ranks have rows of their own does with the primitives of one step: what all have in common.
 
-    def __init__(
-        self, wire: GradComm, layouts: BucketPlanCache, buffers: Buffers, state: Any, checks: BufferChecks
-    ) -> None:
-        self._wire = wire
-        self._layouts = layouts
+    A strategy adds `__call__`, the rule of the gradient.
+    """
+
+    def __init__(self, comm: GradComm, buffers: Buffers, state: Any, checks: BufferChecks) -> None:
+        self._comm = comm
         self._buffers = buffers
         self.checks = checks
         self.applied = False  # whether the model was
         self._counts = True  # whether the rows in work are the batch's own
         self._old = getattr(state, "buffers", None)
-        held = state if self._old is None else self._old
-        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(held)}, marks=True)
+        tracked = state if self._old is None else self._old
+        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(tracked)}, marks=True)
         self._device = device_of(state)
-
-    def __call__(self, next: Next, call: GradientCall) -> Gradient:
-        """The gradient of the global batch."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise AxisError(
-                "lm.ddp sums gradients over processes, which torch cannot do inside vmap or torch.func.grad. Train one"
-                " model under lm.ddp, or an lm.ensemble in each process by itself."
-            )
-        size = batching.count(call.batch)
-        # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
-        overlap = size > 0 and self._buffers != "sync"
-        exchange = GradReducer(self._wire, Buckets(self._wire, self._layouts, overlap), size, self, self._device)
-        self._counts = size > 0
-        call = self._begun(call, size)
-        answer: Gradient = next(call.replace(summed=True, reduction=exchange))
-        if not size:
-            answer = answer.replace(aux=self._neutral(answer.aux))
-        return answer if call.summed else exchange.normalized(answer)
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
         """P0: where buffers come from; with "sync", BatchNorm over all processes."""
         self.applied = True
         if self._buffers != "sync":
             return self._tracker.apply(next, call)
-        return self._tracker.apply(lambda inner: synchronized(next, inner, self._wire, self._counts), call)
+        return self._tracker.apply(lambda inner: synchronized(next, inner, self._comm, self._counts), call)
 
     @property
     def origins(self) -> Sequence[Origin] | None:
@@ -76,7 +62,7 @@ class DataParallelRule:
         return None if self._buffers == "local" else self._tracker.origins
 
     def _begun(self, call: GradientCall, size: int) -> GradientCall:
-        """The call watched, with rows that stand in where this process has none."""
+        """The call with its buffers tracked, and with a dummy batch where this rank has no rows."""
         self._tracker.begin()
         call = call.replace(loss_fn=self._tracker.watching(call.loss_fn, call.has_aux))
         if size:
@@ -127,38 +113,46 @@ def _without_rows(leaf: Any) -> Any:
     return leaf
 
 
-class GradReducer:
-    """The reduction of one gradient: `lumen.core.primitives.Reduction`."""
+class GradReduction:
+    """The reduction of one gradient over ranks: `lumen.core.primitives.Reduction`, the same for all strategies.
 
-    within = False
+    `reducer` sums the gradients, in its strategy's way. This class sums what belongs to them: the loss's total and
+    weight, the rows, and the aux. A rank's gradients are those of the sum over its `rows`, so they weigh by themselves.
+    `idle` is the loss of a rank that has fewer microbatches than others; by default it takes part in no collective.
+    """
 
     def __init__(
-        self, wire: GradComm, buckets: Buckets, size: int, rule: DataParallelRule, device: torch.device
+        self,
+        comm: GradComm,
+        reducer: GradReducer,
+        rows: int,
+        rule: DataParallelRule,
+        device: torch.device,
+        idle: Callable[..., Any] | None = None,
     ) -> None:
-        self._wire = wire
-        self._buckets = buckets
-        self.rows = size
+        self._comm = comm
+        self._reducer = reducer
+        self.rows = rows
+        self.within = reducer.in_backward
+        self.register_hooks = reducer.register_hooks
         self._rule = rule
         self._device = device
+        self._idle = idle
         self._grads: Any = None
 
     def most(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest of the ranks' numbers."""
         if rules.is_tracing():
             raise OrderError(
                 "lm.compile cannot trace a step in which processes ask each other for the number of their microbatches."
                 " Give it: lm.accumulate(2)."
             )
-        largest = self._wire.launch(torch.tensor(number, device=self._device), "max", exact=True)()
+        largest = self._comm.launch(torch.tensor(number, device=self._device), "max", exact=True)()
         return number if distributed.is_dry_run() else int(largest)
 
     def idle(self, call: GradientCall) -> GradientCall:
         """The call with a loss that weighs nothing."""
-        return call.replace(loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
-
-    def register_hooks(self, live: Sequence[Tensor]) -> None:
-        """Let the buckets fill."""
-        self._buckets.register_hooks(live)
+        return call.replace(loss_fn=self._idle or zero_weight_loss(call.loss_fn, call.has_aux))
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
         """The answer of all processes."""
@@ -168,24 +162,31 @@ class GradReducer:
                 "under lm.ddp a gradient was asked for that is to be differentiated again outside of a loss function."
                 " Take the inner gradient inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
             )
-        if not self.rows:
+        if not self.rows and not self.within:
             leaves = [torch.zeros_like(leaf) for leaf in leaves]
-        aux = AuxReduction(answer.aux, self.rows, STAND_IN, self._rule.origins, self._wire)
-        sent = aux.launch()
-        weighted, changes = aux.weighted(), aux.changes()
-        sums, tail = self._buckets.finish(leaves, self._tail(answer, weighted, changes, independent is None))
+        aux = (
+            None
+            if answer.aux is None
+            else AuxReduction(answer.aux, self.rows, STAND_IN, self._rule.origins, self._comm)
+        )
+        in_flight = [] if aux is None else aux.launch()
+        weighted = [] if aux is None else aux.weighted()
+        changes = [] if aux is None else aux.changes()
+        sums, tail = self._reducer.finish(leaves, self._tail(answer, weighted, changes, independent is None))
         if independent is not None and not tail[_LIVE]:
             raise independent
         loss = answer.loss
         assert isinstance(loss, Mean)
         self._grads = rebuild(sums)
-        means, changed = tail[_HEAD:].split([sum(x.numel() for x in each) for each in (weighted, changes)])
-        found = aux.joined(means / tail[_ROWS], changed, sent)
-        aux.check(self._rule.checks)
+        joined = None
+        if aux is not None:
+            means, summed = tail[_HEAD:].split([sum(x.numel() for x in xs) for xs in (weighted, changes)])
+            joined = aux.joined(means / tail[_ROWS], summed, in_flight)
+            aux.check(self._rule.checks)
         return Gradient(
             GlobalMean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
             self._grads,
-            found,
+            joined,
             answer.scalar,
             answer.rows,
             joint=True,
@@ -215,7 +216,7 @@ class GradReducer:
             return gradient.normalized(answer)
         loss = answer.loss
         assert isinstance(loss, Mean)
-        for flat in self._buckets.flat:
+        for flat in self._reducer.flat_sums:
             flat.div_(_as(loss.weight, flat.dtype))
         return answer.replace(loss=loss.compute()) if answer.scalar else answer
 

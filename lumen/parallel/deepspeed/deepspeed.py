@@ -23,7 +23,7 @@ from lumen.parallel import row_shards
 from lumen.parallel.comm import collectives, consistency
 from lumen.parallel.comm.buckets import GradComm
 from lumen.parallel.comm.mesh import Mesh
-from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
+from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReduction, zero_weight_loss
 from lumen.parallel.deepspeed.config import INSTEAD, Setup, read, setup, stage_of
 from lumen.parallel.deepspeed.engine import Engine
 from lumen.parallel.deepspeed.holder import HOLDERS, EngineHolder, EngineSlot, PendingGrads, holder_of
@@ -291,17 +291,17 @@ class _Rule(DataParallelRule):
     """What deepspeed makes of each P1 call of one step."""
 
     def __init__(self, transform: deepspeed, holder: EngineHolder, state: Any) -> None:
-        super().__init__(holder.wire, None, "merge", state, holder.checks)  # type: ignore[arg-type]
+        super().__init__(holder.wire, "merge", state, holder.checks)
         self._transform, self._holder = transform, holder
         self._engine, self._params = holder.used(), state.params
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         self._check(call)
         size = batching.count(call.batch)
-        exchange = _Joined(self._wire, size, self, self._device)
-        everyone = self._wire.launch(torch.tensor(float(size), device=self._device), exact=True)()
+        reduction = GradReduction(self._comm, EngineReducer(self._comm), size, self, self._device)
+        everyone = self._comm.launch(torch.tensor(float(size), device=self._device), exact=True)()
         call = self._begun(call, size)
-        each = self._wire.size / everyone  # the engine takes the mean over processes
+        each = self._comm.size / everyone  # the engine takes the mean over processes
         answers = []
         count = self._engine.setup.microbatches
         parts = batching.split(call.batch, max(1, min(count, size))) if size else [call.batch]
@@ -316,7 +316,7 @@ class _Rule(DataParallelRule):
         answer = batching.add_gradients(answers, self._tracker.origins)
         if not size:
             answer = answer.replace(aux=self._neutral(answer.aux))
-        answer = exchange.finish(answer)
+        answer = reduction.finish(answer.replace(grads={}))
         loss = answer.loss
         assert isinstance(loss, Mean)
         pending = PendingGrads(
@@ -377,31 +377,25 @@ class _Rule(DataParallelRule):
         reached = {id(leaf) for leaf in gradient.graph_leaves(objective)}
         names = list(engine.params)
         missing = torch.tensor([float(id(engine.params[name]) not in reached) for name in names], device=self._device)
-        missing = self._wire.launch(missing, "max", exact=True)()
+        missing = self._comm.launch(missing, "max", exact=True)()
         return [name for name, flag in zip(names, missing.tolist(), strict=True) if flag]
 
 
-class _Joined(GradReducer):
-    """The joining of losses and aux; gradients are the engine's."""
+class EngineReducer:
+    """The `GradReducer` of deepspeed: the engine sums the gradients and keeps them, so that the tail alone is left."""
 
-    def __init__(self, wire: GradComm, size: int, rule: DataParallelRule, device: torch.device) -> None:
-        super().__init__(wire, _NoBuckets(wire), size, rule, device)  # type: ignore[arg-type]
+    in_backward = False
 
-    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
-        """The answer of all processes."""
-        return super().finish(answer.replace(grads={}), independent)
+    def __init__(self, comm: GradComm) -> None:
+        self._comm = comm
+        self.flat_sums: list[Tensor] = []
 
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
+        """Nothing: the engine has hooks of its own."""
 
-class _NoBuckets:
-    """In place of buckets: only what travels with them."""
-
-    def __init__(self, wire: GradComm) -> None:
-        self._wire = wire
-        self.flat: list[Tensor] = []
-
-    def finish(self, leaves: Any, tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """No sums, and that of `tail`."""
-        return [], collectives.all_reduce(tail, "sum", self._wire.group)()
+    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """No gradients, and the sum of `tail`."""
+        return [], collectives.all_reduce(tail, "sum", self._comm.group)()
 
 
 class _Tie(torch.autograd.Function):

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import batching, gradient, row_fields, rules, sharding
-from lumen.core.metrics import Mean
-from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
+from lumen.core import row_fields, rules, sharding
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.rules import Primitive, Rule
 from lumen.core.sharding import ShardSpec, Spread
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
-from lumen.core.wrapped_loss import WrappedLoss
-from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, ParamsError, StateError
+from lumen.errors import HyperparameterError, OrderError, StateError
 from lumen.parallel import row_shards
-from lumen.parallel.comm import collectives, consistency
-from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
+from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
-from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReducer, zero_weight_loss
 from lumen.parallel.fsdp import cpu_offload as offload
+from lumen.parallel.fsdp.apply_rule import apply_sharded
+from lumen.parallel.fsdp.grad_reduction import FSDPRule
 from lumen.parallel.fsdp.meta_init import (
     Initialize,
     Keep,
@@ -42,20 +39,14 @@ from lumen.parallel.fsdp.shard import (
     ShardLayout,
     cut_tree,
     flat_params,
-    gather,
     never_cut,
     places_of,
-    reduce_scatter,
     whole_tree,
 )
-from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
-from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
-from lumen.parallel.lazy_param import LazyParam, whole_of
+from lumen.parallel.fsdp.update_rule import update_shards
 from lumen.parallel.optimizer_check import check_optimizer
 
 Shapes = Mapping[str, torch.Size]
-
-_RUN = 64 * 2**20  # bytes of whole params or gradients that travel at once at stages 1 and 2
 
 
 @pytree_dataclass
@@ -173,7 +164,7 @@ class fsdp(Transform):
         self._given = mesh
 
     def _new_memory(self) -> FSDPRuntime:
-        return FSDPRuntime(self._given, self.patterns, repr(self), offload=self.offload)
+        return FSDPRuntime(self._given, self)
 
     @property
     def mesh(self) -> Mesh:
@@ -195,13 +186,13 @@ class fsdp(Transform):
         row_shards.check(state)
         params = getattr(state, "params", None)
         if cut is None:  # what several processes would be refused is refused here too
-            self._check_offload()
+            self.check_offload()
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
             return self._made(state, None) if begins_on_meta(state) else state
         params = flat_params(state, "lm.fsdp cuts")
         check_optimizer(state.tx)
-        self._check_offload()
+        self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
         consistency.assert_same_on_all_ranks(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
         shapes = {name: p.shape for name, p in params.items()}
@@ -295,32 +286,24 @@ class fsdp(Transform):
             if cut is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
-            wire = GradComm(cut.everyone)
-            shapes = self._shapes(state)
-            named = ShardedParamGatherer(cut, shapes)
-            rule = _Rule(self, cut, wire, runtime.plans, state, checks)
+            plans = runtime.unit_plans(slot(state, self.name))
+            gatherer = ShardedParamGatherer(cut, plans.shapes)
+            rule = FSDPRule(runtime, cut, plans, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             if self.stage == 3:
-                handlers[Primitive.APPLY] = functools.partial(self._apply, runtime, shapes, rule)
+                handlers[Primitive.APPLY] = functools.partial(apply_sharded, runtime, plans, rule)
             else:
-                handlers[Primitive.UPDATE] = functools.partial(_update, cut, named, self.stage)
+                handlers[Primitive.UPDATE] = functools.partial(update_shards, cut, gatherer, self.stage)
             with runtime.mesh.bound(), rules.rule_context(handlers):
                 if self.stage == 1:
                     return step(state, batch)
-                with sharding.bound(cut, named):
+                with sharding.bound(cut, gatherer):
                     return step(state, batch)
 
         return row_shards.checked(run, lambda: self.mesh)
 
-    def session(self, shapes: Shapes) -> UnshardContext:
-        """A new chain of gathers."""
-        cut = self.cut
-        assert cut is not None
-        self._check_offload()
-        kind = TracedUnshardContext if rules.is_tracing() else UnshardContext
-        return kind(cut, shapes, torch.bfloat16 if self.param_dtype else None, self.prefetch)
-
-    def _check_offload(self) -> None:
+    def check_offload(self) -> None:
+        """Raise `OrderError` where params that rest on the host cannot be gathered."""
         outside = () if self.within is None else self.within.transforms
         if self.offload and (rules.is_tracing() or any(t.level == "compile" for t in outside)):
             raise OrderError(
@@ -343,205 +326,3 @@ class fsdp(Transform):
                     " would leave the others waiting in the next. Give a number, lm.accumulate(2), or use"
                     " lm.fsdp(stage=2), where processes meet only after each has computed its gradient."
                 )
-
-    def _apply(self, runtime: FSDPRuntime, shapes: Shapes, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
-        """P0: where buffers come from, and the model on its params' parts."""
-        return rule.apply(functools.partial(self._on_parts, runtime, shapes, next), call)
-
-    def _on_parts(self, runtime: FSDPRuntime, shapes: Shapes, next: Next, call: ApplyCall) -> Any:
-        """Give the model its params' parts, and gather them where they are used."""
-        if call.params.keys() != shapes.keys():  # another model than the one that was cut
-            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
-        cut = runtime.layout
-        assert cut is not None
-        call = call.replace(params={name: _inside(p) for name, p in call.params.items()})
-        lazy = _session_of(call.params)
-        session = lazy if lazy is not None else self.session(shapes)
-        whole = _whole_names(call.params, shapes, cut)
-        units = runtime.units(call.target, [*shapes])
-        target = call.target.variant((self.name, runtime), register_unit_hooks(runtime.current, units))
-        params = {name: p.part if isinstance(p, LazyParam) else p for name, p in call.params.items()}
-        with runtime.running(ForwardPass(session, units, whole)):
-            return next(call.replace(target=target, params=params))
-
-
-def _lazy(session: UnshardContext, name: str, part: Tensor) -> LazyParam:
-    """The param `name` as a loss function sees it; where `lm.tensor_parallel` inside cut it, that gathers it last."""
-    if isinstance(part, LazyParam):
-        return LazyParam.of(part.session, name, LazyParam.of(session, name, part.part))
-    return LazyParam.of(session, name, part)
-
-
-def _inside(param: Any) -> Any:
-    """What `lm.tensor_parallel` inside makes whole, as it is there: its own part."""
-    return param.part if isinstance(param, LazyParam) and not isinstance(param.session, UnshardContext) else param
-
-
-def _session_of(params: Mapping[str, Any]) -> UnshardContext | None:
-    """The session that these params belong to, None for those from outside a loss function."""
-    found = (p.session for p in params.values() if isinstance(p, LazyParam))
-    return next((session for session in found if isinstance(session, UnshardContext)), None)
-
-
-def _whole_names(params: Mapping[str, Tensor], shapes: Shapes, cut: ShardLayout) -> frozenset[str]:
-    """Which params are whole already: computed from others in the loss function, say."""
-    if all(isinstance(p, LazyParam) for p in params.values()):
-        return frozenset()
-    plain = {name: p for name, p in params.items() if not isinstance(p, LazyParam)}
-    for name, p in plain.items():
-        if p.shape != shapes[name] and p.shape != cut.shape(shapes[name]):
-            raise ParamsError(
-                f"the model was applied to a param {name!r} of shape {tuple(p.shape)}, which is neither this process's"
-                f" part nor the whole of shape {tuple(shapes[name])}. Params that a loss function computes from others"
-                " (an inner step, say) take lm.fsdp(stage=2) where lm.tensor_parallel cuts them too."
-            )
-    certain = [name for name, p in plain.items() if p.shape == shapes[name] != cut.shape(shapes[name])]
-    return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()
-
-
-def _update(cut: ShardLayout, named: ShardedParamGatherer, stage: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-    """P2 of stages 1 and 2: update this process's rows, and give them to all."""
-    named.shapes.update({name: p.shape for name, p in call.params.items()})
-    parts = {name: cut.part(p) for name, p in call.params.items()}
-    grads = {name: cut.part(g) for name, g in call.grads.items()} if stage == 1 else call.grads
-    inner = call.replace(params=parts, grads=grads)
-    if stage == 1:
-        with sharding.bound(cut, named):
-            new, opt_state = next(inner)
-    else:
-        new, opt_state = next(inner)
-    donated = new is parts
-    names, wholes = [*call.params], dict(new)
-    for run in _runs([*call.params.values()]):
-        some = names[run]
-        found = gather(cut, [new[name] for name in some], [call.params[name].shape for name in some])
-        if donated:  # the state's own memory goes on
-            torch._foreach_copy_([call.params[name] for name in some], found)
-        else:
-            wholes.update(zip(some, found, strict=True))
-    return (call.params if donated else wholes), opt_state
-
-
-def _runs(wholes: Sequence[Tensor]) -> list[slice]:
-    """Some at a time, in order: what travels together is in memory once or twice more meanwhile."""
-    out, start, size = [], 0, 0
-    for place, whole in enumerate(wholes):
-        if place > start and size + whole.nbytes > _RUN:
-            out.append(slice(start, place))
-            start, size = place, 0
-        size += whole.nbytes
-    return [*out, slice(start, len(wholes))]
-
-
-class _Rule(DataParallelRule):
-    """What fsdp makes of each P1 call of one step."""
-
-    def __init__(
-        self,
-        transform: fsdp,
-        cut: ShardLayout,
-        wire: GradComm,
-        layouts: BucketPlanCache,
-        state: Any,
-        checks: BufferChecks,
-    ) -> None:
-        super().__init__(wire, layouts, "merge", state, checks)
-        self._transform, self._cut, self._shapes = transform, cut, transform._shapes(state)
-
-    def __call__(self, next: Next, call: GradientCall) -> Gradient:
-        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
-            raise AxisError(
-                "lm.fsdp gathers params and sums gradients over processes, which torch cannot do inside vmap or"
-                ' torch.func.grad. Leave out lm.ensemble and engine="func".'
-            )
-        size = batching.count(call.batch)
-        call = self._begun(call, size)
-        answer: Gradient = next(self._shared(call.replace(summed=True), size))
-        if not size:
-            answer = answer.replace(aux=self._neutral(answer.aux))
-        return answer if call.summed else gradient.normalized(answer)
-
-    def _shared(self, call: GradientCall, size: int) -> GradientCall:
-        """The call with its reduction; at stage 3 for params that are gathered as they are used."""
-        if self._transform.stage == 1:
-            buckets = Buckets(self._wire, self._layouts, size > 0)
-            return call.replace(reduction=GradReducer(self._wire, buckets, size, self, self._device))
-        parts: Any = _Parts(self._cut)
-        if self._transform.stage == 2:
-            return call.replace(reduction=GradReducer(self._wire, parts, size, self, self._device))
-        _check_params(call.params, self._shapes)
-        idle = self._gathering(zero_weight_loss(call.loss_fn, call.has_aux), call.has_aux, idle=True)
-        exchange = _Summed(self._wire, parts, size, self, self._device, idle)
-        return call.replace(loss_fn=self._gathering(call.loss_fn, call.has_aux, idle=not size), reduction=exchange)
-
-    def _gathering(self, loss: Callable[..., Any], has_aux: bool, idle: bool) -> Callable[..., Any]:
-        """`loss` as a function of parts."""
-
-        def loss_fn(params: Any, *rest: Any) -> Any:
-            session = self._transform.session(self._shapes)
-            session.idle = idle
-            try:
-                with session.saving():
-                    out = loss({k: _lazy(session, k, p) for k, p in params.items()}, *rest)
-                return _tied(session, out, has_aux)
-            finally:
-                session.close()
-
-        return WrappedLoss(loss, loss_fn, lambda other: self._gathering(other, has_aux, idle))
-
-
-def _check_params(params: Any, shapes: Shapes) -> None:
-    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
-        raise ParamsError(
-            "under lm.fsdp(stage=3) a loss is differentiated in the state's own params, whose parts and shapes are"
-            " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(stage=2)."
-        )
-
-
-def _tied(session: UnshardContext, out: Any, has_aux: bool) -> Any:
-    """The loss with the whole chain behind it, so that every process goes back through all of it."""
-    loss, aux = out if has_aux and type(out) is tuple and len(out) == 2 else (out, None)
-    if isinstance(loss, Mean):
-        loss = Mean(session.finish(loss.total), loss.weight)
-    elif isinstance(loss, Tensor):
-        loss = session.finish(loss)
-    return (loss, aux) if has_aux else loss
-
-
-class _Summed(GradReducer):
-    """The reduction of one gradient at stage 3, whose grads have been summed where they were made."""
-
-    within = True
-    _buckets: Any
-
-    def __init__(self, wire: GradComm, parts: Any, size: int, rule: DataParallelRule, device: Any, idle: Any) -> None:
-        super().__init__(wire, parts, size, rule, device)
-        self._idle = idle
-
-    def idle(self, call: GradientCall) -> GradientCall:
-        """The call with a loss that weighs nothing, and takes part in every gather."""
-        return call.replace(loss_fn=self._idle)
-
-    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
-        """The answer of all processes."""
-        self._buckets.summed = tree.leaves(answer.grads)
-        return super().finish(answer, independent)
-
-
-class _Parts:
-    """In place of buckets: this process's parts of the sums."""
-
-    def __init__(self, cut: ShardLayout) -> None:
-        self._cut = cut
-        self.flat: list[Tensor] = []
-        self.summed: list[Tensor] | None = None  # at stage 3, where even a process without rows holds sums
-
-    def register_hooks(self, live: Sequence[Tensor]) -> None:
-        """Nothing to launch ahead of time."""
-
-    def finish(self, leaves: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The parts, and the sum of `tail`."""
-        parts = self.summed
-        if parts is None:
-            parts = [part for run in _runs(leaves) for part in reduce_scatter(self._cut, leaves[run])]
-        return parts, collectives.all_reduce(tail, "sum", self._cut.everyone)()

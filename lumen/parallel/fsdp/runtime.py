@@ -1,18 +1,27 @@
-"""What one step of `lm.fsdp` keeps on the host: its processes, the units of its models, the passes that are running."""
+"""What one step of `lm.fsdp` keeps on the host: its processes, the units of its models, and the running passes."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+import torch
+
+from lumen.core import rules
 from lumen.core.module import Apply
-from lumen.errors import OrderError, WorldError
+from lumen.errors import WorldError
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.fsdp.shard import ShardLayout
-from lumen.parallel.fsdp.unshard import ForwardPass
+from lumen.parallel.fsdp.unit_plan import UnitPlans
+from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext
+from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
 from lumen.parallel.fsdp.wrap import FSDPUnits, find
+
+if TYPE_CHECKING:
+    from lumen.parallel.fsdp.fsdp import Sharding, fsdp
+    from lumen.parallel.fsdp.grad_reduction import UnitReducer
 
 _BUCKET = 25 * 2**20  # bytes
 
@@ -20,58 +29,63 @@ _BUCKET = 25 * 2**20  # bytes
 class FSDPRuntime(StepMesh):
     """The processes, units and passes of one step."""
 
-    def __init__(
-        self, given: Mesh | None, patterns: str | Sequence[str] | None, transform: str, *, offload: bool
-    ) -> None:
-        super().__init__(given, "shard")
-        self._patterns = [patterns] if isinstance(patterns, str) else patterns
-        self._transform, self._offload = transform, offload
+    def __init__(self, mesh: Mesh | None, transform: fsdp) -> None:
+        super().__init__(mesh, "shard")
+        self._transform = transform
+        self._patterns = [transform.patterns] if isinstance(transform.patterns, str) else transform.patterns
         self._units: dict[Apply, FSDPUnits] = {}
-        self._passes: list[ForwardPass] = []
+        self._unit_plans: tuple[Sharding, UnitPlans] | None = None
+        self.stage = transform.stage
+        self.passes: list[ForwardPass] = []  # of the model, the innermost last
 
     def __deepcopy__(self, _memo: object) -> FSDPRuntime:
         return self  # copies of a model run in the same step
 
     @functools.cached_property
     def layout(self) -> ShardLayout | None:
-        """How this process's shards lie in the whole; None where nothing is sharded."""
-        group, everyone = self.mesh.group("shard"), self.mesh.group("data", "shard")
-        if group is None or everyone is None:
-            if everyone is not None:
+        """This rank's shards of the params; None where nothing is sharded."""
+        group, row_group = self.mesh.group("shard"), self.mesh.group("data", "shard")
+        if group is None or row_group is None:
+            if row_group is not None:
                 raise WorldError(
-                    f"{self._transform} has no processes along shard to cut params over. Write lm.mesh(shard=-1), or"
-                    " use lm.ddp() to copy them everywhere."
+                    f"{self._transform!r} has no processes along shard to shard params over. Write lm.mesh(shard=-1),"
+                    " or use lm.ddp() to copy them everywhere."
                 )
             return None
-        return ShardLayout(group, self.mesh.group("data"), everyone, self.mesh.device if self._offload else None)
+        device = self.mesh.device if self._transform.offload else None
+        return ShardLayout(group, self.mesh.group("data"), row_group, device)
 
     @functools.cached_property
-    def plans(self) -> BucketPlanCache:
-        """The buckets that gradients travel in at stage 1."""
+    def comm(self) -> GradComm:
+        """The ranks that have other rows."""
         assert self.layout is not None
-        return BucketPlanCache(GradComm(self.layout.everyone), _BUCKET)
+        return GradComm(self.layout.everyone)
 
-    def units(self, apply: Apply, params: Sequence[str]) -> FSDPUnits:
+    @functools.cached_property
+    def bucket_plans(self) -> BucketPlanCache:
+        """The buckets that gradients travel in at stage 1."""
+        return BucketPlanCache(self.comm, _BUCKET)
+
+    def unit_plans(self, sharding: Sharding) -> UnitPlans:
+        """The shapes in the slot of a state, and the plans for its units, which are kept for the next step."""
+        known = self._unit_plans
+        if known is None or (known[0] is not sharding and known[0] != sharding):
+            assert self.layout is not None
+            shapes = {name: torch.Size(shape) for name, shape in sharding.shapes}
+            param_dtype = torch.bfloat16 if self._transform.param_dtype else None
+            self._unit_plans = known = sharding, UnitPlans(self.layout, shapes, param_dtype)
+        return known[1]
+
+    def units(self, apply: Apply, params: Iterable[str]) -> FSDPUnits:
         """The units of a model; `PatternError` where a pattern matches nothing."""
         if apply not in self._units:
             self._units[apply] = find(apply.module, self._patterns, params)
         return self._units[apply]
 
-    @contextlib.contextmanager
-    def running(self, forward: ForwardPass) -> Iterator[None]:
-        """With `forward` as the pass that the hooks of units belong to."""
-        self._passes.append(forward)
-        try:
-            yield
-        finally:
-            self._passes.pop()
-
-    def current(self) -> ForwardPass:
-        """The innermost pass that is running."""
-        if not self._passes:
-            raise OrderError(
-                "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
-                " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
-                " lm.fsdp(wrap='body')."
-            )
-        return self._passes[-1]
+    def context(self, plans: UnitPlans, reducer: UnitReducer) -> UnshardContext:
+        """A new chain of all-gathers."""
+        transform = self._transform
+        if transform.offload:
+            transform.check_offload()
+        kind = TracedUnshardContext if rules.is_tracing() else UnshardContext
+        return kind(plans, transform.prefetch, reducer)

@@ -1,10 +1,10 @@
-"""Params that come when a unit runs and go when it has run, forward and backward.
+"""Params that are all-gathered when their unit runs and freed when it has run, forward and backward.
 
-All communication hangs on one chain of tokens: each gather takes the token of the one before it and gives its own, so
-that autograd meets the gathers in exactly the reverse order on every process, also those whose params a process did
-not use. That is what keeps the processes' collectives in step.
+All communication hangs on one chain of tokens: each all-gather takes the token of the one before it and returns its
+own. So autograd reaches the all-gathers in exactly the reverse order on every rank, also those of params that a rank
+did not use. This is what keeps the collectives of all ranks in step.
 
-    forward    gather root -> gather 1, run 1, let go 1 -> gather 2, run 2, let go 2 -> …
+    forward    gather root -> gather 1, run 1, free 1 -> gather 2, run 2, free 2 -> …
     backward   … gather 2 again, back through 2, reduce 2 -> gather 1 again, back through 1, reduce 1 -> reduce root
 """
 
@@ -12,279 +12,321 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
 from lumen.core.module import param_slots
+from lumen.errors import OrderError
 from lumen.parallel.fsdp import cpu_offload
-from lumen.parallel.fsdp.shard import AllGatherHandle, ShardLayout, alias, reduce_scatter
+from lumen.parallel.fsdp.unit_plan import InFlight, UnitPlans
 from lumen.parallel.fsdp.wrap import FSDPUnits
-from lumen.parallel.lazy_param import LazyParam, empty_meta
+from lumen.parallel.lazy_param import LazyParam
 
-Places = list[tuple[dict[str, Any], str, str]]
+if TYPE_CHECKING:
+    from lumen.parallel.fsdp.grad_reduction import UnitReducer
+
+ParamSlot = tuple[dict[str, Any], str, str]  # a module's table, the key in it, and the name of the param
+
+_dtype_of = attrgetter("dtype")
+_NO_SAVING: AbstractContextManager[Any] = nullcontext()
 
 
 class UnshardContext:
-    """The gathers of one gradient, or of one application of a model outside of any."""
+    """The all-gathers of one gradient, or of one application of a model outside of any."""
 
-    def __init__(
-        self, cut: ShardLayout, shapes: Mapping[str, torch.Size], wire: torch.dtype | None, prefetch: int
-    ) -> None:
-        self.cut, self.shapes, self.wire, self.prefetch = cut, shapes, wire, prefetch
+    def __init__(self, plans: UnitPlans, prefetch: int, reducer: UnitReducer) -> None:
+        self.plans, self.prefetch, self.reducer = plans, prefetch, reducer
+        self.empty_meta = plans.empty_meta
         self.idle = False  # whether what is computed weighs nothing, whatever its gradients
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
         self._gathered: set[str] = set()
         self._repeated = False  # whether a param was gathered more than once
 
-    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The param `name` without memory."""
-        return empty_meta(self.shapes[name], dtype)
-
-    def held(self, names: Sequence[str]) -> UnshardedUnit:
-        """The memory of the params `names`."""
-        return UnshardedUnit(self, names)
+    def launch(self, names: tuple[str, ...], shards: Sequence[Tensor]) -> UnshardedUnit:
+        """Start the all-gather of the params `names`, of which this rank has `shards`."""
+        return EagerUnit(self, names, shards)
 
     def saving(self) -> AbstractContextManager[Any]:
-        """What is entered while the loss is computed, for what its graph saves."""
-        return nullcontext()
+        """Entered while the loss is computed, for what its graph saves."""
+        return _NO_SAVING
 
-    def gathering(self, held: UnshardedUnit) -> AllGatherHandle:
-        """The params of `held` on their way."""
-        return AllGatherHandle(self.cut, held.parts, held.shapes, self.wire)
+    def to_rest(self, shards: list[Tensor], last: bool) -> list[Tensor]:
+        """Shards of gradients on the host, where `offload` keeps the params' shards.
 
-    def reached(self, grads: Sequence[Tensor]) -> None:
-        """The backward pass has come to a unit whose output has these gradients."""
-
-    def scattered(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """This process's parts of the sums of a unit's gradients."""
-        return reduce_scatter(self.cut, grads)
-
-    def at_rest(self, parts: list[Tensor], last: bool) -> list[Tensor]:
-        """The parts of gradients where the params' parts lie.
-
-        They are there at the end of the backward pass (`last`); earlier ones are on their way, unless autograd is to
-        add several for one param, which it does at once.
+        They have arrived at the end of the backward pass (`last`). Earlier ones are on their way, unless autograd adds
+        several for one param, which it does at once.
         """
-        if self.cut.device is None:
-            return parts
-        home = [cpu_offload.to_host(part, non_blocking=True) for part in parts]
+        device = self.plans.layout.device
+        assert device is not None
+        on_host = [cpu_offload.to_host(shard, non_blocking=True) for shard in shards]
         if last or self._repeated:
-            cpu_offload.wait(self.cut.device)
-        return home
+            cpu_offload.wait(device)
+        return on_host
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """The param `name`, gathered by itself, once."""
+        """The full param `name`, gathered by itself, once."""
         known = self._direct.get(name)
         if known is None or known[0] is not part:
-            (whole,) = self.gather(self.held([name]), [part])
-            self._direct[name] = known = part, whole
+            (full,) = self.gather(self.launch((name,), (part,)), (part,))
+            self._direct[name] = known = part, full
         return known[1]
 
-    def gather(self, held: UnshardedUnit, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The whole params of `parts`, on the chain."""
-        held.first = not self._gathered
-        self._repeated |= not self._gathered.isdisjoint(held.names)
-        self._gathered.update(held.names)
-        self.token, *wholes = _Gather.apply(held, self.token, *parts)  # type: ignore[no-untyped-call]
-        return wholes  # type: ignore[no-any-return]
+    def gather(self, unit: UnshardedUnit, shards: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The full params of `shards`, on the chain."""
+        unit.first = not self._gathered
+        self._repeated |= not self._gathered.isdisjoint(unit.names)
+        self._gathered.update(unit.names)
+        self.token, *full = _Gather.apply(unit, self.token, *shards)  # type: ignore[no-untyped-call]
+        return full  # type: ignore[no-any-return]
 
-    def tie(self, out: Any, held: UnshardedUnit) -> Any:
-        """The output of a unit, with `held` gathered again before the backward pass goes through the unit."""
+    def tie(self, out: Any, unit: UnshardedUnit) -> Any:
+        """The output of a unit, whose params are gathered again before the backward pass goes through the unit."""
         if not self.token.requires_grad or not torch.is_grad_enabled():
             return out
+        if type(out) is Tensor and out.requires_grad:
+            self.token, tied = _Tie.apply(unit, self.token, out)  # type: ignore[no-untyped-call]
+            return tied
         leaves, spec = torch_pytree.tree_flatten(out)
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self.token, *tied = _Tie.apply(held, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
-        for i, leaf in zip(live, tied, strict=True):
+        self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
+        for i, leaf in zip(live, outs, strict=True):
             leaves[i] = leaf
         return torch_pytree.tree_unflatten(leaves, spec)
 
     def finish(self, loss: Tensor) -> Tensor:
-        """`loss` with the whole chain behind it, so that its gradient goes back through every gather."""
+        """`loss` tied to the end of the chain, so that its gradient goes back through every all-gather."""
         if not self.token.requires_grad:
             return loss
         _, tied = _Tie.apply(None, self.token, loss)  # type: ignore[no-untyped-call]
         return tied  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Let go of the graph, which knows this session: nobody else would break the circle before the next gc."""
+        """Drop the graph, which refers to this context: without this the cycle would last until the next gc."""
         self.token = torch.zeros(())
         self._direct.clear()
 
 
 class UnshardedUnit:
-    """The memory of some params that are whole for now. It knows buffers only, and no tensor that autograd tracks."""
+    """The memory of params that are full for now. It refers to buffers only, and to no tensor that autograd tracks."""
 
-    def __init__(self, session: UnshardContext, names: Sequence[str]) -> None:
-        self.session = session
+    reduce_scatter: Callable[
+        ..., list[Tensor]
+    ]  # (grads, after): this rank's shards of the sums of the unit's gradients
+
+    def __init__(self, context: UnshardContext, names: tuple[str, ...], shards: Sequence[Tensor]) -> None:
+        self.context = context
         self.names = names
         self.first = False  # whether it was gathered before all others, and so is reduced after them
-        self.shapes = [session.shapes[name] for name in names]
-        self.parts: list[Tensor] = []
-        self.room: list[Tensor] = []
-        self.going: AllGatherHandle | None = None
-        self.before: UnshardedUnit | None = None
+        self.shards = [*map(Tensor.detach, shards)]
+        self.previous: UnshardedUnit | None = None
 
-    def launch(self, parts: Sequence[Tensor] | None = None) -> None:
-        """Send for the params, unless that has been done."""
-        if parts is not None:
-            self.parts = [part.detach() for part in parts]
-        if self.going is None:
-            self.going = self.session.gathering(self)
+    def launch(self) -> None:
+        """Start the all-gather, unless it has been started."""
+        raise NotImplementedError
 
-    def fetch(self) -> list[Tensor]:
-        """The whole params, in memory of their own."""
-        self.launch()
-        assert self.going is not None
-        self.going.arrive()
-        if not self.room:
-            self.room = self.going.room()
-        for flat in self.room:
-            flat.untyped_storage().resize_(flat.numel() * flat.element_size())
-        self.going.into(self.room)
-        self.going = None
-        return [alias(flat, shape) for flat, shape in zip(self.room, self.shapes, strict=True)]
+    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The full params; in the backward pass once it has `reached` these gradients."""
+        raise NotImplementedError
 
     def free(self) -> None:
-        """Give the memory back; who holds the tensors holds empty shells until the next `fetch`."""
-        for flat in self.room:
-            flat.untyped_storage().resize_(0)
+        """Free the memory; tensors that alias it are empty until the next `fetch`."""
+        raise NotImplementedError
+
+
+class EagerUnit(UnshardedUnit):
+    """A unit whose buffers are resized to nothing while it does not run."""
+
+    def __init__(self, context: UnshardContext, names: tuple[str, ...], shards: Sequence[Tensor]) -> None:
+        super().__init__(context, names, shards)
+        self._plan = context.plans.plan(names, (*map(_dtype_of, shards),))
+        self.reduce_scatter = self._plan.reduce_scatter
+        self._buffers: list[Tensor] = []
+        self._in_flight: InFlight | None = self._plan.all_gather(self.shards)
+
+    def launch(self) -> None:
+        """Start the all-gather, unless it has been started."""
+        if self._in_flight is None:
+            self._in_flight = self._plan.all_gather(self.shards)
+
+    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The full params."""
+        in_flight = self._in_flight or self._plan.all_gather(self.shards)
+        self._in_flight = None
+        return self._plan.receive(in_flight, self._buffers)
+
+    def free(self) -> None:
+        """Free the memory."""
+        for buffer in self._buffers:
+            buffer.untyped_storage().resize_(0)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, held: UnshardedUnit, token: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        held.launch(parts)
-        ctx.held = held
-        return (token.clone(), *held.fetch())
+    def forward(ctx: Any, unit: UnshardedUnit, token: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.unit = unit
+        return (token.clone(), *unit.fetch())
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-        held: UnshardedUnit = ctx.held
-        held.free()
-        if held.session.idle:  # 0 times infinity is no zero
+        unit: UnshardedUnit = ctx.unit
+        context = unit.context
+        unit.free()
+        if context.idle:  # zeros, and not 0 times a gradient, which may be infinite
             grads = tuple(torch.zeros_like(grad) for grad in grads)
-        return (None, token, *held.session.at_rest(held.session.scattered(grads), held.first))
+        shards = context.reducer.reduce(unit, grads)
+        if context.plans.layout.device is not None:
+            shards = context.to_rest(shards, unit.first)
+        return (None, token, *shards)
 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, held: UnshardedUnit | None, token: Tensor, *outs: Tensor) -> tuple[Tensor, ...]:
-        ctx.held = held
-        return (token.clone(), *(out.view_as(out) for out in outs))
+    def forward(ctx: Any, unit: UnshardedUnit | None, token: Tensor, *outs: Tensor) -> tuple[Tensor, ...]:
+        ctx.unit = unit
+        return (token.clone(), *map(Tensor.view_as, outs, outs))
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-        held: UnshardedUnit | None = ctx.held
-        if held is not None:
-            held.session.reached(grads)
-            held.fetch()
-            if held.before is not None and held.session.prefetch:
-                held.before.launch()
+        unit: UnshardedUnit | None = ctx.unit
+        if unit is not None:
+            unit.fetch(grads)
+            if unit.previous is not None and unit.context.prefetch:
+                unit.previous.launch()
         return (None, token, *grads)
 
 
 class ForwardPass:
-    """One application of a model: which units have been gathered, and what comes next."""
+    """One application of a model: which units have been gathered, and which one is next.
 
-    def __init__(self, session: UnshardContext, units: FSDPUnits, whole: frozenset[str]) -> None:
-        self.session, self.units, self.whole = session, units, whole
+    `full` are the names of params that are not sharded; `proxies` are what the loss function sees of the others.
+    """
+
+    def __init__(
+        self, context: UnshardContext, units: FSDPUnits, full: frozenset[str], proxies: Mapping[str, LazyParam]
+    ) -> None:
+        self.context, self.units, self.full = context, units, full
+        self._proxies = dict(proxies)
         self._next = 0
-        self._parts: dict[str, Tensor] = {}
-        self._places: dict[int, Places] = {}
+        self._slots: dict[int, list[ParamSlot]] = {}
+        self._shards: dict[int, dict[str, Tensor]] = {}
         self._ahead: dict[int, UnshardedUnit] = {}
         self._running: dict[int, UnshardedUnit] = {}
         self._last: UnshardedUnit | None = None
 
-    def begin(self, places: Places) -> None:
-        """Take the parts out of the module and gather the root's."""
-        for place in places:
-            table, key, name = place
-            if name in self.units.owner and name not in self.whole:
-                self._places.setdefault(self.units.owner[name], []).append(place)
-                self._parts[name] = table[key]
-        for unit in self._places:
-            self._hide(unit)
+    def begin(self, slots: Sequence[ParamSlot]) -> None:
+        """Take the shards out of the module, and gather the root's params."""
+        owner, full, proxies = self.units.owner, self.full, self._proxies
+        for slot in slots:
+            table, key, name = slot
+            if name not in owner or name in full:
+                continue
+            shard = table[key]
+            unit = owner[name]
+            self._slots.setdefault(unit, []).append(slot)
+            self._shards.setdefault(unit, {})[name] = shard
+            proxy = proxies.get(name)
+            # The loss function's own, unless a rule inside has changed the shard: cast it, say.
+            if proxy is None or proxy.part is not shard or proxy.session is not self.context:
+                proxies[name] = proxy = LazyParam.of(self.context, name, shard)
+            table[key] = proxy
         self.enter(0)
 
     def enter(self, unit: int) -> None:
-        """Put the whole params of a unit in their places, after those of the units that were passed over."""
-        self._pass_over(unit)
-        self._next = max(self._next, unit + 1)
-        for (table, key, _), tensor in self._gather(unit):
-            table[key] = tensor
+        """Gather the params of a unit into its modules, after those of the units that were skipped."""
+        if self._next < unit:
+            self._skip_to(unit)
+        if self._next <= unit:
+            self._next = unit + 1
+        if unit in self._slots:
+            params = self._gather(unit)
+            for table, key, name in self._slots[unit]:
+                table[key] = params[name]
 
     def leave(self, unit: int, out: Any) -> Any:
-        """Take them away again; the unit's output knows to bring them back."""
-        held = self._running.pop(unit, None)
-        if held is None:
+        """Free the params of a unit; its output gathers them again in the backward pass."""
+        unsharded = self._running.pop(unit, None)
+        if unsharded is None:
             return out
-        self._hide(unit)
+        for table, key, name in self._slots[unit]:
+            table[key] = self._proxies[name]
         if not unit:
             return out
-        out = self.session.tie(out, held)
-        held.before, self._last = self._last, held
-        held.free()
+        out = self.context.tie(out, unsharded)
+        unsharded.previous, self._last = self._last, unsharded
+        unsharded.free()
         return out
 
     def end(self, out: Any) -> Any:
-        """Pass over the units that did not run, so that all processes have gathered the same."""
-        self._pass_over(len(self.units.names))
+        """Gather and free the units that did not run, so that all ranks have gathered the same."""
+        if self._next < len(self.units.names):
+            self._skip_to(len(self.units.names))
         return self.leave(0, out)
 
-    def _pass_over(self, unit: int) -> None:
+    def _skip_to(self, unit: int) -> None:
         while self._next < unit:
             skipped = self._next
             self._next += 1
-            if self._gather(skipped):
+            if skipped in self._slots:
+                self._gather(skipped)
                 self.leave(skipped, None)
 
-    def _gather(self, unit: int) -> list[tuple[tuple[dict[str, Any], str, str], Tensor]]:
-        places = self._places.get(unit, [])
-        names = list(dict.fromkeys(name for _, _, name in places))
-        if not names:
-            return []
-        held = self._ahead.pop(unit, None) or self.session.held(names)
-        held.launch([self._parts[name] for name in names])
+    def _gather(self, unit: int) -> dict[str, Tensor]:
+        shards = self._shards[unit]
+        names = (*shards,)
+        unsharded = self._ahead.pop(unit, None)
+        if unsharded is None:
+            unsharded = self.context.launch(names, (*shards.values(),))
         self._launch_ahead(unit)
-        wholes = dict(zip(names, self.session.gather(held, [self._parts[name] for name in names]), strict=True))
-        self._running[unit] = held
-        return [(place, wholes[place[2]]) for place in places]
+        params = self.context.gather(unsharded, (*shards.values(),))
+        self._running[unit] = unsharded
+        return dict(zip(names, params, strict=True))
 
     def _launch_ahead(self, unit: int) -> None:
-        for other in range(self._next, min(self._next + self.session.prefetch, len(self.units.names))):
-            names = list(dict.fromkeys(name for _, _, name in self._places.get(other, [])))
-            if names and other not in self._ahead and other > unit:
-                self._ahead[other] = held = self.session.held(names)
-                held.launch([self._parts[name] for name in names])
-
-    def _hide(self, unit: int) -> None:
-        for table, key, name in self._places[unit]:
-            table[key] = LazyParam.of(self.session, name, self._parts[name])
+        for other in range(self._next, min(self._next + self.context.prefetch, len(self.units.names))):
+            if other in self._shards and other not in self._ahead and other > unit:
+                shards = self._shards[other]
+                self._ahead[other] = self.context.launch((*shards,), (*shards.values(),))
 
 
-def register_unit_hooks(current: Callable[[], ForwardPass], units: FSDPUnits) -> Callable[[nn.Module], None]:
-    """What makes a skeleton tell the current pass which of its units runs."""
+def register_unit_hooks(passes: Sequence[ForwardPass], units: FSDPUnits) -> Callable[[nn.Module], None]:
+    """A change of a module after which its units are gathered by the innermost of the `passes` that are running."""
 
     def change(module: nn.Module) -> None:
         for unit, name in enumerate(units.names[1:], 1):
-            each = module.get_submodule(name)
-            each.register_forward_pre_hook(_entering(current, unit))
-            each.register_forward_hook(_leaving(current, unit))
-        module.register_forward_pre_hook(lambda root, args: current().begin(param_slots(root)))
-        module.register_forward_hook(lambda root, args, out: current().end(out))
+            submodule = module.get_submodule(name)
+            submodule.register_forward_pre_hook(_entering(passes, unit))
+            submodule.register_forward_hook(_leaving(passes, unit))
+        module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
+        module.register_forward_hook(lambda root, args, out: _current(passes).end(out))
 
     return change
 
 
-# Functions and not objects: a skeleton's copies must lead to the same pass.
-def _entering(current: Callable[[], ForwardPass], unit: int) -> Callable[..., None]:
-    return lambda module, args: current().enter(unit)
+# Closures and not objects: the copies of a module must share the list of passes.
+def _entering(passes: Sequence[ForwardPass], unit: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        (passes[-1] if passes else _current(passes)).enter(unit)
+
+    return hook
 
 
-def _leaving(current: Callable[[], ForwardPass], unit: int) -> Callable[..., Any]:
-    return lambda module, args, out: current().leave(unit, out)
+def _leaving(passes: Sequence[ForwardPass], unit: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        return (passes[-1] if passes else _current(passes)).leave(unit, out)
+
+    return hook
+
+
+def _current(passes: Sequence[ForwardPass]) -> ForwardPass:
+    if not passes:
+        raise OrderError(
+            "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
+            " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
+            " lm.fsdp(wrap='body')."
+        )
+    return passes[-1]

@@ -1,8 +1,8 @@
-"""Units of a compiled step: the same chain of gathers as `fsdp_run`, as nodes of one graph.
+"""Units of a compiled step: the same chain of all-gathers as in `unshard`, as nodes of one graph.
 
-A graph has no memory to resize. There a unit's whole params live from their gather to their last use, and backward uses
-would keep them from the first pass on. So the backward pass is given others: what autograd saves of a whole param is a
-note of where it lay, and is made from the second gather when it is asked for.
+A graph has no memory to resize. There a unit's full params live from their all-gather to their last use, and uses in
+the backward pass would keep them alive from the forward pass on. So saved tensors record which all-gathered param they
+came from, and are rebuilt after the backward all-gather.
 """
 
 from __future__ import annotations
@@ -17,109 +17,118 @@ from torch.utils import _pytree as torch_pytree
 
 from lumen.parallel.fsdp.shard import AllGatherHandle, reduce_scatter
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
+from lumen.parallel.lazy_param import empty_meta
 
 
 class TracedUnshardContext(UnshardContext):
-    """The gathers of one gradient in a graph."""
+    """The all-gathers of one gradient in a graph."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._after: list[Tensor] = []  # the activations or gradients at which the pass has arrived
-        self._sums: list[Tensor] = []  # of the unit that was reduced last
-        self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each whole param, by its memory
+        self.empty_meta = self._untraced_meta
+        self.reached: list[Tensor] = []  # the activations or gradients that the pass computed last
+        self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each full param, by its memory
 
-    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The param `name` without memory, and no part of the graph."""
+    def _untraced_meta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory, outside of the graph."""
         from torch._subclasses.fake_tensor import unset_fake_temporarily
         from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
         with disable_proxy_modes_tracing(), unset_fake_temporarily():
-            return super().empty_meta(name, dtype)
+            return empty_meta(self.plans.shapes[name], dtype)
 
-    def held(self, names: Sequence[str]) -> UnshardedUnit:
-        """The params `names`."""
-        return TracedUnit(self, names)
+    def launch(self, names: tuple[str, ...], shards: Sequence[Tensor]) -> UnshardedUnit:
+        """Start the all-gather of the params `names`, of which this rank has `shards`."""
+        return TracedUnit(self, names, shards)
 
-    def gathering(self, held: UnshardedUnit) -> AllGatherHandle:
-        """The params of `held` on their way, not before the pass has come as far as it has now."""
-        return AllGatherHandle(self.cut, held.parts, held.shapes, self.wire, self._after)
+    def tie(self, out: Any, unit: UnshardedUnit) -> Any:
+        """The output of a unit, at which the pass has arrived."""
+        self.reached = [leaf.detach() for leaf in torch_pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        return super().tie(out, unit)
 
-    def tie(self, out: Any, held: UnshardedUnit) -> Any:
-        """The output of a unit: the pass has come as far as that."""
-        self._after = [leaf.detach() for leaf in torch_pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        return super().tie(out, held)
-
-    def reached(self, grads: Sequence[Tensor]) -> None:
-        """The backward pass has come to these gradients."""
-        self._after = list(grads)
-
-    def scattered(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Sums, sent after those of the unit before have arrived: two units' gradients are whole at once, not more."""
-        self._sums = reduce_scatter(self.cut, grads, self._sums)
-        return self._sums
-
-    def note(self, held: TracedUnit, wholes: Sequence[Tensor]) -> None:
-        """Remember whose memory these are."""
-        for place, whole in enumerate(wholes):
-            self._owners[_memory(whole)] = held, place, whole  # which is kept, so that nobody gets its memory
+    def record(self, unit: TracedUnit, params: Sequence[Tensor]) -> None:
+        """Remember which unit these full params belong to."""
+        for index, param in enumerate(params):
+            self._owners[_memory(param)] = unit, index, param  # a reference, so that its memory is not used again
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Save notes in place of whole params."""
+        """Save references to full params in place of these."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Note:
+    def _pack(self, tensor: Tensor) -> Tensor | _SavedView:
         owner = self._owners.get(_memory(tensor))
         if owner is None:
             return tensor
-        return _Note(*owner[:2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _SavedView(*owner[:2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def close(self) -> None:
-        """Let go of the graph."""
+        """Drop the graph."""
         super().close()
         self._owners.clear()
-        self._after = []
+        self.reached = []
 
 
 class TracedUnit(UnshardedUnit):
-    """Some params that are whole for now; each gather makes them anew."""
+    """A unit whose params are new nodes after each all-gather."""
 
-    session: TracedUnshardContext
+    context: TracedUnshardContext
 
-    def fetch(self) -> list[Tensor]:
-        """The whole params, as new nodes."""
+    def __init__(self, context: TracedUnshardContext, names: tuple[str, ...], shards: Sequence[Tensor]) -> None:
+        super().__init__(context, names, shards)
+        self.params: list[Tensor] = []
+        self._in_flight: AllGatherHandle | None = None
         self.launch()
-        assert self.going is not None
-        self.room = self.going.made()
-        self.going = None
-        self.session.note(self, self.room)
-        return list(self.room)
+
+    def launch(self) -> None:
+        """Start the all-gather, not before the pass has come as far as it has now."""
+        if self._in_flight is None:
+            plans = self.context.plans
+            shapes = [plans.shapes[name] for name in self.names]
+            self._in_flight = AllGatherHandle(
+                plans.layout, self.shards, shapes, plans.param_dtype, self.context.reached
+            )
+
+    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The full params, as new nodes; in the backward pass once it has `reached` these gradients."""
+        if reached is not None:
+            self.context.reached = list(reached)
+        self.launch()
+        assert self._in_flight is not None
+        self.params = self._in_flight.made()
+        self._in_flight = None
+        self.context.record(self, self.params)
+        return list(self.params)
 
     def free(self) -> None:
-        """Use them no more: the graph lets go of them after their last use."""
-        self.room = []
+        """Use them no more: the graph frees them after their last use."""
+        self.params = []
+
+    def reduce_scatter(self, grads: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
+        """This rank's shards of the sums of the unit's gradients, sent once the tensors `after` have been computed."""
+        return reduce_scatter(self.context.plans.layout, grads, after)
 
 
-class _Note(NamedTuple):
-    """A view of a whole param, to be made of whichever gather is the last when the backward pass needs it."""
+class _SavedView(NamedTuple):
+    """A view of a full param, rebuilt from whichever all-gather is the last when the backward pass needs it."""
 
-    held: TracedUnit
-    place: int
+    unit: TracedUnit
+    index: int
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
-def _unpack(saved: Tensor | _Note) -> Tensor:
+def _unpack(saved: Tensor | _SavedView) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
-    held = saved.held
-    whole = (held.room or held.fetch())[saved.place]
-    for view in (whole, whole.mT if whole.dim() > 1 else whole):
+    unit = saved.unit
+    param = (unit.params or unit.fetch())[saved.index]
+    for view in (param, param.mT if param.dim() > 1 else param):
         if (view.shape, view.stride(), view.storage_offset()) == saved[2:]:
             return view.detach()
-    return whole.detach().as_strided(saved.shape, saved.stride, saved.offset)
+    return param.detach().as_strided(saved.shape, saved.stride, saved.offset)
 
 
 def _memory(tensor: Tensor) -> int:
-    place: int = tensor.untyped_storage()._cdata
-    return place
+    address: int = tensor.untyped_storage()._cdata
+    return address

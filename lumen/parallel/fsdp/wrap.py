@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class FSDPUnits(NamedTuple):
     owner: dict[str, int]
 
 
-def find(module: nn.Module, patterns: Sequence[str] | None, params: Sequence[str]) -> FSDPUnits:
+def find(module: nn.Module, patterns: Sequence[str] | None, params: Iterable[str]) -> FSDPUnits:
     """The units of `module`: what matches a pattern, by default the repeated blocks.
 
     A param belongs to the unit around all the places where it stands, and to the root where these are several units

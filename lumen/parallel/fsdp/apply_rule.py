@@ -1,0 +1,82 @@
+"""P0 of fsdp at stage 3: the model runs on shards, and its units gather their params."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen.core.primitives import ApplyCall
+from lumen.core.rules import Next
+from lumen.errors import ParamsError
+from lumen.parallel.ddp.grad_reduction import DataParallelRule
+from lumen.parallel.fsdp.grad_reduction import unit_reducer
+from lumen.parallel.fsdp.runtime import FSDPRuntime
+from lumen.parallel.fsdp.shard import ShardLayout
+from lumen.parallel.fsdp.unit_plan import UnitPlans
+from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
+from lumen.parallel.lazy_param import LazyParam, whole_of
+
+Shapes = Mapping[str, torch.Size]
+
+
+def apply_sharded(runtime: FSDPRuntime, plans: UnitPlans, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
+    """Run the model through `rule`, which tracks its buffers, on shards of its params."""
+    return rule.apply(lambda inner: _run_units(runtime, plans, next, inner), call)
+
+
+def _run_units(runtime: FSDPRuntime, plans: UnitPlans, next: Next, call: ApplyCall) -> Any:
+    """Put the params' shards into the model, and gather them where they are used."""
+    shapes, layout = plans.shapes, plans.layout
+    if call.params.keys() != shapes.keys():  # another model than the one that is sharded
+        return next(call.replace(params={name: whole_of(p) for name, p in call.params.items()}))
+    context, shards, proxies = _shards_of(call.params)
+    full: frozenset[str] = frozenset()
+    if len(proxies) < len(shards):
+        full = _full_names({name: p for name, p in shards.items() if name not in proxies}, shapes, layout)
+    units = runtime.units(call.target, shapes)
+    target = call.target.variant(("fsdp", runtime), register_unit_hooks(runtime.passes, units))
+    if context is None:
+        context = runtime.context(plans, unit_reducer(layout))
+    runtime.passes.append(ForwardPass(context, units, full, proxies))
+    try:
+        return next(call.replace(target=target, params=shards))
+    finally:
+        runtime.passes.pop()
+
+
+def _shards_of(
+    params: Mapping[str, Any],
+) -> tuple[UnshardContext | None, dict[str, Tensor], dict[str, LazyParam]]:
+    """The context that params belong to (None outside a loss function), their shards, and those that are lazy.
+
+    A param that `lm.tensor_parallel` inside would gather is taken as it is there: this rank's tensor-parallel shard.
+    """
+    context: UnshardContext | None = None
+    shards: dict[str, Tensor] = {}
+    proxies: dict[str, LazyParam] = {}
+    for name, param in params.items():
+        if isinstance(param, LazyParam) and not isinstance(param.session, UnshardContext):
+            param = param.part
+        if isinstance(param, LazyParam):
+            proxies[name] = param
+            if context is None and isinstance(param.session, UnshardContext):
+                context = param.session
+            param = param.part
+        shards[name] = param
+    return context, shards, proxies
+
+
+def _full_names(plain: Mapping[str, Tensor], shapes: Shapes, layout: ShardLayout) -> frozenset[str]:
+    """Which params are not sharded: computed from others in the loss function, say."""
+    for name, p in plain.items():
+        if p.shape != shapes[name] and p.shape != layout.shape(shapes[name]):
+            raise ParamsError(
+                f"the model was applied to a param {name!r} of shape {tuple(p.shape)}, which is neither this rank's"
+                f" shard nor the full shape {tuple(shapes[name])}. Params that a loss function computes from others"
+                " (an inner step, say) take lm.fsdp(stage=2) where lm.tensor_parallel shards them too."
+            )
+    certain = [name for name, p in plain.items() if p.shape == shapes[name] != layout.shape(shapes[name])]
+    return frozenset(name for name, p in plain.items() if p.shape == shapes[name]) if certain else frozenset()

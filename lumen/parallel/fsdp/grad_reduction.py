@@ -1,0 +1,178 @@
+"""P1 of fsdp: which params a loss function sees, and how its gradients are summed at each stage.
+
+Stage 1 sums gradients in buckets, as ddp does. Stage 2 reduce-scatters them after the backward pass. At stage 3 the
+loss function sees `LazyParam`s, and each unit's gradients are reduce-scattered when the backward pass leaves the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen.core import batching, gradient, rules
+from lumen.core.metrics import Mean
+from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.rules import Next
+from lumen.core.wrapped_loss import WrappedLoss
+from lumen.errors import AxisError, ParamsError
+from lumen.parallel.comm import collectives
+from lumen.parallel.comm.buckets import Buckets
+from lumen.parallel.comm.grad_reducer import GradReducer
+from lumen.parallel.ddp.aux_reduction import BufferChecks
+from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReduction, zero_weight_loss
+from lumen.parallel.fsdp.chunks import byte_chunks
+from lumen.parallel.fsdp.runtime import FSDPRuntime
+from lumen.parallel.fsdp.shard import ShardLayout, reduce_scatter
+from lumen.parallel.fsdp.unit_plan import UnitPlans
+from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
+from lumen.parallel.lazy_param import LazyParam
+
+
+class ShardReducer:
+    """The `GradReducer` of stage 2: this rank's shards of the sums, after the backward pass."""
+
+    in_backward = False
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self._layout = layout
+        self.flat_sums: list[Tensor] = []
+
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
+        """Nothing is sent before the backward pass has ended."""
+
+    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """This rank's shards of the sums of `grads`, and the sum of `tail`."""
+        shards = [shard for chunk in byte_chunks(grads) for shard in reduce_scatter(self._layout, grads[chunk])]
+        return shards, collectives.all_reduce(tail, "sum", self._layout.everyone)()
+
+
+class UnitReducer:
+    """The `GradReducer` of stage 3: a unit's gradients are reduce-scattered when the backward pass leaves the unit."""
+
+    in_backward = True
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self._layout = layout
+        self.flat_sums: list[Tensor] = []
+
+    def register_hooks(self, live: Sequence[Tensor]) -> None:
+        """Nothing: `lumen.parallel.fsdp.unshard` calls `reduce` in the backward pass of the all-gather."""
+
+    def reduce(self, unit: UnshardedUnit, grads: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's shards of the sums of a unit's gradients."""
+        return unit.reduce_scatter(grads)
+
+    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """`grads`, which are shards of sums already, and the sum of `tail`."""
+        return [*grads], collectives.all_reduce(tail, "sum", self._layout.everyone)()
+
+
+class TracedUnitReducer(UnitReducer):
+    """The `GradReducer` of stage 3 under `lm.compile`: each reduce-scatter is a node of the graph.
+
+    It is sent after the sums of the unit before have arrived. Otherwise the graph could keep the full gradients of
+    more than two units at once.
+    """
+
+    def __init__(self, layout: ShardLayout) -> None:
+        super().__init__(layout)
+        self._previous: list[Tensor] = []
+
+    def reduce(self, unit: UnshardedUnit, grads: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's shards of the sums of a unit's gradients."""
+        self._previous = unit.reduce_scatter(grads, self._previous)
+        return self._previous
+
+
+def unit_reducer(layout: ShardLayout) -> UnitReducer:
+    """A reducer for one gradient of stage 3."""
+    return TracedUnitReducer(layout) if rules.is_tracing() else UnitReducer(layout)
+
+
+class FSDPRule(DataParallelRule):
+    """What fsdp does with each gradient of one step."""
+
+    def __init__(
+        self, runtime: FSDPRuntime, layout: ShardLayout, plans: UnitPlans, state: Any, checks: BufferChecks
+    ) -> None:
+        super().__init__(runtime.comm, "merge", state, checks)
+        self._runtime, self._layout, self._plans = runtime, layout, plans
+
+    def __call__(self, next: Next, call: GradientCall) -> Gradient:
+        """The gradient of the global batch."""
+        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+            raise AxisError(
+                "lm.fsdp gathers params and sums gradients over processes, which torch cannot do inside vmap or"
+                ' torch.func.grad. Leave out lm.ensemble and engine="func".'
+            )
+        rows = batching.count(call.batch)
+        call = self._begun(call, rows)
+        answer: Gradient = next(self._reduced(call.replace(summed=True), rows))
+        if not rows:
+            answer = answer.replace(aux=self._neutral(answer.aux))
+        return answer if call.summed else gradient.normalized(answer)
+
+    def _reduced(self, call: GradientCall, rows: int) -> GradientCall:
+        """The call with its reduction; at stage 3 with a loss that gathers params as it uses them."""
+        reducer = self._reducer(rows)
+        if not isinstance(reducer, UnitReducer):
+            return call.replace(reduction=GradReduction(self._comm, reducer, rows, self, self._device))
+        _check_params(call.params, self._plans.shapes)
+        loss_fn, has_aux = call.loss_fn, call.has_aux
+        idle = self._unsharding(zero_weight_loss(loss_fn, has_aux), has_aux, reducer, idle=True)
+        reduction = GradReduction(self._comm, reducer, rows, self, self._device, idle)
+        return call.replace(loss_fn=self._unsharding(loss_fn, has_aux, reducer, idle=not rows), reduction=reduction)
+
+    def _reducer(self, rows: int) -> GradReducer:
+        runtime = self._runtime
+        if runtime.stage == 1:
+            return Buckets(runtime.comm, runtime.bucket_plans, rows > 0)
+        return ShardReducer(self._layout) if runtime.stage == 2 else unit_reducer(self._layout)
+
+    def _unsharding(
+        self, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, idle: bool
+    ) -> Callable[..., Any]:
+        """`loss` as a function of shards."""
+
+        def loss_fn(params: Any, *rest: Any) -> Any:
+            context = self._runtime.context(self._plans, reducer)
+            context.idle = idle
+            proxies = {}
+            for name, shard in params.items():
+                proxies[name] = _proxy(context, name, shard)
+            try:
+                with context.saving():
+                    out = loss(proxies, *rest)
+                return _tied(context, out, has_aux)
+            finally:
+                context.close()
+
+        return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(other, has_aux, reducer, idle))
+
+
+def _proxy(context: UnshardContext, name: str, shard: Tensor) -> LazyParam:
+    """The param `name` as a loss function sees it. A shard of `lm.tensor_parallel` inside is gathered by that last."""
+    if isinstance(shard, LazyParam):
+        return LazyParam.of(shard.session, name, LazyParam.of(context, name, shard.part))
+    return LazyParam.of(context, name, shard)
+
+
+def _check_params(params: Any, shapes: Mapping[str, torch.Size]) -> None:
+    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
+        raise ParamsError(
+            "under lm.fsdp(stage=3) a loss is differentiated in the state's own params, whose shards and shapes are"
+            " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(stage=2)."
+        )
+
+
+def _tied(context: UnshardContext, out: Any, has_aux: bool) -> Any:
+    """The loss tied to the whole chain, so that every rank goes back through all of it."""
+    loss, aux = out if has_aux and type(out) is tuple and len(out) == 2 else (out, None)
+    if isinstance(loss, Mean):
+        loss = Mean(context.finish(loss.total), loss.weight)
+    elif isinstance(loss, Tensor):
+        loss = context.finish(loss)
+    return (loss, aux) if has_aux else loss

@@ -1,0 +1,166 @@
+"""How the params of one unit travel in an eager step: sizes and layouts, worked out once and used by every step.
+
+A unit's shards of one dtype are sent in one message: flat, each padded to the size of the longest rank's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumen.core.dtypes import NARROW
+from lumen.parallel.comm import collectives
+from lumen.parallel.comm.process_groups import GroupRef
+from lumen.parallel.fsdp.shard import ShardLayout
+from lumen.parallel.lazy_param import empty_meta
+
+
+class Message(NamedTuple):
+    """The params of one dtype: their indices in the unit, and how many entries each rank sends of each of them."""
+
+    indices: tuple[int, ...]
+    sizes: list[int]
+    numel: int
+    dtype: torch.dtype
+    gather_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+
+
+InFlight = list[tuple[Message, Tensor, Tensor, Any]]  # what is sent, what arrives, and what waits for that
+
+
+class UnitPlan:
+    """The messages of the params of full shapes `shapes`, whose shards have these `dtypes`."""
+
+    def __init__(
+        self,
+        layout: ShardLayout,
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype],
+        param_dtype: torch.dtype | None,
+    ) -> None:
+        self._device, self._size = layout.device, layout.size
+        self._group = GroupRef(layout.group)
+        self._replicas = None if layout.replicas is None else GroupRef(layout.replicas)
+        self._dtypes = dtypes
+        self._padded = [layout.padded(shape) for shape in shapes]
+        self._full = [(shape, torch.empty(shape, device="meta").stride()) for shape in shapes]
+        self._is_even = [bool(shape) and shape[0] % self._size == 0 and math.prod(shape) > 0 for shape in shapes]
+        self._shards = [(shape, math.prod(shape)) for shape in map(layout.shape, shapes)]
+        self._messages = [
+            self._message(dtype, [i for i, other in enumerate(dtypes) if other is dtype], param_dtype)
+            for dtype in dict.fromkeys(dtypes)
+        ]
+
+    def _message(self, dtype: torch.dtype, indices: Sequence[int], param_dtype: torch.dtype | None) -> Message:
+        sizes = [self._padded[i] for i in indices]
+        gather_dtype = param_dtype if param_dtype is not None and dtype == torch.float32 else dtype
+        reduce_dtype = torch.float32 if dtype in NARROW else dtype
+        return Message(tuple(indices), sizes, sum(sizes), dtype, gather_dtype, reduce_dtype)
+
+    def all_gather(self, shards: Sequence[Tensor]) -> InFlight:
+        """Start the all-gather of a unit's params; `receive` waits for it."""
+        in_flight = []
+        for message in self._messages:
+            device = self._device or shards[message.indices[0]].device
+            flat = torch.zeros(message.numel, dtype=message.gather_dtype, device=device)
+            for index, block in zip(message.indices, flat.split(message.sizes), strict=True):
+                shard = shards[index].reshape(-1)
+                if shard.device != device and shard.dtype != flat.dtype:  # else the host would round, and wait
+                    shard = shard.to(device, non_blocking=True)
+                block[: shard.numel()].copy_(shard, non_blocking=True)
+            gathered, work = collectives.start_all_gather(flat, self._size, self._group())
+            in_flight.append((message, flat, gathered, work))
+        return in_flight
+
+    def receive(self, in_flight: InFlight, buffers: list[Tensor]) -> list[Tensor]:
+        """Wait for the full params, in `buffers`, which are allocated when they are needed first.
+
+        What was sent is freed before that. The params alias their buffers without being views to autograd.
+        """
+        arrived = []
+        while in_flight:
+            message, _, gathered, work = in_flight.pop(0)
+            work.wait()
+            arrived.append((message, gathered))
+        if buffers:
+            for buffer in buffers:
+                buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+        else:
+            self._allocate(buffers, arrived[0][1].device)
+        size, full = self._size, self._full
+        for message, gathered in arrived:
+            columns = gathered.view(size, -1).split(message.sizes, 1)
+            for index, column in zip(message.indices, columns, strict=True):
+                if full[index][0]:
+                    buffers[index].view(size, -1).copy_(column)
+                else:
+                    buffers[index].copy_(column[0])
+        params = []
+        for buffer, (shape, stride) in zip(buffers, full, strict=True):
+            params.append(buffer.new_empty(0).set_(buffer.untyped_storage(), 0, shape, stride))
+        return params
+
+    def _allocate(self, buffers: list[Tensor], device: torch.device) -> None:
+        for padded, dtype, (shape, _) in zip(self._padded, self._dtypes, self._full, strict=True):
+            buffers.append(torch.empty(padded * (self._size if shape else 1), dtype=dtype, device=device))
+
+    def reduce_scatter(self, grads: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
+        """This rank's shards of the sums of `grads` over all ranks; 16-bit gradients are summed in float32."""
+        size, shards = self._size, list(grads)
+        for message in self._messages:
+            flat = grads[message.indices[0]].new_empty((size, message.numel), dtype=message.reduce_dtype)
+            for index, column in zip(message.indices, flat.split(message.sizes, 1), strict=True):
+                if self._is_even[index]:
+                    column.copy_(grads[index].reshape(size, -1))
+                else:
+                    _fill_uneven(column, grads[index])
+            summed = collectives.reduce_scatter_eager(flat.view(-1), size, self._group())
+            if self._replicas is not None:
+                summed = collectives.all_reduce(summed, "sum", self._replicas())()
+            for index, block in zip(message.indices, summed.split(message.sizes), strict=True):
+                shape, numel = self._shards[index]
+                shards[index] = block[:numel].view(shape).to(message.dtype)
+        return shards
+
+
+def _fill_uneven(column: Tensor, grad: Tensor) -> None:
+    """Write `grad` into the rows of `column`, one for each rank, with zeros after its last entry."""
+    if not grad.dim():
+        column.copy_(grad)
+        return
+    flat, width = grad.reshape(-1), column.shape[1]
+    full_rows = flat.numel() // width if width else 0
+    column[:full_rows].copy_(flat[: full_rows * width].view(full_rows, width))
+    if full_rows < column.shape[0]:
+        remainder = flat[full_rows * width :]
+        column[full_rows:].zero_()
+        column[full_rows, : remainder.numel()].copy_(remainder)
+
+
+class UnitPlans:
+    """The full `shapes` of the params of a sharded state, and the plans that were made for its units."""
+
+    def __init__(self, layout: ShardLayout, shapes: Mapping[str, torch.Size], param_dtype: torch.dtype | None) -> None:
+        self.layout, self.shapes, self.param_dtype = layout, shapes, param_dtype
+        self._plans: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], UnitPlan] = {}
+        self._metas: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def plan(self, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> UnitPlan:
+        """The plan for these params, whose shards have these dtypes."""
+        key = names, dtypes
+        if key not in self._plans:
+            shapes = [self.shapes[name] for name in names]
+            self._plans[key] = UnitPlan(self.layout, shapes, dtypes, self.param_dtype)
+        return self._plans[key]
+
+    def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The param `name` without memory, the same tensor at every call."""
+        meta = self._metas.get((name, dtype))
+        if meta is None:
+            meta = self._metas[name, dtype] = empty_meta(self.shapes[name], dtype)
+        return meta
