@@ -1,4 +1,4 @@
-"""Tensors without memory that stand for others: their form is known here, and what else is asked goes elsewhere."""
+"""Proxies for tensors that are not here: shape and dtype are known, any other function is answered elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def empty_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class TensorProxy(Tensor):
-    """A tensor whose form can be looked at; any other torch function on it is for `answered` to answer."""
+    """A tensor of which only the `form` is known; `answered` computes any other torch function of it."""
 
     form: frozenset[Any] = frozenset({
         Tensor.shape.__get__,  # type: ignore[attr-defined]
@@ -41,22 +41,22 @@ class TensorProxy(Tensor):
 
     @classmethod
     def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a function of such tensors gives."""
+        """The result of a torch function of such tensors."""
         raise NotImplementedError
 
 
 class GatherSource(Protocol):
-    """Who knows the whole of a param from its part."""
+    """Gathers full params from shards."""
 
     def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """The param `name`, gathered."""
+        """The full param `name`."""
 
 
 class LazyParam(TensorProxy):
-    """A param that is here in part only, and is gathered by whatever torch function it is given to."""
+    """A param of which this rank has a shard; the first torch function that takes it gathers the full param."""
 
     form = TensorProxy.form | {Tensor.is_floating_point}
     part: Tensor
@@ -65,14 +65,14 @@ class LazyParam(TensorProxy):
 
     @classmethod
     def of(cls, session: GatherSource, name: str, part: Tensor) -> LazyParam:
-        """The param `name` as the loss function, or a module outside of its unit, is to see it."""
+        """The param `name`, as the loss function or a module outside its unit sees it."""
         lazy: LazyParam = torch.Tensor._make_subclass(cls, session.empty_meta(name, part.dtype), False)
         lazy.part, lazy.key, lazy.session = part, name, session
         return lazy
 
     @classmethod
     def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What it gives of whole params."""
+        """The result of the function of full params."""
         args, kwargs = torch_pytree.tree_map(whole_of, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -81,5 +81,5 @@ class LazyParam(TensorProxy):
 
 
 def whole_of(value: Any) -> Any:
-    """A param that is gathered when it is used, whole; anything else as it is."""
+    """The full param of a `LazyParam`; any other value unchanged."""
     return value.session.whole(value.key, value.part) if isinstance(value, LazyParam) else value

@@ -255,7 +255,7 @@ def bytes_sent(compress):
     train(
         wrapped, make_state("mlp", torch.float32), [part(b, EVEN, world.rank()) for b in batches(2, 8, torch.float32)]
     )
-    return wrapped.memory.comm.sent
+    return wrapped.memory.comm.bytes_sent
 
 
 def test_compression_halves_the_bytes(world2):
@@ -277,14 +277,14 @@ def launched_while_computing():
         def forward(self, x):
             out = self.layer(x)
             if out.requires_grad:
-                out.register_hook(lambda _: seen.append(wrapped.memory.comm.sent))
+                out.register_hook(lambda _: seen.append(wrapped.memory.comm.bytes_sent))
             return out
 
     torch.manual_seed(0)
     state = lm.TrainState.create(nn.Sequential(First(), *mlp_layers()), lm.optim.sgd(0.1))
     wrapped = ddp(bucket_mb=1e-4)(step)
     train(wrapped, state, [part(b, EVEN, world.rank()) for b in batches(3, 8, torch.float32)])
-    return seen, wrapped.memory.comm.sent
+    return seen, wrapped.memory.comm.bytes_sent
 
 
 def mlp_layers():
@@ -452,7 +452,7 @@ def come_apart():
 def test_params_that_come_apart_are_noticed(world2):
     found = world2.run(come_apart)
     assert [number for number, _ in found] == [3, 3]
-    assert all("params have come apart: " in text and "on rank 1" in text for _, text in found)
+    assert all("params have diverged: " in text and "on rank 1" in text for _, text in found)
 
 
 def overflow(around):

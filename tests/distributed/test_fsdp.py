@@ -178,25 +178,25 @@ def test_buffers_are_merged_as_over_microbatches(stage, world2):
 def most_at_once(prefetch):
     """How many units at once have their params whole, over one step."""
     whole, most = set(), [0]
-    fetch, free = unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free
+    fetch, free = unshard.EagerUnit.fetch, unshard.EagerUnit.free
 
-    def fetched(held):
-        whole.add(id(held))
+    def fetched(unit, *reached):
+        whole.add(id(unit))
         most[0] = max(most[0], len(whole))
-        return fetch(held)
+        return fetch(unit, *reached)
 
-    def freed(held):
-        free(held)
-        assert all(flat.untyped_storage().nbytes() == 0 for flat in held.room)
-        whole.discard(id(held))
+    def freed(unit):
+        free(unit)
+        assert all(flat.untyped_storage().nbytes() == 0 for flat in unit._buffers)
+        whole.discard(id(unit))
 
     wrapped = fsdp(prefetch=prefetch)(step)
     state = wrapped.init(make_state("deep"))
-    unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free = fetched, freed
+    unshard.EagerUnit.fetch, unshard.EagerUnit.free = fetched, freed
     try:
         wrapped(state, part(batches(1, 8)[0], UNEVEN, distributed.rank()))
     finally:
-        unshard.UnshardedUnit.fetch, unshard.UnshardedUnit.free = fetch, free
+        unshard.EagerUnit.fetch, unshard.EagerUnit.free = fetch, free
     return most[0], len(whole)
 
 
@@ -216,7 +216,7 @@ def left_over():
     gc.disable()
     try:
         wrapped(state, part(batches(1, 8)[0], UNEVEN, distributed.rank()))
-        kinds = (unshard.UnshardedUnit, unshard.UnshardContext, unshard.ForwardPass)
+        kinds = (unshard.EagerUnit, unshard.UnshardContext, unshard.ForwardPass)
         return sum(type(each) in kinds for each in gc.get_objects())
     finally:
         gc.enable()

@@ -12,7 +12,7 @@ import lumen as lm
 from lumen.core import distributed
 from lumen.errors import ParamsError, StateError
 from lumen.parallel.fsdp.fsdp import fsdp
-from lumen.parallel.fsdp.meta_init import materialise, reset
+from lumen.parallel.fsdp.meta_init import materialize, reset
 from tests.distributed.models import CLASSES, WIDTH, bare, batches, part, step, train
 from tests.distributed.pool import TaskError
 from tests.tiers import in_turns
@@ -189,5 +189,5 @@ def test_the_skeleton_stays_as_it_is():
     with torch.device("meta"):
         net = Tower()
     given = lm.pure(net).apply.module
-    materialise(given, ["", "blocks.0"], reset, 0, torch.device("cpu"), lambda name, tensor: tensor)
+    materialize(given, ["", "blocks.0"], reset, 0, torch.device("cpu"), lambda name, tensor: tensor)
     assert all(each.is_meta for each in [*given.parameters(), *given.buffers()])

@@ -45,11 +45,13 @@ def test_no_thread_outlives_the_world(tmp_path):
         assert job.returncode == 1, said[rank]
         assert "rounded codes" in said[rank]
         assert "terminate" not in said[rank]
-        assert "still referred to" not in said[rank]
+        assert "still referenced" not in said[rank]
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert sum("gloo_tcp" in name for name in found["in it"]) > 1, "this test looks for what is not there"
         assert found["left"] == found["at exit"] == []
-        assert all("processes that this one has left" in text for text in found["refused"]), found["refused"]
+        assert all("belongs to a world that this process has left" in text for text in found["refused"]), found[
+            "refused"
+        ]
         index, size, old, *sizes = found["again"]
         assert (index, size, sizes) == (rank, 2, [2, 1, 1])
         assert "lm.mesh(data=2) belongs to a world" in old
@@ -110,10 +112,10 @@ def alone():
 
 def test_a_group_that_is_kept_is_told_of_at_exit_and_a_fork_leaves_nothing(alone):
     mesh = lm.mesh(data=1, device="cpu")
-    kept = process_groups.noted(mesh.torch.get_group("data"))
+    kept = process_groups.hand_out(mesh.torch.get_group("data"))
     leave_at_exit(os.getpid() + 1)
     assert dist.is_initialized()
-    with pytest.warns(RuntimeWarning, match=r"Keep the mesh, not what mesh.group"):
+    with pytest.warns(RuntimeWarning, match=r"Keep the mesh, not the result of mesh.group"):
         leave_at_exit(os.getpid())
     assert not dist.is_initialized()
     with pytest.raises(WorldError, match="has left"):

@@ -92,11 +92,11 @@ def test_a_collective_inside_vmap_is_refused(world2):
 @pytest.mark.parametrize(
     ("asked", "processes", "says"),
     [
-        ({"data": 3}, 4, r"has 4 processes, but 3.*lm\.mesh\(data=4\)"),
+        ({"data": 3}, 4, r"needs 3 processes, but the world size is 4.*lm\.mesh\(data=4\)"),
         ({"shard": 2}, 4, r"lm\.mesh\(data=2, shard=2\)"),
         ({"shard": 3}, 4, r"torchrun --nproc-per-node=3"),
-        ({"data": -1, "shard": -1}, 4, "only one axis can be -1"),
-        ({"data": -1, "tensor": 3}, 4, "does not make up the world"),
+        ({"data": -1, "shard": -1}, 4, "only one can be the rest of the world"),
+        ({"data": -1, "tensor": 3}, 4, "needs a multiple of 3 processes"),
         ({"data": 0}, 4, "positive number"),
         ({"data": True}, 1, "positive number"),
     ],

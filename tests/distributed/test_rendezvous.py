@@ -58,7 +58,7 @@ def test_an_attempt_that_only_some_came_to(meet):
     found = meet(store, [0, 2], 3, seconds=0.3)
     assert "ranks [1] of 3" in str(found[0])
     assert isinstance(found[2][0], PrefixStore), "it was answered"
-    assert "rank 0 has not come" in str(meet(store, [1, 2], 3, seconds=0.3)[1])
+    assert "rank 0 has not joined" in str(meet(store, [1, 2], 3, seconds=0.3)[1])
     found = meet(store, range(3), 3)
     found[1][0].set("address", "new")
     assert [found[rank][0].get("address") for rank in range(3)] == [b"new"] * 3

@@ -182,7 +182,9 @@ def on_two_axes(directory):
         with pytest.raises(lm.LumenError, match="is one rank's shard under lm"):
             lm.Runner(step, progress=False).fit(state, [], until=lm.Steps(1))
     other = state.replace(memory=lm.tree.map(lambda leaf: leaf + (distributed.rank() == 3), state.memory))
-    with pytest.raises(lm.LumenError, match=r"memory\[h\] on rank 3 is not what the first rank of its tensor axis"):
+    with pytest.raises(
+        lm.LumenError, match=r"memory\[h\] on rank 3 differs from that of the first rank of its tensor axis"
+    ):
         consistency.check_fields(other, dist.group.WORLD, wrapped.shard_specs(other))
     return found
 
@@ -288,4 +290,4 @@ def players():
 def test_fields_are_looked_at_in_states_of_any_class(world2):
     for equal, differs in world2.run(players):
         assert equal is None
-        assert "others[a].mine on rank 1 is not what rank 0" in differs
+        assert "others[a].mine on rank 1 differs from that of rank 0" in differs

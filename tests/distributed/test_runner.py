@@ -366,7 +366,7 @@ def run_with_memory(directory, differs):
 def test_a_field_of_a_process_s_own_rows_is_refused_at_the_first_checkpoint(world2, tmp_path):
     assert world2.run(run_with_memory, tmp_path / "same", False) == [None, None]
     for said in world2.run(run_with_memory, tmp_path / "own", True):
-        assert said.startswith("WorldError: state.memory on rank 1 is not what rank 0 holds")
+        assert said.startswith("WorldError: state.memory on rank 1 differs from that of rank 0")
         assert "declare that in Remembering:\n\n    memory: torch.Tensor = lm.row_field()\n" in said
         assert "raised after step 2" in said
 

@@ -250,7 +250,7 @@ def refused(error, match, *transforms, **options):
 
 def test_worlds_and_devices_that_do_not_go():
     refused(WorldError, "needs a world")
-    refused(WorldError, "does not make up the world", lm.ddp(), world_size=8, mesh={"data": 3})
+    refused(WorldError, "needs 3 processes, but the world size is 8", lm.ddp(), world_size=8, mesh={"data": 3})
     refused(WorldError, "no axis 'rows'", lm.ddp(), mesh={"rows": 3})
     refused(WorldError, "write world_size=", lm.ddp(), mesh={"data": -1})
     refused(WorldError, "rank=9 is not in a world of 4", lm.ddp(), world_size=4, rank=9)
@@ -365,7 +365,7 @@ def test_the_command_takes_another_strategy_and_speaks_to_programs(script, capsy
         (["{}:wrong", "--world-size", "2"], "must return (step, state, batch)"),
         (["missing.py:make", "--world-size", "2"], "no such file: missing.py"),
         (["{}:make"], "needs a world"),
-        (["{}:make", "--world-size", "4", "--mesh", "shard=3"], "does not make up the world"),
+        (["{}:make", "--world-size", "4", "--mesh", "shard=3"], "needs 3 processes, but the world size is 4"),
         (["{}:make", "--world-size", "4", "--strategy", "zip"], "--strategy takes ddp, fsdp"),
         (["{}:make", "--world-size", "4", "-o", "plan.txt"], "not as 'plan.txt'"),
     ],

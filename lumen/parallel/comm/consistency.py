@@ -1,4 +1,4 @@
-"""Whether the processes of a group hold the same: checked by digests, and told in words where they do not."""
+"""Checks that the ranks of a group have the same code, state and params, and names the first difference."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from lumen.core.versions import own_version
 from lumen.errors import WorldError, printable
 from lumen.parallel.comm.mesh import Mesh
 
-_ALIKE = ("step", "seed")  # counters that every process must begin with
-_FIELDS = frozenset(each.name for each in dataclasses.fields(TrainState))
+_COUNTERS = ("step", "seed")  # which every rank must start with
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TrainState))
 
 
 def assert_same_on_all_ranks(lines: Sequence[str], group: dist.ProcessGroup, device: torch.device, what: str) -> None:
-    """Raise `WorldError` on every process of `group`, naming the first difference, unless all have the same `lines`.
+    """Raise `WorldError` on every rank of `group`, naming the first difference, unless all have the same `lines`.
 
-    Digests are compared first; the lines themselves travel only where these differ.
+    Digests are compared first. The lines themselves are sent only where the digests differ.
     """
     if distributed.is_dry_run():
         return
     digest = torch.frombuffer(bytearray(hashlib.sha256("\n".join(lines).encode()).digest()), dtype=torch.uint8)
-    mine = digest.to(device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group=group)
-    if all(torch.equal(found[0], other) for other in found):
+    own_digest = digest.to(device)
+    digests = [torch.empty_like(own_digest) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(digests, own_digest, group=group)
+    if all(torch.equal(digests[0], other) for other in digests):
         return
-    told: list[Any] = [None] * len(found)
-    dist.all_gather_object(told, list(lines), group=group)
-    raise WorldError(f"{what} differ: {_first_difference(told, group)}. Start every process with the same script.")
+    all_lines: list[Any] = [None] * len(digests)
+    dist.all_gather_object(all_lines, list(lines), group=group)
+    raise WorldError(f"{what} differ: {_first_difference(all_lines, group)}. Start every process with the same script.")
 
 
-def _first_difference(told: Sequence[Sequence[str]], group: dist.ProcessGroup) -> str:
-    for texts in itertools.zip_longest(*told, fillvalue="nothing more"):
+def _first_difference(all_lines: Sequence[Sequence[str]], group: dist.ProcessGroup) -> str:
+    for texts in itertools.zip_longest(*all_lines, fillvalue="nothing more"):
         if len(set(texts)) > 1:
             ranks: dict[str, list[int]] = {}
-            for place, text in enumerate(texts):
-                ranks.setdefault(text, []).append(dist.get_global_rank(group, place))
-            return "; ".join(f"{_named(who)} has {text}" for text, who in ranks.items())
+            for index, text in enumerate(texts):
+                ranks.setdefault(text, []).append(dist.get_global_rank(group, index))
+            return "; ".join(f"{_named(holders)} has {text}" for text, holders in ranks.items())
     raise AssertionError("digests differ where the lines do not")
 
 
@@ -60,7 +60,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def fingerprint_lines(state: Any, step: Any = None) -> list[str]:
-    """What must be the same on every process: versions, the step's code and transforms, and the state's leaves."""
+    """What must be equal on all ranks: versions, the step's code and transforms, and the state's leaves."""
     lines = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"lumen {own_version()}"]
     if step is not None:
         code = getattr(step.user, "__code__", None)
@@ -70,7 +70,7 @@ def fingerprint_lines(state: Any, step: Any = None) -> list[str]:
             lines.append(f"{printable(path)} = {leaf!r:.60}")
             continue
         lines.append(f"{printable(path)} of shape {tuple(leaf.shape)}, {leaf.dtype}")
-        if path in _ALIKE and leaf.numel() == 1 and not distributed.is_dry_run():
+        if path in _COUNTERS and leaf.numel() == 1 and not distributed.is_dry_run():
             lines.append(f"{path} = {leaf.item()}")
     return lines + _models(state)
 
@@ -80,51 +80,51 @@ def _models(state: Any) -> list[str]:
     module = getattr(getattr(state, "apply_fn", None), "module", None)
     if module is None:
         return []
-    kinds = {type(each): None for each in module.modules()}
-    codes = {kind: getattr(kind.forward, "__code__", None) for kind in kinds}
-    return [f"the code of {kind.__qualname__} {_code_digest([code])}" for kind, code in codes.items() if code]
+    classes = {type(module_): None for module_ in module.modules()}
+    codes = {cls: getattr(cls.forward, "__code__", None) for cls in classes}
+    return [f"the code of {cls.__qualname__} {_code_digest([code])}" for cls, code in codes.items() if code]
 
 
-def _code_digest(todo: list[types.CodeType]) -> str:
-    found = hashlib.sha256()
-    while todo:
-        each = todo.pop()
-        found.update(each.co_code + repr(each.co_names).encode())
-        for constant in each.co_consts:
+def _code_digest(codes: list[types.CodeType]) -> str:
+    digest = hashlib.sha256()
+    while codes:
+        code = codes.pop()
+        digest.update(code.co_code + repr(code.co_names).encode())
+        for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                todo.append(constant)
-            else:  # a set shows its members in an order of its own in each process
-                shown = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
-                found.update(repr(shown).encode())
-    return found.hexdigest()[:12]
+                codes.append(constant)
+            else:  # the order of a set's members differs between processes
+                text = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+                digest.update(repr(text).encode())
+    return digest.hexdigest()[:12]
 
 
 def broadcast(state: Any, group: dist.ProcessGroup) -> Any:
-    """`state` with the values of the group's first process in every tensor, sent as one flat tensor for each dtype."""
+    """`state` with the first rank's values in every tensor, sent as one flat tensor for each dtype."""
     leaves, spec = tree.flatten(state)
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for place, leaf in enumerate(leaves):
+    by_kind: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            kinds.setdefault((leaf.dtype, leaf.device), []).append(place)
+            by_kind.setdefault((leaf.dtype, leaf.device), []).append(index)
     first = dist.get_rank(group) == 0
-    for (dtype, _), places in kinds.items():
-        flat = torch.cat([leaves[place].detach().reshape(-1) for place in places])
-        sent = flat.view(torch.uint8)  # as bytes: Gloo does not know all dtypes
-        dist.broadcast(sent, group=group, group_src=0)
-        if first:  # its own tensors are what the others have received
+    for (dtype, _), indices in by_kind.items():
+        flat = torch.cat([leaves[index].detach().reshape(-1) for index in indices])
+        bytes_ = flat.view(torch.uint8)  # as bytes: Gloo does not support all dtypes
+        dist.broadcast(bytes_, group=group, group_src=0)
+        if first:  # it has these values already
             continue
-        pieces = sent.view(dtype).split([leaves[place].numel() for place in places])
-        for place, piece in zip(places, pieces, strict=True):
-            leaves[place] = piece.view(leaves[place].shape).clone()
+        blocks = bytes_.view(dtype).split([leaves[index].numel() for index in indices])
+        for index, block in zip(indices, blocks, strict=True):
+            leaves[index] = block.view(leaves[index].shape).clone()
     return spec.unflatten(leaves)
 
 
 def check_equal(state: Any, mesh: Mesh | None = None) -> None:
-    """Raise `WorldError`, on every process, unless all hold bitwise the same params, and fields that a subclass adds.
+    """Raise `WorldError`, on every rank, unless all have bitwise equal params and equal fields added by a subclass.
 
-    It compares two checksums for each leaf over the axes data and shard of `mesh`, by default over all processes, and
-    names the first leaf that differs and the ranks that hold another than the first process. An `lm.row_field()` is
-    left out, as each rank has its own rows; ranks that compute the same rows must hold the same ones.
+    It compares two checksums for each leaf over the axes data and shard of `mesh`, by default over all ranks. The error
+    names the first leaf that differs, and the ranks where it differs from the first rank's. An `lm.row_field()` is
+    skipped, as each rank has its own rows. Ranks that compute the same rows must have equal ones.
 
     >>> import lumen as lm, torch
     >>> from lumen.parallel.comm.consistency import check_equal
@@ -144,26 +144,26 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     if different is not None:
         name, ranks, others = different
         raise WorldError(
-            f"params have come apart: {printable(name)} on {_named(ranks)} is not what rank"
-            f" {dist.get_global_rank(group, 0)} holds, nor are {others} other leaves."
+            f"params have diverged: {printable(name)} on {_named(ranks)} differs from that of rank"
+            f" {dist.get_global_rank(group, 0)}, and so do {others} other leaves."
             " Every process must make the same updates: look for a rank-dependent branch after the gradient, a metric"
             " or random number of one rank that decides about the update, or a device that computes wrongly."
         )
     check_fields(state, group)
 
 
-def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[int] = ()) -> None:
-    """Raise `WorldError`, on every process, unless all hold the same in the fields that a subclass of a state adds.
+def check_fields(state: Any, group: dist.ProcessGroup | None, sharded: Collection[int] = ()) -> None:
+    """Raise `WorldError`, on every rank, unless all have equal values in the fields that a subclass of a state adds.
 
-    Of leaves that are `cut`, by their places among `lumen.tree.leaves`, each process has its own part, and so it has
-    of row fields; these must be equal on ranks that compute the same rows.
+    `sharded` are the indices, among `lumen.tree.leaves`, of leaves of which each rank has its own shard. Row fields
+    differ as well, but must be equal on ranks that compute the same rows.
     """
     if group is None:
         return
     rows = [(path, leaf) for path, leaf in row_fields.named(state) if isinstance(leaf, Tensor)]
-    paths = tree.paths(state) if cut else []
-    apart = {path for path, _ in rows} | {paths[place] for place in cut}
-    different = _different([pair for pair in _added(state) if pair[0] not in apart], group, device_of(state))
+    paths = tree.paths(state) if sharded else []
+    skipped = {path for path, _ in rows} | {paths[index] for index in sharded}
+    different = _different([pair for pair in _added(state) if pair[0] not in skipped], group, device_of(state))
     if different is not None:
         raise WorldError(_undeclared(state, *different[:2], group))
     copies = distributed.tp_degree() if dist.get_world_size(group) == distributed.world_size() else 1
@@ -171,7 +171,7 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, cut: Collection[in
     if different is not None:
         name, ranks, _ = different
         raise WorldError(
-            f"state.{printable(name)} on {_named(ranks)} is not what the first rank of its tensor axis holds. Ranks"
+            f"state.{printable(name)} on {_named(ranks)} differs from that of the first rank of its tensor axis. Ranks"
             " along tensor compute the same rows, and must come to the same lm.row_field(): compute it from full"
             " activations, outside of the layers that lm.tensor_parallel cuts, and without random numbers of one rank."
         )
@@ -182,17 +182,17 @@ def _added(node: Any, path: str = "") -> list[tuple[str, Tensor]]:
     if _is_state(node):
         names = [name for name in type(node)._dynamic_fields_ if name not in _FIELDS]
         node = {name: getattr(node, name) for name in names}
-        own = True
+        is_state = True
     else:
-        own = False  # a container of states
-    found: list[tuple[str, Tensor]] = []
+        is_state = False  # a container of states
+    tensors: list[tuple[str, Tensor]] = []
     children = zip(tree.paths(node, is_leaf=_is_state), tree.leaves(node, is_leaf=_is_state), strict=True)
     for inner, child in children:
         if _is_state(child):
-            found += _added(child, f"{path}{inner}.")
-        elif own and isinstance(child, Tensor):
-            found.append((path + inner, child))
-    return found
+            tensors += _added(child, f"{path}{inner}.")
+        elif is_state and isinstance(child, Tensor):
+            tensors.append((path + inner, child))
+    return tensors
 
 
 def _is_state(node: Any) -> bool:
@@ -200,15 +200,16 @@ def _is_state(node: Any) -> bool:
 
 
 def _undeclared(state: Any, name: str, ranks: Sequence[int], group: dist.ProcessGroup) -> str:
-    """What is said of a field that differs; `name` is the path of its leaf."""
+    """The message for a field that differs; `name` is the path of its leaf."""
     first = dist.get_global_rank(group, 0)
     field = re.split(r"[.\[]", name, maxsplit=1)[0]
     kind = type(state).__name__
     return (
-        f"state.{name} on {_named(ranks)} is not what rank {first} holds, and a state is the same on every rank: a"
-        f" checkpoint would keep rank {first}'s, from which all would go on. If it has an entry for each row of the"
-        f" batch, such as a hidden state, declare that in {kind}:\n\n    {field}: torch.Tensor = lm.row_field()\n\n"
-        f"and create the state with the rows of the global batch; else make it one value of all ranks:"
+        f"state.{name} on {_named(ranks)} differs from that of rank {first}, and a state must be the same on every"
+        f" rank: a checkpoint saves rank {first}'s, and all ranks would resume from that. If it has an entry for each"
+        f" row of the batch, such as a hidden state, declare that in {kind}:\n\n"
+        f"    {field}: torch.Tensor = lm.row_field()\n\n"
+        f"and create the state with the rows of the global batch. Otherwise make it one value for all ranks:"
         f" lm.pmean(x, 'data')."
     )
 
@@ -216,26 +217,26 @@ def _undeclared(state: Any, name: str, ranks: Sequence[int], group: dist.Process
 def _different(
     named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup, device: torch.device, copies: int = 0
 ) -> tuple[str, list[int], int] | None:
-    """The first leaf that is not the same on all, on which ranks it is another, and how many such leaves follow.
+    """The first leaf that is not equal on all ranks, the ranks where it differs, and how many such leaves follow.
 
-    With `tp_degree` it must be the same only on as many ranks that follow each other.
+    With `copies` it must be equal only on groups of so many consecutive ranks.
     """
     if not named:
         return None
-    mine = torch.stack([checksum(leaf).to(device) for _, leaf in named])
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, mine, group=group)
-    first = [found[rank - rank % copies if copies else 0] for rank in range(len(found))]
-    different = torch.stack([(a != b).any(1) for a, b in zip(found, first, strict=True)])  # rank × leaf
+    own_sums = torch.stack([checksum(leaf).to(device) for _, leaf in named])
+    all_sums = [torch.empty_like(own_sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_sums, own_sums, group=group)
+    first = [all_sums[rank - rank % copies if copies else 0] for rank in range(len(all_sums))]
+    different = torch.stack([(a != b).any(1) for a, b in zip(all_sums, first, strict=True)])  # rank × leaf
     if not bool(different.any()):
         return None
     leaf = int(different.any(0).int().argmax())
-    ranks = [dist.get_global_rank(group, place) for place in different[:, leaf].nonzero().flatten().tolist()]
+    ranks = [dist.get_global_rank(group, index) for index in different[:, leaf].nonzero().flatten().tolist()]
     return named[leaf][0], ranks, int(different.any(0).sum()) - 1
 
 
 def checksum(leaf: Tensor) -> Tensor:
-    """Two sums over the bytes, one of them weighted by place: equal for equal bits."""
+    """Two sums over the bytes, one of them weighted by position: equal for equal bits."""
     values = leaf.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
-    place = torch.arange(values.numel(), device=values.device) % 65_521 + 1
-    return torch.stack([values.sum(), (values * place).sum()])
+    weights = torch.arange(values.numel(), device=values.device) % 65_521 + 1
+    return torch.stack([values.sum(), (values * weights).sum()])

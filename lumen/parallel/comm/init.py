@@ -1,4 +1,4 @@
-"""Joining the processes that `torchrun` started, and leaving them again."""
+"""Joins the world of processes that `torchrun` started, and leaves it again."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lumen.parallel.comm import process_groups
 from lumen.parallel.comm.rendezvous import rendezvous
 
 TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
-# What launchers tell their processes: how many there are, and which this is. Slurm's SLURM_NTASKS is set in a batch
-# script too, where one process runs; SLURM_STEP_NUM_TASKS by srun alone.
+# The variables in which launchers pass the number of processes and the rank. SLURM_NTASKS would not do: Slurm sets it
+# in a batch script too, where one process runs. Only srun sets SLURM_STEP_NUM_TASKS.
 _LAUNCHERS = (
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -42,7 +42,7 @@ def launched() -> bool:
 def check_launcher() -> None:
     """Raise `WorldError` where a launcher other than torchrun started this process as one of several.
 
-    What it tells its processes is not what torch.distributed asks for, so each would train alone, on all rows.
+    Such a launcher does not set the variables that torch.distributed reads, so each process would train alone.
     """
     if launched() or distributed.is_distributed():
         return
@@ -58,35 +58,35 @@ def check_launcher() -> None:
 
 def _instead(launcher: str) -> str:
     nodes = "$SLURM_JOB_NUM_NODES" if launcher == "srun" else "NODES"
-    alone = "For one node write: torchrun --nproc-per-node=PROCESSES train.py."
-    once = "srun --ntasks-per-node=1" if launcher == "srun" else "mpirun --map-by ppr:1:node"
+    one_node = "For one node write: torchrun --nproc-per-node=PROCESSES train.py."
+    launch = "srun --ntasks-per-node=1" if launcher == "srun" else "mpirun --map-by ppr:1:node"
     rendezvous = "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
-    return f"{alone} For more: {once} torchrun --nnodes={nodes} --nproc-per-node=PROCESSES {rendezvous} train.py."
+    return f"{one_node} For more: {launch} torchrun --nnodes={nodes} --nproc-per-node=PROCESSES {rendezvous} train.py."
 
 
 def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> torch.device:
-    """Make this process one of its world, once, and give its device.
+    """Make this process a member of its world, once, and return its device.
 
-    Processes with a GPU each talk over NCCL (and Gloo for what lies on the host), others over Gloo. Alone, without
-    torchrun, there is nothing to join.
+    Processes that have a GPU each use NCCL (and Gloo for tensors on the host), others use Gloo. Without torchrun there
+    is nothing to join.
 
-    Raises `WorldError` where the environment is incomplete, or asks for GPUs that are not there.
+    Raises `WorldError` where the environment is incomplete, or asks for GPUs that do not exist.
     """
-    found = _device(device)
+    chosen = _device(device)
     check_launcher()
     if distributed.is_distributed() and not distributed.is_dry_run():
         _at_exit(own=False)
     if distributed.is_distributed() or not launched():
-        return found
+        return chosen
     missing = [name for name in _NAMES if name not in os.environ]
     if missing:
         raise WorldError(
             f"this process is one of WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set."
             " Start it as: torchrun --nproc-per-node=2 train.py"
         )
-    backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     limit = dt.timedelta(seconds=timeout)
     store, rank, size = rendezvous(limit)
     dist.init_process_group(
@@ -95,58 +95,58 @@ def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> 
         store=store,
         rank=rank,
         world_size=size,
-        device_id=found if found.type == "cuda" else None,
+        device_id=chosen if chosen.type == "cuda" else None,
     )
     _at_exit(own=True)
-    return found
+    return chosen
 
 
 def leave() -> None:
-    """Leave the world, with no thread of it alive afterwards; doing so again does nothing.
+    """Leave the world and end its threads; a second call does nothing.
 
-    Who holds a mesh of this world, or a step on one, can keep it, and is told so where it is used.
+    Meshes of this world, and steps on them, may be kept. Using them raises `WorldError`.
     """
     _let_go(_destroy)
 
 
-def _let_go(*others: Callable[[], None]) -> None:
-    with ExitStack() as last_first:  # all of it is done, whatever fails
-        last_first.callback(gc.collect)  # frames of a step that failed refer to its groups, in cycles
-        last_first.callback(process_groups.release_all)
-        for each in (*others, *(thing.close for thing in process_groups.closables())):
-            last_first.callback(each)
+def _let_go(*callbacks: Callable[[], None]) -> None:
+    with ExitStack() as stack:  # every callback runs, whatever fails
+        stack.callback(gc.collect)  # frames of a step that failed refer to its groups, in cycles
+        stack.callback(process_groups.release_all)
+        for callback in (*callbacks, *(closable.close for closable in process_groups.closables())):
+            stack.callback(callback)
 
 
-_ends: set[int] = set()  # the worlds that are seen to as this process ends
+_ends: set[int] = set()  # the worlds that are left when this process ends
 
 
 def _at_exit(own: bool) -> None:
-    """Have this world left as the process ends, or where it is not Lumen's `own`, our hold on it let go."""
+    """Leave this world when the process ends; where Lumen has not joined it (`own`), only drop its references."""
     if process_groups.world_number() not in _ends:
         _ends.add(process_groups.world_number())
         atexit.register(leave_at_exit, os.getpid(), own)
 
 
 def leave_at_exit(process: int, own: bool = True) -> None:
-    """Leave the world of `process` as it ends: a fork of it has the groups, and not their threads."""
+    """Leave the world of `process` as it ends; a fork has the groups but not their threads, and does nothing."""
     if process != os.getpid():
         return
     _clear_frames(getattr(sys, "last_value", None))
     _let_go(*[_destroy] * own)
     if process_groups.survivors() and not distributed.is_distributed():
         warnings.warn(
-            f"torch's process groups {', '.join(process_groups.survivors())} are still referred to, so that their"
-            " threads live on, and can abort this process as it ends. Keep the mesh, not what mesh.group(...) gives.",
+            f"torch's process groups {', '.join(process_groups.survivors())} are still referenced. Their threads stay"
+            " alive, and can abort this process as it ends. Keep the mesh, not the result of mesh.group(...).",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames hold that an error has come through, and those behind it: groups, for one."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    """Clear the frames in the tracebacks of an error and of its causes: they may refer to process groups."""
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
@@ -157,14 +157,14 @@ def _destroy() -> None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if distributed.is_dry_run():  # wherever it will run, this process has a CPU
+    if distributed.is_dry_run():
         return torch.device("cpu")
     if device is None:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     else:
         kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
-        raise WorldError('device="cuda" was asked for, and torch sees no GPU here. Write lm.mesh(device="cpu").')
+        raise WorldError('device="cuda" was asked for, and torch finds no GPU here. Write lm.mesh(device="cpu").')
     if kind != "cuda":
         return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Python's `logging` in a world of several processes: who said it, and the first process alone on the terminal."""
+"""Python's `logging` in a world of several ranks: records name their rank, and rank 0 alone logs to the terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from lumen.core import distributed
 
 _FORM = "%(asctime)s {who}%(name)s %(levelname)s: %(message)s"
-_OURS = "lumen"  # the name of the handlers that an earlier call has installed
+_OURS = "lumen"  # the name of the handlers that a call installs
 
 
 class _Stderr:
-    """Whatever is stderr when something is written: notebooks and tests change it."""
+    """The current `sys.stderr` at each write: notebooks and tests replace it."""
 
     def write(self, text: str) -> None:
         sys.stderr.write(text)
@@ -24,11 +24,11 @@ class _Stderr:
 
 
 def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | str = logging.INFO) -> None:
-    """Have `logging`, and warnings, of this process on stderr, from the first process at `level` and up.
+    """Send `logging` records and warnings to stderr: on rank 0 from `level` up.
 
-    Other processes tell their warnings and errors there, behind `[rank n]`. With `directory`, each process also writes
-    everything from `level` up to `directory/rank-n.log`. Call it once `lm.mesh()` has joined the processes; calling it
-    again replaces what an earlier call has set up.
+    Other ranks write their warnings and errors there, prefixed with `[rank n]`. With `directory`, each rank also writes
+    all records from `level` up to `directory/rank-n.log`. Call it after `lm.mesh()` has joined the ranks. A second call
+    replaces the handlers of the first.
 
     >>> import lumen as lm, logging, tempfile
     >>> lm.parallel.setup_logging(directory := tempfile.mkdtemp())
@@ -38,7 +38,7 @@ def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | 
     """
     rank = distributed.rank()
     root = logging.getLogger()
-    for handler in [each for each in root.handlers if each.name == _OURS]:
+    for handler in [h for h in root.handlers if h.name == _OURS]:
         root.removeHandler(handler)
         handler.close()
     terminal = logging.StreamHandler(_Stderr())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -24,12 +24,12 @@ _Device: TypeAlias = torch.device  # a mesh has a property of the module's name
 
 
 class Mesh:
-    """Processes in a grid: `data` replicates, `shard` cuts params and state, `tensor` cuts single matrices.
+    """A grid of ranks: `data` replicates, `shard` shards params and state, `tensor` shards single matrices.
 
-    The rows of a batch are spread over `data` and `shard` together; processes along `tensor` are handed the same ones.
-    Every axis exists; one that was not asked for has size 1. `device` is where this process computes.
+    The rows of a batch are split over `data` and `shard` together. Ranks along `tensor` receive the same rows. Every
+    axis exists, with size 1 by default. `device` is where this rank computes.
 
-    It lasts as long as the world that it was made in: once that was left, what needs its processes raises `WorldError`.
+    A mesh is valid as long as the world in which it was made. After that, whatever needs its ranks raises `WorldError`.
     """
 
     def __init__(self, sizes: Mapping[str, int], device: _Device, torch_mesh: DeviceMesh | None) -> None:
@@ -51,61 +51,61 @@ class Mesh:
         return hash((*self.sizes.items(), self.device, self._world))
 
     def __deepcopy__(self, _memo: Any) -> Mesh:
-        return self  # what stands on it may be copied, the processes may not
+        return self  # shared by the copies of a step on it
 
     @property
     def torch(self) -> DeviceMesh | None:
-        """Torch's own mesh, None where this process is alone. Its groups are destroyed when the world is left."""
+        """Torch's own mesh, None in a world of one rank. Its groups are destroyed when the world is left."""
         if self._torch is not None and self._world != process_groups.world_number():
             process_groups.raise_left(repr(self))
         return self._torch
 
     def size(self, *axes: str) -> int:
-        """How many processes there are along `axes` together, by default all."""
+        """The number of ranks along `axes` together, by default along all axes."""
         return math.prod(self.sizes[name] for name in axes or AXES)
 
     def index(self, axis: str) -> int:
-        """This process's place along `axis`."""
-        found = self.torch
-        return 0 if found is None else found.get_local_rank(axis)
+        """This rank's index along `axis`."""
+        grid = self.torch
+        return 0 if grid is None else grid.get_local_rank(axis)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """The processes that differ from this one in their place along `axes` only; None where it is alone there.
+        """The group of ranks that differ from this one in their index along `axes` only; None for a group of one.
 
-        Do not keep it: Gloo's threads live as long as anything refers to it, also after the world was left.
+        Do not keep it: Gloo's threads stay alive as long as anything refers to it, even after the world has been left.
         """
         wide = [name for name in axes if self.sizes[name] > 1]
-        found = self.torch
-        if not wide or found is None:
+        grid = self.torch
+        if not wide or grid is None:
             return None
         if len(wide) == 1:
-            return process_groups.noted(found.get_group(wide[0]))
+            return process_groups.hand_out(grid.get_group(wide[0]))
         flat = "_".join(wide)
         with distributed.real_tensors():
-            return process_groups.noted(found[tuple(wide)]._flatten(flat).get_group())
+            return process_groups.hand_out(grid[tuple(wide)]._flatten(flat).get_group())
 
     def bound(self) -> AbstractContextManager[None]:
-        """With every axis bound for `lm.psum` and its kin."""
+        """Bind every axis for `lm.psum` and the other collectives."""
         _ = self.torch  # raises where its world was left
         return rules.bound_axes(self._axes)
 
 
 class StepMesh:
-    """The processes that one step of a parallel transform runs on.
+    """The ranks that one step of a parallel transform runs on.
 
-    They are those of the mesh that the transform was given, or all of the world along `axis`, and are looked up when
-    the step is prepared or called for the first time. The step keeps them, so that it is known to belong to its world;
-    the transform does not, and can be part of a step of another world.
+    They are those of the transform's mesh, by default all of the world along `axis`. They are looked up when the step
+    is prepared or called for the first time. The step keeps them, and belongs to their world. The transform does not,
+    and can be part of a step in another world.
     """
 
-    def __init__(self, given: Mesh | None, axis: str) -> None:
-        self._given, self._axis = given, axis
+    def __init__(self, mesh: Mesh | None, axis: str) -> None:
+        self._mesh, self._axis = mesh, axis
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The mesh."""
-        if self._given is not None:
-            return self._given
+        if self._mesh is not None:
+            return self._mesh
         axes: dict[str, Any] = {self._axis: -1}
         return mesh(**axes)
 
@@ -120,11 +120,11 @@ class ProcessAxis:
         self._mesh, self._name = mesh, name
 
     def index(self) -> Tensor:
-        """This process's place."""
+        """This rank's index."""
         return torch.tensor(self._mesh.index(self._name), device=self._mesh.device)
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum, maximum or minimum over the axis; the gradient of every member reaches every member."""
+        """The sum, maximum or minimum over the axis; the gradient of every rank reaches every rank."""
         group = self._mesh.group(self._name)
         return x if group is None else _Reduce.apply(x, op, GroupRef(group))  # type: ignore[no-untyped-call]
 
@@ -132,18 +132,18 @@ class ProcessAxis:
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: str, group: GroupRef) -> Tensor:
-        out = collectives.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, group())()
+        result = collectives.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, group())()
         ctx.op, ctx.group = op, group
-        ctx.save_for_backward(x, out)
-        return out
+        ctx.save_for_backward(x, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, out = ctx.saved_tensors
+        x, result = ctx.saved_tensors
         total = _Reduce.apply(grad, "sum", ctx.group)  # type: ignore[no-untyped-call]
         if ctx.op == "sum":
             return total, None, None
-        winners = (x == out).to(grad.dtype)
+        winners = (x == result).to(grad.dtype)
         return total * winners / _Reduce.apply(winners, "sum", ctx.group), None, None  # type: ignore[no-untyped-call]
 
 
@@ -155,24 +155,24 @@ def mesh(
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The processes that torchrun started, as a grid of `data` × `shard` × `tensor`; alone, a grid of one.
+    """The ranks that torchrun started, as a grid of `data` × `shard` × `tensor`; without torchrun, a grid of one.
 
-    An axis that is left out is 1; where none is given, all processes are along `data`. One may be -1: what the others
-    leave of the world. The first call joins the processes; `timeout` is how many seconds a collective waits.
-    `lm.Loader` cuts batches as the last mesh says: into as many parts as there are processes along data and shard.
+    An axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world
+    size divided by the others. The first call joins the world; `timeout` is how many seconds a collective waits.
+    `lm.Loader` splits batches by the last mesh, over as many ranks as there are along data and shard.
 
-    Raises `WorldError` where the axes do not make up the world.
+    Raises `WorldError` where the product of the axes is not the world size.
 
     >>> import lumen as lm
     >>> lm.parallel.mesh().size()
     1
     """
-    found = join(device, timeout)
+    chosen = join(device, timeout)
     sizes = _sizes({"data": data, "shard": shard, "tensor": tensor}, distributed.world_size())
     distributed.set_tp_degree(sizes["tensor"])
     if not distributed.is_distributed():
-        return Mesh(sizes, found, None)
-    return Mesh(sizes, found, _grid(found.type, sizes))
+        return Mesh(sizes, chosen, None)
+    return Mesh(sizes, chosen, _grid(chosen.type, sizes))
 
 
 def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
@@ -183,26 +183,32 @@ def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
     return process_groups.mesh_of((device, *sizes.items()), make)
 
 
-def _sizes(asked: Mapping[str, int | None], processes: int) -> dict[str, int]:
-    for name, size in asked.items():
+def _sizes(axes: Mapping[str, int | None], processes: int) -> dict[str, int]:
+    for name, size in axes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1)):
-            raise WorldError(f"mesh({name}={size!r}) must be a positive number of processes, or -1 for what is left.")
-    free = [name for name, size in asked.items() if size == -1]
-    if all(size is None for size in asked.values()):
+            raise WorldError(
+                f"mesh({name}={size!r}) must be a positive number of processes, or -1 for all that remain."
+            )
+    free = [name for name, size in axes.items() if size == -1]
+    if all(size is None for size in axes.values()):
         free = ["data"]
-    sizes = {name: 1 if size in (None, -1) else int(size or 1) for name, size in asked.items()}
+    sizes = {name: 1 if size in (None, -1) else int(size or 1) for name, size in axes.items()}
     product = math.prod(sizes.values())
     if len(free) == 1 and processes % product == 0:
         sizes[free[0]] = processes // product
         return sizes
     if not free and product == processes:
         return sizes
-    said = ", ".join(f"{name}={size}" for name, size in asked.items() if size is not None)
-    raise WorldError(
-        f"mesh({said}) does not make up the world, which has {processes} processes"
-        + (": only one axis can be -1." if len(free) > 1 else f", but {product}.")
-        + _advice(sizes, processes)
-    )
+    text = ", ".join(f"{name}={size}" for name, size in axes.items() if size is not None)
+    raise WorldError(_mismatch(text, free, product, processes) + _advice(sizes, processes))
+
+
+def _mismatch(text: str, free: Sequence[str], product: int, processes: int) -> str:
+    if len(free) > 1:
+        return f"mesh({text}) has several axes of -1, and only one can be the rest of the world."
+    if free:
+        return f"mesh({text}) needs a multiple of {product} processes, but the world size is {processes}."
+    return f"mesh({text}) needs {product} processes, but the world size is {processes}."
 
 
 def _advice(sizes: Mapping[str, int], processes: int) -> str:

@@ -1,8 +1,8 @@
-"""The process groups of this world: one owner, who can let go of all of them.
+"""The process groups of this world, with one owner that can release all of them.
 
-Gloo's threads live as long as anything refers to their group, whether it was destroyed or not, and one that still lives
-when the interpreter ends can abort the process. So only torch's own meshes hold groups, those meshes are made here, and
-all else keeps a `GroupRef`.
+Gloo's threads stay alive as long as anything refers to their group, whether it was destroyed or not. A thread that is
+alive when the interpreter ends can abort the process. So only torch's own meshes refer to groups, those meshes are made
+here, and all other code keeps a `GroupRef`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lumen.errors import WorldError
 
 
 class Closable(Protocol):
-    """What has a thread, or groups of its own, while the world lasts."""
+    """An object with a thread or process groups of its own, which must be closed before the world is left."""
 
     def close(self) -> None:
-        """Let go of them; doing so again does nothing."""
+        """Release them; a second call does nothing."""
 
 
 class GroupRef:
-    """A process group that is not kept alive: a call gives it, or raises `WorldError` where its world was left."""
+    """A weak reference to a process group: calling it returns the group, or raises `WorldError` after its world."""
 
     __slots__ = ("_find", "_world", "index", "size")
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._find = weakref.ref(noted(group))
+        self._find = weakref.ref(hand_out(group))
         world_number()
         self._world = _world  # of the group: the newest
         self.size = dist.get_world_size(group)
@@ -45,15 +45,15 @@ class GroupRef:
         return group
 
 
-_number = 0  # of worlds that this process has been in
+_number = 0  # of worlds that this process has joined so far
 _world: weakref.ref[Any] | None = None  # the newest of them
 _meshes: dict[Hashable, DeviceMesh] = {}  # and its meshes
 _closables: list[weakref.ref[Closable]] = []
-_noted: weakref.WeakSet[Any] = weakref.WeakSet()  # groups that somebody outside may have kept
+_handed_out: weakref.WeakSet[Any] = weakref.WeakSet()  # groups that code outside may still refer to
 
 
 def world_number() -> int:
-    """Which of the worlds that this process has joined it is in, from 1; 0 in none."""
+    """The number of this process's current world, counted from 1; 0 outside of any."""
     global _number, _world
     world = dist.group.WORLD
     if world is None:
@@ -65,7 +65,7 @@ def world_number() -> int:
 
 
 def mesh_of(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
-    """Torch's mesh of this form: one is made for each, as its groups have threads and connections of their own."""
+    """Torch's mesh for this key, made once, as its groups have threads and connections of their own."""
     world_number()
     if key not in _meshes:
         _meshes[key] = make()
@@ -73,45 +73,45 @@ def mesh_of(key: Hashable, make: Callable[[], DeviceMesh]) -> DeviceMesh:
 
 
 def release() -> None:
-    """Have the meshes of a world that was left hold no group any more, whoever holds the meshes."""
+    """Remove the groups from the meshes of a world that was left, which may still be referenced."""
     while _meshes:
         release_groups(_meshes.popitem()[1])
 
 
 def release_all() -> None:
-    """The same, and torch's own functions."""
+    """The same, and remove them from torch's own functions."""
     release()
     release_default_groups()
 
 
-def noted(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group, which is handed out."""
-    _noted.add(group)
+def hand_out(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group, recorded for `survivors`."""
+    _handed_out.add(group)
     return group
 
 
 def survivors() -> list[str]:
-    """Names of groups, handed out by now, that somebody still refers to: where none should be alive any more."""
-    return sorted(group.group_name for group in _noted)
+    """Names of the groups that are still referenced, asked when none should be."""
+    return sorted(group.group_name for group in _handed_out)
 
 
-def close_on_leave(thing: Closable) -> None:
-    """Close `thing` before this world is left, unless nothing refers to it by then."""
-    _closables[:] = [each for each in _closables if each() is not None]
-    if not any(each() is thing for each in _closables):
-        _closables.append(weakref.ref(thing))
+def close_on_leave(closable: Closable) -> None:
+    """Close `closable` before this world is left, unless it has been deleted by then."""
+    _closables[:] = [reference for reference in _closables if reference() is not None]
+    if not any(reference() is closable for reference in _closables):
+        _closables.append(weakref.ref(closable))
 
 
 def closables() -> list[Closable]:
-    """What is to be closed now, the newest last; it is not asked for again."""
-    found = [thing for each in _closables if (thing := each()) is not None]
+    """The objects to close now, the newest last; the list is empty afterwards."""
+    alive = [closable for reference in _closables if (closable := reference()) is not None]
     _closables.clear()
-    return found
+    return alive
 
 
 def raise_left(what: str) -> NoReturn:
     """Raise `WorldError`."""
     raise WorldError(
-        f"{what} belongs to a world of processes that this one has left. Make the mesh, and the steps on it, anew in"
-        " the world that they are to run in: mesh = lm.mesh(data=-1)."
+        f"{what} belongs to a world that this process has left. Make the mesh, and the steps on it, again in the"
+        " current world: mesh = lm.mesh(data=-1)."
     )

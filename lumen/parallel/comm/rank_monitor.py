@@ -1,16 +1,16 @@
-"""`RankMonitor`: what the processes of one run tell each other beside the collectives.
+"""`RankMonitor`: what the ranks of one run tell each other outside of collectives.
 
-A collective cannot say that somebody will never come to it. So each process has a daemon thread that writes to the
-store of the world how far it is, and reads there how the others are. A step costs two assignments for it.
+A collective cannot report that a rank will never reach it. So each rank has a daemon thread, which writes the rank's
+progress to the store of the world and reads that of the others. A step costs two assignments.
 
-Three questions are answered here, none of which may cost a collective in each step:
+The monitor answers three questions, none of which may cost a collective in each step:
 
-- *Did somebody fail?* The first error is written to the store. Whoever is blocked in a collective then cannot be woken
-  (Gloo has no way to), so its thread ends the process where it does not end by itself.
-- *Who hangs, or is gone?* Those that gave up waiting say so; the others are named, with their last step.
-- *After which step do all meet?* Whoever wants a meeting asks for it. Each thread answers with the step that its
-  process has begun, and from then on the process looks after each step. The largest answer is the step after which all
-  meet: nobody has begun a later one, and everybody comes to it, as no one is held back before.
+- *Has a rank failed?* The first error is written to the store. A rank that is blocked in a collective cannot be woken
+  (Gloo has no way to), so its thread ends the process if it does not end by itself.
+- *Which rank hangs, or has died?* The ranks that gave up waiting say so. The others are named, with their last step.
+- *After which step do all ranks synchronize?* Any rank may request it. Each thread answers with the step that its rank
+  has begun, and from then on the rank checks after each step. All ranks synchronize after the largest answer: no rank
+  has begun a later step, and no rank is blocked before it.
 """
 
 from __future__ import annotations
@@ -27,203 +27,225 @@ from torch.distributed.distributed_c10d import Store
 from lumen.errors import BatchError, WorldError
 from lumen.parallel.comm.process_groups import close_on_leave
 
-GRACE = 5.0  # seconds in which a process should end by itself after another one failed
-SILENCE = 30.0  # seconds without a word after which a process counts as gone
-_STORES = 1000  # how often per second all processes together may ask the store
+GRACE = 5.0  # seconds that a process has to end by itself after another rank failed
+SILENCE = 30.0  # seconds of waiting after which missing ranks are checked for heartbeats
+_STORES = 1000  # requests per second that all ranks together may send to the store
 _SHORT = 0.005
 
 
+class _RankStore:
+    """The keys of one run in the store: for each key a value of each rank, and heartbeats."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.store, self._rank, self._size = store, rank, size
+        self.interval = max(0.1, size / _STORES)
+
+    def post(self, key: str, value: int) -> None:
+        """Write this rank's value."""
+        self.store.set(f"{key}/{self._rank}", str(value))
+        self.store.add(f"{key}/count", 1)
+
+    def all_posted(self, key: str) -> bool:
+        """Whether every rank has written a value."""
+        return self.store.add(f"{key}/count", 0) >= self._size
+
+    def posted(self, key: str) -> Sequence[int]:
+        """The values of all ranks."""
+        return [int(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(self._size)])]
+
+    def missing(self, key: str) -> list[int]:
+        """The ranks that have written no value."""
+        return [rank for rank in range(self._size) if not self.store.check([f"{key}/{rank}"])]
+
+    def heartbeat(self, rank: int) -> tuple[int, int, int]:
+        """The last heartbeat of a rank: the step it has begun, the step it is making, and the number of heartbeats."""
+        if not self.store.check([f"beat/{rank}"]):
+            return 0, 0, 0
+        begun, working, beats = map(int, self.store.get(f"beat/{rank}").split())
+        return begun, working, beats
+
+    def is_alive(self, rank: int) -> bool:
+        """Whether a rank sends another heartbeat in the next moments."""
+        before = self.heartbeat(rank)
+        return _wait_for(lambda: self.heartbeat(rank) != before, 10 * self.interval)
+
+    def forget(self, number: int) -> None:
+        """Delete the keys of a synchronization that all ranks have left, as they answer the next one."""
+        if number >= 0:
+            ranks = [f"{number}/at/{rank}" for rank in range(self._size)]
+            for key in (*ranks, f"{number}/at/count", f"{number}/step", f"{number}/called"):
+                self.store.delete_key(key)
+
+    def release(self) -> None:
+        """Use the store no more; rank 0, whose process may own it, waits a while until no rank does.
+
+        Without torchrun, whose agent owns the store, the store ends with rank 0. A rank that has not yet read that all
+        ranks have finished would take that for a failure.
+        """
+        try:
+            self.store.add("parted", 1)
+            if self._rank == 0:
+                _wait_for(lambda: self.store.add("parted", 0) >= self._size, GRACE)
+        except RuntimeError:  # it has ended already, and no rank waits for an answer
+            return
+
+
 class RankMonitor:
-    """This process's part; `begun` and `working` are written by the run and read by the thread."""
+    """This rank's monitor; the run writes `begun` and `working`, and the thread reads them."""
 
     def __init__(self, store: Store, rank: int, size: int, leave: Callable[[int], object] = os._exit) -> None:
         self.begun = 0  # the last step that the run may be making
         self.working = 0  # the step that the run is making, 0 between two
-        self.asked = False  # a meeting has been called
+        self.sync_pending = False  # whether a rank has requested that all synchronize
         self.failure: tuple[int, str] | None = None
-        # A connection of its own: its waits must not hold up the run's.
+        # A connection of its own: its waits must not block those of the run.
         self._store: Store = store.clone()  # type: ignore[attr-defined]
+        self._ranks = _RankStore(self._store, rank, size)
         self._rank, self._size, self._leave = rank, size, leave
-        self._interval = max(0.1, size / _STORES)
-        self._wanted = False
+        self._sync_requested = False
         self._failed_itself = False
-        self._parted = False
+        self._released = False
         self._round = 0
-        self._meet_at: int | None = None
+        self._sync_step: int | None = None
         self._beats = 0
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._closed = threading.Event()
         self._ended = threading.Event()
         self._owner = 0
         self._thread = threading.Thread(target=self._run, name="lumen ranks", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._owner = os.getpid()
         self._thread.start()
         close_on_leave(self)
 
     def close(self) -> None:
-        """The run is over here; the thread has ended, unless the store does not answer it."""
+        """End the run on this rank; the thread ends too, unless the store does not answer it."""
         self._closed.set()
         if self._owner == os.getpid():  # a fork has no thread
-            self._ended.wait(GRACE)  # an interrupted `Thread.join` takes the thread for ended (Python 3.11)
+            self._ended.wait(GRACE)  # after an interrupted `Thread.join` the thread counts as ended (Python 3.11)
             self._thread.join(GRACE)
-            if self.failure is None and not self._failed_itself and not self._parted:
-                self._part()
-
-    def _part(self) -> None:
-        """Ask the store no more; rank 0, whose process may hold it, waits a while until nobody does.
-
-        Without torchrun, whose agent has the store, it ends with rank 0: a rank that had not yet read that all have
-        come to the end would take that for a failure.
-        """
-        self._parted = True
-        try:
-            self._store.add("parted", 1)
-            if self._rank == 0:
-                self._wait_for(lambda: self._store.add("parted", 0) >= self._size, GRACE)
-        except RuntimeError:  # it is gone already, and nobody waits for an answer
-            return
-
-    # ---------------------------------------------------------------------------------------- meetings
+            if self.failure is None and not self._failed_itself and not self._released:
+                self._released = True
+                self._ranks.release()
 
     def call(self) -> None:
-        """Ask for a meeting; also from a signal handler."""
-        self._wanted = True
+        """Request that all ranks synchronize; also from a signal handler."""
+        self._sync_requested = True
 
     def should_sync(self, step: int) -> bool:
-        """Whether all meet now, after `step`. To be asked between any two steps, before the next one is prepared."""
-        self.begun = step + 1  # before the look at `asked`; the thread does it the other way round
-        return self.asked and self._meets(step)
+        """Whether all ranks synchronize now, after `step`. Called between any two steps, before the next one begins."""
+        self.begun = step + 1  # before reading `sync_pending`; the thread does both in reverse order
+        return self.sync_pending and self._await_sync(step)
 
-    def _meets(self, step: int) -> bool:
+    def _await_sync(self, step: int) -> bool:
         began = time.monotonic()
-        while self._meet_at is None:
+        while self._sync_step is None:
             self.check()
             self._check_patience(began, f"{self._round}/at")
             time.sleep(_SHORT)
         self.check()
-        if step < self._meet_at:
+        if step < self._sync_step:
             return False
-        with self._turn:
-            # What is wanted up to here is told at this meeting.
-            self.asked, self._meet_at, self._wanted = False, None, False
+        with self._lock:
+            # Requests up to here are answered by this synchronization.
+            self.sync_pending, self._sync_step, self._sync_requested = False, None, False
             self._round += 1
         return True
 
     def _answer_call(self) -> None:
-        """The thread's part in a meeting."""
-        with self._turn:
+        """Answer a request, in the thread."""
+        with self._lock:
             number, store = self._round, self._store
-            if self._meet_at is not None:
+            if self._sync_step is not None:
                 return
-            if not self.asked:
-                if self._wanted:
-                    self._wanted = False
+            if not self.sync_pending:
+                if self._sync_requested:
+                    self._sync_requested = False
                     store.set(f"{number}/called", "1")
                 if not store.check([f"{number}/called"]):
                     return
-                self.asked = True
-                self._say(f"{number}/at", self.begun)
-            if self._rank == 0 and self._all_said(f"{number}/at"):
-                store.set(f"{number}/step", str(max(self._said(f"{number}/at"))))
-                self._forget(number - 1)
+                self.sync_pending = True
+                self._ranks.post(f"{number}/at", self.begun)
+            if self._rank == 0 and self._ranks.all_posted(f"{number}/at"):
+                store.set(f"{number}/step", str(max(self._ranks.posted(f"{number}/at"))))
+                self._ranks.forget(number - 1)
             if store.check([f"{number}/step"]):
-                self._meet_at = int(store.get(f"{number}/step"))
-
-    def _forget(self, number: int) -> None:
-        """All have come from that meeting, as they answer to the next one."""
-        if number >= 0:
-            ranks = [f"{number}/at/{rank}" for rank in range(self._size)]
-            for key in (*ranks, f"{number}/at/count", f"{number}/step", f"{number}/called"):
-                self._store.delete_key(key)
-
-    # ---------------------------------------------------------------------------------------- waiting
+                self._sync_step = int(store.get(f"{number}/step"))
 
     def agree(self, what: str, number: int, step: int | None = None) -> None:
-        """Wait until all have come here: for the `number`th time to `what`.
+        """Wait until all ranks have called this, for the `number`th time for `what`.
 
-        With `step`, all must have come after the same step: raises `BatchError` where another process makes a later
-        one, or came from another.
+        With `step`, all must call it after the same step: raises `BatchError` where another rank makes a later step, or
+        has called it after another one.
         """
         key = f"{what}/{number}"
-        self._say(key, step or 0)
+        self._ranks.post(key, step or 0)
         began, pause = time.monotonic(), _SHORT
-        while not self._all_said(key):
+        while not self._ranks.all_posted(key):
             self.check()
             if step is not None:
-                self._check_ahead(key, step)
+                for rank in self._ranks.missing(key):
+                    if self._ranks.heartbeat(rank)[1] > step:
+                        raise _uneven(self._rank, step, rank)
             self._check_patience(began, key)
             time.sleep(pause)
-            pause = min(2 * pause, self._interval)
-        steps = self._said(key)
+            pause = min(2 * pause, self._ranks.interval)
+        steps = self._ranks.posted(key)
         if step is not None and len(set(steps)) > 1:
-            raise self._uneven(step, steps.index(next(each for each in steps if each != step)))
-
-    def _check_ahead(self, key: str, step: int) -> None:
-        for rank in self._missing(key):
-            if self._beat(rank)[1] > step:
-                raise self._uneven(step, rank)
-
-    def _uneven(self, step: int, rank: int) -> BatchError:
-        return BatchError(
-            f"the data of rank {self._rank} ended after step {step}, and that of rank {rank} did not: under several"
-            " processes each must have the same number of batches. An lm.Loader cuts each global batch, so that it is"
-            " so; with other data give limit=, the number of batches of the shortest."
-        )
+            raise _uneven(self._rank, step, steps.index(next(other for other in steps if other != step)))
 
     def _check_patience(self, began: float, key: str) -> None:
-        """Raise where a process that is waited for says nothing any more."""
+        """Raise `WorldError` where a rank that is waited for has stopped sending heartbeats."""
         if time.monotonic() - began < SILENCE:
             return
-        for rank in self._missing(key):
-            if not self._lives(rank):
-                raise WorldError(self._gone(rank))
-
-    # ---------------------------------------------------------------------------------------- failures
+        for rank in self._ranks.missing(key):
+            if not self._ranks.is_alive(rank):
+                raise WorldError(self._silence(rank))
 
     def check(self) -> None:
-        """Raise `WorldError` where another process has failed."""
+        """Raise `WorldError` where another rank has failed."""
         if self.failure is not None:
             raise self.error()
 
     def error(self) -> WorldError:
-        """The first failure, for a process that it was not."""
+        """The first failure, as the other ranks raise it."""
         assert self.failure is not None
         return WorldError(self.failure[1])
 
     def fail(self, text: str) -> None:
-        """Tell the others that this process failed, unless one has before; waits a moment until they know."""
+        """Publish that this rank failed, unless one has before; waits a moment until the others have read it."""
         self._failed_itself = True
         self._publish(self._rank, f"rank {self._rank} failed {text}")
-        self._wait_for(lambda: self._store.add("known", 0) >= self._size - 1, GRACE / 2)
+        _wait_for(lambda: self._store.add("known", 0) >= self._size - 1, GRACE / 2)
 
     def explain(self, error: BaseException) -> WorldError | None:
-        """What lies behind an error of this process, where it is that of another one."""
+        """The failure of another rank that caused an error of this rank, if there is one."""
         try:
-            if is_of_wire(error):
-                return self._behind()
-        except RuntimeError:  # the store went with the process that held it
-            return WorldError("rank 0 is gone, and with it the store through which the ranks of this run talk.")
+            if is_collective_error(error):
+                return self._cause()
+        except RuntimeError:  # the store ended with the process that owned it
+            return WorldError("rank 0 is gone, and with it the store of this run.")
         if self.failure is None:
             return None
         return error if isinstance(error, WorldError) else self.error()
 
-    def _behind(self) -> WorldError | None:
-        """Why a collective broke: somebody failed, or did not come to it."""
-        self._say("gave up", self.begun)  # at once: torchrun may end this process before it can say more
-        if self._wait_for(lambda: self._failed() is not None, GRACE / 2):
+    def _cause(self) -> WorldError | None:
+        """Why a collective broke: a rank failed, or did not reach it."""
+        self._ranks.post("gave up", self.begun)  # at once: torchrun may end this process soon
+        if _wait_for(lambda: self._failed() is not None, GRACE / 2):
             return self.error()
-        self._wait_for(lambda: self._all_said("gave up") or self._failed() is not None, GRACE)
-        for rank in self._missing("gave up"):
+        _wait_for(lambda: self._ranks.all_posted("gave up") or self._failed() is not None, GRACE)
+        for rank in self._ranks.missing("gave up"):
             if self._failed() is None:
-                hangs = f"rank {rank} hangs in step {self._beat(rank)[0]}: the others waited for it in a collective."
-                self._publish(rank, hangs if self._lives(rank) else self._gone(rank))
+                step = self._ranks.heartbeat(rank)[0]
+                hangs = f"rank {rank} hangs in step {step}: the others waited for it in a collective."
+                self._publish(rank, hangs if self._ranks.is_alive(rank) else self._silence(rank))
         return self.error() if self._failed() is not None else None
 
-    def _gone(self, rank: int) -> str:
-        return f"rank {rank} is gone, or frozen, since it began step {self._beat(rank)[0]}: it says nothing any more."
+    def _silence(self, rank: int) -> str:
+        return f"rank {rank} stopped sending heartbeats after it began step {self._ranks.heartbeat(rank)[0]}."
 
     def _publish(self, rank: int, text: str) -> None:
         self._store.compare_set("failure", "", f"{rank} {text}")
@@ -236,73 +258,56 @@ class RankMonitor:
             self._store.add("known", 1)
         return self.failure
 
-    def _end(self) -> None:
-        """Another process failed: let the run notice, and end the process where it does not."""
-        self.asked = True
+    def _end_process(self) -> None:
+        """After a failure of another rank: let the run notice, and end this process if it does not."""
+        self.sync_pending = True
         if self.failure is None or self._failed_itself or self._closed.wait(GRACE):
             return
-        # Not print: the run may hold the lock of its stream.
-        text = f"[rank {self._rank}] {self.failure[1]}\nThis process cannot leave its step, and is ended.\n"
+        # Not print: the run may hold the stream's lock.
+        text = f"[rank {self._rank}] {self.failure[1]}\nThis process is blocked in its step, and is ended.\n"
         os.write(2, text.encode())
         sys.stdout.flush()
         self._leave(1)
 
-    # ---------------------------------------------------------------------------------------- the thread
-
     def _run(self) -> None:
         try:
             while True:
-                closing = self._closed.wait(_SHORT if self.asked and self._size < _STORES / 10 else self._interval)
+                closing = self._closed.wait(
+                    _SHORT if self.sync_pending and self._size < _STORES / 10 else self._ranks.interval
+                )
                 self._beats += 1
                 self._store.set(f"beat/{self._rank}", f"{self.begun} {self.working} {self._beats}")
-                self._answer_call()  # also as it closes: others may wait for the answer
+                self._answer_call()  # also when closing: other ranks may wait for the answer
                 if closing:
                     return
                 if self._failed() is not None:
-                    self._end()
+                    self._end_process()
                     return
-        except RuntimeError as error:  # the store is gone
+        except RuntimeError as error:  # the store has ended
             self.failure = self.failure or (0, f"rank 0 is gone, and with it the store of this world ({error}).")
             if not self._closed.is_set():
-                self._end()
+                self._end_process()
         finally:
             self._ended.set()
 
-    # ---------------------------------------------------------------------------------------- the store
 
-    def _say(self, key: str, value: int) -> None:
-        self._store.set(f"{key}/{self._rank}", str(value))
-        self._store.add(f"{key}/count", 1)
-
-    def _all_said(self, key: str) -> bool:
-        return self._store.add(f"{key}/count", 0) >= self._size
-
-    def _said(self, key: str) -> Sequence[int]:
-        return [int(value) for value in self._store.multi_get([f"{key}/{rank}" for rank in range(self._size)])]
-
-    def _missing(self, key: str) -> list[int]:
-        return [rank for rank in range(self._size) if not self._store.check([f"{key}/{rank}"])]
-
-    def _beat(self, rank: int) -> tuple[int, int, int]:
-        """What a process said last: the step it has begun, the one it was making, and how often it spoke."""
-        if not self._store.check([f"beat/{rank}"]):
-            return 0, 0, 0
-        begun, working, beats = map(int, self._store.get(f"beat/{rank}").split())
-        return begun, working, beats
-
-    def _lives(self, rank: int) -> bool:
-        before = self._beat(rank)
-        return self._wait_for(lambda: self._beat(rank) != before, 10 * self._interval)
-
-    def _wait_for(self, condition: Callable[[], bool], seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while not (done := bool(condition())) and time.monotonic() < until:
-            time.sleep(_SHORT * 4)
-        return done
+def _uneven(rank: int, step: int, other: int) -> BatchError:
+    return BatchError(
+        f"the data of rank {rank} ended after step {step}, and that of rank {other} did not: all ranks must have the"
+        " same number of batches. An lm.Loader splits each global batch evenly. With other data give limit=, the number"
+        " of batches of the shortest rank."
+    )
 
 
-def is_of_wire(error: BaseException) -> bool:
-    """Whether an error is that of a collective, behind which there may be another process's."""
+def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not (done := bool(condition())) and time.monotonic() < until:
+        time.sleep(_SHORT * 4)
+    return done
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether an error is that of a collective, which the failure of another rank may have caused."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)

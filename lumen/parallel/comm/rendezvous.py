@@ -1,8 +1,8 @@
-"""The store through which a world's processes find each other, also after `torchrun` has started them again.
+"""The store through which the ranks of a world find each other, also after `torchrun` has restarted them.
 
-Torchrun's agents keep one store for all restarts, and what the processes of an earlier attempt have written is still
-there: the addresses of the dead, for one. So those of one attempt first agree on a name that nobody has used, and then
-see only keys below it. How often an agent has restarted cannot be that name, as each agent counts its own restarts.
+Torchrun's agents keep one store for all restarts, with the keys of earlier attempts: addresses of dead processes, for
+one. So the ranks of one attempt first agree on a name that is new, and then use only keys below it. An agent's number
+of restarts cannot be that name, as each agent counts its own.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def rendezvous(timeout: dt.timedelta) -> tuple[Store, int, int]:
     store, rank, size = next(torch_rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store, rank, size
-    meeting = PrefixStore("lumen/attempt", store)
+    attempts = PrefixStore("lumen/attempt", store)
     until = time.monotonic() + timeout.total_seconds()
-    name = _invite(meeting, size, until) if rank == 0 else _accept(meeting, rank, until)
-    return PrefixStore(name, meeting), rank, size
+    name = _invite(attempts, size, until) if rank == 0 else _accept(attempts, rank, until)
+    return PrefixStore(name, attempts), rank, size
 
 
 def _invite(store: Store, size: int, until: float) -> str:
-    """The first process's part: a name, given to each other process in answer to the newest thing it said."""
+    """On rank 0: a new name, sent to each other rank in answer to that rank's newest word."""
     name = uuid.uuid4().hex
     here = PrefixStore(name, store)
     missing = set(range(1, size))
@@ -42,37 +42,37 @@ def _invite(store: Store, size: int, until: float) -> str:
         for rank in [*missing]:
             if here.check([f"here/{rank}"]):
                 missing.discard(rank)
-            elif store.check([f"hello/{rank}"]):  # perhaps that of an earlier attempt: it is asked again
+            elif store.check([f"hello/{rank}"]):  # perhaps of an earlier attempt: checked again until it answers
                 store.set(f"answer/{rank}", f"{store.get(f'hello/{rank}').decode()} {name}")
         return not missing
 
     if not _wait_for(all_here, until):
         raise WorldError(
-            f"ranks {sorted(missing)} of {size} have not come to join this world in time. They may have failed before"
-            " lm.mesh(), see their output; or give more time: lm.mesh(timeout=1200)."
+            f"ranks {sorted(missing)} of {size} have not joined this world in time. They may have failed before"
+            " lm.mesh(): see their output. Or allow more time: lm.mesh(timeout=1200)."
         )
     return name
 
 
 def _accept(store: Store, rank: int, until: float) -> str:
-    """The others' part: say hello by a word that nobody else says, and take the name that comes in answer to it."""
+    """On other ranks: publish a unique word, and return the name that rank 0 answers it with."""
     word = uuid.uuid4().hex
     store.set(f"hello/{rank}", word)
-    found: list[str] = []
+    names: list[str] = []
 
     def answered() -> bool:
         if store.check([f"answer/{rank}"]):
             answer, _, name = store.get(f"answer/{rank}").decode().partition(" ")
-            found.extend([name] if answer == word else [])
-        return bool(found)
+            names.extend([name] if answer == word else [])
+        return bool(names)
 
     if not _wait_for(answered, until):
         raise WorldError(
-            f"rank 0 has not come to join this world, so rank {rank} cannot. It may have failed before lm.mesh(), see"
-            " its output; or give more time: lm.mesh(timeout=1200)."
+            f"rank 0 has not joined this world, so rank {rank} cannot. It may have failed before lm.mesh(): see its"
+            " output. Or allow more time: lm.mesh(timeout=1200)."
         )
-    PrefixStore(found[0], store).set(f"here/{rank}", "")
-    return found[0]
+    PrefixStore(names[0], store).set(f"here/{rank}", "")
+    return names[0]
 
 
 def _wait_for(condition: Callable[[], bool], until: float) -> bool:

@@ -1,1 +1,1 @@
-"""Data parallelism: whole params on each process, gradients reduced over all of them."""
+"""Data parallelism: full params on each rank, gradients reduced over all ranks."""

@@ -1,4 +1,4 @@
-"""What becomes of a loss function's aux where each process has computed that of its own rows."""
+"""Reduces a loss function's aux over ranks, each of which has computed it for its own rows."""
 
 from __future__ import annotations
 
@@ -22,202 +22,202 @@ from lumen.parallel.comm.consistency import checksum
 
 _LOWEST = torch.iinfo(torch.int64).min
 
-Finish = Callable[[], dict[int, Tensor]]  # waits, and gives the joined leaves by their places
+Finish = Callable[[], dict[int, Tensor]]  # waits, and returns reduced leaves by index
 
 
 class BufferChecks:
-    """What a parallel transform has to find out about buffers over the steps of a run."""
+    """Checks of buffers that a parallel transform makes over the steps of a run."""
 
-    def __init__(self, asked: str) -> None:
-        self.undeclared = Undeclared(asked)
+    def __init__(self, transform: str) -> None:
+        self.undeclared = Undeclared(transform)
         self._compared = False
 
-    def compare_synced(self, synced: Sequence[tuple[Origin, Tensor]], wire: GradComm) -> None:
-        """Raise `WorldError`, on every process, unless all have the same in buffers that a module makes equal."""
+    def compare_synced(self, synced: Sequence[tuple[Origin, Tensor]], comm: GradComm) -> None:
+        """Raise `WorldError`, on every rank, unless buffers that a module synchronizes are equal on all ranks."""
         if self._compared or not synced or rules.is_tracing() or distributed.is_dry_run():
             return
         self._compared = True
-        mine = torch.stack([checksum(leaf) for _, leaf in synced])
-        found = collectives.all_gather(mine.view(-1), wire.group)().view(wire.size, len(synced), -1)
-        differs = (found != found[0]).any(-1).any(0).tolist()
+        own_sums = torch.stack([checksum(leaf) for _, leaf in synced])
+        all_sums = collectives.all_gather(own_sums.view(-1), comm.group)().view(comm.size, len(synced), -1)
+        differs = (all_sums != all_sums[0]).any(-1).any(0).tolist()
         names = [repr(origin.name) for (origin, _), bad in zip(synced, differs, strict=True) if bad]
         if names:
             raise WorldError(
-                f"the rule of {', '.join(names)} is 'sync', so the module makes it equal on every process, but it"
-                ' differs. Sum what it is made of, lm.psum(x, "data"), or give it another rule:'
+                f"the rule of {', '.join(names)} is 'sync', so the module must make it equal on every rank, but it"
+                ' differs. Compute it from sums over ranks, lm.psum(x, "data"), or give it another rule:'
                 " lm.pure(net, merge={...})."
             )
 
 
 class AuxReduction:
-    """The aux of all processes, from this one's: buffers by their rules, plain scalars by their mean over rows.
+    """The reduction of one aux: buffers by their rules, plain scalars by their mean over rows.
 
-    `rows` is how many this process has; where it has none, `origins` and `aux` are those of rows that only stand in,
-    and count nothing. Without `origins` each process keeps the buffers that it has.
+    `rows` is the number of this rank's rows. Without any, `origins` and `aux` come from the dummy batch, and count
+    nothing. Without `origins` each rank keeps its own buffers.
     """
 
-    def __init__(self, aux: Any, rows: int, dummy_batch: int, origins: Sequence[Origin] | None, wire: GradComm) -> None:
+    def __init__(self, aux: Any, rows: int, dummy_batch: int, origins: Sequence[Origin] | None, comm: GradComm) -> None:
         self._aux = aux
-        self._wire = wire
+        self._comm = comm
         self._real = rows > 0
         self._leaves: list[Any] = []
         self._origins: dict[int, Origin] = {}
         self._groups: dict[str, list[int]] = {}
         if aux is None:
             return
-        held = len(tree.leaves(aux.buffers)) if isinstance(aux, Aux) else 0
+        buffer_count = len(tree.leaves(aux.buffers)) if isinstance(aux, Aux) else 0
         self._leaves, self._spec = tree.flatten(aux, is_value)
-        for place, leaf in enumerate(self._leaves):
-            if place >= held:
-                if _is_mean(leaf, rows or dummy_batch, aux, place):
-                    self._group("mean").append(place)
+        for index, leaf in enumerate(self._leaves):
+            if index >= buffer_count:
+                if _is_mean(leaf, rows or dummy_batch, aux, index):
+                    self._group("mean").append(index)
             elif origins is not None:
-                self._origins[place] = origin = origins[place]
-                self._group(_group_of(origin, leaf)).append(place)
+                self._origins[index] = origin = origins[index]
+                self._group(_group_of(origin, leaf)).append(index)
 
     def launch(self) -> list[Finish]:
-        """Send what does not travel as a sum of floating numbers."""
-        sent = [
+        """Start the reductions that are not sums of floating-point numbers."""
+        finishes = [
             self._launch_totals(self._group("total")),
-            self._launch_largest([place for rule in ("max", "min", "any") for place in self._group(rule)]),
+            self._launch_largest([index for rule in ("max", "min", "any") for index in self._group(rule)]),
             self._launch_first(self._group("first")),
-            *(self._launch_gather(place) for place in self._group("gather")),
+            *(self._launch_gather(index) for index in self._group("gather")),
         ]
-        return [finish for finish in sent if finish is not None]
+        return [finish for finish in finishes if finish is not None]
 
     def weighted(self) -> list[Tensor]:
-        """The tensors whose mean by rows is taken."""
-        return [_wide(self._leaves[place]) for place in self._group("mean")]
+        """The tensors that are averaged by rows."""
+        return [_wide(self._leaves[index]) for index in self._group("mean")]
 
     def changes(self) -> list[Tensor]:
-        """The changes that are added up."""
-        return [_wide(self._leaves[place]) - _wide(self._origins[place].start) for place in self._group("sum")]
+        """The changes that are summed."""
+        return [_wide(self._leaves[index]) - _wide(self._origins[index].start) for index in self._group("sum")]
 
-    def joined(self, means: Tensor, changes: Tensor, sent: Sequence[Finish]) -> Any:
-        """The aux of all processes, from the `means` by rows, the summed `changes`, and what was sent."""
-        found = self._pieces(self._group("mean"), means)
-        for place, total in self._pieces(self._group("sum"), changes, cast=False).items():
-            start = self._origins[place].start
-            found[place] = (_wide(start) + total).to(start.dtype)
-        for finish in sent:
-            found.update(finish())
-        found.update({place: self._origins[place].start for place in self._group("frozen")})
-        if not found:
+    def joined(self, means: Tensor, changes: Tensor, finishes: Sequence[Finish]) -> Any:
+        """The reduced aux, from the `means` by rows, the summed `changes`, and the reductions that were started."""
+        joined = self._split(self._group("mean"), means)
+        for index, total in self._split(self._group("sum"), changes, cast=False).items():
+            start = self._origins[index].start
+            joined[index] = (_wide(start) + total).to(start.dtype)
+        for finish in finishes:
+            joined.update(finish())
+        joined.update({index: self._origins[index].start for index in self._group("frozen")})
+        if not joined:
             return self._aux
-        return self._spec.unflatten([found.get(place, leaf) for place, leaf in enumerate(self._leaves)])
+        return self._spec.unflatten([joined.get(index, leaf) for index, leaf in enumerate(self._leaves)])
 
     def check(self, checks: BufferChecks) -> None:
-        """Raise where a buffer without a rule has changed, or one is not equal everywhere that should be."""
-        checks.undeclared.look(self._beside("undeclared"))
-        checks.compare_synced(self._beside("sync"), self._wire)
+        """Raise where a buffer without a rule has changed, or where one with the rule "sync" differs between ranks."""
+        checks.undeclared.look(self._pairs("undeclared"))
+        checks.compare_synced(self._pairs("sync"), self._comm)
 
-    def _beside(self, group: str) -> list[tuple[Origin, Tensor]]:
-        return [(self._origins[place], self._leaves[place]) for place in self._group(group)]
+    def _pairs(self, group: str) -> list[tuple[Origin, Tensor]]:
+        return [(self._origins[index], self._leaves[index]) for index in self._group(group)]
 
     def _group(self, name: str) -> list[int]:
         return self._groups.setdefault(name, [])
 
-    def _pieces(self, places: Sequence[int], flat: Tensor, cast: bool = True) -> dict[int, Tensor]:
-        leaves = [self._leaves[place] for place in places]
-        pieces = flat.split([leaf.numel() for leaf in leaves]) if leaves else ()
+    def _split(self, indices: Sequence[int], flat: Tensor, cast: bool = True) -> dict[int, Tensor]:
+        leaves = [self._leaves[index] for index in indices]
+        blocks = flat.split([leaf.numel() for leaf in leaves]) if leaves else ()
         return {
-            place: piece.reshape(leaf.shape).to(leaf.dtype, copy=True) if cast else piece.reshape(leaf.shape)
-            for place, leaf, piece in zip(places, leaves, pieces, strict=True)
+            index: block.reshape(leaf.shape).to(leaf.dtype, copy=True) if cast else block.reshape(leaf.shape)
+            for index, leaf, block in zip(indices, leaves, blocks, strict=True)
         }
 
-    def _launch_totals(self, places: list[int]) -> Finish | None:
-        """Changes of integers, which are added up as such."""
-        if not places:
+    def _launch_totals(self, indices: list[int]) -> Finish | None:
+        """Changes of integers, which are summed as integers."""
+        if not indices:
             return None
-        changes = [_wide(self._leaves[place]) - _wide(self._origins[place].start) for place in places]
+        changes = [_wide(self._leaves[index]) - _wide(self._origins[index].start) for index in indices]
         flat = torch.cat([change.reshape(-1) * self._real for change in changes])
-        arrived = self._wire.launch(flat, exact=True)
+        wait = self._comm.launch(flat, exact=True)
 
         def finish() -> dict[int, Tensor]:
-            totals = self._pieces(places, arrived(), cast=False)
-            starts = {place: self._origins[place].start for place in places}
-            return {place: (_wide(starts[place]) + total).to(starts[place].dtype) for place, total in totals.items()}
+            totals = self._split(indices, wait(), cast=False)
+            starts = {index: self._origins[index].start for index in indices}
+            return {index: (_wide(starts[index]) + total).to(starts[index].dtype) for index, total in totals.items()}
 
         return finish
 
-    def _launch_largest(self, places: list[int]) -> Finish | None:
-        """The largest and, turned round, the smallest; a NaN on any process comes out."""
+    def _launch_largest(self, indices: list[int]) -> Finish | None:
+        """The largest values and, negated, the smallest; a NaN on any rank is the result."""
         groups: dict[torch.dtype, list[int]] = {}
-        for place in places:
-            groups.setdefault(_wide_dtype(self._leaves[place].dtype), []).append(place)
+        for index in indices:
+            groups.setdefault(_wide_dtype(self._leaves[index].dtype), []).append(index)
         finishes = [self._launch_largest_of(dtype, group) for dtype, group in groups.items()]
-        return (lambda: {place: leaf for finish in finishes for place, leaf in finish().items()}) if finishes else None
+        return (lambda: {index: leaf for finish in finishes for index, leaf in finish().items()}) if finishes else None
 
-    def _launch_largest_of(self, dtype: torch.dtype, places: list[int]) -> Finish:
-        smallest = [place in self._group("min") for place in places]
-        values = [self._turned(_ordered(self._leaves[p]), turn) for p, turn in zip(places, smallest, strict=True)]
+    def _launch_largest_of(self, dtype: torch.dtype, indices: list[int]) -> Finish:
+        smallest = [index in self._group("min") for index in indices]
+        values = [self._turned(_ordered(self._leaves[p]), turn) for p, turn in zip(indices, smallest, strict=True)]
         flat = torch.cat([value.reshape(-1) for value in values])
         if dtype.is_floating_point:
             nans = flat.isnan()
             flat = torch.cat([flat.masked_fill(nans, -torch.inf), nans.to(dtype)])
         if not self._real:
             flat = torch.full_like(flat, -torch.inf if dtype.is_floating_point else _LOWEST)
-        arrived = self._wire.launch(flat, "max", exact=True)
+        wait = self._comm.launch(flat, "max", exact=True)
 
         def finish() -> dict[int, Tensor]:
-            found = arrived()
+            largest = wait()
             if dtype.is_floating_point:
-                found, nans = found.chunk(2)
-                found = found.masked_fill(nans > 0, torch.nan)
-            pieces = self._pieces(places, found, cast=False)
-            turned = {p: self._turned(pieces[p], turn) for p, turn in zip(places, smallest, strict=True)}
-            return {place: _unordered(value, self._leaves[place].dtype) for place, value in turned.items()}
+                largest, nans = largest.chunk(2)
+                largest = largest.masked_fill(nans > 0, torch.nan)
+            blocks = self._split(indices, largest, cast=False)
+            turned = {p: self._turned(blocks[p], turn) for p, turn in zip(indices, smallest, strict=True)}
+            return {index: _unordered(value, self._leaves[index].dtype) for index, value in turned.items()}
 
         return finish
 
     @staticmethod
     def _turned(x: Tensor, turn: bool) -> Tensor:
-        """Numbers in the opposite order; of integers by their bits, which have no sign that overflows."""
+        """The values in reverse order; integers by their bits, as the smallest has no negative."""
         if not turn:
             return x
         return -x if x.is_floating_point() else ~x
 
-    def _launch_first(self, places: list[int]) -> Finish | None:
-        """What the first process has that has rows: all others add zeros."""
-        if not places:
+    def _launch_first(self, indices: list[int]) -> Finish | None:
+        """The values of the first rank that has rows: all others add zeros."""
+        if not indices:
             return None
-        place_from_end = self._wire.size - dist.get_rank(self._wire.group)
-        leaves = [self._leaves[place] for place in places]
-        mine = leaves[0].new_full((), place_from_end if self._real else 0, dtype=torch.int64)
-        is_first = (self._wire.launch(mine.clone(), "max", exact=True)() == mine) & self._real
+        rank_from_end = self._comm.size - dist.get_rank(self._comm.group)
+        leaves = [self._leaves[index] for index in indices]
+        own_rank = leaves[0].new_full((), rank_from_end if self._real else 0, dtype=torch.int64)
+        is_first = (self._comm.launch(own_rank.clone(), "max", exact=True)() == own_rank) & self._real
         groups: dict[torch.dtype, list[int]] = {}
-        for place, leaf in zip(places, leaves, strict=True):
-            groups.setdefault(_wide_dtype(leaf.dtype), []).append(place)
-        sent = []
+        for index, leaf in zip(indices, leaves, strict=True):
+            groups.setdefault(_wide_dtype(leaf.dtype), []).append(index)
+        in_flight = []
         for group in groups.values():
-            flat = torch.cat([_wide(self._leaves[place]).reshape(-1) for place in group])
-            sent.append((group, self._wire.launch(torch.where(is_first, flat, 0), exact=True)))
+            flat = torch.cat([_wide(self._leaves[index]).reshape(-1) for index in group])
+            in_flight.append((group, self._comm.launch(torch.where(is_first, flat, 0), exact=True)))
 
         def finish() -> dict[int, Tensor]:
-            return {at: piece for group, arrived in sent for at, piece in self._pieces(group, arrived()).items()}
+            return {i: block for group, wait in in_flight for i, block in self._split(group, wait()).items()}
 
         return finish
 
-    def _launch_gather(self, place: int) -> Finish:
-        """The rows of all processes in their order."""
-        leaf, name = self._leaves[place], self._origins[place].name
+    def _launch_gather(self, index: int) -> Finish:
+        """The rows of all ranks in rank order."""
+        leaf, name = self._leaves[index], self._origins[index].name
         if rules.is_tracing():
             raise OrderError(
-                f"lm.compile cannot trace the rule 'gather' of the buffer {name!r}, for which processes ask each other"
-                " for their numbers of rows. Leave lm.compile out, or give it another rule."
+                f"lm.compile cannot trace the rule 'gather' of the buffer {name!r}, for which ranks exchange their"
+                " numbers of rows. Leave lm.compile out, or give it another rule."
             )
         leaf = leaf if self._real else leaf[:0]
-        counts = [leaf.shape[0]] * self._wire.size
+        counts = [leaf.shape[0]] * self._comm.size
         if not distributed.is_dry_run():
-            own = torch.tensor([leaf.shape[0]], device=leaf.device)
-            counts = collectives.all_gather(own, self._wire.group)().tolist()
-        self._wire.sent += max(counts) * math.prod(leaf.shape[1:]) * leaf.itemsize
-        arrived = collectives.all_gather_rows(leaf, counts, self._wire.group)
-        return lambda: {place: arrived()}
+            own_count = torch.tensor([leaf.shape[0]], device=leaf.device)
+            counts = collectives.all_gather(own_count, self._comm.group)().tolist()
+        self._comm.bytes_sent += max(counts) * math.prod(leaf.shape[1:]) * leaf.itemsize
+        wait = collectives.all_gather_rows(leaf, counts, self._comm.group)
+        return lambda: {index: wait()}
 
 
 def _group_of(origin: Origin, leaf: Tensor) -> str:
-    """How a buffer is joined: by its rule, a sum of integers as a "total"."""
+    """How a buffer is reduced: by its rule, a sum of integers as a "total"."""
     if origin.frozen:
         return "frozen"
     if origin.merge is None:
@@ -245,7 +245,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """The values in their wide dtype, in the same order: an unsigned integer from 2**63 has a negative one's bits."""
+    """The values in their wide dtype, in the same order: an unsigned integer from 2**63 on has a negative's bits."""
     return _wide(x) ^ _LOWEST if x.dtype == torch.uint64 else _wide(x)
 
 
@@ -254,17 +254,17 @@ def _unordered(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x ^ _LOWEST if dtype == torch.uint64 else x).to(dtype, copy=True)
 
 
-def _is_mean(leaf: Any, size: int, aux: Any, place: int) -> bool:
-    """Whether a metric is averaged over processes by rows; others must be this process's own by what they are."""
+def _is_mean(leaf: Any, size: int, aux: Any, index: int) -> bool:
+    """Whether a metric is averaged over ranks by rows; others must belong to this rank's rows by their type."""
     if not isinstance(leaf, Tensor):
         return False
     if leaf.dim() == 0 and leaf.is_floating_point():
         return True
     if leaf.dim() and leaf.shape[0] == size:
         return False
-    name = tree.paths(aux, is_value)[place]
+    name = tree.paths(aux, is_value)[index]
     raise LossError(
-        f"aux[{name!r}] is a tensor of shape {tuple(leaf.shape)} and {leaf.dtype}, and it is not clear how the"
-        " processes' parts make the whole batch's. Say what it is: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or"
-        " lm.Last(x); and put buffers into lm.Aux(buffers=...)."
+        f"aux[{name!r}] is a tensor of shape {tuple(leaf.shape)} and {leaf.dtype}, and it is not clear how to reduce it"
+        " over ranks. Declare it: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or lm.Last(x). Put buffers into"
+        " lm.Aux(buffers=...)."
     )

@@ -1,4 +1,4 @@
-"""`lm.ddp`: the same params on every process, each with its own rows of the batch."""
+"""`lm.ddp`: the same params on every rank, each with its own rows of the batch."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from lumen.transforms._support.unapplied import Unapplied
 
 
 class _Processes(StepMesh):
-    """The processes of one step, and the buckets that its gradients travel in."""
+    """The ranks of one step, and the buckets that its gradients are sent in."""
 
-    def __init__(self, given: Mesh | None, reduce_dtype: str | None, limit: float) -> None:
-        super().__init__(given, "data")
+    def __init__(self, mesh: Mesh | None, reduce_dtype: str | None, limit: float) -> None:
+        super().__init__(mesh, "data")
         self._reduce_dtype, self._limit = reduce_dtype, limit
 
     @functools.cached_property
     def comm(self) -> GradComm | None:
-        """The processes that hold other rows; None where there are none."""
+        """The ranks that have other rows; None in a world of one."""
         group = self.mesh.group("data", "shard")
         return None if group is None else GradComm(group, self._reduce_dtype)
 
     @functools.cached_property
     def plans(self) -> BucketPlanCache:
-        """Their buckets."""
+        """The bucket layouts of its gradients."""
         assert self.comm is not None
         return BucketPlanCache(self.comm, self._limit)
 
@@ -56,54 +56,55 @@ class DDPRule(DataParallelRule):
         """The gradient of the global batch."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise AxisError(
-                "lm.ddp sums gradients over processes, which torch cannot do inside vmap or torch.func.grad. Train one"
-                " model under lm.ddp, or an lm.ensemble in each process by itself."
+                "lm.ddp sums gradients over ranks, which torch cannot do inside vmap or torch.func.grad. Train one"
+                " model under lm.ddp, or an lm.ensemble in each process without it."
             )
         rows = batching.count(call.batch)
-        # Statistics are summed within the backward pass too, where their order must not meet that of the buckets.
+        # BatchNorm's statistics are summed in the backward pass too, where they must not interleave with buckets.
         overlap = rows > 0 and self._buffers != "sync"
         reducer = Buckets(self._comm, self._plans, overlap)
         reduction = GradReduction(self._comm, reducer, rows, self, self._device)
         self._counts = rows > 0
-        call = self._begun(call, rows)
+        call = self._prepared_call(call, rows)
         answer: Gradient = next(call.replace(summed=True, reduction=reduction))
         if not rows:
-            answer = answer.replace(aux=self._neutral(answer.aux))
+            answer = answer.replace(aux=self._neutral_aux(answer.aux))
         return answer if call.summed else reduction.normalized(answer)
 
 
 class ddp(Transform):
-    """Spread the rows of each batch over processes; gradients are summed over them while they are computed.
+    """Split the rows of each batch over ranks, and sum gradients over ranks while they are computed.
 
-    The batch that each process hands to the step is its part of the global batch; parts may be of different sizes,
-    or empty. Params are the same everywhere: `init` checks that all processes hold the same tree and takes the values
-    of the first. Of an `lm.row_field()` it keeps this rank's rows, which `export` gathers.
+    Each rank passes its share of the global batch to the step. Shares may differ in size, or be empty. Params are
+    equal on all ranks: `init` checks that all have the same tree, and takes the values of the first rank. Of an
+    `lm.row_field()` it keeps this rank's rows, which `export` gathers.
 
-    Law: with any parts, params and loss are those of one process on the global batch, up to the order of floating sums,
-    since losses travel as totals and weights; also for params that a loss does not reach, or reaches on some processes
-    only. The loss must be a mean over rows, or over what an `lm.Mean` counts: one that needs all rows at once
-    (negatives from the batch) gathers them by `lm.all_gather`; `lm.check_purity(..., rows=True)` tells. The loss that
-    `lm.value_and_grad` returns is that of the global batch, as are plain scalars in `lm.Aux`; typed values stay this
-    process's own, and merge when they are logged. An inner loop inside the loss (MAML) sees this process's rows alone.
+    Law: for any shares, params and loss are those of one process on the global batch, up to the order of
+    floating-point sums, as losses are reduced as totals and weights. This includes params that a loss reaches on some
+    ranks only, or on none. The loss must be a mean over rows, or over what an `lm.Mean` counts. A loss that needs all
+    rows at once (negatives from the batch) gathers them by `lm.all_gather`; `lm.check_purity(..., rows=True)` detects
+    it. The loss that `lm.value_and_grad` returns is that of the global batch, and so are plain scalars in `lm.Aux`.
+    Typed values stay this rank's own, and merge when they are logged. An inner loop inside the loss (MAML) sees this
+    rank's rows alone.
 
-    `buffers` says what becomes of those in `lm.Aux(buffers=...)`. With "merge" each follows its rule: that
-    of `lm.pure(net, merge=...)`, or of the module of torch that it belongs to (BatchNorm's running statistics are
-    averaged by rows, its counter takes the largest). One without a rule may not change: the first step that changes it
-    raises `MergeError`, which says what to write. With "local" each process keeps its own.
-    BatchNorm in training mode then normalizes by the statistics of each process's own rows; with "sync" by those of
-    all rows, as one process does, at the cost of two more sums for each layer and of the overlap below.
+    `buffers` decides how those in `lm.Aux(buffers=...)` are reduced. With "merge" each follows its rule: that of
+    `lm.pure(net, merge=...)`, or that of the torch module it belongs to (BatchNorm's running statistics are averaged by
+    rows, its counter takes the largest). A buffer without a rule may not change: the first step that changes it raises
+    `MergeError`, which names the fix. With "local" each rank keeps its own. In both cases BatchNorm in training mode
+    normalizes by the statistics of each rank's own rows. With "sync" it normalizes by those of all rows, as one process
+    does, at the cost of two more sums for each layer and of the overlap below.
 
-    `reduce_dtype="bf16"` sends float32 gradients in half the bytes. Declared change: each process's part and the sum
-    are rounded to bfloat16 (the sum is taken in float32). `check_every=n` compares the params of all processes every n
-    steps, see `lm.parallel.check_equal`. Buckets of `bucket_mb` MiB are launched while the backward pass goes on.
+    `reduce_dtype="bf16"` sends float32 gradients in half the bytes. Declared change: each rank's gradients and their
+    sum are rounded to bfloat16 (the sum is taken in float32). `check_every=n` compares the params of all ranks every n
+    steps, see `lm.parallel.check_equal`. Buckets of `bucket_mb` MiB are launched during the backward pass.
 
-    A process without rows runs the loss on two rows of zeros that weigh nothing, so that it takes part in every
-    collective. Processes must call `lm.value_and_grad` equally often and on the same params: the first call of each
-    kind is compared, later ones that are missing run into the mesh's timeout, and `TORCH_DISTRIBUTED_DEBUG=DETAIL`
-    finds them at once.
+    A rank without rows runs the loss on two rows of zeros that weigh nothing, and so takes part in every collective.
+    Ranks must call `lm.value_and_grad` equally often and on the same params. The first call of each kind is compared.
+    A later call that is missing on a rank ends in the mesh's timeout, and `TORCH_DISTRIBUTED_DEBUG=DETAIL` finds it at
+    once.
 
-    Raises `WorldError` on every process where their states, versions or steps differ, and `OrderError` for what cannot
-    stand inside it.
+    Raises `WorldError` on every rank where states, versions or steps differ, and `OrderError` for transforms that it
+    cannot contain.
 
     >>> import lumen as lm
     >>> lm.ddp(reduce_dtype="bf16")
@@ -112,7 +113,7 @@ class ddp(Transform):
 
     name = "ddp"
     level = "parallel"
-    reason = "processes are joined once for an update, after everything that computes the gradient of their own rows"
+    reason = "gradients are reduced once for an update, after everything that computes those of a rank's own rows"
 
     def __init__(
         self,
@@ -135,19 +136,19 @@ class ddp(Transform):
         self.reduce_dtype = reduce_dtype
         self.bucket_mb = bucket_mb
         self.check_every = check_every
-        self._given = mesh
+        self._mesh = mesh
 
     def _new_memory(self) -> _Processes:
-        return _Processes(self._given, self.reduce_dtype, self.bucket_mb * 2**20)
+        return _Processes(self._mesh, self.reduce_dtype, self.bucket_mb * 2**20)
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that was given, or all processes along `data`."""
+        """The mesh of the constructor, by default all ranks along `data`."""
         processes: _Processes = self._memory
         return processes.mesh
 
     def init(self, state: Any) -> Any:
-        """The first rank's state, after checking that all have the same; of row fields this rank's rows."""
+        """The first rank's state, after a check that all ranks have the same; of row fields this rank's rows."""
         row_shards.check(state)
         row_shards.check_size(state, self.mesh)
         comm = self._memory.comm
@@ -182,15 +183,15 @@ class ddp(Transform):
             rule = DDPRule(processes, processes.comm, self.buffers, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with processes.mesh.bound(), rules.rule_context(handlers):
-                out = step(state, batch)
+                result = step(state, batch)
             if self.buffers == "sync" and not rule.applied:
                 unapplied.warn()
-            return out
+            return result
 
         return row_shards.checked(run, lambda: self.mesh)
 
     def wrap_host(self, step: StepFn) -> StepFn:
-        """Compare the params of all processes, where that is asked for."""
+        """Compare the params of all ranks every `check_every` steps."""
         every = self.check_every
         if every is None:
             return step
@@ -210,11 +211,11 @@ class ddp(Transform):
         for inner in transforms:
             if inner.level == "dp_sgd":
                 raise OrderError(
-                    f"{inner!r} under lm.ddp would add its noise for the rows of one process, and account for them"
-                    " alone. Train it in one process, with lm.accumulate for large batches."
+                    f"{inner!r} under lm.ddp would add noise for the rows of one rank, and account for these alone."
+                    " Train it in one process, with lm.accumulate for large batches."
                 )
             if inner.level == "accumulate" and self.buffers == "sync":
                 raise OrderError(
-                    f"{inner!r} shows BatchNorm a microbatch at a time, of which processes with fewer rows have fewer,"
-                    f' so {self!r} cannot join their statistics. Write lm.ddp(buffers="merge"), or leave one out.'
+                    f"{inner!r} runs BatchNorm on one microbatch at a time, and ranks with fewer rows run fewer,"
+                    f' so {self!r} cannot sum their statistics. Write lm.ddp(buffers="merge"), or leave one out.'
                 )

@@ -28,8 +28,8 @@ from lumen.parallel.ddp.sync_batchnorm import synchronized
 
 Buffers = Literal["merge", "local", "sync"]
 
-_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what travels with each gradient, and how much: `GradReduction._tail`
-STAND_IN = 2  # rows that an empty process computes in vain: BatchNorm takes no fewer
+_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what is reduced with each gradient, in order: `GradReduction._tail`
+DUMMY_ROWS = 2  # of the dummy batch: BatchNorm takes no fewer
 
 
 class DataParallelRule:
@@ -42,15 +42,15 @@ class DataParallelRule:
         self._comm = comm
         self._buffers = buffers
         self.checks = checks
-        self.applied = False  # whether the model was
-        self._counts = True  # whether the rows in work are the batch's own
+        self.applied = False  # whether the step has applied a model
+        self._counts = True  # whether the rows are the batch's own, and no dummy batch
         self._old = getattr(state, "buffers", None)
         tracked = state if self._old is None else self._old
         self._tracker = Tracker({id(tensor) for tensor in tree.tensors(tracked)}, marks=True)
         self._device = device_of(state)
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """P0: where buffers come from; with "sync", BatchNorm over all processes."""
+        """P0: track buffers; with "sync", run BatchNorm over all ranks."""
         self.applied = True
         if self._buffers != "sync":
             return self._tracker.apply(next, call)
@@ -58,10 +58,10 @@ class DataParallelRule:
 
     @property
     def origins(self) -> Sequence[Origin] | None:
-        """What the buffers in the aux are; None where each process keeps its own."""
+        """The origins of the buffers in the aux; None where each rank keeps its own."""
         return None if self._buffers == "local" else self._tracker.origins
 
-    def _begun(self, call: GradientCall, size: int) -> GradientCall:
+    def _prepared_call(self, call: GradientCall, size: int) -> GradientCall:
         """The call with its buffers tracked, and with a dummy batch where this rank has no rows."""
         self._tracker.begin()
         call = call.replace(loss_fn=self._tracker.watching(call.loss_fn, call.has_aux))
@@ -69,8 +69,8 @@ class DataParallelRule:
             return call
         return call.replace(batch=dummy_batch(call.batch), loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
 
-    def _neutral(self, aux: Any) -> Any:
-        """What a loss returned for rows that do not exist."""
+    def _neutral_aux(self, aux: Any) -> Any:
+        """The aux of a dummy batch, with values that do not change a reduction."""
         if not isinstance(aux, Aux):
             return tree.map(_without_rows, aux, is_leaf=is_value)
         changed: Any = aux
@@ -81,17 +81,17 @@ class DataParallelRule:
 
 
 def dummy_batch(batch: Any) -> Any:
-    """Rows of zeros, for a process that has none."""
-    return tree.map(lambda x: x.new_zeros((STAND_IN, *x.shape[1:])) if isinstance(x, Tensor) else x, batch)
+    """Rows of zeros, for a rank that has no rows."""
+    return tree.map(lambda x: x.new_zeros((DUMMY_ROWS, *x.shape[1:])) if isinstance(x, Tensor) else x, batch)
 
 
 def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """The same loss, which weighs nothing."""
+    """The same loss with weight zero."""
 
     def run(*args: Any) -> Any:
         with rules.inside_weightless:
-            out = loss_fn(*args)
-        loss, aux = out if has_aux else (out, None)
+            result = loss_fn(*args)
+        loss, aux = result if has_aux else (result, None)
         loss = Mean(loss.total * 0, loss.weight * 0) if isinstance(loss, Mean) else loss * 0
         return (loss, aux) if has_aux else loss
 
@@ -99,16 +99,16 @@ def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[...
 
 
 def _without_rows(leaf: Any) -> Any:
-    """A metric of rows that do not exist: the value that merges as if it were not there."""
+    """The value of a metric that leaves others unchanged when it is merged."""
     if isinstance(leaf, Mean | Sum):
         return tree.map(torch.zeros_like, leaf)
     if isinstance(leaf, Max | Min):
         low, high = extremes(leaf.value.dtype)
         return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
     if isinstance(leaf, Metric):
-        empty = getattr(getattr(leaf, "metric", None), "init", None)  # torchmetrics' own
+        empty = getattr(getattr(leaf, "metric", None), "init", None)  # a torchmetrics metric
         return leaf if empty is None else empty()
-    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == STAND_IN:
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == DUMMY_ROWS:
         return leaf[:0]
     return leaf
 
@@ -144,8 +144,8 @@ class GradReduction:
         """The largest of the ranks' numbers."""
         if rules.is_tracing():
             raise OrderError(
-                "lm.compile cannot trace a step in which processes ask each other for the number of their microbatches."
-                " Give it: lm.accumulate(2)."
+                "lm.compile cannot trace a step in which ranks exchange their numbers of microbatches."
+                " Give a number: lm.accumulate(2)."
             )
         largest = self._comm.launch(torch.tensor(number, device=self._device), "max", exact=True)()
         return number if distributed.is_dry_run() else int(largest)
@@ -155,19 +155,19 @@ class GradReduction:
         return call.replace(loss_fn=self._idle or zero_weight_loss(call.loss_fn, call.has_aux))
 
     def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
-        """The answer of all processes."""
+        """The answer of all ranks."""
         leaves, rebuild = gradient.flat(answer.grads)
         if True in [leaf.requires_grad for leaf in leaves]:
             raise AxisError(
-                "under lm.ddp a gradient was asked for that is to be differentiated again outside of a loss function."
-                " Take the inner gradient inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
+                "under lm.ddp a gradient is to be differentiated again outside a loss function. Take the inner gradient"
+                " inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
             )
         if not self.rows and not self.within:
             leaves = [torch.zeros_like(leaf) for leaf in leaves]
         aux = (
             None
             if answer.aux is None
-            else AuxReduction(answer.aux, self.rows, STAND_IN, self._rule.origins, self._comm)
+            else AuxReduction(answer.aux, self.rows, DUMMY_ROWS, self._rule.origins, self._comm)
         )
         in_flight = [] if aux is None else aux.launch()
         weighted = [] if aux is None else aux.weighted()
@@ -195,23 +195,23 @@ class GradReduction:
     def _tail(
         self, answer: Gradient, weighted: Sequence[Tensor], changes: Sequence[Tensor], live: bool
     ) -> list[Tensor]:
-        """What else is summed: the loss's total and weight, rows, those with a gradient, means by rows, and changes."""
+        """What is summed beside gradients: the loss's total and weight, rows, rows with a gradient, means, changes."""
         loss = answer.loss
         assert isinstance(loss, Mean)
         total, size = loss.total.detach(), self.rows
-        beside = [*weighted, *changes]
-        wide = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in beside)}, torch.float32)
+        extras = [*weighted, *changes]
+        dtype = functools.reduce(torch.promote_types, {total.dtype, *(x.dtype for x in extras)}, torch.float32)
         if not size:
-            return [total.new_zeros(_HEAD + sum(x.numel() for x in beside), dtype=wide)]
-        count = loss.weight  # which a plain scalar has of its rows; in a narrow dtype not all numbers are
-        if not answer.scalar or count.dtype is not wide:
-            count = total.new_full((), size, dtype=wide)
-        means = [_as(x.detach(), wide) * size for x in weighted]
-        added = [_as(x.detach(), wide) for x in changes]
-        return [_as(total, wide), _as(loss.weight, wide), count, count if live else count * 0, *means, *added]
+            return [total.new_zeros(_HEAD + sum(x.numel() for x in extras), dtype=dtype)]
+        count = loss.weight  # of a plain scalar its rows; a narrow dtype does not have every number
+        if not answer.scalar or count.dtype is not dtype:
+            count = total.new_full((), size, dtype=dtype)
+        means = [_as(x.detach(), dtype) * size for x in weighted]
+        added = [_as(x.detach(), dtype) for x in changes]
+        return [_as(total, dtype), _as(loss.weight, dtype), count, count if live else count * 0, *means, *added]
 
     def normalized(self, answer: Gradient) -> Gradient:
-        """The gradient of the mean loss; in place where nobody has changed the buckets' own tensors since."""
+        """The gradient of the mean loss; in place where the gradients are still the reducer's own tensors."""
         if answer.grads is not self._grads:
             return gradient.normalized(answer)
         loss = answer.loss
@@ -222,5 +222,5 @@ class GradReduction:
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in this dtype; asking torch for what there is to do costs as much as doing a little."""
+    """`x` in this dtype; without the call of `to` where nothing is to do."""
     return x if x.dtype is dtype else x.to(dtype)

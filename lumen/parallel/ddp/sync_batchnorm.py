@@ -1,4 +1,4 @@
-"""BatchNorm by the statistics of all processes' rows: a rule for P0.
+"""BatchNorm by the statistics of all ranks' rows: a rule for P0.
 
 C is the number of channels, in dim 1; statistics are over all other dims.
 """
@@ -19,63 +19,63 @@ from lumen.errors import AxisError
 from lumen.parallel.comm.buckets import GradComm
 
 
-def synchronized(next: Next, call: ApplyCall, wire: GradComm, counts: bool) -> Any:
-    """Apply the module with its BatchNorms synchronized; where rows only stand in for none, they do not count."""
-    change = functools.partial(_synchronise, wire=wire, counts=counts)
-    return next(call.replace(target=call.target.variant(("synchronized", id(wire), counts), change)))
+def synchronized(next: Next, call: ApplyCall, comm: GradComm, counts: bool) -> Any:
+    """Apply the module with its BatchNorms synchronized; the rows of a dummy batch do not count (`counts`)."""
+    change = functools.partial(_synchronize, comm=comm, counts=counts)
+    return next(call.replace(target=call.target.variant(("synchronized", id(comm), counts), change)))
 
 
-def _synchronise(module: nn.Module, wire: GradComm, counts: bool) -> None:
+def _synchronize(module: nn.Module, comm: GradComm, counts: bool) -> None:
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            norm.forward = functools.partial(_normalise, norm, wire, counts)  # type: ignore[method-assign]
+            norm.forward = functools.partial(_normalize, norm, comm, counts)  # type: ignore[method-assign]
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; its transpose is the sum again, as every process's loss depends on every part."""
+    """The sum over ranks; its transpose is the sum again, as every rank's loss depends on every rank's terms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wire: GradComm) -> Tensor:
-        ctx.wire = wire
-        return wire.launch(x.detach().clone(), exact=True)()
+    def forward(ctx: Any, x: Tensor, comm: GradComm) -> Tensor:
+        ctx.comm = comm
+        return comm.launch(x.detach().clone(), exact=True)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.wire.launch(grad.clone(), exact=True)(), None
+        return ctx.comm.launch(grad.clone(), exact=True)(), None
 
 
-def _normalise(norm: _BatchNorm, wire: GradComm, counts: bool, x: Tensor) -> Tensor:
+def _normalize(norm: _BatchNorm, comm: GradComm, counts: bool, x: Tensor) -> Tensor:
     if not norm.training and norm.running_mean is not None:
         return type(norm).forward(norm, x)
     values = x.float() if x.dtype in NARROW else x
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    seen = values if counts else values[:0]
-    size = values.new_full((1,), seen.numel() // seen.shape[1])
+    counted = values if counts else values[:0]
+    size = values.new_full((1,), counted.numel() // counted.shape[1])
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise AxisError(
-            'lm.ddp(buffers="sync") sums the statistics of BatchNorm over processes, which torch cannot do inside'
+            'lm.ddp(buffers="sync") sums the statistics of BatchNorm over ranks, which torch cannot do inside'
             ' torch.func. Leave engine="func" out, or write lm.ddp(buffers="merge").'
         )
-    sums, total = _sum(torch.cat([seen.sum(dims), size]), wire).split([x.shape[1], 1])
+    sums, total = _sum(torch.cat([counted.sum(dims), size]), comm).split([x.shape[1], 1])
     mean = sums / total  # C
-    var = _sum((seen - mean.view(shape)).square().sum(dims), wire) / total  # C
+    var = _sum((counted - mean.view(shape)).square().sum(dims), comm) / total  # C
     with torch.no_grad():
         _track(norm, mean, var * total / (total - 1).clamp(min=1))
-    out = (values - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
+    normalized = (values - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
     if norm.affine:
-        out = out * norm.weight.view(shape) + norm.bias.view(shape)
-    normal: Tensor = out.to(x.dtype)
+        normalized = normalized * norm.weight.view(shape) + norm.bias.view(shape)
+    normal: Tensor = normalized.to(x.dtype)
     return normal
 
 
-def _sum(x: Tensor, wire: GradComm) -> Tensor:
-    summed: Tensor = _Sum.apply(x, wire)  # type: ignore[no-untyped-call]
+def _sum(x: Tensor, comm: GradComm) -> Tensor:
+    summed: Tensor = _Sum.apply(x, comm)  # type: ignore[no-untyped-call]
     return summed
 
 
 def _track(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics; the tensors in the module's tables are copies of this call's own."""
+    """Update the running statistics in place; the tensors in the module are this call's own copies."""
     if norm.running_mean is None or norm.running_var is None:
         return
     assert norm.num_batches_tracked is not None

@@ -300,7 +300,7 @@ class _Rule(DataParallelRule):
         size = batching.count(call.batch)
         reduction = GradReduction(self._comm, EngineReducer(self._comm), size, self, self._device)
         everyone = self._comm.launch(torch.tensor(float(size), device=self._device), exact=True)()
-        call = self._begun(call, size)
+        call = self._prepared_call(call, size)
         each = self._comm.size / everyone  # the engine takes the mean over processes
         answers = []
         count = self._engine.setup.microbatches
@@ -315,7 +315,7 @@ class _Rule(DataParallelRule):
                     self._backward(idle, each, place == count - 1)
         answer = batching.add_gradients(answers, self._tracker.origins)
         if not size:
-            answer = answer.replace(aux=self._neutral(answer.aux))
+            answer = answer.replace(aux=self._neutral_aux(answer.aux))
         answer = reduction.finish(answer.replace(grads={}))
         loss = answer.loss
         assert isinstance(loss, Mean)

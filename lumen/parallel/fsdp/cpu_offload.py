@@ -1,6 +1,6 @@
-"""Parts that rest on the host: what `fsdp(offload=True)` keeps there, and the ways to it.
+"""Keeps the shards of `fsdp(offload=True)` on the host, and copies them to and from the device.
 
-On a device, what comes from the host is sent without waiting for it, and lies in pinned memory where it can.
+On a GPU, copies from the host do not block, and the host's memory is pinned.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from lumen.parallel.fsdp.shard import ShardLayout, places_of
 HOST = torch.device("cpu")
 
 
-def to_host(part: Tensor, non_blocking: bool = False) -> Tensor:
-    """`part` in the host's memory, pinned where it came from a GPU.
+def to_host(shard: Tensor, non_blocking: bool = False) -> Tensor:
+    """`shard` in the host's memory, pinned where it comes from a GPU.
 
-    With `non_blocking` it is on its way: nobody may read it there before `wait`.
+    With `non_blocking` it must not be read there before `wait`.
     """
-    if part.device == HOST:
-        return part
-    pinned = part.device.type == "cuda" and torch.cuda.is_initialized()
-    room = torch.empty(part.shape, dtype=part.dtype, device=HOST, pin_memory=pinned)
-    # Into memory that is not pinned some devices would copy behind our back, and `wait` knows CUDA's streams alone.
-    return room.copy_(part, non_blocking=non_blocking and pinned)
+    if shard.device == HOST:
+        return shard
+    pinned = shard.device.type == "cuda" and torch.cuda.is_initialized()
+    host = torch.empty(shard.shape, dtype=shard.dtype, device=HOST, pin_memory=pinned)
+    # Some devices would copy to unpinned memory asynchronously, and `wait` supports CUDA's streams alone.
+    return host.copy_(shard, non_blocking=non_blocking and pinned)
 
 
 def wait(device: torch.device) -> None:
-    """Until what was sent from `device` has arrived."""
-    if device.type == "cuda" and torch.cuda.is_initialized():  # tensors of a plan are never on their way
+    """Wait for the copies from `device`."""
+    if device.type == "cuda" and torch.cuda.is_initialized():  # a dry run copies nothing
         torch.cuda.current_stream(device).synchronize()
 
 
 def shard_to_host(
-    state: Any, cut: ShardLayout, shapes: Mapping[str, torch.Size], kept: Sequence[str], device: torch.device
+    state: Any, layout: ShardLayout, shapes: Mapping[str, torch.Size], unsharded: Sequence[str], device: torch.device
 ) -> Any:
-    """This process's parts, on the host, of the first process's state, wherever that lies; the rest on `device`.
+    """This rank's shards of the first rank's state, on the host; leaves that are not sharded are on `device`.
 
-    Leaf by leaf, so that the device never holds more than one.
+    Leaves are sharded one by one, so that no more than one is on the device.
     """
     leaves, spec = tree.flatten(state)
     paths = tree.paths(state)
-    parted = {paths[place] for place, _ in places_of(state, shapes, kept=kept)}
-    keep = make_keep_fn(cut, parted)
-    for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+    sharded = {paths[index] for index, _ in places_of(state, shapes, kept=unsharded)}
+    keep = make_keep_fn(layout, sharded)
+    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if isinstance(leaf, Tensor):
-            own = keep(path, leaf.detach().to(device, copy=True))
-            leaves[place] = to_host(own) if path in parted else own
+            value = keep(path, leaf.detach().to(device, copy=True))
+            leaves[index] = to_host(value) if path in sharded else value
     return spec.unflatten(leaves)
 
 
 def place_state(
-    state: Any, cut: ShardLayout, shapes: Mapping[str, torch.Size], kept: Sequence[str], device: torch.device
+    state: Any, layout: ShardLayout, shapes: Mapping[str, torch.Size], unsharded: Sequence[str], device: torch.device
 ) -> Any:
-    """`state` with every leaf where it rests: on the host its parts, what the optimizer keeps, and slots with parts."""
+    """`state` with shards, optimizer state and slots that have shards on the host, and other leaves on `device`."""
     leaves, spec = tree.flatten(state)
     paths = tree.paths(state)
-    parted = {place for place, _ in places_of(state, shapes, cut, kept)}
-    homes = {_home(paths[place]) for place in parted} | {"opt_state"}
-    for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+    sharded = {index for index, _ in places_of(state, shapes, layout, unsharded)}
+    groups = {_rest_group(paths[index]) for index in sharded} | {"opt_state"}
+    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if isinstance(leaf, Tensor):
-            leaves[place] = to_host(leaf) if place in parted or _home(path) in homes else leaf.to(device)
+            leaves[index] = to_host(leaf) if index in sharded or _rest_group(path) in groups else leaf.to(device)
     return spec.unflatten(leaves)
 
 
-def _home(path: str) -> str:
-    """What rests in one place: the optimizer's state, or one slot; of other fields each leaf by itself."""
+def _rest_group(path: str) -> str:
+    """The leaves that are kept on one device: the optimizer's state, or one slot; each leaf of other fields alone."""
     slot = re.match(r"slots\[[^\]]*\]", path)
     return slot.group() if slot else "opt_state" if path.startswith("opt_state") else path

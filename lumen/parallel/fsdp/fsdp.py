@@ -1,4 +1,4 @@
-"""`lm.fsdp`: params, gradients and optimizer state spread over processes, which each compute on their own rows."""
+"""`lm.fsdp`: params, gradients and optimizer state sharded over ranks, each of which computes its own rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lumen.parallel.fsdp.meta_init import (
     begins_on_meta,
     init_from_meta,
     make_keep_fn,
-    materialise,
+    materialize,
     reset,
 )
 from lumen.parallel.fsdp.runtime import FSDPRuntime
@@ -64,49 +64,48 @@ class Sharding(Spread):
 
 
 class fsdp(Transform):
-    """Spread params, gradients and optimizer state over processes; each computes the rows it is handed.
+    """Shard params, gradients and optimizer state over ranks; each rank computes its own rows.
 
-    `stage=1` spreads the optimizer state alone, 2 the gradients too, 3 the params as well. `init` cuts each tensor
-    along its first dim (the layout of DTensor's `Shard(0)`; the last parts may be shorter, or empty) and takes the
-    values of the first process; tensors without dims stay whole, and of an `lm.row_field()` each process keeps the rows
-    that it is given of a batch. Inside the step, params and grads of stage 3 are this
-    process's parts, plain tensors, on which the optimizer runs; `export` gathers the whole state on every process.
+    `stage=1` shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init` shards each tensor of
+    the first rank's state along its first dim, in the layout of DTensor's `Shard(0)`: the last shards may be shorter,
+    or empty. Tensors without dims stay full. Of an `lm.row_field()` each rank keeps the rows that it receives of a
+    batch. Inside the step, params and grads of stage 3 are this rank's shards, plain tensors, on which the optimizer
+    runs. `export` gathers the full state on every rank.
 
-    A model meets its params whole: those of a unit are gathered when it runs, let go afterwards, gathered again for its
-    backward pass, and their gradients are summed as they come, each process keeping its part. `wrap` is one or more
-    patterns of module names, by default the repeated blocks of the model's lists and sequences; the rest is one more
-    unit, which stays from the start of the forward pass to the end of the backward pass. `prefetch` is how many units
-    are sent for ahead of time. A param that the loss function, or a module outside the unit, reads is gathered there
-    and then. `param_dtype="bf16"` sends float32 params in half the bytes. Declared change: their rounding; gradients
-    are summed in float32.
+    Modules see full params. Those of a unit are all-gathered when the unit runs, freed afterwards, and all-gathered
+    again for its backward pass, which reduce-scatters their gradients. `wrap` is one or more patterns of module names,
+    by default the repeated blocks of the model's lists and sequences. All other modules form the root unit, which is
+    full from the start of the forward pass to the end of the backward pass. `prefetch` is the number of units that are
+    all-gathered ahead of time. A param that is read by the loss function, or by a module outside its unit, is gathered
+    at that moment. `param_dtype="bf16"` sends float32 params in half the bytes. Declared change: params are rounded;
+    gradients are summed in float32.
 
-    With `offload`, parts of params, gradients and optimizer state rest on the host (pinned for a GPU), where the
-    optimizer runs; a unit's parts are sent to the device before they are gathered, and its parts of the gradients come
-    back in the backward pass. The device then holds activations, buffers, and the units in work. Law: bitwise the step
-    without it, where the device is the CPU. `lm.donate` keeps params in the memory that was pinned once. It takes stage
-    3 and no `lm.compile`; alone, without other processes, it does nothing.
+    With `offload`, shards of params, gradients and optimizer state are kept on the host (pinned for a GPU), where the
+    optimizer runs. A unit's shards are copied to the device before they are gathered, and its gradients' shards are
+    copied back in the backward pass. The device then has activations, buffers, and the units that are running. Law:
+    bitwise the step without it, where the device is the CPU. `lm.donate` keeps params in the memory that was pinned
+    once. It needs stage 3 and excludes `lm.compile`; in a world of one rank it does nothing.
 
-    A model that was made under `torch.device("meta")` gets its values in `init`: unit by unit, each process keeping its
-    parts, so that none ever holds the whole. `param_init_fn(module)` is called for each module in order, after
-    `torch.manual_seed` with the state's seed, and sets what that module itself holds; by default it calls
-    `module.reset_parameters()`. Values are bitwise those of one process that does the same on the mesh's device.
+    A model that was created under `torch.device("meta")` is initialized in `init`, unit by unit. Each rank keeps its
+    shards, so that no rank ever has the full model. `param_init_fn(module)` is called for each module in order, after
+    `torch.manual_seed` with the state's seed, and sets the module's own tensors; by default it calls
+    `module.reset_parameters()`. The values are bitwise those of one process that does the same on the mesh's device.
 
-    The mesh's `shard` axis cuts; a `data` axis beside it (HSDP) holds copies, whose gradients are summed as well.
+    The mesh's `shard` axis shards. A `data` axis beside it (HSDP) replicates, and gradients are summed over it too.
 
-    Law: with any parts of the batch, also empty ones, params and loss are those of one process on the global batch, up
-    to the order of floating sums, for losses that are means over rows, as under `lm.ddp`. Under bf16 compute, a
-    gradient's sum is taken in float32 and rounded to bfloat16. Losses and `lm.Aux` are as under `lm.ddp`. At stage 3
-    all processes must run the same units in the same order, and apply the model equally often; a unit that some
-    processes pass over counts as run where the order is that of the module. With `lm.accumulate` inside, gradients are
-    summed once for an update; at stage 3 once for a microbatch, where a process with fewer microbatches repeats its
-    last without weight.
+    Law: for any shares of the batch, also empty ones, params and loss are those of one process on the global batch, up
+    to the order of floating-point sums, for losses that are means over rows, as under `lm.ddp`. Under bf16 compute, a
+    gradient is summed in float32 and rounded to bfloat16. Losses and `lm.Aux` are as under `lm.ddp`. At stage 3 all
+    ranks must run the same units in the same order, and apply the model equally often. A unit that some ranks skip
+    counts as run if the order is that of the module. With `lm.accumulate` inside, gradients are reduced once for an
+    update; at stage 3 once for a microbatch, and a rank with fewer microbatches repeats its last one with weight zero.
 
-    Muon, adafactor and lamb, which look at whole tensors, gather them leaf by leaf, and every process computes the
-    whole update: give muon the matrices alone. Adafactor's rows and columns stay whole everywhere.
+    Muon, adafactor and lamb need full tensors. They gather them leaf by leaf, and every rank computes the full update:
+    use muon for the matrices alone. Adafactor's row and column statistics are not sharded.
 
-    Raises, on every process: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
-    of torch's or of others that are not known to update entry by entry; `PatternError` for units that match nothing;
-    `OrderError` for what cannot stand around or inside it.
+    Raises, on every rank: `WorldError` where states, versions or steps differ; `HyperparameterError` for optimizers
+    of torch or others that are not known to update entry by entry; `PatternError` for units that match nothing;
+    `OrderError` for transforms that cannot be around it or inside it.
 
     >>> import lumen as lm
     >>> lm.fsdp(stage=2), lm.fsdp(wrap="blocks.*")
@@ -116,14 +115,14 @@ class fsdp(Transform):
     name = "fsdp"
     level = "parallel"
     shards = True
-    reason = "what is inside computes the gradient of this process's rows; params and grads are joined around it"
+    reason = "transforms inside compute the gradient of this rank's rows; params and grads are reduced around them"
     stage: int
     patterns: str | Sequence[str] | None
     param_dtype: str | None
     prefetch: int
     offload: bool
     param_init_fn: Initialize | None
-    _given: Mesh | None
+    _mesh: Mesh | None
 
     def __init__(
         self,
@@ -143,7 +142,7 @@ class fsdp(Transform):
         if param_dtype not in (None, "bf16"):
             raise HyperparameterError(f"fsdp(param_dtype={param_dtype!r}) is unknown; give 'bf16' or None.")
         if type(prefetch) is not int or prefetch < 0:
-            raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, from 0.")
+            raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, 0 or more.")
         if stage < 3 and (wrap is not None or param_dtype is not None):
             raise HyperparameterError(
                 f"fsdp(stage={stage}) gathers no units: leave wrap and param_dtype out, or use 3."
@@ -152,7 +151,7 @@ class fsdp(Transform):
             raise HyperparameterError(f"fsdp(offload={offload!r}) must be True or False.")
         if stage < 3 and offload:
             raise HyperparameterError(
-                f"fsdp(stage={stage}) keeps whole params on the device, and offload is for parts. Write"
+                f"fsdp(stage={stage}) keeps full params on the device, and offload is for shards. Write"
                 " lm.fsdp(stage=3, offload=True)."
             )
         self.stage = stage
@@ -161,35 +160,35 @@ class fsdp(Transform):
         self.prefetch = prefetch
         self.offload = offload
         self.param_init_fn = param_init_fn
-        self._given = mesh
+        self._mesh = mesh
 
     def _new_memory(self) -> FSDPRuntime:
-        return FSDPRuntime(self._given, self)
+        return FSDPRuntime(self._mesh, self)
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that was given, or all processes along `shard`."""
+        """The mesh of the constructor, by default all ranks along `shard`."""
         runtime: FSDPRuntime = self._memory
         return runtime.mesh
 
     @property
     def cut(self) -> ShardLayout | None:
-        """How this process's parts lie in the whole; None where nothing is cut."""
+        """The layout of this rank's shards; None where nothing is sharded."""
         runtime: FSDPRuntime = self._memory
         return runtime.layout
 
     def init(self, state: Any) -> Any:
-        """This process's parts of the first process's state, after checking that all have the same."""
+        """This rank's shards of the first rank's state, after a check that all ranks have the same."""
         cut = self.cut
         if self.name in getattr(state, "slots", ()):
             return self._prepared(state)
         row_shards.check(state)
         params = getattr(state, "params", None)
-        if cut is None:  # what several processes would be refused is refused here too
+        if cut is None:  # the checks that apply to several ranks apply here too
             self.check_offload()
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
-            return self._made(state, None) if begins_on_meta(state) else state
+            return self._init_meta(state, None) if begins_on_meta(state) else state
         params = flat_params(state, "lm.fsdp cuts")
         check_optimizer(state.tx)
         self.check_offload()
@@ -198,9 +197,9 @@ class fsdp(Transform):
         shapes = {name: p.shape for name, p in params.items()}
         kept = never_cut(self._cut_of(state), shapes)
         kept += tuple(path for path, _ in row_fields.named(self._cut_of(state)))  # whatever names they have
-        self._memory.units(state.apply_fn, [*shapes])  # patterns that match nothing are told here
+        self._memory.units(state.apply_fn, [*shapes])  # raises for patterns that match nothing
         if begins_on_meta(state):
-            state = self._made(state, cut)
+            state = self._init_meta(state, cut)
         elif self.offload:
             state = offload.shard_to_host(state, cut, shapes, kept, self.mesh.device)
         else:
@@ -214,7 +213,7 @@ class fsdp(Transform):
         return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, stage=self.stage, kept=kept))
 
     def _prepared(self, state: Any) -> Any:
-        """A state that `init` gave, as it is."""
+        """A state that `init` has returned before, unchanged."""
         record: Sharding = slot(state, self.name)
         size = 1 if self.cut is None else self.cut.size
         if (record.size, record.stage) != (size, self.stage):
@@ -224,24 +223,24 @@ class fsdp(Transform):
             )
         return state
 
-    def _made(self, state: Any, cut: ShardLayout | None) -> Any:
-        """The state of a model on the meta device with values, made where they stay."""
+    def _init_meta(self, state: Any, layout: ShardLayout | None) -> Any:
+        """The state of a model on the meta device, initialized on the ranks that keep the values."""
         units = self._memory.units(state.apply_fn, [*state.params])
-        kept = make_keep_fn(cut, state.params if self.stage == 3 else ())
-        at_rest = self.offload and cut is not None
-        keep: Keep = (lambda name, whole: offload.to_host(kept(name, whole))) if at_rest else kept
+        keep_fn = make_keep_fn(layout, state.params if self.stage == 3 else ())
+        on_host = self.offload and layout is not None
+        keep: Keep = (lambda name, full: offload.to_host(keep_fn(name, full))) if on_host else keep_fn
         module = state.apply_fn.module
-        values = materialise(module, units.names, self.param_init_fn or reset, int(state.seed), self.mesh.device, keep)
+        values = materialize(module, units.names, self.param_init_fn or reset, int(state.seed), self.mesh.device, keep)
         within = () if self.within is None else self.within.transforms
         inside = within[within.index(self) + 1 :] if self in within else ()
-        return init_from_meta(state, values, None if at_rest else self.mesh.device, cut, inside)
+        return init_from_meta(state, values, None if on_host else self.mesh.device, layout, inside)
 
     def _cut_of(self, state: Any) -> Any:
-        """What of a state is cut."""
+        """The part of a state that is sharded."""
         return state if self.stage == 3 else state.opt_state
 
     def export(self, state: Any) -> Any:
-        """The whole state, on every process; with `offload`, on the host."""
+        """The full state, on every rank; with `offload`, on the host."""
         cut = self.cut
         if cut is None:
             return state
@@ -254,56 +253,56 @@ class fsdp(Transform):
         return whole if self.stage == 3 else state.replace(opt_state=whole)
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
-        """This process's rows of each leaf that is cut, and of the row fields."""
+        """This rank's rows of each sharded leaf, and of the row fields."""
         cut = self.cut
         if cut is None:
             return {}
-        found = row_shards.specs(state, self.mesh)
+        specs = row_shards.specs(state, self.mesh)
         shapes = self._shapes(state)
         chosen = self._cut_of(state)
         leaves = tree.leaves(chosen)
         names = {
-            id(leaves[place]): name
-            for place, name in places_of(chosen, shapes, cut, slot(state, self.name).kept)
+            id(leaves[index]): name
+            for index, name in places_of(chosen, shapes, cut, slot(state, self.name).kept)
             if shapes[name]
         }
-        held = enumerate(tree.leaves(state))
-        return found | {place: cut.piece(shapes[names[id(leaf)]]) for place, leaf in held if id(leaf) in names}
+        positions = enumerate(tree.leaves(state))
+        return specs | {index: cut.piece(shapes[names[id(leaf)]]) for index, leaf in positions if id(leaf) in names}
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)
         return {name: torch.Size(shape) for name, shape in record.shapes}
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with params gathered as they are used, and gradients summed over processes."""
+        """The step with params gathered where they are used, and gradients reduced over ranks."""
         inside = as_step(step).transforms
         self._check_inside(inside)
         checks = BufferChecks("lm.fsdp")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             runtime: FSDPRuntime = self._memory
-            cut = runtime.layout
-            if cut is None:
+            layout = runtime.layout
+            if layout is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
             plans = runtime.unit_plans(slot(state, self.name))
-            gatherer = ShardedParamGatherer(cut, plans.shapes)
-            rule = FSDPRule(runtime, cut, plans, state, checks)
+            gatherer = ShardedParamGatherer(layout, plans.shapes)
+            rule = FSDPRule(runtime, layout, plans, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             if self.stage == 3:
                 handlers[Primitive.APPLY] = functools.partial(apply_sharded, runtime, plans, rule)
             else:
-                handlers[Primitive.UPDATE] = functools.partial(update_shards, cut, gatherer, self.stage)
+                handlers[Primitive.UPDATE] = functools.partial(update_shards, layout, gatherer, self.stage)
             with runtime.mesh.bound(), rules.rule_context(handlers):
                 if self.stage == 1:
                     return step(state, batch)
-                with sharding.bound(cut, gatherer):
+                with sharding.bound(layout, gatherer):
                     return step(state, batch)
 
         return row_shards.checked(run, lambda: self.mesh)
 
     def check_offload(self) -> None:
-        """Raise `OrderError` where params that rest on the host cannot be gathered."""
+        """Raise `OrderError` where params on the host cannot be gathered."""
         outside = () if self.within is None else self.within.transforms
         if self.offload and (rules.is_tracing() or any(t.level == "compile" for t in outside)):
             raise OrderError(
@@ -315,14 +314,14 @@ class fsdp(Transform):
         for inner in transforms:
             if inner.level == "tensor" and self.offload:
                 raise OrderError(
-                    f"{inner!r} cuts params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
+                    f"{inner!r} shards params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
                     " lm.fsdp() around it."
                 )
             if inner.level == "dp_sgd":
-                raise OrderError(f"{inner!r} under lm.fsdp would add its noise for the rows of one process alone.")
+                raise OrderError(f"{inner!r} under lm.fsdp would add noise for the rows of one rank alone.")
             if getattr(inner, "auto", False) and self.stage == 3:
                 raise OrderError(
-                    f"{inner!r} cannot stand in lm.fsdp(stage=3): a process that runs out of memory between two gathers"
-                    " would leave the others waiting in the next. Give a number, lm.accumulate(2), or use"
-                    " lm.fsdp(stage=2), where processes meet only after each has computed its gradient."
+                    f"{inner!r} cannot be inside lm.fsdp(stage=3): a rank that runs out of memory between all-gathers"
+                    " would block the others in the next one. Give a number, lm.accumulate(2), or use"
+                    " lm.fsdp(stage=2), which communicates only after each rank has computed its gradient."
                 )

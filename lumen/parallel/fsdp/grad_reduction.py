@@ -105,14 +105,14 @@ class FSDPRule(DataParallelRule):
         """The gradient of the global batch."""
         if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
             raise AxisError(
-                "lm.fsdp gathers params and sums gradients over processes, which torch cannot do inside vmap or"
+                "lm.fsdp gathers params and sums gradients over ranks, which torch cannot do inside vmap or"
                 ' torch.func.grad. Leave out lm.ensemble and engine="func".'
             )
         rows = batching.count(call.batch)
-        call = self._begun(call, rows)
+        call = self._prepared_call(call, rows)
         answer: Gradient = next(self._reduced(call.replace(summed=True), rows))
         if not rows:
-            answer = answer.replace(aux=self._neutral(answer.aux))
+            answer = answer.replace(aux=self._neutral_aux(answer.aux))
         return answer if call.summed else gradient.normalized(answer)
 
     def _reduced(self, call: GradientCall, rows: int) -> GradientCall:
@@ -137,7 +137,7 @@ class FSDPRule(DataParallelRule):
     ) -> Callable[..., Any]:
         """`loss` as a function of shards."""
 
-        def loss_fn(params: Any, *rest: Any) -> Any:
+        def loss_fn(params: Any, *args: Any) -> Any:
             context = self._runtime.context(self._plans, reducer)
             context.idle = idle
             proxies = {}
@@ -145,8 +145,8 @@ class FSDPRule(DataParallelRule):
                 proxies[name] = _proxy(context, name, shard)
             try:
                 with context.saving():
-                    out = loss(proxies, *rest)
-                return _tied(context, out, has_aux)
+                    result = loss(proxies, *args)
+                return _tied(context, result, has_aux)
             finally:
                 context.close()
 
@@ -168,9 +168,9 @@ def _check_params(params: Any, shapes: Mapping[str, torch.Size]) -> None:
         )
 
 
-def _tied(context: UnshardContext, out: Any, has_aux: bool) -> Any:
+def _tied(context: UnshardContext, result: Any, has_aux: bool) -> Any:
     """The loss tied to the whole chain, so that every rank goes back through all of it."""
-    loss, aux = out if has_aux and type(out) is tuple and len(out) == 2 else (out, None)
+    loss, aux = result if has_aux and type(result) is tuple and len(result) == 2 else (result, None)
     if isinstance(loss, Mean):
         loss = Mean(context.finish(loss.total), loss.weight)
     elif isinstance(loss, Tensor):

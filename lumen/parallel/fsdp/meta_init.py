@@ -1,7 +1,7 @@
-"""Models made on the meta device: values for their params one unit at a time, of which each process keeps its part.
+"""Initializes models that were created on the meta device, one unit at a time; each rank keeps its shards.
 
-A whole unit is made, initialized and given to `keep`, before the next one is begun. So no process ever holds more than
-what it keeps and the largest unit.
+A unit is allocated, initialized and passed to `keep` before the next one. So no rank ever has more in memory than what
+it keeps and the largest unit.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lumen.parallel.fsdp.shard import ShardedParamGatherer, ShardLayout
 Initialize = Callable[[nn.Module], None]
 Keep = Callable[[str, Tensor], Tensor]
 Tables = tuple[dict[str, Any], dict[str, Any]]
-Place = tuple[dict[str, Any], str, str]  # a module's table, the key in it, and the name that tied tensors share
+ParamSlot = tuple[dict[str, Any], str, str]  # a module's table, the key in it, and the name, which tied tensors share
 
 
 def reset(module: nn.Module) -> None:
-    """What torch's own modules do when they are made, and whatever follows their example."""
+    """Call the `reset_parameters` of a module, as torch's own modules do when they are created."""
     for name in ("reset_parameters", "_reset_parameters"):
-        found = getattr(module, name, None)
-        if callable(found):
-            found()
+        method = getattr(module, name, None)
+        if callable(method):
+            method()
             return
 
 
 def begins_on_meta(state: Any) -> bool:
-    """Whether the params of `state` have shapes only."""
+    """Whether params of `state` are on the meta device."""
     params = getattr(state, "params", None)
     return type(params) is dict and any(isinstance(p, Tensor) and p.is_meta for p in params.values())
 
@@ -48,114 +48,114 @@ def init_from_meta(
     state: Any,
     values: Mapping[str, Tensor],
     device: torch.device | None,
-    cut: ShardLayout | None,
+    layout: ShardLayout | None,
     inside: Sequence[Transform],
 ) -> Any:
-    """`state` with `values` for params and buffers, and with what is made from them made again.
+    """`state` with `values` for params and buffers, and with new optimizer state and slots.
 
-    The optimizer's state is that of this process's parts; the transforms `inside` add their slots once more. All of it
-    is on `device`, or with None where it was made.
+    The optimizer's state is that of this rank's shards, and the transforms `inside` add their slots again. All leaves
+    are moved to `device`, unless it is None.
     """
     shapes = {name: p.shape for name, p in state.params.items()}
     params = {name: values[name] for name in shapes}
     buffers = {name: values[name] for name in state.buffers}
-    if cut is None:
+    if layout is None:
         opt_state = state.tx.init(params)
     else:
-        whole = {name: p for name, p in params.items() if p.shape == shapes[name] != cut.shape(shapes[name])}
-        with sharding.bound(cut, ShardedParamGatherer(cut, shapes)):
-            opt_state = state.tx.init({**params, **{name: cut.part(p) for name, p in whole.items()}})
+        full = {name: p for name, p in params.items() if p.shape == shapes[name] != layout.shape(shapes[name])}
+        with sharding.bound(layout, ShardedParamGatherer(layout, shapes)):
+            opt_state = state.tx.init({**params, **{name: layout.part(p) for name, p in full.items()}})
     state = state.replace(params=params, buffers=buffers, opt_state=opt_state, slots={})
     for transform in reversed(inside):
         state = transform.init(state)
-    left = [path for path, leaf in tree.named_tensors(state) if leaf.is_meta]
-    if left:
+    missing = [path for path, leaf in tree.named_tensors(state) if leaf.is_meta]
+    if missing:
         raise StateError(
-            f"state.{printable(left[0])} is on the meta device, where it has no value, and lm.fsdp makes params,"
-            " buffers, optimizer state and slots only. Make it outside of torch.device('meta')."
+            f"state.{printable(missing[0])} is on the meta device and has no value. lm.fsdp initializes params,"
+            " buffers, optimizer state and slots only. Create it outside torch.device('meta')."
         )
     return state if device is None else tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
 
-def make_keep_fn(cut: ShardLayout | None, parted: Collection[str]) -> Keep:
-    """What a process keeps of a tensor, whose values are the first process's: its part of those in `parted`."""
+def make_keep_fn(layout: ShardLayout | None, sharded: Collection[str]) -> Keep:
+    """A function that returns what this rank keeps of the first rank's tensor: its shard of those in `sharded`."""
 
-    def keep(name: str, whole: Tensor) -> Tensor:
-        if cut is None:
-            return whole
-        # As bytes where Gloo may not know the dtype.
-        sent = whole if whole.is_floating_point() and whole.itemsize > 1 else whole.view(-1).view(torch.uint8)
-        dist.broadcast(sent, group=cut.everyone, group_src=0)
-        return cut.part(whole).clone() if name in parted else whole
+    def keep(name: str, full: Tensor) -> Tensor:
+        if layout is None:
+            return full
+        # As bytes where Gloo may not support the dtype.
+        bytes_ = full if full.is_floating_point() and full.itemsize > 1 else full.view(-1).view(torch.uint8)
+        dist.broadcast(bytes_, group=layout.everyone, group_src=0)
+        return layout.part(full).clone() if name in sharded else full
 
     return keep
 
 
-def materialise(
+def materialize(
     module: nn.Module, units: Sequence[str], initialize: Initialize, seed: int, device: torch.device, keep: Keep
 ) -> dict[str, Tensor]:
-    """What `keep(name, whole)` gives for each param and buffer of `module`, by name, leaving the module as it is.
+    """The result of `keep(name, tensor)` for each param and buffer of `module`, by name; `module` is not changed.
 
-    `initialize` is called for each module in the order of `module.modules()`, after `torch.manual_seed(seed)`: the
-    values are those of a whole model that is initialized so. Tied tensors take what was written last.
+    `initialize` is called for each module in the order of `module.modules()`, after `torch.manual_seed(seed)`. So the
+    values are those of a full model that is initialized in this way. Tied tensors have the value written last.
 
-    Raises `ParamsError` for what nothing has given a value.
+    Raises `ParamsError` for tensors that have no value afterwards.
     """
     module = copy.deepcopy(module)
     names = {(id(table), key): name for table, key, name in param_slots(module)}
-    kept: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     with forked_rng(device), torch.no_grad():
         torch.manual_seed(seed)
         for modules in _grouped(module, units):
-            places: list[Place] = [
+            slots: list[ParamSlot] = [
                 (table, key, names[id(table), key])
-                for each in modules
-                for table in cast(Tables, (each._parameters, each._buffers))
+                for submodule in modules
+                for table in cast(Tables, (submodule._parameters, submodule._buffers))
                 for key in table
                 if table[key] is not None
             ]
-            shells = _fill(places, device)
-            for each in modules:
-                initialize(each)
-            for table, key, name in places:
+            metas = _fill(slots, device)
+            for submodule in modules:
+                initialize(submodule)
+            for table, key, name in slots:
                 if _written(table[key]):
-                    kept[name] = keep(name, table[key].detach())
-                table[key] = shells[name]
-    missing = [name for _, _, name in param_slots(module) if name not in kept]
+                    values[name] = keep(name, table[key].detach())
+                table[key] = metas[name]
+    missing = [name for _, _, name in param_slots(module) if name not in values]
     if missing:
         raise ParamsError(
-            f"{type(module).__name__} was made on the meta device, and nothing gave a value to"
-            f" {', '.join(map(printable, dict.fromkeys(missing)))}: their modules have no reset_parameters() that does."
-            " Write lm.fsdp(param_init_fn=fn), where fn(module) is called for each module and sets what it holds"
-            " itself, by torch.nn.init.normal_(module.weight), say."
+            f"{type(module).__name__} was created on the meta device, and nothing initialized"
+            f" {', '.join(map(printable, dict.fromkeys(missing)))}: their modules have no reset_parameters() for them."
+            " Write lm.fsdp(param_init_fn=fn), where fn(module) is called for each module and sets its own tensors, by"
+            " torch.nn.init.normal_(module.weight), say."
         )
-    return {name: kept[name] for _, _, name in param_slots(module)}
+    return {name: values[name] for _, _, name in param_slots(module)}
 
 
 def _grouped(module: nn.Module, units: Sequence[str]) -> Iterator[list[nn.Module]]:
-    """The modules in order: those of a unit together, others each alone."""
+    """The modules in order: those of a unit together, every other one by itself."""
 
     def group(named: tuple[str, nn.Module]) -> str:
         name = named[0]
         return next((unit for unit in units if unit and (name == unit or name.startswith(f"{unit}."))), name)
 
     for _, named in itertools.groupby(module.named_modules(), group):
-        yield [each for _, each in named]
+        yield [submodule for _, submodule in named]
 
 
-def _fill(places: Sequence[Place], device: torch.device) -> dict[str, Tensor]:
-    """Put tensors of unlikely values in their places; what stood there."""
-    shells: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
-    for table, key, name in places:
-        empty_meta: Tensor = table[key]
-        shells[name] = empty_meta
-        if name not in made:
-            made[name] = torch.full_like(empty_meta, _unlikely(empty_meta.dtype), device=device, requires_grad=False)
-            if isinstance(empty_meta, nn.Parameter):
-                made[name] = nn.Parameter(made[name], requires_grad=empty_meta.requires_grad)
-        table[key] = made[name]
-    return shells
+def _fill(slots: Sequence[ParamSlot], device: torch.device) -> dict[str, Tensor]:
+    """Fill the slots with tensors of unlikely values, and return the tensors that were there."""
+    metas: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
+    for table, key, name in slots:
+        meta: Tensor = table[key]
+        metas[name] = meta
+        if name not in filled:
+            filled[name] = torch.full_like(meta, _unlikely(meta.dtype), device=device, requires_grad=False)
+            if isinstance(meta, nn.Parameter):
+                filled[name] = nn.Parameter(filled[name], requires_grad=meta.requires_grad)
+        table[key] = filled[name]
+    return metas
 
 
 def _unlikely(dtype: torch.dtype) -> float | bool:
@@ -165,7 +165,7 @@ def _unlikely(dtype: torch.dtype) -> float | bool:
 
 
 def _written(tensor: Tensor) -> bool:
-    """Whether every entry has a value; for booleans that cannot be told."""
+    """Whether every entry has been written; booleans count as written."""
     if tensor.is_meta:
         return False
     if tensor.dtype == torch.bool:

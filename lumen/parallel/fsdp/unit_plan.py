@@ -82,18 +82,18 @@ class UnitPlan:
 
         What was sent is freed before that. The params alias their buffers without being views to autograd.
         """
-        arrived = []
+        received = []
         while in_flight:
             message, _, gathered, work = in_flight.pop(0)
             work.wait()
-            arrived.append((message, gathered))
+            received.append((message, gathered))
         if buffers:
             for buffer in buffers:
                 buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
         else:
-            self._allocate(buffers, arrived[0][1].device)
+            self._allocate(buffers, received[0][1].device)
         size, full = self._size, self._full
-        for message, gathered in arrived:
+        for message, gathered in received:
             columns = gathered.view(size, -1).split(message.sizes, 1)
             for index, column in zip(message.indices, columns, strict=True):
                 if full[index][0]:

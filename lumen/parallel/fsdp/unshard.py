@@ -84,14 +84,14 @@ class UnshardContext:
         self.token, *full = _Gather.apply(unit, self.token, *shards)  # type: ignore[no-untyped-call]
         return full  # type: ignore[no-any-return]
 
-    def tie(self, out: Any, unit: UnshardedUnit) -> Any:
+    def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, whose params are gathered again before the backward pass goes through the unit."""
         if not self.token.requires_grad or not torch.is_grad_enabled():
-            return out
-        if type(out) is Tensor and out.requires_grad:
-            self.token, tied = _Tie.apply(unit, self.token, out)  # type: ignore[no-untyped-call]
+            return output
+        if type(output) is Tensor and output.requires_grad:
+            self.token, tied = _Tie.apply(unit, self.token, output)  # type: ignore[no-untyped-call]
             return tied
-        leaves, spec = torch_pytree.tree_flatten(out)
+        leaves, spec = torch_pytree.tree_flatten(output)
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
         for i, leaf in zip(live, outs, strict=True):
@@ -247,25 +247,25 @@ class ForwardPass:
             for table, key, name in self._slots[unit]:
                 table[key] = params[name]
 
-    def leave(self, unit: int, out: Any) -> Any:
+    def leave(self, unit: int, output: Any) -> Any:
         """Free the params of a unit; its output gathers them again in the backward pass."""
         unsharded = self._running.pop(unit, None)
         if unsharded is None:
-            return out
+            return output
         for table, key, name in self._slots[unit]:
             table[key] = self._proxies[name]
         if not unit:
-            return out
-        out = self.context.tie(out, unsharded)
+            return output
+        output = self.context.tie(output, unsharded)
         unsharded.previous, self._last = self._last, unsharded
         unsharded.free()
-        return out
+        return output
 
-    def end(self, out: Any) -> Any:
+    def end(self, output: Any) -> Any:
         """Gather and free the units that did not run, so that all ranks have gathered the same."""
         if self._next < len(self.units.names):
             self._skip_to(len(self.units.names))
-        return self.leave(0, out)
+        return self.leave(0, output)
 
     def _skip_to(self, unit: int) -> None:
         while self._next < unit:
@@ -302,7 +302,7 @@ def register_unit_hooks(passes: Sequence[ForwardPass], units: FSDPUnits) -> Call
             submodule.register_forward_pre_hook(_entering(passes, unit))
             submodule.register_forward_hook(_leaving(passes, unit))
         module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
-        module.register_forward_hook(lambda root, args, out: _current(passes).end(out))
+        module.register_forward_hook(lambda root, args, output: _current(passes).end(output))
 
     return change
 
@@ -316,8 +316,8 @@ def _entering(passes: Sequence[ForwardPass], unit: int) -> Callable[..., None]:
 
 
 def _leaving(passes: Sequence[ForwardPass], unit: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, out: Any) -> Any:
-        return (passes[-1] if passes else _current(passes)).leave(unit, out)
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return (passes[-1] if passes else _current(passes)).leave(unit, output)
 
     return hook
 

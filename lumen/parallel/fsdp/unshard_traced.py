@@ -41,10 +41,10 @@ class TracedUnshardContext(UnshardContext):
         """Start the all-gather of the params `names`, of which this rank has `shards`."""
         return TracedUnit(self, names, shards)
 
-    def tie(self, out: Any, unit: UnshardedUnit) -> Any:
+    def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, at which the pass has arrived."""
-        self.reached = [leaf.detach() for leaf in torch_pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        return super().tie(out, unit)
+        self.reached = [leaf.detach() for leaf in torch_pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return super().tie(output, unit)
 
     def record(self, unit: TracedUnit, params: Sequence[Tensor]) -> None:
         """Remember which unit these full params belong to."""

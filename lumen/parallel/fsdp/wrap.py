@@ -1,4 +1,4 @@
-"""Units: the modules whose params are gathered, used and let go together."""
+"""Units: the modules whose params are gathered, used and freed together."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lumen.transforms._support.module_patterns import unmatched
 
 
 class FSDPUnits(NamedTuple):
-    """The chosen modules by name, in order; the first is the root, `""`. `owner` is the unit of each param."""
+    """The names of the units in order, the root `""` first; `owner` is the index of each param's unit."""
 
     names: tuple[str, ...]
     owner: dict[str, int]
 
 
 def find(module: nn.Module, patterns: Sequence[str] | None, params: Iterable[str]) -> FSDPUnits:
-    """The units of `module`: what matches a pattern, by default the repeated blocks.
+    """The units of `module`: the modules that match a pattern, by default the repeated blocks.
 
-    A param belongs to the unit around all the places where it stands, and to the root where these are several units
-    (tied weights) or none. Units do not nest: the outermost match counts.
+    A param belongs to the unit that contains it. A param that several units contain (tied weights), or none, belongs
+    to the root. Units do not nest: the outermost match counts.
 
     Raises `PatternError` for a pattern that matches nothing.
     """
@@ -32,29 +32,29 @@ def find(module: nn.Module, patterns: Sequence[str] | None, params: Iterable[str
     names = ("", *outer)
     owner: dict[str, int] = {}
     canonical = {id(p): name for name, p in module.named_parameters()}
-    for place, parameter in module.named_parameters(remove_duplicate=False):
+    for path, parameter in module.named_parameters(remove_duplicate=False):
         name = canonical[id(parameter)]
-        unit = next((i for i, each in enumerate(names) if each and place.startswith(f"{each}.")), 0)
+        unit = next((i for i, prefix in enumerate(names) if prefix and path.startswith(f"{prefix}.")), 0)
         owner[name] = unit if owner.get(name, unit) == unit else 0
     return FSDPUnits(names, {name: owner[name] for name in params})
 
 
 def _repeated(module: nn.Module) -> list[str]:
-    """Children of lists and sequences whose class occurs there more than once, and which have params.
+    """Children of lists and sequences that have params, and whose class occurs there more than once.
 
-    A child of a list that is made of modules itself is a block also where it is the only one of its kind.
+    In a list, a child that has children itself is a block even if it is the only one of its class.
     """
-    found = []
-    for name, each in module.named_modules():
-        if isinstance(each, nn.ModuleList | nn.Sequential):
-            counts = Counter(type(child) for child in each.children())
-            for key, child in each.named_children():
+    blocks = []
+    for name, parent in module.named_modules():
+        if isinstance(parent, nn.ModuleList | nn.Sequential):
+            counts = Counter(type(child) for child in parent.children())
+            for key, child in parent.named_children():
                 if isinstance(child, nn.ModuleList | nn.ModuleDict) or next(child.parameters(), None) is None:
                     continue
-                block = isinstance(each, nn.ModuleList) and next(child.children(), None) is not None
+                block = isinstance(parent, nn.ModuleList) and next(child.children(), None) is not None
                 if block or counts[type(child)] > 1:
-                    found.append(f"{name}.{key}" if name else key)
-    return [name for name in found if callable(getattr(module.get_submodule(name), "forward", None))]
+                    blocks.append(f"{name}.{key}" if name else key)
+    return [name for name in blocks if callable(getattr(module.get_submodule(name), "forward", None))]
 
 
 def _matching(module: nn.Module, patterns: Sequence[str]) -> list[str]:
