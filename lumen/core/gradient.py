@@ -83,7 +83,7 @@ def differentiate(call: GradientCall) -> Gradient:
     if {*map(type, leaves)} != {Tensor}:
         _check_params(leaves, call.params)
         # Params of which a transform outside shows a stand-in become whole by any operation.
-        leaves = [leaf.view_as(leaf) if hasattr(leaf, "part") else leaf for leaf in leaves]
+        leaves = [leaf.view_as(leaf) if hasattr(leaf, "shard") else leaf for leaf in leaves]
         call = call.replace(params=rebuild(leaves))
     if _must_stay_differentiable(call, leaves):
         _check_params(leaves, call.params)

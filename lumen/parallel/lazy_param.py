@@ -51,7 +51,7 @@ class GatherSource(Protocol):
     def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The full param `name`."""
 
 
@@ -59,27 +59,27 @@ class LazyParam(TensorProxy):
     """A param of which this rank has a shard; the first torch function that takes it gathers the full param."""
 
     form = TensorProxy.form | {Tensor.is_floating_point}
-    part: Tensor
+    shard: Tensor
     key: str
-    session: GatherSource
+    source: GatherSource
 
     @classmethod
-    def of(cls, session: GatherSource, name: str, part: Tensor) -> LazyParam:
+    def of(cls, source: GatherSource, name: str, shard: Tensor) -> LazyParam:
         """The param `name`, as the loss function or a module outside its unit sees it."""
-        lazy: LazyParam = torch.Tensor._make_subclass(cls, session.empty_meta(name, part.dtype), False)
-        lazy.part, lazy.key, lazy.session = part, name, session
+        lazy: LazyParam = torch.Tensor._make_subclass(cls, source.empty_meta(name, shard.dtype), False)
+        lazy.shard, lazy.key, lazy.source = shard, name, source
         return lazy
 
     @classmethod
     def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the function of full params."""
-        args, kwargs = torch_pytree.tree_map(whole_of, (args, kwargs))
+        args, kwargs = torch_pytree.tree_map(unsharded, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Lazy({self.key}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def whole_of(value: Any) -> Any:
+def unsharded(value: Any) -> Any:
     """The full param of a `LazyParam`; any other value unchanged."""
-    return value.session.whole(value.key, value.part) if isinstance(value, LazyParam) else value
+    return value.source.unshard(value.key, value.shard) if isinstance(value, LazyParam) else value

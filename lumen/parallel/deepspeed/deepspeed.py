@@ -30,7 +30,7 @@ from lumen.parallel.deepspeed.holder import HOLDERS, EngineHolder, EngineSlot, P
 from lumen.parallel.deepspeed.optimizer import Update
 from lumen.parallel.deepspeed.partitions import cut, gathered, whole
 from lumen.parallel.fsdp.shard import flat_params
-from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta, whole_of
+from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta, unsharded
 from lumen.parallel.optimizer_check import check_optimizer
 from lumen.transforms._precision import precision
 
@@ -224,7 +224,7 @@ class deepspeed(Transform):
             return next(call)
         if params.keys() == engine.params.keys() and all(isinstance(p, PartitionedParam) for p in params.values()):
             return engine.run(call.target, call.buffers, call.args, call.kwargs)
-        return next(call.replace(params={name: whole_of(p) for name, p in params.items()}))
+        return next(call.replace(params={name: unsharded(p) for name, p in params.items()}))
 
     def _update(self, holder: EngineHolder, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         pending, engine = holder.pending, holder.used()

@@ -111,7 +111,7 @@ class EngineHolder(StepMesh):
         """The param `name` without memory."""
         return empty_meta(self.used().shapes[name], dtype)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The param `name`, gathered."""
         return self.used().whole(name)
 

@@ -17,7 +17,7 @@ from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
-from lumen.parallel.lazy_param import LazyParam, whole_of
+from lumen.parallel.lazy_param import LazyParam, unsharded
 
 Shapes = Mapping[str, torch.Size]
 
@@ -31,7 +31,7 @@ def _run_units(runtime: FSDPRuntime, plans: UnitPlans, next: Next, call: ApplyCa
     """Put the params' shards into the model, and gather them where they are used."""
     shapes, layout = plans.shapes, plans.layout
     if call.params.keys() != shapes.keys():  # another model than the one that is sharded
-        return next(call.replace(params={name: whole_of(p) for name, p in call.params.items()}))
+        return next(call.replace(params={name: unsharded(p) for name, p in call.params.items()}))
     context, shards, proxies = _shards_of(call.params)
     full: frozenset[str] = frozenset()
     if len(proxies) < len(shards):
@@ -58,13 +58,13 @@ def _shards_of(
     shards: dict[str, Tensor] = {}
     proxies: dict[str, LazyParam] = {}
     for name, param in params.items():
-        if isinstance(param, LazyParam) and not isinstance(param.session, UnshardContext):
-            param = param.part
+        if isinstance(param, LazyParam) and not isinstance(param.source, UnshardContext):
+            param = param.shard
         if isinstance(param, LazyParam):
             proxies[name] = param
-            if context is None and isinstance(param.session, UnshardContext):
-                context = param.session
-            param = param.part
+            if context is None and isinstance(param.source, UnshardContext):
+                context = param.source
+            param = param.shard
         shards[name] = param
     return context, shards, proxies
 

@@ -156,7 +156,7 @@ class FSDPRule(DataParallelRule):
 def _proxy(context: UnshardContext, name: str, shard: Tensor) -> LazyParam:
     """The param `name` as a loss function sees it. A shard of `lm.tensor_parallel` inside is gathered by that last."""
     if isinstance(shard, LazyParam):
-        return LazyParam.of(shard.session, name, LazyParam.of(context, name, shard.part))
+        return LazyParam.of(shard.source, name, LazyParam.of(context, name, shard.shard))
     return LazyParam.of(context, name, shard)
 
 

@@ -68,12 +68,12 @@ class UnshardContext:
             cpu_offload.wait(device)
         return on_host
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The full param `name`, gathered by itself, once."""
         known = self._direct.get(name)
-        if known is None or known[0] is not part:
-            (full,) = self.gather(self.launch((name,), (part,)), (part,))
-            self._direct[name] = known = part, full
+        if known is None or known[0] is not shard:
+            (full,) = self.gather(self.launch((name,), (shard,)), (shard,))
+            self._direct[name] = known = shard, full
         return known[1]
 
     def gather(self, unit: UnshardedUnit, shards: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -231,7 +231,7 @@ class ForwardPass:
             self._shards.setdefault(unit, {})[name] = shard
             proxy = proxies.get(name)
             # The loss function's own, unless a rule inside has changed the shard: cast it, say.
-            if proxy is None or proxy.part is not shard or proxy.session is not self.context:
+            if proxy is None or proxy.shard is not shard or proxy.source is not self.context:
                 proxies[name] = proxy = LazyParam.of(self.context, name, shard)
             table[key] = proxy
         self.enter(0)

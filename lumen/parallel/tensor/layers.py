@@ -64,11 +64,11 @@ class FullParamView:
         """The param `name` without memory."""
         return empty_meta(torch.Size(self.layouts[name].shape), dtype)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The param `name`, gathered; what is computed from it is the same on every process."""
-        if isinstance(part, LazyParam):
-            part = part.session.whole(part.key, part.part)
-        return self.team.gather(part, self.layouts[name].dim, self.layouts[name].groups)
+        if isinstance(shard, LazyParam):
+            shard = shard.source.unshard(shard.key, shard.shard)
+        return self.team.gather(shard, self.layouts[name].dim, self.layouts[name].groups)
 
 
 def cut_modules(run: Run, outside: FullParamView, styles: Mapping[str, Style]) -> Callable[[nn.Module], None]:

@@ -33,7 +33,7 @@ from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.fsdp.shard import flat_params
-from lumen.parallel.lazy_param import LazyParam, whole_of
+from lumen.parallel.lazy_param import LazyParam, unsharded
 from lumen.parallel.optimizer_check import check_optimizer
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.layers import FullParamView, Run, cut_modules
@@ -241,7 +241,7 @@ class tensor_parallel(Transform):
     ) -> Any:
         """P0: run the model on the parts of its params."""
         if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
-            return next(call.replace(params={k: whole_of(p) for k, p in call.params.items()}))
+            return next(call.replace(params={k: unsharded(p) for k, p in call.params.items()}))
         params = {name: self._part(outside, name, p) for name, p in call.params.items()}
         change = cut_modules(runtime.run, outside, runtime.styles(call.target))
         target = call.target.variant((self.name, runtime), change)
@@ -257,8 +257,8 @@ class tensor_parallel(Transform):
     @staticmethod
     def _part(outside: FullParamView, name: str, param: Tensor) -> Tensor:
         """This process's part of a param, also of one that was computed from whole ones in the loss function."""
-        if isinstance(param, LazyParam) and param.session is outside:
-            return param.part
+        if isinstance(param, LazyParam) and param.source is outside:
+            return param.shard
         layout = outside.layouts.get(name)
         if layout is None or param.shape != torch.Size(layout.shape):
             return param

@@ -53,8 +53,8 @@ def _device_of(params: Any, inputs: Any) -> str:
 
 def _local_shard(tensor: Tensor) -> Tensor:
     """The tensor itself, or what is here of one that is gathered when it is used."""
-    while hasattr(tensor, "part"):
-        tensor = tensor.part
+    while hasattr(tensor, "shard"):
+        tensor = tensor.shard
     return tensor
 
 
