@@ -174,7 +174,7 @@ class _Handle:
     A closure would not do: clearing the frames of an error's traceback does not clear closures.
     """
 
-    __slots__ = ("_out", "_work")
+    __slots__ = ("_result", "_work")
 
     def __init__(self, work: Any, result: Tensor) -> None:
         self._work, self._result = work, result

@@ -112,7 +112,7 @@ class _SavedView(NamedTuple):
     """A view of a full param, rebuilt from whichever all-gather is the last when the backward pass needs it."""
 
     unit: TracedUnit
-    index: int
+    position: int
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -122,7 +122,7 @@ def _unpack(saved: Tensor | _SavedView) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
     unit = saved.unit
-    param = (unit.params or unit.fetch())[saved.index]
+    param = (unit.params or unit.fetch())[saved.position]
     for view in (param, param.mT if param.dim() > 1 else param):
         if (view.shape, view.stride(), view.storage_offset()) == saved[2:]:
             return view.detach()
