@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lumen.core import rules
-from lumen.core.sharding import ShardSpec, Spread
+from lumen.core.sharding import ShardingSlot, ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, without_slot
 from lumen.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def is_sharded(state: Any) -> bool:
 
 def _sharding_slots(state: Any) -> list[str]:
     slots = getattr(state, "slots", None) or {}
-    return [name for name, slot in slots.items() if isinstance(slot, Spread)]
+    return [name for name, slot in slots.items() if isinstance(slot, ShardingSlot)]
 
 
 def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -17,7 +17,7 @@ from lumen import tree
 from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
-_STATIC, _ROWS = "lumen_static", "lumen_rows"
+_STATIC, _ROWS, _PARAMS = "lumen_static", "lumen_rows", "lumen_params"
 SIGNATURE = "_signature"  # what `lm.compile` notes on a state that it made; it does not outlive a change
 
 
@@ -71,7 +71,25 @@ def row_field(*, kw_only: bool = True, **kwargs: Any) -> Any:
     return dataclasses.field(kw_only=kw_only, metadata=metadata, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, row_field, dataclasses.field))
+def param_field(**kwargs: Any) -> Any:
+    """A field of an `lm.dataclass` class that holds a dict like the params: by their names, in their shapes.
+
+    Transforms that shard params (`lm.fsdp`, `lm.tensor_parallel`) shard the field alike. Without this declaration a
+    field or a slot is the same on every rank, whatever its names and shapes. Takes the arguments of
+    `dataclasses.field`.
+
+    >>> import lumen as lm, torch
+    >>> @lm.dataclass
+    ... class WithTeacher(lm.TrainState):
+    ...     teacher: dict[str, torch.Tensor] = lm.extend.param_field(kw_only=True)
+    """
+    metadata = {**kwargs.pop("metadata", {}), _PARAMS: True}
+    return dataclasses.field(metadata=metadata, **kwargs)
+
+
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(static, row_field, param_field, dataclasses.field)
+)
 def dataclass(cls: C) -> C:
     """Make `cls` a frozen dataclass whose fields are the children of a pytree node.
 
@@ -95,6 +113,7 @@ def dataclass(cls: C) -> C:
     made._fields_ = frozenset(f.name for f in fields)
     made._dynamic_fields_ = dynamic
     made._row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_ROWS))
+    made._param_fields_ = frozenset(f.name for f in fields if f.metadata.get(_PARAMS))
     made.replace = _replace
     made.__setattr__ = _refuse_assignment
     made.__new__ = _new

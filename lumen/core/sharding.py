@@ -7,7 +7,7 @@ or write the whole state (checkpoints) ask for a `ShardSpec` of each leaf.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.collectives import pmax
+from lumen.core.param_leaves import Path, key_paths, param_leaves
 
 _KEYS = ("<shards>", "<shards within>")
 _WHOLES = "<wholes>"
@@ -74,13 +75,91 @@ def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
     return ShardSpec(inner.shape, tuple(boxes), inner.owner and outer.owner)
 
 
-class Spread:
-    """Base of the static slots in which transforms keep how they spread a state over processes.
+REPLICATED, FLAT = -1, -2  # in place of a dim
 
-    `owner` is the name of the transform, where that is not the name of the slot.
+
+class LeafSpec(NamedTuple):
+    """How a leaf of full shape `shape` is sharded: along `dim`, in `groups` equal blocks each of which is sharded.
+
+    `dim` is `REPLICATED` where every rank has all of it, and `FLAT` where each has a span of its entries.
+    """
+
+    shape: tuple[int, ...]
+    dim: int = REPLICATED
+    groups: int = 1
+
+
+class SpecTree:
+    """How the leaves of a state are sharded: made once, by `init`, and kept in a transform's static slot.
+
+    `params` has the spec of each param by its name, and `leaves` the param that each sharded leaf is laid out like, by
+    the leaf's path. A leaf whose path is not there is replicated.
+    """
+
+    def __init__(self, params: Mapping[str, LeafSpec], leaves: Mapping[Path, str]) -> None:
+        self.params, self.leaves = dict(params), dict(leaves)
+
+    @classmethod
+    def of(cls, state: Any, params: Mapping[str, LeafSpec], field: str | None = None) -> SpecTree:
+        """The specs of a state whose params are about to be sharded by `params`; with `field`, of that field alone.
+
+        Where a transform inside has sharded the state already, the same leaves are sharded once more.
+        """
+        inner = next(iter(_records(state).values()), None)
+        shapes = {name: spec.shape for name, spec in params.items()}
+        leaves = param_leaves(state, shapes) if inner is None else inner.specs.leaves
+        return cls(params, {p: name for p, name in leaves.items() if name in params and field in (None, p[0])})
+
+    def locate(self, values: Any, root: Path = ()) -> list[tuple[int, str]]:
+        """The sharded leaves of `values`: their indices among `tree.leaves`, and the param that each is laid out like.
+
+        `root` is the path of `values` in the state.
+        """
+        found = ((index, self.leaves.get(root + path)) for index, path in enumerate(key_paths(values)))
+        return [(index, name) for index, name in found if name is not None]
+
+    def including(self, leaves: Mapping[Path, str]) -> SpecTree:
+        """The specs with `leaves` added, where the params that they are laid out like are sharded."""
+        added = {path: name for path, name in leaves.items() if ("params", name) in self.leaves}
+        return SpecTree(self.params, self.leaves | added) if added else self
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, SpecTree) and (self.params, self.leaves) == (other.params, other.leaves)
+
+    def __hash__(self) -> int:
+        return hash((len(self.leaves), *self.params))
+
+    def __repr__(self) -> str:
+        return f"SpecTree({len(self.params)} params, {len(self.leaves)} leaves)"
+
+
+class ShardingSlot:
+    """Base of the static slots in which transforms record how they shard a state.
+
+    `owner` is the name of the transform, where that is not the name of the slot; `specs` is None for row fields.
     """
 
     owner: str
+    specs: SpecTree | None = None
+
+
+def extend_specs(state: Any, slot: str) -> Any:
+    """`state` with specs for a slot that was added after the state was sharded: what is like params is sharded, too."""
+    records = _records(state)
+    if not records:
+        return state
+    shapes = {name: p.shape for name, p in state.params.items()}  # of this rank's shards, as in the slot
+    leaves = {path: name for path, name in param_leaves(state, shapes).items() if path[:2] == ("slots", slot)}
+    extended = {key: record.replace(specs=record.specs.including(leaves)) for key, record in records.items()}
+    return state.replace(slots={**state.slots, **extended})
+
+
+def _records(state: Any) -> dict[str, Any]:
+    """The slots of `state` with specs, that of the innermost transform first."""
+    slots = getattr(state, "slots", None) or {}
+    return {key: slot for key, slot in slots.items() if isinstance(slot, ShardingSlot) and slot.specs is not None}
 
 
 class Shards(Protocol):

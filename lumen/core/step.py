@@ -22,7 +22,7 @@ from lumen.core import order, rules, stale_reads
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import ShardSpec, Spread, composed
+from lumen.core.sharding import ShardingSlot, ShardSpec, composed, extend_specs
 from lumen.core.value_object import ValueObject
 from lumen.errors import PurityError, SlotError, StateError, StepError, printable
 
@@ -190,7 +190,7 @@ class Step:
         names = {transform.name for transform in self.transforms}
         for name, value in (getattr(state, "slots", None) or {}).items():
             owner = getattr(value, "owner", name)
-            if isinstance(value, Spread) and owner not in names:
+            if isinstance(value, ShardingSlot) and owner not in names:
                 raise StateError(
                     f"this state is one rank's shard under lm.{owner}, which is no transform of {self!r}. Gather it, on"
                     " every rank, with the step that prepared it: state = step.export(state)"
@@ -308,13 +308,18 @@ def with_slot(state: State, name: str, value: Any) -> State:
 def add_slot(state: State, name: str, make: Callable[[], Any]) -> State:
     """`state` with a slot for the transform `name`, made by `make` unless it has one already.
 
+    A slot is replicated where params are sharded, except for the fields of its class that are declared by
+    `lm.extend.param_field()`.
+
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(1, 1), lm.optim.sgd(0.1))
     >>> state = lm.extend.add_slot(state, "calls", lambda: torch.tensor(0))
     >>> lm.extend.add_slot(state, "calls", lambda: torch.tensor(9)).slots
     {'calls': tensor(0)}
     """
-    return state if name in getattr(state, "slots", ()) else with_slot(state, name, make())
+    if name in getattr(state, "slots", ()):
+        return state
+    return extend_specs(with_slot(state, name, make()), name)
 
 
 def without_slot(state: State, name: str) -> State:

@@ -12,7 +12,7 @@ from lumen.core import distributed, row_fields
 from lumen.core.donation import is_retired
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.core.sharding import ShardSpec, Spread, rows_spec
+from lumen.core.sharding import ShardingSlot, ShardSpec, rows_spec
 from lumen.core.step import StepFn, with_slot, without_slot
 from lumen.errors import BatchError, StateError
 from lumen.parallel.comm import collectives, consistency
@@ -22,7 +22,7 @@ SLOT = "row_field"
 
 
 @pytree_dataclass
-class RowShards(Spread):
+class RowShards(ShardingSlot):
     """The slot of row fields, all static: the global number of rows of each leaf, by its path, over `size` shards.
 
     `owner` is the name of the transform that shards them.

@@ -11,6 +11,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
+from lumen.core.pytree_dataclass import param_field
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
 from lumen.optim._numerics import Coefficients, time
@@ -20,7 +21,7 @@ from lumen.optim._numerics import Coefficients, time
 class Averaged:
     """The slot of `ema`: the averaged `params`, at least in float32, and how many were averaged (int64 scalar)."""
 
-    params: Any
+    params: Any = param_field()
     count: Tensor
 
 

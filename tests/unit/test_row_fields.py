@@ -7,6 +7,7 @@ import torch
 
 import lumen as lm
 from lumen.core import row_fields
+from lumen.core.sharding import SpecTree
 from lumen.core.step import with_slot
 from lumen.errors import StateError
 from lumen.parallel.fsdp.fsdp import Sharding
@@ -134,7 +135,7 @@ def test_a_leaf_without_rows_is_refused_before_the_first_step(transform, value, 
 @pytest.mark.parametrize(
     ("slot", "record", "owner"),
     [
-        ("fsdp", Sharding(shapes=(), size=2, stage=3), "fsdp"),
+        ("fsdp", Sharding(specs=SpecTree({}, {}), size=2, stage=3), "fsdp"),
         ("row_field", RowShards(rows=(("hidden", 8),), size=2, owner="ddp"), "ddp"),
     ],
 )

@@ -28,7 +28,7 @@ from lumen.parallel.deepspeed.config import INSTEAD, Setup, read, setup, stage_o
 from lumen.parallel.deepspeed.engine import Engine
 from lumen.parallel.deepspeed.holder import HOLDERS, EngineHolder, EngineSlot, PendingGrads, holder_of
 from lumen.parallel.deepspeed.optimizer import Update
-from lumen.parallel.deepspeed.partitions import cut, gathered, whole
+from lumen.parallel.deepspeed.partitions import gather_span, gather_tree, shard_tree
 from lumen.parallel.fsdp.shard import flat_params
 from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta, unsharded
 from lumen.parallel.optimizer_check import check_optimizer
@@ -152,20 +152,21 @@ class deepspeed(Transform):
         )
         state = consistency.broadcast(state, wire.group)
         engine = holder.hold(state, engine_setup)
-        held = EngineSlot(number=holder.number, dtypes=tuple((name, p.dtype) for name, p in params.items()))
+        dtypes = tuple((name, p.dtype) for name, p in params.items())
+        record = EngineSlot(specs=holder.specs, number=holder.number, dtypes=dtypes)
         state = state.replace(
             params={name: self._shown(holder, name) for name in params},
-            opt_state=cut(state.opt_state, holder.places, engine.spans),
+            opt_state=shard_tree(state.opt_state, holder.param_slots, engine.spans),
         )
-        return with_slot(row_shards.shard(state, self.mesh, self.name), self.name, held)
+        return with_slot(row_shards.shard(state, self.mesh, self.name), self.name, record)
 
     def export(self, state: Any) -> Any:
         """The whole plain state, in memory of its own, on every process."""
-        held: EngineSlot = slot(state, self.name)
-        holder = holder_of(held)
+        record: EngineSlot = slot(state, self.name)
+        holder = holder_of(record)
         spans = holder.used().spans
-        params = {name: gathered(spans[name].master, spans[name]).to(dtype) for name, dtype in held.dtypes}
-        opt_state = whole(state.opt_state, holder.places, spans)
+        params = {name: gather_span(spans[name].master, spans[name]).to(dtype) for name, dtype in record.dtypes}
+        opt_state = gather_tree(state.opt_state, record.specs.locate(state.opt_state, ("opt_state",)), spans)
         state = row_shards.unshard(state, self.mesh)
         return without_slot(state, self.name).replace(params=params, opt_state=opt_state)
 
@@ -245,7 +246,7 @@ class deepspeed(Transform):
             for p in engine.params.values():
                 p.grad.mul_(scale.to(p.device, p.dtype))  # type: ignore[union-attr]
             limit, scale = engine.setup.clip, None
-        engine.adapter.begin(Update(call.tx, call.opt_state, holder.places, engine.spans, scale))
+        engine.adapter.begin(Update(call.tx, call.opt_state, holder.param_slots, engine.spans, scale))
         try:
             engine.step(limit)
         finally:

@@ -28,7 +28,7 @@ from lumen.parallel.comm.init import leave_at_exit
 from lumen.parallel.comm.process_groups import close_on_leave
 from lumen.parallel.deepspeed.config import Setup
 from lumen.parallel.deepspeed.optimizer import Adapter
-from lumen.parallel.deepspeed.partitions import Span, spans
+from lumen.parallel.deepspeed.partitions import Span, find_spans
 
 _BUILD = 20 * 60.0  # seconds that no build of one extension takes
 
@@ -137,7 +137,7 @@ class Engine:
     @functools.cached_property
     def spans(self) -> dict[str, Span]:
         """By param."""
-        return spans(self.engine, self.params, self.shapes, self.setup.stage)
+        return find_spans(self.engine, self.params, self.shapes, self.setup.stage)
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
         """`run()` as the engine's forward pass."""

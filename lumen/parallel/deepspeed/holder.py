@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.core.sharding import Spread
+from lumen.core.sharding import FLAT, LeafSpec, ShardingSlot, SpecTree
 from lumen.core.step import Transform
 from lumen.errors import StateError
 from lumen.parallel.comm.buckets import GradComm
@@ -28,16 +28,19 @@ from lumen.parallel.comm.process_groups import close_on_leave
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.deepspeed.config import Setup
 from lumen.parallel.deepspeed.engine import Engine, meet
-from lumen.parallel.fsdp.shard import places_of
 from lumen.parallel.lazy_param import empty_meta
 
 _numbers = itertools.count(1)
 
 
 @pytree_dataclass
-class EngineSlot(Spread):
-    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, and the params' dtypes."""
+class EngineSlot(ShardingSlot):
+    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, the params' dtypes, and the specs.
 
+    Specs are those of the optimizer's state: of a leaf that is laid out like a param this rank has the same span.
+    """
+
+    specs: SpecTree = static()
     number: int = static()
     dtypes: tuple[tuple[str, torch.dtype], ...] = static()
 
@@ -58,7 +61,10 @@ class EngineHolder(StepMesh):
         self.other: EngineHolder | None = None  # that of the state that the step was called with last, where it is not
         self.engine: Engine | None = None
         self.number = 0
-        self.places: list[tuple[int, str]] = []  # of leaves of the optimizer state that are a param's
+        self.specs = SpecTree({}, {})
+        self.param_slots: list[
+            tuple[int, str]
+        ] = []  # the leaves of the optimizer's state that are laid out like params
         self.pending: PendingGrads | None = None
         self.checks = BufferChecks("lm.deepspeed")
         self.unreached: dict[Any, list[str]] = {}
@@ -96,7 +102,9 @@ class EngineHolder(StepMesh):
         HOLDERS.pop(self.number, None)
         self.number, self.pending, self.other = next(_numbers), None, None
         HOLDERS[self.number] = self
-        self.places = places_of(state.opt_state, {name: p.shape for name, p in state.params.items()})
+        specs = {name: LeafSpec(tuple(p.shape), FLAT) for name, p in state.params.items()}
+        self.specs = SpecTree.of(state, specs, field="opt_state")
+        self.param_slots = self.specs.locate(state.opt_state, ("opt_state",))
         return self.engine
 
     def close(self) -> None:

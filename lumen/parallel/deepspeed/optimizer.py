@@ -47,20 +47,20 @@ class Adapter(torch.optim.Optimizer):
 class Update:
     """One update, group by group.
 
-    `scale` is what gradients are multiplied by first, None for 1; `places` says which leaves of the optimizer state
-    belong to which param.
+    Gradients are first multiplied by `scale`, unless it is None. `param_slots` has the indices of the leaves of the
+    optimizer state that are laid out like params, with the names of these.
     """
 
     def __init__(
         self,
         tx: Any,
         state: Any,
-        places: Sequence[tuple[int, str]],
+        param_slots: Sequence[tuple[int, str]],
         spans: Mapping[str, Span],
         scale: Tensor | None,
     ) -> None:
         self.state = state
-        self._tx, self._places, self._spans, self._scale = tx, places, spans, scale
+        self._tx, self._param_slots, self._spans, self._scale = tx, param_slots, spans, scale
         self._before, self._spec = tree.flatten(state)
 
     def __call__(self, flats: Sequence[Tensor]) -> None:
@@ -87,7 +87,7 @@ class Update:
         given = list(self._before)
         if partly:
             params = {name: p if name in grads else p[:0] for name, p in params.items()}
-            for place, name in self._places:
+            for place, name in self._param_slots:
                 given[place] = given[place] if name in grads else given[place][:0]
         full = {name: grads.get(name, p[:0]) for name, p in params.items()}
         with sharding.bound(_Shards(partly)):
@@ -95,7 +95,7 @@ class Update:
         for name, p in params.items():
             if new[name] is not p:
                 p.copy_(new[name])
-        leaves, owner = tree.leaves(state), dict(self._places)
+        leaves, owner = tree.leaves(state), dict(self._param_slots)
         held = tree.leaves(self.state)
         kept = [
             old if partly and place in owner and owner[place] not in grads else leaf

@@ -5,16 +5,16 @@ On a GPU, copies from the host do not block, and the host's memory is pinned.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.param_leaves import Path, key_paths
+from lumen.core.sharding import SpecTree
 from lumen.parallel.fsdp.meta_init import make_keep_fn
-from lumen.parallel.fsdp.shard import ShardLayout, places_of
+from lumen.parallel.fsdp.shard import ShardLayout
 
 HOST = torch.device("cpu")
 
@@ -38,39 +38,33 @@ def wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def shard_to_host(
-    state: Any, layout: ShardLayout, shapes: Mapping[str, torch.Size], unsharded: Sequence[str], device: torch.device
-) -> Any:
+def shard_to_host(state: Any, layout: ShardLayout, specs: SpecTree, device: torch.device) -> Any:
     """This rank's shards of the first rank's state, on the host; leaves that are not sharded are on `device`.
 
     Leaves are sharded one by one, so that no more than one is on the device.
     """
-    leaves, spec = tree.flatten(state)
-    paths = tree.paths(state)
-    sharded = {paths[index] for index, _ in places_of(state, shapes, kept=unsharded)}
+    leaves, structure = tree.flatten(state)
+    sharded = {index for index, _ in specs.locate(state)}
     keep = make_keep_fn(layout, sharded)
-    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+    for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            value = keep(path, leaf.detach().to(device, copy=True))
-            leaves[index] = to_host(value) if path in sharded else value
-    return spec.unflatten(leaves)
+            value = keep(index, leaf.detach().to(device, copy=True))
+            leaves[index] = to_host(value) if index in sharded else value
+    return structure.unflatten(leaves)
 
 
-def place_state(
-    state: Any, layout: ShardLayout, shapes: Mapping[str, torch.Size], unsharded: Sequence[str], device: torch.device
-) -> Any:
+def place_state(state: Any, specs: SpecTree, device: torch.device) -> Any:
     """`state` with shards, optimizer state and slots that have shards on the host, and other leaves on `device`."""
-    leaves, spec = tree.flatten(state)
-    paths = tree.paths(state)
-    sharded = {index for index, _ in places_of(state, shapes, layout, unsharded)}
-    groups = {_rest_group(paths[index]) for index in sharded} | {"opt_state"}
+    leaves, structure = tree.flatten(state)
+    paths = key_paths(state)
+    sharded = {index for index, _ in specs.locate(state)}
+    groups = {_device_group(paths[index]) for index in sharded} | {("opt_state",)}
     for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if isinstance(leaf, Tensor):
-            leaves[index] = to_host(leaf) if index in sharded or _rest_group(path) in groups else leaf.to(device)
-    return spec.unflatten(leaves)
+            leaves[index] = to_host(leaf) if _device_group(path) in groups else leaf.to(device)
+    return structure.unflatten(leaves)
 
 
-def _rest_group(path: str) -> str:
+def _device_group(path: Path) -> Path:
     """The leaves that are kept on one device: the optimizer's state, or one slot; each leaf of other fields alone."""
-    slot = re.match(r"slots\[[^\]]*\]", path)
-    return slot.group() if slot else "opt_state" if path.startswith("opt_state") else path
+    return path[:1] if path[0] == "opt_state" else path[:2] if path[0] == "slots" else path

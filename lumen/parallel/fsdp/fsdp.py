@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import row_fields, rules, sharding
+from lumen.core import rules, sharding
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Primitive, Rule
-from lumen.core.sharding import ShardSpec, Spread
+from lumen.core.sharding import REPLICATED, LeafSpec, ShardingSlot, ShardSpec, SpecTree
 from lumen.core.step import StepFn, Transform, as_step, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError, OrderError, StateError
 from lumen.parallel import row_shards
@@ -37,11 +37,10 @@ from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import (
     ShardedParamGatherer,
     ShardLayout,
-    cut_tree,
     flat_params,
-    never_cut,
-    places_of,
-    whole_tree,
+    gather_tree,
+    shard_specs,
+    shard_tree,
 )
 from lumen.parallel.fsdp.update_rule import update_shards
 from lumen.parallel.optimizer_check import check_optimizer
@@ -50,17 +49,15 @@ Shapes = Mapping[str, torch.Size]
 
 
 @pytree_dataclass
-class Sharding(Spread):
-    """The slot of `fsdp`, all static: each param's whole `shapes`, over how many processes they are cut, and the stage.
+class Sharding(ShardingSlot):
+    """The slot of `fsdp`, all static: the specs of the state's leaves, over how many ranks they are sharded, the stage.
 
-    A leaf anywhere in the state that stands under a param's name, and has the shape of this process's part of it, is
-    such a part, except at the paths `kept`. At stages 1 and 2 that is so in the optimizer state alone.
+    At stages 1 and 2 only leaves of the optimizer's state are sharded.
     """
 
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = static()
+    specs: SpecTree = static()
     size: int = static()
     stage: int = static()
-    kept: tuple[str, ...] = static(default=())
 
 
 class fsdp(Transform):
@@ -194,23 +191,23 @@ class fsdp(Transform):
         self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
         consistency.assert_same_on_all_ranks(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
-        shapes = {name: p.shape for name, p in params.items()}
-        kept = never_cut(self._cut_of(state), shapes)
-        kept += tuple(path for path, _ in row_fields.named(self._cut_of(state)))  # whatever names they have
-        self._memory.units(state.apply_fn, [*shapes])  # raises for patterns that match nothing
+        specs = self._specs(state)
+        self._memory.units(state.apply_fn, [*params])  # raises for patterns that match nothing
         if begins_on_meta(state):
             state = self._init_meta(state, cut)
         elif self.offload:
-            state = offload.shard_to_host(state, cut, shapes, kept, self.mesh.device)
+            state = offload.shard_to_host(state, cut, specs, self.mesh.device)
         else:
-            state = consistency.broadcast(state, cut.everyone)
-            parts = cut_tree(cut, self._cut_of(state), shapes, kept)
-            state = parts if self.stage == 3 else state.replace(opt_state=parts)
+            state = shard_tree(cut, consistency.broadcast(state, cut.everyone), specs)
         if self.offload:
-            state = offload.place_state(state, cut, shapes, kept, self.mesh.device)
+            state = offload.place_state(state, specs, self.mesh.device)
         state = row_shards.shard(state, self.mesh, self.name)
-        record = tuple((name, tuple(shape)) for name, shape in shapes.items())
-        return with_slot(state, self.name, Sharding(shapes=record, size=cut.size, stage=self.stage, kept=kept))
+        return with_slot(state, self.name, Sharding(specs=specs, size=cut.size, stage=self.stage))
+
+    def _specs(self, state: Any) -> SpecTree:
+        """How a state that is not sharded yet will be."""
+        params = {name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in state.params.items()}
+        return SpecTree.of(state, params, field=None if self.stage == 3 else "opt_state")
 
     def _prepared(self, state: Any) -> Any:
         """A state that `init` has returned before, unchanged."""
@@ -235,43 +232,27 @@ class fsdp(Transform):
         inside = within[within.index(self) + 1 :] if self in within else ()
         return init_from_meta(state, values, None if on_host else self.mesh.device, layout, inside)
 
-    def _cut_of(self, state: Any) -> Any:
-        """The part of a state that is sharded."""
-        return state if self.stage == 3 else state.opt_state
-
     def export(self, state: Any) -> Any:
         """The full state, on every rank; with `offload`, on the host."""
         cut = self.cut
         if cut is None:
             return state
-        shapes, kept = self._shapes(state), slot(state, self.name).kept
-        state = without_slot(state, self.name)
-        state = row_shards.unshard(state, self.mesh)
-        whole = whole_tree(cut, self._cut_of(state), shapes, kept)
+        specs = slot(state, self.name).specs
+        full = gather_tree(cut, row_shards.unshard(without_slot(state, self.name), self.mesh), specs)
         if self.offload:
-            return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, whole)
-        return whole if self.stage == 3 else state.replace(opt_state=whole)
+            return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, full)
+        return full
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
-        """This rank's rows of each sharded leaf, and of the row fields."""
+        """This rank's rows of each leaf that is sharded, and of the row fields."""
         cut = self.cut
         if cut is None:
             return {}
-        specs = row_shards.specs(state, self.mesh)
-        shapes = self._shapes(state)
-        chosen = self._cut_of(state)
-        leaves = tree.leaves(chosen)
-        names = {
-            id(leaves[index]): name
-            for index, name in places_of(chosen, shapes, cut, slot(state, self.name).kept)
-            if shapes[name]
-        }
-        positions = enumerate(tree.leaves(state))
-        return specs | {index: cut.piece(shapes[names[id(leaf)]]) for index, leaf in positions if id(leaf) in names}
+        return row_shards.specs(state, self.mesh) | shard_specs(cut, state, slot(state, self.name).specs)
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)
-        return {name: torch.Size(shape) for name, shape in record.shapes}
+        return {name: torch.Size(spec.shape) for name, spec in record.specs.params.items()}
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with params gathered where they are used, and gradients reduced over ranks."""

@@ -24,7 +24,7 @@ from lumen.errors import ParamsError, StateError, printable
 from lumen.parallel.fsdp.shard import ShardedParamGatherer, ShardLayout
 
 Initialize = Callable[[nn.Module], None]
-Keep = Callable[[str, Tensor], Tensor]
+Keep = Callable[[Any, Tensor], Tensor]
 Tables = tuple[dict[str, Any], dict[str, Any]]
 ParamSlot = tuple[dict[str, Any], str, str]  # a module's table, the key in it, and the name, which tied tensors share
 
@@ -77,16 +77,16 @@ def init_from_meta(
     return state if device is None else tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
 
 
-def make_keep_fn(layout: ShardLayout | None, sharded: Collection[str]) -> Keep:
+def make_keep_fn(layout: ShardLayout | None, sharded: Collection[Any]) -> Keep:
     """A function that returns what this rank keeps of the first rank's tensor: its shard of those in `sharded`."""
 
-    def keep(name: str, full: Tensor) -> Tensor:
+    def keep(key: Any, full: Tensor) -> Tensor:
         if layout is None:
             return full
         # As bytes where Gloo may not support the dtype.
         bytes_ = full if full.is_floating_point() and full.itemsize > 1 else full.view(-1).view(torch.uint8)
         dist.broadcast(bytes_, group=layout.everyone, group_src=0)
-        return layout.part(full).clone() if name in sharded else full
+        return layout.part(full).clone() if key in sharded else full
 
     return keep
 

@@ -7,7 +7,6 @@ With `W` processes and `n` rows each process has `⌈n / W⌉` rows, the last on
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.dtypes import NARROW
-from lumen.core.sharding import ShardSpec, rows_spec
+from lumen.core.sharding import ShardSpec, SpecTree, rows_spec
 from lumen.errors import ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
@@ -309,65 +308,32 @@ class ShardedParamGatherer:
         return self._cut.part(whole)
 
 
-def never_cut(values: Any, shapes: Mapping[str, torch.Size]) -> tuple[str, ...]:
-    """The paths of leaves of a whole tree that may later be taken for a param's part: the column of its moments, say.
-
-    They stand under a param's name, and differ from it in the number of rows alone.
-    """
-    found = []
-    for path, leaf in zip(tree.paths(values), tree.leaves(values), strict=True):
-        name = _param_of(path, shapes)
-        if name is not None and isinstance(leaf, Tensor) and leaf.dim() and leaf.shape != shapes[name]:
-            found += [path] * (leaf.shape[1:] == shapes[name][1:])
-    return tuple(found)
+def shard_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
+    """`state` with this rank's shard, in memory of its own, of each leaf that `specs` names."""
+    leaves, structure = tree.flatten(state)
+    for index, _ in specs.locate(state):
+        leaves[index] = layout.part(leaves[index]).clone()
+    return structure.unflatten(leaves)
 
 
-def _param_of(path: str, shapes: Mapping[str, torch.Size]) -> str | None:
-    names = [name for name in re.findall(r"\[([^\]]+)\]", path) if name in shapes]
-    return names[-1] if names else None
+def gather_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
+    """The inverse of `shard_tree`, on every rank."""
+    leaves, structure = tree.flatten(state)
+    sharded = [(index, torch.Size(specs.params[name].shape)) for index, name in specs.locate(state)]
+    if layout.device is not None:  # one after the other: what lies on the host may be more than fits on the device
+        for index, shape in sharded:
+            (leaves[index],) = gather(layout, [leaves[index]], [shape])
+        return structure.unflatten(leaves)
+    full = gather(layout, [leaves[index] for index, _ in sharded], [shape for _, shape in sharded])
+    for (index, _), leaf in zip(sharded, full, strict=True):
+        leaves[index] = leaf
+    return structure.unflatten(leaves)
 
 
-def places_of(
-    values: Any, shapes: Mapping[str, torch.Size], cut: ShardLayout | None = None, kept: Sequence[str] = ()
-) -> list[tuple[int, str]]:
-    """The leaves of `values`, by place, that stand under a param's name and have its shape: whole, or `cut`.
-
-    The paths `kept` are left out.
-    """
-    found = []
-    for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
-        name = _param_of(path, shapes)
-        if name is None or not isinstance(leaf, Tensor) or path in kept:
-            continue
-        whole = shapes[name]
-        if leaf.shape == (cut.shape(whole) if cut is not None else whole):
-            found.append((place, name))
-    return found
-
-
-def cut_tree(cut: ShardLayout, values: Any, shapes: Mapping[str, torch.Size], kept: Sequence[str] = ()) -> Any:
-    """`values` with this process's part, in memory of its own, of each leaf that has a param's name and shape.
-
-    Those at the paths `kept` are left as they are.
-    """
-    leaves, spec = tree.flatten(values)
-    for place, _ in places_of(values, shapes, kept=kept):
-        leaves[place] = cut.part(leaves[place]).clone()
-    return spec.unflatten(leaves)
-
-
-def whole_tree(cut: ShardLayout, values: Any, shapes: Mapping[str, torch.Size], kept: Sequence[str] = ()) -> Any:
-    """The inverse of `cut_tree`; the paths `kept` were not cut, see `never_cut`."""
-    leaves, spec = tree.flatten(values)
-    places = places_of(values, shapes, cut, kept)
-    if cut.device is not None:  # one after the other: what lies on the host may be more than fits on the device
-        for place, name in places:
-            (leaves[place],) = gather(cut, [leaves[place]], [shapes[name]])
-        return spec.unflatten(leaves)
-    wholes = gather(cut, [leaves[place] for place, _ in places], [shapes[name] for _, name in places])
-    for (place, _), whole in zip(places, wholes, strict=True):
-        leaves[place] = whole
-    return spec.unflatten(leaves)
+def shard_specs(layout: ShardLayout, state: Any, specs: SpecTree) -> dict[int, ShardSpec]:
+    """Which rows this rank holds of each sharded leaf, by its index; leaves without dims are on every rank."""
+    shapes = ((index, torch.Size(specs.params[name].shape)) for index, name in specs.locate(state))
+    return {index: layout.piece(shape) for index, shape in shapes if shape}
 
 
 def flat_params(state: Any, said: str) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumen.core.sharding import REPLICATED, LeafSpec
 from lumen.parallel.lazy_param import LazyParam, empty_meta
 from lumen.parallel.tensor.autograd_collectives import TPGroup
-from lumen.parallel.tensor.layout import Layout, is_transposed
+from lumen.parallel.tensor.layout import is_transposed
 from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
 
 
@@ -53,9 +54,9 @@ class Run:
 class FullParamView:
     """Params as those see them who read them outside of the layer that they are cut for: whole."""
 
-    def __init__(self, team: TPGroup, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, team: TPGroup, layouts: Mapping[str, LeafSpec]) -> None:
         self.team = team
-        self.layouts = {name: layout for name, layout in layouts.items() if layout.dim >= 0}
+        self.layouts = {name: layout for name, layout in layouts.items() if layout.dim != REPLICATED}
 
     def __deepcopy__(self, _memo: Any) -> FullParamView:
         return self

@@ -6,16 +6,14 @@ query, key and value), each block is cut, and a process's part is its parts of a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lumen import tree
-from lumen.core.sharding import ShardSpec, Slice
+from lumen.core.sharding import REPLICATED, LeafSpec, ShardSpec, Slice, SpecTree
 from lumen.errors import ParamsError, PatternError, printable
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, Style
@@ -23,31 +21,25 @@ from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, Style
 Plan = Mapping[str, Style]
 
 
-class Layout(NamedTuple):
-    """How one tensor of shape `shape` is cut: along `dim`, in `groups` blocks; `dim` is -1 where it stays whole."""
+def local_shape(spec: LeafSpec, size: int) -> tuple[int, ...]:
+    """The shape of each rank's shard, with `size` ranks."""
+    return tuple(n // size if dim == spec.dim else n for dim, n in enumerate(spec.shape))
 
-    shape: tuple[int, ...]
-    dim: int = -1
-    groups: int = 1
 
-    def local(self, size: int) -> tuple[int, ...]:
-        """The shape of a part."""
-        return tuple(n // size if d == self.dim else n for d, n in enumerate(self.shape))
-
-    def piece(self, size: int, index: int, owner: bool) -> ShardSpec:
-        """What the part of process `index` is of the whole."""
-        local = self.local(size)
-        if self.dim < 0:
-            return ShardSpec(self.shape, (Slice((0,) * len(local), (0,) * len(local), local),), owner)
-        each = local[self.dim] // self.groups
-        boxes = []
-        for group in range(self.groups):
-            here, whole, extent = [0] * len(local), [0] * len(local), list(local)
-            here[self.dim] = group * each
-            whole[self.dim] = (group * size + index) * each
-            extent[self.dim] = each
-            boxes.append(Slice(tuple(here), tuple(whole), tuple(extent)))
-        return ShardSpec(self.shape, tuple(boxes), owner)
+def shard_spec(spec: LeafSpec, size: int, index: int) -> ShardSpec:
+    """Which blocks of the full tensor the shard of rank `index` has; a replicated one is the first rank's to write."""
+    local = local_shape(spec, size)
+    if spec.dim == REPLICATED:
+        return ShardSpec(spec.shape, (Slice((0,) * len(local), (0,) * len(local), local),), owner=index == 0)
+    length = local[spec.dim] // spec.groups
+    boxes = []
+    for group in range(spec.groups):
+        here, full, extent = [0] * len(local), [0] * len(local), list(local)
+        here[spec.dim] = group * length
+        full[spec.dim] = (group * size + index) * length
+        extent[spec.dim] = length
+        boxes.append(Slice(tuple(here), tuple(full), tuple(extent)))
+    return ShardSpec(spec.shape, tuple(boxes), owner=True)
 
 
 # ------------------------------------------------------------------------------------------------ in a model
@@ -77,13 +69,13 @@ def module_styles(module: nn.Module, plan: Plan) -> dict[str, Style]:
     return {name: style for name, (_, style) in found.items()}
 
 
-def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> dict[str, Layout]:
+def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> dict[str, LeafSpec]:
     """The layout of each param of `module`, by name.
 
     Raises `PatternError` where tied weights would be cut in two ways, `ParamsError` for what cannot be cut evenly.
     """
     first: dict[int, str] = {}
-    found: dict[str, tuple[str, Layout]] = {}
+    found: dict[str, tuple[str, LeafSpec]] = {}
     for prefix, sub in module.named_modules():
         ways = _ways(prefix, sub, styles.get(prefix))
         for key, param in sub._parameters.items():
@@ -91,7 +83,7 @@ def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> 
                 continue
             place = f"{prefix}.{key}" if prefix else key
             name = first.setdefault(id(param), place)
-            layout = Layout(tuple(param.shape), *ways.get(key, ()))
+            layout = LeafSpec(tuple(param.shape), *ways.get(key, ()))
             before, other = found.setdefault(name, (place, layout))
             if other != layout:
                 raise PatternError(
@@ -140,13 +132,13 @@ def _check_kind(name: str, module: nn.Module, style: Style) -> None:
         )
 
 
-def _said(layout: Layout) -> str:
+def _said(layout: LeafSpec) -> str:
     if layout.dim < 0:
         return "whole"
     return f"cut along dim {layout.dim}" + (f" in {layout.groups} groups" if layout.groups > 1 else "")
 
 
-def _check_even(name: str, layout: Layout, size: int) -> None:
+def _check_even(name: str, layout: LeafSpec, size: int) -> None:
     if layout.dim >= 0 and layout.shape[layout.dim] % (layout.groups * size):
         parts = f"{layout.groups} groups of {size}" if layout.groups > 1 else f"{size}"
         raise ParamsError(
@@ -191,51 +183,28 @@ def _check_unit(name: str, region: nn.Module, unit: str, styles: Mapping[str, St
 # ------------------------------------------------------------------------------------------------ in a state
 
 
-def name_in(path: str, names: Mapping[str, Any]) -> str | None:
-    """The param that the leaf at `path` belongs to, None for a leaf that stands under no param's name."""
-    return next((key for key in reversed(re.findall(r"[^\[\]]+", path)) if key in names), None)
+def shard_tree(team: TPGroup, state: Any, specs: SpecTree) -> Any:
+    """`state` with this rank's shard of each leaf that is laid out like a sharded param."""
+    leaves, structure = tree.flatten(state)
+    for index, spec in _sharded(state, specs):
+        leaves[index] = team.slice(leaves[index].detach(), spec.dim, spec.groups)
+    return structure.unflatten(leaves)
 
 
-def cut_tree(team: TPGroup, values: Any, layouts: Mapping[str, Layout]) -> Any:
-    """`values` with this process's part of each leaf that stands under a cut param's name and has its shape."""
-    leaves, spec = tree.flatten(values)
-    for place, layout in _places(values, {name: each.shape for name, each in layouts.items()}, layouts):
-        leaves[place] = team.slice(leaves[place].detach(), layout.dim, layout.groups)
-    return spec.unflatten(leaves)
+def gather_tree(team: TPGroup, state: Any, specs: SpecTree) -> Any:
+    """The inverse of `shard_tree`, on every rank."""
+    leaves, structure = tree.flatten(state)
+    for index, spec in _sharded(state, specs):
+        leaves[index] = team.gather(leaves[index].detach(), spec.dim, spec.groups).contiguous()
+    return structure.unflatten(leaves)
 
 
-def whole_tree(team: TPGroup, values: Any, layouts: Mapping[str, Layout]) -> Any:
-    """The inverse of `cut_tree`."""
-    leaves, spec = tree.flatten(values)
-    for place, layout in _places(values, {name: each.local(team.size) for name, each in layouts.items()}, layouts):
-        leaves[place] = team.gather(leaves[place].detach(), layout.dim, layout.groups).contiguous()
-    return spec.unflatten(leaves)
+def shard_specs(state: Any, specs: SpecTree, size: int, index: int) -> dict[int, ShardSpec]:
+    """What rank `index` holds of each leaf that is laid out like a param, by the leaf's index, scalars left out."""
+    layouts = ((position, specs.params[name]) for position, name in specs.locate(state))
+    return {position: shard_spec(spec, size, index) for position, spec in layouts if spec.shape}
 
 
-def _places(
-    values: Any, shapes: Mapping[str, Sequence[int]], layouts: Mapping[str, Layout]
-) -> list[tuple[int, Layout]]:
-    found = []
-    for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
-        name = name_in(path, layouts)
-        if name is None or layouts[name].dim < 0 or not isinstance(leaf, Tensor):
-            continue
-        if leaf.shape == torch.Size(shapes[name]):
-            found.append((place, layouts[name]))
-    return found
-
-
-def pieces_of(values: Any, layouts: Mapping[str, Layout], size: int, index: int) -> dict[int, ShardSpec]:
-    """What each leaf of `values` is of a whole one, by place, if it stands under a param's name and is not a scalar.
-
-    A leaf may have been cut along its first dim once more.
-    """
-    found = {}
-    for place, (path, leaf) in enumerate(zip(tree.paths(values), tree.leaves(values), strict=True)):
-        name = name_in(path, layouts)
-        if name is None or not isinstance(leaf, Tensor):
-            continue
-        layout = layouts[name]
-        if layout.shape and leaf.shape[1:] == torch.Size(layout.local(size)[1:]) and leaf.dim() == len(layout.shape):
-            found[place] = layout.piece(size, index, owner=layout.dim >= 0 or index == 0)
-    return found
+def _sharded(state: Any, specs: SpecTree) -> list[tuple[int, LeafSpec]]:
+    layouts = [(index, specs.params[name]) for index, name in specs.locate(state)]
+    return [(index, spec) for index, spec in layouts if spec.dim != REPLICATED]

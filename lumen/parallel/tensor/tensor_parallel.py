@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import distributed, row_fields, rules, sharding
+from lumen.core import distributed, rules, sharding
 from lumen.core.device import module_of
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import ShardSpec, Spread
+from lumen.core.sharding import LeafSpec, ShardingSlot, ShardSpec, SpecTree
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.core.wrapped_loss import LossFn, WrappedLoss
 from lumen.errors import (
@@ -38,27 +38,21 @@ from lumen.parallel.optimizer_check import check_optimizer
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.layers import FullParamView, Run, cut_modules
 from lumen.parallel.tensor.layout import (
-    Layout,
     Plan,
-    cut_tree,
+    gather_tree,
     module_styles,
-    name_in,
     param_layouts,
-    pieces_of,
-    whole_tree,
+    shard_specs,
+    shard_tree,
 )
 from lumen.parallel.tensor.styles import Style
 
 
 @pytree_dataclass
-class ParamLayouts(Spread):
-    """The slot of `tensor_parallel`, all static: how each param is laid out, by name, and over how many processes.
+class TensorSharding(ShardingSlot):
+    """The slot of `tensor_parallel`, all static: the specs of the state's leaves, and over how many ranks."""
 
-    A leaf anywhere in the state that stands under a cut param's name, and has the shape of this process's part of it,
-    is such a part.
-    """
-
-    layouts: tuple[tuple[str, Layout], ...] = static()
+    specs: SpecTree = static()
     size: int = static()
 
 
@@ -145,16 +139,16 @@ class tensor_parallel(Transform):
         if team is None:
             return state
         check_optimizer(state.tx, "lm.tensor_parallel", can_gather=False)
-        rest, row_leaves = row_fields.split_off(consistency.broadcast(state, team.group))  # whatever names these have
-        state = row_fields.joined(cut_tree(team, rest, layouts), row_leaves)
-        return with_slot(state, self.name, ParamLayouts(layouts=tuple(layouts.items()), size=team.size))
+        specs = SpecTree.of(state, layouts)
+        state = shard_tree(team, consistency.broadcast(state, team.group), specs)
+        return with_slot(state, self.name, TensorSharding(specs=specs, size=team.size))
 
     def _prepared(self, state: Any) -> Any:
         """A state that `init` gave, as it is."""
         size = 1 if self.team is None else self.team.size
         layouts = param_layouts(state.apply_fn.module, self._memory.styles(state.apply_fn), size)
-        record: ParamLayouts = slot(state, self.name)
-        if record.size != size or dict(record.layouts) != layouts:
+        record: TensorSharding = slot(state, self.name)
+        if record.size != size or record.specs.params != layouts:
             raise StateError(
                 f"this state was sharded over {record.size} ranks along tensor, or by another plan than {self!r} over"
                 f" {size}. Gather it with the step that prepared it: state = step.export(state)"
@@ -166,9 +160,7 @@ class tensor_parallel(Transform):
         team = self.team
         if team is None:
             return state
-        layouts = dict(slot(state, self.name).layouts)
-        rest, row_leaves = row_fields.split_off(without_slot(state, self.name))
-        return row_fields.joined(whole_tree(team, rest, layouts), row_leaves)
+        return gather_tree(team, without_slot(state, self.name), slot(state, self.name).specs)
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
         """What each leaf is that stands under a param's name: a part, or whole and written by one process.
@@ -178,8 +170,7 @@ class tensor_parallel(Transform):
         team = self.team
         if team is None:
             return {}
-        rest, _ = row_fields.split_off(state)
-        found = pieces_of(rest, dict(slot(state, self.name).layouts), team.size, team.index)
+        found = shard_specs(state, slot(state, self.name).specs, team.size, team.index)
         mesh = self.mesh
         first = not any(mesh.index(axis) for axis in ("data", "shard"))
         around = () if self.within is None else self.within.transforms
@@ -237,7 +228,7 @@ class tensor_parallel(Transform):
         return rules.axis("tensor") is None
 
     def _apply(
-        self, runtime: _Runtime, layouts: Mapping[str, Layout], outside: FullParamView, next: Next, call: ApplyCall
+        self, runtime: _Runtime, layouts: Mapping[str, LeafSpec], outside: FullParamView, next: Next, call: ApplyCall
     ) -> Any:
         """P0: run the model on the parts of its params."""
         if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
@@ -306,7 +297,7 @@ class _Runtime(StepMesh):
         super().__init__(given, "tensor")
         self._plan = plan
         self._styles: dict[Any, dict[str, Style]] = {}
-        self._known: tuple[ParamLayouts, dict[str, Layout], FullParamView] | None = None
+        self._known: tuple[TensorSharding, dict[str, LeafSpec], FullParamView] | None = None
 
     @functools.cached_property
     def team(self) -> TPGroup | None:
@@ -326,11 +317,11 @@ class _Runtime(StepMesh):
             self._styles[apply] = module_styles(apply.module, self._plan)
         return self._styles[apply]
 
-    def layouts(self, record: ParamLayouts) -> tuple[dict[str, Layout], FullParamView]:
+    def layouts(self, record: TensorSharding) -> tuple[dict[str, LeafSpec], FullParamView]:
         """What the slot says, and what makes params whole by it."""
-        if self._known is None or (self._known[0] is not record and self._known[0] != record):
+        if self._known is None or self._known[0].specs != record.specs:
             assert self.team is not None
-            layouts = dict(record.layouts)
+            layouts = record.specs.params
             self._known = record, layouts, FullParamView(self.team, layouts)
         return self._known[1:]
 
@@ -338,13 +329,13 @@ class _Runtime(StepMesh):
 class _Parts:
     """`lumen.core.sharding.Shards`: what is cut, and what all processes along `tensor` hold alike."""
 
-    def __init__(self, team: TPGroup, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, team: TPGroup, layouts: Mapping[str, LeafSpec]) -> None:
         self._team, self._layouts = team, layouts
         self.reduce = team.reduce
 
     def counts(self, path: str, leaf: Tensor) -> bool:
         """Whether this process adds `leaf` to a sum over all entries."""
-        return self._team.index == 0 or name_in(path, self._layouts) is not None
+        return self._team.index == 0 or path in self._layouts
 
 
 def _seen(outside: FullParamView, name: str, param: Tensor) -> Tensor:
