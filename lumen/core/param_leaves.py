@@ -48,7 +48,7 @@ def param_leaves(state: Any, shapes: Shapes) -> dict[Path, str]:
     return {
         path: name
         for path, leaf, name in leaves
-        if name in shapes and isinstance(leaf, Tensor) and tuple(leaf.shape) == tuple(shapes[name])
+        if name is not None and name in shapes and isinstance(leaf, Tensor) and tuple(leaf.shape) == tuple(shapes[name])
     }
 
 
@@ -59,7 +59,7 @@ def _names_in_field(state: Any, field: str, value: Any, names: Collection[str]) 
     if field == "params":
         return _keyed(value)
     if field == "buffers":
-        frozen = getattr(getattr(state, "apply_fn", None), "frozen", frozenset())
+        frozen: Collection[str] = getattr(getattr(state, "apply_fn", None), "frozen", ())
         return [name if name in frozen else None for name in _keyed(value)]
     if field == "opt_state":
         return _kept_by_optimizer(value, names)

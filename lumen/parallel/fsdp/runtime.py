@@ -71,7 +71,7 @@ class FSDPRuntime(StepMesh):
         known = self._unit_plans
         if known is None or (known[0] is not sharding and known[0] != sharding):
             assert self.layout is not None
-            shapes = {name: torch.Size(shape) for name, shape in sharding.shapes}
+            shapes = {name: torch.Size(spec.shape) for name, spec in sharding.specs.params.items()}
             param_dtype = torch.bfloat16 if self._transform.param_dtype else None
             self._unit_plans = known = sharding, UnitPlans(self.layout, shapes, param_dtype)
         return known[1]
