@@ -314,7 +314,7 @@ def test_another_number_of_processes(world2):
     whole, *_ = read(grain_map().batch(3))
     after, *_ = read(grain_map().batch(3), position=2, state=states["grain"], epochs=1)
     assert after[0] == whole[0][2:]
-    with pytest.raises(BatchError, match="was made by 2"):
+    with pytest.raises(BatchError, match="was saved by 2"):
         read(list(torch.arange(N).split(3)), position=2, state=states["list"])
 
 
@@ -396,7 +396,7 @@ def test_a_run_that_was_stopped_at_the_last_batch_of_an_epoch_goes_on(make_data,
 def test_a_run_that_finds_no_batch_where_some_are_due_is_an_error(tmp_path):
     parts = torch.arange(N).split(3)
     assert fit(iter(parts), lm.Epochs(5), tmp_path / "a").reason == "the data ended after 1 epochs"
-    with pytest.raises(BatchError, match="gave no batch, where it is to train until Epochs\\(5\\)"):
+    with pytest.raises(BatchError, match="gave no batch, although it is to train until Epochs\\(5\\)"):
         fit(iter(parts), lm.Epochs(5), tmp_path / "a")
     fit(parts, lm.Steps(3), tmp_path / "b")
     with pytest.raises(BatchError, match="goes on at batch 3"):
