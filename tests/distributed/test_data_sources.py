@@ -399,7 +399,7 @@ def test_a_run_that_finds_no_batch_where_some_are_due_is_an_error(tmp_path):
     with pytest.raises(BatchError, match="gave no batch, although it is to train until Epochs\\(5\\)"):
         fit(iter(parts), lm.Epochs(5), tmp_path / "a")
     fit(parts, lm.Steps(3), tmp_path / "b")
-    with pytest.raises(BatchError, match="goes on at batch 3"):
+    with pytest.raises(BatchError, match="resumes at batch 3"):
         fit(parts[:2], lm.Steps(9), tmp_path / "b")
 
 

@@ -514,7 +514,7 @@ def test_a_killed_process_and_fewer_processes(tmp_path):
     shutil.rmtree(tmp_path / "final")
     code, said = torchrun(tmp_path, 2, strategy="ddp", steps=15)
     assert code == 0, said[-3000:]
-    assert said.count("goes on with 2 processes") == 1
+    assert said.count("resumes with 2 processes") == 1
     assert rows_by_step(tmp_path, 2) == dict(enumerate(order[8:], 8))
     final = lm.checkpoint.restore(tmp_path / "final", jobs.make_state())
     for name, leaf in alone.state.params.items():

@@ -489,7 +489,7 @@ def run_with_damage(directory):
 def test_damage_that_one_process_sees_is_that_of_all(world2, tmp_path):
     first, second = world2.run(run_with_damage, tmp_path)
     assert (first[0], second[0]) == (8, 8)
-    assert "checkpoint 8 is damaged and was set aside; the run goes on from 4" in first[1][0]
+    assert "checkpoint 8 is damaged and was set aside; the run resumes from 4" in first[1][0]
     assert not second[1], "said once"
     assert (tmp_path / "checkpoints" / "damaged-8").is_dir()
 

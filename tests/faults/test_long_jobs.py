@@ -180,7 +180,7 @@ def test_a_checkpoint_without_its_header_is_set_aside(tmp_path):
         checkpoint.load(lost)
     with pytest.raises(CheckpointError, match="up to step 4"):
         fit(tmp_path, resume="never")
-    with pytest.warns(InexactWarning, match="the checkpoint 4 is damaged and was set aside; the run goes on from 2"):
+    with pytest.warns(InexactWarning, match="the checkpoint 4 is damaged and was set aside; the run resumes from 2"):
         assert torch.equal(fit(tmp_path).state["w"], whole["w"])
     assert steps_of(tmp_path) == [2, 4, 6]
     assert (lost.parent / "damaged-4").is_dir()

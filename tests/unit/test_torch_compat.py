@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 OTHERS = {
     *("_asdict", "_fields_", "_dynamic_fields_", "_row_fields_"),  # of a named tuple; of Lumen's own dataclasses
     *("_exit", "_getframe", "_register_atexit"),  # CPython
-    *("_bit_generator", "_rand"),  # NumPy
     *("_defaults", "_enable_compute_groups", "_groups_checked", "_reductions", "_to_sync"),  # torchmetrics
     *("_wrap_compute", "_wrap_update"),  # torchmetrics
     *("_hp_mapping", "_index_in_param_group"),  # DeepSpeed
