@@ -309,15 +309,15 @@ def test_host_memory_is_used_again():
     memory = HostMemory()
     tree = {"a": torch.ones(1000), "b": torch.ones(3, dtype=torch.int8)}
     first = take_snapshot({"state": tree}, memory)
-    block = memory.take(0, pinned=False).data_ptr()
+    block = memory.allocate(0, pinned=False).data_ptr()
     tree["a"].zero_()  # the step goes on
     assert all(array.all() for array in first.data.values())
     second = take_snapshot({"state": tree}, memory)
-    assert memory.take(0, pinned=False).data_ptr() == block
+    assert memory.allocate(0, pinned=False).data_ptr() == block
     addresses = [[array.ctypes.data for array in each.data.values()] for each in (first, second)]
     assert addresses[0] == addresses[1]
     take_snapshot({"state": {"a": torch.ones(5000)}}, memory)  # more than there is
-    assert memory.take(0, pinned=False).numel() >= 20000
+    assert memory.allocate(0, pinned=False).numel() >= 20000
     memory.release()
 
 
