@@ -80,7 +80,7 @@ class SaveSession:
             elif time.monotonic() - since > self._patience():
                 raise CheckpointError(
                     f"rank {rank} hangs or has exited: it gave no sign of life for {self._patience():g} s while it was"
-                    f" {_ACTIVITIES[event]}."
+                    f" {_ACTIVITIES[event]}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, self._interval)
