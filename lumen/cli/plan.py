@@ -14,7 +14,7 @@ from lumen.core.step import StepFn, Transform, as_step, compose
 from lumen.errors import HyperparameterError, StepError
 from lumen.parallel.ddp.ddp import ddp
 from lumen.parallel.fsdp.fsdp import fsdp
-from lumen.planner.dry_run import Make
+from lumen.planner.dry_run import MakeRun
 from lumen.planner.plan import plan_loaded
 from lumen.planner.roofline import DEVICES
 
@@ -102,7 +102,7 @@ def _save(save: Callable[[Path], None], path: Path) -> None:
         ) from error
 
 
-def _make_fn(text: str, strategy: str | None) -> Make:
+def _make_fn(text: str, strategy: str | None) -> MakeRun:
     load = load_function(text, "lumen plan")
 
     def make() -> tuple[StepFn, Any, Any]:

@@ -1,4 +1,4 @@
-"""`lm.plan`: memory, communication and time of a run on many devices, found by one process without them."""
+"""`lm.plan`: predict memory, communication and time of a run on many devices, in one process without them."""
 
 from lumen.planner.plan import measure
 from lumen.planner.report import Plan

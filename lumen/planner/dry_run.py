@@ -1,4 +1,4 @@
-"""Running a step twice under a watch: on fake tensors in a fake world, or as it is."""
+"""Run a step twice under a tracker: on fake tensors in a fake world, or for real."""
 
 from __future__ import annotations
 
@@ -23,56 +23,54 @@ from lumen.core.step import Step, StepFn, as_step, compose
 from lumen.errors import StateError, StepError, WorldError
 from lumen.parallel.comm.mesh import AXES
 from lumen.parallel.comm.mesh import mesh as make_mesh
-from lumen.planner.fake_world import fake_world, moved, on_device, sizes_of
-from lumen.planner.tracker import Watch
+from lumen.planner.fake_world import copy_for_dry_run, fake_world, move_to_fake_device, sizes_of
+from lumen.planner.tracker import Tracker
 
-# Gloo gathers into a tensor of its own, and reduces a copy of what is to be scattered; only the second is a tensor of
-# this thread's, which a watch over a real run sees by itself.
-Make = Callable[[], tuple[StepFn, Any, Any]]  # the step with its transforms, its state, and one batch
+MakeRun = Callable[[], tuple[StepFn, Any, Any]]  # the step with its transforms, its state, and one batch
 
 
-class _Converter(FakeTensorConverter):
-    """Torch's own keeps weak references to what it makes, which `module.to(dtype)` takes for other users of a param."""
+class _FakeConverter(FakeTensorConverter):
+    """Without weak references to fake tensors, which `module.to(dtype)` would count as other users of a param."""
 
     def set_tensor_memo(self, t: Tensor, v: Any) -> None:
-        """Remember what stands for a real tensor, and nothing else."""
+        """Memoize the fake of a real tensor, but not that of a meta tensor."""
         if t.device.type != "meta":
             super().set_tensor_memo(t, v)
 
     def add_constant_storage_mapping(self, fake_tensor: Any) -> None:
-        """Remember the value of a constant where it is a whole number, as sizes are."""
+        """Keep the values of integer constants, such as sizes."""
         if fake_tensor.dtype.is_floating_point:
             fake_tensor.constant = None
         else:
             super().add_constant_storage_mapping(fake_tensor)
 
 
-class _Mode(FakeTensorMode):
-    """Tensors without values, which end when nobody holds them any more."""
+class _FakeMode(FakeTensorMode):
+    """Tensors without values, freed as soon as they are unreferenced."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.fake_tensor_converter = _Converter(copy_data=False, export=False)
+        self.fake_tensor_converter = _FakeConverter(copy_data=False, export=False)
 
     @property
     def avoid_device_init(self) -> bool:
-        """Whether tensors of numbers are made on the CPU first: the device of a plan is not there."""
+        """Whether tensors from numbers are created on the CPU first: the planned device does not exist."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FUSED:  # torch has no rule for these, and would run them, on whole tensors of zeros
+        if func in _FUSED:  # torch has no fake rule for these and would run them on zeros
             return None
-        # Torch's own remembers operations by their arguments, and so would hold a storage for ever.
+        # The cache keeps arguments of operations, and so would keep storages alive.
         cached = self.cache_enabled
-        self.cache_enabled = cached and func._overloadname not in _OF_STORAGE
+        self.cache_enabled = cached and func._overloadname not in _STORAGE_OVERLOADS
         try:
             return super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
             self.cache_enabled = cached
 
-    def __deepcopy__(self, _memo: Any) -> _Mode:
-        # A fake tensor has its mode in its `__dict__`, so a deep copy of a module would reach it. The mode has weak
-        # references to storages that free themselves by address: a second of the same one ends the process, later.
+    def __deepcopy__(self, _memo: Any) -> _FakeMode:
+        # A fake tensor references its mode, so a deep copy of a module copies the mode too. Its weak references to
+        # storages are freed by address: freeing a copied one again would crash the process later.
         return self
 
 
@@ -84,16 +82,16 @@ _FUSED = {
         torch.ops.aten._fused_sgd_,
         torch.ops.aten._fused_adagrad_,
     )
-    for overload in (getattr(packet, each) for each in packet.overloads())
+    for overload in (getattr(packet, name) for name in packet.overloads())
     if not overload._schema.returns
 }
-_OF_STORAGE = ("source_Storage", "source_Storage_storage_offset")
+_STORAGE_OVERLOADS = ("source_Storage", "source_Storage_storage_offset")
 
 
-class Seen(NamedTuple):
-    """What was seen of a run, of which step, and over which axes; `compiled` where `lm.compile` was left out."""
+class RunTrace(NamedTuple):
+    """What a tracker recorded of a step and its mesh axes; `compiled` if `lm.compile` was removed for it."""
 
-    watch: Watch
+    tracker: Tracker
     step: Step
     sizes: Mapping[str, int]
     world_size: int
@@ -102,76 +100,79 @@ class Seen(NamedTuple):
     compiled: bool = False
 
 
-def planned(
-    load: Callable[[], Make], world_size: int | None, mesh: Mapping[str, int] | None, rank: int, gloo: bool = False
-) -> Seen:
-    """A run, on tensors without values, as `rank` of a world of `world_size` processes.
+def trace_dry_run(
+    load: Callable[[], MakeRun], world_size: int | None, mesh: Mapping[str, int] | None, rank: int, gloo: bool = False
+) -> RunTrace:
+    """Trace a run on fake tensors, as `rank` of a world of `world_size` processes.
 
-    `load()` is called in that world, with ordinary tensors; what it returns gives the run's parts, on such without.
+    `load()` runs in that world with ordinary tensors. The function that it returns makes step, state and batch, on fake
+    tensors.
     """
     size = _world_size(world_size, mesh)
     compiled = False
     with fake_world(size, rank):
-        grid = make_mesh(**_axes(mesh)) if mesh else None
+        fake_mesh = make_mesh(**_axes(mesh)) if mesh else None
         make = load()
-        mode = _Mode()
+        mode = _FakeMode()
 
-        def made() -> tuple[Step, Any, Any]:
+        def prepare() -> tuple[Step, Any, Any]:
             nonlocal compiled
             step, state, batch = make()
             compiled = any(t.level == "compile" for t in as_step(step).transforms)
-            found = moved(step, grid)
+            local_step = copy_for_dry_run(step, fake_mesh)
             state, batch = tree.map(lambda leaf: _fake(mode, leaf), (state, batch))
-            if any(getattr(t, "offload", False) for t in found.transforms):
-                if any(t.level == "remat" for t in found.transforms):
+            if any(getattr(t, "offload", False) for t in local_step.transforms):
+                if any(t.level == "remat" for t in local_step.transforms):
                     raise StepError(
-                        "a plan cannot follow lm.remat inside lm.fsdp(offload=True): torch ends the process where it"
-                        " computes again on a device that is not there. Plan it without one of the two."
+                        "lm.remat inside lm.fsdp(offload=True) cannot be planned: torch aborts the process when it"
+                        " recomputes on a device that does not exist. Plan it without one of the two."
                     )
-                device, found = on_device(found)
-                watch.memory.device = device.type
+                device, local_step = move_to_fake_device(local_step)
+                tracker.memory.device = device.type
                 batch = tree.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-            return found, state, batch
+            return local_step, state, batch
 
         try:
-            watch = Watch(("all-gather", "reduce-scatter") if gloo else ())
-            # In this thread: autograd would go to a device's own, and a mode over fake tensors serves one.
+            # Gloo all-gathers into a buffer of its own, and reduce-scatters a copy of its input. In a real run, the
+            # tracker sees the second copy.
+            tracker = Tracker(("all-gather", "reduce-scatter") if gloo else ())
+            # In this thread: a fake tensor mode is active in one thread only, and autograd would use one per device.
             with mode, torch.autograd.set_multithreading_enabled(False):
-                return _watched(watch, made, size, rank)._replace(compiled=compiled)
+                return _trace_steps(tracker, prepare, size, rank)._replace(compiled=compiled)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise StepError(
-                f"the step cannot be planned: {error.args[0]} gives a tensor whose shape depends on values, and a plan"
-                " has none. Mask instead of selecting rows: torch.where(keep, x, 0), or losses * keep."
+                f"the step cannot be planned: {error.args[0]} returns a tensor whose shape depends on values, which a"
+                " plan does not have. Mask instead of selecting rows: torch.where(keep, x, 0), or losses * keep."
             ) from error
 
 
-def observed(make: Make, world_size: int, rank: int) -> Seen:
-    """Two steps of what `make` gives, in the world that this process is in."""
+def trace_real_run(make: MakeRun, world_size: int, rank: int) -> RunTrace:
+    """Trace two real steps of what `make` returns, in the current world."""
     gloo = processes.is_distributed() and dist.get_backend() == dist.Backend.GLOO
-    return _watched(Watch(("all-gather",) if gloo else ()), make, world_size, rank)
+    return _trace_steps(Tracker(("all-gather",) if gloo else ()), make, world_size, rank)
 
 
-def _watched(watch: Watch, make: Make, world_size: int, rank: int) -> Seen:
-    memory = watch.memory
-    with watch, memory.resizes():
-        with watch.stage("make"):
+def _trace_steps(tracker: Tracker, make: MakeRun, world_size: int, rank: int) -> RunTrace:
+    memory = tracker.memory
+    with tracker, memory.track_resizes():
+        with tracker.stage("make"):
             step, state, batch = make()
             step = as_step(step)
-            step = compose(*step.transforms)(watch.watched(step.user))
+            step = compose(*step.transforms)(tracker.instrument(step.user))
             memory.claim(tree.tensors(batch), "batch")
-            _claim(watch, state)
-        with watch.stage("init"):
+            _claim(tracker, state)
+        with tracker.stage("init"):
             state = step.init(state)
-            _claim(watch, state)
-        with watch.stage("first step"):
+            _claim(tracker, state)
+        with tracker.stage("first step"):
             state, metrics = step(state, batch)
-            _claim(watch, state)
-        began = time.perf_counter()
-        with watch.stage("step"):
-            state, metrics = step(state, batch)  # noqa: RUF059  (held as long as a loop holds them)
-            _claim(watch, state)
-        seconds = time.perf_counter() - began
-    return Seen(watch, step, sizes_of(step), world_size, rank, seconds)
+            _claim(tracker, state)
+        start = time.perf_counter()
+        with tracker.stage("step"):
+            state, metrics = step(state, batch)  # noqa: RUF059  (kept alive as in a training loop)
+            _claim(tracker, state)
+        seconds = time.perf_counter() - start
+    return RunTrace(tracker, step, sizes_of(step), world_size, rank, seconds)
 
 
 def _axes(mesh: Mapping[str, int]) -> dict[str, Any]:
@@ -181,10 +182,12 @@ def _axes(mesh: Mapping[str, int]) -> dict[str, Any]:
     return dict(mesh)
 
 
-def _claim(watch: Watch, state: Any) -> None:
+def _claim(tracker: Tracker, state: Any) -> None:
     if not tree.tensors(state):
-        raise StateError(f"a plan needs a state with tensors, or a function that makes it, not {type(state).__name__}.")
-    watch.claim_state(state)
+        raise StateError(
+            f"a plan needs a state with tensors, or a function that returns one, not {type(state).__name__}."
+        )
+    tracker.claim_state(state)
 
 
 def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
@@ -199,8 +202,8 @@ def _world_size(world_size: int | None, mesh: Mapping[str, int] | None) -> int:
     if not mesh:
         raise WorldError("a plan needs a world: write world_size=1024, or mesh=dict(shard=64, data=16).")
     if any(type(size) is not int or size < 1 for size in mesh.values()):
-        raise WorldError(f"mesh={dict(mesh)!r} leaves open how many processes there are: write world_size= beside it.")
+        raise WorldError(f"mesh={dict(mesh)!r} does not determine the number of processes: write world_size= as well.")
     size = 1
-    for each in mesh.values():
-        size *= each
+    for axis_size in mesh.values():
+        size *= axis_size
     return size

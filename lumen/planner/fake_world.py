@@ -1,4 +1,4 @@
-"""A world of which only this process is real, and a step that runs in it as it would in the real one."""
+"""A world in which only this process exists, and a copy of a step to run in it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lumen.parallel.comm.mesh import Mesh
 
 @contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[None]:
-    """While it is entered, this process is `rank` of a world of `size` that nobody else belongs to.
+    """Inside this context, the process is `rank` of a world of `size` without other processes.
 
-    Collectives return at once and send nothing, so what they give has the right shape and no meaning: it is for
-    tensors without values. Raises `WorldError` inside a world, and for a rank that the world does not have.
+    Collectives return at once and send nothing. Their results have the right shapes but no meaning, so use tensors
+    without values. Raises `WorldError` inside a world, and for a rank outside `size`.
 
     >>> import lumen as lm
     >>> from lumen.planner.fake_world import fake_world
@@ -33,11 +33,11 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     """
     if distributed.is_distributed():
         raise WorldError(
-            f"this process is rank {distributed.rank()} of {distributed.world_size()} already, and a plan makes a"
-            " world of its own. Plan from one process, without torchrun."
+            f"this process is rank {distributed.rank()} of {distributed.world_size()} already, and a plan creates a"
+            " simulated world. Plan from one process, without torchrun."
         )
     if type(size) is not int or size < 1:
-        raise WorldError(f"world_size={size!r} must be a number of processes, from 1.")
+        raise WorldError(f"world_size={size!r} must be a number of processes, at least 1.")
     if type(rank) is not int or not 0 <= rank < size:
         raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -50,13 +50,14 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         process_groups.release()
 
 
-def moved(step: StepFn, mesh: Mesh | None) -> Step:
-    """`step` without `lm.compile`, its parallel transforms on `mesh`, where one is given."""
-    whole = as_step(step)
-    return compose(*(_moved(each, mesh) for each in whole.transforms if each.level != "compile"))(whole.user)
+def copy_for_dry_run(step: StepFn, mesh: Mesh | None) -> Step:
+    """`step` without `lm.compile`, with its parallel transforms on `mesh` unless that is None."""
+    composed = as_step(step)
+    transforms = [_on_mesh(transform, mesh) for transform in composed.transforms if transform.level != "compile"]
+    return compose(*transforms)(composed.user)
 
 
-def _moved(transform: Transform, mesh: Mesh | None) -> Transform:
+def _on_mesh(transform: Transform, mesh: Mesh | None) -> Transform:
     return transform if mesh is None or _mesh_of(transform) is None else transform.replace(mesh=mesh)
 
 
@@ -66,22 +67,22 @@ def _mesh_of(transform: Transform) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and "mesh" in transform._settings else None
 
 
-def on_device(step: Step) -> tuple[torch.device, Step]:
-    """A device beside the CPU, and `step` on it, so that what lies on the host is told apart.
+def move_to_fake_device(step: Step) -> tuple[torch.device, Step]:
+    """A fake device, and `step` on it, so that host memory is counted separately.
 
-    It is none that torch is built for: it has no memory, and its tensors no values. It is registered once for the
-    process, as autograd asks for something of the kind even where tensors are fake; outside of plans there are none.
+    The device has no memory, and its tensors have no values. Autograd requires a backend for it even for fake tensors,
+    so one is registered once per process; outside of plans it reports no devices.
     """
     if torch._C._get_privateuse1_backend_name() != _DEVICE:
         _register()
     device = torch.device(_DEVICE, 0)
-    moved_to = []
+    moved = []
     for transform in step.transforms:
         mesh = _mesh_of(transform)
         if mesh is not None:
             transform = transform.replace(mesh=Mesh(mesh.sizes, device, mesh.torch))
-        moved_to.append(transform)
-    return device, compose(*moved_to)(step.user)
+        moved.append(transform)
+    return device, compose(*moved)(step.user)
 
 
 _DEVICE = "planned"
@@ -95,43 +96,43 @@ def _register() -> None:
             return distributed.is_dry_run()
 
     setup: Any = backend_registration._setup_privateuseone_for_python_backend
-    setup(_DEVICE, backend_module=_Devices(), hook=Hook())
-    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for name in _PRODUCTS:
+    setup(_DEVICE, backend_module=_FakeDeviceModule(), hook=Hook())
+    _fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _AUTOCAST_OPERATIONS:
         operation = getattr(torch.ops.aten, name.partition(".")[0])
         _library.impl(name, _autocast(operation), "AutocastPrivateUse1")
 
 
-# What autocast computes in 16 bits; torch has rules for the devices that it is built for.
-_PRODUCTS = (
+# What autocast computes in 16 bits, as in torch's rules for its own devices.
+_AUTOCAST_OPERATIONS = (
     *("linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "scaled_dot_product_attention"),
     *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding"),
     *("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
 )
-_library = torch.library.Library("aten", "IMPL")  # it undoes what it registered when it goes
-_others = torch.library.Library("_", "IMPL")
+_library = torch.library.Library("aten", "IMPL")  # it unregisters its kernels when it is freed
+_fallbacks = torch.library.Library("_", "IMPL")
 _core: Any = torch._C
-_BELOW = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
+_AUTOCAST_KEY = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
 
 
 def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """`operation` on tensors cast as autocast casts them."""
+    """`operation` on tensors that are cast like under autocast."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(_DEVICE)
 
         def cast(x: Any) -> Any:
-            wide = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
-            return x.to(dtype) if wide else x
+            casts = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
+            return x.to(dtype) if casts else x
 
-        with _core._ExcludeDispatchKeyGuard(_BELOW):
-            return operation(*map(cast, args), **{name: cast(each) for name, each in kwargs.items()})
+        with _core._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
+            return operation(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return run
 
 
-class _Devices:
-    """What torch asks about devices of this kind: there is one while a plan is made, and it draws no random numbers."""
+class _FakeDeviceModule:
+    """The device module that torch queries: one device during a plan, without random numbers."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -163,6 +164,6 @@ class _Devices:
 
 
 def sizes_of(step: Step) -> Mapping[str, int]:
-    """The axes of the mesh that a step is spread over; empty where it is not."""
+    """The mesh axes of the step's parallel transform; empty if there is none."""
     meshes = [_mesh_of(t) for t in step.transforms if t.level == "parallel"]
     return next((mesh.sizes for mesh in meshes if mesh is not None), {})

@@ -1,4 +1,4 @@
-"""`Plan`: what was seen of a run, what it will take on a device, and how that reads."""
+"""`Plan`: the trace of a run, its cost on a device, and the report."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 from lumen.core.inspect import human_bytes
 from lumen.errors import HyperparameterError, printable
 from lumen.planner import render as picture
-from lumen.planner.comm_trace import Sent, axes_of
-from lumen.planner.dry_run import Seen
+from lumen.planner.comm_trace import CollectiveCall, axes_of
+from lumen.planner.dry_run import RunTrace
 from lumen.planner.memory import Peak
 from lumen.planner.roofline import Device, compute_seconds, ring_bytes, ring_seconds
 from lumen.planner.suggestions import suggestions
 
-_SHOWN = 6  # of the largest tensors
-_CELLS = 60  # of a line over a step
+_LARGEST_TENSORS = 6  # in the report
+_SPARKLINE_WIDTH = 60
 
 
 class Traffic(NamedTuple):
-    """The collectives of one kind over the same axes in one step: how many, what they carry, what a process sends."""
+    """The collectives of one kind over the same axes in one step: their count, payload, bytes sent and time."""
 
     kind: str
     axes: str
@@ -34,96 +34,97 @@ class Traffic(NamedTuple):
 
 
 class Plan:
-    """What one process of a run holds, sends and computes: `str(plan)` is a table, a notebook shows a picture as well.
+    """Memory, communication and compute of one process of a run: `str(plan)` is a table; notebooks also show a chart.
 
-    `peak` is the fullest moment of two steps, `start` that of everything before them, and `host` that of the host's
-    memory where `lm.fsdp(offload=True)` keeps something there; each has `nbytes`, its
-    `parts` by category, its `moment`, and the `blocks` held, the largest first. `traffic` lists the collectives of a
-    step, `flops` are its floating point operations, `seconds` its shortest and longest time, and `suggestions` say what
-    to change where it does not fit.
+    `peak` is the peak memory of two steps, `start` that before the first step, and `host` that of the host's
+    memory under `lm.fsdp(offload=True)`. Each has `nbytes`, its
+    `parts` by category, its `moment`, and the live `blocks`, the largest first. `traffic` lists the collectives of a
+    step, `flops` are its floating-point operations, `seconds` its shortest and longest time, and `suggestions` say what
+    to change if it does not fit. `trace` is what was recorded.
     """
 
-    def __init__(self, seen: Seen, device: Device) -> None:
-        self.seen = seen
+    def __init__(self, trace: RunTrace, device: Device) -> None:
+        self.trace = trace
         self.device = device
-        memory = seen.watch.memory
+        memory = trace.tracker.memory
         self.peak: Peak = memory.peak("first step", "step")
         self.host: Peak = memory.peak(host=True)
         self.start: Peak = memory.peak("make", "init")
-        work = [each for each in seen.watch.work if each.stage == "step"]
-        self.flops = sum(each.flops for each in work)
+        work = [operation for operation in trace.tracker.work if operation.stage == "step"]
+        self.flops = sum(operation.flops for operation in work)
         self.compute = compute_seconds(work, device)
-        self._ideal = sum(each.flops / device.peak(each.dtype) for each in work if each.flops)
+        self._ideal = sum(operation.flops / device.peak(operation.dtype) for operation in work if operation.flops)
         self.traffic = self._traffic()
 
     # ---------------------------------------------------------------------------------------- numbers
 
     @property
     def fits(self) -> bool:
-        """Whether the device holds all of it."""
+        """Whether the device has enough memory."""
         return max(self.peak.nbytes, self.start.nbytes) <= self.device.memory
 
     @property
     def communication(self) -> float:
         """Seconds that the collectives of a step take, one after the other."""
-        return sum(each.seconds for each in self.traffic)
+        return sum(traffic.seconds for traffic in self.traffic)
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """A step's time where communication hides behind computation as far as it can, and where none of it does."""
+        """A step's time with communication fully overlapped by computation, and without overlap."""
         return max(self.compute, self.communication), self.compute + self.communication
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """The share of the device's peak that the longest and the shortest step reach; recomputation counts."""
+        """Model FLOPs utilization at the longest and the shortest step time; recomputation counts."""
         best, worst = self.seconds
         return (self._ideal / worst, self._ideal / best) if best else (0.0, 0.0)
 
     @functools.cached_property
     def suggestions(self) -> list[str]:
-        """What to change where it does not fit."""
-        seen = self.seen
-        return suggestions(seen.step, seen.sizes, seen.world_size, self.peak, self.start, self.device.memory)
+        """What to change if the run does not fit."""
+        trace = self.trace
+        return suggestions(trace.step, trace.sizes, trace.world_size, self.peak, self.start, self.device.memory)
 
     def _traffic(self) -> list[Traffic]:
-        found: dict[tuple[str, tuple[int, ...]], list[Sent]] = {}
-        for each in self.seen.watch.sent:
-            if each.stage == "step":
-                found.setdefault((each.kind, each.ranks), []).append(each)
-        listed = [
+        groups: dict[tuple[str, tuple[int, ...]], list[CollectiveCall]] = {}
+        for call in self.trace.tracker.collectives:
+            if call.stage == "step":
+                groups.setdefault((call.kind, call.ranks), []).append(call)
+        traffic = [
             Traffic(
                 kind,
-                axes_of(ranks, self.seen.sizes) if self.seen.sizes else f"{len(ranks)} processes",
-                len(sent),
-                sum(each.nbytes for each in sent),
-                round(sum(map(ring_bytes, sent))),
-                sum(ring_seconds(each, self.device) for each in sent),
+                axes_of(ranks, self.trace.sizes) if self.trace.sizes else f"{len(ranks)} processes",
+                len(calls),
+                sum(call.nbytes for call in calls),
+                round(sum(map(ring_bytes, calls))),
+                sum(ring_seconds(call, self.device) for call in calls),
             )
-            for (kind, ranks), sent in found.items()
+            for (kind, ranks), calls in groups.items()
         ]
-        return sorted(listed, key=lambda each: -each.seconds)
+        return sorted(traffic, key=lambda entry: -entry.seconds)
 
     @property
     def assumptions(self) -> list[str]:
-        """What these numbers rest on."""
-        device, seen = self.device, self.seen
-        found = [
-            "memory is that of tensors: not a kernel's own, nor what an allocator keeps, nor the CUDA context",
+        """The assumptions behind the numbers."""
+        device, trace = self.device, self.trace
+        lines = [
+            "memory is that of tensors: without kernel workspaces, the allocator's cache and the CUDA context",
             f"compute is a roofline at {device.efficiency:.0%} of {device.name}'s peak and bandwidth, eager, without"
-            " the time to launch kernels",
-            f"collectives are rings, all-reduces trees where that is faster; {device.per_node} devices to a node,"
-            f" {_rate(device.inside)} inside it and {_rate(device.between)} for each device between nodes",
-            "the shorter time hides communication behind computation wholly, the longer not at all",
-            "every process has as many rows as this one, and the data is there when it is needed",
+            " kernel launch time",
+            f"collectives are rings, and all-reduces trees if faster; {device.per_node} devices per node,"
+            f" {_rate(device.inside)} within it and {_rate(device.between)} per device between nodes",
+            "the shorter time overlaps all communication with computation, the longer none",
+            "every process has as many rows as this one, and never waits for data",
         ]
-        if seen.compiled:
-            found.append("lm.compile was left out: compiled steps hold less and run faster")
-        if seen.watch.reads:
-            found.append(
-                f"the run reads {len(seen.watch.reads)} numbers from tensors (first at {_short(seen.watch.reads[0])});"
-                " here they are zero"
+        if trace.compiled:
+            lines.append("lm.compile was left out: compiled steps use less memory and run faster")
+        reads = trace.tracker.reads
+        if reads:
+            first = _short(reads[0])
+            lines.append(
+                f"the run reads {len(reads)} numbers from tensors (first at {first}), which are zero in a plan"
             )
-        return found
+        return lines
 
     # ---------------------------------------------------------------------------------------- words
 
@@ -133,22 +134,22 @@ class Plan:
     __repr__ = __str__
 
     def _lines(self) -> Iterator[str]:
-        seen = self.seen
-        axes = ", ".join(f"{name}={size}" for name, size in seen.sizes.items() if size > 1)
-        yield f"{seen.step!r}"
-        yield f"rank {seen.rank} of {seen.world_size}{f' ({axes})' if axes else ''} on {self.device.name}"
+        trace = self.trace
+        axes = ", ".join(f"{name}={size}" for name, size in trace.sizes.items() if size > 1)
+        yield f"{trace.step!r}"
+        yield f"rank {trace.rank} of {trace.world_size}{f' ({axes})' if axes else ''} on {self.device.name}"
         yield ""
         yield from self._memory_lines()
         yield ""
         yield from self._traffic_lines()
         yield ""
         yield from self._time_lines()
-        for each in self.suggestions:
-            yield f"  try: {each}"
+        for suggestion in self.suggestions:
+            yield f"  try: {suggestion}"
         yield ""
-        yield "assumed"
-        for each in self.assumptions:
-            yield f"  - {each}"
+        yield "assumptions"
+        for assumption in self.assumptions:
+            yield f"  - {assumption}"
 
     def _memory_lines(self) -> Iterator[str]:
         peak = self.peak
@@ -162,16 +163,17 @@ class Plan:
         yield f"  {'peak':16} {human_bytes(peak.nbytes):>10}  of {limit}: {verdict}"
         verdict = "" if self.start.nbytes <= self.device.memory else ": does NOT fit"
         yield f"  {'before step 1':16} {human_bytes(self.start.nbytes):>10}  ({self.start.moment.stage}){verdict}"
-        totals = [sum(point[1].values()) for point in picture.sampled(self._timeline, _CELLS)]
+        totals = [sum(point[1].values()) for point in picture.sampled(self._timeline, _SPARKLINE_WIDTH)]
         if self.host.nbytes:
-            held = ", ".join(f"{name} {human_bytes(n)}" for name, n in self.host.parts.items() if n)
-            yield f"  {'on the host':16} {human_bytes(self.host.nbytes):>10}  ({held})"
+            categories = ", ".join(f"{name} {human_bytes(n)}" for name, n in self.host.parts.items() if n)
+            yield f"  {'on the host':16} {human_bytes(self.host.nbytes):>10}  ({categories})"
         yield f"  over a step      {picture.sparkline(totals)}"
         yield "  largest at the peak"
-        for block in peak.blocks[:_SHOWN]:
+        for block in peak.blocks[:_LARGEST_TENSORS]:
             shape = f"{str(block.dtype).removeprefix('torch.')} {list(block.shape)}"
-            made = block.name or f"{block.operation.partition('::')[2]} in {block.made.module or block.made.phase}"
-            yield f"    {human_bytes(block.nbytes):>10}  {block.purpose():16} {shape}  {printable(made)}"
+            created = block.created.module or block.created.phase
+            origin = block.name or f"{block.operation.partition('::')[2]} in {created}"
+            yield f"    {human_bytes(block.nbytes):>10}  {block.purpose():16} {shape}  {printable(origin)}"
 
     def _traffic_lines(self) -> Iterator[str]:
         if not self.traffic:
@@ -179,10 +181,10 @@ class Plan:
             return
         yield "communication of a step"
         yield f"  {'':14} {'over':12} {'times':>5} {'carries':>10} {'sends':>10} {'takes':>9}"
-        for each in self.traffic:
+        for traffic in self.traffic:
             yield (
-                f"  {each.kind:14} {each.axes:12} {each.times:>5} {human_bytes(each.carried):>10}"
-                f" {human_bytes(each.sent):>10} {_time(each.seconds):>9}"
+                f"  {traffic.kind:14} {traffic.axes:12} {traffic.times:>5} {human_bytes(traffic.carried):>10}"
+                f" {human_bytes(traffic.sent):>10} {_time(traffic.seconds):>9}"
             )
 
     def _time_lines(self) -> Iterator[str]:
@@ -197,11 +199,11 @@ class Plan:
 
     @functools.cached_property
     def _timeline(self) -> picture.Timeline:
-        return self.seen.watch.memory.timeline("step")
+        return self.trace.tracker.memory.timeline("step")
 
     @property
     def _title(self) -> str:
-        return f"{self.seen.step!r}, rank {self.seen.rank} of {self.seen.world_size}"
+        return f"{self.trace.step!r}, rank {self.trace.rank} of {self.trace.world_size}"
 
     def svg(self) -> str:
         """Memory over a step, stacked by category, as an SVG element."""
@@ -215,14 +217,14 @@ class Plan:
         return f'<div>{self.svg()}<pre style="line-height:1.2">{html.escape(str(self))}</pre></div>'
 
     def to_html(self) -> str:
-        """A page with the picture and the table."""
+        """A page with the chart and the table."""
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self._title)}</title>'
             f'<body style="max-width:60rem;margin:2rem auto">{self._repr_html_()}</body></html>\n'
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page (`.html`) or the picture (`.svg`, `.png`), by the name of `path`."""
+        """Write the page (`.html`) or the chart (`.svg`, `.png`), by the suffix of `path`."""
         target = Path(path)
         if target.suffix == ".png":
             self.figure().savefig(target, dpi=150)
@@ -233,18 +235,18 @@ class Plan:
 
     @property
     def numbers(self) -> Mapping[str, Any]:
-        """Everything in the table, for a program."""
+        """Everything in the table, for programs."""
         return {
-            "world": self.seen.world_size,
-            "rank": self.seen.rank,
-            "mesh": dict(self.seen.sizes),
+            "world": self.trace.world_size,
+            "rank": self.trace.rank,
+            "mesh": dict(self.trace.sizes),
             "device": self.device.name,
             "peak": self.peak.nbytes,
             "parts": dict(self.peak.parts),
             "start": self.start.nbytes,
             "host": self.host.nbytes,
             "fits": self.fits,
-            "traffic": [each._asdict() for each in self.traffic],
+            "traffic": [traffic._asdict() for traffic in self.traffic],
             "flops": self.flops,
             "compute": self.compute,
             "communication": self.communication,
@@ -257,7 +259,7 @@ class Plan:
 
 def _where(peak: Peak) -> str:
     moment = peak.moment
-    step = "in the first one, " if moment.stage == "first step" else ""
+    step = "in the first step, " if moment.stage == "first step" else ""
     return f"{step}{moment.phase or 'around it'}{f' at {printable(moment.module)}' if moment.module else ''}"
 
 
@@ -272,5 +274,5 @@ def _rate(rate: float) -> str:
     return f"{rate / 1e9:g} GB/s"
 
 
-def _short(place: str) -> str:
-    return "/".join(Path(place).parts[-2:])
+def _short(location: str) -> str:
+    return "/".join(Path(location).parts[-2:])

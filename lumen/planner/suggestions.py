@@ -1,4 +1,4 @@
-"""What to change where a run does not fit on its devices."""
+"""What to change if a run does not fit on its devices."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ _STATE = ("params", "optimizer", "gradients")
 def suggestions(
     step: Step, sizes: Mapping[str, int], world_size: int, peak: Peak, start: Peak, limit: float
 ) -> list[str]:
-    """What would help, the most likely first; nothing where all fits."""
+    """What to change, the most likely first; empty if the run fits."""
     if max(peak.nbytes, start.nbytes) <= limit:
         return []
     if peak.nbytes <= limit:
         return [
-            f"{human_bytes(start.nbytes)} are held while the state is made and spread, before the first step: every"
-            " process makes the whole state. Make the module on the meta device, or start from a checkpoint."
+            f"creating and sharding the state needs {human_bytes(start.nbytes)} before the first step, because every"
+            " process creates the full state. Create the module on the meta device, or start from a checkpoint."
         ]
-    found = [*_spread(step, sizes, world_size, peak, limit), *_once(step, peak), *_rows(step, peak, limit)]
-    return found or ["No transform helps much here: take a smaller model or batch, or devices with more memory."]
+    lines = [
+        *_shard_more(step, sizes, world_size, peak, limit),
+        *_donate(step, peak),
+        *_reduce_activations(step, peak, limit),
+    ]
+    return lines or ["No transform helps much here: use a smaller model or batch, or devices with more memory."]
 
 
-def _spread(step: Step, sizes: Mapping[str, int], world_size: int, peak: Peak, limit: float) -> Iterator[str]:
-    """Cut the state finer."""
+def _shard_more(step: Step, sizes: Mapping[str, int], world_size: int, peak: Peak, limit: float) -> Iterator[str]:
+    """Shard the state more."""
     over = peak.nbytes - limit
     level = next((getattr(t, "stage", 0) for t in step.transforms if t.level == "parallel"), None)
     if world_size < 2 or level == 3:
         shards = sizes.get("shard", 1)
-        held = sum(peak.parts[name] for name in _STATE)
-        if held > limit / 2:
+        nbytes = sum(peak.parts[name] for name in _STATE)
+        if nbytes > limit / 2:
             yield (
-                f"params, optimizer state and gradients take {human_bytes(held)}: cut them over more processes,"
+                f"params, optimizer state and gradients take {human_bytes(nbytes)}: shard them over more processes,"
                 f" shard={2 * max(shards, 1)} or more."
             )
         return
@@ -45,25 +49,25 @@ def _spread(step: Step, sizes: Mapping[str, int], world_size: int, peak: Peak, l
     for higher in range(level + 1, 4):
         saved += peak.parts[shares[higher]] * (1 - 1 / world_size)
         if saved > over or higher == 3:
-            yield f"lm.fsdp(stage={higher}) would hold about {human_bytes(saved)} less on each process."
+            yield f"lm.fsdp(stage={higher}) would save about {human_bytes(saved)} on each process."
             return
 
 
-def _once(step: Step, peak: Peak) -> Iterator[str]:
-    """Hold the state once."""
+def _donate(step: Step, peak: Peak) -> Iterator[str]:
+    """Update the state in place."""
     if peak.moment.phase == "update" and not any(t.donates for t in step.transforms):
-        held = (peak.parts["params"] + peak.parts["optimizer"]) / 2
-        yield f"lm.donate() updates in place: about {human_bytes(held)} less while the old state and the new are held."
+        nbytes = (peak.parts["params"] + peak.parts["optimizer"]) / 2
+        yield f"lm.donate() updates in place, which saves about {human_bytes(nbytes)} for the copy of the state."
 
 
-def _rows(step: Step, peak: Peak, limit: float) -> Iterator[str]:
-    """Hold less of the forward pass."""
-    made = peak.parts["activations"] + peak.parts["temporary"]
-    if made < peak.nbytes / 3:
+def _reduce_activations(step: Step, peak: Peak, limit: float) -> Iterator[str]:
+    """Store fewer activations."""
+    nbytes = peak.parts["activations"] + peak.parts["temporary"]
+    if nbytes < peak.nbytes / 3:
         return
     if not any(t.level == "remat" for t in step.transforms):
-        yield f"activations take {human_bytes(made)}: lm.remat() computes them again in the backward pass."
-    rest = peak.nbytes - made
-    if rest < limit:
-        parts = math.ceil(made / (limit - rest))
-        yield f"lm.accumulate({parts}), or {parts} times what it is, makes the batch in smaller parts."
+        yield f"activations take {human_bytes(nbytes)}: lm.remat() recomputes them in the backward pass."
+    fixed = peak.nbytes - nbytes
+    if fixed < limit:
+        factor = math.ceil(nbytes / (limit - fixed))
+        yield f"lm.accumulate({factor}), or {factor} times the present number of microbatches, makes them smaller."

@@ -1,6 +1,6 @@
-"""`Watch`: what a run does, seen where torch dispatches its operations: memory, work, and collectives.
+"""`Tracker`: a dispatch mode that records the memory, the operations and the collectives of a run.
 
-The same watch is laid over a run on fake tensors, which is a plan, and over a real one, which is a measurement.
+The same tracker records runs on fake tensors, for plans, and real runs, for measurements.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn
 from lumen.planner import comm_trace
-from lumen.planner.comm_trace import Sent
+from lumen.planner.comm_trace import CollectiveCall
 from lumen.planner.memory import Memory, Moment
 
 _FIELDS = {"params": "params", "opt_state": "optimizer"}
-_FREE = ("empty", "new_empty", "detach", "lift_fresh", "set_", "alias", "_unsafe_view")  # move no bytes
+_NO_TRAFFIC = ("empty", "new_empty", "detach", "lift_fresh", "set_", "alias", "_unsafe_view")  # move no bytes
 
 
 class Work(NamedTuple):
-    """One operation: its floating point operations at `dtype`, and the bytes that it reads and writes."""
+    """One operation: its floating-point operations at `dtype`, and the bytes that it reads and writes."""
 
     flops: int
     nbytes: int
@@ -41,22 +41,22 @@ class Work(NamedTuple):
     phase: str
 
 
-class Watch(TorchDispatchMode):
-    """Fills `memory`, `work` and `sent` while it is entered.
+class Tracker(TorchDispatchMode):
+    """Fills `memory`, `work` and `collectives` while it is entered.
 
-    `copied` are the kinds of collectives for which the backend copies what they carry, where nobody sees it.
+    `copied` are the kinds of collectives whose payload the backend copies in memory that torch does not show.
     """
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
 
     def __init__(self, copied: Collection[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._copied = copied
-        self._going: Any = None
+        self._copied_kinds = copied
+        self._pending_work: Any = None
         self.memory = Memory()
         self.work: list[Work] = []
-        self.sent: list[Sent] = []
-        self.reads: list[str] = []  # where the run read a value from a tensor without one
+        self.collectives: list[CollectiveCall] = []
+        self.reads: list[str] = []  # the lines that read a value of a fake tensor
         counter = FlopCounterMode(display=False, custom_mapping=cpu_attention())
         self._formulas: Mapping[Any, Any] = counter.flop_registry
 
@@ -64,53 +64,53 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._going = None
-        if self._copied:
-            self.memory.touched(_tensors(args))
+        self._pending_work = None
+        if self._copied_kinds:
+            self.memory.drop_copies(_tensors(args))
         try:
-            out = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         except DataDependentOutputException:
-            return self._unknown(func, args)
+            return self._substitute(func, args)
         name = func.name().partition(".")[0]
-        for tensor in _tensors(out):
-            self.memory.see(tensor, name)
-        carried = comm_trace.payload(name, args, out)
-        if carried is None:
-            self._count(func, args, kwargs, out)
+        for tensor in _tensors(result):
+            self.memory.record(tensor, name)
+        payload = comm_trace.payload(name, args, result)
+        if payload is None:
+            self._record_work(func, args, kwargs, result)
         else:
-            self._send(name, args, out, carried)
-        return out
+            self._record_collective(name, args, result, payload)
+        return result
 
-    def _send(self, name: str, args: tuple[Any, ...], out: Any, carried: list[Tensor]) -> None:
+    def _record_collective(self, name: str, args: tuple[Any, ...], result: Any, payload: list[Tensor]) -> None:
         now = self.memory.now
-        self.memory.claim(carried, "communication")
-        sent = comm_trace.read(name, args, carried, now.stage, now.phase)
-        self.sent.append(sent)
-        work = comm_trace.work_of(out)
+        self.memory.claim(payload, "communication")
+        call = comm_trace.collective_call(name, args, payload, now.stage, now.phase)
+        self.collectives.append(call)
+        work = comm_trace.work_of(result)
         if work is not None:
-            self.memory.lend(work, _tensors(args))
-            self._going = work  # nobody else has it before the caller does
-        if sent.kind in self._copied:
-            for tensor in carried:
-                self.memory.copied(tensor, f"copy::of {sent.kind}")
+            self.memory.retain(work, _tensors(args))
+            self._pending_work = work  # the caller does not hold it yet
+        if call.kind in self._copied_kinds:
+            for tensor in payload:
+                self.memory.add_copy(tensor, f"copy::of {call.kind}")
 
-    def _unknown(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """A number for one that nobody knows: zero, or that two tensors are equal."""
-        place = _caller()
-        if place is not None:
-            self.reads.append(place)
+    def _substitute(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """A substitute for an unknown value: zero, or that two tensors are equal."""
+        location = _caller()
+        if location is not None:
+            self.reads.append(location)
         if func is torch.ops.aten.equal.default:
             return True
         if func is not torch.ops.aten._local_scalar_dense.default:
             raise DataDependentOutputException(func)
         return _zero(args[0].dtype)
 
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+    def _record_work(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         formula = self._formulas.get(func._overloadpacket)
-        flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        if not flops and (func.is_view or func._opname in _FREE):
+        flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+        if not flops and (func.is_view or func._opname in _NO_TRAFFIC):
             return
-        read, written = _tensors((args, kwargs)), _tensors(out)
+        read, written = _tensors((args, kwargs)), _tensors(result)
         dtype = read[0].dtype if read else written[0].dtype if written else torch.float32
         now = self.memory.now
         self.work.append(Work(flops, sum(map(_nbytes, read + written)), dtype, now.stage, now.phase))
@@ -119,15 +119,15 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to the stage `name`."""
+        """Record what runs inside under the stage `name`."""
         self.memory.enter(Moment(name, "", ""))
         try:
             yield
         finally:
             self.memory.now = Moment("", "", "")
 
-    def watched(self, user: StepFn) -> StepFn:
-        """The step, telling its phases, and what is gradient, state and batch."""
+    def instrument(self, user: StepFn) -> StepFn:
+        """`user` with rules that record its phases and claim gradients, params and optimizer state."""
 
         @functools.wraps(user)
         def step(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -142,69 +142,69 @@ class Watch(TorchDispatchMode):
         return step
 
     def claim_state(self, state: Any) -> None:
-        """What the leaves of a state are for."""
+        """Claim the leaves of a state by its fields."""
         for path, tensor in tree.named_tensors(state):
             field = path.partition("[")[0].partition(".")[0]
             self.memory.claim([tensor], _FIELDS.get(field, "other state"), [path])
 
-    def _at(self, phase: str, module: str = "") -> None:
+    def _enter_phase(self, phase: str, module: str = "") -> None:
         self.memory.now = Moment(self.memory.now.stage, phase, module)
 
     def _gradient(self, next: Next, call: GradientCall) -> Gradient:
         inner = call.loss_fn
 
-        def loss_fn(params: Any, *rest: Any) -> Any:
+        def loss_fn(params: Any, *extras: Any) -> Any:
             for leaf in tree.tensors(params):
                 if leaf.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
-                    leaf.register_hook(self._ready)
-            self._at("forward")
-            out = inner(params, *rest)
-            self._at("backward")
-            return out
+                    leaf.register_hook(self._claim_gradient)
+            self._enter_phase("forward")
+            result = inner(params, *extras)
+            self._enter_phase("backward")
+            return result
 
         loss_fn.__wrapped__ = getattr(inner, "__wrapped__", inner)  # type: ignore[attr-defined]
         loss_fn.__qualname__ = getattr(inner, "__qualname__", "loss")
-        answer: Gradient = next(call.replace(loss_fn=loss_fn))
-        self.memory.claim(tree.tensors(answer.grads), "gradients")
-        self._at("between")
-        return answer
+        result: Gradient = next(call.replace(loss_fn=loss_fn))
+        self.memory.claim(tree.tensors(result.grads), "gradients")
+        self._enter_phase("between")
+        return result
 
-    def _ready(self, grad: Tensor) -> None:
+    def _claim_gradient(self, grad: Tensor) -> None:
         self.memory.claim([grad], "gradients")
 
     def _update(self, next: Next, call: UpdateCall) -> Any:
-        self._at("update")
-        new, opt_state = answer = next(call)
+        self._enter_phase("update")
+        new, opt_state = result = next(call)
         self.memory.claim(tree.tensors(new), "params")
         self.memory.claim(tree.tensors(opt_state), "optimizer")
-        self._at("between")
-        return answer
+        self._enter_phase("between")
+        return result
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
-        return next(call.replace(target=call.target.variant(("watched", self), self._hooked)))
+        return next(call.replace(target=call.target.variant(("tracked", self), self._add_hooks)))
 
-    def _hooked(self, module: nn.Module) -> None:
-        for name, each in module.named_modules():
+    def _add_hooks(self, module: nn.Module) -> None:
+        for name, submodule in module.named_modules():
             if name:
-                each.register_forward_pre_hook(functools.partial(self._entered, name))
-                each.register_forward_hook(functools.partial(self._left, name))
+                submodule.register_forward_pre_hook(functools.partial(self._enter_module, name))
+                submodule.register_forward_hook(functools.partial(self._leave_module, name))
 
-    def __deepcopy__(self, _memo: Any) -> Watch:
-        return self  # a skeleton's copies tell the same watch
+    def __deepcopy__(self, _memo: Any) -> Tracker:
+        return self  # the hooks of a copied module report to the same tracker
 
-    def _entered(self, name: str, _module: nn.Module, _args: Any) -> None:
+    def _enter_module(self, name: str, _module: nn.Module, _args: Any) -> None:
         now = self.memory.now
         self.memory.now = now._replace(module=name)
 
-    def _left(self, name: str, _module: nn.Module, _args: Any, out: Any) -> None:
+    def _leave_module(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         now = self.memory.now
         self.memory.now = now._replace(module=name.rpartition(".")[0])
-        for tensor in _tensors(out):
+        for tensor in _tensors(output):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(functools.partial(self._back, name))
+                tensor.grad_fn.register_prehook(functools.partial(self._enter_backward, name))
 
-    def _back(self, name: str, _grads: Any) -> None:
-        """The backward pass comes to where this module's output was made."""
+    def _enter_backward(self, name: str, _grads: Any) -> None:
+        """The backward pass reaches the output of module `name`."""
         self.memory.now = self.memory.now._replace(module=name)
 
 
@@ -216,9 +216,9 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, list | tuple):
-        return [tensor for each in values for tensor in _tensors(each)]
+        return [tensor for value in values for tensor in _tensors(value)]
     if isinstance(values, dict):
-        return [tensor for each in values.values() for tensor in _tensors(each)]
+        return [tensor for value in values.values() for tensor in _tensors(value)]
     return []
 
 
@@ -227,9 +227,9 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _caller() -> str | None:
-    """The line of the user's that reads a value; None where it is Lumen's own, which zero suits."""
+    """The user's line that reads a value; None if Lumen reads it, where zero is fine."""
     frame = sys._getframe(3)  # past this module
     while frame.f_back is not None and "torch" in frame.f_globals.get("__name__", "").split("."):
         frame = frame.f_back
-    own = frame.f_globals.get("__name__", "").startswith("lumen.")
-    return None if own else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    is_lumen = frame.f_globals.get("__name__", "").startswith("lumen.")
+    return None if is_lumen else f"{frame.f_code.co_filename}:{frame.f_lineno}"

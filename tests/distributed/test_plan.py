@@ -1,4 +1,4 @@
-"""`lm.plan` against real runs: the same watch over tensors with values, in processes that really send."""
+"""`lm.plan` against real runs: the same tracker over tensors with values, in processes that really send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import lumen as lm
 from lumen.core import distributed
-from lumen.planner.dry_run import observed, planned
+from lumen.planner.dry_run import trace_dry_run, trace_real_run
 from lumen.planner.plan import plan_loaded
 from tests.distributed import fsdp_models, models, plan_job  # noqa: F401
 from tests.tiers import in_turns
@@ -52,11 +52,11 @@ def made(strategy, model, inside, rows=32):
     return make
 
 
-def facts(seen):
+def facts(trace):
     """Peaks by stage, the collectives of a step, and its floating point operations."""
-    sent = Counter((each.kind, each.nbytes, each.ranks) for each in seen.watch.sent if each.stage == "step")
-    peaks = {stage: seen.watch.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
-    flops = sum(each.flops for each in seen.watch.work if each.stage == "step")
+    sent = Counter((each.kind, each.nbytes, each.ranks) for each in trace.tracker.collectives if each.stage == "step")
+    peaks = {stage: trace.tracker.memory.peak(stage).nbytes for stage in ("init", "first step", "step")}
+    flops = sum(each.flops for each in trace.tracker.work if each.stage == "step")
     return peaks, sent, flops
 
 
@@ -68,7 +68,7 @@ def measured(cases):
     found = []
     for case in cases:
         (peaks, *rest), (again, *_) = (
-            facts(observed(made(*case), distributed.world_size(), distributed.rank())) for _ in range(2)
+            facts(trace_real_run(made(*case), distributed.world_size(), distributed.rank())) for _ in range(2)
         )
         found.append(({stage: min(peak, again[stage]) for stage, peak in peaks.items()}, *rest))
     return found
@@ -77,7 +77,7 @@ def measured(cases):
 def check(size, rank, answers, cases):
     for case, (peaks, sent, flops) in zip(cases, answers, strict=True):
         plan_peaks, plan_sent, plan_flops = facts(
-            planned(functools.partial(made, *case), size, None, rank, gloo=size > 1)
+            trace_dry_run(functools.partial(made, *case), size, None, rank, gloo=size > 1)
         )
         for stage, peak in peaks.items():
             assert plan_peaks[stage] == pytest.approx(peak, rel=0.1), (case, stage, rank)
@@ -125,4 +125,4 @@ def grown(strategy, size):
 def test_the_resident_set_of_fresh_processes_grows_by_what_is_planned(strategy, size):
     found = plan_loaded(lambda: functools.partial(plan_job.make, strategy), world_size=size, device="cpu")
     for nbytes in grown(strategy, size):
-        assert found.seen.watch.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)
+        assert found.trace.tracker.memory.peak("step").nbytes == pytest.approx(nbytes, rel=0.1)

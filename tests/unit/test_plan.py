@@ -17,7 +17,7 @@ from lumen.cli.main import main
 from lumen.core import distributed
 from lumen.errors import HyperparameterError, StepError, WorldError
 from lumen.optim._adam import _TRIALS
-from lumen.planner.comm_trace import Sent, axes_of
+from lumen.planner.comm_trace import CollectiveCall, axes_of
 from lumen.planner.fake_world import fake_world
 from lumen.planner.memory import Memory
 from lumen.planner.plan import plan_loaded
@@ -109,7 +109,7 @@ def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
 def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():
     transform = lm.fsdp()
     found = lm.plan(*make([transform]), mesh={"shard": 4, "data": 2})
-    assert found.seen.sizes == {"data": 2, "shard": 4, "tensor": 1}
+    assert found.trace.sizes == {"data": 2, "shard": 4, "tensor": 1}
     assert transform.mesh.size() == 1
     assert {each.axes for each in found.traffic} >= {"shard", "data"}
 
@@ -147,7 +147,7 @@ def test_a_measurement_has_the_numbers_of_a_plan(monkeypatch):
     real = lm.planner.measure(wrapped, lambda: make()[1], batch)
     assert found.peak.nbytes == pytest.approx(real.peak.nbytes, rel=0.01)
     assert found.flops == real.flops
-    assert real.seen.seconds > 0
+    assert real.trace.seconds > 0
 
 
 # ------------------------------------------------------------------------------------------- costs
@@ -162,20 +162,20 @@ def test_work_takes_its_arithmetic_or_its_traffic_whichever_is_longer():
 
 def test_rings_inside_a_node_and_between_nodes():
     on = device("h100", inside=100.0, between=10.0, latency_inside=1.0, latency_between=5.0, per_node=4)
-    inside = Sent("all-gather", 400, (0, 1, 2, 3), "", "")
+    inside = CollectiveCall("all-gather", 400, (0, 1, 2, 3), "", "")
     assert ring_bytes(inside) == 300
     assert ring_seconds(inside, on) == pytest.approx(3 + 3 * 1)
-    across = Sent("all-gather", 400, (0, 4, 8, 12), "", "")  # one of each node, so one adapter
+    across = CollectiveCall("all-gather", 400, (0, 4, 8, 12), "", "")  # one of each node, so one adapter
     assert ring_seconds(across, on) == pytest.approx(30 + 3 * 5)
-    both = Sent("reduce-scatter", 800, tuple(range(8)), "", "")  # four adapters
+    both = CollectiveCall("reduce-scatter", 800, tuple(range(8)), "", "")  # four adapters
     assert ring_seconds(both, on) == pytest.approx(700 / 40 + 6 * 1 + 5)
-    alone = Sent("all-reduce", 800, (3,), "", "")
+    alone = CollectiveCall("all-reduce", 800, (3,), "", "")
     assert ring_bytes(alone) == ring_seconds(alone, on) == 0
 
 
 def test_a_small_all_reduce_goes_by_a_tree():
     on = device("h100")
-    small = Sent("all-reduce", 16, tuple(range(1024)), "", "")
+    small = CollectiveCall("all-reduce", 16, tuple(range(1024)), "", "")
     assert ring_seconds(small, on) < 1e-3
     assert ring_bytes(small) < 32
 
@@ -193,10 +193,10 @@ def test_axes_are_told_by_the_places_that_differ():
 
 def test_memory_follows_storages_their_views_and_their_sizes():
     memory = Memory()
-    with memory.resizes():
+    with memory.track_resizes():
         x = torch.ones(100)
-        memory.see(x, "aten::ones")
-        memory.see(x[10:], "aten::slice")
+        memory.record(x, "aten::ones")
+        memory.record(x[10:], "aten::slice")
         assert memory.peak().nbytes == 400
         x.untyped_storage().resize_(0)
         x.untyped_storage().resize_(800)
@@ -207,7 +207,7 @@ def test_memory_follows_storages_their_views_and_their_sizes():
 
 
 def test_phases_and_samples_of_a_step():
-    timeline = planned(world_size=1).seen.watch.memory.timeline("step")
+    timeline = planned(world_size=1).trace.tracker.memory.timeline("step")
     points = sampled(timeline, 50)
     assert len(points) == 50
     assert max(sum(parts.values()) for _, parts in points) == max(sum(parts.values()) for _, parts in timeline)
@@ -257,7 +257,7 @@ def test_worlds_and_devices_that_do_not_go():
     refused(WorldError, "world_size=0", world_size=0)
     refused(HyperparameterError, "device='tpu' is unknown", world_size=2, device="tpu")
     refused(HyperparameterError, "memory=-1", world_size=2, memory=-1)
-    refused(HyperparameterError, "speed= is no figure", world_size=2, speed=3)
+    refused(HyperparameterError, "speed= is not a figure", world_size=2, speed=3)
     refused(HyperparameterError, "up to 1", world_size=2, efficiency=2)
 
 
@@ -333,7 +333,14 @@ def test_the_command_prints_a_table_and_writes_pictures(script, tmp_path, capsys
     outputs = [part for file in files for part in ("-o", str(file))]
     code, out, _ = said(capsys, f"{script}:make", "--mesh", "shard=64,data=16", *outputs)
     assert code == 0
-    for words in ("rank 0 of 1024 (data=16, shard=64) on h100", "all-gather", "data×shard", "MFU", "assumed", "fits"):
+    for words in (
+        "rank 0 of 1024 (data=16, shard=64) on h100",
+        "all-gather",
+        "data×shard",
+        "MFU",
+        "assumptions",
+        "fits",
+    ):
         assert words in out
     assert "<svg" in files[0].read_text()
     assert files[1].read_text().startswith("<svg")
