@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lumen.core.module import param_slots
 from lumen.core.step import field_of
 from lumen.errors import HyperparameterError, ParamsError, StateError
-from lumen.transforms._support.torchao import Layers, check_kind, chosen, row_scales, torchao
+from lumen.transforms._support.torchao import Layers, check_kind, quantizable_layers, row_scales, torchao
 
 KINDS = ("int8", "fp8")
 _CONFIGS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
@@ -62,7 +62,7 @@ def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
     names = {id(table): name for table, key, name in param_slots(apply.module) if key == "weight"}
     packed: dict[str, _Packed] = {}  # by the name of the layer
     replaced = set()
-    for layer, module in chosen(apply.module, layers, untied=True).items():
+    for layer, module in quantizable_layers(apply.module, layers, untied=True).items():
         name = names[id(module._parameters)]
         packed[layer] = _Packed.of(_full_weight(name, module, tensors), kind)
         replaced.add(name)

@@ -15,11 +15,11 @@ from lumen.optim._hyperparams import check_scalar
 
 
 class clip(Transform):
-    """Scale each update's grads down to a global L2 `norm`, or cut every entry to [-value, value].
+    """Scale the grads of each update down to a global L2 `norm`, or clamp every entry to [-value, value].
 
-    The norm is that of all leaves together, after accumulation and loss scaling, but for those that `lm.optim.freeze`
-    keeps as they are. Declared change: grads above the bound. With a norm, grads are multiplied by
-    `min(1, norm / (global_norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
+    The norm is taken over all leaves together, after accumulation and unscaling, except leaves that `lm.optim.freeze`
+    keeps constant. Declared change: grads above the bound. With a norm, grads are multiplied by
+    `min(1, norm / (global_norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`.
 
     >>> import lumen as lm
     >>> lm.clip(1.0), lm.clip(value=0.5)
@@ -28,7 +28,7 @@ class clip(Transform):
 
     name = "clip"
     level = "clip"
-    reason = "clip bounds the grads that ema and donate then see the result of"
+    reason = "ema and donate need the update that results from clipped grads"
 
     def __init__(self, norm: float | None = None, *, value: float | None = None) -> None:
         if (norm is None) == (value is None):
@@ -41,12 +41,12 @@ class clip(Transform):
         check_scalar(*(("norm", norm) if norm is not None else ("value", value)), schedule=False)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with its grads bounded."""
+        """The step with clipped grads."""
         return rules.with_rules({Primitive.UPDATE: self._rule}, step)
 
     def _rule(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         leaves = tree.leaves(call.grads)
-        if leaves and self.name in getattr(leaves[0], "does", ()):  # an engine holds them, and bounds them itself
+        if leaves and self.name in getattr(leaves[0], "does", ()):  # an engine owns these grads, and clips them itself
             return next(call)  # type: ignore[no-any-return]
         return next(call.replace(grads=self._bounded(call, leaves)))  # type: ignore[no-any-return]
 

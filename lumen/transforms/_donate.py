@@ -1,4 +1,4 @@
-"""`lm.donate`: update in place, in the memory of the state that is handed in."""
+"""`lm.donate`: update the state in place."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from lumen.optim._base import clone
 
 
 class donate(Transform):
-    """Hand the state's memory over to its successor: no copy of params and optimizer state is made.
+    """Reuse the memory of the old state for the new one, without copying params and optimizer state.
 
-    In eager mode the optimizer's fused kernel works on the state's own tensors; under `lm.compile` the new values are
-    written back into them. The state that was handed in is dead: any further use raises `DonatedError`, inside the
-    step too, once `apply_gradients` has run.
+    In eager mode the optimizer's fused kernel updates the state's tensors in place; under `lm.compile` new values are
+    written back into them. The state passed to the step becomes invalid: any further use raises `DonatedError`, and so
+    does a use inside the step after `apply_gradients`. The grads of the last update stay alive until the next step
+    begins, as in a plain PyTorch loop.
 
-    Law: `donate()(step) == step`; bitwise in eager mode for optimizers with a fused kernel.
+    Law: `donate()(step) == step`, bitwise in eager mode for optimizers with a fused kernel.
 
-    The grads of the last update are kept until the next step begins, as they are in a plain PyTorch loop.
-
-    `init` copies the state once, so that the module it came from keeps its own params. Raises `DonatedError` where two
-    leaves share memory (a target network set without a copy, say).
+    `init` copies the state once, so that the original module keeps its own params. Raises `DonatedError` if two leaves
+    share memory, such as a target network that was set without a copy.
 
     >>> import lumen as lm
     >>> lm.donate()
@@ -33,28 +32,27 @@ class donate(Transform):
 
     name = "donate"
     level = "donate"
-    reason = "donate replaces the update itself, so whatever changes grads or watches the update must be outside it"
+    reason = "donate replaces the update, so transforms that change grads or observe the update must be outside it"
     donates = True
 
     def init(self, state: Any) -> Any:
-        """A copy of the state that owns its memory."""
+        """A copy of the state that shares no memory with other objects."""
         return clone(state)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with its updates in place."""
-
+        """The step with updates in place."""
         last_grads: list[Any] = []
 
         def update_in_place(next: Next, call: UpdateCall) -> tuple[Any, Any]:
             if not rules.is_tracing():
                 last_grads.append(call.grads)
-            # Built anew rather than by `replace`, which costs more than the rule itself.
+            # Not by `replace`, which takes longer than the rest of this rule.
             return next(UpdateCall(call.tx, call.grads, call.opt_state, call.params, call.skip, donate=True))  # type: ignore[no-any-return]
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            # Grads live until the next step begins, as in a loop that calls zero_grad there. Were all that a step
-            # allocates free when it ends, the C library would give the memory back to the system, and the next step
-            # would fault every page in again: 2% of a small GPT's step.
+            # Grads live until the next step begins, as in a loop that calls zero_grad there. If a step freed all memory
+            # that it allocated, the C library would return it to the system, and the next step would fault every page
+            # in again: 2% of a small GPT's step.
             last_grads.clear()
             with rules.rule_context({Primitive.UPDATE: update_in_place}):
                 return step(state, batch)
@@ -62,7 +60,7 @@ class donate(Transform):
         return run
 
     def wrap_host(self, step: StepFn) -> StepFn:
-        """Check that memory is shared by no two leaves, and retire the old state."""
+        """Check that no two leaves share memory, and retire the old state."""
         checked = False
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:

@@ -17,31 +17,32 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import BatchError, HyperparameterError, PurityError, StateError
 
-_SALT = 0x6470  # keeps the noise apart from what a step draws from state.key itself
+_SALT = 0x6470  # separates the noise from random numbers that a step draws from state.key
 
 
 class dp_sgd(Transform):
-    """DP-SGD: clip the gradient of every row to L2 norm `clip`, add Gaussian noise, average over the rows.
+    """DP-SGD: clip the gradient of every row to L2 norm `clip`, add Gaussian noise, and average over the rows.
 
-    The noise of an update has standard deviation `noise * clip` on the sum of the clipped gradients, drawn from
-    `lm.random` with the state's seed and step. `epsilon(...)` accounts for what was spent (the `[dp-sgd]` extra).
+    The noise of an update has standard deviation `noise * clip` on the sum of the clipped gradients. It is drawn from
+    `lm.random` with the state's seed and step. `epsilon(...)` computes the privacy budget spent so far (it needs the
+    `[dp-sgd]` extra).
 
-    The sum is divided by the number of rows, or by `batch_size` where that is given. Batches drawn by chance, as the
-    accountant assumes (each row with the same probability), need it: how many rows came is itself private, so the
-    divisor must be the expected number.
+    The sum is divided by the number of rows, or by `batch_size` if it is set. Poisson sampling, where each row is drawn
+    with the same probability, needs `batch_size`, and the accountant assumes such sampling: the actual number of rows
+    is private, so the divisor must be the expected number.
 
-    A param that the state's optimizer keeps as it is (`lm.optim.freeze`) takes no part: its gradient is zero, and does
-    not count in a row's norm.
+    A param that the state's optimizer freezes (`lm.optim.freeze`) is excluded: its gradient is zero and does not
+    contribute to a row's norm.
 
     Per-row gradients are computed by `vmap`, `chunk` rows at a time (all by default). Declared change: the gradient.
-    With `noise=0` and a `clip` above every row's norm it is the plain mean over rows.
+    With `noise=0` and a `clip` above every row's norm, it is the plain mean over rows.
 
-    A buffer that the model changes row by row needs a rule, `lm.pure(net, merge=...)`: without one, `MergeError` is
-    raised. Buffers are not private: what they gather is not clipped and has no noise.
+    A buffer that the model changes row by row needs a merge rule, `lm.pure(net, merge=...)`; otherwise `MergeError` is
+    raised. Buffers are not private: the statistics that they collect are neither clipped nor noised.
 
-    Raises `PurityError` for a model with BatchNorm in training mode, which mixes rows, `HyperparameterError` for
-    settings out of range, and `StateError` for an update, by another optimizer than the state's, of params that the
-    state's keeps as they are. Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
+    Raises `PurityError` if the model has BatchNorm in training mode, which mixes rows; `HyperparameterError` for
+    settings out of range; and `StateError` if another optimizer updates params that the state's optimizer freezes.
+    Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
 
     >>> import lumen as lm
     >>> lm.dp_sgd(clip=1.0, noise=1.1)
@@ -50,7 +51,7 @@ class dp_sgd(Transform):
 
     name = "dp_sgd"
     level = "dp_sgd"
-    reason = "each row's gradient is clipped by itself, before anything is summed over microbatches or ranks"
+    reason = "dp_sgd clips each row's gradient before gradients are summed over microbatches or ranks"
 
     def __init__(self, clip: float, noise: float, *, batch_size: float | None = None, chunk: int | None = None) -> None:
         if not clip > 0.0:
@@ -59,7 +60,7 @@ class dp_sgd(Transform):
             raise HyperparameterError(f"dp_sgd takes a noise multiplier of at least 0, got {noise!r}.")
         if batch_size is not None and not 0.0 < batch_size < math.inf:
             raise HyperparameterError(
-                f"dp_sgd takes a positive batch_size, the number of rows that is expected, got {batch_size!r}."
+                f"dp_sgd takes a positive batch_size (the expected number of rows), got {batch_size!r}."
             )
         self.clip = clip
         self.noise = noise
@@ -67,7 +68,7 @@ class dp_sgd(Transform):
         self.chunk = chunk
 
     def init(self, state: Any) -> Any:
-        """Add the slot: the number of noisy updates made (int64 scalar)."""
+        """Add the slot: the number of noisy updates so far (int64 scalar)."""
         return add_slot(state, self.name, lambda: torch.zeros((), dtype=torch.int64, device=device_of(state)))
 
     def export(self, state: Any) -> Any:
@@ -77,8 +78,8 @@ class dp_sgd(Transform):
     def epsilon(self, state: Any, *, delta: float, sample_rate: float) -> float:
         """The epsilon spent so far, by Rényi accounting of a Poisson-subsampled Gaussian mechanism.
 
-        `sample_rate` is the probability with which each row is drawn: the expected batch size, which `dp_sgd` was
-        given as `batch_size`, over the size of the data set. Needs the `[dp-sgd]` extra.
+        `sample_rate` is the probability with which each row is drawn: the expected batch size (the `batch_size` of
+        `dp_sgd`) divided by the size of the data set. Needs the `[dp-sgd]` extra.
         """
         try:
             from dp_accounting import dp_event, rdp
@@ -97,14 +98,14 @@ class dp_sgd(Transform):
         for inner in as_step(step).transforms:
             if getattr(getattr(inner, "policy", None), "loss_scale", None) is not None:
                 raise HyperparameterError(
-                    f"{inner!r} scales the loss and must see each gradient overflow, which dp_sgd({self.clip})"
-                    ' computes and clips row by row. Write lm.precision("bf16"), or a policy with loss_scale=None.'
+                    f"{inner!r} scales the loss and must detect overflow in each gradient, but lm.dp_sgd clips"
+                    ' gradients row by row. Write lm.precision("bf16"), or a policy with loss_scale=None.'
                 )
 
         undeclared = Undeclared(f"lm.{self.name}")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            spent = slot(state, self.name)
+            update_count = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
             update = _Update(self, key, undeclared, _unused(getattr(state, "tx", None), getattr(state, "params", None)))
             handlers: dict[Primitive, Rule] = {
@@ -114,35 +115,35 @@ class dp_sgd(Transform):
             }
             with rules.rule_context(handlers):
                 new, metrics = step(state, batch)
-            return with_slot(new, self.name, spent + update.count), metrics
+            return with_slot(new, self.name, update_count + update.count), metrics
 
         return run
 
 
 class _Update:
-    """The private gradients of one step, and the noise that its updates owe."""
+    """The rules for one step: private gradients, and the noise of its updates."""
 
     def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared, unused: dict[str, bool]) -> None:
         self.settings = settings
-        self.unused = unused  # which of the state's params its optimizer keeps as they are
+        self.unused = unused  # which of the state's params its optimizer freezes, by path
         self.key = key
         self.undeclared = undeclared
         self.tracker = Tracker(marks=True)
-        self.rows = 0
-        self.count = 0
+        self.rows = 0  # since the last update
+        self.count = 0  # of updates
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """P0: refuse what mixes rows, and follow buffers."""
-        _refuse_batchnorm(call)
+        """P0: reject models that mix rows, and track buffers."""
+        _check_no_batchnorm(call)
         return self.tracker.apply(next, call)
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
-        """The sum of the clipped gradients of all rows; their mean unless the call asks for the sum."""
+        """P1: the mean of the clipped gradients of all rows, or their sum if the call requests it."""
         size = batching.count(call.batch)
         if not size:
             raise BatchError(
-                "lm.dp_sgd was given a batch without rows, of which there are no gradients to clip. Draw more: with a"
-                " larger sample rate, empty batches do not happen."
+                "lm.dp_sgd got a batch without rows, so there are no gradients to clip. Increase the sample rate, so"
+                " that batches are not empty."
             )
         self.rows += size
 
@@ -168,10 +169,10 @@ class _Update:
         if not call.summed:
             grads = tree.map(lambda g: g / size, grads)
         scalar = first_answer["answer"].scalar
-        shown = loss.compute() if scalar and not call.summed else loss
+        returned_loss = loss.compute() if scalar and not call.summed else loss
         return Gradient(
-            # A private gradient is a mean over rows whatever the loss's own weights are, so they must not divide it.
-            Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else shown,
+            # A private gradient is a mean over rows, so the loss's own weights must not divide it.
+            Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else returned_loss,
             grads,
             None if aux == () else self._aux(aux, size),
             scalar,
@@ -179,7 +180,7 @@ class _Update:
         )
 
     def _without_unused(self, grads: Any) -> Any:
-        """The gradients of a row, zero for what the update does not use: of those it would not be clipped."""
+        """The gradients of one row, with zeros for params that the update ignores, which must not add to its norm."""
         names = tree.paths(grads)
         if not any(self.unused.values()) or names != list(self.unused):
             return grads
@@ -188,20 +189,20 @@ class _Update:
         return tree.unflatten(spec, leaves)
 
     def _check_unused(self, call: UpdateCall) -> None:
-        """Raise `StateError` where the update uses gradients that were left out."""
+        """Raise `StateError` if the update uses gradients that were left out."""
         if not any(self.unused.values()):
             return
-        unused_by_this = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
-        used = [name for name, unused in unused_by_this.items() if self.unused.get(name) and not unused]
+        unused_by_tx = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
+        used = [name for name, unused in unused_by_tx.items() if self.unused.get(name) and not unused]
         if used:
             raise StateError(
-                f"lm.dp_sgd left out the gradients of {', '.join(used[:3])}{', …' * (len(used) > 3)}, which the"
-                " state's optimizer keeps as they are, and this update is to use them. Give the state one optimizer for"
-                " all that is trained: lm.optim.partition({'encoder.*': tx_1}, default=tx_2)."
+                f"lm.dp_sgd left out the gradients of {', '.join(used[:3])}{', …' * (len(used) > 3)}, because the"
+                " state's optimizer freezes these params, but this update uses them. Give the state one optimizer for"
+                " all params that are trained: lm.optim.partition({'encoder.*': tx_1}, default=tx_2)."
             )
 
     def _aux(self, aux: Any, size: int) -> Any:
-        """The aux of the batch from those of single rows, stacked: buffers by their rules."""
+        """The aux of the batch from the stacked aux of its rows; buffers are merged by their rules."""
         if not isinstance(aux, Aux) or not aux.buffers:
             return _merged(aux, size)
         leaves, spec = tree.flatten(aux.buffers)
@@ -211,12 +212,12 @@ class _Update:
         return Aux(buffers, _merged(aux.metrics, size))
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        """Noise on the mean gradient: once for an update, however many parts it was computed in."""
+        """P2: add noise to the mean gradient, once per update, however many microbatches it has."""
         self._check_unused(call)
         divisor = self.settings.batch_size or self.rows or 1
         std = self.settings.noise * self.settings.clip / divisor
         leaves, spec = tree.flatten(call.grads)
-        if divisor != self.rows:  # they are a mean over the rows that came
+        if divisor != self.rows:  # the grads are a mean over the actual rows
             leaves = [g * (self.rows / divisor) for g in leaves]
         if std:
             base = random.fold_in(self.key, self.count)
@@ -234,22 +235,22 @@ def _clipped(grads: Any, bound: float) -> Any:
 
 
 def _unused(tx: Any, params: Any) -> dict[str, bool]:
-    """By path, whether an optimizer keeps a param as it is; {} where it keeps none."""
+    """Whether an optimizer freezes each param, by path; {} if it cannot freeze any."""
     unused_fn = getattr(tx, "unused_fn", None)
     if unused_fn is None or params is None:
         return {}
     return dict(zip(tree.paths(params), unused_fn(params), strict=True))
 
 
-def _merged(rows_of: Any, size: int) -> Any:
-    """A tree with an entry for each row as that of the batch."""
-    return batching.merge_aux([tree.map(lambda x, i=i: x[i], rows_of) for i in range(size)], [1] * size)
+def _merged(row_aux: Any, size: int) -> Any:
+    """The aux of the batch from a tree stacked over rows."""
+    return batching.merge_aux([tree.map(lambda x, i=i: x[i], row_aux) for i in range(size)], [1] * size)
 
 
-def _refuse_batchnorm(call: ApplyCall) -> None:
+def _check_no_batchnorm(call: ApplyCall) -> None:
     for name, module in call.target.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise PurityError(
-                f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so no"
-                " row has a gradient of its own to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."
+                f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so"
+                " single rows have no gradients to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."
             )

@@ -1,4 +1,4 @@
-"""`lm.ema`: an average of the params along the way, for evaluation."""
+"""`lm.ema`: a moving average of the params, for evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lumen.optim._numerics import Coefficients, time
 
 @pytree_dataclass
 class Averaged:
-    """The slot of `ema`: the averaged `params`, at least in float32, and how many were averaged (int64 scalar)."""
+    """The slot of `ema`: the averaged `params`, at least in float32, and the number of averaged steps (int64)."""
 
     params: Any = param_field()
     count: Tensor
@@ -28,15 +28,15 @@ class Averaged:
 class ema(Transform):
     """Keep an exponential moving average of the params in a slot; the step itself is unchanged.
 
-    After each step `average = decay * average + (1 - decay) * params`, starting from the params at `init`. With
-    `warmup`, the decay is at most `(1 + n) / (10 + n)` after n steps (as in TensorFlow's
-    `ExponentialMovingAverage`). `decay=None` keeps the plain mean of all params seen (stochastic weight averaging,
-    Izmailov et al. 2018). `start` counts the steps that pass before averaging begins.
+    After each step, `average = decay * average + (1 - decay) * params`, starting from the params at `init`. With
+    `warmup`, the decay is at most `(1 + n) / (10 + n)` after n steps, as in TensorFlow's `ExponentialMovingAverage`.
+    With `decay=None`, it is the plain mean of the params after all steps (stochastic weight averaging, Izmailov et al.
+    2018). Averaging begins after `start` steps.
 
-    The average of 16-bit params is kept in float32: in 16 bits it would not move, as a change of less than 1/256 of an
-    entry is rounded away. `lm.ema.params` casts it to the params' dtypes.
+    The average of 16-bit params is kept in float32. In 16 bits it would never change, because changes smaller than
+    1/256 of an entry are rounded away. `lm.ema.params` casts it to the params' dtypes.
 
-    Law: params, optimizer state and metrics are those of the step without it. Evaluate with
+    Law: params, optimizer state and metrics equal those of the step without it. Evaluate with
     `state.replace(params=lm.ema.params(state))`.
 
     >>> import lumen as lm, torch
@@ -48,7 +48,7 @@ class ema(Transform):
 
     name = "ema"
     level = "ema"
-    reason = "ema averages the params that come out of the update"
+    reason = "ema averages the updated params"
 
     def __init__(self, decay: float | None, *, warmup: bool = False, start: int = 0) -> None:
         if decay is not None and not 0.0 <= decay < 1.0:
@@ -64,37 +64,35 @@ class ema(Transform):
         return tree.map(lambda a, p: a.to(p.dtype), averaged.params, state.params)  # type: ignore[no-any-return]
 
     def init(self, state: Any) -> Any:
-        """Add the slot: a copy of the params, of 16-bit ones in float32."""
-
+        """Add the slot: a copy of the params, with 16-bit ones in float32."""
         params = field_of(state, "params", self.name)
 
-        def make() -> Averaged:
+        def make_slot() -> Averaged:
             count = torch.full((), -self.start, dtype=torch.int64, device=device_of(params))
             return Averaged(tree.map(lambda p: p.to(wide_dtype(p.dtype), copy=True), params), count)
 
-        return add_slot(state, self.name, make)
+        return add_slot(state, self.name, make_slot)
 
     def export(self, state: Any) -> Any:
         """Drop the slot."""
         return without_slot(state, self.name)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step, with the average moved after it."""
+        """The step, followed by an update of the average."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             old: Averaged = slot(state, self.name)
             new, metrics = step(state, batch)
-            return with_slot(new, self.name, self._move(old, new.params)), metrics
+            return with_slot(new, self.name, self._update(old, new.params)), metrics
 
         return run
 
-    def _move(self, old: Averaged, params: Any) -> Averaged:
+    def _update(self, old: Averaged, params: Any) -> Averaged:
         count = old.count + 1
-        weight = self._weight(count)
-        return Averaged(_lerp(old.params, params, weight), count)
+        return Averaged(_lerp(old.params, params, self._weight(count)), count)
 
     def _weight(self, count: Tensor) -> Tensor:
-        """The share of the newest params; 1 until averaging has begun."""
+        """The weight of the newest params; 1 until averaging begins."""
         n = time(count.clamp(min=1))
         if self.decay is None:
             weight = 1.0 / n
@@ -107,11 +105,10 @@ class ema(Transform):
 
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
     leaves, spec = tree.flatten(old)
-    target = tree.leaves(new)
-    shares = Coefficients(weight)
+    coefficients = Coefficients(weight)
 
-    def leaf(a: Tensor, b: Tensor) -> Tensor:
-        (share,) = shares.like(a)
-        return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), share)
+    def lerp(a: Tensor, b: Tensor) -> Tensor:
+        (leaf_weight,) = coefficients.like(a)
+        return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), leaf_weight)
 
-    return tree.unflatten(spec, [leaf(a, b) for a, b in zip(leaves, target, strict=True)])
+    return tree.unflatten(spec, [lerp(a, b) for a, b in zip(leaves, tree.leaves(new), strict=True)])

@@ -1,4 +1,4 @@
-"""`lm.ensemble` and `lm.sweep`: whole training runs side by side in one process, by `vmap`."""
+"""`lm.ensemble` and `lm.sweep`: several training runs in one process, by `vmap`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lumen.errors import PatternError, StateError
 
 
 class ensemble(Transform):
-    """Train `n` runs at once: every leaf of the state gains a leading dim of lanes, and the step is mapped over it.
+    """Train `n` runs (lanes) at once: each leaf of the state gets a leading lane dim, over which `vmap` maps the step.
 
-    `init` takes one state (lanes then differ in their `seed`, drawn from the state's), a list of `n` states, or a
-    function from a seed (an int) to a state, called with 0 … n-1. All lanes see the same batch, or each its own with
-    `batch_dim=0`. `lm.pmean(x, "lanes")` averages over the lanes. `export` gives the list of plain states.
+    `init` takes one state, whose seed gives each lane a different `seed`; a list of `n` states; or a function from a
+    seed (an int) to a state, called with 0 … n-1. All lanes get the same batch, or one each with `batch_dim=0`.
+    `lm.pmean(x, "lanes")` averages over the lanes. `export` returns the list of plain states.
 
-    Law: each lane is its own run, up to the order of floating sums. Dropout draws differ from a single run's.
+    Law: each lane equals a separate run, up to the order of floating sums. Dropout masks differ from a single run's.
 
     >>> import lumen as lm, torch
     >>> members = lm.ensemble(3)
@@ -34,7 +34,7 @@ class ensemble(Transform):
 
     name = "ensemble"
     level = "ensemble"
-    reason = "each lane is a whole run, so whatever belongs to one run stands inside"
+    reason = "each lane of an ensemble is a complete run, so transforms of a single run belong inside it"
 
     def __init__(self, n: int, *, batch_dim: int | None = None, axis: str = "lanes") -> None:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -44,7 +44,7 @@ class ensemble(Transform):
         self.axis = axis
 
     def init(self, state: Any | Sequence[Any] | Callable[[int], Any]) -> Any:
-        """The states of all lanes as one, stacked along a new first dim; a stacked state as it is."""
+        """The states of all lanes, stacked along a new first dim; an already stacked state is returned unchanged."""
         step = getattr(state, "step", None)
         if isinstance(step, Tensor) and step.shape == (self.n,):
             return state
@@ -77,20 +77,20 @@ class ensemble(Transform):
             seeds = [random.fold_in(key, i)[1].to(state.seed.dtype) for i in range(self.n)]
             lanes = [state.replace(seed=seed) for seed in seeds]
         if len(lanes) != self.n:
-            raise StateError(f"ensemble({self.n}).init was given {len(lanes)} states; give one for each lane.")
+            raise StateError(f"ensemble({self.n}).init got {len(lanes)} states; give one for each lane.")
         return lanes
 
 
 class sweep(ensemble):
-    """An `ensemble` with one lane for each of several values of hyperparameters or other state leaves.
+    """An `ensemble` whose lanes have different values of hyperparameters or of other leaves of the state.
 
-    Each keyword names a hyperparameter of the optimizer (`lr`, or any other that was given to it as a tensor) or, by
-    its path, any leaf of the state; its value is a sequence with one entry for each lane. All must be equally long.
-    Lanes keep the state's seed; pass `seed=[...]` to vary it.
+    Each keyword names a hyperparameter of the optimizer (`lr`, or any other that was passed to it as a tensor), or any
+    leaf of the state by its path. Its value is a sequence with one entry per lane; all sequences must have the same
+    length. Lanes keep the state's seed; pass `seed=[...]` to vary it.
 
-    Law: each lane is its own run with those values.
+    Law: each lane equals a separate run with its values.
 
-    Raises `PatternError`, listing what there is, for a name that the state has no leaf for.
+    Raises `PatternError`, which lists the hyperparameters, if a name matches no leaf of the state.
 
     >>> import lumen as lm, torch
     >>> runs = lm.sweep(lr=[0.1, 0.01])
@@ -104,7 +104,7 @@ class sweep(ensemble):
             raise PatternError("sweep takes at least one hyperparameter: lm.sweep(lr=[1e-3, 1e-2])")
         sizes = {name: len(value) for name, value in values.items()}
         if len(set(sizes.values())) != 1:
-            raise PatternError(f"sweep takes equally many values for each name, got {sizes}.")
+            raise PatternError(f"sweep takes the same number of values for each name, got {sizes}.")
         super().__init__(next(iter(sizes.values())), batch_dim=batch_dim, axis=axis)
         self.values = values
 
@@ -116,14 +116,14 @@ class sweep(ensemble):
 
 
 def stack_states(states: Sequence[Any]) -> Any:
-    """States of one structure as a single one, each leaf stacked along a new first dim."""
+    """States with the same structure as one state, with each leaf stacked along a new first dim."""
     specs = [tree.structure(state) for state in states]
     for i, spec in enumerate(specs):
         if spec != specs[0]:
             raise StateError(
-                f"the state of lane {i} has another structure than that of lane 0:"
+                f"the state of lane {i} has a different structure from the state of lane 0:"
                 f" {'; '.join(tree.differences(states[0], states[i])[:6])}. All lanes share one model and optimizer:"
-                " make them once, and vary params, seed and opt_state by state.replace(...)."
+                " create them once, and vary params, seed and opt_state with state.replace(...)."
             )
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 
@@ -139,8 +139,8 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
         leaves = tree.tensors(state)
         if any(not leaf.dim() or leaf.shape[0] != n for leaf in leaves):
             raise StateError(
-                f"this state is not one of {n} lanes, which each of its leaves must have as its first dim. Prepare it"
-                " once, with the step that it is for: state = step.init(state)"
+                f"this state does not have {n} lanes: each of its leaves needs a first dim of size {n}. Prepare the"
+                " state once, with the step: state = step.init(state)"
             )
         return mapped(state, batch, torch.arange(n, device=leaves[0].device))
 
@@ -148,7 +148,7 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
 
 
 def _into_old_memory(step: StepFn) -> StepFn:
-    """The step with its results written back into the memory of the old state."""
+    """The step, with the new state written into the memory of the old one."""
 
     def run(state: Any, batch: Any) -> tuple[Any, Any]:
         if rules.is_tracing():
@@ -170,7 +170,7 @@ def _with_leaves(state: Any, values: dict[str, Any]) -> Any:
             hyperparameters = sorted({path.rpartition(".hparams[")[2][:-1] for path in names if ".hparams[" in path})
             raise PatternError(
                 f"the state has no {name!r} to sweep over. Its hyperparameters are"
-                f" {', '.join(hyperparameters) or 'none'}; another becomes sweepable when given as a tensor:"
+                f" {', '.join(hyperparameters) or 'none'}; others can be swept if they are passed as a tensor:"
                 " lm.optim.adamw(1e-3, weight_decay=torch.tensor(0.1)). Other leaves are named by their path, such as"
                 f" {names[0]!r}."
             )

@@ -1,4 +1,4 @@
-"""`lm.guard`: do not let a non-finite loss or gradient into the params."""
+"""`lm.guard`: keep non-finite losses and gradients out of the params."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ Mode = Literal["skip", "raise", "dump"]
 
 @pytree_dataclass
 class GuardState:
-    """The slot of `guard`: how many updates were `skipped`, and the leaf that was `bad` in the last step or -1."""
+    """The slot of `guard`: how many updates were `skipped`, and the index of the last step's `bad` leaf, or -1."""
 
     skipped: Tensor
     bad: Tensor
 
 
 class guard(Transform):
-    """Check loss and grads; where one is not finite, leave params, optimizer state and buffers as they were.
+    """Check the loss and the grads; if one is not finite, keep params, optimizer state and buffers unchanged.
 
-    Gradients are checked by the L2 norm of each leaf, in one pass, which `lm.clip` inside takes over. So a leaf whose
-    norm is too large for float32 (1e19 and more) counts as not finite.
+    Gradients are checked by the L2 norm of each leaf, computed in one pass; `lm.clip` inside reuses the norms. A leaf
+    whose norm overflows float32 (1e19 and more) therefore counts as non-finite.
 
-    `on_nonfinite="skip"` goes on, and counts in `state.slots["guard"].skipped`; it never waits for the device.
-    `"raise"` raises `NonFiniteError`, naming the first bad leaf and its module; it reads one number from the device
-    after each step. `"dump"` raises as well, after it has written the state before the step, the batch, the random
-    generators and the transforms to `directory/step-N`: `lumen replay` (or `lm.replay`) does that step again, alone.
-    Under several processes each rank writes its own rows, and its shards of the state, to `directory/step-N-rank-R`.
+    - `"skip"` continues, and counts skipped updates in `state.slots["guard"].skipped`. It never waits for the device.
+    - `"raise"` raises `NonFiniteError`, which names the first bad leaf and its module. It reads one number from the
+      device after each step.
+    - `"dump"` also raises, after writing the state before the step, the batch, the random generators and the transforms
+      to `directory/step-N`. `lumen replay` (or `lm.replay`) reruns that single step. With several processes, each rank
+      writes its own rows and its shards of the state to `directory/step-N-rank-R`.
 
-    Declared change: updates that would have been non-finite. Every other step is bitwise the step without it.
+    Declared change: updates that would have been non-finite. Every other step is bitwise the same as without `guard`.
 
     >>> import lumen as lm
     >>> lm.guard("raise")
@@ -55,7 +56,7 @@ class guard(Transform):
     name = "guard"
     level = "guard"
     reason = "guard decides whether the update happens at all"
-    _unshown = ("directory",)  # which changes nothing in the step, and may differ between processes
+    _unshown = ("directory",)  # does not change the step, and may differ between processes
 
     def __init__(self, on_nonfinite: Mode = "skip", directory: str | os.PathLike[str] = "dumps") -> None:
         if on_nonfinite not in ("skip", "raise", "dump"):
@@ -67,7 +68,7 @@ class guard(Transform):
         return {"directory": self.directory}
 
     def _new_memory(self) -> weakref.WeakKeyDictionary[Step, _Record]:
-        return weakref.WeakKeyDictionary()  # by the outermost step: a compiled one notes only what it was traced with
+        return weakref.WeakKeyDictionary()  # by outermost step; a compiled one is recorded only while it is traced
 
     def init(self, state: Any) -> Any:
         """Add the slot."""
@@ -79,7 +80,7 @@ class guard(Transform):
         return without_slot(state, self.name)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with non-finite updates left out."""
+        """The step with non-finite updates skipped."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             old: GuardState = slot(state, self.name)
@@ -91,7 +92,7 @@ class guard(Transform):
             record.specs = check.specs
             record.trace = record.trace.with_step(check.updates, rules.is_tracing())
             skip, bad = check.verdict()
-            if self.on_nonfinite != "skip":  # the host may look only after several steps: keep the first
+            if self.on_nonfinite != "skip":  # the host may read it only after several steps: keep the first
                 bad = torch.where(old.bad >= 0, old.bad, bad)
             if buffers:
                 new = new.replace(buffers=tree.select(skip, buffers, new.buffers))
@@ -100,7 +101,7 @@ class guard(Transform):
         return run
 
     def wrap_host(self, step: StepFn) -> StepFn:
-        """Raise where that is asked for."""
+        """With "raise" and "dump": raise after a non-finite step."""
         if self.on_nonfinite == "skip":
             return step
 
@@ -109,8 +110,8 @@ class guard(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             nonlocal policy
             module = getattr(getattr(state, "apply_fn", None), "module", None)
-            number = getattr(state, "step", None)
-            number = None if number is None else int(number.max())
+            step_number = getattr(state, "step", None)
+            step_number = None if step_number is None else int(step_number.max())
             before = PreStepSnapshot.of(state, policy) if self.on_nonfinite == "dump" else None
             record = self._record()
             record.trace = CallTrace()
@@ -118,9 +119,9 @@ class guard(Transform):
             policy = policy.after(record.trace, is_retired(state))
             bad = int(slot(new, self.name).bad.max())
             if bad >= 0:
-                message = _message(record.name(bad), module, number)
+                message = _message(record.leaf_name(bad), module, step_number)
                 if before is not None:
-                    message += before.write(self.directory, self.within, policy.steps, number, batch, message)
+                    message += before.write(self.directory, self.within, policy.steps, step_number, batch, message)
                 raise NonFiniteError(message)
             return new, metrics
 
@@ -133,58 +134,56 @@ class guard(Transform):
 
 
 class _Record:
-    """What a guard met in one step: noted by `wrap`, inside a compiled region too, and read by `wrap_host`."""
+    """What a guard checked in one step: written by `wrap`, also while it is traced, and read by `wrap_host`."""
 
     def __init__(self) -> None:
-        self.specs: list[tree.Spec] = []  # what was checked, the same each time a step is run or traced
+        self.specs: list[tree.Spec] = []  # of the checked trees; the same each time a step runs or is traced
         self.trace = CallTrace()
 
-    def name(self, bad: int) -> str:
-        """The leaf at place `bad` of all that was checked."""
-        names = [tree.paths(spec.unflatten(range(spec.num_leaves))) for spec in self.specs]
-        return [name for tree_names in names for name in tree_names][bad]
+    def leaf_name(self, index: int) -> str:
+        """The name of the leaf with this index among all checked leaves."""
+        return [name for spec in self.specs for name in tree.paths(spec.unflatten(range(spec.num_leaves)))][index]
 
 
 class _FinitenessCheck:
-    """The finiteness of everything seen in one step: numbers that are finite where what they stand for is."""
+    """The finiteness of the loss and the grads of one step, by one number per leaf that is finite if the leaf is."""
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
 
     def __init__(self, device: torch.device) -> None:
         self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
-        self._differs_by_rank = False  # whether other processes have other numbers
+        self._differs_by_rank = False  # whether the numbers of other processes may differ
         self._verdict: tuple[Tensor, Tensor] | None = None
-        self._device = device  # of the loss; grads may lie elsewhere
-        self._norms: Norms | None = None  # of the gradient seen last
+        self._device = device  # of the loss; grads may be on another
+        self._norms: Norms | None = None  # of the latest gradient
         self.updates = 0
 
     @property
     def specs(self) -> list[tree.Spec]:
-        """The trees whose leaves were looked at, in the order of the numbers."""
+        """The structures of the checked trees, in the order of the numbers."""
         return [spec for _, spec in self._numbers]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         answer: Gradient = next(call)
         loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
         self._differs_by_rank |= not answer.joint
-        self._note("loss", _LOSS, loss.reshape(1))
-        self._note_grads(answer.grads)
+        self._add("loss", _LOSS, loss.reshape(1))
+        self._add_grads(answer.grads)
         return answer
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self.updates += 1
         if not self._numbers:
-            self._note_grads(call.grads)
+            self._add_grads(call.grads)
         skip, _ = self.verdict()
-        norms, self._norms = self._norms, None  # which would hold the grads
-        if (
-            self._differs_by_rank and distributed.world_size() > 1
-        ):  # a collective between writes without being counted as a write
+        norms, self._norms = self._norms, None  # frees the grads, which the norms refer to
+        # Since the norms were computed, a collective may have changed the grads without advancing version counters.
+        if self._differs_by_rank and distributed.world_size() > 1:
             norms = None
         return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
 
     def verdict(self) -> tuple[Tensor, Tensor]:
-        """Whether something was not finite on some process, and the place of the first, -1 where there is none."""
+        """Whether a leaf was non-finite in any process, and the index of the first one, or -1."""
         if self._verdict is None:
             self._verdict = self._compute_verdict()
         return self._verdict
@@ -194,23 +193,22 @@ class _FinitenessCheck:
             return torch.zeros((), dtype=torch.bool, device=self._device), torch.tensor(-1, device=self._device)
         numbers = torch.cat([*self._numbers.values()])
         if rules.is_tracing() or sharding.is_collective(self._differs_by_rank):
-            nonfinite = (
-                ~sharding.all_ranks(numbers.isfinite(), self._differs_by_rank)
-            ).float()  # once for all microbatches
+            # One collective for all microbatches.
+            nonfinite = (~sharding.all_ranks(numbers.isfinite(), self._differs_by_rank)).float()
         else:
-            # 0, or NaN where not finite: in as few operations as can be, each of which takes longer than its work.
+            # 0, or NaN if not finite. A single operation, because each one costs more than its arithmetic.
             nonfinite = numbers - numbers
         bad = nonfinite.sum() != 0
         return bad, torch.where(bad, nonfinite.argmax(), -1)
 
-    def _note_grads(self, grads: Any) -> None:
+    def _add_grads(self, grads: Any) -> None:
         leaves, spec = tree.flatten(grads)
         self._norms = Norms(leaves)
-        self._note("grads", spec, self._norms.values)
+        self._add("grads", spec, self._norms.values)
 
-    def _note(self, kind: str, spec: tree.Spec, numbers: Tensor) -> None:
-        # One number for each leaf, however many gradients there are: another process may have more microbatches. A sum
-        # is finite where its summands are.
+    def _add(self, kind: str, spec: tree.Spec, numbers: Tensor) -> None:
+        # Sum over gradients, so that there is one number per leaf: other processes may have more microbatches. A sum of
+        # norms is finite if all of them are.
         numbers = numbers.to(self._device)
         previous = self._numbers.get((kind, spec))
         self._numbers[kind, spec] = numbers if previous is None else previous + numbers
@@ -224,8 +222,8 @@ def _message(name: str, module: Any, step: int | None) -> str:
     when = "" if step is None else f" at step {step}"
     if name == "loss":
         return (
-            f"the loss is not finite{when}. The update was left out. Look at the batch and at the outputs of"
-            " the model for it; lm.clip(1.0), a lower learning rate, or a warm-up help where it grew."
+            f"the loss is not finite{when}. The update was skipped. Check the batch and the model's outputs for it. If"
+            " the loss had been growing, try lm.clip(1.0), a lower learning rate, or a warm-up."
         )
     owner = ""
     if module is not None:
@@ -233,4 +231,4 @@ def _message(name: str, module: Any, step: int | None) -> str:
         modules = dict(module.named_modules())
         if prefix in modules:
             owner = f" (module {prefix or 'root'!r}, {type(modules[prefix]).__name__})"
-    return f"the gradient of params[{name!r}]{owner} is not finite{when}. The update was left out."
+    return f"the gradient of params[{name!r}]{owner} is not finite{when}. The update was skipped."

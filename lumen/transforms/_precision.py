@@ -1,4 +1,4 @@
-"""`lm.precision`: compute in another dtype than the params are kept in."""
+"""`lm.precision`: compute in a different dtype than that of the params."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 
 @dataclass(frozen=True)
 class Policy:
-    """Dtypes of one step: `param` at rest (None keeps what there is), `compute` inside the model, `output` of it.
+    """The dtypes of a step: of stored params (`param`; None keeps theirs), inside the model, and of its outputs.
 
-    `loss_scale` is where dynamic loss scaling starts; None does without it. `matmul` is how products of float32
-    matrices are computed while the step runs: "tf32" (19 bits of each factor, on GPUs that have it), "ieee" (all of
-    them), or None for whatever torch is set to.
+    `loss_scale` is the initial scale of dynamic loss scaling; None turns it off. `matmul` sets how float32 matrices are
+    multiplied during the step: "tf32" (19 bits of each factor, on GPUs that support it), "ieee" (all 32 bits), or None
+    for torch's current setting.
 
     >>> import lumen as lm, torch
     >>> lm.Policy(compute=torch.bfloat16, output=torch.float32).loss_scale is None
@@ -69,7 +69,7 @@ POLICIES = {
 
 @pytree_dataclass
 class LossScale:
-    """The slot of `precision` with loss scaling: the `scale` (float32) and the good steps since it last changed."""
+    """The slot of `precision` with loss scaling: the `scale` (float32), and the `good` steps since it last changed."""
 
     scale: Tensor
     good: Tensor
@@ -78,35 +78,36 @@ class LossScale:
 class precision(Transform):
     """Compute in another precision: "bf16", "fp16", "tf32", "fp32", "fp64", or a `Policy`.
 
-    In 16 bits, `cast` says what is cast. With "autocast", the default there, each operation of the loss function and of
-    the model gets the dtype that `torch.autocast` gives it: matrix products and convolutions compute in 16 bits, what
-    needs more digits in float32. Inputs, buffers, and tensors that the model makes stay as they are, so every model
-    that runs under `torch.autocast` runs, and a float input such as a time step of 999 is not rounded. It holds for a
-    loss that calls `torch.func.functional_call`, or is a plain function of params, as well; not for backward passes,
-    whose operations have the dtypes of the forward pass. A weight that is used several times is cast each time, and its
-    gradient summed in float32.
+    For 16-bit policies, `cast` selects what is cast. The default, "autocast", runs the loss function and the model
+    under `torch.autocast`: matrix products and convolutions compute in 16 bits, operations that need more precision in
+    float32. Inputs, buffers and tensors created by the model keep their dtypes. Every model that works with
+    `torch.autocast` therefore works here, and a float input such as the time step 999 is not rounded. This includes
+    losses that call `torch.func.functional_call` or are plain functions of params. Backward passes run outside
+    autocast, in the dtypes of the forward pass. A weight that is used several times is cast each time, and its gradient
+    is summed in float32.
 
-    With "model" all params (frozen ones too) and all float inputs are cast where the model is applied, once: often
-    faster, with activations of half the size. BatchNorm's and InstanceNorm's params stay as they are, as do all
-    buffers. A model that makes float32 tensors of its own, or has buffers of them, may fail then, and inputs lose
-    digits; `keep` names arguments of the model's forward that are left alone (`"t"`, or `"batch.t"` in a dict;
-    globs). Policies of 32 or 64 bits always cast so, and so does `lm.deepspeed`, whose engine keeps 16-bit params.
+    "model" casts all params (frozen ones too) and all float inputs once, where the model is applied. It is often
+    faster, and activations take half the memory. The params of BatchNorm and InstanceNorm and all buffers keep their
+    dtypes. Inputs lose digits, and a model that creates float32 tensors or has float32 buffers may fail. `keep` names
+    arguments of the model's forward that are not cast (`"t"`, or `"batch.t"` for an entry of a dict; globs are
+    allowed). Policies of 32 or 64 bits always cast the model, and so does `lm.deepspeed`, whose engine stores 16-bit
+    params.
 
-    Either way outputs come back in the policy's `output` dtype, in any pytree, dataclass or
-    `torch.distributions.Distribution`, and the update runs in the params' own dtype, in which their gradients
-    arrive. In `lm.fsdp()` at stage 3, matrices outside of embeddings are cast before they are gathered, as by FSDP's
-    `MixedPrecisionPolicy(param_dtype=...)`; they travel, and are kept, in 16 bits.
+    In both modes, outputs are cast to the policy's `output` dtype, in any pytree, dataclass or
+    `torch.distributions.Distribution`. Gradients arrive in the params' dtype, and the update runs in it. Under
+    `lm.fsdp()` at stage 3, matrices outside of embeddings are cast to 16 bits before they are all-gathered, as with
+    FSDP's `MixedPrecisionPolicy(param_dtype=...)`.
 
-    "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), kept in `state.slots["precision"]`: it
-    halves after a non-finite gradient, whose update is left out, and doubles after 2,000 good steps. "tf32" is "fp32"
-    with matrix products in TF32, on GPUs that have it (compute capability 8.0 and above); torch's own setting for these
-    is what it was again when the step has returned.
+    "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), stored in `state.slots["precision"]`. A
+    non-finite gradient halves the scale, and its update is skipped; 2,000 good steps double it. "tf32" is "fp32" with
+    matrix products in TF32, on GPUs that support it (compute capability 8.0 and above); torch's own setting is restored
+    when the step returns.
 
-    Declared change: rounding, and updates left out while the scale is too large.
+    Declared change: rounding, and updates skipped while the scale is too large.
 
     Raises:
-        HyperparameterError: an unknown name or setting; params of float64, which autocast leaves as they are; a device
-            for which torch has no autocast.
+        HyperparameterError: the name or a setting is unknown; params are float64, which autocast does not cast; torch
+            has no autocast for the device.
         PatternError: `keep` names no argument of the model.
     Warns:
         InexactWarning: once, for a step in which it changes nothing.
@@ -118,7 +119,7 @@ class precision(Transform):
 
     name = "precision"
     level = "precision"
-    reason = "casts and loss scaling belong to each single gradient computation"
+    reason = "precision casts and scales the loss in each single gradient computation"
 
     def __init__(self, policy: str | Policy, *, cast: Cast | None = None, keep: str | Sequence[str] = ()) -> None:
         if isinstance(policy, str) and policy not in POLICIES:
@@ -139,12 +140,13 @@ class precision(Transform):
             raise HyperparameterError(f"precision(cast={self.cast!r}) is unknown; give 'autocast' or 'model'.")
         if self.cast == "autocast" and self.policy.compute not in NARROW:
             raise HyperparameterError(
-                f"precision({self._name!r}, cast='autocast'): torch.autocast computes in 16 bits alone. Leave cast out."
+                f"precision({self._name!r}, cast='autocast'): torch.autocast casts to 16-bit dtypes only. Leave"
+                " cast out."
             )
         if self.cast == "autocast" and self.keep:
             raise HyperparameterError(
-                f"precision({self._name!r}, keep={self.keep!r}): autocast leaves all inputs as they are. Leave keep"
-                " out, or write cast='model'."
+                f"precision({self._name!r}, keep={self.keep!r}): autocast casts no inputs, so there are none to keep."
+                " Leave keep out, or write cast='model'."
             )
 
     def _canonical(self) -> Mapping[str, Any]:
@@ -152,7 +154,7 @@ class precision(Transform):
         return {"cast": None if self.cast == default else self.cast, "keep": self.keep or ()}
 
     def init(self, state: Any) -> Any:
-        """Cast params, buffers and optimizer state to the policy's `param`; add the loss scale's slot."""
+        """Cast params, buffers and optimizer state to the policy's `param` dtype; add the slot for the loss scale."""
         dtype = self.policy.param
         if dtype is not None:
             averages = wide_dtype(dtype)
@@ -172,7 +174,7 @@ class precision(Transform):
         return add_slot(state, self.name, lambda: LossScale(scale, good))
 
     def export(self, state: Any) -> Any:
-        """Drop the loss scale's slot."""
+        """Drop the slot for the loss scale."""
         return state if self.policy.loss_scale is None else without_slot(state, self.name)
 
     def wrap(self, step: StepFn) -> StepFn:
@@ -200,7 +202,7 @@ class precision(Transform):
         return scaled
 
     def wrap_host(self, step: StepFn) -> StepFn:
-        """The step with torch's setting for products of float32 matrices; a compiled one is compiled under it too."""
+        """The step with torch's setting for float32 matrix products, which a step compiled inside it uses too."""
         if self.policy.matmul is None:
             return step
         matmul = self.policy.matmul
@@ -212,31 +214,31 @@ class precision(Transform):
         return run
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """The rule for P0 that casts the model: its params and inputs before, its outputs after."""
+        """P0: cast the model's params and inputs before it is applied, and its outputs after."""
         compute = self.policy.compute
         norms = _norm_params(call.target)
         frozen = call.target.frozen - norms
         params = {k: p if k in norms else cast(p, compute) for k, p in call.params.items()}
         buffers_in = {k: cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
         args, kwargs = cast_inputs(call.target.module, call.args, call.kwargs, compute, self.keep)
-        with explained(self, "it makes, or keeps as buffers, tensors of another dtype. Write " + self._autocast()):
+        with explained(self, "it creates tensors or has buffers of another dtype. Write " + self._advice()):
             outputs, buffers = next(call.replace(params=params, buffers=buffers_in, args=args, kwargs=kwargs))
         return cast_all(outputs, self.policy.output), _restore_buffer_dtypes(buffers, call, frozen)
 
-    def _autocast(self) -> str:
+    def _advice(self) -> str:
         if self.policy.compute not in NARROW:
             return "x.to(self.weight.dtype) in the model."
         return f"lm.precision({self._name!r}), which casts for each operation, or x.to(self.weight.dtype) in the model."
 
     def _adjust(self, old: LossScale, finite: Tensor) -> LossScale:
-        grown = old.good + 1 >= self.policy.growth_interval
-        up = torch.where(grown, old.scale * 2, old.scale)
-        scale = torch.where(finite, up, (old.scale / 2).clamp(min=1.0))
-        return LossScale(scale, torch.where(finite & ~grown, old.good + 1, torch.zeros_like(old.good)))
+        grows = old.good + 1 >= self.policy.growth_interval
+        increased = torch.where(grows, old.scale * 2, old.scale)
+        scale = torch.where(finite, increased, (old.scale / 2).clamp(min=1.0))
+        return LossScale(scale, torch.where(finite & ~grows, old.good + 1, torch.zeros_like(old.good)))
 
 
 class _Casting:
-    """One step with whole models cast."""
+    """The rules for one step with `cast="model"`."""
 
     def __init__(self, transform: precision) -> None:
         self._transform = transform
@@ -250,7 +252,7 @@ class _Casting:
         return contextlib.nullcontext()
 
     def idle(self, state: Any) -> bool:
-        """Whether the step was to compute in another dtype than its params', and did not."""
+        """Whether the step should have computed in another dtype than that of its params, and did not."""
         if self._applied:
             return False
         param = tree.first_tensor(getattr(state, "params", state))
@@ -258,21 +260,21 @@ class _Casting:
 
 
 class _Autocasting:
-    """One step under autocast: its loss functions, and its models where they are applied outside of one."""
+    """The rules for one step with `cast="autocast"`: for its loss functions, and for models applied outside of them."""
 
     def __init__(self, transform: precision) -> None:
         self._policy, self._transform = transform.policy, transform
         self._autocast = Autocast(self._policy.compute)
         self._casts_before_gather = _params_are_sharded(transform)
         self._used = False
-        self._loss_depth = 0  # losses; in one of them the user may have switched autocast off around a model
+        self._loss_depth = 0  # inside a loss, the user may have turned autocast off around a model
 
     @contextlib.contextmanager
     def around(self, inputs: Any) -> Iterator[None]:
         self._used = True
         self._loss_depth += 1
         try:
-            with self._autocast.over(*inputs):
+            with self._autocast.context(*inputs):
                 yield
         finally:
             self._loss_depth -= 1
@@ -282,11 +284,11 @@ class _Autocasting:
         inputs = call.params, (call.args, call.kwargs)
         autocast: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self._loss_depth:
-            autocast = self._autocast.over(*inputs)
+            autocast = self._autocast.context(*inputs)
         if self._casts_before_gather and (not self._loss_depth or is_on(*inputs)):
-            call = call.replace(params=_matrices_in(call, self._policy.compute))
-        advice = f"torch.autocast has no rule for one of its operations. Write lm.precision({self._transform._name!r}"
-        with explained(self._transform, advice + ", cast='model'), or cast there: x.to(self.weight.dtype)."), autocast:
+            call = call.replace(params=_cast_matrices(call, self._policy.compute))
+        advice = f"torch.autocast does not handle one of its operations. Write lm.precision({self._transform._name!r}"
+        with explained(self._transform, advice + ", cast='model'), or x.to(self.weight.dtype) there."), autocast:
             outputs, buffers = next(call)
         return map_tensors(self._widened, outputs), _restore_buffer_dtypes(buffers, call, call.target.frozen)
 
@@ -294,19 +296,19 @@ class _Autocasting:
         return x.to(self._policy.output) if x.dtype is self._policy.compute else x
 
     def idle(self, _state: Any) -> bool:
-        """Whether there was neither a loss nor a model."""
+        """Whether the step called neither a loss nor a model."""
         return not self._used
 
 
 class _Scaling:
-    """One step's loss scaling: scale the loss, unscale the grads, skip what overflowed."""
+    """The rules for loss scaling in one step: scale the loss, unscale the grads, skip updates that overflowed."""
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
 
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
         self._flags: list[Tensor] = []
-        self._differs_by_rank = False  # whether other processes have other flags
+        self._differs_by_rank = False  # whether the flags of other processes may differ
         self._all_finite: Tensor | None = None
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
@@ -323,14 +325,14 @@ class _Scaling:
         scaled_loss.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
         answer: Gradient = next(call.replace(loss_fn=scaled_loss))
         inverse = 1.0 / self.scale
-        # Those of 16-bit params stay in float32: what had to be scaled to be seen there would be lost again.
+        # Gradients of 16-bit params stay in float32: in 16 bits, the unscaled values would underflow again.
         grads = tree.map(lambda g: widen(g) * inverse.to(g.device, wide_dtype(g.dtype)), answer.grads)
-        # Where params are kept on the host, so are their gradients, and flags; a scale lives with the loss.
+        # Params on the host have their gradients and flags there; the scale is on the device of the loss.
         finite = leaf_norms(tree.leaves(grads)).isfinite().all().to(self.scale.device)
         self._flags.append(finite)
         self._differs_by_rank |= not answer.joint
         self._all_finite = None
-        # What still overflows at the smallest scale is no fault of the scale: a guard outside must see it.
+        # An overflow at the smallest scale is not caused by scaling, so a guard outside must see it.
         hide = ~finite & (self.scale > 1.0)
         grads = tree.map(lambda g: torch.where(hide.to(g.device), torch.zeros_like(g), g), grads)
         loss = answer.loss
@@ -339,26 +341,25 @@ class _Scaling:
         return answer.replace(loss=loss * inverse, grads=grads)
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        bad = ~self.finite()
-        return next(call.skipping(bad))  # type: ignore[no-any-return]
+        return next(call.skipping(~self.finite()))  # type: ignore[no-any-return]
 
     def finite(self) -> Tensor:
-        """Whether all gradients of this step were finite so far, on every process."""
+        """Whether all gradients of this step have been finite so far, in every process."""
         if not self._flags:
             return torch.ones_like(self.scale, dtype=torch.bool)
         if self._all_finite is None:
-            # Once for all microbatches, of which other processes may have more.
+            # One collective for all microbatches, because other processes may have more of them.
             self._all_finite = sharding.all_ranks(torch.stack(self._flags).all(), self._differs_by_rank)
         return self._all_finite
 
 
 def _norm_params(target: Any) -> frozenset[str]:
-    """Names of params that belong to batch or instance norms: their statistics need the wider dtype."""
+    """The names of params of batch and instance norms, whose statistics need the wider dtype."""
     return _names_of(target, _NORMS, "_norm_params")
 
 
 def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> frozenset[str]:
-    """Names of params that modules of these kinds hold, kept on `target` under `key`."""
+    """The names of params of modules of these kinds, cached on `target` under `key`."""
     if key not in target.__dict__:
         target.__dict__[key] = frozenset(
             f"{prefix}.{name}" if prefix else name
@@ -370,17 +371,17 @@ def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> froz
 
 
 def _restore_buffer_dtypes(buffers: Any, call: ApplyCall, frozen: frozenset[str]) -> Any:
-    """What the model made of its buffers, in their own dtypes; frozen params as they were given."""
+    """The buffers after the model was applied, in their original dtypes; frozen params unchanged."""
     return {k: call.buffers[k] if k in frozen else b.to(call.buffers[k].dtype) for k, b in buffers.items()}
 
 
 def _params_are_sharded(inner: precision) -> bool:
-    """Whether params lie in parts outside: what autocast made of them would be kept whole for the backward pass."""
+    """Whether params are sharded outside: autocast's copies of unsharded params would stay alive until the backward."""
     outside = () if inner.within is None else inner.within.transforms
     return any(getattr(transform, "stage", 0) == 3 for transform in outside)
 
 
-def _matrices_in(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:
-    """Params with those cast that only products read, as far as their names and dims tell."""
+def _cast_matrices(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:
+    """The params, with those cast that only matrix products read, judging by their modules and dims."""
     tables = _names_of(call.target, (nn.Embedding, nn.EmbeddingBag), "_tables")
     return {k: cast(p, compute) if p.dim() > 1 and k not in tables else p for k, p in call.params.items()}

@@ -1,4 +1,4 @@
-"""`lm.quantized_matmul`: train with linear layers in int8 or fp8, or with their weights as they will be quantized."""
+"""`lm.quantized_matmul`: train linear layers in int8 or fp8, or for later quantization."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError, StepError
-from lumen.transforms._support.torchao import Layers, capability, check_kind, chosen, row_scales, torchao
+from lumen.transforms._support.torchao import Layers, capability, check_kind, quantizable_layers, row_scales, torchao
 from lumen.transforms._support.unapplied import applying
 
 KINDS = ("int8", "fp8", "qat")
-_FP8_BLOCK = 16  # the sizes that a GPU's fp8 products come in
+_FP8_BLOCK = 16  # sizes of fp8 matrix products on GPUs are multiples of it
 _FP8_CAPABILITY = (8, 9)
 
 
 class quantized_matmul(Transform):
-    """Compute the linear layers in eight bits while training; params, grads and optimizer state stay as they are.
+    """Compute linear layers in 8 bits while training; params, grads and optimizer state keep their dtypes.
 
-    - `"int8"`: the three matrix products of a layer (its output and both gradients) in int8, inputs scaled by rows
-      when they arrive (torchao's int8 mixed precision). On the CPU, and on CUDA devices through Triton.
-    - `"fp8"`: the same in float8 with a scale for each tensor (`torchao.float8`). On CUDA devices of capability 8.9 and
-      above; `emulate=True` computes the same roundings in wider types, on any device, for trying it out.
-    - `"qat"`: quantization-aware training. The forward pass sees each weight as `lm.quantize(state, "int8")` would keep
-      it, the gradient passes through unchanged, so the model learns what survives quantizing. On any device.
+    - `"int8"`: a layer's three matrix products (output and both gradients) in int8, with inputs scaled dynamically per
+      row (torchao's int8 mixed precision). Runs on the CPU, and on CUDA devices through Triton.
+    - `"fp8"`: the same in float8, with one scale per tensor (`torchao.float8`). Runs on CUDA devices of compute
+      capability 8.9 and above. For experiments, `emulate=True` rounds in the same way in wider dtypes, on any device.
+    - `"qat"`: quantization-aware training. The forward pass uses each weight as `lm.quantize(state, "int8")` would
+      store it, and the gradient passes through unchanged, so the model adapts to quantization. Runs on any device.
 
-    `layers` chooses among the `nn.Linear` of the model: globs or regular expressions over their names, one or several,
-    or a predicate `(name, module) -> bool`; by default all that can be. Under "fp8" those whose sizes are not multiples
-    of 16 cannot. Inside `lm.precision("bf16")` the layers are given bfloat16, and answer in it.
+    `layers` selects `nn.Linear` layers: one or several globs or regular expressions over their names, or a predicate
+    `(name, module) -> bool`; by default, all that can be quantized. "fp8" needs sizes that are multiples of 16. Inside
+    `lm.precision("bf16")`, inputs and outputs of the layers are bfloat16.
 
-    The Runner validates in the params' own precision; to measure the quantized model, give it `lm.quantize(state)`.
+    The Runner validates in the params' own precision; to measure the quantized model, pass it `lm.quantize(state)`.
 
-    Declared change: the rounding of eight bits, in products ("int8", "fp8") or weights ("qat").
+    Declared change: 8-bit rounding, of products ("int8", "fp8") or of weights ("qat").
 
     Raises:
-        HyperparameterError: another kind; a device that cannot compute it, with what can.
-        ParamsError: a layer that cannot be quantized was named. `PatternError`: a pattern that matches none.
-        StepError: under `torch.func`: `lm.dp_sgd`, `lm.ensemble`, nested derivatives.
+        HyperparameterError: the kind is unknown, or the device does not support it.
+        ParamsError: a selected layer cannot be quantized. `PatternError`: a pattern matches no layer.
+        StepError: it runs under `torch.func`, as inside `lm.dp_sgd`, `lm.ensemble` and nested derivatives.
         ImportError: torchao is missing.
 
     >>> import lumen as lm
@@ -54,13 +54,14 @@ class quantized_matmul(Transform):
 
     name = "quantized_matmul"
     level = "quantized_matmul"
-    reason = "what it rounds is what a layer is given, in the dtype that precision gives it"
+    reason = "quantized_matmul rounds the inputs of a layer after precision has cast them"
 
     def __init__(self, kind: str = "int8", *, layers: Layers | None = None, emulate: bool = False) -> None:
         check_kind("quantized_matmul", kind, KINDS)
         if emulate and kind != "fp8":
             raise HyperparameterError(
-                f"quantized({kind!r}, emulate=True): only fp8 needs emulating. Write lm.quantized_matmul({kind!r})."
+                f"quantized_matmul({kind!r}, emulate=True): only fp8 needs emulating."
+                f" Write lm.quantized_matmul({kind!r})."
             )
         self.kind = kind
         self.layers = tuple(layers) if isinstance(layers, list) else layers
@@ -70,7 +71,7 @@ class quantized_matmul(Transform):
         return {"layers": self.layers}
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with its linear layers computed so."""
+        """The step with its linear layers computed in 8 bits."""
         return applying(self, step, self._apply)
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
@@ -80,7 +81,7 @@ class quantized_matmul(Transform):
         return next(call.replace(target=target))
 
     def _patch(self, module: nn.Module) -> None:
-        for layer in chosen(module, self.layers, multiple=_FP8_BLOCK if self.kind == "fp8" else 1).values():
+        for layer in quantizable_layers(module, self.layers, multiple=_FP8_BLOCK if self.kind == "fp8" else 1).values():
             layer.forward = _FORWARDS[self.kind](layer, self.emulate)  # type: ignore[assignment, method-assign]
 
 
@@ -99,29 +100,29 @@ def check_device(kind: str, device: torch.device, *, emulate: bool = False) -> N
 def _check_int8(device: torch.device) -> None:
     if device.type not in ("cpu", "cuda", "meta"):
         raise HyperparameterError(
-            f"quantized_matmul('int8') runs on the CPU and on CUDA devices, and the params are on {device.type}."
+            f"quantized_matmul('int8') runs on the CPU and on CUDA devices, but the params are on {device.type}."
             " Write lm.quantized_matmul('qat'), or lm.precision('bf16')."
         )
-    # torchao decides at import: where there is a GPU with Triton, its kernel, which knows GPUs alone.
-    triton = _int8_module().scaled_int8_mm.__module__.endswith(".int8_mm")
-    if triton and device.type == "cpu":
+    # torchao chooses its kernel at import. If there is a GPU and Triton, it is one that runs on GPUs only.
+    uses_triton = _int8_module().scaled_int8_mm.__module__.endswith(".int8_mm")
+    if uses_triton and device.type == "cpu":
         raise HyperparameterError(
-            "quantized_matmul('int8') computes on this machine's GPU, and the params are on the CPU. Move the module"
-            " before: net.cuda(); or hide the GPU: CUDA_VISIBLE_DEVICES='' python ..."
+            "quantized_matmul('int8') computes on this machine's GPU, but the params are on the CPU. Move the module to"
+            " the GPU first: net.cuda(); or hide the GPU: CUDA_VISIBLE_DEVICES='' python ..."
         )
-    if not triton and device.type == "cuda":
+    if not uses_triton and device.type == "cuda":
         raise HyperparameterError(
             "quantized_matmul('int8') on a GPU needs Triton: pip install triton. Or write lm.quantized_matmul('qat')."
         )
 
 
 def _check_fp8(device: torch.device) -> None:
-    able = capability(device)
-    if able is None or able < _FP8_CAPABILITY:
-        where = device.type if able is None else f"a GPU of compute capability {able[0]}.{able[1]}"
+    actual = capability(device)
+    if actual is None or actual < _FP8_CAPABILITY:
+        location = device.type if actual is None else f"a GPU of compute capability {actual[0]}.{actual[1]}"
         raise HyperparameterError(
-            f"quantized_matmul('fp8') needs a CUDA GPU of compute capability 8.9 or above, and the params are on"
-            f" {where}. Write lm.quantized_matmul('int8') or lm.precision('bf16'); or, to see what fp8's rounding does,"
+            f"quantized_matmul('fp8') needs a CUDA GPU of compute capability 8.9 or above, but the params are on"
+            f" {location}. Write lm.quantized_matmul('int8') or lm.precision('bf16'); or, to try out fp8's rounding,"
             " lm.quantized_matmul('fp8', emulate=True)."
         )
 
@@ -130,16 +131,16 @@ def _int8_module() -> Any:
     return torchao("prototype.quantized_training.int8_mixed_precision")
 
 
-def _check_plain() -> None:
+def _check_no_functorch() -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise StepError(
-            "a layer under lm.quantized_matmul(...) cannot run under torch.func, as within lm.dp_sgd, lm.ensemble or a"
-            " nested derivative: torchao's functions have no rule for it. Leave lm.quantized_matmul out there."
+            "lm.quantized_matmul(...) does not work under torch.func, as inside lm.dp_sgd, lm.ensemble or a nested"
+            " derivative: torchao's functions do not support it. Leave lm.quantized_matmul out."
         )
 
 
 class _Product:
-    """The forward of a linear layer by one of torchao's, whose autograd functions reshape by views alone."""
+    """Replaces the forward of a linear layer by one of torchao's, whose autograd functions need contiguous tensors."""
 
     def __init__(self, layer: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         self._layer = layer
@@ -147,7 +148,7 @@ class _Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        _check_plain()
+        _check_no_functorch()
         with _cast_as_autocast_does(self._layer, x.device.type) as dtype:
             output = self._forward(self._layer, x.to(dtype or x.dtype).contiguous())
         return _ContiguousGrad.apply(output)  # type: ignore[no-any-return, no-untyped-call]
@@ -155,21 +156,21 @@ class _Product:
 
 @contextlib.contextmanager
 def _cast_as_autocast_does(layer: nn.Linear, device: str) -> Iterator[torch.dtype | None]:
-    """The layer's params in the dtype that autocast gives a product, where it is on: torchao's function has no rule."""
+    """Cast the layer's params as autocast does, if it is on: autocast does not know torchao's functions."""
     if not torch.is_autocast_enabled(device):
         yield None
         return
     table: dict[str, Any] = layer._parameters
-    dtype, before = torch.get_autocast_dtype(device), dict(table)
+    dtype, originals = torch.get_autocast_dtype(device), dict(table)
     try:
-        table.update({name: p if p is None else p.to(dtype) for name, p in before.items()})
+        table.update({name: p if p is None else p.to(dtype) for name, p in originals.items()})
         yield dtype
     finally:
-        table.update(before)
+        table.update(originals)
 
 
 class _ContiguousGrad(torch.autograd.Function):
-    """The identity, whose gradient comes in rows: that of a mean or a transposed view does not."""
+    """The identity with a contiguous gradient, unlike that of a mean or of a transposed view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ def _int8(layer: nn.Linear, _emulate: bool) -> _Product:
 
 def _fp8(layer: nn.Linear, emulate: bool) -> _Product:
     kind = torchao("float8.float8_linear").Float8Linear
-    # Rows that do not fill a block, in the product that gives the weight's gradient, are padded.
+    # Pads rows that do not fill a block in the product for the weight's gradient.
     config = torchao("float8").Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate)
     converted = kind.from_float(layer, config)
     layer.config, layer.linear_mm_config = converted.config, converted.linear_mm_config
@@ -196,7 +197,7 @@ def _fp8(layer: nn.Linear, emulate: bool) -> _Product:
 
 
 class _FakeQuantized:
-    """The forward of a linear layer with its weight as `lm.quantize` would keep it."""
+    """Replaces the forward of a linear layer by one with its weight as `lm.quantize` would store it."""
 
     def __init__(self, layer: nn.Linear, _emulate: bool) -> None:
         self._layer = layer
@@ -205,13 +206,13 @@ class _FakeQuantized:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        _check_plain()
+        _check_no_functorch()
         weight = self._layer.weight
         weight_values = weight.detach()
         scales = row_scales(weight_values)
         packed = self._kind.from_hp(weight_values.float() / scales, self._rows)
         rounded = (packed.dequantize(torch.float32) * scales).to(weight_values.dtype)
-        # Adding an exact zero keeps the rounded numbers bit for bit, and gives the weight their gradient.
+        # Adding an exact zero keeps the rounded values bit for bit and passes their gradient to the weight.
         return F.linear(x, rounded + (weight - weight_values), self._layer.bias)
 
 

@@ -1,4 +1,4 @@
-"""`lm.remat`: trade compute for memory by recomputing activations in the backward pass."""
+"""`lm.remat`: save memory by recomputing activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lumen.transforms._support.unapplied import applying
 
 
 class remat(Transform):
-    """Recompute the activations of the modules that match `pattern` instead of keeping them (checkpointing).
+    """Recompute the activations of modules in the backward pass instead of storing them (activation checkpointing).
 
-    `pattern` is a glob over module names (`"blocks.*"`), a module class, or a predicate `(name, module) -> bool`; by
-    default the children of the first `nn.ModuleList` or `nn.Sequential`, which are a model's repeated blocks. Where
-    matches are nested, the outermost counts.
+    `pattern` selects the modules: a glob over module names (`"blocks.*"`), a module class, or a predicate
+    `(name, module) -> bool`. By default they are the children of the first `nn.ModuleList` or `nn.Sequential`, usually
+    the model's repeated blocks. Of nested matches, the outermost is used.
 
-    Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are kept, as
-    a graph would draw others in the recomputation. Under `vmap` and other `torch.func` transforms it changes nothing,
-    since those keep their own record of the computation.
+    Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are stored,
+    because the graph would draw new ones in the recomputation. Under `vmap` and other `torch.func` transforms it
+    changes nothing, because these record the computation themselves.
 
-    A model of transformers keeps no keys and values under it, as with `use_cache=False`: training has no use for them.
+    It disables the key-value cache of Hugging Face models, as `use_cache=False` does; training does not use it.
 
-    Raises `PatternError` where nothing matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", by `torch.utils.checkpoint`.
+    Raises `PatternError` if no module matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+    Cost", implemented with `torch.utils.checkpoint`.
 
     >>> import lumen as lm
     >>> lm.remat("blocks.*")
@@ -41,13 +41,13 @@ class remat(Transform):
 
     name = "remat"
     level = "remat"
-    reason = "remat acts on the modules themselves"
+    reason = "remat changes the forward of modules"
 
     def __init__(self, pattern: Pattern | None = None) -> None:
         self.pattern = pattern
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with its matching modules recomputed."""
+        """The step with matching modules recomputed."""
         return applying(self, step, self._rule)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
@@ -63,10 +63,10 @@ class remat(Transform):
 
 
 class _Checkpointed:
-    """A module's forward, recomputed in the backward pass with the tensors it was called with.
+    """Replaces a module's `forward`, and recomputes it in the backward pass with the same params and buffers.
 
-    By then `Apply.run` has taken params and buffers out of the skeleton again. Buffers are kept as they were before
-    the call, so that the recomputation neither sees nor repeats what the call did to them.
+    By then `Apply.run` has removed them from the skeleton. Buffers are copied before the call, so that the
+    recomputation neither reads nor repeats its changes to them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -80,9 +80,9 @@ class _Checkpointed:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = [table[key].clone() if buffer else table[key] for table, key, buffer in self._slots]
+        originals = [table[key].clone() if buffer else table[key] for table, key, buffer in self._slots]
         called = False
-        # A graph would draw anew in the recomputation, whatever the generators' states.
+        # A graph would draw new random numbers in the recomputation, whatever the states of the generators.
         draws: list[Any] | None = [] if in_make_fx() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -92,14 +92,14 @@ class _Checkpointed:
                 with nullcontext() if draws is None else keeping_draws(draws):
                     return self._forward(*args, **kwargs)
             with nullcontext() if draws is None else repeating_draws(draws):
-                return self._recompute(inputs, args, kwargs)
+                return self._recompute(originals, args, kwargs)
 
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    def _recompute(self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recompute(self, originals: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         current = [table[key] for table, key, _ in self._slots]
         try:
-            for (table, key, buffer), tensor in zip(self._slots, inputs, strict=True):
+            for (table, key, buffer), tensor in zip(self._slots, originals, strict=True):
                 table[key] = tensor.clone() if buffer else tensor
             return self._forward(*args, **kwargs)
         finally:

@@ -1,4 +1,4 @@
-"""`lm.seeded`: make steps that draw from torch's generators replayable."""
+"""`lm.seeded`: make steps that use torch's random generators replayable."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from lumen.core.step import StepFn, Transform, device_of, field_of
 
 
 class seeded(Transform):
-    """Seed torch's generators from seed, step and rank before each step, and restore them after.
+    """Seed torch's random generators from the state's seed and step and the rank, and restore them after each step.
 
-    Processes that are handed the same rows (along a mesh's `tensor` axis) are seeded alike.
+    Dropout and `torch.rand` inside the step then depend on the state alone, so a step can be replayed, and a resumed
+    run continues as if it had never stopped. Processes that receive the same rows (along a mesh's `tensor` axis) get
+    the same seed. Seeding happens on the host, outside compiled graphs. It reads two numbers from the state, and so
+    waits for the previous step on an accelerator.
 
-    Dropout and `torch.rand` inside the step then depend on nothing but the state: a step can be replayed, and a resumed
-    run goes on as if it had not been interrupted. The seeding happens on the host, outside compiled regions, and reads
-    two numbers from the state, so on an accelerator it waits for the step before.
-
-    Law: `seeded()(step)` is a function of `(state, batch)`; a step that draws nothing is unchanged, bitwise.
+    Law: `seeded()(step)` is a function of `(state, batch)`; a step that draws no random numbers is bitwise unchanged.
 
     >>> import lumen as lm, torch
     >>> def step(state, batch):
@@ -34,10 +33,10 @@ class seeded(Transform):
 
     name = "seeded"
     level = "seeded"
-    reason = "the generators are seeded once for a step"
+    reason = "seeded seeds the generators once per step"
 
     def wrap_host(self, step: StepFn) -> StepFn:
-        """The step with its generators seeded."""
+        """The step with seeded generators."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             seed = _seed_of(state)
@@ -49,7 +48,7 @@ class seeded(Transform):
 
 
 def _seed_of(state: Any) -> int:
-    # The lanes of an ensemble share one stream: torch gives each lane numbers of its own from it.
+    # The lanes of an ensemble share one stream, from which torch draws different numbers for each lane.
     seed, step = (int(t.flatten()[0]) for t in (field_of(state, "seed", "seeded"), field_of(state, "step", "seeded")))
     key = random.fold_in(random.fold_in(random.key(seed), step), distributed.rows()[0])
     high, low = key.tolist()

@@ -16,12 +16,12 @@ from lumen.errors import BatchError
 class unroll(Transform):
     """Run `k` steps in one call, over `k` stacked batches (see `lm.stack`); their metrics are merged.
 
-    Under `lm.compile` the k steps become one region, so the cost of entering it is paid once.
+    Under `lm.compile` the k steps become one graph, so the overhead of a call is paid once.
 
-    Law: `unroll(k)(step)` on k stacked batches is `step` called k times, bitwise in eager mode; metrics merge by their
-    type, plain numbers are averaged.
+    Law: `unroll(k)(step)` on k stacked batches equals `step` called k times, bitwise in eager mode. Metrics merge by
+    their type; plain numbers are averaged.
 
-    Raises `BatchError` where the batch does not hold k batches.
+    Raises `BatchError` unless the batch contains k batches.
 
     >>> import lumen as lm, torch
     >>> def step(count, batch):
@@ -33,7 +33,7 @@ class unroll(Transform):
 
     name = "unroll"
     level = "unroll"
-    reason = "unroll runs whole steps, with everything that a step does"
+    reason = "unroll repeats complete steps"
 
     def __init__(self, k: int) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
@@ -44,11 +44,11 @@ class unroll(Transform):
         """The k steps as one."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            metrics = []
-            for one_batch in self._unstack(batch):
-                state, metric = step(state, one_batch)
-                metrics.append(metric)
-            return state, merge_metrics(metrics)
+            all_metrics = []
+            for step_batch in self._unstack(batch):
+                state, metrics = step(state, step_batch)
+                all_metrics.append(metrics)
+            return state, merge_metrics(all_metrics)
 
         return run
 
@@ -64,7 +64,7 @@ class unroll(Transform):
 
 
 def stack(batches: Sequence[Any]) -> Any:
-    """Batches of equal shapes as one tree with a new leading dim, for `unroll`.
+    """Stack batches of equal shapes into one tree with a new leading dim, for `unroll`.
 
     >>> import lumen as lm, torch
     >>> lm.stack([{"x": torch.zeros(3)}, {"x": torch.ones(3)}])["x"].shape

@@ -84,4 +84,4 @@ def test_parts_on_two_processes_are_nearly_the_whole(world2):
 def test_layers_that_are_cut_stay_as_they_are(world2):
     for error, said in world2.run(beside_tensor_parallel):
         assert error < 0.005
-        assert "'1.0' is run by another transform" in said
+        assert "'1.0' has its forward replaced by another transform" in said

@@ -456,7 +456,7 @@ def test_sweep_of_an_unknown_name() -> None:
 
 
 def test_sweep_of_unequally_many_values() -> None:
-    with pytest.raises(errors.PatternError, match=r"equally many.*'lr': 2, 'seed': 3"):
+    with pytest.raises(errors.PatternError, match=r"the same number of values.*'lr': 2, 'seed': 3"):
         lm.sweep(lr=[1, 2], seed=[1, 2, 3])
 
 

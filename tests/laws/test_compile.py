@@ -268,10 +268,10 @@ def test_many_signatures_are_said_once_and_what_is_other(other: str) -> None:
         fast(state, job.batch(rows=number if other == "batch" else 3))
 
     said = {
-        "batch": "a batch of another form, shape or dtype",
-        "state": "other shapes or dtypes in the state",
-        "optimizer": "a state of another structure, optimizer or model",
-        "value": "another Python value that the step reads",
+        "batch": "a batch with a different structure, shape or dtype",
+        "state": "different shapes or dtypes in the state",
+        "optimizer": "a state with a different structure, optimizer or model",
+        "value": "a different Python value that the step reads",
     }
     for number in range(1, 8):
         call(number)

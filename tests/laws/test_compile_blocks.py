@@ -93,8 +93,8 @@ class Counted(lm.compile):
         super().__init__(backend="eager", blocks=blocks, **kwargs)
         self.compiled: list[Any] = []
 
-    def _build(self, function: Any, example: Any) -> Any:
-        self.compiled.append(super()._build(function, example))
+    def _compile_block(self, function: Any, example: Any) -> Any:
+        self.compiled.append(super()._compile_block(function, example))
         return self.compiled[-1]
 
 
@@ -305,10 +305,10 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (Reads, "Reads runs uncompiled, since it needs the value of a tensor in Python"),
-        (Table, "Table runs uncompiled, since it uses a tensor of shape (8,) that is neither given to it nor"),
-        (Rebinds, "Rebinds runs uncompiled, since it puts another tensor in the place of its buffer 'seen'"),
-        (hooked, "Scaled runs uncompiled, since modules inside it have hooks"),
+        (Reads, "Reads runs uncompiled, because it needs the value of a tensor in Python"),
+        (Table, "Table runs uncompiled, because it uses a tensor of shape (8,) that is neither an argument nor"),
+        (Rebinds, "Rebinds runs uncompiled, because it replaces its buffer 'seen' with"),
+        (hooked, "Scaled runs uncompiled, because modules inside it have hooks"),
     ],
 )
 def test_a_block_that_cannot_be_compiled_says_so_once_and_runs_as_it_is(make: Any, why: str) -> None:
@@ -330,7 +330,7 @@ def test_a_block_that_cannot_be_compiled_says_so_once_and_runs_as_it_is(make: An
 def test_what_is_no_tensor_is_named(net: Any, block: Any, why: str) -> None:
     torch.manual_seed(0)
     state = lm.TrainState.create(net([block(), block()]).double(), lm.optim.adamw(1e-2), seed=0)
-    with pytest.warns(lm.errors.GraphBreakWarning, match=f"{block.__name__} runs uncompiled, since {why}, which"):
+    with pytest.warns(lm.errors.GraphBreakWarning, match=f"{block.__name__} runs uncompiled, because {why}, which"):
         found = train(lm.compose(Counted())(step), state, batches())
     assert_same(found, train(step, state, batches()))
 
@@ -342,21 +342,19 @@ def test_under_vmap_of_the_users_own_it_says_so() -> None:
         outs = torch.vmap(lambda x: state.apply(state.params, x[None])[0][0])(batch["x"])
         return state, {"out": outs.sum()}
 
-    with pytest.warns(lm.errors.GraphBreakWarning, match="a model runs uncompiled, since it was called under vmap"):
+    with pytest.warns(lm.errors.GraphBreakWarning, match="a model runs uncompiled, because it was called under vmap"):
         found = lm.compose(Counted())(each)(state, batches(1)[0])
     assert_same(found, each(state, batches(1)[0]))
 
 
 @pytest.mark.parametrize("inner", [lm.ensemble(2), lm.dp_sgd(1.0, 1.0)])
 def test_transforms_that_map_the_model_are_refused(inner: lm.Transform) -> None:
-    with pytest.raises(
-        lm.errors.OrderError, match=r"runs the model under vmap, inside which lm\.compile\(.*blocks=True\)"
-    ):
+    with pytest.raises(lm.errors.OrderError, match=r"runs the model under vmap, where lm\.compile\(.*blocks=True\)"):
         lm.compose(lm.compile(blocks=True), inner)(step)
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(lm.errors.HyperparameterError, match="CUDA graphs are of whole steps"):
+    with pytest.raises(lm.errors.HyperparameterError, match="CUDA graphs need the whole step compiled"):
         lm.compile(mode="reduce-overhead", blocks=True)
     with pytest.raises(lm.errors.PatternError, match=r"compile\(.*blocks='layer\.\*'\) matches no module of Layers"):
         lm.compose(lm.compile(blocks="layer.*"))(step)(state_of(*blocks_of(Block)), batches(1)[0])

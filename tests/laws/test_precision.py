@@ -357,13 +357,13 @@ def test_autocast_ends_with_the_loss() -> None:
 def test_settings_that_cannot_be_are_refused() -> None:
     for kwargs, said in (
         ({"policy": "bf16", "cast": "layers"}, "give 'autocast' or 'model'"),
-        ({"policy": "fp64", "cast": "autocast"}, "computes in 16 bits alone"),
+        ({"policy": "fp64", "cast": "autocast"}, "casts to 16-bit dtypes only"),
         ({"policy": "bf16", "keep": "t"}, "cast='model'"),
     ):
         with pytest.raises(HyperparameterError, match=said):
             lm.precision(**kwargs)  # type: ignore[arg-type]
     wide = state_of(lambda: Centered().double())
-    with pytest.raises(HyperparameterError, match=r"leaves float64 as it is.*state = step\.init\(state\)"):
+    with pytest.raises(HyperparameterError, match=r"does not cast float64.*state = step\.init\(state\)"):
         lm.precision("bf16")(step)(wide, batch_of())
     with pytest.raises(RuntimeError, match="dtype") as caught:
         lm.precision("bf16", cast="model")(step)(state_of(), batch_of())

@@ -275,7 +275,7 @@ def test_aware_training_sees_the_model_that_quantize_makes(scale: float) -> None
 @pytest.mark.parametrize(
     ("kind", "device", "capability", "said"),
     [
-        ("fp8", "cuda", (8, 0), r"capability 8\.9 or above, and the params are on a GPU of compute capability 8\.0"),
+        ("fp8", "cuda", (8, 0), r"capability 8\.9 or above, but the params are on a GPU of compute capability 8\.0"),
         ("fp8", "cuda", (8, 9), None),
         ("fp8", "cuda", (12, 0), None),
         ("fp8", "mps", None, r"on mps\. Write lm\.quantized_matmul\('int8'\)"),
@@ -283,7 +283,7 @@ def test_aware_training_sees_the_model_that_quantize_makes(scale: float) -> None
             "int8",
             "mps",
             None,
-            r"on CUDA devices, and the params are on mps\. Write lm\.quantized_matmul\('qat'\)",
+            r"on CUDA devices, but the params are on mps\. Write lm\.quantized_matmul\('qat'\)",
         ),
         pytest.param("int8", "cuda", (9, 0), "needs Triton", marks=CPU_ALONE),
         ("qat", "mps", None, None),
@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_so_is_named() -> None:
     state, batch = fresh(), data()
     with pytest.raises(lm.LumenError, match=r"capability 8.9 or above.*on cpu.*lm.quantized_matmul\('int8'\)"):
         lm.quantized_matmul("fp8")(step)(state, batch)
-    with pytest.raises(lm.LumenError, match="'4' is 96 by 3, which are not both multiples of 16"):
+    with pytest.raises(lm.LumenError, match="'4' is 96 by 3, but both sizes must be multiples of 16"):
         lm.quantized_matmul("fp8", layers="4", emulate=True)(step)(state, batch)
     with pytest.raises(lm.LumenError, match="'int4'.*'int8', 'fp8', 'qat'"):
         lm.quantized_matmul("int4")

@@ -132,7 +132,8 @@ def test_a_replayed_step_fails_as_it_did_from_the_same_state(name: str, kind: st
     message, before = failed(guarded, guarded.init(start()), batches(kind))
     (dump,) = tmp_path.iterdir()
     told = read_description(dump)
-    assert message == f"{told['message']} State and batch are in {dump}; do the step again with: lumen replay {dump}"
+    written = f"State and batch were written to {dump}. Rerun the step with: lumen replay {dump}"
+    assert message == f"{told['message']} {written}"
     assert ("offset" if kind == "gradient" else "loss") in told["message"]
     assert told["step"] == int(before.step)
     found = state_in(dump, guarded.init(start()))

@@ -76,8 +76,8 @@ class Counted(lm.compile):
         super().__init__(backend="eager", blocks=True)
         self.compiled = []
 
-    def _build(self, function, example):
-        self.compiled.append(super()._build(function, example))
+    def _compile_block(self, function, example):
+        self.compiled.append(super()._compile_block(function, example))
         return self.compiled[-1]
 
 

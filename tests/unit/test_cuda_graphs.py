@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import lumen as lm
+from lumen.transforms._support import compiled_graph
 
 inductor = importlib.import_module("torch._inductor")
-compiling = importlib.import_module("lumen.transforms._compile")
 
 
 class Graph:
@@ -47,7 +47,7 @@ def test_what_a_graph_answers_outlives_the_next_step(monkeypatch: pytest.MonkeyP
         return Graph(graph, log)
 
     monkeypatch.setattr(inductor, "compile", stand_in)
-    monkeypatch.setattr(compiling, "_replays", lambda options, example: options["triton.cudagraphs"])
+    monkeypatch.setattr(compiled_graph, "_uses_cuda_graphs", lambda options, example: options["triton.cudagraphs"])
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: log.append("mark"))
     fast = lm.compile(mode="reduce-overhead")(step)
     state = lm.TrainState.create(torch.nn.Linear(3, 1), lm.optim.adam(0.1))
@@ -65,5 +65,5 @@ def test_what_a_graph_answers_outlives_the_next_step(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_copied_where_no_graph_is_recorded() -> None:
     graphs = {"triton.cudagraphs": True}
-    assert not compiling._replays(graphs, [torch.ones(1)])
-    assert not compiling._replays({}, [torch.ones(1)])
+    assert not compiled_graph._uses_cuda_graphs(graphs, [torch.ones(1)])
+    assert not compiled_graph._uses_cuda_graphs({}, [torch.ones(1)])

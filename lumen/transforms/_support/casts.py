@@ -1,4 +1,4 @@
-"""Casting what a model is given and what it returns, whatever holds the tensors."""
+"""Casts of a model's inputs and outputs, in any container of tensors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def cast_all(values: Any, dtype: torch.dtype) -> Any:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating tensor in `dtype`; eight bits are codes, to which a scale belongs (`lm.quantize`), and stay."""
+    """A floating tensor in `dtype`; 8-bit floats are quantized values with a scale (`lm.quantize`), and stay."""
     return x.to(dtype) if x.is_floating_point() and x.itemsize > 1 else x
 
 
 def cast_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype, keep: str | Sequence[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `module` is called with, in `dtype` but for the arguments named by the patterns `keep`.
+    """The arguments for `module` in `dtype`, except those whose names match a pattern in `keep`.
 
-    Raises `PatternError` for a pattern that none of them matches.
+    Raises `PatternError` for a pattern that matches no argument.
 
     >>> cast_inputs(nn.Linear(1, 1), (torch.ones(1),), {}, torch.float16, "in*")
     ((tensor([1.]),), {})
@@ -53,7 +53,7 @@ def cast_inputs(
 
 
 def _positional(module: nn.Module, count: int) -> list[str]:
-    """The names of the first arguments of a module's forward; those of `*args` have all the same one."""
+    """The names of the first `count` arguments of a module's forward; all of `*args` share one name."""
     names: list[str] = []
     variadic = "args"
     for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
@@ -65,37 +65,37 @@ def _positional(module: nn.Module, count: int) -> list[str]:
 
 
 class _KeepPatterns:
-    """Arguments that are left alone, by patterns."""
+    """Casts arguments, except those whose names match a pattern."""
 
     def __init__(self, patterns: list[str], dtype: torch.dtype) -> None:
-        self._missing, self._patterns, self._dtype = set(patterns), patterns, dtype
+        self._unmatched, self._patterns, self._dtype = set(patterns), patterns, dtype
         self._names: list[str] = []
 
     def cast(self, name: str, value: Any) -> Any:
         self._names.append(name)
-        matching = {pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)}
-        self._missing -= matching
-        if matching:
+        matches = {pattern for pattern in self._patterns if fnmatch.fnmatchcase(name, pattern)}
+        self._unmatched -= matches
+        if matches:
             return value
         if isinstance(value, dict) and any(pattern.startswith(f"{name}.") for pattern in self._patterns):
             copied = copy.copy(value)
-            copied.update({key: self.cast(f"{name}.{key}", pattern) for key, pattern in value.items()})
+            copied.update({key: self.cast(f"{name}.{key}", item) for key, item in value.items()})
             return copied
         return cast_all(value, self._dtype)
 
     def check(self, module: str) -> None:
-        if self._missing:
+        if self._unmatched:
             raise PatternError(
-                f"precision(keep=...): no argument of {module}'s forward matches {min(self._missing)!r}; it was"
+                f"precision(keep=...): no argument of {module}'s forward matches {min(self._unmatched)!r}; it was"
                 f" called with {', '.join(map(repr, self._names)) or 'none'}."
             )
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
-    """`values` with `change(x)` in the place of each tensor `x`; objects in which nothing changes stay the same ones.
+    """`values` with each tensor `x` replaced by `change(x)`; objects in which nothing changes are returned unchanged.
 
-    It looks into whatever torch knows as a pytree, and into dataclasses, `torch.distributions`, subclasses of dict, and
-    named tuples. What is changed is copied first.
+    It descends into torch's pytrees, dataclasses, `torch.distributions`, subclasses of dict, and named tuples. Objects
+    are copied before they are changed.
 
     >>> from torch.distributions import Independent, Normal
     >>> policy = Independent(Normal(torch.zeros(2).half(), torch.ones(2).half()), 1)
@@ -106,7 +106,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
 
 
 class _TensorMap:
-    """One walk, in which each object is changed once, so that what was shared stays shared."""
+    """One traversal, which maps each object once, so that shared objects stay shared."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change = change
@@ -121,7 +121,7 @@ class _TensorMap:
         if not isinstance(value, Tensor) and not _holds_tensors(value):
             return value
         if id(value) not in self._results:
-            self._results[id(value)] = (value, value)  # what refers to itself ends here
+            self._results[id(value)] = (value, value)  # ends the recursion for an object that refers to itself
             self._results[id(value)] = (value, self._changed(value))
         return self._results[id(value)][1]
 
@@ -146,24 +146,24 @@ class _TensorMap:
             return value
         copied = copy.copy(value)
         for name, new in changes.items():
-            object.__setattr__(copied, name, new)  # a frozen dataclass too
+            object.__setattr__(copied, name, new)  # works for frozen dataclasses too
         return copied
 
     def _changes(self, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         new = [(key, old, self(old)) for key, old in items]
-        return {key: result for key, old, result in new if result is not old and not _alike(old, result)}
+        return {key: result for key, old, result in new if result is not old and not _same_leaves(old, result)}
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether to look into what torch takes for a leaf."""
+    """Whether to descend into an object that torch treats as a leaf."""
     if isinstance(value, Distribution | Bijection | dict):
         return True
-    named = isinstance(value, tuple) and hasattr(value, "_replace")  # a subclass of one, as PackedSequence
-    return named or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    is_named_tuple = isinstance(value, tuple) and hasattr(value, "_replace")  # a subclass, such as PackedSequence
+    return is_named_tuple or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
-def _alike(old: Any, new: Any) -> bool:
-    """Whether a container that was rebuilt holds the very same leaves."""
+def _same_leaves(old: Any, new: Any) -> bool:
+    """Whether a rebuilt container has exactly the same leaves."""
     if isinstance(old, Tensor) or type(old) is not type(new):
         return False
     before, after = torch_pytree.tree_leaves(old), torch_pytree.tree_leaves(new)

@@ -1,4 +1,4 @@
-"""How torch multiplies matrices of float32, set for a while and put back."""
+"""Torch's precision for float32 matrix products, set temporarily."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
-# By what a policy says; the values are those of torch.set_float32_matmul_precision.
+# Names in a Policy, and the values of torch.set_float32_matmul_precision.
 PRECISIONS = {"tf32": "high", "ieee": "highest"}
 
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Products of float32 matrices in "tf32" (19 bits of each factor, on GPUs that have it) or "ieee" (all of them).
+    """Multiply float32 matrices in "tf32" (19 bits of each factor, on GPUs that support it) or "ieee" (all 32 bits).
 
-    The setting is the process's, not the thread's; it is what it was again afterwards.
+    The setting applies to the process, not to the thread, and is restored afterwards.
 
     >>> before = torch.get_float32_matmul_precision()
     >>> with float32_products("tf32"):
@@ -24,18 +24,18 @@ def float32_products(precision: str) -> Iterator[None]:
     >>> torch.get_float32_matmul_precision() == before
     True
     """
-    # torch has an old setting and one for each backend. Only the old one sets all alike, and the compiler reads both;
-    # but it writes "ieee" where a backend had none of its own, so these are kept too.
+    # Torch has a legacy setting and one per backend. Only the legacy one sets all backends, and the compiler reads
+    # both. But it writes "ieee" to a backend that had no setting, so the backends' settings are restored too.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    own = [backend.fp32_precision for backend in backends]
+    backend_settings = [backend.fp32_precision for backend in backends]
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the backends were set apart from it, and it has not been touched
+    except RuntimeError:  # the backends were set individually, and the legacy setting was not
         before = "highest"
     torch.set_float32_matmul_precision(PRECISIONS[precision])
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        for backend, setting in zip(backends, own, strict=True):
+        for backend, setting in zip(backends, backend_settings, strict=True):
             backend.fp32_precision = setting

@@ -1,4 +1,4 @@
-"""Choosing modules of a model: its repeated blocks, or what a pattern says."""
+"""The modules of a model that a transform acts on: its repeated blocks, or those that match a pattern."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
 def choose(module: nn.Module, pattern: Pattern | None, requested_by: str) -> list[nn.Module]:
-    """The modules inside `module` that match `pattern`; of nested ones the outermost.
+    """The modules inside `module` that match `pattern`; of nested matches, the outermost.
 
     `pattern` is a glob over names, a class, or a predicate `(name, module) -> bool`; None means the children of the
     first `nn.ModuleList` or `nn.Sequential`.
 
-    Raises `PatternError`, which names what `asked`, where nothing matches.
+    Raises `PatternError` if nothing matches; its message begins with `requested_by`.
     """
     chosen = _repeated(module) if pattern is None else _matching(module, pattern)
     if not chosen:
@@ -28,7 +28,7 @@ def choose(module: nn.Module, pattern: Pattern | None, requested_by: str) -> lis
 
 
 def unmatched(module: nn.Module, requested_by: str) -> PatternError:
-    """The error for what `asked` for modules by a pattern, of which `module` has none."""
+    """The error for a pattern that matches no module of `module`."""
     names = [name for name, _ in module.named_modules() if name]
     return PatternError(
         f"{requested_by} matches no module of {type(module).__name__};"
@@ -37,14 +37,14 @@ def unmatched(module: nn.Module, requested_by: str) -> PatternError:
 
 
 def disable_kv_cache(module: nn.Module) -> None:
-    """Let a transformer of Hugging Face keep no keys and values, which its blocks hand on and add to.
+    """Disable the key-value cache of a Hugging Face transformer, which its blocks append to.
 
-    A block that is computed again would add its own again, and one that is compiled takes and gives tensors alone.
+    A recomputed block would append twice, and a compiled block takes and returns tensors only.
     """
     for submodule in module.modules():
         config: Any = getattr(submodule, "config", None)
         if getattr(config, "use_cache", False) is True:
-            config.use_cache = False  # of the skeleton's own copy
+            config.use_cache = False  # in the skeleton's own copy of the model
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

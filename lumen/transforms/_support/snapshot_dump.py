@@ -1,4 +1,4 @@
-"""Writing a step that failed, so that it can be done again alone: see `lumen.train.replay`."""
+"""Dumps of failed steps, which `lumen.train.replay` reruns."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from lumen.core.step import Step
 from lumen.errors import CheckpointError
 
 KIND = "lumen step"
-_UPDATED = ("params", "opt_state", "buffers")  # a bad update is left out, so these stay as they are
+_UPDATED = ("params", "opt_state", "buffers")  # unchanged when a bad update is skipped
 
 
 @dataclass(frozen=True)
 class CallTrace:
-    """What a guard met while one call ran or was traced; nothing where it ran as it was compiled before."""
+    """The steps and updates that a guard counted in one call; none if the call ran a graph compiled earlier."""
 
     steps: int = 0
     updates: int = 0
     traced: bool = False
 
     def with_step(self, updates: int, traced: bool) -> CallTrace:
-        """With one more step."""
+        """The trace with one more step."""
         return CallTrace(self.steps + 1, self.updates + updates, traced)
 
 
 @dataclass(frozen=True)
 class SnapshotPolicy:
-    """What must be copied before a call, because the call overwrites it: learned from the calls before."""
+    """Which leaves to copy before a call because the call overwrites them, learned from earlier calls."""
 
     copied: Literal["all", "others", "nothing"] = "all"
     steps: int = 1
 
     def after(self, trace: CallTrace, donated: bool) -> SnapshotPolicy:
-        """What the next call needs.
+        """The policy for the next call.
 
-        A donated step writes over params and optimizer state, but not in the update that is left out; where there are
-        several updates, those before it are done. Compiled, it writes over everything.
+        A donated step overwrites params and optimizer state, except in an update that is skipped. If the step makes
+        several updates, those before the skipped one have overwritten them. A compiled step overwrites all leaves.
         """
         if not trace.steps:
             return self
@@ -54,7 +54,7 @@ class SnapshotPolicy:
         return SnapshotPolicy("others" if donated and trace.traced else "nothing", trace.steps)
 
     def copies(self, path: str) -> bool:
-        """Whether the leaf with this path is copied."""
+        """Whether to copy the leaf with this path."""
         if self.copied == "others":
             return re.split(r"[.\[]", path, maxsplit=1)[0] not in _UPDATED
         return self.copied == "all"
@@ -62,7 +62,7 @@ class SnapshotPolicy:
 
 @dataclass(frozen=True)
 class PreStepSnapshot:
-    """What a call is about to be given."""
+    """The state and the random generators before a call."""
 
     leaves: list[Any]
     spec: tree.Spec
@@ -70,7 +70,7 @@ class PreStepSnapshot:
 
     @classmethod
     def of(cls, state: Any, policy: SnapshotPolicy) -> PreStepSnapshot:
-        """The state as it is now, also where its memory is handed over."""
+        """A snapshot of the state that stays valid while the call overwrites donated memory."""
         leaves, spec = tree.flatten(state)
         if policy.copied != "nothing":
             leaves = [
@@ -80,18 +80,21 @@ class PreStepSnapshot:
         return cls(leaves, spec, rng.capture())
 
     def write(
-        self, directory: str, within: Step | None, steps: int, number: int | None, batch: Any, message: str
+        self, directory: str, step: Step | None, steps: int, step_number: int | None, batch: Any, message: str
     ) -> str:
-        """Write it all, and say where; where that fails, say why, for the step's own error is the one to raise."""
-        path = _free_path(Path(directory), number)
+        """Write the dump, and return a sentence with its path; if writing fails, a sentence with the reason.
+
+        It does not raise, so that the caller can raise the step's own error.
+        """
+        path = _unused_path(Path(directory), step_number)
         text, tensors = _packed(batch)
         meta = {
             "kind": KIND,
             "message": message,
-            "step": number,
+            "step": step_number,
             "steps": steps,
-            "transforms": [repr(transform) for transform in (within.transforms if within else ())],
-            "function": _name_of(within),
+            "transforms": [repr(transform) for transform in (step.transforms if step else ())],
+            "function": _function_name(step),
             "batch": text,
         }
         try:
@@ -102,12 +105,12 @@ class PreStepSnapshot:
                 meta=meta,
             )
         except (OSError, CheckpointError) as error:
-            return f" It could not be written to {path}: {error}"
-        return f" State and batch are in {path}; do the step again with: lumen replay {path}"
+            return f" The dump could not be written to {path}: {error}"
+        return f" State and batch were written to {path}. Rerun the step with: lumen replay {path}"
 
 
 def _packed(batch: Any) -> tuple[str | None, list[Any]]:
-    """The batch as text and tensors, or as its leaves alone where it has a type of its own."""
+    """The batch as text and tensors, or as its leaves alone if it has a type that text cannot represent."""
     try:
         packed = json_tree.pack(batch)
     except TypeError:
@@ -115,13 +118,13 @@ def _packed(batch: Any) -> tuple[str | None, list[Any]]:
     return packed["text"], packed["tensors"]
 
 
-def _name_of(step: Step | None) -> str:
+def _function_name(step: Step | None) -> str:
     user = None if step is None else step.user
     return f"{getattr(user, '__module__', '?')}:{getattr(user, '__qualname__', type(user).__name__)}"
 
 
-def _free_path(directory: Path, number: int | None) -> Path:
-    name = "step" if number is None else f"step-{number}"
+def _unused_path(directory: Path, step_number: int | None) -> Path:
+    name = "step" if step_number is None else f"step-{step_number}"
     if distributed.world_size() > 1:  # each rank writes its own rows
         name += f"-rank-{distributed.rank()}"
     paths = itertools.chain([directory / name], (directory / f"{name}.{n}" for n in itertools.count(2)))

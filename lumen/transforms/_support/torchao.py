@@ -1,4 +1,4 @@
-"""torchao, imported when it is first needed, and the linear layers that it is to work on."""
+"""torchao, imported on first use, and the linear layers to quantize."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lumen.optim._param_names import Pattern, matching
 
 Layers = Pattern | Sequence[Pattern] | Callable[[str, nn.Module], bool]
 
-# What importing torchao logs on a machine that works: kernels for GPUs that are not there, and a note to its authors.
-_CHATTER = ("Failed to load ", "%s is an Enum subclass", "Warning: Detected no triton")
+# Harmless messages that importing torchao logs: about kernels for other GPUs, and a note to its developers.
+_HARMLESS = ("Failed to load ", "%s is an Enum subclass", "Warning: Detected no triton")
 _LOGGERS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")
 
 
 @functools.cache
 def torchao(module: str) -> Any:
-    """A module of torchao, by its name inside it, imported without what torchao logs meanwhile.
+    """The module `torchao.<module>`, imported without torchao's log messages.
 
-    Raises `ImportError` with the line to install it, where it is not there.
+    Raises `ImportError`, with the command that installs torchao, if it is missing.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(_is_not_chatter)
+        logger.addFilter(_is_not_harmless)
     try:
         return importlib.import_module(f"torchao.{module}")
     except ModuleNotFoundError as error:
@@ -44,93 +44,94 @@ def torchao(module: str) -> Any:
         raise
     finally:
         for logger in loggers:
-            logger.removeFilter(_is_not_chatter)
+            logger.removeFilter(_is_not_harmless)
 
 
-def _is_not_chatter(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_CHATTER)
+def _is_not_harmless(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_HARMLESS)
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """For each row of `weight` [outputs, inputs] a power of two near its largest entry: float32, [outputs, 1].
+    """For each row of `weight` [outputs, inputs], a power of two near its largest entry: float32, [outputs, 1].
 
-    torchao's int8 scales are no smaller than 1.2e-7, its float8 scale of a row of zeros is 0, by which it divides, and
-    it computes scales in the dtype of the weight, where those of float16 underflow. Rows divided by these powers, which
-    is exact, are quantized alike at every size.
+    Rows divided by these powers, which is exact, quantize equally well at any magnitude. Without them, torchao clamps
+    int8 scales at 1.2e-7, divides by a float8 scale of 0 for a row of zeros, and underflows in float16, because it
+    computes scales in the dtype of the weight.
     """
     largest = weight.detach().float().abs().amax(1, keepdim=True)
-    exponent = largest.view(torch.int32) & 0xFF << 23  # its field in a float32, the fraction being 0
-    return exponent.clamp(1 << 23, 253 << 23).view(torch.float32)  # a normal number, and so is its inverse
+    exponent = largest.view(torch.int32) & 0xFF << 23  # the exponent field of a float32, with a fraction of 0
+    return exponent.clamp(1 << 23, 253 << 23).view(torch.float32)  # a normal number, whose inverse is normal too
 
 
-def check_kind(what: str, kind: object, kinds: Sequence[str]) -> None:
-    """Raise `HyperparameterError` for a kind that there is not."""
+def check_kind(function: str, kind: object, kinds: Sequence[str]) -> None:
+    """Raise `HyperparameterError` for an unknown kind."""
     if kind not in kinds:
-        raise HyperparameterError(f"{what}({kind!r}) is unknown; give one of {', '.join(map(repr, kinds))}.")
+        raise HyperparameterError(f"{function}({kind!r}) is unknown; give one of {', '.join(map(repr, kinds))}.")
 
 
-def chosen(
+def quantizable_layers(
     module: nn.Module, layers: Layers | None, *, multiple: int = 1, untied: bool = False
 ) -> dict[str, nn.Linear]:
-    """The linear layers of `module` that `layers` names, or all that can be quantized, by their names.
+    """The linear layers of `module` that `layers` selects, by name; by default, all that can be quantized.
 
-    Globs and regular expressions are asked about the names of linear layers alone, and each must match one; a predicate
-    may choose none. A layer that is chosen and cannot be quantized is an error; where `layers` is None it stays as it
-    is. Sizes that are not multiples of `multiple` cannot be, nor where the answer is to be `untied` weights that stand
-    in several places.
+    Globs and regular expressions are matched against the names of linear layers, and each must match at least one; a
+    predicate may select none. Selecting a layer that cannot be quantized is an error; by default such layers are
+    skipped. Among other things, sizes that are not multiples of `multiple` rule a layer out, as does a shared weight
+    with `untied`.
     """
-    linear = {name: module_in for name, module_in in module.named_modules() if isinstance(module_in, nn.Linear)}
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if not linear and not callable(layers):
         raise ParamsError(
-            f"{type(module).__name__} has no nn.Linear, the layers that can be quantized. Leave its params as they are."
+            f"{type(module).__name__} has no nn.Linear layers, and only those can be quantized. Leave quantization out"
+            " for this model."
         )
-    picked = _picked(linear, layers)
+    selected = _select(linear, layers)
     tied = _tied(module) if untied else set()
-    refused = {name: _refusal(layer, id(layer) in tied, multiple) for name, layer in picked.items()}
-    quantizable = {name: layer for name, layer in picked.items() if refused[name] is None}
-    reasons = [f"{_layer_text(name)} {why}" for name, why in refused.items() if why is not None]
+    obstacles = {name: _obstacle(layer, id(layer) in tied, multiple) for name, layer in selected.items()}
+    quantizable = {name: layer for name, layer in selected.items() if obstacles[name] is None}
+    reasons = [f"{_layer_text(name)} {why}" for name, why in obstacles.items() if why is not None]
     if reasons and layers is not None:
-        raise ParamsError(f"{'; '.join(reasons[:4])}. Leave such layers out: name the others in layers=[...].")
+        raise ParamsError(f"{'; '.join(reasons[:4])}. Exclude such layers: list only the others in layers=[...].")
     if not quantizable and layers is None:
         raise ParamsError(f"no layer of {type(module).__name__} can be quantized: {'; '.join(reasons[:4])}.")
     return quantizable
 
 
-def _picked(linear: dict[str, nn.Linear], layers: Layers | None) -> dict[str, nn.Linear]:
+def _select(linear: dict[str, nn.Linear], layers: Layers | None) -> dict[str, nn.Linear]:
     if layers is None:
         return linear
     if callable(layers):
         return {name: layer for name, layer in linear.items() if layers(name, layer)}
     patterns = layers if isinstance(layers, list | tuple) else (layers,)
-    rows = [matching(pattern, list(linear), "linear layer") for pattern in patterns]
-    return {name: layer for (name, layer), *hits in zip(linear.items(), *rows, strict=True) if any(hits)}
+    matches = [matching(pattern, list(linear), "linear layer") for pattern in patterns]
+    return {name: layer for (name, layer), *hits in zip(linear.items(), *matches, strict=True) if any(hits)}
 
 
-def _refusal(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
-    """Why a layer cannot be quantized; None where it can."""
+def _obstacle(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
+    """Why a layer cannot be quantized; None if it can."""
     kind = type(layer)
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "belongs to an nn.MultiheadAttention, which multiplies with its weight by itself"
+        return "belongs to an nn.MultiheadAttention, which uses its weight without calling it"
     if layer._parameters.get("weight") is None:
-        return "keeps its weight elsewhere than under the name 'weight'"
+        return "has no param named 'weight'"
     if kind.forward is not nn.Linear.forward:
-        return f"is a {kind.__name__}, with a forward of its own"
+        return f"is a {kind.__name__}, which overrides forward"
     if "forward" in layer.__dict__:
-        return "is run by another transform in its own way (a part under tensor_parallel, say)"
+        return "has its forward replaced by another transform (such as tensor_parallel)"
     if tied:
         return "shares its weight with another layer"
     if layer.in_features < 2:
-        return "has a single input, which leaves nothing to gain"
+        return "has a single input feature, so quantizing it would save nothing"
     if layer.in_features % multiple or layer.out_features % multiple:
-        return f"is {layer.in_features} by {layer.out_features}, which are not both multiples of {multiple}"
+        return f"is {layer.in_features} by {layer.out_features}, but both sizes must be multiples of {multiple}"
     return None
 
 
 def _tied(module: nn.Module) -> set[int]:
-    """The ids of layers whose weight stands elsewhere too."""
+    """The ids of layers that share their weight."""
     slots = param_slots(module)
-    times = Counter(name for _, _, name in slots)
-    tables = {id(table) for table, key, name in slots if key == "weight" and times[name] > 1}
+    uses = Counter(name for _, _, name in slots)
+    tables = {id(table) for table, key, name in slots if key == "weight" and uses[name] > 1}
     return {id(submodule) for submodule in module.modules() if id(submodule._parameters) in tables}
 
 
@@ -139,7 +140,7 @@ def _layer_text(name: str) -> str:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of an NVIDIA GPU, None for any other device."""
+    """The compute capability of an NVIDIA GPU; None for any other device."""
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)

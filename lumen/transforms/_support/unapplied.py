@@ -1,4 +1,4 @@
-"""Saying so where a transform that acts on the model's application found none in a step."""
+"""A warning for steps that never apply the model, for transforms that act where it is applied."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lumen.errors import InexactWarning
 
 
 class Unapplied:
-    """Warns once for a step that never calls `state.apply`, on whose calls `transform` acts.
+    """Warns once about a step that never calls `state.apply`, where `transform` acts.
 
     >>> import lumen as lm, torch
-    >>> said = Unapplied(lm.remat(), lambda state, batch: (state, {}))
+    >>> unapplied = Unapplied(lm.remat(), lambda state, batch: (state, {}))
     """
 
-    def __init__(self, transform: Transform, step: StepFn, does: str = "changed nothing") -> None:
-        self._transform, self._does = transform, does
+    def __init__(self, transform: Transform, step: StepFn, effect: str = "changed nothing") -> None:
+        self._transform, self._effect = transform, effect
         self._name = getattr(step, "__name__", type(step).__name__)
         self._warned = False
 
     def warn(self) -> None:
-        """Say it, once."""
+        """Warn, unless it has warned before."""
         if self._warned:
             return
         self._warned = True
         warnings.warn(
-            f"{self._transform!r} {self._does} in the step {self._name}, which never calls state.apply: it acts on the"
-            " model where that is applied. Write: out, buffers = state.apply(params, x) in place of"
+            f"{self._transform!r} {self._effect} in the step {self._name}, which never calls state.apply: the transform"
+            " acts where the model is applied. Write: out, buffers = state.apply(params, x) instead of"
             " torch.func.functional_call(net, params, x), net(x), or a function of params.",
             InexactWarning,
             stacklevel=3,
@@ -38,18 +38,18 @@ class Unapplied:
 
 
 def applying(transform: Transform, step: StepFn, rule: Rule) -> StepFn:
-    """`step` with `rule` for the model's application, and one warning where it never comes to that."""
+    """`step` with `rule` wherever the model is applied, and one warning if it never is."""
     unapplied = Unapplied(transform, step)
 
     def run(state: Any, batch: Any) -> Any:
         applied = False
 
-        def noted(next: Next, call: Any) -> Any:
+        def recording(next: Next, call: Any) -> Any:
             nonlocal applied
             applied = True
             return rule(next, call)
 
-        with rules.rule_context({Primitive.APPLY: noted}):
+        with rules.rule_context({Primitive.APPLY: recording}):
             answer = step(state, batch)
         if not applied:
             unapplied.warn()

@@ -1,0 +1,133 @@
+"""One graph of a whole step: traced by `make_fx` over fake tensors, compiled by TorchInductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen import tree
+from lumen.core import rules
+from lumen.core.donation import check_unmoved, copy_into
+from lumen.core.pytree_dataclass import SIGNATURE, copy_of
+from lumen.core.step import StepFn
+from lumen.transforms._support.input_signature import StateSignature
+
+
+class CompiledGraph:
+    """A step compiled for one signature of its inputs: a function from flat tensors to flat tensors.
+
+    `options` are Inductor's; None runs the traced graph without compiling it.
+    """
+
+    def __init__(
+        self, step: StepFn, state: Any, batch: Any, *, donates: bool, options: Mapping[str, Any] | None
+    ) -> None:
+        state_leaves, self._input_state_spec = tree.flatten(state)
+        batch_leaves, batch_spec = tree.flatten(batch)
+        leaves = [*state_leaves, *batch_leaves]
+        self._inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._donates = donates
+        example = [leaves[i] for i in self._inputs]
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            filled = list(leaves)
+            for i, tensor in zip(self._inputs, tensors, strict=True):
+                filled[i] = tensor
+            old = filled[: len(state_leaves)]
+            state = tree.unflatten(self._input_state_spec, old)
+            with rules.tracing:
+                answer = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
+            return self._plan_outputs(old, filled, answer)
+
+        self._run = _compile(flat, example, options)
+
+    def _plan_outputs(self, old: list[Any], inputs: list[Any], answer: tuple[Any, Any]) -> list[Tensor]:
+        """Record where each leaf of the answer comes from at run time, and return what the graph must compute."""
+        new_state, metrics = answer
+        new, self._state_spec = tree.flatten(new_state)
+        metric_leaves, self._metrics_spec = tree.flatten(metrics)
+        self._signature = StateSignature(new, self._state_spec)
+        input_index = {id(t): i for i, t in enumerate(inputs) if isinstance(t, Tensor)}
+        if self._donates:
+            check_unmoved(old, new, tree.paths(new_state))
+            # A metric that is an old leaf would change when its memory is overwritten.
+            metric_leaves = [
+                leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in input_index else leaf for leaf in metric_leaves
+            ]
+            copy_into([o for o in old if isinstance(o, Tensor)], [n for n in new if isinstance(n, Tensor)])
+            new = old
+        outputs: list[Tensor] = []
+
+        def source(leaf: Any) -> tuple[str, Any]:
+            if not isinstance(leaf, Tensor):
+                return "constant", leaf
+            if id(leaf) in input_index:
+                return "input", input_index[id(leaf)]
+            outputs.append(leaf)
+            return "output", len(outputs) - 1
+
+        self._state_sources = [source(leaf) for leaf in new]
+        self._metric_sources = [source(leaf) for leaf in metric_leaves]
+        # A donated state keeps all of its tensors, so its successor has exactly the same fields.
+        self._same_fields = self._donates and self._state_spec == self._input_state_spec and self._signature.size >= 0
+        return outputs
+
+    def __call__(self, state: Any, state_leaves: list[Any], batch_leaves: list[Any]) -> tuple[Any, Any]:
+        """The new state and the metrics."""
+        leaves = state_leaves + batch_leaves
+        outputs = self._run(leaves if len(leaves) == len(self._inputs) else [leaves[i] for i in self._inputs])
+        metrics = self._metrics_spec.unflatten(_gather(self._metric_sources, leaves, outputs))
+        if self._same_fields and hasattr(type(state), "_fields_"):
+            new = copy_of(state)
+        else:
+            new = self._state_spec.unflatten(_gather(self._state_sources, leaves, outputs))
+        if hasattr(type(new), "_fields_"):
+            new.__dict__[SIGNATURE] = self._signature
+        return new, metrics
+
+
+def _gather(sources: list[tuple[str, Any]], inputs: list[Any], outputs: Any) -> list[Any]:
+    return [outputs[at] if kind == "output" else inputs[at] if kind == "input" else at for kind, at in sources]
+
+
+def _compile(
+    flat: Callable[..., list[Tensor]], example: list[Tensor], options: Mapping[str, Any] | None
+) -> Callable[[list[Tensor]], Any]:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        if options is None:
+            return lambda tensors: graph(*tensors)
+        import torch._inductor as inductor
+
+        compiled = inductor.compile(graph, cacheable(example), options=dict(options))
+        is_cuda_graph = _uses_cuda_graphs(options, example)
+
+    def run(tensors: list[Tensor]) -> Any:
+        with torch.no_grad():
+            if not is_cuda_graph:
+                return compiled(*tensors)
+            # A CUDA graph writes its outputs into the same memory at every step, so a state and metrics that are kept
+            # must be copied. Without the mark, each step would be recorded as a continuation of all steps before it.
+            torch.compiler.cudagraph_mark_step_begin()
+            return [tensor.clone() for tensor in compiled(*tensors)]
+
+    return run
+
+
+def cacheable(example: list[Tensor]) -> list[Any]:
+    """Fake example inputs, with which Inductor finds what an earlier process compiled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return [mode.from_tensor(tensor, static_shapes=True) for tensor in example]
+
+
+def _uses_cuda_graphs(options: Mapping[str, Any], example: list[Tensor]) -> bool:
+    """Whether Inductor may record the graph as a CUDA graph."""
+    return bool(options.get("triton.cudagraphs")) and any(tensor.is_cuda for tensor in example)
