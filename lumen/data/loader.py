@@ -103,12 +103,7 @@ class Loader:
         self.seed = integer("seed", seed, *SEEDS)
         reader = source(dataset, collate)
         self._rows = len(reader)
-        self._batches = self._rows // self.batch_size if drop_last else -(-self._rows // self.batch_size)
-        if not self._batches:
-            raise BatchError(
-                f"batch_size is {self.batch_size} and the data set has {self._rows} rows, so drop_last"
-                f" leaves no batch; use a batch_size of at most {self._rows}, or drop_last=False."
-            )
+        self._batches = _batches_per_epoch(self._rows, self.batch_size, drop_last)
         if pad and drop_last:
             raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or padded.")
         self._pad = pad
@@ -175,7 +170,7 @@ class Loader:
             else:
                 keys = [self._shard(epoch, i, rank, world_size) for i in range(position, position + count)]
                 batch = self._read.stacked(keys)
-            yield self._to_device(batch), count
+            yield _to_device(batch, self._move), count
             position += count
 
     @property
@@ -228,7 +223,7 @@ class Loader:
         # Closed at once: otherwise worker processes that wait for the next pass would keep this loader alive.
         with closing(keys()) as pass_keys:
             for batch in self._fetch(pass_keys):
-                yield self._to_device(batch), pending.popleft()
+                yield _to_device(batch, self._move), pending.popleft()
 
     def _shard(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
         first = position * self.batch_size
@@ -236,14 +231,24 @@ class Loader:
         fill = self.batch_size // world_size + (rank < self.batch_size % world_size) if self._pad else None
         return Rows(epoch, first + start, first + stop, fill)
 
-    def _to_device(self, batch: Any) -> Any:
-        move = self._move
-        if move is None:
-            return batch
-        return tree.map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, batch)
-
     def _check(self, epoch: int, position: int) -> Cursor:
         return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._batches + 1))
+
+
+def _batches_per_epoch(rows: int, batch_size: int, drop_last: bool) -> int:
+    batches = rows // batch_size if drop_last else -(-rows // batch_size)
+    if not batches:
+        raise BatchError(
+            f"batch_size is {batch_size} and the data set has {rows} rows, so drop_last leaves no batch; use a"
+            f" batch_size of at most {rows}, or drop_last=False."
+        )
+    return batches
+
+
+def _to_device(batch: Any, move: Move | None) -> Any:
+    if move is None:
+        return batch
+    return tree.map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _fetcher(fetch: Fetch, workers: int, prefetch: int) -> Callable[[Iterable[Rows]], Iterator[Any]]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 import html
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lumen.core.inspect import human_bytes
-from lumen.errors import HyperparameterError, printable
+from lumen.errors import HyperparameterError
 from lumen.planner import render as picture
 from lumen.planner.comm_trace import CollectiveCall, axes_of
 from lumen.planner.dry_run import RunTrace
 from lumen.planner.memory import Peak
+from lumen.planner.report_text import assumptions, report_lines
 from lumen.planner.roofline import Device, compute_seconds, ring_bytes, ring_seconds
 from lumen.planner.suggestions import suggestions
-
-_LARGEST_TENSORS = 6  # in the report
-_SPARKLINE_WIDTH = 60
 
 
 class Traffic(NamedTuple):
@@ -106,99 +103,18 @@ class Plan:
     @property
     def assumptions(self) -> list[str]:
         """The assumptions behind the numbers."""
-        device, trace = self.device, self.trace
-        lines = [
-            "memory is that of tensors: without kernel workspaces, the allocator's cache and the CUDA context",
-            f"compute is a roofline at {device.efficiency:.0%} of {device.name}'s peak and bandwidth, eager, without"
-            " kernel launch time",
-            f"collectives are rings, and all-reduces trees if faster; {device.per_node} devices per node,"
-            f" {_rate(device.inside)} within it and {_rate(device.between)} per device between nodes",
-            "the shorter time overlaps all communication with computation, the longer none",
-            "every process has as many rows as this one, and never waits for data",
-        ]
-        if trace.compiled:
-            lines.append("lm.compile was left out: compiled steps use less memory and run faster")
-        reads = trace.tracker.reads
-        if reads:
-            first = _short(reads[0])
-            lines.append(
-                f"the run reads {len(reads)} numbers from tensors (first at {first}), which are zero in a plan"
-            )
-        return lines
+        return assumptions(self.trace, self.device)
 
-    # ---------------------------------------------------------------------------------------- words
+    # ---------------------------------------------------------------------------------------- text and pictures
 
     def __str__(self) -> str:
-        return "\n".join(line.rstrip() for line in self._lines())
+        return "\n".join(line.rstrip() for line in report_lines(self))
 
     __repr__ = __str__
 
-    def _lines(self) -> Iterator[str]:
-        trace = self.trace
-        axes = ", ".join(f"{name}={size}" for name, size in trace.sizes.items() if size > 1)
-        yield f"{trace.step!r}"
-        yield f"rank {trace.rank} of {trace.world_size}{f' ({axes})' if axes else ''} on {self.device.name}"
-        yield ""
-        yield from self._memory_lines()
-        yield ""
-        yield from self._traffic_lines()
-        yield ""
-        yield from self._time_lines()
-        for suggestion in self.suggestions:
-            yield f"  try: {suggestion}"
-        yield ""
-        yield "assumptions"
-        for assumption in self.assumptions:
-            yield f"  - {assumption}"
-
-    def _memory_lines(self) -> Iterator[str]:
-        peak = self.peak
-        yield f"memory at the peak of a step ({_where(peak)})"
-        for name, nbytes in peak.parts.items():
-            if nbytes:
-                share = nbytes / peak.nbytes
-                yield f"  {name:16} {human_bytes(nbytes):>10}  {share:>4.0%}  {picture.bar(share)}"
-        verdict = "fits" if peak.nbytes <= self.device.memory else "does NOT fit"
-        limit = f"{human_bytes(self.device.memory)} ({peak.nbytes / self.device.memory:.0%})"
-        yield f"  {'peak':16} {human_bytes(peak.nbytes):>10}  of {limit}: {verdict}"
-        verdict = "" if self.start.nbytes <= self.device.memory else ": does NOT fit"
-        yield f"  {'before step 1':16} {human_bytes(self.start.nbytes):>10}  ({self.start.moment.stage}){verdict}"
-        totals = [sum(point[1].values()) for point in picture.sampled(self._timeline, _SPARKLINE_WIDTH)]
-        if self.host.nbytes:
-            categories = ", ".join(f"{name} {human_bytes(n)}" for name, n in self.host.parts.items() if n)
-            yield f"  {'on the host':16} {human_bytes(self.host.nbytes):>10}  ({categories})"
-        yield f"  over a step      {picture.sparkline(totals)}"
-        yield "  largest at the peak"
-        for block in peak.blocks[:_LARGEST_TENSORS]:
-            shape = f"{str(block.dtype).removeprefix('torch.')} {list(block.shape)}"
-            created = block.created.module or block.created.phase
-            origin = block.name or f"{block.operation.partition('::')[2]} in {created}"
-            yield f"    {human_bytes(block.nbytes):>10}  {block.purpose():16} {shape}  {printable(origin)}"
-
-    def _traffic_lines(self) -> Iterator[str]:
-        if not self.traffic:
-            yield "communication of a step: none"
-            return
-        yield "communication of a step"
-        yield f"  {'':14} {'over':12} {'times':>5} {'carries':>10} {'sends':>10} {'takes':>9}"
-        for traffic in self.traffic:
-            yield (
-                f"  {traffic.kind:14} {traffic.axes:12} {traffic.times:>5} {human_bytes(traffic.carried):>10}"
-                f" {human_bytes(traffic.sent):>10} {_time(traffic.seconds):>9}"
-            )
-
-    def _time_lines(self) -> Iterator[str]:
-        best, worst = self.seconds
-        low, high = self.mfu
-        yield "time of a step"
-        yield f"  compute        {_time(self.compute):>9}  ({self.flops / 1e12:.3g} TFLOP)"
-        yield f"  communication  {_time(self.communication):>9}"
-        yield f"  together       {_time(best)} – {_time(worst)}, MFU {high:.0%} – {low:.0%}"
-
-    # ---------------------------------------------------------------------------------------- pictures
-
     @functools.cached_property
-    def _timeline(self) -> picture.Timeline:
+    def timeline(self) -> picture.Timeline:
+        """Memory by category over the operations of a step."""
         return self.trace.tracker.memory.timeline("step")
 
     @property
@@ -207,11 +123,11 @@ class Plan:
 
     def svg(self) -> str:
         """Memory over a step, stacked by category, as an SVG element."""
-        return picture.svg(self._timeline, self.device.memory, self._title)
+        return picture.svg(self.timeline, self.device.memory, self._title)
 
     def figure(self) -> Any:
         """The same as a `matplotlib.figure.Figure`; matplotlib must be installed."""
-        return picture.figure(self._timeline, self.device.memory, self._title)
+        return picture.figure(self.timeline, self.device.memory, self._title)
 
     def _repr_html_(self) -> str:
         return f'<div>{self.svg()}<pre style="line-height:1.2">{html.escape(str(self))}</pre></div>'
@@ -255,24 +171,3 @@ class Plan:
             "suggestions": self.suggestions,
             "assumptions": self.assumptions,
         }
-
-
-def _where(peak: Peak) -> str:
-    moment = peak.moment
-    step = "in the first step, " if moment.stage == "first step" else ""
-    return f"{step}{moment.phase or 'around it'}{f' at {printable(moment.module)}' if moment.module else ''}"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def _rate(rate: float) -> str:
-    return f"{rate / 1e9:g} GB/s"
-
-
-def _short(location: str) -> str:
-    return "/".join(Path(location).parts[-2:])

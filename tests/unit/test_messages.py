@@ -21,7 +21,7 @@ from lumen.errors import printable
 from lumen.optim._param_names import matching
 from lumen.parallel.comm import consistency
 from lumen.parallel.tensor import layout
-from lumen.planner import report
+from lumen.planner import report_text
 from lumen.planner.memory import Moment, Peak
 from lumen.sinks.format import numbers
 from lumen.train import plateau, progress
@@ -133,7 +133,7 @@ SAID = {
     "numbers": lambda: numbers({NAME: 1.0}),
     "progress": lines,
     "console": console,
-    "plan": lambda: report._where(Peak(0, Moment("step", "forward", NAME), {}, [])),
+    "plan": lambda: report_text._where(Peak(0, Moment("step", "forward", NAME), {}, [])),
 }
 
 
