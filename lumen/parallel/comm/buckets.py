@@ -162,7 +162,7 @@ class Buckets:
         self._overlap = overlap
         self._layout: Layout | None = None
         self._ready: list[int] = []
-        self._grads: list[Tensor | None] = []
+        self._grads: dict[int, Tensor] = {}
         self._missing: list[int] = []
         self._in_flight: list[tuple[WaitFn, list[Tensor]]] = []
         self.flat_sums: list[Tensor] = []
@@ -180,7 +180,6 @@ class Buckets:
             return
         if len(self._layout.buckets) == 1:  # the last bucket waits for `finish`
             return
-        self._grads = [None] * len(live)
         self._missing = [len(bucket) for bucket in self._layout.buckets]
         for index, leaf in enumerate(live):
             leaf.register_hook(partial(self._filled, index))
@@ -197,7 +196,7 @@ class Buckets:
             return
         last = len(self._layout.buckets) - 1  # which `finish` launches with the tail
         while len(self._in_flight) < last and not self._missing[len(self._in_flight)]:
-            self._launch([self._grads[i] for i in self._layout.buckets[len(self._in_flight)]])  # type: ignore[misc]
+            self._launch([self._grads[i] for i in self._layout.buckets[len(self._in_flight)]])
 
     def _launch(self, grads: list[Tensor], tail: Sequence[Tensor] = ()) -> None:
         self._in_flight.append((self._comm.launch(grads, tail=tail), grads))

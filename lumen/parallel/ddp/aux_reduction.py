@@ -56,7 +56,7 @@ class AuxReduction:
     nothing. Without `origins` each rank keeps its own buffers.
     """
 
-    def __init__(self, aux: Any, rows: int, dummy_batch: int, origins: Sequence[Origin] | None, comm: GradComm) -> None:
+    def __init__(self, aux: Any, rows: int, dummy_rows: int, origins: Sequence[Origin] | None, comm: GradComm) -> None:
         self._aux = aux
         self._comm = comm
         self._real = rows > 0
@@ -69,7 +69,7 @@ class AuxReduction:
         self._leaves, self._spec = tree.flatten(aux, is_value)
         for index, leaf in enumerate(self._leaves):
             if index >= buffer_count:
-                if _is_mean(leaf, rows or dummy_batch, aux, index):
+                if _is_mean(leaf, rows or dummy_rows, aux, index):
                     self._group("mean").append(index)
             elif origins is not None:
                 self._origins[index] = origin = origins[index]

@@ -40,7 +40,7 @@ class UnshardContext:
 
     def __init__(self, plans: UnitPlans, prefetch: int, reducer: UnitReducer) -> None:
         self.plans, self.prefetch, self.reducer = plans, prefetch, reducer
-        self.empty_meta = plans.empty_meta
+        self.empty_meta: Callable[[str, torch.dtype], Tensor] = plans.empty_meta
         self.idle = False  # whether what is computed weighs nothing, whatever its gradients
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
@@ -81,8 +81,9 @@ class UnshardContext:
         unit.first = not self._gathered
         self._repeated |= not self._gathered.isdisjoint(unit.names)
         self._gathered.update(unit.names)
+        full: list[Tensor]
         self.token, *full = _Gather.apply(unit, self.token, *shards)  # type: ignore[no-untyped-call]
-        return full  # type: ignore[no-any-return]
+        return full
 
     def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, whose params are gathered again before the backward pass goes through the unit."""
@@ -102,8 +103,9 @@ class UnshardContext:
         """`loss` tied to the end of the chain, so that its gradient goes back through every all-gather."""
         if not self.token.requires_grad:
             return loss
+        tied: Tensor
         _, tied = _Tie.apply(None, self.token, loss)  # type: ignore[no-untyped-call]
-        return tied  # type: ignore[no-any-return]
+        return tied
 
     def close(self) -> None:
         """Drop the graph, which refers to this context: without this the cycle would last until the next gc."""
@@ -114,9 +116,8 @@ class UnshardContext:
 class UnshardedUnit:
     """The memory of params that are full for now. It refers to buffers only, and to no tensor that autograd tracks."""
 
-    reduce_scatter: Callable[
-        ..., list[Tensor]
-    ]  # (grads, after): this rank's shards of the sums of the unit's gradients
+    # From gradients of the unit, and tensors to wait for (in a graph): this rank's shards of their sums.
+    reduce_scatter: Callable[..., list[Tensor]]
 
     def __init__(self, context: UnshardContext, names: tuple[str, ...], shards: Sequence[Tensor]) -> None:
         self.context = context

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as torch_pytree
 
 from lumen.parallel.fsdp.shard import AllGatherHandle, reduce_scatter
+from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
 from lumen.parallel.lazy_param import empty_meta
 
@@ -25,17 +27,9 @@ class TracedUnshardContext(UnshardContext):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.empty_meta = self._untraced_meta
+        self.empty_meta = partial(_untraced_meta, self.plans)
         self.reached: list[Tensor] = []  # the activations or gradients that the pass computed last
         self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each full param, by its memory
-
-    def _untraced_meta(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The param `name` without memory, outside of the graph."""
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-        with disable_proxy_modes_tracing(), unset_fake_temporarily():
-            return empty_meta(self.plans.shapes[name], dtype)
 
     def launch(self, names: tuple[str, ...], shards: Sequence[Tensor]) -> UnshardedUnit:
         """Start the all-gather of the params `names`, of which this rank has `shards`."""
@@ -116,6 +110,15 @@ class _SavedView(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+def _untraced_meta(plans: UnitPlans, name: str, dtype: torch.dtype) -> Tensor:
+    """The param `name` without memory, outside of the graph."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        return empty_meta(plans.shapes[name], dtype)
 
 
 def _unpack(saved: Tensor | _SavedView) -> Tensor:
