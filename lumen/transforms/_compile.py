@@ -19,10 +19,10 @@ from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
 from lumen.transforms._compile_blocks import Blocks
 from lumen.transforms._support.compiled_graph import CompiledGraph, cacheable
-from lumen.transforms._support.input_signature import Key, changes, sign_batch, sign_state
+from lumen.transforms._support.input_signature import GraphKey, describe_changes, sign_batch, sign_state
 from lumen.transforms._support.module_patterns import Pattern
 from lumen.transforms._support.python_reads import key_readers, value_readers
-from lumen.transforms._support.unapplied import applying
+from lumen.transforms._support.unapplied import with_apply_rule
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _WARN_AT = 8
@@ -104,7 +104,7 @@ class compile(Transform):
             return inner.with_host_hooks(_CompiledStep(inner, self))
         self._check_inside(inner.transforms)
         pattern = None if self.blocks is True else self.blocks
-        return applying(self, inner, Blocks(pattern, repr(self), self._compile_block, _graph_breaks).rule)
+        return with_apply_rule(self, inner, Blocks(pattern, repr(self), self._compile_block, _graph_breaks).rule)
 
     def _compile_block(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
         """A compiled function of tensors, with its derivative."""
@@ -151,7 +151,7 @@ class _CompiledStep:
         self._settings = settings
         self._donates = any(t.donates for t in step.transforms)
         self._readers = [*value_readers(step.user), *key_readers(step.transforms)]
-        self._graphs: dict[Key, CompiledGraph] = {}
+        self._graphs: dict[GraphKey, CompiledGraph] = {}
         self._broken = False
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -181,11 +181,11 @@ class _CompiledStep:
         inner = self._step.inner
         return self._step._traceable(state, batch) if inner is not None else self._step(state, batch)
 
-    def _warn_many(self, key: Key) -> None:
+    def _warn_many(self, key: GraphKey) -> None:
         if len(self._graphs) == _WARN_AT:
-            before = [*self._graphs][-2]
+            changes = describe_changes([*self._graphs][-2], key)
             warnings.warn(
-                f"{self._step.__name__} has been compiled {_WARN_AT} times, the last time for {changes(before, key)}.",
+                f"{self._step.__name__} has been compiled {_WARN_AT} times, the last time for {changes}.",
                 InexactWarning,
                 stacklevel=3,
             )

@@ -23,7 +23,7 @@ from lumen.core.module import param_slots
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.errors import GraphBreakWarning
-from lumen.transforms._support.module_patterns import Pattern, choose, disable_kv_cache
+from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache, select_modules
 
 CompileFn = Callable[[nn.Module, list[Tensor]], Callable[..., Any]]
 
@@ -60,7 +60,7 @@ class Blocks:
         return next(call.replace(target=call.target.variant(("compiled", self), self._patch)))
 
     def _patch(self, module: nn.Module) -> None:
-        for block in choose(module, self._pattern, self._requested_by):
+        for block in select_modules(module, self._pattern, self._requested_by):
             block.forward = _BlockForward(block, block.forward, self)
         disable_kv_cache(module)
 

@@ -107,7 +107,9 @@ class dp_sgd(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             update_count = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
-            update = _Update(self, key, undeclared, _unused(getattr(state, "tx", None), getattr(state, "params", None)))
+            update = _PrivateGradients(
+                self, key, undeclared, _unused(getattr(state, "tx", None), getattr(state, "params", None))
+            )
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: update.apply,
                 Primitive.GRADIENT: update.gradient,
@@ -120,7 +122,7 @@ class dp_sgd(Transform):
         return run
 
 
-class _Update:
+class _PrivateGradients:
     """The rules for one step: private gradients, and the noise of its updates."""
 
     def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared, unused: dict[str, bool]) -> None:
@@ -150,16 +152,16 @@ class _Update:
         self.tracker.begin()
         call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
 
-        def one_row(row: Any, lane: Tensor) -> tuple[Any, Any, Any]:
+        def row_gradient(row: Any, lane: Tensor) -> tuple[Any, Any, Any]:
             self.tracker.lane = lane
-            single = tree.map(lambda x: x.unsqueeze(0), row)
-            answer: Gradient = next(call.replace(batch=single, summed=True, engine="func"))
+            row_batch = tree.map(lambda x: x.unsqueeze(0), row)
+            answer: Gradient = next(call.replace(batch=row_batch, summed=True, engine="func"))
             first_answer["answer"] = answer.replace(loss=None, grads=None, aux=None)
             grads = _clipped(self._without_unused(answer.grads), self.settings.clip)
             return grads, answer.loss, () if answer.aux is None else answer.aux
 
         first_answer: dict[str, Gradient] = {}
-        mapped = torch.func.vmap(one_row, randomness="different", chunk_size=self.settings.chunk)
+        mapped = torch.func.vmap(row_gradient, randomness="different", chunk_size=self.settings.chunk)
         lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
         with rules.splitting(repr(self.settings)):
             grads, losses, aux = mapped(call.batch, lanes)

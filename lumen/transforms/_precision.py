@@ -1,4 +1,4 @@
-"""`lm.precision`: compute in a different dtype than that of the params."""
+"""`lm.precision`: compute in a dtype other than that of the params."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_s
 from lumen.errors import HyperparameterError
 from lumen.optim._norms import leaf_norms
 from lumen.optim._numerics import widen
-from lumen.transforms._support.autocast import Autocast, explained, is_on
+from lumen.transforms._support.autocast import Autocast, explain_dtype_mismatch, is_autocast_on
 from lumen.transforms._support.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms._support.matmul_precision import PRECISIONS, float32_products
 from lumen.transforms._support.unapplied import Unapplied
@@ -221,7 +221,8 @@ class precision(Transform):
         params = {k: p if k in norms else cast(p, compute) for k, p in call.params.items()}
         buffers_in = {k: cast(b, compute) if k in frozen else b for k, b in call.buffers.items()}
         args, kwargs = cast_inputs(call.target.module, call.args, call.kwargs, compute, self.keep)
-        with explained(self, "it creates tensors or has buffers of another dtype. Write " + self._advice()):
+        advice = f"it creates tensors or has buffers of another dtype. Write {self._advice()}"
+        with explain_dtype_mismatch(self, advice):
             outputs, buffers = next(call.replace(params=params, buffers=buffers_in, args=args, kwargs=kwargs))
         return cast_all(outputs, self.policy.output), _restore_buffer_dtypes(buffers, call, frozen)
 
@@ -285,10 +286,13 @@ class _Autocasting:
         autocast: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self._loss_depth:
             autocast = self._autocast.context(*inputs)
-        if self._casts_before_gather and (not self._loss_depth or is_on(*inputs)):
+        if self._casts_before_gather and (not self._loss_depth or is_autocast_on(*inputs)):
             call = call.replace(params=_cast_matrices(call, self._policy.compute))
-        advice = f"torch.autocast does not handle one of its operations. Write lm.precision({self._transform._name!r}"
-        with explained(self._transform, advice + ", cast='model'), or x.to(self.weight.dtype) there."), autocast:
+        advice = (
+            f"torch.autocast does not handle one of its operations. Write lm.precision({self._transform._name!r},"
+            " cast='model'), or x.to(self.weight.dtype) there."
+        )
+        with explain_dtype_mismatch(self._transform, advice), autocast:
             outputs, buffers = next(call)
         return map_tensors(self._widened, outputs), _restore_buffer_dtypes(buffers, call, call.target.frozen)
 

@@ -16,7 +16,7 @@ from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.errors import HyperparameterError, StepError
 from lumen.transforms._support.torchao import Layers, capability, check_kind, quantizable_layers, row_scales, torchao
-from lumen.transforms._support.unapplied import applying
+from lumen.transforms._support.unapplied import with_apply_rule
 
 KINDS = ("int8", "fp8", "qat")
 _FP8_BLOCK = 16  # sizes of fp8 matrix products on GPUs are multiples of it
@@ -72,7 +72,7 @@ class quantized_matmul(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its linear layers computed in 8 bits."""
-        return applying(self, step, self._apply)
+        return with_apply_rule(self, step, self._apply)
 
     def _apply(self, next: Next, call: ApplyCall) -> Any:
         for tensor in itertools.islice(itertools.chain(call.params.values(), call.buffers.values()), 1):

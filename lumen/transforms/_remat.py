@@ -14,8 +14,8 @@ from lumen.core.draws import keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
-from lumen.transforms._support.module_patterns import Pattern, choose, disable_kv_cache
-from lumen.transforms._support.unapplied import applying
+from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache, select_modules
+from lumen.transforms._support.unapplied import with_apply_rule
 
 
 class remat(Transform):
@@ -48,7 +48,7 @@ class remat(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with matching modules recomputed."""
-        return applying(self, step, self._rule)
+        return with_apply_rule(self, step, self._rule)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -57,7 +57,7 @@ class remat(Transform):
         return next(call.replace(target=target))
 
     def _patch(self, module: nn.Module) -> None:
-        for block in choose(module, self.pattern, f"remat({self.pattern!r})"):
+        for block in select_modules(module, self.pattern, f"remat({self.pattern!r})"):
             block.forward = _Checkpointed(block)
         disable_kv_cache(module)
 

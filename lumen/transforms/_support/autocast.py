@@ -38,7 +38,7 @@ class Autocast:
             yield
 
 
-def is_on(params: Any, inputs: Any) -> bool:
+def is_autocast_on(params: Any, inputs: Any) -> bool:
     """Whether autocast is on for the device of params and inputs."""
     return torch.is_autocast_enabled(_device_of(params, inputs))
 
@@ -108,10 +108,10 @@ _MISMATCH = re.compile(r"dtype|scalar type|should be the same", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def explained(transform: Any, why: str) -> Iterator[None]:
+def explain_dtype_mismatch(transform: Any, why: str) -> Iterator[None]:
     """Add a note to torch's errors about mixed dtypes: how `transform` relates to them, and what to do.
 
-    >>> with explained("lm.precision('bf16')", "Write float32."):
+    >>> with explain_dtype_mismatch("lm.precision('bf16')", "Write float32."):
     ...     torch.ones(2, 2) @ torch.ones(2, 2).half()
     Traceback (most recent call last):
         ...

@@ -9,7 +9,8 @@ from torch import Tensor
 from lumen import tree
 from lumen.core.pytree_dataclass import SIGNATURE
 
-Key = tuple["StateSignature", Any, tuple[Any, ...]]  # of a state, of a batch, and the Python values that the step reads
+# The signature of a state, that of a batch, and the Python values that the step reads.
+GraphKey = tuple["StateSignature", Any, tuple[Any, ...]]
 
 
 class StateSignature:
@@ -59,7 +60,7 @@ def sign_batch(batch: Any) -> tuple[list[Any], Any]:
     return leaves, (structure, _leaf_kinds(leaves))
 
 
-def changes(before: Key, now: Key) -> str:
+def describe_changes(before: GraphKey, now: GraphKey) -> str:
     """What differs from the key of the previous compilation, and how to avoid that."""
     (state, batch, reads), (new_state, new_batch, new_reads) = before, now
     differences = []

@@ -13,7 +13,7 @@ from lumen.errors import PatternError, printable
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
-def choose(module: nn.Module, pattern: Pattern | None, requested_by: str) -> list[nn.Module]:
+def select_modules(module: nn.Module, pattern: Pattern | None, requested_by: str) -> list[nn.Module]:
     """The modules inside `module` that match `pattern`; of nested matches, the outermost.
 
     `pattern` is a glob over names, a class, or a predicate `(name, module) -> bool`; None means the children of the
@@ -21,10 +21,10 @@ def choose(module: nn.Module, pattern: Pattern | None, requested_by: str) -> lis
 
     Raises `PatternError` if nothing matches; its message begins with `requested_by`.
     """
-    chosen = _repeated(module) if pattern is None else _matching(module, pattern)
-    if not chosen:
+    matches = _repeated(module) if pattern is None else _matching(module, pattern)
+    if not matches:
         raise unmatched(module, requested_by)
-    return chosen
+    return matches
 
 
 def unmatched(module: nn.Module, requested_by: str) -> PatternError:
@@ -56,7 +56,7 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
 
 def _matching(module: nn.Module, pattern: Pattern) -> list[nn.Module]:
     outer_names: list[str] = []
-    chosen = []
+    matches = []
     for name, submodule in module.named_modules():
         if (
             name
@@ -64,8 +64,8 @@ def _matching(module: nn.Module, pattern: Pattern) -> list[nn.Module]:
             and not any(name.startswith(f"{outer}.") for outer in outer_names)
         ):
             outer_names.append(name)
-            chosen.append(submodule)
-    return chosen
+            matches.append(submodule)
+    return matches
 
 
 def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:

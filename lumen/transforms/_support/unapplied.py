@@ -37,7 +37,7 @@ class Unapplied:
         )
 
 
-def applying(transform: Transform, step: StepFn, rule: Rule) -> StepFn:
+def with_apply_rule(transform: Transform, step: StepFn, rule: Rule) -> StepFn:
     """`step` with `rule` wherever the model is applied, and one warning if it never is."""
     unapplied = Unapplied(transform, step)
 
