@@ -1,8 +1,8 @@
-"""What a parallel transform tells others: that each process holds a part of the params, and which part of each leaf.
+"""How transforms shard a state: specs of its leaves, and reductions over the ranks that have the shards.
 
-While its step runs, those who look at all params at once (clip, guard) join what they find over the processes: of one
-transform, or of two, where what is a part by the inner one is cut once more by the outer. Between steps, those who read
-or write the whole state (checkpoints) ask for a `ShardSpec` of each leaf.
+While a step runs, transforms that look at all params at once (clip, guard) reduce their values over the ranks: of one
+transform, or of two where the outer one shards the shards of the inner one. Between steps, what reads or writes the
+full state (checkpoints) asks for a `ShardSpec` of each leaf.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lumen.core import rules
 from lumen.core.collectives import pmax
 from lumen.core.param_leaves import Path, key_paths, param_leaves
 
-_KEYS = ("<shards>", "<shards within>")
-_WHOLES = "<wholes>"
+_SHARDS = ("<shards>", "<shards within>")
+_GATHERER = "<param gatherer>"
 
 
 class Slice(NamedTuple):
-    """A block of entries: where it begins in this process's tensor (`here`), in the `whole`, and its `size`."""
+    """A block of entries: its start in this rank's shard (`here`) and in the full tensor (`whole`), and its `size`."""
 
     here: tuple[int, ...]
     whole: tuple[int, ...]
@@ -32,9 +32,9 @@ class Slice(NamedTuple):
 
 
 class ShardSpec(NamedTuple):
-    """What a process's tensor is of a whole one of `shape`: the boxes that it consists of, none if it is empty.
+    """What a rank's tensor has of a full one of `shape`: the `boxes` that it consists of, none if it is empty.
 
-    Of the processes that hold the same, one is the `owner`, which writes it.
+    Of the ranks that have the same, one is the `owner`, which writes it.
     """
 
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ def rows_spec(shape: Sequence[int], start: int, stop: int, owner: bool) -> Shard
 
 
 def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
-    """The piece that is made by `outer` of what was a piece by `inner` already.
+    """The spec of a shard by `outer` of what is a shard by `inner`.
 
     >>> rows = ShardSpec((8, 2), (Slice((0, 0), (4, 0), (4, 2)),), owner=True)
     >>> half = ShardSpec((4, 2), (Slice((0, 0), (2, 0), (2, 2)),), owner=True)
@@ -163,82 +163,82 @@ def _records(state: Any) -> dict[str, Any]:
 
 
 class Shards(Protocol):
-    """The processes that hold the parts."""
+    """The ranks that have the shards of the params."""
 
     def counts(self, path: str, leaf: Tensor) -> bool:
-        """Whether this process's tensor at `path` of a tree like params adds to a sum over all entries.
+        """Whether this rank adds its tensor at `path` of a tree like params to a sum over all entries.
 
-        One process adds what several hold alike.
+        Of ranks that have the same entries, one adds them.
         """
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum (`op="sum"`) or maximum (`op="max"`) of `x` over them; a new tensor."""
+        """The sum (`op="sum"`) or maximum (`op="max"`) of `x` over the ranks; a new tensor."""
 
 
 class ParamGatherer(Protocol):
-    """What makes parts whole, for rules that need it; on every process in the same order."""
+    """Gathers params for rules that need full tensors; on every rank in the same order."""
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of the whole param `name`."""
+        """The full shape of the param `name`."""
 
-    def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> Sequence[Tensor]:
-        """Whole tensors of this shape from their parts, in memory of their own."""
+    def gather(self, shards: Sequence[Tensor], shape: torch.Size) -> Sequence[Tensor]:
+        """Full tensors of this shape from their shards; new tensors."""
 
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's part, a view."""
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's shard, a view."""
 
 
-def bound(shards: Shards, wholes: ParamGatherer | None = None) -> AbstractContextManager[None]:
-    """While it is entered, trees of params and grads are parts, and `shards` can join what is said about them."""
-    free = next(key for key in _KEYS if rules.axis(key) is None)
-    return rules.bound_axes({free: shards} if wholes is None else {free: shards, _WHOLES: wholes})
+def bound(shards: Shards, gatherer: ParamGatherer | None = None) -> AbstractContextManager[None]:
+    """A context in which trees of params and grads are shards, and `shards` reduces values over the ranks."""
+    free = next(key for key in _SHARDS if rules.axis(key) is None)
+    return rules.bound_axes({free: shards} if gatherer is None else {free: shards, _GATHERER: gatherer})
 
 
 def _bound() -> list[Shards]:
-    return [shards for key in _KEYS if (shards := rules.axis(key)) is not None]
+    return [shards for key in _SHARDS if (shards := rules.axis(key)) is not None]
 
 
-def wholes() -> ParamGatherer | None:
-    """What makes parts whole here, None where nothing is cut."""
-    return rules.axis(_WHOLES)
+def param_gatherer() -> ParamGatherer | None:
+    """The gatherer of the params here; None where they are not sharded."""
+    return rules.axis(_GATHERER)
 
 
 def norm(norms: Tensor, values: Any) -> Tensor:
-    """The L2 norm of everything, from the norm of each of this process's leaves of `values`."""
-    found = _bound()
+    """The L2 norm of all entries on all ranks, from the norm of each of this rank's leaves of `values`."""
+    bindings = _bound()
     total: Tensor
-    if not found:
+    if not bindings:
         total = torch.linalg.vector_norm(norms)
         return total
     named = list(zip(tree.paths(values), tree.leaves(values), strict=True))
-    counted = [all(shards.counts(path, leaf) for shards in found) for path, leaf in named]
+    counted = [all(shards.counts(path, leaf) for shards in bindings) for path, leaf in named]
     total = (norms * torch.tensor(counted, device=norms.device)).square().sum()
-    for shards in found:
+    for shards in bindings:
         total = shards.reduce(total, "sum")
     return total.sqrt()
 
 
 def all_ranks(flags: Tensor, apart: bool = False) -> Tensor:
-    """Where each of the boolean `flags` is true on every process that holds a part.
+    """Where each of the boolean `flags` is true on every rank that has a shard.
 
-    With `apart` they were found on this process's rows alone, and those with other rows are asked too.
+    With `apart` the flags depend on this rank's rows alone, and the ranks with other rows count too.
     """
-    found, others = _bound(), _other_rows() if apart else []
-    if not found and not others:
+    bindings, row_axes = _bound(), _row_axes() if apart else []
+    if not bindings and not row_axes:
         return flags
     bad = (~flags).float()
-    for shards in found:
+    for shards in bindings:
         bad = shards.reduce(bad, "max")
-    for axis in others:
+    for axis in row_axes:
         bad = pmax(bad, axis)
     return bad == 0
 
 
 def is_collective(apart: bool = False) -> bool:
-    """Whether `all_ranks` asks other processes here."""
-    return bool(_bound() or (apart and _other_rows()))
+    """Whether `all_ranks` communicates here."""
+    return bool(_bound() or (apart and _row_axes()))
 
 
-def _other_rows() -> list[str]:
-    """The axes over which processes have other rows."""
+def _row_axes() -> list[str]:
+    """The axes over which ranks have other rows."""
     return [axis for axis in ("data", "shard") if getattr(rules.axis(axis), "process", False)]

@@ -31,7 +31,7 @@ def map_full_tensors(
     >>> map_full_tensors(lambda p, g, _: (g / p.norm(), None), params, params)[0]["w"]
     tensor([0.6000, 0.8000])
     """
-    gatherer = sharding.wholes()
+    gatherer = sharding.param_gatherer()
     if gatherer is None:
         return zip_map(leaf, params, grads, state)
     names = iter(dotted_names(params))
@@ -48,17 +48,17 @@ def map_full_tensors(
         tensors = [next(gathered) if is_sharded else x for x, is_sharded in zip(tensors, sharded, strict=True)]
         update, new_state = leaf(p, g, spec.unflatten(tensors))
         new_tensors = [
-            gatherer.part(x).clone() if is_sharded else x
+            gatherer.shard(x).clone() if is_sharded else x
             for x, is_sharded in zip(tree.leaves(new_state), sharded, strict=True)
         ]
-        return gatherer.part(update).clone(), spec.unflatten(new_tensors) if tensors else new_state
+        return gatherer.shard(update).clone(), spec.unflatten(new_tensors) if tensors else new_state
 
     return zip_map(on_full_tensors, params, grads, state)
 
 
 def init_full_tensors(blank: Callable[[Tensor], Any], params: Any) -> Any:
     """`blank(p)` for each full leaf, of which tensors with the shape of `p` are cut to this rank's shard."""
-    gatherer = sharding.wholes()
+    gatherer = sharding.param_gatherer()
     if gatherer is None:
         return tree.map(blank, params)
     names = iter(dotted_names(params))
@@ -69,7 +69,7 @@ def init_full_tensors(blank: Callable[[Tensor], Any], params: Any) -> Any:
             return blank(p)
         # An expanded tensor needs no memory for its entries.
         full = blank(p.new_zeros(()).expand(shape))
-        return tree.map(lambda x: gatherer.part(x).clone() if x.shape == shape else x, full)
+        return tree.map(lambda x: gatherer.shard(x).clone() if x.shape == shape else x, full)
 
     return tree.map(init_leaf, params)
 

@@ -169,50 +169,50 @@ class fsdp(Transform):
         return runtime.mesh
 
     @property
-    def cut(self) -> ShardLayout | None:
+    def layout(self) -> ShardLayout | None:
         """The layout of this rank's shards; None where nothing is sharded."""
         runtime: FSDPRuntime = self._memory
         return runtime.layout
 
     def init(self, state: Any) -> Any:
         """This rank's shards of the first rank's state, after a check that all ranks have the same."""
-        cut = self.cut
+        layout = self.layout
         if self.name in getattr(state, "slots", ()):
             return self._prepared(state)
         row_shards.check(state)
         params = getattr(state, "params", None)
-        if cut is None:  # the checks that apply to several ranks apply here too
+        if layout is None:  # the checks that apply to several ranks apply here too
             self.check_offload()
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
             return self._init_meta(state, None) if begins_on_meta(state) else state
-        params = flat_params(state, "lm.fsdp cuts")
+        params = flat_params(state, "lm.fsdp shards")
         check_optimizer(state.tx)
         self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
-        consistency.assert_same_on_all_ranks(lines, cut.everyone, self.mesh.device, "the processes of lm.fsdp")
+        consistency.assert_same_on_all_ranks(lines, layout.row_group, self.mesh.device, "the processes of lm.fsdp")
         specs = self._specs(state)
         self._memory.units(state.apply_fn, [*params])  # raises for patterns that match nothing
         if begins_on_meta(state):
-            state = self._init_meta(state, cut)
+            state = self._init_meta(state, layout)
         elif self.offload:
-            state = offload.shard_to_host(state, cut, specs, self.mesh.device)
+            state = offload.shard_to_host(state, layout, specs, self.mesh.device)
         else:
-            state = shard_tree(cut, consistency.broadcast(state, cut.everyone), specs)
+            state = shard_tree(layout, consistency.broadcast(state, layout.row_group), specs)
         if self.offload:
             state = offload.place_state(state, specs, self.mesh.device)
         state = row_shards.shard(state, self.mesh, self.name)
-        return with_slot(state, self.name, Sharding(specs=specs, size=cut.size, stage=self.stage))
+        return with_slot(state, self.name, Sharding(specs=specs, size=layout.size, stage=self.stage))
 
     def _specs(self, state: Any) -> SpecTree:
-        """How a state that is not sharded yet will be."""
+        """The specs of a state that is about to be sharded."""
         params = {name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in state.params.items()}
         return SpecTree.of(state, params, field=None if self.stage == 3 else "opt_state")
 
     def _prepared(self, state: Any) -> Any:
         """A state that `init` has returned before, unchanged."""
         record: Sharding = slot(state, self.name)
-        size = 1 if self.cut is None else self.cut.size
+        size = 1 if self.layout is None else self.layout.size
         if (record.size, record.stage) != (size, self.stage):
             raise StateError(
                 f"this state was sharded by lm.fsdp(stage={record.stage}) over {record.size} ranks, and {self!r} shards"
@@ -234,21 +234,21 @@ class fsdp(Transform):
 
     def export(self, state: Any) -> Any:
         """The full state, on every rank; with `offload`, on the host."""
-        cut = self.cut
-        if cut is None:
+        layout = self.layout
+        if layout is None:
             return state
         specs = slot(state, self.name).specs
-        full = gather_tree(cut, row_shards.unshard(without_slot(state, self.name), self.mesh), specs)
+        full = gather_tree(layout, row_shards.unshard(without_slot(state, self.name), self.mesh), specs)
         if self.offload:
             return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, full)
         return full
 
     def shard_specs(self, state: Any) -> dict[int, ShardSpec]:
-        """This rank's rows of each leaf that is sharded, and of the row fields."""
-        cut = self.cut
-        if cut is None:
+        """This rank's rows of each sharded leaf, and of the row fields."""
+        layout = self.layout
+        if layout is None:
             return {}
-        return row_shards.specs(state, self.mesh) | shard_specs(cut, state, slot(state, self.name).specs)
+        return row_shards.specs(state, self.mesh) | shard_specs(layout, state, slot(state, self.name).specs)
 
     def _shapes(self, state: Any) -> Shapes:
         record: Sharding = slot(state, self.name)

@@ -46,7 +46,7 @@ class ShardReducer:
     def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """This rank's shards of the sums of `grads`, and the sum of `tail`."""
         shards = [shard for chunk in byte_chunks(grads) for shard in reduce_scatter(self._layout, grads[chunk])]
-        return shards, collectives.all_reduce(tail, "sum", self._layout.everyone)()
+        return shards, collectives.all_reduce(tail, "sum", self._layout.row_group)()
 
 
 class UnitReducer:
@@ -67,7 +67,7 @@ class UnitReducer:
 
     def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """`grads`, which are shards of sums already, and the sum of `tail`."""
-        return [*grads], collectives.all_reduce(tail, "sum", self._layout.everyone)()
+        return [*grads], collectives.all_reduce(tail, "sum", self._layout.row_group)()
 
 
 class TracedUnitReducer(UnitReducer):

@@ -64,7 +64,7 @@ def init_from_meta(
     else:
         full = {name: p for name, p in params.items() if p.shape == shapes[name] != layout.shape(shapes[name])}
         with sharding.bound(layout, ShardedParamGatherer(layout, shapes)):
-            opt_state = state.tx.init({**params, **{name: layout.part(p) for name, p in full.items()}})
+            opt_state = state.tx.init({**params, **{name: layout.shard(p) for name, p in full.items()}})
     state = state.replace(params=params, buffers=buffers, opt_state=opt_state, slots={})
     for transform in reversed(inside):
         state = transform.init(state)
@@ -85,8 +85,8 @@ def make_keep_fn(layout: ShardLayout | None, sharded: Collection[Any]) -> Keep:
             return full
         # As bytes where Gloo may not support the dtype.
         bytes_ = full if full.is_floating_point() and full.itemsize > 1 else full.view(-1).view(torch.uint8)
-        dist.broadcast(bytes_, group=layout.everyone, group_src=0)
-        return layout.part(full).clone() if key in sharded else full
+        dist.broadcast(bytes_, group=layout.row_group, group_src=0)
+        return layout.shard(full).clone() if key in sharded else full
 
     return keep
 

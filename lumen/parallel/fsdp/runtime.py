@@ -59,7 +59,7 @@ class FSDPRuntime(StepMesh):
     def comm(self) -> GradComm:
         """The ranks that have other rows."""
         assert self.layout is not None
-        return GradComm(self.layout.everyone)
+        return GradComm(self.layout.row_group)
 
     @functools.cached_property
     def bucket_plans(self) -> BucketPlanCache:

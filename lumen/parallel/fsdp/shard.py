@@ -1,7 +1,7 @@
-"""Cutting tensors along their first dim into the rows of each process, and putting them together again.
+"""Shards tensors along their first dim, one block of rows for each rank, and gathers them.
 
-With `W` processes and `n` rows each process has `⌈n / W⌉` rows, the last ones fewer or none: the layout of DTensor's
-`Shard(0)`. A tensor without dims stays whole everywhere.
+With `W` ranks and `n` rows each rank has `⌈n / W⌉` rows, the last ones fewer or none: the layout of DTensor's
+`Shard(0)`. A tensor without dims is replicated.
 """
 
 from __future__ import annotations
@@ -26,182 +26,185 @@ from lumen.parallel.opaque_ops import Operator
 
 
 class ShardLayout:
-    """How one process's parts lie in the whole: its place among `size`, and the processes themselves.
+    """How the shards of one rank, the one with this `index` among `size`, lie in the full tensors; and the ranks.
 
-    `group` holds the parts of one copy, `replicas` the same part of other copies, and `everyone` is both together.
-    They meet on `device`, where the parts may lie or not; None is where the parts lie.
+    `group` has the shards of one replica, `replicas` the same shard of each replica, and `row_group` is both together.
+    They communicate on `device`, where the shards may be or not; None is where the shards are.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
-        everyone: dist.ProcessGroup,
+        row_group: dist.ProcessGroup,
         device: torch.device | None = None,
     ) -> None:
-        self._group, self._everyone = GroupRef(group), GroupRef(everyone)
+        self._group, self._row_group = GroupRef(group), GroupRef(row_group)
         self._replicas = None if replicas is None else GroupRef(replicas)
         self.device = device
         self.size, self.index = self._group.size, self._group.index
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The processes that hold the parts of one copy."""
+        """The ranks that have the shards of one replica."""
         return self._group()
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:
-        """Those that hold the same part of other copies."""
+        """The ranks that have the same shard of each replica."""
         return None if self._replicas is None else self._replicas()
 
     @property
-    def everyone(self) -> dist.ProcessGroup:
-        """Both together."""
-        return self._everyone()
+    def row_group(self) -> dist.ProcessGroup:
+        """Both together: the ranks that have other rows of a batch."""
+        return self._row_group()
 
-    def rows(self, whole: Sequence[int]) -> tuple[int, int]:
-        """The first row of this process's part of a tensor of shape `whole`, and the row after its last."""
-        each = -(-whole[0] // self.size)
-        return min(self.index * each, whole[0]), min((self.index + 1) * each, whole[0])
+    def rows(self, full: Sequence[int]) -> tuple[int, int]:
+        """The first row of this rank's shard of a tensor of shape `full`, and the row after its last."""
+        count = -(-full[0] // self.size)
+        return min(self.index * count, full[0]), min((self.index + 1) * count, full[0])
 
-    def shape(self, whole: torch.Size) -> torch.Size:
-        """The shape of this process's part."""
-        if not whole:
-            return whole
-        start, stop = self.rows(whole)
-        return torch.Size((stop - start, *whole[1:]))
+    def shape(self, full: torch.Size) -> torch.Size:
+        """The shape of this rank's shard."""
+        if not full:
+            return full
+        start, stop = self.rows(full)
+        return torch.Size((stop - start, *full[1:]))
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This process's part of a whole tensor, a view."""
-        if not tensor.dim():
-            return tensor
-        start, stop = self.rows(tensor.shape)
-        return tensor[start:stop]
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's shard of a full tensor, a view."""
+        if not full.dim():
+            return full
+        start, stop = self.rows(full.shape)
+        return full[start:stop]
 
-    def piece(self, whole: torch.Size) -> ShardSpec:
-        """What this process's part is of a tensor of shape `whole`, which has dims."""
-        start, stop = self.rows(whole)
-        return rows_spec(whole, start, stop, owner=self._replicas is None or self._replicas.index == 0)
+    def spec(self, full: torch.Size) -> ShardSpec:
+        """Which rows of a tensor of shape `full`, which has dims, this rank's shard has."""
+        start, stop = self.rows(full)
+        return rows_spec(full, start, stop, owner=self._replicas is None or self._replicas.index == 0)
 
-    def padded(self, whole: torch.Size) -> int:
-        """How many entries each process sends of a tensor of shape `whole`."""
-        return -(-whole[0] // self.size) * math.prod(whole[1:]) if whole else 1
+    def padded_size(self, full: torch.Size) -> int:
+        """How many entries each rank sends of a tensor of shape `full`."""
+        return -(-full[0] // self.size) * math.prod(full[1:]) if full else 1
 
     def counts(self, path: str, leaf: Tensor) -> bool:
-        """Whether this process adds `leaf` to a sum over all entries: one without dims is whole everywhere."""
+        """Whether this rank adds `leaf` to a sum over all entries: one without dims is replicated."""
         return self.index == 0 or leaf.dim() > 0
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum over the parts of one copy, or the maximum over all processes; a new tensor."""
+        """The sum over the shards of one replica, or the maximum over all ranks; a new tensor."""
         sent = x.clone() if self.device is None else x.to(self.device, copy=True)
-        return collectives.all_reduce(sent, op, self.group if op == "sum" else self.everyone)().to(x.device)
+        return collectives.all_reduce(sent, op, self.group if op == "sum" else self.row_group)().to(x.device)
 
 
 class AllGatherHandle:
-    """Whole tensors on their way from the parts of all processes: one message for each dtype.
+    """An all-gather that is in flight: one message for each dtype, in `wire_dtype` of float32 where that is given.
 
-    In a graph they are not sent for before the tensors `after` have been computed.
+    In a graph it does not start before the tensors `after` have been computed.
     """
 
     def __init__(
         self,
-        cut: ShardLayout,
-        parts: Sequence[Tensor],
+        layout: ShardLayout,
+        shards: Sequence[Tensor],
         shapes: Sequence[torch.Size],
-        wire: torch.dtype | None,
+        wire_dtype: torch.dtype | None,
         after: Sequence[Tensor] = (),
     ) -> None:
-        self._cut, self._shapes = cut, shapes
-        self._dtypes = [part.dtype for part in parts]
-        self._sent: list[tuple[list[int], Tensor, WaitFn]] = []
-        self._here: list[tuple[list[int], Tensor]] = []
-        kinds: dict[torch.dtype, list[int]] = {}
-        for place, part in enumerate(parts):
-            kinds.setdefault(part.dtype, []).append(place)
-        for dtype, places in kinds.items():
-            narrow = wire if wire is not None and dtype == torch.float32 else dtype
-            sizes = [cut.padded(shapes[place]) for place in places]
-            sent = [parts[place].detach() for place in places]
+        self._layout, self._shapes = layout, shapes
+        self._dtypes = [shard.dtype for shard in shards]
+        self._messages: list[tuple[list[int], Tensor, WaitFn]] = []
+        self._gathered: list[tuple[list[int], Tensor]] = []
+        for dtype, indices in _by_dtype(shards).items():
+            narrow = wire_dtype if wire_dtype is not None and dtype == torch.float32 else dtype
+            sizes = [layout.padded_size(shapes[index]) for index in indices]
+            sent = [shards[index].detach() for index in indices]
             if rules.is_tracing():
                 flat = _PADDED(sent, sizes, narrow, after)
             else:
-                flat = _padded(sent, sizes, narrow, device=cut.device)
-            self._sent.append((places, flat, collectives.all_gather(flat, cut.group)))
+                flat = _padded(sent, sizes, narrow, device=layout.device)
+            self._messages.append((indices, flat, collectives.all_gather(flat, layout.group)))
 
-    def arrive(self) -> None:
-        """Wait, and let go of what was sent."""
-        self._here += [(places, arrived()) for places, _, arrived in self._sent]
-        self._sent.clear()
+    def wait(self) -> None:
+        """Wait, and free what was sent."""
+        self._gathered += [(indices, wait()) for indices, _, wait in self._messages]
+        self._messages.clear()
 
-    def into(self, wholes: Sequence[Tensor]) -> None:
-        """Wait, and fill the flat tensors `wholes`, each padded to equal parts."""
-        self.arrive()
-        for places, gathered in self._here:
-            sizes = [self._cut.padded(self._shapes[place]) for place in places]
-            columns = gathered.view(self._cut.size, -1).split(sizes, 1)
-            for place, column in zip(places, columns, strict=True):
-                if self._shapes[place]:
-                    wholes[place].view(self._cut.size, -1).copy_(column)
+    def copy_into(self, full: Sequence[Tensor]) -> None:
+        """Wait, and fill the flat tensors `full`, each padded to equal shards."""
+        self.wait()
+        for indices, gathered in self._gathered:
+            sizes = [self._layout.padded_size(self._shapes[index]) for index in indices]
+            columns = gathered.view(self._layout.size, -1).split(sizes, 1)
+            for index, column in zip(indices, columns, strict=True):
+                if self._shapes[index]:
+                    full[index].view(self._layout.size, -1).copy_(column)
                 else:
-                    wholes[place].copy_(column[0])
+                    full[index].copy_(column[0])
 
-    def made(self) -> list[Tensor]:
-        """Wait, and give new tensors, as a graph does."""
-        wholes: dict[int, Tensor] = {}
-        for places, _, arrived in self._sent:
-            shapes = [self._shapes[place] for place in places]
-            sizes = [self._cut.padded(shape) for shape in shapes]
-            flats = _TAKEN_APART(arrived(), sizes, [math.prod(shape) for shape in shapes])
-            for place, shape, flat in zip(places, shapes, flats, strict=True):
-                wholes[place] = flat.view(shape).to(self._dtypes[place])
-        return [wholes[place] for place in range(len(self._shapes))]
+    def new_tensors(self) -> list[Tensor]:
+        """Wait, and return new tensors, as a graph does."""
+        full: dict[int, Tensor] = {}
+        for indices, _, wait in self._messages:
+            shapes = [self._shapes[index] for index in indices]
+            sizes = [self._layout.padded_size(shape) for shape in shapes]
+            flats = _UNPACKED(wait(), sizes, [math.prod(shape) for shape in shapes])
+            for index, shape, flat in zip(indices, shapes, flats, strict=True):
+                full[index] = flat.view(shape).to(self._dtypes[index])
+        return [full[index] for index in range(len(self._shapes))]
 
-    def room(self) -> list[Tensor]:
-        """Flat tensors to gather into, allocated once what was held on the way is free again."""
-        self.arrive()
-        device = self._here[0][1].device
-        sizes = [self._cut.padded(shape) * (self._cut.size if shape else 1) for shape in self._shapes]
+    def allocate(self) -> list[Tensor]:
+        """Flat tensors for `copy_into`, allocated once the memory of the messages is free again."""
+        self.wait()
+        device = self._gathered[0][1].device
+        sizes = [self._layout.padded_size(shape) * (self._layout.size if shape else 1) for shape in self._shapes]
         return [torch.empty(size, dtype=dtype, device=device) for size, dtype in zip(sizes, self._dtypes, strict=True)]
 
 
+def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[int]]:
+    """The indices of the tensors of each dtype."""
+    indices: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        indices.setdefault(tensor.dtype, []).append(index)
+    return indices
+
+
 def _padded(
-    parts: Sequence[Tensor],
+    shards: Sequence[Tensor],
     sizes: Sequence[int],
     dtype: torch.dtype,
     after: Sequence[Tensor] = (),
     device: torch.device | None = None,
 ) -> Tensor:
-    """One flat tensor with the entries of each part, and zeros up to its size; on `device`, or where the parts are."""
-    out = torch.zeros(sum(sizes), dtype=dtype, device=device or parts[0].device)
-    for piece, part in zip(out.split(list(sizes)), parts, strict=True):
-        flat = part.reshape(-1)
-        if flat.device != out.device and flat.dtype != dtype:  # rounded there: else the host would wait for a copy
-            flat = flat.to(out.device, non_blocking=True)
-        piece[: part.numel()].copy_(flat, non_blocking=True)
-    return out
+    """One flat tensor with each shard padded by zeros to its size; on `device`, or where the shards are."""
+    message = torch.zeros(sum(sizes), dtype=dtype, device=device or shards[0].device)
+    for block, shard in zip(message.split(list(sizes)), shards, strict=True):
+        flat = shard.reshape(-1)
+        if flat.device != message.device and flat.dtype != dtype:  # rounded there: else the host would wait for a copy
+            flat = flat.to(message.device, non_blocking=True)
+        block[: shard.numel()].copy_(flat, non_blocking=True)
+    return message
 
 
-def _padded_shell(parts: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype, after: Any) -> Tensor:
-    return parts[0].new_empty(sum(sizes), dtype=dtype)
+def _padded_fake(shards: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype, after: Any) -> Tensor:
+    return shards[0].new_empty(sum(sizes), dtype=dtype)
 
 
-def _taken_apart(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
-    """The flat whole tensors, from each process's padded parts."""
+def _unpacked(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
+    """The flat full tensors, from each rank's padded shards."""
     columns = gathered.view(-1, sum(sizes)).split(list(sizes), 1)
     flats = [column.clone(memory_format=torch.contiguous_format).view(-1) for column in columns]
     return [flat[:numel] for flat, numel in zip(flats, numels, strict=True)]
 
 
-def _taken_apart_shell(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
+def _unpacked_fake(gathered: Tensor, sizes: Sequence[int], numels: Sequence[int]) -> list[Tensor]:
     return [gathered.new_empty(numel) for numel in numels]
 
 
 _PADDED = Operator(
-    "padded(Tensor[] parts, int[] sizes, ScalarType dtype, Tensor[] after) -> Tensor", _padded, _padded_shell
+    "padded(Tensor[] shards, int[] sizes, ScalarType dtype, Tensor[] after) -> Tensor", _padded, _padded_fake
 )
-_TAKEN_APART = Operator(
-    "taken_apart(Tensor gathered, int[] sizes, int[] numels) -> Tensor[]", _taken_apart, _taken_apart_shell
-)
+_UNPACKED = Operator("unpacked(Tensor gathered, int[] sizes, int[] numels) -> Tensor[]", _unpacked, _unpacked_fake)
 
 
 def alias(flat: Tensor, shape: torch.Size) -> Tensor:
@@ -210,109 +213,108 @@ def alias(flat: Tensor, shape: torch.Size) -> Tensor:
     return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
 
 
-def gather(cut: ShardLayout, parts: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The whole tensors of shapes `shapes`, from each process's parts, and where these lie."""
-    if not parts:
+def gather(layout: ShardLayout, shards: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The full tensors of shapes `shapes`, from each rank's shards, on the shards' device."""
+    if not shards:
         return []
-    going = AllGatherHandle(cut, parts, shapes, None)
+    handle = AllGatherHandle(layout, shards, shapes, None)
     if rules.is_tracing():
-        return going.made()
-    room = going.room()
-    going.into(room)
-    wholes = [alias(flat, shape) for flat, shape in zip(room, shapes, strict=True)]
-    return wholes if cut.device is None else [w.to(part.device) for w, part in zip(wholes, parts, strict=True)]
+        return handle.new_tensors()
+    flats = handle.allocate()
+    handle.copy_into(flats)
+    full = [alias(flat, shape) for flat, shape in zip(flats, shapes, strict=True)]
+    return full if layout.device is None else [x.to(shard.device) for x, shard in zip(full, shards, strict=True)]
 
 
-def reduce_scatter(cut: ShardLayout, wholes: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
-    """This process's parts of the sum of `wholes` over all processes, 16-bit ones summed in float32.
+def reduce_scatter(layout: ShardLayout, full: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
+    """This rank's shards of the sums of `full` over all ranks; 16-bit tensors are summed in float32.
 
     In a graph they are not sent before the tensors `after` have been computed.
     """
-    out: list[Tensor] = list(wholes)
-    kinds: dict[torch.dtype, list[int]] = {}
-    for place, whole in enumerate(wholes):
-        kinds.setdefault(whole.dtype, []).append(place)
-    for dtype, places in kinds.items():
+    shards: list[Tensor] = list(full)
+    for dtype, indices in _by_dtype(full).items():
         wide = torch.float32 if dtype in NARROW else dtype
-        for place, summed in zip(places, _summed(cut, [wholes[p] for p in places], wide, after), strict=True):
-            out[place] = summed.to(dtype)
-    return out
+        sums = _reduce_scatter_dtype(layout, [full[index] for index in indices], wide, after)
+        for index, shard in zip(indices, sums, strict=True):
+            shards[index] = shard.to(dtype)
+    return shards
 
 
-def _summed(cut: ShardLayout, wholes: Sequence[Tensor], wide: torch.dtype, after: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [cut.padded(whole.shape) for whole in wholes]
-    spread: Any = _SPREAD_OUT if rules.is_tracing() else _spread_out
-    mine = collectives.reduce_scatter(spread(wholes, sizes, cut.size, wide, after), cut.group)()
-    replicas = cut.replicas
+def _reduce_scatter_dtype(
+    layout: ShardLayout, full: Sequence[Tensor], wide: torch.dtype, after: Sequence[Tensor]
+) -> list[Tensor]:
+    sizes = [layout.padded_size(x.shape) for x in full]
+    pack: Any = _BY_RANK if rules.is_tracing() else _by_rank
+    flat = collectives.reduce_scatter(pack(full, sizes, layout.size, wide, after), layout.group)()
+    replicas = layout.replicas
     if replicas is not None:
-        mine = collectives.all_reduce(mine, "sum", replicas)()
-    shapes = [cut.shape(whole.shape) for whole in wholes]
-    pieces = mine.split(sizes)
-    return [piece[: math.prod(shape)].view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        flat = collectives.all_reduce(flat, "sum", replicas)()
+    shapes = [layout.shape(x.shape) for x in full]
+    return [block[: math.prod(shape)].view(shape) for block, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def _spread_out(
-    wholes: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
+def _by_rank(
+    full: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
 ) -> Tensor:
-    """One flat tensor: for each of `size` processes, one after the other, its padded part of each of `wholes`."""
-    flat = wholes[0].new_empty((size, sum(sizes)), dtype=dtype)
-    for column, whole in zip(flat.split(list(sizes), 1), wholes, strict=True):
-        _spread(column, whole)
+    """One flat tensor: for each of `size` ranks, one after the other, its padded shard of each tensor of `full`."""
+    flat = full[0].new_empty((size, sum(sizes)), dtype=dtype)
+    for column, x in zip(flat.split(list(sizes), 1), full, strict=True):
+        copy_rows(column, x)
     return flat.view(-1)
 
 
-def _spread_out_shell(
-    wholes: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
+def _by_rank_fake(
+    full: Sequence[Tensor], sizes: Sequence[int], size: int, dtype: torch.dtype, after: Sequence[Tensor]
 ) -> Tensor:
-    return wholes[0].new_empty(size * sum(sizes), dtype=dtype)
+    return full[0].new_empty(size * sum(sizes), dtype=dtype)
 
 
-_SPREAD_OUT = Operator(
-    "spread_out(Tensor[] wholes, int[] sizes, int size, ScalarType dtype, Tensor[] after) -> Tensor",
-    _spread_out,
-    _spread_out_shell,
+_BY_RANK = Operator(
+    "by_rank(Tensor[] full, int[] sizes, int size, ScalarType dtype, Tensor[] after) -> Tensor",
+    _by_rank,
+    _by_rank_fake,
 )
 
 
-def _spread(column: Tensor, whole: Tensor) -> None:
-    """Write `whole` into the rows of `column`, one for each process, with zeros at the end."""
-    if not whole.dim():
-        column.copy_(whole)
+def copy_rows(column: Tensor, full: Tensor) -> None:
+    """Copy `full` into the rows of `column`, one for each rank, with zeros at the end."""
+    if not full.dim():
+        column.copy_(full)
         return
-    flat, each = whole.reshape(-1), column.shape[1]
-    full = flat.numel() // each if each else 0
-    column[:full].copy_(flat[: full * each].view(full, each))
-    if full < column.shape[0]:
-        rest = flat[full * each :]
-        column[full:].zero_()
-        column[full, : rest.numel()].copy_(rest)
+    flat, length = full.reshape(-1), column.shape[1]
+    filled = flat.numel() // length if length else 0
+    column[:filled].copy_(flat[: filled * length].view(filled, length))
+    if filled < column.shape[0]:
+        remainder = flat[filled * length :]
+        column[filled:].zero_()
+        column[filled, : remainder.numel()].copy_(remainder)
 
 
 class ShardedParamGatherer:
-    """Parts of params whose whole `shapes` are known by name: `lumen.core.sharding.Wholes`."""
+    """Gathers params whose full `shapes` are known by name: a `lumen.core.sharding.ParamGatherer`."""
 
-    def __init__(self, cut: ShardLayout, shapes: Mapping[str, torch.Size]) -> None:
-        self._cut = cut
+    def __init__(self, layout: ShardLayout, shapes: Mapping[str, torch.Size]) -> None:
+        self._layout = layout
         self.shapes = dict(shapes)
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of the whole param."""
+        """The shape of the full param."""
         return self.shapes[name]
 
-    def gather(self, parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
-        """Whole tensors of this shape."""
-        return gather(self._cut, parts, [shape] * len(parts))
+    def gather(self, shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+        """Full tensors of this shape."""
+        return gather(self._layout, shards, [shape] * len(shards))
 
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's rows."""
-        return self._cut.part(whole)
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's rows."""
+        return self._layout.shard(full)
 
 
 def shard_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
     """`state` with this rank's shard, in memory of its own, of each leaf that `specs` names."""
     leaves, structure = tree.flatten(state)
     for index, _ in specs.locate(state):
-        leaves[index] = layout.part(leaves[index]).clone()
+        leaves[index] = layout.shard(leaves[index]).clone()
     return structure.unflatten(leaves)
 
 
@@ -333,15 +335,15 @@ def gather_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
 def shard_specs(layout: ShardLayout, state: Any, specs: SpecTree) -> dict[int, ShardSpec]:
     """Which rows this rank holds of each sharded leaf, by its index; leaves without dims are on every rank."""
     shapes = ((index, torch.Size(specs.params[name].shape)) for index, name in specs.locate(state))
-    return {index: layout.piece(shape) for index, shape in shapes if shape}
+    return {index: layout.spec(shape) for index, shape in shapes if shape}
 
 
-def flat_params(state: Any, said: str) -> dict[str, Tensor]:
-    """The params of `state`, by name; `ParamsError` where it has others, in which `said` is what is done with them."""
+def flat_params(state: Any, verb: str) -> dict[str, Tensor]:
+    """The params of `state`, by name; `ParamsError` where it has others. `verb` says who does what with them."""
     params = getattr(state, "params", None)
     if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
         raise ParamsError(
-            f"{said} state.params, a flat dict of tensors by name, as lm.TrainState has it;"
+            f"{verb} state.params, a flat dict of tensors by name, as lm.TrainState has it;"
             f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
         )
     return params

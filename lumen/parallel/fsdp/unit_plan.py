@@ -47,7 +47,7 @@ class UnitPlan:
         self._group = GroupRef(layout.group)
         self._replicas = None if layout.replicas is None else GroupRef(layout.replicas)
         self._dtypes = dtypes
-        self._padded = [layout.padded(shape) for shape in shapes]
+        self._padded = [layout.padded_size(shape) for shape in shapes]
         self._full = [(shape, torch.empty(shape, device="meta").stride()) for shape in shapes]
         self._is_even = [bool(shape) and shape[0] % self._size == 0 and math.prod(shape) > 0 for shape in shapes]
         self._shards = [(shape, math.prod(shape)) for shape in map(layout.shape, shapes)]

@@ -88,7 +88,7 @@ class TracedUnit(UnshardedUnit):
             self.context.reached = list(reached)
         self.launch()
         assert self._in_flight is not None
-        self.params = self._in_flight.made()
+        self.params = self._in_flight.new_tensors()
         self._in_flight = None
         self.context.record(self, self.params)
         return list(self.params)

@@ -18,8 +18,8 @@ def update_shards(
 ) -> tuple[Any, Any]:
     """Update this rank's rows of the params, and gather those of all ranks."""
     gatherer.shapes.update({name: p.shape for name, p in call.params.items()})
-    shards = {name: layout.part(p) for name, p in call.params.items()}
-    grads = {name: layout.part(g) for name, g in call.grads.items()} if stage == 1 else call.grads
+    shards = {name: layout.shard(p) for name, p in call.params.items()}
+    grads = {name: layout.shard(g) for name, g in call.grads.items()} if stage == 1 else call.grads
     inner = call.replace(params=shards, grads=grads)
     if stage == 1:
         with sharding.bound(layout, gatherer):
