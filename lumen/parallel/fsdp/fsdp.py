@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lumen import tree
@@ -44,8 +43,6 @@ from lumen.parallel.fsdp.shard import (
 )
 from lumen.parallel.fsdp.update_rule import update_shards
 from lumen.parallel.optimizer_check import check_optimizer
-
-Shapes = Mapping[str, torch.Size]
 
 
 @pytree_dataclass
@@ -249,10 +246,6 @@ class fsdp(Transform):
         if layout is None:
             return {}
         return row_shards.specs(state, self.mesh) | shard_specs(layout, state, slot(state, self.name).specs)
-
-    def _shapes(self, state: Any) -> Shapes:
-        record: Sharding = slot(state, self.name)
-        return {name: torch.Size(spec.shape) for name, spec in record.specs.params.items()}
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with params gathered where they are used, and gradients reduced over ranks."""
