@@ -72,7 +72,7 @@ def describe(path: Path) -> dict[str, Any]:
     leaves, extra = ({n: _sized(leaf) for n, leaf in fields.pop(item).items()} for item in ("leaves", "extra"))
     files = Reader(path).header.files
     size = sum(size for size, _ in files.values()) + (path / header.FILE).stat().st_size
-    totals = {"bytes": size, "files": len(files) + 1, "parts": _group_totals(leaves)}
+    totals = {"bytes": size, "files": len(files) + 1, "groups": _group_totals(leaves)}
     return {"kind": "checkpoint", "path": str(path), **fields, **totals, "leaves": leaves, "extra": extra}
 
 
@@ -143,7 +143,7 @@ def print_leaves(info: Mapping[str, Any]) -> None:
     print()
     groups = [
         (name, str(group["leaves"]), f"{group['elements']:,}", human_bytes(group["bytes"]))
-        for name, group in info["parts"].items()
+        for name, group in info["groups"].items()
     ]
     extra = _group_totals({f"extra/{name}": leaf for name, leaf in info["extra"].items()}).get("extra")
     if extra:

@@ -119,7 +119,7 @@ def freeze(pattern: Pattern | None = None, inner: GradientTransformation | None 
 class PartitionState:
     """The state of each group, in the order of the rules and the default last; () for a group without leaves."""
 
-    parts: tuple[Any, ...]
+    groups: tuple[Any, ...]
 
 
 def partition(
@@ -163,7 +163,7 @@ def group_rates(opt_state: Any) -> list[Tensor | None]:
     [0.5, 0.25]
     """
     if isinstance(opt_state, PartitionState):
-        return [learning_rate(state) for state in opt_state.parts]
+        return [learning_rate(state) for state in opt_state.groups]
     below = list(children(opt_state))
     rates = next((rates for rates in map(group_rates, below) if rates), [])
     if type(opt_state) is tuple:  # a chain, whose other members may scale
@@ -200,7 +200,7 @@ class _Partition:
     def update(self, grads: Any, state: PartitionState, params: Any) -> tuple[Any, PartitionState]:
         updates: dict[str, Any] = {}
         new = []
-        for transform, inner, (ps, gs) in zip(self.transforms, state.parts, self._split(params, grads), strict=True):
+        for transform, inner, (ps, gs) in zip(self.transforms, state.groups, self._split(params, grads), strict=True):
             group_updates, new_inner = transform.update_fn(gs, inner, ps) if ps else ({}, inner)
             updates.update(group_updates)
             new.append(new_inner)
@@ -208,7 +208,7 @@ class _Partition:
         return tree.unflatten(tree.structure(params), ordered), PartitionState(tuple(new))
 
     def fused(self, grads: Any, state: PartitionState, params: Any, skip: Tensor | None) -> PartitionState:
-        groups = zip(self.transforms, state.parts, self._split(params, grads), strict=True)
+        groups = zip(self.transforms, state.groups, self._split(params, grads), strict=True)
         return PartitionState(
             tuple(transform.in_place(gs, inner, ps, skip) if ps else inner for transform, inner, (ps, gs) in groups)
         )

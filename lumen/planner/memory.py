@@ -72,11 +72,11 @@ class _LiveStorage(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The peak memory: its size, when it occurred, its `parts` by category, and its blocks."""
+    """The peak memory: its size, when it occurred, its bytes `by_category`, and its blocks."""
 
     nbytes: int
     moment: Moment
-    parts: Mapping[str, int]
+    by_category: Mapping[str, int]
     blocks: Sequence[Block]
 
 

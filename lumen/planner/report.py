@@ -35,7 +35,7 @@ class Plan:
 
     `peak` is the peak memory of two steps, `start` that before the first step, and `host` that of the host's
     memory under `lm.fsdp(offload=True)`. Each has `nbytes`, its
-    `parts` by category, its `moment`, and the live `blocks`, the largest first. `traffic` lists the collectives of a
+    bytes `by_category`, its `moment`, and the live `blocks`, the largest first. `traffic` lists the collectives of a
     step, `flops` are its floating-point operations, `seconds` its shortest and longest time, and `suggestions` say what
     to change if it does not fit. `trace` is what was recorded.
     """
@@ -158,7 +158,7 @@ class Plan:
             "mesh": dict(self.trace.sizes),
             "device": self.device.name,
             "peak": self.peak.nbytes,
-            "parts": dict(self.peak.parts),
+            "by_category": dict(self.peak.by_category),
             "start": self.start.nbytes,
             "host": self.host.nbytes,
             "fits": self.fits,

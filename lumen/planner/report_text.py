@@ -63,7 +63,7 @@ def report_lines(plan: Plan) -> Iterator[str]:
 def _memory_lines(plan: Plan) -> Iterator[str]:
     peak = plan.peak
     yield f"memory at the peak of a step ({_where(peak)})"
-    for name, nbytes in peak.parts.items():
+    for name, nbytes in peak.by_category.items():
         if nbytes:
             share = nbytes / peak.nbytes
             yield f"  {name:16} {human_bytes(nbytes):>10}  {share:>4.0%}  {picture.bar(share)}"
@@ -74,7 +74,7 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     yield f"  {'before step 1':16} {human_bytes(plan.start.nbytes):>10}  ({plan.start.moment.stage}){verdict}"
     totals = [sum(point[1].values()) for point in picture.sampled(plan.timeline, _SPARKLINE_WIDTH)]
     if plan.host.nbytes:
-        categories = ", ".join(f"{name} {human_bytes(n)}" for name, n in plan.host.parts.items() if n)
+        categories = ", ".join(f"{name} {human_bytes(n)}" for name, n in plan.host.by_category.items() if n)
         yield f"  {'on the host':16} {human_bytes(plan.host.nbytes):>10}  ({categories})"
     yield f"  over a step      {picture.sparkline(totals)}"
     yield "  largest at the peak"

@@ -37,7 +37,7 @@ def _shard_more(step: Step, sizes: Mapping[str, int], world_size: int, peak: Pea
     level = next((getattr(t, "stage", 0) for t in step.transforms if t.level == "parallel"), None)
     if world_size < 2 or level == 3:
         shards = sizes.get("shard", 1)
-        nbytes = sum(peak.parts[name] for name in _STATE)
+        nbytes = sum(peak.by_category[name] for name in _STATE)
         if nbytes > limit / 2:
             yield (
                 f"params, optimizer state and gradients take {human_bytes(nbytes)}: shard them over more processes,"
@@ -47,7 +47,7 @@ def _shard_more(step: Step, sizes: Mapping[str, int], world_size: int, peak: Pea
     saved, level = 0.0, level or 0
     shares = {1: "optimizer", 2: "gradients", 3: "params"}
     for higher in range(level + 1, 4):
-        saved += peak.parts[shares[higher]] * (1 - 1 / world_size)
+        saved += peak.by_category[shares[higher]] * (1 - 1 / world_size)
         if saved > over or higher == 3:
             yield f"lm.fsdp(stage={higher}) would save about {human_bytes(saved)} on each process."
             return
@@ -56,13 +56,13 @@ def _shard_more(step: Step, sizes: Mapping[str, int], world_size: int, peak: Pea
 def _donate(step: Step, peak: Peak) -> Iterator[str]:
     """Update the state in place."""
     if peak.moment.phase == "update" and not any(t.donates for t in step.transforms):
-        nbytes = (peak.parts["params"] + peak.parts["optimizer"]) / 2
+        nbytes = (peak.by_category["params"] + peak.by_category["optimizer"]) / 2
         yield f"lm.donate() updates in place, which saves about {human_bytes(nbytes)} for the copy of the state."
 
 
 def _reduce_activations(step: Step, peak: Peak, limit: float) -> Iterator[str]:
     """Store fewer activations."""
-    nbytes = peak.parts["activations"] + peak.parts["temporary"]
+    nbytes = peak.by_category["activations"] + peak.by_category["temporary"]
     if nbytes < peak.nbytes / 3:
         return
     if not any(t.level == "remat" for t in step.transforms):

@@ -84,7 +84,7 @@ OPTIMIZERS = {  # and what each keeps by the params' names
     "custom": (custom, lambda s: [s["kept"], s["odd"]]),
     "partition": (
         lambda: lm.optim.partition({"up.*": lm.optim.sgd(0.1, momentum=0.9)}, default=lm.optim.adam(0.1)),
-        lambda s: [s.parts[0].trace, s.parts[1].mu, s.parts[1].nu],
+        lambda s: [s.groups[0].trace, s.groups[1].mu, s.groups[1].nu],
     ),
 }
 

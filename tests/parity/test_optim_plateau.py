@@ -60,7 +60,7 @@ def test_plateau_is_found_in_a_partition_and_runs_for_many_lanes():
     lanes = torch.func.vmap(lambda _: opt_state, in_dims=0)(torch.arange(3))
     report = torch.func.vmap(optim.plateau_step)
     lanes = report(report(lanes, torch.tensor([1.0, 1.0, 1.0])), torch.tensor([0.5, 1.0, 2.0]))
-    assert lanes.parts[0][1].scale.tolist() == [1.0, 0.5, 0.5]
+    assert lanes.groups[0][1].scale.tolist() == [1.0, 0.5, 0.5]
 
 
 def test_a_report_that_nothing_takes_is_refused():

@@ -136,7 +136,7 @@ def test_a_checkpoint_as_json(run: Path, capsys: Capture) -> None:
     assert code == 0
     assert found["kind"] == "checkpoint"
     assert found["leaves"]["params/weight"] == {"kind": "tensor", "dtype": "float32", "shape": [1, 2], "bytes": 8}
-    assert found["parts"]["params"] == {"leaves": 2, "elements": 3, "bytes": 12}
+    assert found["groups"]["params"] == {"leaves": 2, "elements": 3, "bytes": 12}
     assert found["meta"]["config"] == {"lr": 0.1, "note": "first try"}
     assert found["verified"] is True
     path = run / "checkpoints" / "6"

@@ -49,7 +49,7 @@ def put(shelf: Path, name: str, version: str, code: str | None = "") -> None:
 
 def look(requirement: str, extra: str | None = None, quick: bool = False) -> tuple[str, str, str]:
     found = packages.check_package(requirement, extra, quick=quick)
-    return found.status, found.found, found.fix
+    return found.status, found.detail, found.fix
 
 
 def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
 
 def test_all_that_is_installed_here_is_found() -> None:
     found = {each.name: each for each in packages.check_packages(quick=True)}
-    assert found["torch"].found.startswith(f"{version_of('torch')}, built for ")
+    assert found["torch"].detail.startswith(f"{version_of('torch')}, built for ")
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
 
 
@@ -81,7 +81,7 @@ def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
     monkeypatch.setattr(packages, "_INTERNALS_PROGRAM", lacking + packages._INTERNALS_PROGRAM)
     found = packages.check_internals()
-    assert (found.status, found.found) == ("broken", f"ImportError: torch lacks {gone}")
+    assert (found.status, found.detail) == ("broken", f"ImportError: torch lacks {gone}")
     assert "pip install 'torch==2." in found.fix
 
 
@@ -118,7 +118,7 @@ def test_a_child_is_none_of_the_launchers(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_whole_environment_or_none_is_ok(told: dict[str, str], found: str) -> None:
     answer = check_environment(told)
     assert (answer.status, answer.fix) == ("ok", "")
-    assert answer.found.startswith(found)
+    assert answer.detail.startswith(found)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_a_whole_environment_or_none_is_ok(told: dict[str, str], found: str) -> 
 def test_half_an_environment_is_told(told: dict[str, str], found: str, fix: str) -> None:
     answer = check_environment(told)
     assert answer.status == "broken"
-    assert found in answer.found
+    assert found in answer.detail
     assert fix in answer.fix
 
 
 def test_more_processes_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert check_environment({**WORLD, "LOCAL_RANK": "0"}).status == "ok"
-    assert "there are 1 GPUs" in check_environment({**WORLD, "LOCAL_RANK": "1"}).found
+    assert "there are 1 GPUs" in check_environment({**WORLD, "LOCAL_RANK": "1"}).detail
 
 
 @pytest.mark.distributed
@@ -150,11 +150,11 @@ def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> N
     assert names[:3] == ["environment", "gloo", "nccl"]
     assert "two processes" not in names
     met = {each.name: each for each in check_processes(quick=False)}["two processes"]
-    assert (met.status, met.found) == ("ok", "an all-reduce over Gloo succeeds")
+    assert (met.status, met.detail) == ("ok", "an all-reduce over Gloo succeeds")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     met = {each.name: each for each in check_processes(quick=False)}["two processes"]
     assert met.status == "broken"
-    assert "nosuch0" in met.found
+    assert "nosuch0" in met.detail
     assert "GLOO_SOCKET_IFNAME" in met.fix
 
 
@@ -164,8 +164,8 @@ def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> N
 def test_devices_are_tried() -> None:
     found = {each.name: each for each in machine.check_devices()}
     assert found["CPU"].status == "ok"
-    assert torch.backends.cpu.get_cpu_capability() in found["CPU"].found
-    assert found["float32 products"].found == "computed in float32 ('highest')"
+    assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
+    assert found["float32 products"].detail == "computed in float32 ('highest')"
     cuda = [name for name in found if name.startswith("CUDA")]
     assert cuda == ([f"CUDA {i}" for i in range(torch.cuda.device_count())] or ["CUDA"])
 
@@ -183,11 +183,11 @@ def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = machine.check_compiler()
     assert (found.status, found.name) == ("broken", "torch.compile")
-    assert "C++ compiler" in found.found
+    assert "C++ compiler" in found.detail
     assert "apt-get install g++" in found.fix
     monkeypatch.delenv("CXX")
     found = machine.check_compiler()
-    assert (found.status, found.found) == ("ok", "compiles for cpu")
+    assert (found.status, found.detail) == ("ok", "compiles for cpu")
 
 
 # ----------------------------------------------------------------------------------------------- storage
@@ -200,19 +200,19 @@ def statuses(directory: Path) -> dict[str, Finding]:
 def test_a_directory_that_takes_checkpoints(tmp_path: Path) -> None:
     found = statuses(tmp_path)
     assert [each.status for each in found.values()] == ["ok"] * 3
-    assert found[str(tmp_path)].found.startswith("writable; 1 MiB was synced to disk in ")
+    assert found[str(tmp_path)].detail.startswith("writable; 1 MiB was synced to disk in ")
     deeper = tmp_path / "runs" / "a"
-    assert f"can be created in {tmp_path};" in statuses(deeper)[str(deeper)].found
+    assert f"can be created in {tmp_path};" in statuses(deeper)[str(deeper)].detail
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_directories_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (finding,) = statuses(tmp_path / "file" / "runs").values()
-    assert (finding.status, finding.found) == ("broken", f"{tmp_path / 'file'} is not a directory")
+    assert (finding.status, finding.detail) == ("broken", f"{tmp_path / 'file'} is not a directory")
     (finding,) = statuses(Path("/proc/lumen")).values()
     assert finding.status == "broken"
-    assert finding.found.startswith("cannot write to /proc: ")
+    assert finding.detail.startswith("cannot write to /proc: ")
     monkeypatch.setattr(storage, "_MIN_FREE", 2**62)
     assert statuses(tmp_path)["space"].status == "broken"
 

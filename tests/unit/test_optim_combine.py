@@ -139,8 +139,8 @@ class TestPartition:
     def test_memory_is_kept_for_own_leaves_only(self):
         tx = optim.partition({"head.*": optim.adamw(0.1)}, default=optim.freeze())
         opt_state = tx.init(tensors(0))
-        assert list(opt_state.parts[0].mu) == ["head.weight"]
-        assert opt_state.parts[1] == ()
+        assert list(opt_state.groups[0].mu) == ["head.weight"]
+        assert opt_state.groups[1] == ()
 
     def test_nested_names_and_nested_partitions(self):
         params = {"encoder": {"fc": [torch.ones(2), torch.ones(2)]}, "head": (torch.ones(2),)}

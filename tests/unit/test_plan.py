@@ -87,8 +87,8 @@ def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says
     found = plan_loaded(lambda: seven, mesh={"shard": 64, "data": 16})
     params = 32 * (12 * 4096**2 + 10 * 4096) + 2 * 50_304 * 4096
     assert params > 6.8e9
-    assert found.peak.parts["params"] == pytest.approx(4 * params / 64, rel=0.01)
-    assert found.peak.parts["optimizer"] == pytest.approx(8 * params / 64, rel=0.01)
+    assert found.peak.by_category["params"] == pytest.approx(4 * params / 64, rel=0.01)
+    assert found.peak.by_category["optimizer"] == pytest.approx(8 * params / 64, rel=0.01)
     sent = {each.kind: each for each in found.traffic if each.carried > 1000}
     assert sent["all-gather"].axes == sent["reduce-scatter"].axes == "shard"
     assert sent["all-reduce"].axes == "data"
@@ -101,8 +101,8 @@ def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says
 
 def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
     few, many = planned(lm.fsdp(), world_size=2), planned(lm.fsdp(), world_size=32)
-    assert many.peak.parts["optimizer"] * 14 < few.peak.parts["optimizer"]
-    assert many.peak.parts["batch"] == few.peak.parts["batch"]
+    assert many.peak.by_category["optimizer"] * 14 < few.peak.by_category["optimizer"]
+    assert many.peak.by_category["batch"] == few.peak.by_category["batch"]
     assert many.flops == few.flops
 
 
@@ -203,7 +203,7 @@ def test_memory_follows_storages_their_views_and_their_sizes():
         del x
     assert [change.nbytes for change in memory.changes] == [400, -400, 800, -800]
     assert memory.peak().nbytes == 800
-    assert memory.peak().parts["gathered params"] == 800
+    assert memory.peak().by_category["gathered params"] == 800
 
 
 def test_phases_and_samples_of_a_step():
@@ -221,7 +221,7 @@ def test_phases_and_samples_of_a_step():
 def test_what_does_not_fit_gets_advice_and_what_fits_gets_none():
     assert planned(lm.ddp(), lm.donate(), world_size=8).suggestions == []
     need = planned(lm.ddp(), lm.donate(), world_size=8, width=256)
-    limit = need.peak.parts["params"] * 3.4
+    limit = need.peak.by_category["params"] * 3.4
     assert need.peak.nbytes > limit
     (first, *_) = planned(lm.ddp(), lm.donate(), world_size=8, width=256, memory=limit).suggestions
     assert "lm.fsdp(stage=" in first

@@ -48,7 +48,7 @@ def found(*inner, **options):
 )
 def test_the_device_holds_no_state_and_the_host_all_of_it(inner):
     ours = found(*inner, offload=True)
-    assert {name: ours.peak.parts[name] for name in ("params", "optimizer")} == {"params": 0, "optimizer": 0}
+    assert {name: ours.peak.by_category[name] for name in ("params", "optimizer")} == {"params": 0, "optimizer": 0}
     assert ours.host.nbytes >= 3 * PART
     assert "on the host" in str(ours)
 
@@ -60,7 +60,7 @@ def test_recomputation_is_refused():
 
 def test_without_offload_nothing_is_on_the_host():
     theirs = found()
-    assert theirs.peak.parts["params"] >= PART
+    assert theirs.peak.by_category["params"] >= PART
     assert theirs.host.nbytes == 0
     assert "on the host" not in str(theirs)
 
@@ -74,4 +74,4 @@ def test_a_plan_leaves_no_device_behind():
 
 def test_autocast_is_followed_on_a_device_that_is_not_there():
     ours, theirs = found(lm.precision("bf16"), offload=True), found(offload=True)
-    assert ours.peak.parts["activations"] < theirs.peak.parts["activations"]
+    assert ours.peak.by_category["activations"] < theirs.peak.by_category["activations"]

@@ -43,9 +43,9 @@ def check_processes(quick: bool) -> Iterator[Finding]:
 def check_environment(variables: Mapping[str, str]) -> Finding:
     """Check that the launcher's variables are all set, or none of them.
 
-    >>> check_environment({}).found
+    >>> check_environment({}).detail
     'no launcher started this process: a script runs as a single process'
-    >>> check_environment({"RANK": "0", "WORLD_SIZE": "2"}).found
+    >>> check_environment({"RANK": "0", "WORLD_SIZE": "2"}).detail
     'RANK=0, WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT not set'
     """
     name = "environment"

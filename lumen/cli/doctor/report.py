@@ -13,7 +13,7 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report: `found` describes the component, `fix` says what to do if `status` is not "ok".
+    """One line of a report: `detail` describes the component, `fix` says what to do if `status` is not "ok".
 
     A missing component is optional; a broken one prevents training.
     """
@@ -21,7 +21,7 @@ class Finding:
     section: str
     name: str
     status: Status
-    found: str
+    detail: str
     fix: str = ""
 
 
@@ -32,7 +32,7 @@ def print_report(findings: Iterable[Finding]) -> None:
         if finding.section != section:
             print(("\n" if section else "") + finding.section)
             section = finding.section
-        first, *more = tables.escape(finding.found).split("\n")
+        first, *more = tables.escape(finding.detail).split("\n")
         print(f"  {finding.status:7}  {tables.escape(finding.name):23}  {first}".rstrip())
         for line in [*more, *(f"fix: {tables.escape(finding.fix)}".split("\n") if finding.fix else [])]:
             print(f"{'':36}{line}")
