@@ -51,7 +51,9 @@ def sums_of_all():
     comm = GradComm(layout.everyone)
     tail = [torch.ones(2) * (distributed.rank() + 1), torch.tensor(5.0)]
     buckets = Buckets(comm, BucketPlanCache(comm, 2**20), overlap=False)
-    sums, tails = zip(*[r.finish(list(grads), tail) for r in (buckets, ShardReducer(layout))], strict=True)
+    sums, tails = zip(
+        *[r.finish([g.clone() for g in grads], tail) for r in (buckets, ShardReducer(layout))], strict=True
+    )
     shards = UnitPlan(layout, [g.shape for g in grads], DTYPES, None).reduce_scatter(grads)
     units, unit_tail = UnitReducer(layout).finish(shards, tail)
     none, engine_tail = EngineReducer(comm).finish(grads, tail)

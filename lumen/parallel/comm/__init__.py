@@ -1,1 +1,1 @@
-"""Communication between processes: meshes and process groups, collectives, buckets, consistency checks."""
+"""Communication between ranks: meshes and process groups, collectives, buckets, consistency checks."""

@@ -1,4 +1,4 @@
-"""`lm.mesh`: the processes of a run as a grid with named axes."""
+"""`lm.mesh`: the ranks of a run as a grid with named axes."""
 
 from __future__ import annotations
 

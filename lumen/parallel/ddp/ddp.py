@@ -170,7 +170,7 @@ class ddp(Transform):
         return row_shards.specs(state, self.mesh)
 
     def wrap(self, step: StepFn) -> StepFn:
-        """The step with gradients summed over processes."""
+        """The step with gradients summed over ranks."""
         self._check_inside(as_step(step).transforms)
         checks = BufferChecks("lm.ddp")
         unapplied = Unapplied(self, step, "synchronized no BatchNorm")

@@ -1,1 +1,1 @@
-"""Fully sharded data parallelism: params, gradients and optimizer state sharded over processes."""
+"""Fully sharded data parallelism: params, gradients and optimizer state sharded over ranks."""

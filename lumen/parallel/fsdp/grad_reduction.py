@@ -142,7 +142,7 @@ class FSDPRule(DataParallelRule):
             context.idle = idle
             proxies = {}
             for name, shard in params.items():
-                proxies[name] = _proxy(context, name, shard)
+                proxies[name] = (_nested_proxy if isinstance(shard, LazyParam) else LazyParam.of)(context, name, shard)
             try:
                 with context.saving():
                     result = loss(proxies, *args)
@@ -153,11 +153,9 @@ class FSDPRule(DataParallelRule):
         return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(other, has_aux, reducer, idle))
 
 
-def _proxy(context: UnshardContext, name: str, shard: Tensor) -> LazyParam:
-    """The param `name` as a loss function sees it. A shard of `lm.tensor_parallel` inside is gathered by that last."""
-    if isinstance(shard, LazyParam):
-        return LazyParam.of(shard.source, name, LazyParam.of(context, name, shard.shard))
-    return LazyParam.of(context, name, shard)
+def _nested_proxy(context: UnshardContext, name: str, shard: LazyParam) -> LazyParam:
+    """The param `name`, of which `lm.tensor_parallel` inside has a shard: that is gathered last."""
+    return LazyParam.of(shard.source, name, LazyParam.of(context, name, shard.shard))
 
 
 def _check_params(params: Any, shapes: Mapping[str, torch.Size]) -> None:

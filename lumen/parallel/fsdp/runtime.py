@@ -1,4 +1,4 @@
-"""What one step of `lm.fsdp` keeps on the host: its processes, the units of its models, and the running passes."""
+"""What one step of `lm.fsdp` keeps on the host: its mesh, the units of its models, and the running passes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BUCKET = 25 * 2**20  # bytes
 
 
 class FSDPRuntime(StepMesh):
-    """The processes, units and passes of one step."""
+    """The mesh, units and passes of one step."""
 
     def __init__(self, mesh: Mesh | None, transform: fsdp) -> None:
         super().__init__(mesh, "shard")

@@ -84,9 +84,10 @@ class UnitPlan:
         """
         received = []
         while in_flight:
-            message, _, gathered, work = in_flight.pop(0)
-            work.wait()
-            received.append((message, gathered))
+            sent = in_flight.pop(0)
+            sent[-1].wait()
+            received.append((sent[0], sent[2]))
+            del sent
         if buffers:
             for buffer in buffers:
                 buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
@@ -111,21 +112,26 @@ class UnitPlan:
 
     def reduce_scatter(self, grads: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
         """This rank's shards of the sums of `grads` over all ranks; 16-bit gradients are summed in float32."""
-        size, shards = self._size, list(grads)
+        shards = list(grads)
         for message in self._messages:
-            flat = grads[message.indices[0]].new_empty((size, message.numel), dtype=message.reduce_dtype)
-            for index, column in zip(message.indices, flat.split(message.sizes, 1), strict=True):
-                if self._is_even[index]:
-                    column.copy_(grads[index].reshape(size, -1))
-                else:
-                    _fill_uneven(column, grads[index])
-            summed = collectives.reduce_scatter_eager(flat.view(-1), size, self._group())
+            summed = collectives.reduce_scatter_eager(self._packed(message, grads), self._size, self._group())
             if self._replicas is not None:
                 summed = collectives.all_reduce(summed, "sum", self._replicas())()
             for index, block in zip(message.indices, summed.split(message.sizes), strict=True):
                 shape, numel = self._shards[index]
                 shards[index] = block[:numel].view(shape).to(message.dtype)
         return shards
+
+    def _packed(self, message: Message, grads: Sequence[Tensor]) -> Tensor:
+        """One flat tensor: for each rank, in order, its padded shards of `grads`."""
+        size = self._size
+        flat = grads[message.indices[0]].new_empty((size, message.numel), dtype=message.reduce_dtype)
+        for index, column in zip(message.indices, flat.split(message.sizes, 1), strict=True):
+            if self._is_even[index]:
+                column.copy_(grads[index].reshape(size, -1))
+            else:
+                _fill_uneven(column, grads[index])
+        return flat.view(-1)
 
 
 def _fill_uneven(column: Tensor, grad: Tensor) -> None:
