@@ -385,14 +385,14 @@ BAD = {
     "rows": (BatchError, "different rows", lambda: cut(GPT, batch=odd_rows())),
     "sequence": (
         ParamsError,
-        "a tensor of shape (4, 5, 8) was to be cut along its dim 1 over 2 processes",
+        "a tensor of shape (4, 5, 8) cannot be sharded along its dim 1 over 2 ranks",
         lambda: cut(PLANS["tiny", True], batch={**batches(1, 4)[0], "x": torch.ones(4, 5, dtype=torch.float64)}),
     ),
     "states": (WorldError, "differ", lambda: cut({"up": Colwise(output="whole")}, model="rank")),
     "compile": (OrderError, "cannot trace lm.tensor_parallel", lambda: cut(GPT, outer=[lm.compile()])),
-    "auto": (OrderError, "retry on the process", lambda: cut(GPT, inner=[lm.accumulate("auto")])),
+    "auto": (OrderError, "retry on the rank", lambda: cut(GPT, inner=[lm.accumulate("auto")])),
     "dp_sgd": (OrderError, "each example's gradient", lambda: cut(GPT, inner=[lm.dp_sgd(clip=1.0, noise=1.0)])),
-    "nobody": (OrderError, "nothing joins their gradients", lambda: cut(GPT, dim={"data": 2})),
+    "nobody": (OrderError, "nothing reduces their gradients", lambda: cut(GPT, dim={"data": 2})),
     "meshes": (WorldError, "share one mesh", lambda: cut(GPT, outer=[lm.ddp(mesh(data=2, device="cpu"))])),
 }
 

@@ -1,12 +1,15 @@
-"""What travels between the processes that compute one model together, so that gradients come out right.
+"""Collectives with gradients, between the ranks that compute one model together.
 
-A tensor is *whole* (the same on every process), *cut* (each has a part along one dim), or *partial* (each has a term of
-its sum). Each move is the transpose of another: what goes one way in the forward pass goes the other in the backward
-pass, and once more where a gradient is differentiated again.
+A tensor is *replicated* (the same on every rank), *sharded* (each rank has a shard along one dim), or *partial* (each
+has a term of its sum). Each collective is the transpose of another: the backward pass of one is the other, also where a
+gradient is differentiated again. A region is the layers that compute on shards.
 
-    copy     whole   -> whole, read by what is cut      sum      partial -> whole
-    slice    whole   -> cut                             gather   cut     -> whole, read by what is whole
-    scatter  partial -> cut                             spread   cut     -> whole, read by what is cut
+    copy                    replicated -> replicated, read inside a region
+    sum                     partial    -> replicated
+    slice                   replicated -> sharded
+    gather                  sharded    -> replicated, read outside regions
+    scatter                 partial    -> sharded
+    all_gather_reduce_grad  sharded    -> replicated, read inside a region
 """
 
 from __future__ import annotations
@@ -21,20 +24,20 @@ from lumen.errors import ParamsError
 from lumen.parallel.comm.collectives import _all_gather, _reduce_scatter
 from lumen.parallel.comm.process_groups import GroupRef
 
-Op = Literal["copy", "sum", "slice", "gather", "scatter", "spread"]
+Op = Literal["copy", "sum", "slice", "gather", "scatter", "all_gather_reduce_grad"]
 
 _TRANSPOSE: dict[Op, Op] = {
     "copy": "sum",
     "sum": "copy",
     "slice": "gather",
     "gather": "slice",
-    "scatter": "spread",
-    "spread": "scatter",
+    "scatter": "all_gather_reduce_grad",
+    "all_gather_reduce_grad": "scatter",
 }
 
 
 class TPGroup:
-    """The processes along a mesh's `tensor` axis, as this one sees them."""
+    """The ranks along a mesh's `tensor` axis, and the index of this one."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = GroupRef(group)
@@ -42,64 +45,64 @@ class TPGroup:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The processes."""
+        """Torch's process group of the ranks."""
         return self._group()
 
     def __deepcopy__(self, _memo: Any) -> TPGroup:
-        return self  # a module that moves tensors over it may be copied, the processes may not
+        return self  # a module that refers to it may be copied, a process group may not
 
-    def move(self, op: Op, x: Tensor, dim: int = 0, known: Tensor | None = None) -> Tensor:
-        """`x` after `op`, along `dim`; `known` is what another move has made of it already."""
-        moved: Tensor = _Move.apply(x, self, op, dim % x.dim(), known)  # type: ignore[no-untyped-call]
+    def move(self, op: Op, x: Tensor, dim: int = 0, result: Tensor | None = None) -> Tensor:
+        """`x` after `op`, along `dim`; `result` is given where another collective has computed it already."""
+        moved: Tensor = _Move.apply(x, self, op, dim % x.dim(), result)  # type: ignore[no-untyped-call]
         return moved
 
     def gather(self, x: Tensor, dim: int, groups: int = 1) -> Tensor:
-        """The whole tensor, for what is whole, of parts along `dim` that were cut in `groups`."""
+        """The full tensor, to be read outside regions, from shards along `dim` in `groups` blocks."""
         return _regrouped(self.move("gather", x, dim), dim, self.size, groups)
 
     def slice(self, x: Tensor, dim: int, groups: int = 1) -> Tensor:
-        """This process's part of a whole tensor; each of the `groups` along `dim` is cut."""
+        """This rank's shard of a full tensor; each of the `groups` blocks along `dim` is sharded."""
         return self.move("slice", _regrouped(x, dim, groups, self.size), dim)
 
     # ------------------------------------------------------------------------------------- on plain tensors
 
     def forward(self, op: Op, x: Tensor, dim: int) -> Tensor:
-        """What `op` makes of `x`, in memory of its own but for "copy"."""
+        """The result of `op` on `x`, a new tensor except after "copy"."""
         if op == "copy":
             return x.view_as(x)
         if op == "sum":
             return self.reduce(x, "sum")
         if op == "slice":
-            each = self._each(x, dim)
-            return x.narrow(dim, self.index * each, each).clone(memory_format=torch.contiguous_format)
+            length = self._shard_length(x, dim)
+            return x.narrow(dim, self.index * length, length).clone(memory_format=torch.contiguous_format)
         if op == "scatter":
-            return self._scattered(x, dim)
-        return self._joined(x, dim)
+            return self._reduce_scatter(x, dim)
+        return self._all_gather(x, dim)
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """The sum or the maximum over the processes; a new tensor."""
-        out = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
-        return out
+        """The sum or the maximum over the ranks; a new tensor."""
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+        return total
 
-    def _joined(self, x: Tensor, dim: int) -> Tensor:
-        mine = x.movedim(dim, 0).contiguous()
-        out = mine.new_empty((self.size * mine.shape[0], *mine.shape[1:]))
-        _all_gather(out, mine, group=self.group)
-        return out.movedim(0, dim)
+    def _all_gather(self, x: Tensor, dim: int) -> Tensor:
+        shard = x.movedim(dim, 0).contiguous()
+        full = shard.new_empty((self.size * shard.shape[0], *shard.shape[1:]))
+        _all_gather(full, shard, group=self.group)
+        return full.movedim(0, dim)
 
-    def _scattered(self, x: Tensor, dim: int) -> Tensor:
-        each = self._each(x, dim)
+    def _reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        length = self._shard_length(x, dim)
         terms = x.movedim(dim, 0).contiguous()
-        out = terms.new_empty((each, *terms.shape[1:]))
-        _reduce_scatter(out, terms, group=self.group)
-        return out.movedim(0, dim)
+        shard = terms.new_empty((length, *terms.shape[1:]))
+        _reduce_scatter(shard, terms, group=self.group)
+        return shard.movedim(0, dim)
 
-    def _each(self, x: Tensor, dim: int) -> int:
-        """The size of a part along `dim`."""
+    def _shard_length(self, x: Tensor, dim: int) -> int:
+        """The size of a shard along `dim`."""
         if x.shape[dim] % self.size:
             raise ParamsError(
-                f"a tensor of shape {tuple(x.shape)} was to be cut along its dim {dim} over {self.size} processes,"
+                f"a tensor of shape {tuple(x.shape)} cannot be sharded along its dim {dim} over {self.size} ranks,"
                 " which do not divide it. Give sequences of a length that they divide, or a plan without sequence=True."
             )
         return x.shape[dim] // self.size
@@ -107,26 +110,28 @@ class TPGroup:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, team: TPGroup, op: Op, dim: int, known: Tensor | None) -> Tensor:
-        return team.forward(op, x, dim) if known is None else known.view_as(known)
+    def forward(x: Tensor, tp_group: TPGroup, op: Op, dim: int, result: Tensor | None) -> Tensor:
+        return tp_group.forward(op, x, dim) if result is None else result.view_as(result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, TPGroup, Op, int, Tensor | None], output: Tensor) -> None:
-        _, ctx.team, ctx.op, ctx.dim, _ = inputs
+        _, ctx.tp_group, ctx.op, ctx.dim, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.team.move(_TRANSPOSE[ctx.op], grad, ctx.dim), None, None, None, None
+        return ctx.tp_group.move(_TRANSPOSE[ctx.op], grad, ctx.dim), None, None, None, None
 
     @staticmethod
-    def vmap(_info: Any, in_dims: Any, x: Tensor, team: TPGroup, op: Op, dim: int, _known: Any) -> tuple[Tensor, Any]:
+    def vmap(
+        _info: Any, in_dims: Any, x: Tensor, tp_group: TPGroup, op: Op, dim: int, _result: Any
+    ) -> tuple[Tensor, Any]:
         if in_dims[0] is None:
-            return team.move(op, x, dim), None
-        return team.move(op, x.movedim(in_dims[0], 0), dim + 1), 0
+            return tp_group.move(op, x, dim), None
+        return tp_group.move(op, x.movedim(in_dims[0], 0), dim + 1), 0
 
 
 def _regrouped(x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
-    """`x` with what lies along `dim` as `outer` blocks of `inner` blocks turned into `inner` blocks of `outer`."""
+    """`x` whose `outer` blocks of `inner` blocks along `dim` become `inner` blocks of `outer` blocks."""
     if outer == 1 or inner == 1:
         return x
     dim %= x.dim()

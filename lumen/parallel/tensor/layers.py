@@ -1,4 +1,4 @@
-"""What the modules of a plan do in place of their own forward, on this process's parts of their params.
+"""The forward functions of a plan's modules, which compute on this rank's shards of their params.
 
 Shapes: B batch, T time, C width, V rows of an embedding.
 """
@@ -23,39 +23,42 @@ from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, Rowwise, Seq
 class Run:
     """What the modules of one model share while it runs.
 
-    Layers that read the same tensor (query, key and value; gate and up) take it into the cut region together: then its
-    gradient is summed once, and a sequence gathered once.
+    Layers that read the same tensor (query, key and value; gate and up) enter the region together: then its gradient
+    is summed once, and a sequence is gathered once.
     """
 
-    def __init__(self, team: TPGroup) -> None:
-        self.team = team
+    def __init__(self, tp_group: TPGroup) -> None:
+        self.tp_group = tp_group
         self._entered: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, _memo: Any) -> Run:
         return self
 
-    def copy_to_region(self, x: Tensor, given: str) -> Tensor:
-        """`x` as cut layers read it."""
+    def copy_to_region(self, x: Tensor, layout: str) -> Tensor:
+        """`x`, which has this layout, as the layers of a region read it."""
         if self._entered is None or self._entered[0] is not x:
-            self._entered = x, self.team.move("copy" if given == "whole" else "spread", x, SEQUENCE)
+            self._entered = (
+                x,
+                self.tp_group.move("copy" if layout == "whole" else "all_gather_reduce_grad", x, SEQUENCE),
+            )
         return self._entered[1]
 
     def gather_sequence(self, x: Tensor) -> Tensor:
-        """A part of a sequence as the whole one; cut layers that are given it read it past its gradient's slicing."""
-        whole = self.team.move("gather", x, SEQUENCE)
-        self._entered = whole, self.team.move("spread", x, SEQUENCE, whole.detach())
-        return whole
+        """The full sequence of a shard of it. The layers of a region that read it reduce its gradient once, at `x`."""
+        full = self.tp_group.move("gather", x, SEQUENCE)
+        self._entered = full, self.tp_group.move("all_gather_reduce_grad", x, SEQUENCE, full.detach())
+        return full
 
     def leave(self) -> None:
-        """Let go of what was entered."""
+        """Forget the tensor that has entered."""
         self._entered = None
 
 
 class FullParamView:
-    """Params as those see them who read them outside of the layer that they are cut for: whole."""
+    """Gathers params where they are read outside the layer that computes on their shards."""
 
-    def __init__(self, team: TPGroup, layouts: Mapping[str, LeafSpec]) -> None:
-        self.team = team
+    def __init__(self, tp_group: TPGroup, layouts: Mapping[str, LeafSpec]) -> None:
+        self.tp_group = tp_group
         self.layouts = {name: layout for name, layout in layouts.items() if layout.dim != REPLICATED}
 
     def __deepcopy__(self, _memo: Any) -> FullParamView:
@@ -69,41 +72,41 @@ class FullParamView:
         """The param `name`, gathered; what is computed from it is the same on every process."""
         if isinstance(shard, LazyParam):
             shard = shard.source.unshard(shard.key, shard.shard)
-        return self.team.gather(shard, self.layouts[name].dim, self.layouts[name].groups)
+        return self.tp_group.gather(shard, self.layouts[name].dim, self.layouts[name].groups)
 
 
-def cut_modules(run: Run, outside: FullParamView, styles: Mapping[str, Style]) -> Callable[[nn.Module], None]:
-    """What makes a skeleton run on this process's parts."""
+def shard_modules(run: Run, view: FullParamView, styles: Mapping[str, Style]) -> Callable[[nn.Module], None]:
+    """A function that makes a copy of a module compute on this rank's shards."""
 
     def change(module: nn.Module) -> None:
         names = {id(p): name for name, p in module.named_parameters()}
         for name, style in styles.items():
-            each = module.get_submodule(name)
-            forward = functools.partial(_forward(each, style), each, each.forward, run, style)
-            each.forward = forward
+            child = module.get_submodule(name)
+            forward = functools.partial(_forward(child, style), child, child.forward, run, style)
+            child.forward = forward
             if isinstance(style, Region):
                 for attribute in style.divided:
-                    setattr(each, attribute, getattr(each, attribute) // run.team.size)
+                    setattr(child, attribute, getattr(child, attribute) // run.tp_group.size)
             if isinstance(style, Colwise | Rowwise):
-                _narrow(each, style, run.team.size)
-                own = {key: names[id(p)] for key, p in each._parameters.items() if p is not None}
-                cut = {key: name for key, name in own.items() if name in outside.layouts}
-                each.__class__ = _seen_whole(type(each), outside, cut)
+                _narrow(child, style, run.tp_group.size)
+                own = {key: names[id(p)] for key, p in child._parameters.items() if p is not None}
+                sharded = {key: name for key, name in own.items() if name in view.layouts}
+                child.__class__ = _with_full_params(type(child), view, sharded)
 
     return change
 
 
-def _seen_whole(kind: type[nn.Module], outside: FullParamView, cut: Mapping[str, str]) -> type[nn.Module]:
-    """`kind` whose params are whole to those who read them as attributes; the layer itself finds parts in its table."""
+def _with_full_params(kind: type[nn.Module], view: FullParamView, names: Mapping[str, str]) -> type[nn.Module]:
+    """A subclass of `kind` whose attributes are full params; the layer itself reads the shards in `_parameters`."""
 
     def reading(key: str, name: str) -> property:
-        return property(lambda module: LazyParam.of(outside, name, module._parameters[key]))
+        return property(lambda module: LazyParam.of(view, name, module._parameters[key]))
 
-    return type(kind.__name__, (kind,), {key: reading(key, name) for key, name in cut.items()})
+    return type(kind.__name__, (kind,), {key: reading(key, name) for key, name in names.items()})
 
 
 def _narrow(module: nn.Module, style: Style, size: int) -> None:
-    """Let the layer's own attributes say how many features it has here."""
+    """Set the layer's number of features to that of its shard."""
     if isinstance(module, nn.Embedding):
         names = "embedding_dim" if isinstance(style, Colwise) else ""
     elif isinstance(style, Colwise):
@@ -118,7 +121,7 @@ def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
     if isinstance(style, Region):
         return _region
     if isinstance(style, SequenceParallel):
-        return _each_position
+        return _sequence_parallel
     if isinstance(module, nn.Embedding):
         return _columns if isinstance(style, Colwise) else _rows
     return _colwise if isinstance(style, Colwise) else _rowwise
@@ -129,19 +132,19 @@ def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) 
     if style.output == "cut":
         return out
     run.leave()
-    return run.team.gather(out, -1, style.groups)
+    return run.tp_group.gather(out, -1, style.groups)
 
 
 def _rowwise(module: nn.Module, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
     run.leave()
     if style.input == "whole":
-        x = run.team.slice(x, -1)
+        x = run.tp_group.slice(x, -1)
     out = _summed(run, style, _linear(module, x, None))
     bias = module._parameters["bias"]
     if bias is None:
         return out
-    # What is added to a part of the sequence sees a part of the gradient.
-    return out + (bias if style.output == "whole" else run.team.move("copy", bias))
+    # A bias that is added to a shard of the sequence gets the gradient of that shard alone.
+    return out + (bias if style.output == "whole" else run.tp_group.move("copy", bias))
 
 
 def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,42 +159,42 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _summed(run: Run, style: Rowwise, terms: Tensor) -> Tensor:
-    return run.team.move("sum", terms) if style.output == "whole" else run.team.move("scatter", terms, SEQUENCE)
+    return run.tp_group.move("sum", terms) if style.output == "whole" else run.tp_group.move("scatter", terms, SEQUENCE)
 
 
 def _columns(module: nn.Embedding, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
     out = F.embedding(x, _weight(module), module.padding_idx)
-    return out if style.output == "cut" else run.team.gather(out, -1, style.groups)
+    return out if style.output == "cut" else run.tp_group.gather(out, -1, style.groups)
 
 
 def _rows(module: nn.Embedding, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
     weight = _weight(module)
-    each = weight.shape[0]
-    place = x - run.team.index * each
-    mine = (place >= 0) & (place < each)
-    padding = None if module.padding_idx is None else module.padding_idx - run.team.index * each
-    if padding is not None and not 0 <= padding < each:
+    rows = weight.shape[0]
+    index = x - run.tp_group.index * rows
+    is_here = (index >= 0) & (index < rows)
+    padding = None if module.padding_idx is None else module.padding_idx - run.tp_group.index * rows
+    if padding is not None and not 0 <= padding < rows:
         padding = None
-    found = F.embedding(torch.where(mine, place, 0), weight, padding)
-    return _summed(run, style, torch.where(mine.unsqueeze(-1), found, 0.0))
+    vectors = F.embedding(torch.where(is_here, index, 0), weight, padding)
+    return _summed(run, style, torch.where(is_here.unsqueeze(-1), vectors, 0.0))
 
 
-def _each_position(
+def _sequence_parallel(
     module: nn.Module, own: Callable[..., Any], run: Run, style: SequenceParallel, *args: Any, **kwargs: Any
 ) -> Any:
     if style.input == "whole":
-        args, kwargs = _with_first(lambda x: run.team.move("slice", x, SEQUENCE), args, kwargs)
+        args, kwargs = _with_first(lambda x: run.tp_group.move("slice", x, SEQUENCE), args, kwargs)
     before = dict(module._parameters)
     try:
         for key, param in before.items():
             if param is not None:
-                module._parameters[key] = run.team.move("copy", param)  # type: ignore[assignment]
+                module._parameters[key] = run.tp_group.move("copy", param)  # type: ignore[assignment]
         out = own(*args, **kwargs)
     finally:
         module._parameters.update(before)
     if style.output == "sequence":
         return out
-    (out,), _ = _with_first(lambda x: run.team.move("gather", x, SEQUENCE), (out,), {})
+    (out,), _ = _with_first(lambda x: run.tp_group.move("gather", x, SEQUENCE), (out,), {})
     return out
 
 
@@ -205,11 +208,11 @@ def _with_first(
     change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`args` and `kwargs` with the first floating tensor among them changed, or that of a tuple that comes first."""
-    for place, value in enumerate(args):
+    for i, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
-            return (*args[:place], change(value), *args[place + 1 :]), kwargs
+            return (*args[:i], change(value), *args[i + 1 :]), kwargs
         if isinstance(value, tuple) and value:
-            return (*args[:place], _with_first(change, value, {})[0], *args[place + 1 :]), kwargs
+            return (*args[:i], _with_first(change, value, {})[0], *args[i + 1 :]), kwargs
     for key, value in kwargs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             return args, {**kwargs, key: change(value)}

@@ -1,7 +1,7 @@
-"""Which tensors a plan cuts, and how: what is found in a model, and done to a state.
+"""Which params a plan shards and how, and states that are sharded so.
 
-A tensor is cut along one dim into equal parts, one for each process; where the dim consists of several blocks (a fused
-query, key and value), each block is cut, and a process's part is its parts of all of them, in order.
+A tensor is sharded along one dim into equal shards, one for each rank. Where the dim consists of several blocks (a
+fused query, key and value), each block is sharded, and a rank's shard has its shards of all of them, in order.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shard_spec(spec: LeafSpec, size: int, index: int) -> ShardSpec:
     return ShardSpec(spec.shape, tuple(boxes), owner=True)
 
 
-# ------------------------------------------------------------------------------------------------ in a model
+# ------------------------------------------------------------------------------------------------ of a model
 
 
 def module_styles(module: nn.Module, plan: Plan) -> dict[str, Style]:
@@ -51,7 +51,7 @@ def module_styles(module: nn.Module, plan: Plan) -> dict[str, Style]:
     Raises `PatternError` for a pattern that matches nothing, and for a module that two patterns match.
     """
     names = [name for name, _ in module.named_modules() if name]
-    found: dict[str, tuple[str, Style]] = {}
+    matches: dict[str, tuple[str, Style]] = {}
     for pattern, style in plan.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -60,38 +60,38 @@ def module_styles(module: nn.Module, plan: Plan) -> dict[str, Style]:
                 f" its modules are {', '.join(map(printable, names[:8])) or 'none'}{' …' if len(names) > 8 else ''}."
             )
         for name in matched:
-            if name in found:
+            if name in matches:
                 raise PatternError(
-                    f"module {name!r} is matched by {found[name][0]!r} and by {pattern!r} of the plan. Give each module"
-                    " one style: narrow one of the patterns."
+                    f"module {name!r} is matched by {matches[name][0]!r} and by {pattern!r} of the plan. Give each"
+                    " module one style: narrow one of the patterns."
                 )
-            found[name] = pattern, style
-    return {name: style for name, (_, style) in found.items()}
+            matches[name] = pattern, style
+    return {name: style for name, (_, style) in matches.items()}
 
 
 def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> dict[str, LeafSpec]:
-    """The layout of each param of `module`, by name.
+    """The spec of each param of `module`, by name.
 
-    Raises `PatternError` where tied weights would be cut in two ways, `ParamsError` for what cannot be cut evenly.
+    Raises `PatternError` where tied weights would have two layouts, `ParamsError` for what cannot be sharded evenly.
     """
     first: dict[int, str] = {}
-    found: dict[str, tuple[str, LeafSpec]] = {}
+    specs: dict[str, tuple[str, LeafSpec]] = {}
     for prefix, sub in module.named_modules():
-        ways = _ways(prefix, sub, styles.get(prefix))
+        dims = _sharded_dims(prefix, sub, styles.get(prefix))
         for key, param in sub._parameters.items():
             if param is None:
                 continue
-            place = f"{prefix}.{key}" if prefix else key
-            name = first.setdefault(id(param), place)
-            layout = LeafSpec(tuple(param.shape), *ways.get(key, ()))
-            before, other = found.setdefault(name, (place, layout))
-            if other != layout:
+            path = f"{prefix}.{key}" if prefix else key
+            name = first.setdefault(id(param), path)
+            spec = LeafSpec(tuple(param.shape), *dims.get(key, ()))
+            other_path, other = specs.setdefault(name, (path, spec))
+            if other != spec:
                 raise PatternError(
-                    f"one tensor stands at {before}, {_said(other)}, and at {place}, {_said(layout)}. Tied weights have"
-                    " one layout: give both modules a style, such as Rowwise() to an embedding and Colwise() to the"
-                    " head, or neither."
+                    f"one tensor is {other_path}, {_described(other)}, and {path}, {_described(spec)}. Tied weights"
+                    " have one layout: give both modules a style, such as Rowwise() to an embedding and Colwise() to"
+                    " the head, or neither."
                 )
-    layouts = {name: layout for name, (_, layout) in found.items()}
+    layouts = {name: spec for name, (_, spec) in specs.items()}
     for name, layout in layouts.items():
         _check_even(name, layout, size)
     _check_regions(module, styles, size)
@@ -103,8 +103,8 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module._parameters.get("weight") is not None
 
 
-def _ways(name: str, module: nn.Module, style: Style | None) -> dict[str, tuple[int, int]]:
-    """Along which dim, in how many blocks, each of the module's own params is cut."""
+def _sharded_dims(name: str, module: nn.Module, style: Style | None) -> dict[str, tuple[int, int]]:
+    """Along which dim, and in how many blocks, each of the module's own params is sharded."""
     if not isinstance(style, Colwise | Rowwise):
         return {}
     _check_kind(name, module, style)
@@ -121,30 +121,30 @@ def _check_kind(name: str, module: nn.Module, style: Style) -> None:
     if type(module) is nn.Embedding:
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             raise ParamsError(
-                f"{name!r} is an embedding with max_norm, scale_grad_by_freq or sparse gradients, which look at all its"
+                f"{name!r} is an embedding with max_norm, scale_grad_by_freq or sparse gradients, which read all its"
                 " rows. Leave it out of the plan."
             )
         return
     if type(module) is not nn.Linear and not is_transposed(module):
         raise ParamsError(
-            f"{name!r} is a {type(module).__name__}, and {style!r} cuts nn.Linear, nn.Embedding and Hugging Face's"
+            f"{name!r} is a {type(module).__name__}, and {style!r} shards nn.Linear, nn.Embedding and Hugging Face's"
             " Conv1D. Name the layers inside it."
         )
 
 
-def _said(layout: LeafSpec) -> str:
-    if layout.dim < 0:
-        return "whole"
-    return f"cut along dim {layout.dim}" + (f" in {layout.groups} groups" if layout.groups > 1 else "")
+def _described(spec: LeafSpec) -> str:
+    if spec.dim == REPLICATED:
+        return "replicated"
+    return f"sharded along dim {spec.dim}" + (f" in {spec.groups} groups" if spec.groups > 1 else "")
 
 
 def _check_even(name: str, layout: LeafSpec, size: int) -> None:
     if layout.dim >= 0 and layout.shape[layout.dim] % (layout.groups * size):
-        parts = f"{layout.groups} groups of {size}" if layout.groups > 1 else f"{size}"
+        shards = f"{layout.groups} groups of {size}" if layout.groups > 1 else f"{size}"
         raise ParamsError(
-            f"{printable(name)} of shape {layout.shape} cannot be cut along dim {layout.dim} into {parts} equal parts,"
-            f" one for each process along tensor. Choose a size that {layout.groups * size} divides, a smaller tensor"
-            " axis, or leave the module out of the plan."
+            f"{printable(name)} of shape {layout.shape} cannot be sharded along dim {layout.dim} into {shards} equal"
+            f" shards, one for each rank along tensor. Choose a size that {layout.groups * size} divides, a smaller"
+            " tensor axis, or leave the module out of the plan."
         )
 
 
@@ -157,7 +157,7 @@ def _check_regions(module: nn.Module, styles: Mapping[str, Style], size: int) ->
             value = getattr(region, attribute, None)
             if type(value) is not int or value % size:
                 raise ParamsError(
-                    f"{name}.{attribute} is {value!r}, which {size} processes along tensor do not divide. Name in"
+                    f"{name}.{attribute} is {value!r}, which {size} ranks along tensor do not divide. Name in"
                     f" Region(divide=...) integers of {type(region).__name__} that they divide."
                 )
         if style.unit is not None:
@@ -175,27 +175,27 @@ def _check_unit(name: str, region: nn.Module, unit: str, styles: Mapping[str, St
             outputs = weight.shape[1 if is_transposed(child) else 0] // style.groups
             if outputs % (size * value):
                 raise ParamsError(
-                    f"{name}.{key} has {outputs // value} blocks of {unit}={value} (heads, say), which {size} processes"
+                    f"{name}.{key} has {outputs // value} blocks of {unit}={value} (heads, say), which {size} ranks"
                     " along tensor do not divide. Use a smaller tensor axis."
                 )
 
 
-# ------------------------------------------------------------------------------------------------ in a state
+# ------------------------------------------------------------------------------------------------ of a state
 
 
-def shard_tree(team: TPGroup, state: Any, specs: SpecTree) -> Any:
+def shard_tree(tp_group: TPGroup, state: Any, specs: SpecTree) -> Any:
     """`state` with this rank's shard of each leaf that is laid out like a sharded param."""
     leaves, structure = tree.flatten(state)
     for index, spec in _sharded(state, specs):
-        leaves[index] = team.slice(leaves[index].detach(), spec.dim, spec.groups)
+        leaves[index] = tp_group.slice(leaves[index].detach(), spec.dim, spec.groups)
     return structure.unflatten(leaves)
 
 
-def gather_tree(team: TPGroup, state: Any, specs: SpecTree) -> Any:
+def gather_tree(tp_group: TPGroup, state: Any, specs: SpecTree) -> Any:
     """The inverse of `shard_tree`, on every rank."""
     leaves, structure = tree.flatten(state)
     for index, spec in _sharded(state, specs):
-        leaves[index] = team.gather(leaves[index].detach(), spec.dim, spec.groups).contiguous()
+        leaves[index] = tp_group.gather(leaves[index].detach(), spec.dim, spec.groups).contiguous()
     return structure.unflatten(leaves)
 
 

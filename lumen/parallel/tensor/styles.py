@@ -1,7 +1,7 @@
-"""How a module of a plan is cut: the vocabulary of `torch.distributed.tensor.parallel`, for plain local tensors.
+"""How a module of a plan is sharded: the terms of `torch.distributed.tensor.parallel`, for plain local tensors.
 
-Between modules a tensor is "whole" (the same on every process), "cut" along its last dim, or a part of the "sequence":
-cut along dim 1, as of `[batch, time, width]`.
+Between modules a tensor is "whole" (the same on every rank), "cut" (sharded along its last dim), or a shard of the
+"sequence": sharded along dim 1 of `[batch, time, width]`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Any, Literal
 
 from lumen.errors import HyperparameterError
 
-SEQUENCE = 1  # the dim of [batch, time, width] that sequence parallelism cuts
+SEQUENCE = 1  # the dim of [batch, time, width] that sequence parallelism shards
 
 
 @dataclass(frozen=True)
 class Style:
-    """Base of all styles; one with its defaults is written without arguments."""
+    """Base of all styles; `repr` shows the arguments that differ from the defaults."""
 
     def __repr__(self) -> str:
-        said = [f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
-        return f"{type(self).__name__}({', '.join(said)})"
+        arguments = [f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 @dataclass(frozen=True, repr=False)
 class Colwise(Style):
-    """A linear layer whose output features are cut, or an embedding whose width is.
+    """A linear layer whose output features are sharded, or an embedding whose width is.
 
-    `groups` says of how many blocks the output consists, each of which is cut: 3 for a fused query, key and value. What
-    a `Rowwise` layer then reads must be one block again. With
-    `input="sequence"` the input is a part of the sequence and is gathered; with `output="whole"` the output is.
+    `groups` is the number of blocks in the output, each of which is sharded: 3 for a fused query, key and value. A
+    `Rowwise` layer after it must read one block. With `input="sequence"` the input is a shard of the sequence and is
+    gathered; with `output="whole"` the output is gathered.
 
     >>> Colwise(groups=3)
     Colwise(groups=3)
@@ -48,10 +48,10 @@ class Colwise(Style):
 
 @dataclass(frozen=True, repr=False)
 class Rowwise(Style):
-    """A linear layer whose input features are cut, as they come from a `Colwise` one, or an embedding whose rows are.
+    """A linear layer whose input features are sharded, as from a `Colwise` layer, or an embedding whose rows are.
 
-    Outputs are summed over the processes: to the whole, or with `output="sequence"` to each process's part of the
-    sequence. A bias stays whole. `input="whole"` cuts an input that is whole.
+    Outputs are summed over the ranks: all-reduced, or with `output="sequence"` reduce-scattered to each rank's shard of
+    the sequence. A bias is replicated. `input="whole"` shards a replicated input.
 
     >>> Rowwise(output="sequence")
     Rowwise(output='sequence')
@@ -66,10 +66,10 @@ class Rowwise(Style):
 
 @dataclass(frozen=True, repr=False)
 class SequenceParallel(Style):
-    """A module that works on each position by itself (a norm, dropout), given a part of the sequence.
+    """A module that computes each position separately (a norm, dropout), on a shard of the sequence.
 
-    Its own params are whole; their gradients are summed over the parts. `input="whole"` cuts its first tensor along the
-    sequence, which is how a model's first block begins; `output="whole"` gathers what comes out, as the last norm does.
+    Its own params are replicated; their gradients are summed over the ranks. `input="whole"` shards its first tensor
+    along the sequence, as for a model's first block; `output="whole"` gathers the output, as for the last norm.
 
     >>> SequenceParallel(output="whole")
     SequenceParallel(output='whole')
@@ -86,9 +86,9 @@ class SequenceParallel(Style):
 class Region(Style):
     """A module, such as attention, that reads sizes around its `Colwise` and `Rowwise` layers.
 
-    `divide` names its attributes that count heads or widths: within the region they are divided by the number of
-    processes. `unit` names one, such as "head_dim", of which each `Colwise` layer inside must have a multiple. With
-    `input="sequence"` the module is given a part of the sequence and sees all of it.
+    `divide` names its attributes that count heads or widths: in the region they are divided by the number of ranks.
+    `unit` names an attribute, such as "head_dim"; the output of each `Colwise` layer inside must have a multiple of it
+    on each rank. With `input="sequence"` the module receives a shard of the sequence, which is gathered for it.
 
     >>> Region(divide=("n_head", "n_embd"))
     Region(divide=('n_head', 'n_embd'))
