@@ -16,7 +16,7 @@ One gradient passes three layers, and each strategy differs in the last one alon
    | fsdp stage 2 | `fsdp.grad_reduction.ShardReducer` | after the backward pass | its shard of the sum |
    | fsdp stage 3 | `fsdp.grad_reduction.UnitReducer` | when the backward pass leaves its unit | its shard |
    | the same, compiled | `fsdp.grad_reduction.TracedUnitReducer` | the same, as a node of the graph | its shard |
-   | deepspeed | `deepspeed.deepspeed.EngineReducer` | by the engine | nothing: the engine keeps it |
+   | deepspeed | `deepspeed.grad_reduction.EngineReducer` | by the engine | nothing: the engine keeps it |
 
 `lm.tensor_parallel` splits a model and not its rows. Its gradients are summed inside the loss, by the transposes of its
 collectives (`tensor.autograd_collectives`), and then go through the reducer of the `ddp` or `fsdp` around it.

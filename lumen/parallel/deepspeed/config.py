@@ -1,4 +1,4 @@
-"""What a DeepSpeed engine is told: the user's configuration, and in its terms the transforms that it takes over."""
+"""The configuration of a DeepSpeed engine: the user's, and that of the transforms whose work the engine does."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the configuratio
 
 _ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")  # of DeepSpeed's earlier versions
 
-# What stands beside the engine unchanged, by name; others are refused, known ones when they are composed.
-_BESIDE = ("deepspeed", "seeded", "remat", "ema")
+# Transforms that can be combined with the engine, by name. Others are refused: those of INSTEAD at composition.
+_COMBINABLE = ("deepspeed", "seeded", "remat", "ema")
 INSTEAD = {
     "compile": 'it cannot trace the engine, which has its own: {"compile": {"deepcompile": true}}',
-    "donate": "the engine makes the update, in place",
-    "guard": 'the engine makes the update, and leaves out what overflows with lm.precision("fp16"); else use lm.fsdp()',
+    "donate": "the engine updates in place",
+    "guard": 'the engine computes the update, and skips overflows with lm.precision("fp16"); else use lm.fsdp()',
     "dp_sgd": "train it in one process",
     "ensemble": "an engine holds one model; train lanes in one process",
     "sweep": "an engine holds one model; train lanes in one process",
@@ -38,13 +38,13 @@ INSTEAD = {
 
 
 class Setup(NamedTuple):
-    """The engine's `config`, and what Lumen must know of it."""
+    """The engine's `config`, and the settings in it that Lumen needs."""
 
     config: Config
     stage: int
     microbatches: int
     clip: float
-    casts: precision | None  # around the model, where it computes in other dtypes than those of the params
+    casts: precision | None  # around a model that computes in other dtypes than the params'
 
 
 def read(config: Mapping[str, Any] | str | os.PathLike[str]) -> Config:
@@ -56,9 +56,9 @@ def read(config: Mapping[str, Any] | str | os.PathLike[str]) -> Config:
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
     if isinstance(config, str | os.PathLike):
-        found = json.loads(Path(config).read_text())
-        if isinstance(found, dict):
-            return found
+        options = json.loads(Path(config).read_text())
+        if isinstance(options, dict):
+            return options
     raise HyperparameterError(
         f"lm.deepspeed takes DeepSpeed's configuration, a dict or the path of a JSON file, not {config!r:.80}. Write"
         ' lm.deepspeed({"zero_optimization": {"stage": 2}})'
@@ -66,47 +66,47 @@ def read(config: Mapping[str, Any] | str | os.PathLike[str]) -> Config:
 
 
 def stage_of(config: Mapping[str, Any]) -> int:
-    """ZeRO's stage: 0 spreads nothing, 1 the optimizer state, 2 the gradients too, 3 the params as well."""
+    """ZeRO's stage: 0 shards nothing, 1 the optimizer state, 2 the gradients too, 3 the params as well."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise HyperparameterError(f'"stage": {stage!r} of "zero_optimization" is unknown; ZeRO has 0, 1, 2 and 3.')
     return int(stage)
 
 
-def setup(given: Config, transforms: Sequence[Transform]) -> Setup:
+def setup(user_config: Config, transforms: Sequence[Transform]) -> Setup:
     """The configuration for an engine among these `transforms`.
 
-    Raises `OrderError` for a transform that cannot stand beside an engine, and `HyperparameterError` where one says
-    something else than the configuration, or the configuration asks for what Lumen does itself.
+    Raises `OrderError` for a transform that cannot be combined with an engine, and `HyperparameterError` where one
+    contradicts the configuration, or the configuration has settings that are Lumen's own.
     """
-    config, stage = copy.deepcopy(given), stage_of(given)
+    config, stage = copy.deepcopy(user_config), stage_of(user_config)
     _refuse_keys(config)
     casts: precision | None = None
-    for each in transforms:
-        if isinstance(each, accumulate):
-            _set(config, "gradient_accumulation_steps", _parts(each), each)
-        elif isinstance(each, clip):
-            if each.norm is None:
-                raise OrderError(f"{each!r}: DeepSpeed bounds gradients by their norm alone. Write lm.clip(1.0).")
-            _set(config, "gradient_clipping", float(each.norm), each)
-        elif isinstance(each, precision):
-            casts = _precision(config, each)
-        elif each.name not in _BESIDE:
+    for transform in transforms:
+        if isinstance(transform, accumulate):
+            _set(config, "gradient_accumulation_steps", _microbatches(transform), transform)
+        elif isinstance(transform, clip):
+            if transform.norm is None:
+                raise OrderError(f"{transform!r}: DeepSpeed bounds gradients by their norm alone. Write lm.clip(1.0).")
+            _set(config, "gradient_clipping", float(transform.norm), transform)
+        elif isinstance(transform, precision):
+            casts = _precision(config, transform)
+        elif transform.name not in _COMBINABLE:
             raise OrderError(
-                f"{each!r} cannot stand beside lm.deepspeed, whose engine makes the gradients and the update: use"
-                " lm.fsdp()."
+                f"{transform!r} cannot stand beside lm.deepspeed, whose engine computes the gradients and the update:"
+                " use lm.fsdp()."
             )
     casts = casts or _casts_of(config)
-    _check_beside(transforms, stage, casts)
+    _check_combination(transforms, stage, casts)
     if stage == 0 and casts is not None:
         raise HyperparameterError(
             "lm.deepspeed keeps 32-bit params of a 16-bit model from ZeRO's stage 1 on. Write"
             ' {"zero_optimization": {"stage": 1}}.'
         )
-    config.setdefault("train_micro_batch_size_per_gpu", 1)  # a name in its reports: batches are cut by their rows
+    config.setdefault("train_micro_batch_size_per_gpu", 1)  # used in its reports only
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
-    config.setdefault("gradient_clipping", 0.0)  # unsaid, the engine clips to 1.0
+    config.setdefault("gradient_clipping", 0.0)  # by default the engine clips to 1.0
     config.setdefault("gradient_accumulation_steps", 1)
     return Setup(config, stage, int(config["gradient_accumulation_steps"]), float(config["gradient_clipping"]), casts)
 
@@ -129,7 +129,7 @@ def _refuse_keys(config: Config) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device") == "nvme":
             raise HyperparameterError(
-                f'"{key}": {{"device": "nvme"}}: Lumen holds the optimizer state, which stays in memory. Write'
+                f'"{key}": {{"device": "nvme"}}: Lumen has the optimizer state, which stays in memory. Write'
                 f' "{key}": {{"device": "cpu"}}.'
             )
 
@@ -142,16 +142,16 @@ def _set(config: Config, key: str, value: Any, transform: Transform) -> None:
     config[key] = value
 
 
-def _parts(transform: accumulate) -> int:
+def _microbatches(transform: accumulate) -> int:
     if transform.auto or transform.k is None:
         raise OrderError(
-            f"{transform!r}: an engine makes equally many backward passes on every process. Write lm.accumulate(4)."
+            f"{transform!r}: every rank computes the same number of backward passes. Write lm.accumulate(4)."
         )
     return transform.k
 
 
 def _precision(config: Config, transform: precision) -> precision | None:
-    """The transform as configuration; None where it casts nothing."""
+    """Add the transform to the configuration; None where it casts nothing."""
     policy = transform.policy
     wide = policy.param in (None, torch.float32) and policy.output == torch.float32
     if not wide or policy.compute not in (torch.float32, torch.float16, torch.bfloat16):
@@ -165,14 +165,14 @@ def _precision(config: Config, transform: precision) -> precision | None:
             raise HyperparameterError(f'{transform!r} and "{other}" in the configuration differ. Leave one out.')
     if key is None:
         return None
-    said = config.setdefault(key, {})
-    _set(said, "enabled", True, transform)
+    options = config.setdefault(key, {})
+    _set(options, "enabled", True, transform)
     if key == "fp16" and policy.loss_scale is not None:
         power = torch.tensor(policy.loss_scale).log2()
         if power != power.round():
             raise HyperparameterError(f"{transform!r}: DeepSpeed's loss scale begins with a power of two.")
-        _set(said, "initial_scale_power", int(power), transform)
-        _set(said, "loss_scale_window", policy.growth_interval, transform)
+        _set(options, "initial_scale_power", int(power), transform)
+        _set(options, "loss_scale_window", policy.growth_interval, transform)
     # The engine's params have 16 bits themselves, so the whole model is cast whatever the transform says.
     return precision(policy, cast="model", keep=transform.keep)
 
@@ -184,15 +184,15 @@ def _casts_of(config: Config) -> precision | None:
     return None
 
 
-def _check_beside(transforms: Sequence[Transform], stage: int, casts: precision | None) -> None:
-    for each in transforms:
-        if each.name == "remat" and stage == 3:
+def _check_combination(transforms: Sequence[Transform], stage: int, casts: precision | None) -> None:
+    for transform in transforms:
+        if transform.name == "remat" and stage == 3:
             raise OrderError(
-                f"{each!r}: at ZeRO's stage 3 the engine's own hooks run the model. Write lm.deepspeed with stage 2, or"
-                " lm.fsdp(), which recomputes."
+                f"{transform!r}: at ZeRO's stage 3 the engine's own hooks run the model. Write lm.deepspeed with stage"
+                " 2, or lm.fsdp(), which recomputes."
             )
-        if each.name == "ema" and (stage == 3 or casts is not None):
+        if transform.name == "ema" and (stage == 3 or casts is not None):
             raise OrderError(
-                f"{each!r}: the engine keeps the 32-bit params to itself"
-                f"{', in parts' if stage == 3 else ''}. Use stage 2 in float32, or lm.fsdp()."
+                f"{transform!r}: the 32-bit params are the engine's own{', in shards' if stage == 3 else ''}."
+                " Use stage 2 in float32, or lm.fsdp()."
             )

@@ -34,25 +34,25 @@ _BUILD = 20 * 60.0  # seconds that no build of one extension takes
 
 
 def library(device: torch.device) -> Any:
-    """The package, imported for this kind of device, with its messages of less than a warning turned off."""
+    """The package, imported for this kind of device, without its log messages below warnings."""
     if version_of("deepspeed") is None:
         raise ImportError("lm.deepspeed needs DeepSpeed: pip install 'lumen-torch[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
-        found = importlib.import_module("deepspeed")
+        package = importlib.import_module("deepspeed")
     close_on_leave(_library)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
-    if _is_news not in logger.filters:
-        logger.addFilter(_is_news)
-    return found
+    if _is_relevant not in logger.filters:
+        logger.addFilter(_is_relevant)
+    return package
 
 
 class _Library:
-    """What DeepSpeed itself keeps of a world: groups, in tables of its modules."""
+    """The process groups that DeepSpeed keeps in tables of its modules."""
 
     def close(self) -> None:
-        """Destroy the world in DeepSpeed's way, which empties them."""
+        """Destroy the process groups by DeepSpeed's own function, which empties the tables."""
         comm = importlib.import_module("deepspeed.comm")
         if comm.is_initialized() and dist.is_initialized():
             comm.destroy_process_group()
@@ -61,14 +61,14 @@ class _Library:
 _library = _Library()
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message says what Lumen does not know: that its optimizer is untested is not so."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Whether a message holds for Lumen: that its optimizer is untested does not."""
     return "untested optimizer" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def _without(name: str) -> Iterator[None]:
-    """With a package hidden that DeepSpeed imports where it is there, for its autotuner alone, which takes seconds."""
+    """Hide a package that DeepSpeed would import, for its autotuner alone; the import takes seconds."""
     if name in sys.modules:
         yield
         return
@@ -80,45 +80,45 @@ def _without(name: str) -> Iterator[None]:
 
 
 def quiet() -> warnings.catch_warnings:
-    """Without the warnings that DeepSpeed's own use of torch draws."""
+    """A context without the warnings that DeepSpeed's own use of torch causes."""
     return warnings.catch_warnings(action="ignore")
 
 
-def meet(device: torch.device) -> None:
-    """A world of one for a process that is alone, which an engine needs too."""
+def init_single_process_group(device: torch.device) -> None:
+    """A process group for a single process, unless there is one: an engine needs it."""
     if dist.is_initialized():
         return
-    os.environ.setdefault("LOCAL_RANK", "0")  # which the engine asks for
+    os.environ.setdefault("LOCAL_RANK", "0")  # which the engine reads
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     atexit.register(leave_at_exit, os.getpid())
 
 
 class Root(nn.Module):
-    """The model, and as its forward whatever is to be computed with it."""
+    """The model, whose forward runs any function."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        """What `run` gives."""
+        """The result of `run()`."""
         return run()
 
 
 class Engine:
-    """The engine, the tables in which its params stand, and the spans that this process updates."""
+    """The engine, the tables of its params, and the spans that this rank updates."""
 
     def __init__(self, apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], setup: Setup) -> None:
         device = next(iter(params.values())).device
-        meet(device)
+        init_single_process_group(device)
         self.setup = setup
         self.shapes = {name: p.shape for name, p in params.items()}
         self._twins = {id(apply.train()), id(apply.eval())}
-        net = _made_real(apply, params, buffers)
-        places = param_slots(net)
-        tables = {name: (table, key) for table, key, name in reversed(places) if name in params}
-        self._buffers = [place for place in places if place[2] not in params]
+        net = _copy_of_model(apply, params, buffers)
+        slots = param_slots(net)
+        tables = {name: (table, key) for table, key, name in reversed(slots) if name in params}
+        self._buffers = [slot for slot in slots if slot[2] not in params]
         self.params: dict[str, nn.Parameter] = {name: tables[name][0][tables[name][1]] for name in params}
         self.adapter = Adapter(list(self.params.values()))
         deepspeed = library(device)
@@ -128,7 +128,7 @@ class Engine:
             )
             self._linear = torchs["linear"]  # at stage 3, one of the engine's own
         self.optimizer = self.engine.optimizer
-        # Looked up anew: at stage 3 the engine has put tables of its own in their place, which gather.
+        # Looked up again: at stage 3 the engine has replaced the tables by its own, which gather.
         self._net: nn.Module = self.engine.module.net
         modules = dict(self._net.named_modules(remove_duplicate=False))
         self._tables = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in params}
@@ -136,7 +136,7 @@ class Engine:
 
     @functools.cached_property
     def spans(self) -> dict[str, Span]:
-        """By param."""
+        """This rank's span of each param, by name."""
         return find_spans(self.engine, self.params, self.shapes, self.setup.stage)
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
@@ -149,8 +149,8 @@ class Engine:
             self._inside = False
 
     def backward(self, objective: Tensor, last: bool) -> None:
-        """Add the gradients of `objective`; after the `last` of an update they are joined over the processes."""
-        with quiet(), _linear(self._linear):  # what is recomputed runs here
+        """Add the gradients of `objective`; after the `last` of an update they are reduced over the ranks."""
+        with quiet(), _linear(self._linear):  # recomputation runs here
             self.engine.set_gradient_accumulation_boundary(last)
             self.engine.backward(objective, scale_wrt_gas=False)
             if not last:
@@ -166,9 +166,9 @@ class Engine:
 
     @torch.no_grad()
     def drop_gradients(self, names: Iterable[str]) -> None:
-        """Set the gradients of these params, which the update does not use, to zero: the norm leaves them out."""
+        """Set the gradients of these params, which the update does not use, to zero, for the norm."""
         tools = importlib.import_module("deepspeed.utils")
-        norms: dict[Any, Any] = getattr(self.optimizer, "norm_for_param_grads", {})  # taken early, under offload
+        norms: dict[Any, Any] = getattr(self.optimizer, "norm_for_param_grads", {})  # computed early, under offload
         for name in names:
             param: Any = self.params[name]
             if self.setup.stage == 3:
@@ -182,15 +182,15 @@ class Engine:
                 norms.pop(self.optimizer.get_param_id(param), None)
 
     def live(self, name: str) -> Tensor:
-        """The param as the loss is to see it."""
+        """The param for the loss function."""
         if self.setup.stage < 3:
             return self.params[name].view(self.shapes[name])
         module, key = self._tables[name]
-        found: Any = module._parameters[key]  # which gathers it, and lets it go afterwards
-        return found  # type: ignore[no-any-return]
+        param: Any = module._parameters[key]  # which gathers it, and frees it afterwards
+        return param  # type: ignore[no-any-return]
 
     def whole(self, name: str) -> Tensor:
-        """The param of stage 3, gathered: for the loss that is being computed, or a copy."""
+        """The param of stage 3, gathered: for the loss function while it runs, otherwise a copy."""
         if self._inside:
             return self.live(name)
         deepspeed = library(self.params[name].device)
@@ -210,52 +210,51 @@ class Engine:
         self._net.train(target.module.training)
         try:
             for table, key, name in self._buffers:
-                given = buffers[name]
-                table[key] = given if name in target.frozen else given.clone()
+                table[key] = buffers[name] if name in target.frozen else buffers[name].clone()
             with quiet():
-                out = self._net(*args, **kwargs)
+                result = self._net(*args, **kwargs)
             after = {name: table[key] for table, key, name in self._buffers}
-            return out, {name: after[name] for name in buffers}
+            return result, {name: after[name] for name in buffers}
         finally:
             for (table, key, _), tensor in zip(self._buffers, before, strict=True):
                 table[key] = tensor
 
     @torch.no_grad()
     def load(self, params: Mapping[str, Tensor]) -> None:
-        """Take these values."""
+        """Copy these values into the engine."""
         for name, span in self.spans.items():
             flat = params[name].reshape(-1)
-            mine = flat[span.start : span.start + span.master.numel()]
-            span.master.copy_(mine)
-            held: Any = self.params[name]
+            entries = flat[span.start : span.start + span.master.numel()]
+            span.master.copy_(entries)
+            param: Any = self.params[name]
             if self.setup.stage == 3:
-                held.ds_tensor.view(-1)[: mine.numel()].copy_(mine)
+                param.ds_tensor.view(-1)[: entries.numel()].copy_(entries)
             elif self.setup.stage:
-                held.copy_(params[name].view(held.shape))
+                param.copy_(params[name].view(param.shape))
 
     def gradient(self, name: str) -> Tensor | None:
-        """The whole gradient of the loss's mean by rows, on every process."""
+        """The full gradient of the mean loss, on every rank."""
         tools = importlib.import_module("deepspeed.utils")
         with quiet():
-            found = tools.safe_get_full_grad(self.params[name])
-        return None if found is None else found.view(self.shapes[name])
+            grad = tools.safe_get_full_grad(self.params[name])
+        return None if grad is None else grad.view(self.shapes[name])
 
     def close(self) -> None:
-        """Let go of the engine's hooks and memory, and of process groups, whoever holds the engine or its params."""
+        """Release hooks, memory and process groups, even while there are references to the engine or its params."""
         with quiet():
             self.engine.destroy()
         for param in self.params.values():
             vars(param).clear()
-        for part in (self.engine, self.optimizer, getattr(self.optimizer, "parameter_offload", None)):
-            if part is not None:
-                _forget_groups(vars(part))
+        for owner in (self.engine, self.optimizer, getattr(self.optimizer, "parameter_offload", None)):
+            if owner is not None:
+                _forget_groups(vars(owner))
 
 
 @contextlib.contextmanager
 def _linear(function: Callable[..., Tensor] | None = None) -> Iterator[dict[str, Any]]:
-    """`torch.nn.functional` with this `linear` for a while; afterwards it has the one from before.
+    """A context in which `torch.nn.functional` has this `linear`; afterwards it has its former one.
 
-    DeepSpeed's stage 3 puts a function of its own there for the rest of the process, which other steps must not meet.
+    DeepSpeed's stage 3 replaces that function for the rest of the process, and other steps must not call it.
     """
     names = vars(nn.functional)
     before = names["linear"]
@@ -267,25 +266,25 @@ def _linear(function: Callable[..., Tensor] | None = None) -> Iterator[dict[str,
 
 
 def _forget_groups(attributes: dict[str, Any]) -> None:
-    """Take process groups out of an object: hooks of DeepSpeed's that cannot be taken back refer to its engine."""
+    """Remove process groups from an object: some of DeepSpeed's hooks cannot be removed and refer to its engine."""
     for name, value in attributes.items():
-        held = value if isinstance(value, list | tuple) else [value]
-        if any(issubclass(type(each), dist.ProcessGroup) for each in held):
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(issubclass(type(item), dist.ProcessGroup) for item in values):
             attributes[name] = None
 
 
-def _made_real(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> nn.Module:
-    """The model with params of its own, and with buffers that stand in for those of each call, frozen params too.
+def _copy_of_model(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with its own params; each call replaces its buffers, and frozen params are buffers.
 
-    A param without dims, which the engine cannot take, has one.
+    A param without dims gets one: the engine accepts no scalars.
     """
     net = skeleton_of(apply.train().module)
-    made = {name: nn.Parameter(p.detach().clone().view(p.shape or 1)) for name, p in params.items()}
+    own = {name: nn.Parameter(p.detach().clone().view(p.shape or 1)) for name, p in params.items()}
     frozen: list[tuple[nn.Module, str, Tensor]] = []
     tables = {id(table): sub for sub in net.modules() for table in (sub._parameters, sub._buffers)}
     for table, key, name in param_slots(net):
-        if name in made:
-            table[key] = made[name]
+        if name in own:
+            table[key] = own[name]
         elif table is tables[id(table)]._parameters:
             frozen.append((tables[id(table)], key, buffers[name].detach()))
         else:
@@ -297,55 +296,54 @@ def _made_real(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[str,
 
 
 def missing() -> list[str]:
-    """What DeepSpeed misses on this machine, in words; nothing where it is not installed.
+    """What DeepSpeed needs and this machine lacks, in words; nothing where DeepSpeed is not installed.
 
-    >>> all(isinstance(each, str) for each in missing())
+    >>> all(isinstance(line, str) for line in missing())
     True
     """
     if version_of("deepspeed") is None:
         return []
-    found = []
+    lines = []
     if importlib.util.find_spec("ninja") is None:
-        found.append("ninja, with which it compiles its own kernels: pip install ninja")
+        lines.append("ninja, with which it compiles its own kernels: pip install ninja")
     if torch.cuda.is_available() and "CUDA_HOME" not in os.environ and not os.path.isdir("/usr/local/cuda"):
-        found.append("the CUDA toolkit (nvcc) for its own kernels: install it, and set CUDA_HOME")
-    return found + [
+        lines.append("the CUDA toolkit (nvcc) for its own kernels: install it, and set CUDA_HOME")
+    return lines + [
         f"a build of its kernels that was cut off, for which others wait: rm {lock}" for lock in stale_locks()
     ]
 
 
 def stale_locks() -> list[Path]:
-    """Locks of builds of kernels that nobody is at any more, for which every later build waits without end.
+    """Locks of builds of kernels whose process has ended; every later build waits for them without end.
 
-    A process that builds holds its lock open; one that is killed leaves the file. Where the system does not say what a
-    process holds open, a lock is stale once it is older than any build takes.
+    A process that builds has its lock open; one that is killed leaves the file. Where the system does not list open
+    files, a lock is stale once it is older than any build takes.
     """
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = Path(given or user_cache_dir(appname="torch_extensions"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions"))
     locks = sorted(root.glob("**/lock"))
-    held = _open_files() if locks else None
-    return [lock for lock in locks if _is_stale(lock, held)]
+    open_files = _open_files() if locks else None
+    return [lock for lock in locks if _is_stale(lock, open_files)]
 
 
-def _is_stale(lock: Path, held: set[tuple[int, int]] | None) -> bool:
+def _is_stale(lock: Path, open_files: set[tuple[int, int]] | None) -> bool:
     try:
-        found = lock.stat()
-    except FileNotFoundError:  # the build has come to its end
+        status = lock.stat()
+    except FileNotFoundError:  # the build has ended
         return False
-    if held is not None and found.st_uid == os.getuid():
-        return (found.st_dev, found.st_ino) not in held
-    return time.time() - found.st_mtime > _BUILD
+    if open_files is not None and status.st_uid == os.getuid():
+        return (status.st_dev, status.st_ino) not in open_files
+    return time.time() - status.st_mtime > _BUILD
 
 
 def _open_files() -> set[tuple[int, int]] | None:
-    """What this user's processes hold open; None where the system does not say."""
-    found = set()
+    """The open files of this user's processes; None where the system does not list them."""
+    files = set()
     for table in Path("/proc").glob("[0-9]*/fd"):
         try:
-            for each in table.iterdir():
+            for descriptor in table.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # closed in the meantime
-                    held = each.stat()
-                    found.add((held.st_dev, held.st_ino))
+                    status = descriptor.stat()
+                    files.add((status.st_dev, status.st_ino))
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended in the meantime, or another user's
             continue
-    return found or None
+    return files or None

@@ -1,9 +1,8 @@
-"""Which engine holds the state of a step.
+"""The engines of steps, and which engine has which state.
 
-DeepSpeed's engine is the one thing that a transform keeps outside the state: it is no value (it hooks the model, owns
-memory and process groups, updates in place), so a state can only name it. Each step that `lm.deepspeed` makes has a
-holder, in which its engine lives as long as the step, and `HOLDERS` has the holder of each state by the number in its
-slot.
+DeepSpeed's engine is the one object that a transform keeps outside the state. It is not a value: it hooks the model,
+owns memory and process groups, and updates in place. So a state only refers to it. Each step of `lm.deepspeed` has a
+holder, whose engine lives as long as the step, and `HOLDERS` has the holder of each state by the number in its slot.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.comm.process_groups import close_on_leave
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.deepspeed.config import Setup
-from lumen.parallel.deepspeed.engine import Engine, meet
+from lumen.parallel.deepspeed.engine import Engine, init_single_process_group
 from lumen.parallel.lazy_param import empty_meta
 
 _numbers = itertools.count(1)
@@ -35,9 +34,9 @@ _numbers = itertools.count(1)
 
 @pytree_dataclass
 class EngineSlot(ShardingSlot):
-    """The slot of `deepspeed`, all static: which engine (`number`) holds the state, the params' dtypes, and the specs.
+    """The slot of `deepspeed`, all static: the `number` of the state's engine, the params' dtypes, and specs.
 
-    Specs are those of the optimizer's state: of a leaf that is laid out like a param this rank has the same span.
+    The specs are those of the optimizer's state: of a leaf that is laid out like a param this rank has the same span.
     """
 
     specs: SpecTree = static()
@@ -46,19 +45,19 @@ class EngineSlot(ShardingSlot):
 
 
 class PendingGrads(NamedTuple):
-    """Gradients in the engine, and how the step knows them: times `scale` (None is 1) they are the mean loss's."""
+    """Stand-ins for the gradients in the engine, which times `scale` (None is 1) are those of the mean loss."""
 
     grads: dict[str, Tensor]
     scale: Tensor | None
 
 
 class EngineHolder(StepMesh):
-    """The engine of one step, and what the step remembers of it between calls."""
+    """The engine of one step, and what is kept for the next call of the step."""
 
-    def __init__(self, transform: Transform, given: Mesh | None) -> None:
-        super().__init__(given, "data")
+    def __init__(self, transform: Transform, mesh: Mesh | None) -> None:
+        super().__init__(mesh, "data")
         self.transform = transform
-        self.other: EngineHolder | None = None  # that of the state that the step was called with last, where it is not
+        self.other: EngineHolder | None = None  # the holder of the last call's state, if another
         self.engine: Engine | None = None
         self.number = 0
         self.specs = SpecTree({}, {})
@@ -68,35 +67,35 @@ class EngineHolder(StepMesh):
         self.pending: PendingGrads | None = None
         self.checks = BufferChecks("lm.deepspeed")
         self.unreached: dict[Any, list[str]] = {}
-        self._made_for: Any = None
-        self._closing: Any = None
+        self._engine_key: Any = None
+        self._finalizer: Any = None
 
     def __deepcopy__(self, _memo: Any) -> EngineHolder:
-        return self  # a state may be copied, its engine may not
+        return self  # a state may be copied, an engine may not
 
     @functools.cached_property
-    def wire(self) -> GradComm:
-        """The way to the other processes."""
-        meet(self.mesh.device)
+    def comm(self) -> GradComm:
+        """The communicator of the other ranks."""
+        init_single_process_group(self.mesh.device)
         assert dist.group.WORLD is not None
         return GradComm(dist.group.WORLD)
 
     def used(self) -> Engine:
-        """The engine; `StateError` before it is made."""
+        """The engine; `StateError` before it is created."""
         if self.engine is None:
             raise StateError("lm.deepspeed has no engine yet. Prepare the state: state = step.init(state)")
         return self.engine
 
     def hold(self, state: Any, setup: Setup) -> Engine:
-        """Have the engine take a state: the one that there is, if it is of this model, or a new one."""
+        """The engine, loaded with a state: the one that there is, if it is of this model, or a new one."""
         key = (state.apply_fn.train().module, repr(setup), tuple(state.params))
-        if self._made_for != key:
+        if self._engine_key != key:
             self.close()
         if self.engine is None:
             self.engine = Engine(state.apply_fn, state.params, state.buffers, setup)
-            self._made_for = key
-            self._closing = weakref.finalize(self, self.engine.close)  # a step that is let go lets go of its engine
-            self._closing.atexit = False
+            self._engine_key = key
+            self._finalizer = weakref.finalize(self, self.engine.close)  # closes with its step
+            self._finalizer.atexit = False
         close_on_leave(self)
         self.engine.load(state.params)
         HOLDERS.pop(self.number, None)
@@ -108,10 +107,10 @@ class EngineHolder(StepMesh):
         return self.engine
 
     def close(self) -> None:
-        """Let go of the engine, and with it of the process groups that it keeps."""
-        if self._closing is not None:
-            self._closing()
-        self.engine = self._closing = self._made_for = None
+        """Close the engine, and with it the process groups that it keeps."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self.engine = self._finalizer = self._engine_key = None
 
     # `lumen.parallel.lazy_param.GatherSource`, for the params of stage 3.
 
@@ -128,11 +127,11 @@ HOLDERS: weakref.WeakValueDictionary[int, EngineHolder] = weakref.WeakValueDicti
 
 
 def holder_of(slot: EngineSlot) -> EngineHolder:
-    """The holder of the state with this slot; `StateError` where its engine holds another one by now."""
+    """The holder of the state with this slot; `StateError` where its engine has another state now."""
     holder = HOLDERS.get(slot.number)
     if holder is None:
         raise StateError(
-            "this state was held by an engine that has taken another one since: step.init(state) was called again."
-            " Keep a plain state for later: kept = step.export(state)."
+            "the engine of this state has another state since: step.init(state) was called again. Keep a plain state"
+            " for later: plain = step.export(state)."
         )
     return holder

@@ -17,10 +17,10 @@ from lumen.parallel.deepspeed.partitions import Span
 
 
 class Adapter(torch.optim.Optimizer):
-    """A torch optimizer whose step is P2 of the state's own optimizer, on this process's spans of params.
+    """A torch optimizer whose step is P2 of the state's own optimizer, on this rank's spans of params.
 
-    The engine calls it once for each of its groups of params. Between `begin` and `end` these calls make up one update;
-    outside of it, as when the engine allocates, nothing is updated.
+    The engine calls it once for each of its groups of params. Between `begin` and `end` these calls are one update.
+    Outside, as when the engine allocates memory, nothing is updated.
     """
 
     def __init__(self, params: Any) -> None:
@@ -28,18 +28,18 @@ class Adapter(torch.optim.Optimizer):
         self._update: Update | None = None
 
     def begin(self, update: Update) -> None:
-        """From now on the engine's calls make this update."""
+        """Use the engine's calls for this update."""
         self._update = update
 
     def end(self) -> Any:
-        """The optimizer state after the update: what it was where the engine left it out."""
+        """The optimizer state after the update; unchanged where the engine skipped it."""
         assert self._update is not None
         update, self._update = self._update, None
         return update.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update what is in the groups now."""
+        """Update the current groups of params."""
         if self._update is not None:
             self._update([p for group in self.param_groups for p in group["params"]])
 
@@ -64,15 +64,15 @@ class Update:
         self._before, self._spec = tree.flatten(state)
 
     def __call__(self, flats: Sequence[Tensor]) -> None:
-        """Update what lies in these flat tensors of the engine's."""
-        given = [flat for flat in flats if flat.grad is not None]
+        """Update the spans in these flat tensors of the engine's."""
+        with_grads = [flat for flat in flats if flat.grad is not None]
         grads = {}
         for name, span in self._spans.items():
-            found = _within(given, span.master)
-            if found is not None:
-                flat, at = found
+            position = _locate(with_grads, span.master)
+            if position is not None:
+                flat, start = position
                 assert flat.grad is not None
-                grad = flat.grad.reshape(-1)[at : at + span.master.numel()]
+                grad = flat.grad.reshape(-1)[start : start + span.master.numel()]
                 grads[name] = span.shaped(grad.to(span.master.dtype))
         if self._scale is not None:
             for grad in grads.values():
@@ -80,53 +80,54 @@ class Update:
         self._apply(grads)
 
     def _apply(self, grads: Mapping[str, Tensor]) -> None:
-        """Update the spans that have grads; the others, whose turn is another, go along without entries."""
+        """Update the spans that have grads; others, which another call updates, are passed with no entries."""
         spans = {name: span for name, span in self._spans.items() if span.master.numel()}
-        partly = grads.keys() != spans.keys()
+        is_partial = grads.keys() != spans.keys()
         params = {name: span.shaped(span.master) for name, span in self._spans.items()}
-        given = list(self._before)
-        if partly:
+        leaves = list(self._before)
+        if is_partial:
             params = {name: p if name in grads else p[:0] for name, p in params.items()}
-            for place, name in self._param_slots:
-                given[place] = given[place] if name in grads else given[place][:0]
-        full = {name: grads.get(name, p[:0]) for name, p in params.items()}
-        with sharding.bound(_Shards(partly)):
-            new, state = self._tx.apply(full, self._spec.unflatten(given), params, donate=True)
+            for index, name in self._param_slots:
+                leaves[index] = leaves[index] if name in grads else leaves[index][:0]
+        all_grads = {name: grads.get(name, p[:0]) for name, p in params.items()}
+        with sharding.bound(_Shards(is_partial)):
+            new, state = self._tx.apply(all_grads, self._spec.unflatten(leaves), params, donate=True)
         for name, p in params.items():
             if new[name] is not p:
                 p.copy_(new[name])
-        leaves, owner = tree.leaves(state), dict(self._param_slots)
-        held = tree.leaves(self.state)
-        kept = [
-            old if partly and place in owner and owner[place] not in grads else leaf
-            for place, (old, leaf) in enumerate(zip(held, leaves, strict=True))
-        ]
-        self.state = self._spec.unflatten(kept)
+        param_of = dict(self._param_slots)
+        old_and_new = zip(tree.leaves(self.state), tree.leaves(state), strict=True)
+        self.state = self._spec.unflatten(
+            [
+                old if is_partial and index in param_of and param_of[index] not in grads else leaf
+                for index, (old, leaf) in enumerate(old_and_new)
+            ]
+        )
 
 
-def _within(flats: Sequence[Tensor], part: Tensor) -> tuple[Tensor, int] | None:
-    """Which of `flats` the entries of `part` lie in, and from where."""
-    for flat in flats if part.numel() else ():
-        if flat.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
-            at = int(part.storage_offset() - flat.storage_offset())
-            if 0 <= at < flat.numel():
-                return flat, at
+def _locate(flats: Sequence[Tensor], span: Tensor) -> tuple[Tensor, int] | None:
+    """The one of `flats` that has the entries of `span`, and the position of the first."""
+    for flat in flats if span.numel() else ():
+        if flat.untyped_storage().data_ptr() == span.untyped_storage().data_ptr():
+            start = int(span.storage_offset() - flat.storage_offset())
+            if 0 <= start < flat.numel():
+                return flat, start
     return None
 
 
 class _Shards:
-    """What a rule is told that looks at all params at once: `lumen.core.sharding.Shards`."""
+    """The `lumen.core.sharding.Shards` for rules that look at all params at once."""
 
-    def __init__(self, partly: bool) -> None:
-        self._partly = partly
+    def __init__(self, is_partial: bool) -> None:
+        self._is_partial = is_partial
 
     def counts(self, path: str, leaf: Tensor) -> bool:
-        """Each entry is on one process."""
+        """Always: each entry is on one rank."""
         return True
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
-        """`x` of all processes."""
-        if self._partly:
+        """`x` reduced over all ranks."""
+        if self._is_partial:
             raise HyperparameterError(
                 "this optimizer looks at all gradients at once (lm.optim.clip_by_global_norm, say), and the engine"
                 ' updates group by group. Write lm.clip(1.0), or a larger "sub_group_size".'
