@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen.bridges.bound import module as bound
+from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._param_names import Pattern, matching
@@ -119,18 +120,18 @@ def merged(state: Any) -> nn.Module:
 
 
 def _merge(layer: Lora) -> None:
-    weight = layer._parameters["weight"]
+    weight = _torch_compat.own_params(layer)["weight"]
     assert weight is not None
     merged_weight = (weight + layer.delta().to(torch.promote_types(weight.dtype, layer.lora_a.dtype))).to(weight.dtype)
-    layer._parameters["weight"] = nn.Parameter(merged_weight, requires_grad=False)
+    _torch_compat.own_params(layer)["weight"] = nn.Parameter(merged_weight, requires_grad=False)
     for name in _NAMES:
-        del layer._parameters[name]
+        del _torch_compat.own_params(layer)[name]
     del layer.scale
     layer.__class__ = type(layer).__mro__[2]
 
 
 def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
-    weight: Any = layer._parameters["weight"]
+    weight: Any = _torch_compat.own_params(layer)["weight"]
     outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
     dtype = torch.float32 if weight.dtype.itemsize < torch.float32.itemsize else weight.dtype
     layer.lora_a = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=weight.device))
@@ -162,7 +163,7 @@ def _match(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) -
 def _check(module: nn.Module, layers: dict[str, nn.Module]) -> None:
     slots = param_slots(module)
     shared = {name for name, count in Counter(name for _, _, name in slots).items() if count > 1}
-    owners = {id(sub._parameters): prefix for prefix, sub in module.named_modules()}
+    owners = {id(_torch_compat.own_params(sub)): prefix for prefix, sub in module.named_modules()}
     tied = {owners[id(table)] for table, _, name in slots if name in shared and id(table) in owners}
     for name, layer in layers.items():
         if isinstance(layer, Lora) or not (isinstance(layer, nn.Linear) or is_transposed(layer)):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.core.step import field_of
 from lumen.errors import HyperparameterError, ParamsError, StateError
@@ -120,7 +121,7 @@ class _Packed:
 
     def install(self, layer: nn.Module) -> None:
         """Replace the weight of a skeleton's layer with these tensors."""
-        del layer._parameters["weight"]
+        del _torch_compat.own_params(layer)["weight"]
         for name, tensor in self.tensors.items():
             layer.register_buffer(name, torch.empty_like(tensor, device="meta"))
         kind: Any = type(layer)
@@ -148,7 +149,7 @@ class Quantized(nn.Module):
 
     def _build_weight(self, overrides: dict[str, Any]) -> Tensor:
         kind, names, attributes = self._form
-        tensors = {name.removeprefix("weight_"): self._buffers[name] for name in names}
+        tensors = {name.removeprefix("weight_"): getattr(self, name) for name in names}
         weight: Tensor = kind.__tensor_unflatten__(tensors, attributes | overrides, None, None)
         return weight
 

@@ -1,7 +1,8 @@
 """What Lumen uses of torch that torch does not promise to keep, and whether the installed torch has it.
 
-`PRIVATE` is the whole list: a test reads the source of `lumen/` and fails for a private name that is used and does not
-stand here, and for one that stands here and is used no more. Where torch comes to offer a public way, use that.
+This is the only module that reaches into private torch. Others write `_torch_compat.foreach_add(...)`: a private name
+without its leading underscores, looked up on first use. A test reads the source of `lumen/` and fails for a private
+name that is used elsewhere, and for one that is listed here and not used. Prefer a public way where torch has one.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from operator import attrgetter
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:  # classes that are inherited from or named in annotations; `__getattr__` finds them
+    from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 TRIED = ("2.11", "2.12", "2.13", "2.14")
 """The minor versions of torch that were asked for all of `PRIVATE`."""
@@ -29,12 +38,12 @@ class Use(NamedTuple):
     Where one of `TRIED` is not among them, Lumen does without there.
     """
 
-    names: str  # with spaces between them; `function(keyword=)` is an argument of a function
+    names: str  # with spaces between them; `alias=name`, or `function(keyword=)` for an argument of a function
     purpose: str
     torch: tuple[str, ...] = TRIED
 
 
-_USES = (
+_USES = (  # what this module offers by name, through `__getattr__`
     # Optimizers
     Use(
         "torch._foreach_add torch._foreach_add_ torch._foreach_addcdiv_ torch._foreach_addcmul torch._foreach_addcmul_"
@@ -42,31 +51,29 @@ _USES = (
         " torch._foreach_norm torch._foreach_sign_ torch._foreach_sqrt torch._foreach_sqrt_",
         "one call for many tensors: updates, sums of gradients, norms",
     ),
-    Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
     Use(
         "torch._fused_adagrad_ torch._fused_adam_ torch._fused_adamw_ torch._fused_sgd_",
         "a whole update in one kernel",
     ),
     Use(
-        "torch.ops.aten._fused_adagrad_ torch.ops.aten._fused_adam_ torch.ops.aten._fused_adamw_"
-        " torch.ops.aten._fused_sgd_",
+        "aten_fused_adagrad_=torch.ops.aten._fused_adagrad_ aten_fused_adam_=torch.ops.aten._fused_adam_"
+        " aten_fused_adamw_=torch.ops.aten._fused_adamw_ aten_fused_sgd_=torch.ops.aten._fused_sgd_",
         "to see them in a plan, where tensors have no values",
     ),
     # Which transform of torch.func, which mode, which tracer a call runs under
     Use(
-        "torch._C torch._C._functorch torch._C._functorch.peek_interpreter_stack"
+        "torch._C._functorch.peek_interpreter_stack"
         " torch._C._functorch.is_functorch_wrapped_tensor"
-        " torch._C._functorch.TransformType.Vmap",
+        " torch._C._functorch.TransformType",
         "whether a call runs inside of a transform of torch.func, which kernels, hooks and reads of values must not",
     ),
     Use(
-        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey.PROXY",
+        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey",
         "whether make_fx records what a call does",
     ),
     Use("torch._C._len_torch_function_stack", "whether a mode, such as a default device, changes what torch calls do"),
     Use(
-        "torch._C._dispatch_tls_local_include_set torch._C.DispatchKey.ADInplaceOrView"
-        " torch._C.DispatchKey.BackendSelect",
+        "torch._C._dispatch_tls_local_include_set torch._C.DispatchKey torch._C.DispatchKeySet",
         "whether a mode for random numbers stands between a call and its kernel",
     ),
     Use(
@@ -75,22 +82,22 @@ _USES = (
         "whether a buffer differs between the rows of a vmap",
     ),
     Use("torch._C._ExcludeDispatchKeyGuard", "autocast on the device that a plan is made on"),
-    Use("torch._functorch.config", "a compiled block whose backward pass runs outside of the autocast of its forward"),
+    Use(
+        "functorch_config=torch._functorch.config",
+        "a compiled block whose backward pass runs outside of the autocast of its forward",
+    ),
     # Autograd
     Use("torch.autograd.graph._engine_run_backward", "backward with the gradients added where Lumen holds them"),
     Use(
-        "torch.Tensor._make_subclass torch.Tensor._version torch._C.DisableTorchFunctionSubclass",
+        "torch.Tensor._make_subclass torch._C.DisableTorchFunctionSubclass",
         "a tensor that stands for a param which is gathered on first use",
     ),
-    Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),
+    Use("tensor_version=torch.Tensor._version", "whether a tensor was written to in place"),
     # Tracing and compiling
     Use(
-        "torch._inductor.compile torch._inductor.list_mode_options torch._dynamo.backends.debugging.aot_eager",
+        "inductor_compile=torch._inductor.compile torch._inductor.list_mode_options"
+        " torch._dynamo.backends.debugging.aot_eager",
         "what lm.compile hands a recorded step to",
-    ),
-    Use(
-        "torch.fx.experimental.proxy_tensor.make_fx(_allow_non_fake_inputs=)",
-        "a recorded step that closes over real tensors",
     ),
     Use(
         "torch._subclasses.fake_tensor.FakeTensor torch._subclasses.fake_tensor.FakeTensorMode"
@@ -106,19 +113,13 @@ _USES = (
         "to try a kernel unseen by those who count operations or memory",
     ),
     Use(
-        "torch.utils._pytree.tree_flatten torch.utils._pytree.tree_leaves torch.utils._pytree.tree_map"
-        " torch.utils._pytree.tree_unflatten torch.utils._pytree.register_pytree_node torch.utils._pytree.GetAttrKey",
+        "torch_pytree=torch.utils._pytree",
         "the trees that torch.func and torch.export know; Lumen's own dataclasses among them",
     ),
+    Use("aten_local_scalar_dense=torch.ops.aten._local_scalar_dense", "to see where a step reads a tensor's value"),
     Use(
-        "torch._ops.OpOverload._opname torch._ops.OpOverload._overloadname torch._ops.OpOverload._overloadpacket"
-        " torch._ops.OpOverload._schema",
-        "which operation a plan sees",
-    ),
-    Use("torch.ops.aten._local_scalar_dense.default", "to see where a step reads a tensor's value"),
-    Use(
-        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
-        " torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+        "aten_attention_cpu=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+        " aten_attention_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
         "the operations of the CPU's attention, which torch's own counter leaves out",
     ),
     Use(
@@ -129,6 +130,40 @@ _USES = (
     ),
     # Modules and data
     Use(
+        "torch.nn.modules.batchnorm._BatchNorm torch.nn.modules.batchnorm._NormBase"
+        " ParametrizedSpectralNorm=torch.nn.utils.parametrizations._SpectralNorm"
+        " torch.nn.modules.instancenorm._InstanceNorm torch.nn.modules.dropout._DropoutNd",
+        "all layers of a kind, whatever their dims",
+    ),
+    # Several processes
+    Use(
+        "torch._C._nn.flatten_dense_tensors torch._C._nn.unflatten_dense_tensors",
+        "many tensors in one buffer, and back",
+    ),
+    Use(
+        "c10d_functional=torch.ops._c10d_functional",
+        "collectives that a compiled step can hold",
+    ),
+    Use(
+        "torch.distributed.distributed_c10d._get_default_store",
+        "keys that the processes share, to meet and to hear of one that died",
+    ),
+    Use(
+        "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
+        "the world of a plan, which is only thought of",
+    ),
+    Use("torch._appdirs.user_cache_dir", "where the builds of DeepSpeed's kernels lie"),
+)
+
+_ATTRIBUTES = (  # what its functions reach into
+    Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
+    Use("torch.distributed._functional_collectives", "the shapes of collectives that a compiled step can hold"),
+    Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),
+    Use(
+        "torch._ops.OpOverload._opname torch._ops.OpOverload._overloadname torch._ops.OpOverload._schema",
+        "which operation a plan sees",
+    ),
+    Use(
         "torch.nn.Module._parameters torch.nn.Module._buffers torch.nn.Module._modules",
         "where tensors are put while a module runs as a function",
     ),
@@ -138,41 +173,48 @@ _USES = (
     ),
     Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
     Use(
-        "torch.nn.modules.batchnorm._BatchNorm torch.nn.modules.batchnorm._NormBase"
-        " torch.nn.utils.parametrizations._SpectralNorm torch.nn.modules.instancenorm._InstanceNorm"
-        " torch.nn.modules.dropout._DropoutNd",
-        "all layers of a kind, whatever their dims",
-    ),
-    Use(
         "torch.utils.data.DataLoader._iterator"
         " torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown_workers"
         " torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
         "to end a loader's processes at once, and to say which of them died",
     ),
-    # Several processes
     Use("torch.distributed.device_mesh.DeviceMesh._pg_registry", "to let go of a mesh's groups when a world is left"),
-    Use(
-        "torch._C._nn.flatten_dense_tensors torch._C._nn.unflatten_dense_tensors",
-        "many tensors in one buffer, and back",
-    ),
-    Use(
-        "torch.distributed._functional_collectives torch.ops._c10d_functional torch.ops._c10d_functional.wait_tensor",
-        "collectives that a compiled step can hold",
-    ),
-    Use(
-        "torch.distributed.distributed_c10d._get_default_store",
-        "keys that the processes share, to meet and to hear of one that died",
-    ),
     Use("torch.distributed.device_mesh.DeviceMesh._flatten", "the processes of several axes of a mesh together"),
     Use(
-        "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
-        "the world of a plan, which is only thought of",
+        "torch.fx.experimental.proxy_tensor.make_fx(_allow_non_fake_inputs=)",
+        "a recorded step that closes over real tensors",
     ),
-    Use("torch._appdirs.user_cache_dir", "where the builds of DeepSpeed's kernels lie"),
+    Use(
+        "torch.utils._pytree.tree_flatten torch.utils._pytree.tree_leaves torch.utils._pytree.tree_map"
+        " torch.utils._pytree.tree_unflatten torch.utils._pytree.register_pytree_node torch.utils._pytree.GetAttrKey",
+        "what Lumen takes from torch's trees",
+    ),
 )
 
-PRIVATE: dict[str, Use] = {name: use for use in _USES for name in use.names.split()}
+_LISTED = [each.rpartition("=")[::2] for use in _USES for each in use.names.split()]
+NAMES = {alias or name.rpartition(".")[2].lstrip("_"): name for alias, name in _LISTED}
+"""The full names of what this module offers, by the names under which it does."""
+PRIVATE = {
+    name.rpartition("=")[2] if "(" not in name else name: use
+    for use in (*_USES, *_ATTRIBUTES)
+    for name in use.names.split()
+}
 """Every private name of torch that Lumen uses, with what it is used for."""
+
+
+def __getattr__(name: str) -> Any:
+    """What `NAMES` lists, when it is first asked for: a torch that lacks one name fails where that is used."""
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    full = NAMES[name]
+    if not has(full):
+        raise AttributeError(
+            f"torch {torch.__version__} has no {full}, which Lumen uses for {PRIVATE[full].purpose}."
+            f" Install one of torch {', '.join(PRIVATE[full].torch)}"
+        )
+    value = globals()[name] = _found(full)
+    return value
+
 
 _KEYWORD = re.compile(r"(.*)\((\w+)=\)")
 
@@ -259,6 +301,73 @@ def _sets(cls: type, attribute: str) -> bool:
     if code is not None and attribute in (*code.co_names, *code.co_consts):
         return True
     return cls is torch.nn.Module and hasattr(cls(), attribute)  # whose __init__ others replace
+
+
+# ---------------------------------------------------------------------------------------- attributes of objects
+
+RESET_PARAMETERS = "_reset_parameters"
+MODULE_TABLES = PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
+own_params, own_buffers, own_modules = map(attrgetter, MODULE_TABLES)
+"""The tables in which a module keeps the params, buffers and modules that are its own and not its children's."""
+
+forward_pre_hooks = attrgetter("_forward_pre_hooks")
+version_of = attrgetter("_version")
+"""How often a tensor was written to in place, through itself or a view."""
+
+storage_id = attrgetter("_cdata")
+"""The address of a storage object, which tensors that share memory have in common."""
+
+schema_of, operation_name, overload_name = map(attrgetter, ("_schema", "_opname", "_overloadname"))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this module also runs hooks of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def record(function: Callable[..., Any], example: Sequence[Any]) -> torch.fx.GraphModule:
+    """The operations of `function` on tensors like those of `example`; it may close over real tensors."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+
+
+def is_undispatched() -> bool:
+    """Whether no mode, such as vmap or a tracer, stands between this thread's calls and their kernels."""
+    this: Any = sys.modules[__name__]
+    keys = this.dispatch_tls_local_include_set()
+    return bool(keys.remove(this.DispatchKey.BackendSelect).remove(this.DispatchKey.ADInplaceOrView).raw_repr() == 0)
+
+
+def worker_iterator(loader: DataLoader[Any]) -> Any:
+    """The iterator that a loader keeps for its next epoch, or None."""
+    return loader._iterator
+
+
+def drop_worker_iterator(loader: DataLoader[Any]) -> None:
+    """Have the next epoch of a loader begin with another iterator."""
+    loader._iterator = None
+
+
+def shut_down_workers(loader: DataLoader[Any]) -> None:
+    """End the processes of a loader's iterator at once."""
+    loader._iterator._shutdown_workers()  # type: ignore[union-attr]
+
+
+def worker_processes(loader: DataLoader[Any]) -> list[BaseProcess]:
+    """The processes of a loader's iterator."""
+    return [] if loader._iterator is None else loader._iterator._workers  # type: ignore[attr-defined]
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The axes of a mesh as one axis, called `name`."""
+    return mesh._flatten(name)
+
+
+def graph_collectives() -> Any:
+    """The collectives that a graph can hold; their shapes are known once torch's module of them has been imported."""
+    importlib.import_module("torch.distributed._functional_collectives")
+    return torch.ops._c10d_functional
 
 
 # ---------------------------------------------------------------------------------------- process groups

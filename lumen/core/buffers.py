@@ -18,13 +18,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from lumen import tree
-from lumen.core import distributed, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.core.dtypes import NARROW
 from lumen.core.primitives import ApplyCall, Aux
 from lumen.core.rules import Next
@@ -109,7 +107,9 @@ def check_statistics(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     narrow = [
         name
         for name, each in module.named_modules()
-        if isinstance(each, _NormBase) and each.training and _dtype_of(buffers, f"{name}.running_mean") in NARROW
+        if isinstance(each, _torch_compat.NormBase)
+        and each.training
+        and _dtype_of(buffers, f"{name}.running_mean") in NARROW
     ]
     if narrow:
         listed = ", ".join(map(repr, narrow[:_SHOWN])) + (" …" if len(narrow) > _SHOWN else "")
@@ -133,16 +133,16 @@ def _known(module: nn.Module) -> Iterator[tuple[str, Merge]]:
     observer = sys.modules.get("torch.ao.quantization.observer")  # whose import takes long
     for prefix, each in module.named_modules():
         start = f"{prefix}." if prefix else ""
-        if isinstance(each, _NormBase):
+        if isinstance(each, _torch_compat.NormBase):
             yield from ((start + name, merge) for name, merge in STATISTICS.items())
-        elif isinstance(each, _SpectralNorm):  # computed from params alone
+        elif isinstance(each, _torch_compat.ParametrizedSpectralNorm):  # computed from params alone
             yield f"{start}_u", Merge("sync", stepwise=False)
             yield f"{start}_v", Merge("sync", stepwise=False)
         elif observer is not None and isinstance(each, observer.MinMaxObserver | observer.PerChannelMinMaxObserver):
             averaged = observer.MovingAverageMinMaxObserver | observer.MovingAveragePerChannelMinMaxObserver
             yield f"{start}min_val", Merge("mean" if isinstance(each, averaged) else "min")
             yield f"{start}max_val", Merge("mean" if isinstance(each, averaged) else "max")
-        for hook in each._forward_pre_hooks.values():
+        for hook in _torch_compat.forward_pre_hooks(each).values():
             if isinstance(hook, SpectralNorm):
                 yield f"{start}{hook.name}_u", Merge("sync", stepwise=False)
                 yield f"{start}{hook.name}_v", Merge("sync", stepwise=False)
@@ -297,17 +297,19 @@ class Tracker:
 
 def _is_alias(leaf: Any, other: Tensor) -> bool:
     """Whether a tensor is the other, detached say."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or leaf.shape != other.shape:
+    if _torch_compat.peek_interpreter_stack() is not None or leaf.shape != other.shape:
         return False
-    return bool(leaf.untyped_storage()._cdata == other.untyped_storage()._cdata and leaf.dtype == other.dtype)
+    return bool(
+        _torch_compat.storage_id(leaf.untyped_storage()) == _torch_compat.storage_id(other.untyped_storage())
+        and leaf.dtype == other.dtype
+    )
 
 
 def _is_mapped(leaf: Any) -> bool:
     """Whether a tensor differs between the rows of the innermost `vmap`."""
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(leaf):
-        leaf = functorch.get_unwrapped(leaf)
-    return functorch.is_batchedtensor(leaf)
+    while _torch_compat.is_gradtrackingtensor(leaf):
+        leaf = _torch_compat.get_unwrapped(leaf)
+    return bool(_torch_compat.is_batchedtensor(leaf))
 
 
 def merge_microbatches(origin: Origin, leaves: Sequence[Any], weighted: Callable[[], Tensor]) -> Any:
@@ -475,7 +477,7 @@ class touched(TorchFunctionMode):  # noqa: N801
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         super().__init__()
-        self._versions = {id(each): each._version for each in buffers}
+        self._versions = {id(each): _torch_compat.version_of(each) for each in buffers}
         self._written: set[int] = set()
 
     def __torch_function__(
@@ -489,7 +491,9 @@ class touched(TorchFunctionMode):  # noqa: N801
 
     def is_same(self, given: Tensor, now: Tensor) -> bool:
         """Whether `now` is the tensor that was given, unwritten."""
-        return now is given and id(now) not in self._written and now._version == self._versions[id(now)]
+        return (
+            now is given and id(now) not in self._written and _torch_compat.version_of(now) == self._versions[id(now)]
+        )
 
 
 _READ_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]

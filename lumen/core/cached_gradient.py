@@ -65,7 +65,7 @@ class CachedGradient:
         self._spec: tree.Spec | None = None
         self._grads: list[list[Tensor]] = []  # of each microbatch's floating leaves
         self._aux: Any = None
-        self._mapped = torch._C._functorch.peek_interpreter_stack() is not None
+        self._mapped = _torch_compat.peek_interpreter_stack() is not None
         self._graphless = not self._mapped and not _is_live(call)
         self._recorded = in_make_fx()
         has_values = not self._recorded and not distributed.is_dry_run()
@@ -181,7 +181,7 @@ class CachedGradient:
 
     def _compare(self, place: int, again: Sequence[Tensor]) -> None:
         """Raise `LossError` where the embeddings of a microbatch are not what they were without a graph."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _torch_compat.peek_interpreter_stack() is not None:
             return
         for before, now in zip(self._pieces[place], again, strict=True):
             if not _is_near(before, now.detach()):
@@ -230,7 +230,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _tied(total: Tensor, params: Any) -> Tensor:
     """`total`, differentiable also where embeddings do not depend on params: then with a gradient of zeros."""
-    if total.requires_grad or torch._C._functorch.peek_interpreter_stack() is not None:
+    if total.requires_grad or _torch_compat.peek_interpreter_stack() is not None:
         return total
     return total + tree.tensors(params)[0].reshape(-1)[:0].sum()
 

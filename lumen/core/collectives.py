@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.errors import AxisError
 
 
@@ -124,7 +124,7 @@ def _reduce(values: Any, axis: str, op: str) -> Any:
     bound: Axis | None = rules.axis(axis)
     if bound is None:
         return values
-    if bound.process and torch._C._functorch.peek_interpreter_stack() is not None:
+    if bound.process and _torch_compat.peek_interpreter_stack() is not None:
         raise AxisError(
             f"a collective over the process axis {axis!r} was called inside a torch.func transform (vmap or grad),"
             " where torch would silently reduce the wrong tensors. Call it outside: reduce grads after"

@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from lumen.core import _torch_compat
+
 
 def is_distributed() -> bool:
     """Whether this process belongs to a group of several, or of one that was set up as a group."""
@@ -80,7 +82,7 @@ def shard_bounds(count: int, rank: int, size: int) -> tuple[int, int]:
 
 def store(prefix: str) -> Store:
     """The keys below `prefix` that all processes share, over a connection of its own: its waits hold up no one else."""
-    shared = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+    shared = PrefixStore(prefix, _torch_compat.get_default_store())
     own: Store = shared.clone()  # type: ignore[attr-defined]
     return own
 
@@ -103,6 +105,5 @@ def real_tensors() -> AbstractContextManager[object]:
     """While it is entered, new tensors have values, also where a run is only planned."""
     if not is_dry_run():
         return nullcontext()
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    return unset_fake_temporarily()
+    return _torch_compat.unset_fake_temporarily()

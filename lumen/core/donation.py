@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.errors import DonatedError, printable
 
 Addresses = list[set[int]]
@@ -82,7 +82,7 @@ def _tree_fields(state: Any) -> list[str]:
 def _pointers(values: Any) -> list[int]:
     found = [values] if isinstance(values, Tensor) else tree.tensors(values)
     if distributed.is_dry_run():  # tensors that lie nowhere, but are views of each other as real ones are
-        return [hash((t.untyped_storage()._cdata, t.storage_offset())) for t in found if t.numel()]
+        return [hash((_torch_compat.storage_id(t.untyped_storage()), t.storage_offset())) for t in found if t.numel()]
     return [t.data_ptr() for t in found if t.numel()]
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumen.core import _torch_compat
 from lumen.errors import OrderError
 
 
@@ -20,10 +19,10 @@ def _is_draw(func: Any) -> bool:
 
 
 def _copied(drawn: Any) -> Any:
-    return torch_pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, drawn)
+    return _torch_compat.torch_pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, drawn)
 
 
-class refusing_draws(TorchDispatchMode):  # noqa: N801
+class refusing_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
     """`with refusing_draws(message):` raises `OrderError` for an operation that draws from torch's generators.
 
     >>> with refusing_draws("No noise here."):
@@ -46,7 +45,7 @@ class refusing_draws(TorchDispatchMode):  # noqa: N801
         return func(*args, **(kwargs or {}))
 
 
-class keeping_draws(TorchDispatchMode):  # noqa: N801
+class keeping_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
     """`with keeping_draws(kept):` appends copies of all that is drawn to the list `kept`.
 
     >>> kept = []
@@ -72,7 +71,7 @@ class keeping_draws(TorchDispatchMode):  # noqa: N801
         return out
 
 
-class repeating_draws(TorchDispatchMode):  # noqa: N801
+class repeating_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
     """`with repeating_draws(kept):` draws what `keeping_draws` kept, in its order."""
 
     def __init__(self, kept: list[Any]) -> None:
@@ -86,6 +85,6 @@ class repeating_draws(TorchDispatchMode):  # noqa: N801
         if not _is_draw(func):
             return func(*args, **(kwargs or {}))
         drawn = next(self._kept)
-        if func._schema.is_mutable:
+        if _torch_compat.schema_of(func).is_mutable:
             return args[0].copy_(drawn)
         return _copied(drawn)

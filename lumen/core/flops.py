@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, as_step
@@ -59,11 +59,10 @@ def count(step: StepFn, state: Any, batch: Any) -> tuple[int | None, str]:
 
 
 def _counted(user: StepFn, state: Any, batch: Any) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     # Constants that a step closes over are real tensors.
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with _torch_compat.FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
         def fake(leaf: Any) -> Any:
             if isinstance(leaf, Tensor | np.ndarray):
@@ -87,10 +86,9 @@ def cpu_attention() -> dict[Any, Any]:
     def backward(grad: Any, q: Any, k: Any, v: Any, *_rest: Any, **_options: Any) -> int:
         return int(sdpa_backward_flop_count(grad, q, k, v))
 
-    aten = torch.ops.aten
     return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        _torch_compat.aten_attention_cpu: forward,
+        _torch_compat.aten_attention_cpu_backward: backward,
     }
 
 

@@ -15,10 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from lumen import tree
-from lumen.core import batching, rules
+from lumen.core import _torch_compat, batching, rules
 from lumen.core.dtypes import NARROW
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
@@ -150,17 +149,21 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
 
 def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, in plain eager mode straight to its engine: what it looks for costs 3% of a small step."""
-    if type(objective) is not Tensor or rules.stack.tracing or torch._C._len_torch_function_stack():
+    if type(objective) is not Tensor or rules.stack.tracing or _torch_compat.len_torch_function_stack():
         return torch.autograd.grad(objective, live, allow_unused=True)
     one = _one(objective)
-    return _engine_run_backward((objective,), (one,), False, False, tuple(live), True, accumulate_grad=False)
+    return _torch_compat.engine_run_backward(
+        (objective,), (one,), False, False, tuple(live), True, accumulate_grad=False
+    )
 
 
 def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) -> None:
     """Add the gradient in each leaf to its sum as the backward pass has it, so that there are never two of all."""
     for leaf, total in zip(live, sums, strict=True):
         leaf.grad = total
-    _engine_run_backward((objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True)
+    _torch_compat.engine_run_backward(
+        (objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True
+    )
     sums[:] = [leaf.grad for leaf in live]
 
 
@@ -281,7 +284,7 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
     """Whether somebody outside differentiates through this gradient, or a functorch transform is at work."""
     if call.engine != "auto":
         return call.engine == "func"
-    if rules.stack.in_loss or torch._C._functorch.peek_interpreter_stack() is not None:
+    if rules.stack.in_loss or _torch_compat.peek_interpreter_stack() is not None:
         return True
     if torch.compiler.is_compiling():
         return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.batching import add_gradients, count
 from lumen.core.cached_gradient import CachedGradient
 from lumen.core.device import forked_rng, module_of
@@ -108,7 +108,7 @@ class _Means:
         self._found: PurityError | None = None
 
     def rule(self, next: Next, call: GradientCall) -> Gradient:
-        if rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if rules.is_tracing() or _torch_compat.peek_interpreter_stack() is not None:
             raise PurityError("check_purity(rows=True) compares numbers: give it the step without transforms.")
         self._seen += 1
         answer: Gradient = next(call)

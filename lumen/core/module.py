@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.buffers import Merge, Merges, is_marking, mark_unwritten, merges_of, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
@@ -80,7 +80,7 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
         if type(p) is nn.Parameter and 0 < p.numel() == extent:  # others may be interleaved without sharing an entry
             begin = int(p.storage_offset()) * p.element_size()
             entry = begin, begin + extent * p.element_size(), name, p.requires_grad
-            by_storage.setdefault(p.untyped_storage()._cdata, []).append(entry)
+            by_storage.setdefault(_torch_compat.storage_id(p.untyped_storage()), []).append(entry)
     for held in by_storage.values():
         for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(held)):
             if begin < end and (trained or other_trained):
@@ -283,7 +283,7 @@ def param_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     first: dict[int, str] = {}
     places = []
     for prefix, sub in module.named_modules(remove_duplicate=True):
-        for table in (sub._parameters, sub._buffers):
+        for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub)):
             for key, tensor in table.items():
                 if tensor is not None:
                     name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)

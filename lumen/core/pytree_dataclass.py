@@ -11,9 +11,9 @@ from operator import attrgetter
 from typing import Any, TypeVar, dataclass_transform
 
 import optree
-from torch.utils import _pytree as torch_pytree
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
@@ -188,12 +188,12 @@ def _register(cls: type, dynamic: tuple[str, ...], fixed: tuple[str, ...]) -> No
         path_entry_type=optree.GetAttrEntry,
         namespace=tree.NAMESPACE,
     )
-    torch_pytree.register_pytree_node(
+    _torch_compat.torch_pytree.register_pytree_node(
         cls,
         flatten,
         lambda children, context: unflatten(context, children),
         flatten_with_keys_fn=lambda node: (
-            [(torch_pytree.GetAttrKey(name), getattr(node, name)) for name in dynamic],
+            [(_torch_compat.torch_pytree.GetAttrKey(name), getattr(node, name)) for name in dynamic],
             flatten(node)[1],
         ),
     )

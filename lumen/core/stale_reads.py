@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.module import Apply
 from lumen.errors import PurityError
-
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def applies_of(state: Any) -> list[Apply]:
@@ -47,7 +46,7 @@ def check_reads(step: Any, applies: Sequence[Apply]) -> None:
 def _kept(module: nn.Module) -> Iterator[str]:
     """The attributes of a module that hold what was computed from params."""
     for name, value in vars(module).items():
-        if name in _TABLES:
+        if name in _torch_compat.MODULE_TABLES:
             continue
         values = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
         if any(isinstance(each, Tensor) and each.grad_fn is not None for each in values):

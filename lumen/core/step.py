@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lumen import tree
-from lumen.core import order, rules, stale_reads
+from lumen.core import _torch_compat, order, rules, stale_reads
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -347,7 +347,7 @@ class _Checked:
             if type(out) is tuple and len(out) == 2:
                 return out
             raise self._not_a_pair(out)
-        before = [] if _wrapped() else [(p, t, t._version) for p, t in tree.named_tensors(state)]
+        before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
         spec = tree.structure(state)
         given: set[int] = set()
         applies = stale_reads.applies_of(state)  # before it may be retired
@@ -356,7 +356,7 @@ class _Checked:
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)
         for path, tensor, version in before:
-            if tensor._version != version and id(tensor) not in given and not is_retired(state):
+            if _torch_compat.version_of(tensor) != version and id(tensor) not in given and not is_retired(state):
                 raise PurityError(
                     f"the step {self.__name__} changed state.{printable(path)} in place. A step must leave its input as"
                     " it is and return a new state: state.replace(...), state.apply_gradients(grads). For updates in"
@@ -395,4 +395,4 @@ def _noting_donated(given: set[int]) -> Rule:
 
 
 def _wrapped() -> bool:
-    return rules.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return rules.is_tracing() or _torch_compat.peek_interpreter_stack() is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from lumen.core import _torch_compat
 from lumen.data.forks import quiet_forks
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _shut_down_in_parent(process: int, loader: DataLoader[Any]) -> None:
 
 
 def _workers(loader: DataLoader[Any]) -> list[BaseProcess]:
-    return [] if loader._iterator is None else loader._iterator._workers  # type: ignore[attr-defined]
+    return _torch_compat.worker_processes(loader)
 
 
 class _Keys:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.errors import MetricError
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ _BOOKKEEPING = frozenset(
         "_cache",
         "_is_synced",
         "_forward_cache",
-        "_modules",
-        "_buffers",
+        _torch_compat.MODULES,
+        _torch_compat.BUFFERS,
     }
     | {"_device", "_state_is_copy"}
 )
@@ -101,8 +102,11 @@ class MetricTemplate:
         for module, node in zip(copies, self.nodes, strict=True):
             attributes = module.__dict__
             attributes.update(node.module.__dict__)
-            attributes["_modules"] = {**node.module._modules, **{name: copies[i] for name, i in node.children.items()}}
-            attributes["_buffers"] = dict(node.module._buffers)
+            attributes[_torch_compat.MODULES] = {
+                **_torch_compat.own_modules(node.module),
+                **{name: copies[i] for name, i in node.children.items()},
+            }
+            attributes[_torch_compat.BUFFERS] = dict(_torch_compat.own_buffers(node.module))
             for name in node.containers:
                 attributes[name] = copy.copy(attributes[name])
             if node.is_metric:
@@ -160,7 +164,9 @@ def _nodes(root: nn.Module) -> list[_Node]:
     nodes = []
     for path, module in modules:
         is_metric = isinstance(module, Metric)
-        children = {name: index[id(child)] for name, child in module._modules.items() if id(child) in index}
+        children = {
+            name: index[id(child)] for name, child in _torch_compat.own_modules(module).items() if id(child) in index
+        }
         state_names = {*module._defaults, "_defaults", "_reductions", "_persistent"} if is_metric else set()
         if isinstance(module, MetricCollection):
             state_names |= {"_groups"}
@@ -227,8 +233,8 @@ def _changed_attributes(module: Any, node: _Node, state_specs: tuple[StateSpec, 
         if node.is_metric and name in node.module._defaults:
             continue
         yield name
-    buffers = node.module._buffers
-    yield from (name for name, value in after["_buffers"].items() if buffers.get(name) is not value)
+    buffers = _torch_compat.own_buffers(node.module)
+    yield from (name for name, value in after[_torch_compat.BUFFERS].items() if buffers.get(name) is not value)
 
 
 def _hidden_state_error(node: _Node, name: str, value: Any) -> MetricError:

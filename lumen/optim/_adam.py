@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, plain_in_place
@@ -154,7 +155,7 @@ class _Adam:
         self.decoupled = decoupled
         self.amsgrad = amsgrad
         self.moment_dtype = moment_dtype
-        self.kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        self.kernel = _torch_compat.fused_adamw_ if decoupled else _torch_compat.fused_adam_
 
     def transform(self) -> GradientTransformation:
         fusable = self.hyper.has_lr and self.hyper.is_zero("eps_root")  # the kernels need a rate and have no eps_root

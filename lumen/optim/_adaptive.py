@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
@@ -136,22 +137,22 @@ class _RMSprop:
         minus_lr = -lr.item()
         for _, (ps, gs, nus, mus, traces) in _fused_kernels.batches(lists):
             if decay:
-                gs = list(torch._foreach_add(gs, ps, alpha=decay))
-            torch._foreach_mul_(nus, alpha)
-            torch._foreach_addcmul_(nus, gs, gs, 1 - alpha)
+                gs = list(_torch_compat.foreach_add(gs, ps, alpha=decay))
+            _torch_compat.foreach_mul_(nus, alpha)
+            _torch_compat.foreach_addcmul_(nus, gs, gs, 1 - alpha)
             if mus:
-                torch._foreach_lerp_(mus, gs, 1 - alpha)
-                roots = torch._foreach_addcmul(nus, mus, mus, -1)
-                torch._foreach_sqrt_(roots)
+                _torch_compat.foreach_lerp_(mus, gs, 1 - alpha)
+                roots = _torch_compat.foreach_addcmul(nus, mus, mus, -1)
+                _torch_compat.foreach_sqrt_(roots)
             else:
-                roots = torch._foreach_sqrt(nus)
-            torch._foreach_add_(roots, eps)
+                roots = _torch_compat.foreach_sqrt(nus)
+            _torch_compat.foreach_add_(roots, eps)
             if traces:
-                torch._foreach_mul_(traces, momentum)
-                torch._foreach_addcdiv_(traces, gs, roots)
-                torch._foreach_add_(ps, traces, alpha=minus_lr)
+                _torch_compat.foreach_mul_(traces, momentum)
+                _torch_compat.foreach_addcdiv_(traces, gs, roots)
+                _torch_compat.foreach_add_(ps, traces, alpha=minus_lr)
             else:
-                torch._foreach_addcdiv_(ps, gs, roots, minus_lr)
+                _torch_compat.foreach_addcdiv_(ps, gs, roots, minus_lr)
         _fused_kernels.advance(state.count, None)
         return RMSpropState(state.count, state.nu, state.mu, state.trace, hparams)
 
@@ -232,7 +233,7 @@ class _Adagrad:
         count = _fused_kernels.advance(state.count, skip)
         for _, (ps, gs, totals) in _fused_kernels.batches(lists):
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)
-            torch._fused_adagrad_(
+            _torch_compat.fused_adagrad_(
                 ps,
                 _fused_kernels.contiguous(gs),
                 totals,

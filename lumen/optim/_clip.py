@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import sharding
+from lumen.core import _torch_compat, sharding
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation
 from lumen.optim._hyperparams import Hyper
@@ -96,7 +96,7 @@ def scaled(values: Any, factor: Tensor) -> Any:
     """Every leaf times a 0-d tensor, in the leaf's dtype; the product is rounded once."""
     leaves, spec = tree.flatten(values)
     if _fused_kernels.allowed(leaves) and {(t.dtype, t.device) for t in leaves} == {(factor.dtype, factor.device)}:
-        return tree.unflatten(spec, list(torch._foreach_mul(leaves, factor)))
+        return tree.unflatten(spec, list(_torch_compat.foreach_mul(leaves, factor)))
     by = Coefficients(factor)
     wide = [widen(leaf) for leaf in leaves]
     return tree.unflatten(spec, [(w * by.like(w)[0]).to(t.dtype) for w, t in zip(wide, leaves, strict=True)])

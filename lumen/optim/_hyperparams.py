@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._numerics import Scalar, scalar_dtype
@@ -186,7 +187,7 @@ def _readable(value: Tensor) -> bool:
         type(value) is Tensor
         and value.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and not _torch_compat.is_functorch_wrapped_tensor(value)
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, plain_in_place
@@ -99,12 +100,12 @@ class _Lion:
         (beta1, beta2, decay), lr, hparams = _fused_kernels.scalar_arguments(self.hyper, state)
         rate = lr.item()
         for decays, (ps, gs, mus) in _fused_kernels.batches(lists, self._decays(params)):
-            directions = torch._foreach_lerp(mus, gs, 1 - beta1)
-            torch._foreach_sign_(directions)
+            directions = _torch_compat.foreach_lerp(mus, gs, 1 - beta1)
+            _torch_compat.foreach_sign_(directions)
             if decays:
-                torch._foreach_mul_(ps, 1 - rate * decay)
-            torch._foreach_add_(ps, directions, alpha=-rate)
-            torch._foreach_lerp_(mus, gs, 1 - beta2)
+                _torch_compat.foreach_mul_(ps, 1 - rate * decay)
+            _torch_compat.foreach_add_(ps, directions, alpha=-rate)
+            _torch_compat.foreach_lerp_(mus, gs, 1 - beta2)
         _fused_kernels.advance(state.count, None)
         return LionState(state.count, state.mu, hparams)
 

@@ -7,6 +7,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.optim import _fused_kernels
 
 
@@ -20,7 +21,7 @@ def leaf_norms(leaves: list[Tensor]) -> Tensor:
     for leaf in leaves:
         dtype = torch.promote_types(dtype, leaf.dtype)
     if _fused_kernels.allowed(leaves) and len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1:
-        return torch.stack(torch._foreach_norm(leaves, 2, dtype))
+        return torch.stack(_torch_compat.foreach_norm(leaves, 2, dtype))
     return torch.stack([torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves])
 
 
@@ -44,4 +45,4 @@ def _versions(leaves: list[Tensor]) -> list[int] | None:
     """The version counters of the leaves; None if they are not counted, or if a step is traced."""
     if not _fused_kernels.eager() or any(leaf.is_inference() for leaf in leaves):
         return None
-    return [leaf._version for leaf in leaves]
+    return [_torch_compat.version_of(leaf) for leaf in leaves]

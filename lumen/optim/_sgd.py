@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError
 from lumen.optim import _fused_kernels
@@ -125,7 +126,7 @@ class _SGD:
         _fused_kernels.advance(state.count, skip)
         for decays, (ps, gs, traces) in _fused_kernels.batches(lists, self._decays(params)):
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)
-            torch._fused_sgd_(
+            _torch_compat.fused_sgd_(
                 ps,
                 _fused_kernels.contiguous(gs),
                 traces,

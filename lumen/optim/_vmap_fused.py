@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
 
 from lumen import tree
 from lumen.core import distributed
@@ -26,8 +25,8 @@ def should_fuse_under_vmap(params: Any, *others: Any) -> bool:
     """Whether this is a single eager `vmap` over large enough lanes, outside differentiation."""
     if in_graph_capture() or distributed.is_dry_run():  # the kernels read values, which fake tensors do not have
         return False
-    level = torch._C._functorch.peek_interpreter_stack()
-    if level is None or level.key() != TransformType.Vmap or level.level() != 1:
+    level = _torch_compat.peek_interpreter_stack()
+    if level is None or level.key() != _torch_compat.TransformType.Vmap or level.level() != 1:
         return False
     leaves = tree.tensors(params)
     if sum(leaf.numel() for leaf in leaves) < _MIN_LANE_SIZE:

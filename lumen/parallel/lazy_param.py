@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree
 
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 
 
 def empty_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -35,7 +34,7 @@ class TensorProxy(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in cls.form:
-            with torch._C.DisableTorchFunctionSubclass():
+            with _torch_compat.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return cls.answered(func, args, kwargs or {})
 

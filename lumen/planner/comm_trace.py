@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup, Work
 
 from lumen import tree
+from lumen.core import _torch_compat
 
 
 class CollectiveCall(NamedTuple):

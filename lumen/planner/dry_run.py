@@ -10,14 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorConverter,
-    FakeTensorMode,
-)
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core import distributed as processes
 from lumen.core.step import Step, StepFn, as_step, compose
 from lumen.errors import StateError, StepError, WorldError
@@ -77,10 +72,10 @@ class _FakeMode(FakeTensorMode):
 _FUSED = {
     overload
     for packet in (
-        torch.ops.aten._fused_adam_,
-        torch.ops.aten._fused_adamw_,
-        torch.ops.aten._fused_sgd_,
-        torch.ops.aten._fused_adagrad_,
+        _torch_compat.aten_fused_adam_,
+        _torch_compat.aten_fused_adamw_,
+        _torch_compat.aten_fused_sgd_,
+        _torch_compat.aten_fused_adagrad_,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
     if not overload._schema.returns
@@ -190,7 +185,7 @@ def _claim(tracker: Tracker, state: Any) -> None:
     tracker.claim_state(state)
 
 
-def _fake(mode: FakeTensorMode, leaf: Any) -> Any:
+def _fake(mode: _torch_compat.FakeTensorMode, leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
         leaf = torch.as_tensor(leaf)
     return mode.from_tensor(leaf) if isinstance(leaf, Tensor) and not mode.is_our_fake(leaf) else leaf

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.core.step import Step, StepFn, Transform, as_step, compose
 from lumen.errors import WorldError
 from lumen.parallel.comm import process_groups
@@ -40,9 +40,8 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         raise WorldError(f"world_size={size!r} must be a number of processes, at least 1.")
     if type(rank) is not int or not 0 <= rank < size:
         raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    dist.init_process_group("fake", store=_torch_compat.FakeStore(), rank=rank, world_size=size)
     try:
         yield
     finally:
@@ -73,7 +72,7 @@ def move_to_fake_device(step: Step) -> tuple[torch.device, Step]:
     The device has no memory, and its tensors have no values. Autograd requires a backend for it even for fake tensors,
     so one is registered once per process; outside of plans it reports no devices.
     """
-    if torch._C._get_privateuse1_backend_name() != _DEVICE:
+    if _torch_compat.get_privateuse1_backend_name() != _DEVICE:
         _register()
     device = torch.device(_DEVICE, 0)
     moved = []
@@ -89,9 +88,7 @@ _DEVICE = "planned"
 
 
 def _register() -> None:
-    from torch.utils import backend_registration
-
-    class Hook(backend_registration._DummyPrivateUse1Hook):
+    class Hook(_torch_compat.DummyPrivateUse1Hook):
         def is_available(self) -> bool:
             return distributed.is_dry_run()
 

@@ -128,7 +128,7 @@ class Memory:
         shape = tuple(tensor.shape)
         self.blocks.append(Block(nbytes, shape, tensor.dtype, operation, self.now, "communication"))
         self.changes.append(Change(block, nbytes, self.now))
-        self._copies[tensor.untyped_storage()._cdata] = block
+        self._copies[_torch_compat.storage_id(tensor.untyped_storage())] = block
 
     def drop_copies(self, tensors: Sequence[Tensor]) -> None:
         """An operation uses these tensors, so their collectives are done and hidden copies are freed."""

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.flops import cpu_attention
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -101,8 +99,8 @@ class Tracker(TorchDispatchMode):
             self.reads.append(location)
         if func is torch.ops.aten.equal.default:
             return True
-        if func is not torch.ops.aten._local_scalar_dense.default:
-            raise DataDependentOutputException(func)
+        if func is not _torch_compat.aten_local_scalar_dense.default:
+            raise _torch_compat.DataDependentOutputException(func)
         return _zero(args[0].dtype)
 
     def _record_work(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:

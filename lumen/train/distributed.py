@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.core.step import Transform, device_of
 from lumen.errors import BatchError, InexactWarning, WorldError
 from lumen.parallel.comm.init import check_launcher, launched
@@ -40,7 +40,7 @@ class ProcessGroupContext:
     def __enter__(self) -> Self:
         """Monitor the other processes from here on."""
         if self.size > 1:
-            store = PrefixStore(f"lumen/{next(_runs)}", dist.distributed_c10d._get_default_store())
+            store = PrefixStore(f"lumen/{next(_runs)}", _torch_compat.get_default_store())
             self._monitor = RankMonitor(store, self.rank, self.size)
             self._monitor.start()
         return self

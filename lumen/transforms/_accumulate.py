@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import batching, gradient, rules
+from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.buffers import Tracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache
@@ -365,8 +365,8 @@ class _Accumulation:
         return (
             rules.is_innermost(Primitive.GRADIENT, self)
             and not rules.is_tracing()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and not torch._C._len_torch_function_stack()
+            and _torch_compat.peek_interpreter_stack() is None
+            and not _torch_compat.len_torch_function_stack()
             and {*map(type, leaves)} == {Tensor}
             and {*map(attrgetter("dtype"), leaves)}.isdisjoint(NARROW)
         )

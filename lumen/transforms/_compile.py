@@ -197,9 +197,9 @@ def _graph_breaks() -> tuple[type[BaseException], ...]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedFakeTensorException,
+        _torch_compat.DataDependentOutputException,
+        _torch_compat.DynamicOutputShapeException,
+        _torch_compat.UnsupportedFakeTensorException,
         GuardOnDataDependentSymNode,
     )
 

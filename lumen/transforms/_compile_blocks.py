@@ -14,11 +14,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
-from torch.utils import _pytree as torch_pytree
 
-from lumen.core import distributed, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.core.module import param_slots
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
@@ -245,7 +243,6 @@ class _BlockFunction(nn.Module):
 
         Raises `_UncompiledError` if the block is not a function of its operands.
         """
-        from torch.fx.experimental.proxy_tensor import make_fx
 
         example = self._call.example()
         needs_grad = [t.requires_grad and torch.is_grad_enabled() for t in example]
@@ -263,7 +260,7 @@ class _BlockFunction(nn.Module):
                     contexts.enter_context(torch.autocast(device_type, enabled=False))
                 return outputs, torch.autograd.grad(differentiable, inputs, ones, allow_unused=True)
 
-        traced = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        traced = _torch_compat.record(joint, example)
         return traced.code, *map(_literal, traced.graph.find_nodes(op="get_attr"))
 
 

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumen import random, tree
-from lumen.core import batching, rules
+from lumen.core import _torch_compat, batching, rules
 from lumen.core.buffers import Tracker, Undeclared, merge_rows
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
@@ -251,7 +251,7 @@ def _merged(row_aux: Any, size: int) -> Any:
 
 def _check_no_batchnorm(call: ApplyCall) -> None:
     for name, module in call.target.module.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, _torch_compat.BatchNorm) and module.training:
             raise PurityError(
                 f"module {name!r} is a {type(module).__name__} in training mode, which mixes the rows of a batch, so"
                 " single rows have no gradients to clip. Use nn.GroupNorm or nn.LayerNorm, or state.eval()."

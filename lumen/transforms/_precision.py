@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import rules, sharding
+from lumen.core import _torch_compat, rules, sharding
 from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
@@ -28,7 +28,7 @@ from lumen.transforms._support.unapplied import Unapplied
 
 Cast = Literal["autocast", "model"]
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (_torch_compat.BatchNorm, _torch_compat.InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> froz
             f"{prefix}.{name}" if prefix else name
             for prefix, module in target.module.named_modules()
             if isinstance(module, kinds)
-            for name in module._parameters
+            for name in _torch_compat.own_params(module)
         )
     return target.__dict__[key]  # type: ignore[no-any-return]
 

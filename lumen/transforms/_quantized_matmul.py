@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform

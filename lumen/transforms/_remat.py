@@ -51,7 +51,7 @@ class remat(Transform):
         return with_apply_rule(self, step, self._rule)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled() or _torch_compat.peek_interpreter_stack() is not None:
             return next(call)
         target = call.target.variant(("remat", self.pattern), self._patch)
         return next(call.replace(target=target))
@@ -74,7 +74,7 @@ class _Checkpointed:
         self._slots: list[tuple[dict[str, Any], str, bool]] = [
             (table, key, table is sub._buffers)
             for sub in module.modules()
-            for table in (sub._parameters, sub._buffers)
+            for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub))
             for key in table
             if table[key] is not None
         ]

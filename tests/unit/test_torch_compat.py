@@ -1,8 +1,9 @@
-"""Private names of torch: all that the source uses stand in one list, and the installed torch has them."""
+"""Private torch: one module reaches into it, what that uses is listed, and the installed torch has all of it."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lumen.core import _torch_compat
-from lumen.core._torch_compat import PRIVATE, has, missing
+from lumen.core._torch_compat import NAMES, PRIVATE, has, missing
 
 ROOT = Path(__file__).parents[2]
+COMPAT = "lumen/core/_torch_compat.py"
+OTHER_LIBRARIES = ("lumen/data/grain.py",)  # an attribute of Grain that is called as one of torch
 
 # Private attributes that Lumen reaches into and that are not torch's.
 OTHERS = {
@@ -157,36 +160,47 @@ def used(root: Path) -> dict[str, list[str]]:
     return places
 
 
-def short(name: str) -> str:
-    """How a name looks on an object whose class the source does not say."""
-    return f".{name.rpartition('(')[2].removesuffix(')')}" if name.endswith("=)") else f".{name.rpartition('.')[2]}"
-
-
-def unlisted(places: dict[str, list[str]], listed: set[str]) -> list[str]:
-    shorts = {short(name) for name in listed} | {f".{name}" for name in OTHERS}
+def private_uses(places: dict[str, list[str]]) -> list[str]:
     return [
         f"{place}: {name.lstrip('.')}"
         for name, found in places.items()
-        if name not in listed and not (name.startswith(".") and name in shorts)
+        if name.lstrip(".") not in OTHERS
         for place in found
     ]
 
 
-def unused(places: dict[str, list[str]], listed: set[str]) -> list[str]:
-    return [name for name in sorted(listed) if name not in places and short(name) not in places]
+def test_one_module_reaches_into_private_torch() -> None:
+    elsewhere = [use for use in private_uses(used(ROOT / "lumen")) if not use.startswith((COMPAT, *OTHER_LIBRARIES))]
+    assert elsewhere == [], f"use what is public, or offer these in {COMPAT}"
 
 
-@pytest.fixture(scope="module")
-def places() -> dict[str, list[str]]:
-    return used(ROOT / "lumen")
+def test_what_is_offered_is_used_and_what_is_used_is_offered() -> None:
+    sources = {path: path.read_text() for path in (ROOT / "lumen").rglob("*.py")}
+    compat = sources.pop(ROOT / COMPAT)
+    asked = {name for text in sources.values() for name in re.findall(r"\b_torch_compat\.(\w+)", text)}
+    assert sorted(asked - NAMES.keys() - vars(_torch_compat).keys()) == []
+    assert sorted(NAMES.keys() - asked - set(re.findall(r"\bthis\.(\w+)", compat))) == [], f"take these out of {COMPAT}"
 
 
-def test_every_private_name_of_torch_is_listed(places: dict[str, list[str]]) -> None:
-    assert unlisted(places, set(PRIVATE)) == [], "list these in lumen/core/_torch_compat.py, or use what is public"
+def test_what_the_module_reaches_into_is_used_there() -> None:
+    compat = (ROOT / COMPAT).read_text()
+    others = {name.rpartition("(")[2].rstrip("=)").rpartition(".")[2] for name in PRIVATE.keys() - NAMES.values()}
+    pytree = {name.removeprefix("torch.utils._pytree.") for name in PRIVATE if name.startswith("torch.utils._pytree.")}
+    assert [name for name in sorted(others - pytree) if len(re.findall(rf"\b{name}\b", compat)) < 2] == []
 
 
-def test_nothing_is_listed_that_is_not_used(places: dict[str, list[str]]) -> None:
-    assert unused(places, set(PRIVATE)) == [], "take these out of lumen/core/_torch_compat.py"
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_each_name_is_found(name: str) -> None:
+    assert getattr(_torch_compat, name) is not None
+
+
+def test_a_name_that_torch_lacks_fails_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NAMES, "gone", "torch._gone")
+    monkeypatch.setitem(PRIVATE, "torch._gone", _torch_compat.Use("torch._gone", "a test", ("2.12",)))
+    with pytest.raises(AttributeError, match=r"no torch\._gone, which Lumen uses for a test\. Install .*torch 2\.12"):
+        _ = _torch_compat.gone
+    with pytest.raises(AttributeError, match="has no attribute 'unheard_of'"):
+        _ = _torch_compat.unheard_of
 
 
 def test_the_installed_torch_has_every_name() -> None:
@@ -246,10 +260,7 @@ def test_the_scan_sees(tmp_path: Path, source: str, name: str) -> None:
     (tmp_path / "a" / "b.py").write_text(source)
     places = used(tmp_path / "a")
     assert places == {name: [place := f"a/b.py:{len(source.splitlines())}"]}
-    assert unlisted(places, set()) == [f"{place}: {name.lstrip('.')}"]
-    full = {".": f"torch.x{name}", "=": f"torch.x({name[1:]})"}.get(name[0] if name[-1] != "=" else "=", name)
-    assert unlisted(places, {full}) == []
-    assert unused(places, {"torch.other", full}) == ["torch.other"]
+    assert private_uses(places) == [f"{place}: {name.lstrip('.')}"]
 
 
 def test_the_scan_lets_pass(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lumen.core import batching
+from lumen.core import _torch_compat, batching
 from lumen.core.metrics import Max, Mean, Min, Sum
 from lumen.core.metrics import Metric as LumenMetric
 from lumen.errors import BatchError, MetricError
@@ -136,7 +136,7 @@ def record_metrics(module: nn.Module) -> None:
 
     metrics = (Metric, MetricCollection)
     for prefix, parent in [*module.named_modules()]:
-        for key, child in parent._modules.items():
+        for key, child in _torch_compat.own_modules(parent).items():
             if isinstance(child, metrics) and not isinstance(parent, metrics):
                 name = f"{prefix}.{key}" if prefix else key
                 if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
@@ -144,4 +144,4 @@ def record_metrics(module: nn.Module) -> None:
                         f"the metric {name!r} contains a model, which would be trained and saved with this module."
                         " Keep it outside the module, with lm.metrics.from_torchmetrics, and measure in a Validate."
                     )
-                parent._modules[key] = Recorded(name, TorchMetric(child))
+                _torch_compat.own_modules(parent)[key] = Recorded(name, TorchMetric(child))

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumen.core import distributed, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
 from lumen.parallel.comm.consistency import assert_same_on_all_ranks
 from lumen.parallel.comm.process_groups import GroupRef
 
-_flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
-_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._C._nn.unflatten_dense_tensors
+_flatten: Callable[[list[Tensor]], Tensor] = _torch_compat.flatten_dense_tensors
+_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = _torch_compat.unflatten_dense_tensors
 
 
 FIRST = 2**20  # bytes of the first bucket

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.errors import AxisError
 from lumen.parallel.opaque_ops import Operator
 
@@ -25,7 +25,7 @@ WaitFn = Callable[[], Tensor]  # waits, and returns the result
 # Their names before torch 2.13, which warns of these.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_flatten: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
+_flatten: Callable[[list[Tensor]], Tensor] = _torch_compat.flatten_dense_tensors
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _UNSUMMED = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # by Gloo
@@ -159,13 +159,11 @@ def all_to_all(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
 
 def _graph() -> Any:
     """The operators, whose shapes are known once this module has been imported."""
-    import torch.distributed._functional_collectives
-
-    return torch.ops._c10d_functional
+    return _torch_compat.graph_collectives()
 
 
 def _waiting(pending: Tensor, shape: Sequence[int]) -> WaitFn:
-    return lambda: torch.ops._c10d_functional.wait_tensor(pending).view(shape)
+    return lambda: _torch_compat.c10d_functional.wait_tensor(pending).view(shape)
 
 
 class _Handle:

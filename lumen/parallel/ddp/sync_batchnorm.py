@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lumen.core import _torch_compat
 from lumen.core.dtypes import NARROW
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._appdirs import user_cache_dir
 
+from lumen.core import _torch_compat
 from lumen.core.module import Apply, param_slots, skeleton_of
 from lumen.core.versions import version_of
 from lumen.errors import OrderError
@@ -281,7 +281,11 @@ def _copy_of_model(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[
     net = skeleton_of(apply.train().module)
     own = {name: nn.Parameter(p.detach().clone().view(p.shape or 1)) for name, p in params.items()}
     frozen: list[tuple[nn.Module, str, Tensor]] = []
-    tables = {id(table): sub for sub in net.modules() for table in (sub._parameters, sub._buffers)}
+    tables = {
+        id(table): sub
+        for sub in net.modules()
+        for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub))
+    }
     for table, key, name in param_slots(net):
         if name in own:
             table[key] = own[name]
@@ -290,7 +294,7 @@ def _copy_of_model(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[
         else:
             table[key] = buffers[name].detach().clone()
     for sub, key, tensor in frozen:
-        del sub._parameters[key]
+        del _torch_compat.own_params(sub)[key]
         sub.register_buffer(key, tensor, persistent=False)
     return net
 

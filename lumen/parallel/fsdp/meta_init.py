@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import sharding
+from lumen.core import _torch_compat, sharding
 from lumen.core.device import forked_rng
 from lumen.core.module import param_slots
 from lumen.core.step import Transform

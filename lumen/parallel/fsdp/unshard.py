@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as torch_pytree
 
+from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.errors import OrderError
 from lumen.parallel.fsdp import cpu_offload
@@ -97,7 +97,7 @@ class UnshardContext:
         self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
         for i, leaf in zip(live, outs, strict=True):
             leaves[i] = leaf
-        return torch_pytree.tree_unflatten(leaves, spec)
+        return _torch_compat.torch_pytree.tree_unflatten(leaves, spec)
 
     def finish(self, loss: Tensor) -> Tensor:
         """`loss` tied to the end of the chain, so that its gradient goes back through every all-gather."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree
 
+from lumen.core import _torch_compat
 from lumen.parallel.fsdp.shard import AllGatherHandle, reduce_scatter
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit

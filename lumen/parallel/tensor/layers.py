@@ -128,7 +128,7 @@ def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
 
 
 def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
-    out = _linear(module, run.copy_to_region(x, style.input), module._parameters["bias"])
+    out = _linear(module, run.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
     if style.output == "cut":
         return out
     run.leave()
@@ -140,7 +140,7 @@ def _rowwise(module: nn.Module, _own: Any, run: Run, style: Rowwise, x: Tensor) 
     if style.input == "whole":
         x = run.tp_group.slice(x, -1)
     out = _summed(run, style, _linear(module, x, None))
-    bias = module._parameters["bias"]
+    bias = _torch_compat.own_params(module)["bias"]
     if bias is None:
         return out
     # A bias that is added to a shard of the sequence gets the gradient of that shard alone.
@@ -153,7 +153,7 @@ def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters["weight"]
+    weight = _torch_compat.own_params(module)["weight"]
     assert weight is not None
     return weight
 
@@ -191,7 +191,7 @@ def _sequence_parallel(
                 module._parameters[key] = run.tp_group.move("copy", param)  # type: ignore[assignment]
         out = own(*args, **kwargs)
     finally:
-        module._parameters.update(before)
+        _torch_compat.own_params(module).update(before)
     if style.output == "sequence":
         return out
     (out,), _ = _with_first(lambda x: run.tp_group.move("gather", x, SEQUENCE), (out,), {})

@@ -100,7 +100,11 @@ def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is Hugging Face's `Conv1D`: a linear layer whose weight is [inputs, outputs]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module._parameters.get("weight") is not None
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and _torch_compat.own_params(module).get("weight") is not None
+    )
 
 
 def _sharded_dims(name: str, module: nn.Module, style: Style | None) -> dict[str, tuple[int, int]]:

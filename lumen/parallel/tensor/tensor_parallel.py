@@ -296,7 +296,7 @@ def _lazy_param(view: FullParamView, name: str, param: Tensor) -> Tensor:
 def _check_eager() -> None:
     if rules.is_tracing():
         raise OrderError("lm.compile cannot trace lm.tensor_parallel, which runs eagerly. Leave lm.compile out.")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _torch_compat.peek_interpreter_stack() is not None:
         raise AxisError(
             "lm.tensor_parallel communicates between ranks, which is impossible for the lanes of lm.ensemble or"
             " vmap around a step. Train one model under lm.tensor_parallel."

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core.dtypes import NARROW
 from lumen.errors import HyperparameterError
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform as Bijection
-from torch.utils import _pytree as torch_pytree
 
+from lumen.core import _torch_compat
 from lumen.errors import PatternError
 
 
@@ -115,7 +115,7 @@ class _TensorMap:
     def __call__(self, values: Any) -> Any:
         if isinstance(values, Tensor):
             return self._leaf(values)
-        return torch_pytree.tree_map(self._leaf, values)
+        return _torch_compat.torch_pytree.tree_map(self._leaf, values)
 
     def _leaf(self, value: Any) -> Any:
         if not isinstance(value, Tensor) and not _holds_tensors(value):
@@ -166,5 +166,5 @@ def _same_leaves(old: Any, new: Any) -> bool:
     """Whether a rebuilt container has exactly the same leaves."""
     if isinstance(old, Tensor) or type(old) is not type(new):
         return False
-    before, after = torch_pytree.tree_leaves(old), torch_pytree.tree_leaves(new)
+    before, after = _torch_compat.torch_pytree.tree_leaves(old), _torch_compat.torch_pytree.tree_leaves(new)
     return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._param_names import Pattern, matching
