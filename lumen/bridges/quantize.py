@@ -64,7 +64,7 @@ def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
     packed: dict[str, _Packed] = {}  # by the name of the layer
     replaced = set()
     for layer, module in quantizable_layers(apply.module, layers, untied=True).items():
-        name = names[id(module._parameters)]
+        name = names[id(_torch_compat.own_params(module))]
         packed[layer] = _Packed.of(_full_weight(name, module, tensors), kind)
         replaced.add(name)
     new_buffers = {f"{layer}.{key}".lstrip("."): x for layer, p in packed.items() for key, x in p.tensors.items()}

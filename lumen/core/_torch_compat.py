@@ -25,8 +25,15 @@ from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # classes that are inherited from or named in annotations; `__getattr__` finds them
     from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+    from torch._subclasses.fake_tensor import FakeTensorConverter as FakeTensorConverter
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils.backend_registration import _DummyPrivateUse1Hook
+
+    BatchNorm = _BatchNorm
+    DummyPrivateUse1Hook = _DummyPrivateUse1Hook
 
 TRIED = ("2.11", "2.12", "2.13", "2.14")
 """The minor versions of torch that were asked for all of `PRIVATE`."""
@@ -102,6 +109,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
     Use(
         "torch._subclasses.fake_tensor.FakeTensor torch._subclasses.fake_tensor.FakeTensorMode"
         " torch._subclasses.fake_tensor.FakeTensorConverter torch._subclasses.fake_tensor.unset_fake_temporarily"
+        " torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing"
         " torch._subclasses.fake_tensor.DataDependentOutputException"
         " torch._subclasses.fake_tensor.DynamicOutputShapeException"
         " torch._subclasses.fake_tensor.UnsupportedFakeTensorException",

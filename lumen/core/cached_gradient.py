@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.core._torch_compat import in_make_fx
 from lumen.core.device import Generators
 from lumen.core.draws import refusing_draws

@@ -105,5 +105,4 @@ def real_tensors() -> AbstractContextManager[object]:
     """While it is entered, new tensors have values, also where a run is only planned."""
     if not is_dry_run():
         return nullcontext()
-
-    return _torch_compat.unset_fake_temporarily()
+    return _torch_compat.unset_fake_temporarily()  # type: ignore[no-any-return]

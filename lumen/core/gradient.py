@@ -152,9 +152,10 @@ def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...
     if type(objective) is not Tensor or rules.stack.tracing or _torch_compat.len_torch_function_stack():
         return torch.autograd.grad(objective, live, allow_unused=True)
     one = _one(objective)
-    return _torch_compat.engine_run_backward(
+    grads: tuple[Tensor | None, ...] = _torch_compat.engine_run_backward(
         (objective,), (one,), False, False, tuple(live), True, accumulate_grad=False
     )
+    return grads
 
 
 def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) -> None:

@@ -113,19 +113,19 @@ def _dead(loader: DataLoader[Any], patience: float = 0) -> str:
 
 def _shut_down(loader: DataLoader[Any]) -> None:
     """Stop the processes now: a traceback may keep them alive, and torch raises again for a dead one."""
-    if loader._iterator is not None and loader.num_workers:
-        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+    if _torch_compat.worker_iterator(loader) is not None and loader.num_workers:
+        _torch_compat.shut_down_workers(loader)
 
 
 def is_live(loader: DataLoader[Any]) -> bool:
     """Whether the worker processes of its last epoch wait for the next one."""
-    return loader.persistent_workers and loader._iterator is not None
+    return loader.persistent_workers and _torch_compat.worker_iterator(loader) is not None
 
 
 def restart_workers(loader: DataLoader[Any]) -> None:
     """Make the next epoch of `loader` start new worker processes."""
     _shut_down(loader)
-    loader._iterator = None
+    _torch_compat.drop_worker_iterator(loader)
 
 
 def _shut_down_in_parent(process: int, loader: DataLoader[Any]) -> None:

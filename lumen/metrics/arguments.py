@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 
 
 def detach(node: Any, tensors: list[Tensor]) -> Any:
@@ -41,7 +41,7 @@ def _row_count(arg: Any) -> int | None:
 
 def in_transform() -> bool:
     """Whether a torch.func transform such as vmap is active, under which tensors have no single concrete value."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _torch_compat.peek_interpreter_stack() is not None
 
 
 def lane_zero_of(tensors: list[Tensor]) -> Tensor | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.core._torch_compat import in_graph_capture
 from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError
@@ -63,12 +63,12 @@ def allowed(leaves: list[Any]) -> bool:
 
 def _is_plain(kind: type) -> bool:
     """Whether this is the type of ordinary tensors; in a dry run, fake tensors take their role."""
-    return kind is Tensor or (kind is FakeTensor and distributed.is_dry_run())
+    return kind is Tensor or (kind is _torch_compat.FakeTensor and distributed.is_dry_run())
 
 
 def eager() -> bool:
     """Whether operations run immediately: outside `torch.func`, `torch.compile` and `make_fx`."""
-    return torch._C._functorch.peek_interpreter_stack() is None and not in_graph_capture()
+    return _torch_compat.peek_interpreter_stack() is None and not in_graph_capture()
 
 
 def alike(params: Any, grads: Any) -> bool:
@@ -149,7 +149,7 @@ class Trial:
             return True
         self._results[key] = result = True  # during the test
         try:
-            with _disable_current_modes():  # modes that count operations must not count these
+            with _torch_compat.disable_current_modes():  # modes that count operations must not count these
                 result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
         finally:
             del self._results[key]
@@ -268,7 +268,7 @@ def _widened(label: Any, lists: Sequence[list[Tensor]]) -> Iterator[tuple[Any, S
         for index, (column, wide_column) in enumerate(zip(narrow, wide, strict=True)):
             changed = [(old, new) for old, new in zip(column, wide_column, strict=True) if old is not new]
             if changed and index != 1:
-                torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
+                _torch_compat.foreach_copy_([old for old, _ in changed], [new for _, new in changed])
 
 
 def _chunks(sizes: list[int]) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.core._torch_compat import in_graph_capture
 
 _MIN_LANE_SIZE = 2**14  # params; in smaller lanes, calling the kernels takes longer than the memory traffic they save

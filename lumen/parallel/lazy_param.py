@@ -65,14 +65,14 @@ class LazyParam(TensorProxy):
     @classmethod
     def of(cls, source: GatherSource, name: str, shard: Tensor) -> LazyParam:
         """The param `name`, as the loss function or a module outside its unit sees it."""
-        lazy: LazyParam = torch.Tensor._make_subclass(cls, source.empty_meta(name, shard.dtype), False)
+        lazy: LazyParam = _torch_compat.make_subclass(cls, source.empty_meta(name, shard.dtype), False)
         lazy.shard, lazy.key, lazy.source = shard, name, source
         return lazy
 
     @classmethod
     def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the function of full params."""
-        args, kwargs = torch_pytree.tree_map(unsharded, (args, kwargs))
+        args, kwargs = _torch_compat.torch_pytree.tree_map(unsharded, (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]

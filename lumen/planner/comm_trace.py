@@ -74,7 +74,8 @@ def collective_call(
     """The call of the collective `name` with these arguments."""
     signature = _SIGNATURES[name]
     group_arg = args[signature.group]
-    group = _resolve_process_group(group_arg) if isinstance(group_arg, str) else ProcessGroup.unbox(group_arg)  # type: ignore[arg-type]
+    is_name = isinstance(group_arg, str)
+    group = _torch_compat.resolve_process_group(group_arg) if is_name else ProcessGroup.unbox(group_arg)
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return CollectiveCall(signature.kind, nbytes, tuple(dist.get_process_group_ranks(group)), stage, phase)
 

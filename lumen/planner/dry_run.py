@@ -24,7 +24,7 @@ from lumen.planner.tracker import Tracker
 MakeRun = Callable[[], tuple[StepFn, Any, Any]]  # the step with its transforms, its state, and one batch
 
 
-class _FakeConverter(FakeTensorConverter):
+class _FakeConverter(_torch_compat.FakeTensorConverter):
     """Without weak references to fake tensors, which `module.to(dtype)` would count as other users of a param."""
 
     def set_tensor_memo(self, t: Tensor, v: Any) -> None:
@@ -40,7 +40,7 @@ class _FakeConverter(FakeTensorConverter):
             super().add_constant_storage_mapping(fake_tensor)
 
 
-class _FakeMode(FakeTensorMode):
+class _FakeMode(_torch_compat.FakeTensorMode):
     """Tensors without values, freed as soon as they are unreferenced."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class _FakeMode(FakeTensorMode):
             return None
         # The cache keeps arguments of operations, and so would keep storages alive.
         cached = self.cache_enabled
-        self.cache_enabled = cached and func._overloadname not in _STORAGE_OVERLOADS
+        self.cache_enabled = cached and _torch_compat.overload_name(func) not in _STORAGE_OVERLOADS
         try:
             return super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
@@ -78,7 +78,7 @@ _FUSED = {
         _torch_compat.aten_fused_adagrad_,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
-    if not overload._schema.returns
+    if not _torch_compat.schema_of(overload).returns
 }
 _STORAGE_OVERLOADS = ("source_Storage", "source_Storage_storage_offset")
 
@@ -134,7 +134,7 @@ def trace_dry_run(
             # In this thread: a fake tensor mode is active in one thread only, and autograd would use one per device.
             with mode, torch.autograd.set_multithreading_enabled(False):
                 return _trace_steps(tracker, prepare, size, rank)._replace(compiled=compiled)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except (_torch_compat.DataDependentOutputException, _torch_compat.DynamicOutputShapeException) as error:
             raise StepError(
                 f"the step cannot be planned: {error.args[0]} returns a tensor whose shape depends on values, which a"
                 " plan does not have. Mask instead of selecting rows: torch.where(keep, x, 0), or losses * keep."

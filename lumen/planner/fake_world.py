@@ -92,7 +92,7 @@ def _register() -> None:
         def is_available(self) -> bool:
             return distributed.is_dry_run()
 
-    setup: Any = backend_registration._setup_privateuseone_for_python_backend
+    setup: Any = _torch_compat.setup_privateuseone_for_python_backend
     setup(_DEVICE, backend_module=_FakeDeviceModule(), hook=Hook())
     _fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name in _AUTOCAST_OPERATIONS:
@@ -108,8 +108,7 @@ _AUTOCAST_OPERATIONS = (
 )
 _library = torch.library.Library("aten", "IMPL")  # it unregisters its kernels when it is freed
 _fallbacks = torch.library.Library("_", "IMPL")
-_core: Any = torch._C
-_AUTOCAST_KEY = _core.DispatchKeySet(_core.DispatchKey.AutocastPrivateUse1)
+_AUTOCAST_KEY = _torch_compat.DispatchKeySet(_torch_compat.DispatchKey.AutocastPrivateUse1)
 
 
 def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +121,7 @@ def _autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
             casts = isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64
             return x.to(dtype) if casts else x
 
-        with _core._ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
+        with _torch_compat.ExcludeDispatchKeyGuard(_AUTOCAST_KEY):
             return operation(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return run

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
+
 # The purposes of storages; of two purposes the first counts.
 CATEGORIES = (
     "params",
@@ -104,7 +106,7 @@ class Memory:
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = _torch_compat.storage_id(storage)
         if address in self._live:
             return
         block, nbytes = len(self.blocks), storage.nbytes()
@@ -133,7 +135,7 @@ class Memory:
     def drop_copies(self, tensors: Sequence[Tensor]) -> None:
         """An operation uses these tensors, so their collectives are done and hidden copies are freed."""
         for tensor in tensors:
-            self._drop_copy(tensor.untyped_storage()._cdata)
+            self._drop_copy(_torch_compat.storage_id(tensor.untyped_storage()))
 
     def _drop_copy(self, address: int) -> None:
         block = self._copies.pop(address, None)
@@ -144,7 +146,7 @@ class Memory:
         """Set the category of the storages of `tensors`."""
         for index, tensor in enumerate(tensors):
             self.record(tensor, "")
-            storage = self._live.get(tensor.untyped_storage()._cdata)
+            storage = self._live.get(_torch_compat.storage_id(tensor.untyped_storage()))
             if storage is None:
                 continue
             block = self.blocks[storage.block]
@@ -172,7 +174,7 @@ class Memory:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def _record_resize(self, storage: Any) -> None:
-        live = self._live.get(storage._cdata)
+        live = self._live.get(_torch_compat.storage_id(storage))
         if live is None:
             return
         block = self.blocks[live.block]
@@ -182,7 +184,7 @@ class Memory:
         block.nbytes = max(block.nbytes, nbytes)
         if nbytes != live.nbytes:
             self.changes.append(Change(live.block, nbytes - live.nbytes, self.now))
-            self._live[storage._cdata] = live._replace(nbytes=nbytes)
+            self._live[_torch_compat.storage_id(storage)] = live._replace(nbytes=nbytes)
 
     def _record_free(self, address: int) -> None:
         self._drop_copy(address)

@@ -39,7 +39,7 @@ class Work(NamedTuple):
     phase: str
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(_torch_compat.TorchDispatchMode):
     """Fills `memory`, `work` and `collectives` while it is entered.
 
     `copied` are the kinds of collectives whose payload the backend copies in memory that torch does not show.
@@ -67,7 +67,7 @@ class Tracker(TorchDispatchMode):
             self.memory.drop_copies(_tensors(args))
         try:
             result = func(*args, **kwargs)
-        except DataDependentOutputException:
+        except _torch_compat.DataDependentOutputException:
             return self._substitute(func, args)
         name = func.name().partition(".")[0]
         for tensor in _tensors(result):
@@ -104,9 +104,9 @@ class Tracker(TorchDispatchMode):
         return _zero(args[0].dtype)
 
     def _record_work(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        formula = self._formulas.get(func._overloadpacket)
+        formula = self._formulas.get(func.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
-        if not flops and (func.is_view or func._opname in _NO_TRAFFIC):
+        if not flops and (func.is_view or _torch_compat.operation_name(func) in _NO_TRAFFIC):
             return
         read, written = _tensors((args, kwargs)), _tensors(result)
         dtype = read[0].dtype if read else written[0].dtype if written else torch.float32
@@ -153,7 +153,7 @@ class Tracker(TorchDispatchMode):
 
         def loss_fn(params: Any, *extras: Any) -> Any:
             for leaf in tree.tensors(params):
-                if leaf.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
+                if leaf.requires_grad and _torch_compat.peek_interpreter_stack() is None:
                     leaf.register_hook(self._claim_gradient)
             self._enter_phase("forward")
             result = inner(params, *extras)

@@ -7,8 +7,8 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from lumen.core import _torch_compat
 from lumen.random._arguments import as_integer, as_size, check_key
 from lumen.random._threefry import MASK, hash_counters, is_concrete, random_words, threefry
 
@@ -108,7 +108,7 @@ def by_row(key: Tensor, rows: Tensor, sample: Callable[[Tensor], _Sample]) -> _S
         raise ValueError(f"rows must be of shape [B], a number for each row, not {list(rows.shape)}.")
     if not len(rows):  # a process may have no rows, and `vmap` rejects a size of 0: one row gives the shapes
         samples = by_row(key, rows.new_zeros(1), sample)
-        return cast(_Sample, tree_map(lambda leaf: leaf[:0], samples))
+        return cast(_Sample, _torch_compat.torch_pytree.tree_map(lambda leaf: leaf[:0], samples))
     numbers = rows.to(key.device, torch.int64)
     keys = torch.stack(hash_counters(key[0], key[1], numbers >> 32 & MASK, numbers & MASK), dim=-1)
     return torch.vmap(sample)(keys)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.random._arguments import as_shape
 
 _Word = TypeVar("_Word", int, Tensor)  # one 32-bit word, or a tensor of them
@@ -92,6 +93,4 @@ def is_concrete(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
         return False
-    keys = torch._C._dispatch_tls_local_include_set()
-    defaults = torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView
-    return bool(keys.remove(defaults[0]).remove(defaults[1]).raw_repr() == 0)
+    return _torch_compat.is_undispatched()

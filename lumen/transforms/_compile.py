@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
 from lumen.transforms._compile_blocks import Blocks
@@ -110,14 +111,10 @@ class compile(Transform):
         """A compiled function of tensors, with its derivative."""
         compiled: Any
         if self.backend == "eager":
-            from torch._dynamo.backends.debugging import aot_eager
-
-            compiled = aot_eager(function, example)  # type: ignore[arg-type]
+            compiled = _torch_compat.aot_eager(function, example)
         else:
-            import torch._inductor as inductor
-
             options = self._inductor_options()
-            compiled = inductor.compile(function, cacheable(example), options=options)  # type: ignore[arg-type]
+            compiled = _torch_compat.inductor_compile(function, cacheable(example), options=options)
         return compiled  # type: ignore[no-any-return]
 
     def _compile_step(self, step: Step, state: Any, batch: Any, donates: bool) -> CompiledGraph:
@@ -130,9 +127,7 @@ class compile(Transform):
 
     def _inductor_options(self, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Inductor's options. Signatures include shapes and strides, so the graph need not assert them again."""
-        import torch._inductor as inductor
-
-        return {"size_asserts": False, **(defaults or {}), **inductor.list_mode_options(self.mode), **self.options}
+        return {"size_asserts": False, **(defaults or {}), **_torch_compat.list_mode_options(self.mode), **self.options}
 
     def _check_inside(self, transforms: tuple[Transform, ...]) -> None:
         for transform in transforms:
@@ -193,7 +188,6 @@ class _CompiledStep:
 
 def _graph_breaks() -> tuple[type[BaseException], ...]:
     """The errors that tracing raises where it needs the value of a tensor."""
-    from torch._subclasses import fake_tensor
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return (

@@ -26,7 +26,7 @@ from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache,
 CompileFn = Callable[[nn.Module, list[Tensor]], Callable[..., Any]]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_NOT_SETTINGS = ("_parameters", "_buffers", "_modules", "training")
+_NOT_SETTINGS = (*_torch_compat.MODULE_TABLES, "training")
 
 
 class Blocks:
@@ -52,7 +52,7 @@ class Blocks:
         """P0: apply the model with its blocks compiled."""
         if distributed.is_dry_run():
             return next(call)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _torch_compat.peek_interpreter_stack() is not None:
             self.warn("it was called under vmap or torch.func.grad, which cannot transform a compiled block.")
             return next(call)
         return next(call.replace(target=call.target.variant(("compiled", self), self._patch)))
@@ -82,7 +82,7 @@ class Blocks:
             return None
         if graph not in self._by_graph:
             # A step's backward pass runs outside the autocast context of its loss.
-            config: Any = torch._functorch.config
+            config: Any = _torch_compat.functorch_config
             with _no_saved_tensor_hooks(), config.patch(backward_pass_autocast="off"):
                 run = self._compile_fn(function, call.example())
             self._by_graph[graph] = CompiledBlock(run, function.outputs)
@@ -120,14 +120,14 @@ class CompiledBlock(NamedTuple):
         """What the block returns for its params, buffers and tensor arguments."""
         tensors = iter(self.run(*operands))
         leaves = [next(tensors) if leaf is None else leaf[0] for leaf in self.outputs.constants]
-        return torch_pytree.tree_unflatten(leaves, self.outputs.spec)
+        return _torch_compat.torch_pytree.tree_unflatten(leaves, self.outputs.spec)
 
 
 class BlockCall:
     """One call of a block: its `operands` (params, buffers, tensor arguments) and its constant arguments."""
 
     def __init__(self, block_tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self._spec = torch_pytree.tree_flatten((args, kwargs))
+        leaves, self._spec = _torch_compat.torch_pytree.tree_flatten((args, kwargs))
         self._num_block_tensors = len(block_tensors)
         self.constants = tuple([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves])
         self.operands = [*block_tensors, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
@@ -159,7 +159,7 @@ class BlockCall:
         """The arguments of a call with other operands: args, and kwargs."""
         inputs = iter(operands[self._num_block_tensors :])
         leaves = [next(inputs) if leaf is None else leaf[0] for leaf in self.constants]
-        args, kwargs = torch_pytree.tree_unflatten(leaves, self._spec)
+        args, kwargs = _torch_compat.torch_pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
 
 
@@ -183,7 +183,7 @@ class _BlockForward:
         if self.kind is None:
             self.kind = _kind_of(self)
             self.slots = list({name: (table, key) for table, key, name in param_slots(self.module)}.values())
-            self._hooked = any(_has_hooks(module) for module in list(self.module.modules())[1:])
+            self._hooked = any(_torch_compat.has_hooks(module) for module in list(self.module.modules())[1:])
         call = BlockCall([table[key] for table, key in self.slots], args, kwargs)
         why = (
             "modules inside it have hooks, which would run only once, during compilation."
@@ -229,7 +229,7 @@ class _BlockFunction(nn.Module):
         finally:
             for (table, key), tensor in zip(block.slots, originals, strict=True):
                 table[key] = tensor
-        leaves, spec = torch_pytree.tree_flatten(returned)
+        leaves, spec = _torch_compat.torch_pytree.tree_flatten(returned)
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, *_PLAIN)):
                 raise _UncompiledError(
@@ -322,7 +322,3 @@ class _ById:
 
     def __hash__(self) -> int:
         return id(self._object)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

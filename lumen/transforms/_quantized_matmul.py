@@ -133,7 +133,7 @@ def _int8_module() -> Any:
 
 
 def _check_no_functorch() -> None:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _torch_compat.peek_interpreter_stack() is not None:
         raise StepError(
             "lm.quantized_matmul(...) does not work under torch.func, as inside lm.dp_sgd, lm.ensemble or a nested"
             " derivative: torchao's functions do not support it. Leave lm.quantized_matmul out."
@@ -161,7 +161,7 @@ def _cast_as_autocast_does(layer: nn.Linear, device: str) -> Iterator[torch.dtyp
     if not torch.is_autocast_enabled(device):
         yield None
         return
-    table: dict[str, Any] = layer._parameters
+    table: dict[str, Any] = _torch_compat.own_params(layer)
     dtype, originals = torch.get_autocast_dtype(device), dict(table)
     try:
         table.update({name: p if p is None else p.to(dtype) for name, p in originals.items()})

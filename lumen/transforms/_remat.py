@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lumen.core import _torch_compat
 from lumen.core._torch_compat import in_make_fx
 from lumen.core.draws import keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
@@ -72,7 +73,7 @@ class _Checkpointed:
     def __init__(self, module: nn.Module) -> None:
         self._forward = module.forward
         self._slots: list[tuple[dict[str, Any], str, bool]] = [
-            (table, key, table is sub._buffers)
+            (table, key, table is _torch_compat.own_buffers(sub))
             for sub in module.modules()
             for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub))
             for key in table

@@ -22,7 +22,13 @@ OTHER_LIBRARIES = ("lumen/data/grain.py",)  # an attribute of Grain that is call
 
 # Private attributes that Lumen reaches into and that are not torch's.
 OTHERS = {
-    *("_asdict", "_fields_", "_dynamic_fields_", "_row_fields_"),  # of a named tuple; of Lumen's own dataclasses
+    *(
+        "_asdict",
+        "_fields_",
+        "_dynamic_fields_",
+        "_row_fields_",
+        "_param_fields_",
+    ),  # of a named tuple; of Lumen's own dataclasses
     *("_exit", "_getframe", "_register_atexit"),  # CPython
     *("_defaults", "_enable_compute_groups", "_groups_checked", "_reductions", "_to_sync"),  # torchmetrics
     *("_wrap_compute", "_wrap_update"),  # torchmetrics

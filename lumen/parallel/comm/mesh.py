@@ -82,7 +82,7 @@ class Mesh:
             return process_groups.hand_out(grid.get_group(wide[0]))
         flat = "_".join(wide)
         with distributed.real_tensors():
-            return process_groups.hand_out(grid[tuple(wide)]._flatten(flat).get_group())
+            return process_groups.hand_out(_torch_compat.flattened(grid[tuple(wide)], flat).get_group())
 
     def bound(self) -> AbstractContextManager[None]:
         """Bind every axis for `lm.psum` and the other collectives."""

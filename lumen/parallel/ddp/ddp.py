@@ -6,9 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-
-from lumen.core import batching, row_fields, rules
+from lumen.core import _torch_compat, batching, row_fields, rules
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec
@@ -54,7 +52,7 @@ class DDPRule(DataParallelRule):
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of the global batch."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _torch_compat.peek_interpreter_stack() is not None:
             raise AxisError(
                 "lm.ddp sums gradients over ranks, which torch cannot do inside vmap or torch.func.grad. Train one"
                 " model under lm.ddp, or an lm.ensemble in each process without it."

@@ -27,7 +27,7 @@ def synchronized(next: Next, call: ApplyCall, comm: GradComm, counts: bool) -> A
 
 def _synchronize(module: nn.Module, comm: GradComm, counts: bool) -> None:
     for norm in module.modules():
-        if isinstance(norm, _BatchNorm):
+        if isinstance(norm, _torch_compat.BatchNorm):
             norm.forward = functools.partial(_normalize, norm, comm, counts)  # type: ignore[method-assign]
 
 
@@ -44,7 +44,7 @@ class _Sum(torch.autograd.Function):
         return ctx.comm.launch(grad.clone(), exact=True)(), None
 
 
-def _normalize(norm: _BatchNorm, comm: GradComm, counts: bool, x: Tensor) -> Tensor:
+def _normalize(norm: _torch_compat.BatchNorm, comm: GradComm, counts: bool, x: Tensor) -> Tensor:
     if not norm.training and norm.running_mean is not None:
         return type(norm).forward(norm, x)
     values = x.float() if x.dtype in NARROW else x
@@ -52,7 +52,7 @@ def _normalize(norm: _BatchNorm, comm: GradComm, counts: bool, x: Tensor) -> Ten
     shape = [1, -1, *[1] * (x.dim() - 2)]
     counted = values if counts else values[:0]
     size = values.new_full((1,), counted.numel() // counted.shape[1])
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _torch_compat.peek_interpreter_stack() is not None:
         raise AxisError(
             'lm.ddp(buffers="sync") sums the statistics of BatchNorm over ranks, which torch cannot do inside'
             ' torch.func. Leave engine="func" out, or write lm.ddp(buffers="merge").'
@@ -74,7 +74,7 @@ def _sum(x: Tensor, comm: GradComm) -> Tensor:
     return summed
 
 
-def _track(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+def _track(norm: _torch_compat.BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Update the running statistics in place; the tensors in the module are this call's own copies."""
     if norm.running_mean is None or norm.running_var is None:
         return

@@ -186,7 +186,7 @@ class Engine:
         if self.setup.stage < 3:
             return self.params[name].view(self.shapes[name])
         module, key = self._tables[name]
-        param: Any = module._parameters[key]  # which gathers it, and frees it afterwards
+        param: Any = _torch_compat.own_params(module)[key]  # which gathers it, and frees it afterwards
         return param  # type: ignore[no-any-return]
 
     def whole(self, name: str) -> Tensor:
@@ -289,7 +289,7 @@ def _copy_of_model(apply: Apply, params: Mapping[str, Tensor], buffers: Mapping[
     for table, key, name in param_slots(net):
         if name in own:
             table[key] = own[name]
-        elif table is tables[id(table)]._parameters:
+        elif table is _torch_compat.own_params(tables[id(table)]):
             frozen.append((tables[id(table)], key, buffers[name].detach()))
         else:
             table[key] = buffers[name].detach().clone()
@@ -323,7 +323,7 @@ def stale_locks() -> list[Path]:
     A process that builds has its lock open; one that is killed leaves the file. Where the system does not list open
     files, a lock is stale once it is older than any build takes.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _torch_compat.user_cache_dir(appname="torch_extensions"))
     locks = sorted(root.glob("**/lock"))
     open_files = _open_files() if locks else None
     return [lock for lock in locks if _is_stale(lock, open_files)]

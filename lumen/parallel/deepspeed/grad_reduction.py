@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import batching, gradient, rules
+from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next
@@ -66,7 +66,7 @@ class EngineRule(DataParallelRule):
         return answers
 
     def _check(self, call: GradientCall) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+        if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
             raise AxisError(
                 "lm.deepspeed's engine computes gradients itself, and not inside vmap or torch.func.grad. Leave out"
                 ' lm.ensemble and engine="func".'

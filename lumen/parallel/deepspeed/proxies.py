@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lumen.core import _torch_compat
 from lumen.errors import LossError
 from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta
 
 _METADATA = {
-    Tensor._version.__get__,  # type: ignore[attr-defined]
+    _torch_compat.tensor_version.__get__,
     Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     Tensor.device.__get__,
     Tensor.is_meta.__get__,  # type: ignore[attr-defined]
@@ -46,5 +46,5 @@ class EngineGrad(TensorProxy):
 
 def engine_grad(param: Tensor) -> Tensor:
     """The gradient of `param`, whose values are in the engine."""
-    grad: Tensor = torch.Tensor._make_subclass(EngineGrad, empty_meta(param.shape, param.dtype), False)
+    grad: Tensor = _torch_compat.make_subclass(EngineGrad, empty_meta(param.shape, param.dtype), False)
     return grad

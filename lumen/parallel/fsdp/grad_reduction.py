@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import batching, gradient, rules
+from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next
@@ -103,7 +103,7 @@ class FSDPRule(DataParallelRule):
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of the global batch."""
-        if torch._C._functorch.peek_interpreter_stack() is not None or call.engine == "func":
+        if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
             raise AxisError(
                 "lm.fsdp gathers params and sums gradients over ranks, which torch cannot do inside vmap or"
                 ' torch.func.grad. Leave out lm.ensemble and engine="func".'

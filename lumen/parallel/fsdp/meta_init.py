@@ -31,7 +31,7 @@ ParamSlot = tuple[dict[str, Any], str, str]  # a module's table, the key in it, 
 
 def reset(module: nn.Module) -> None:
     """Call the `reset_parameters` of a module, as torch's own modules do when they are created."""
-    for name in ("reset_parameters", "_reset_parameters"):
+    for name in ("reset_parameters", _torch_compat.RESET_PARAMETERS):
         method = getattr(module, name, None)
         if callable(method):
             method()
@@ -110,7 +110,7 @@ def materialize(
             slots: list[ParamSlot] = [
                 (table, key, names[id(table), key])
                 for submodule in modules
-                for table in cast(Tables, (submodule._parameters, submodule._buffers))
+                for table in cast(Tables, (_torch_compat.own_params(submodule), _torch_compat.own_buffers(submodule)))
                 for key in table
                 if table[key] is not None
             ]

@@ -92,7 +92,7 @@ class UnshardContext:
         if type(output) is Tensor and output.requires_grad:
             self.token, tied = _Tie.apply(unit, self.token, output)  # type: ignore[no-untyped-call]
             return tied
-        leaves, spec = torch_pytree.tree_flatten(output)
+        leaves, spec = _torch_compat.torch_pytree.tree_flatten(output)
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
         for i, leaf in zip(live, outs, strict=True):

@@ -37,7 +37,8 @@ class TracedUnshardContext(UnshardContext):
 
     def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, at which the pass has arrived."""
-        self.reached = [leaf.detach() for leaf in torch_pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        leaves = _torch_compat.torch_pytree.tree_leaves(output)
+        self.reached = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         return super().tie(output, unit)
 
     def record(self, unit: TracedUnit, params: Sequence[Tensor]) -> None:
@@ -114,10 +115,7 @@ class _SavedView(NamedTuple):
 
 def _untraced_meta(plans: UnitPlans, name: str, dtype: torch.dtype) -> Tensor:
     """The param `name` without memory, outside of the graph."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+    with _torch_compat.disable_proxy_modes_tracing(), _torch_compat.unset_fake_temporarily():
         return empty_meta(plans.shapes[name], dtype)
 
 
@@ -133,5 +131,5 @@ def _unpack(saved: Tensor | _SavedView) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
+    address: int = _torch_compat.storage_id(tensor.untyped_storage())
     return address

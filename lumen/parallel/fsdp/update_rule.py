@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from lumen.core import sharding
+from lumen.core import _torch_compat, sharding
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next
 from lumen.parallel.fsdp.chunks import byte_chunks
@@ -32,7 +30,7 @@ def update_shards(
         keys = names[chunk]
         full = gather(layout, [new[name] for name in keys], [call.params[name].shape for name in keys])
         if donated:  # the new state keeps the memory of the old one
-            torch._foreach_copy_([call.params[name] for name in keys], full)
+            _torch_compat.foreach_copy_([call.params[name] for name in keys], full)
         else:
             params.update(zip(keys, full, strict=True))
     return (call.params if donated else params), opt_state

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumen.core import _torch_compat
 from lumen.core.sharding import REPLICATED, LeafSpec
 from lumen.parallel.lazy_param import LazyParam, empty_meta
 from lumen.parallel.tensor.autograd_collectives import TPGroup
@@ -89,7 +90,7 @@ def shard_modules(run: Run, view: FullParamView, styles: Mapping[str, Style]) ->
                     setattr(child, attribute, getattr(child, attribute) // run.tp_group.size)
             if isinstance(style, Colwise | Rowwise):
                 _narrow(child, style, run.tp_group.size)
-                own = {key: names[id(p)] for key, p in child._parameters.items() if p is not None}
+                own = {key: names[id(p)] for key, p in _torch_compat.own_params(child).items() if p is not None}
                 sharded = {key: name for key, name in own.items() if name in view.layouts}
                 child.__class__ = _with_full_params(type(child), view, sharded)
 
@@ -100,7 +101,7 @@ def _with_full_params(kind: type[nn.Module], view: FullParamView, names: Mapping
     """A subclass of `kind` whose attributes are full params; the layer itself reads the shards in `_parameters`."""
 
     def reading(key: str, name: str) -> property:
-        return property(lambda module: LazyParam.of(view, name, module._parameters[key]))
+        return property(lambda module: LazyParam.of(view, name, _torch_compat.own_params(module)[key]))
 
     return type(kind.__name__, (kind,), {key: reading(key, name) for key, name in names.items()})
 
@@ -153,7 +154,7 @@ def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = _torch_compat.own_params(module)["weight"]
+    weight: Tensor | None = _torch_compat.own_params(module)["weight"]
     assert weight is not None
     return weight
 
@@ -184,11 +185,11 @@ def _sequence_parallel(
 ) -> Any:
     if style.input == "whole":
         args, kwargs = _with_first(lambda x: run.tp_group.move("slice", x, SEQUENCE), args, kwargs)
-    before = dict(module._parameters)
+    before = dict(_torch_compat.own_params(module))
     try:
         for key, param in before.items():
             if param is not None:
-                module._parameters[key] = run.tp_group.move("copy", param)  # type: ignore[assignment]
+                _torch_compat.own_params(module)[key] = run.tp_group.move("copy", param)
         out = own(*args, **kwargs)
     finally:
         _torch_compat.own_params(module).update(before)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core.sharding import REPLICATED, LeafSpec, ShardSpec, Slice, SpecTree
 from lumen.errors import ParamsError, PatternError, printable
 from lumen.parallel.tensor.autograd_collectives import TPGroup
@@ -78,7 +79,7 @@ def param_layouts(module: nn.Module, styles: Mapping[str, Style], size: int) -> 
     specs: dict[str, tuple[str, LeafSpec]] = {}
     for prefix, sub in module.named_modules():
         dims = _sharded_dims(prefix, sub, styles.get(prefix))
-        for key, param in sub._parameters.items():
+        for key, param in _torch_compat.own_params(sub).items():
             if param is None:
                 continue
             path = f"{prefix}.{key}" if prefix else key

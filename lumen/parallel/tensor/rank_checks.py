@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import distributed
+from lumen.core import _torch_compat, distributed
 from lumen.core.device import module_of
 from lumen.errors import BatchError, WorldError, printable
 from lumen.parallel.comm import consistency
@@ -51,7 +51,7 @@ def has_dropout(module: nn.Module) -> bool:
     if not module.training:
         return False
     for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+        if isinstance(child, _torch_compat.DropoutNd) and child.p > 0:
             return True
         if any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(child).items()):
             return True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import rules, sharding
+from lumen.core import _torch_compat, rules, sharding
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import LeafSpec, ShardSpec, SpecTree

@@ -71,7 +71,7 @@ def _check_params(params: Any) -> None:
 
 
 def _widen_norms() -> contextlib.AbstractContextManager[Any]:
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if _torch_compat.peek_interpreter_stack() is None:
         return contextlib.nullcontext()
     return _WidenNorms()
 

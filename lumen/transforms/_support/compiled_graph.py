@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.donation import check_unmoved, copy_into
 from lumen.core.pytree_dataclass import SIGNATURE, copy_of
 from lumen.core.step import StepFn
@@ -96,15 +96,11 @@ def _gather(sources: list[tuple[str, Any]], inputs: list[Any], outputs: Any) -> 
 def _compile(
     flat: Callable[..., list[Tensor]], example: list[Tensor], options: Mapping[str, Any] | None
 ) -> Callable[[list[Tensor]], Any]:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     with torch.no_grad():
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        graph = _torch_compat.record(flat, example)
         if options is None:
             return lambda tensors: graph(*tensors)
-        import torch._inductor as inductor
-
-        compiled = inductor.compile(graph, cacheable(example), options=dict(options))
+        compiled = _torch_compat.inductor_compile(graph, cacheable(example), options=dict(options))
         is_cuda_graph = _uses_cuda_graphs(options, example)
 
     def run(tensors: list[Tensor]) -> Any:
@@ -121,10 +117,9 @@ def _compile(
 
 def cacheable(example: list[Tensor]) -> list[Any]:
     """Fake example inputs, with which Inductor finds what an earlier process compiled."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    mode = _torch_compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in example]
 
 

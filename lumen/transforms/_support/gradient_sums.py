@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import _torch_compat
 from lumen.core.dtypes import NARROW
 from lumen.core.primitives import Gradient
 
@@ -26,15 +27,15 @@ def add(sums: list[Tensor], grads: list[Tensor], own: bool) -> None:
     Adds in place once this module owns the memory of `sums` (autograd may return one tensor twice). Before that it adds
     a group of leaves at a time and frees their summands, so that three copies of all gradients never exist.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(map(attrgetter("requires_grad"), grads)):
+    if _torch_compat.peek_interpreter_stack() is not None or any(map(attrgetter("requires_grad"), grads)):
         sums[:] = [a + b for a, b in zip(sums, grads, strict=True)]
     elif own:
-        torch._foreach_add_(sums, grads)
+        _torch_compat.foreach_add_(sums, grads)
     else:
         sums_so_far: list[Tensor] = []
         while sums:
             count = _leading(sums)
-            sums_so_far += torch._foreach_add(sums[:count], grads[:count])
+            sums_so_far += _torch_compat.foreach_add(sums[:count], grads[:count])
             del sums[:count], grads[:count]
         sums[:] = sums_so_far
     grads.clear()

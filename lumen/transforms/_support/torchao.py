@@ -113,7 +113,7 @@ def _obstacle(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
     kind = type(layer)
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an nn.MultiheadAttention, which uses its weight without calling it"
-    if layer._parameters.get("weight") is None:
+    if _torch_compat.own_params(layer).get("weight") is None:
         return "has no param named 'weight'"
     if kind.forward is not nn.Linear.forward:
         return f"is a {kind.__name__}, which overrides forward"
@@ -133,7 +133,7 @@ def _tied(module: nn.Module) -> set[int]:
     slots = param_slots(module)
     uses = Counter(name for _, _, name in slots)
     tables = {id(table) for table, key, name in slots if key == "weight" and uses[name] > 1}
-    return {id(submodule) for submodule in module.modules() if id(submodule._parameters) in tables}
+    return {id(submodule) for submodule in module.modules() if id(_torch_compat.own_params(submodule)) in tables}
 
 
 def _layer_text(name: str) -> str:
