@@ -36,13 +36,13 @@ if TYPE_CHECKING:  # classes that are inherited from or named in annotations; `_
     DummyPrivateUse1Hook = _DummyPrivateUse1Hook
 
 TRIED = ("2.11", "2.12", "2.13", "2.14")
-"""The minor versions of torch that were asked for all of `PRIVATE`."""
+"""The minor versions of torch in which all of `PRIVATE` was looked up."""
 
 
 class Use(NamedTuple):
     """What private names of torch are used for, and the minor versions of torch that have them.
 
-    Where one of `TRIED` is not among them, Lumen does without there.
+    Lumen has a fallback for each of `TRIED` that is not among them.
     """
 
     names: str  # with spaces between them; `alias=name`, or `function(keyword=)` for an argument of a function
@@ -94,7 +94,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
         "a compiled block whose backward pass runs outside of the autocast of its forward",
     ),
     # Autograd
-    Use("torch.autograd.graph._engine_run_backward", "backward with the gradients added where Lumen holds them"),
+    Use("torch.autograd.graph._engine_run_backward", "a backward pass that adds gradients to existing sums"),
     Use(
         "torch.Tensor._make_subclass torch._C.DisableTorchFunctionSubclass",
         "a tensor that stands for a param which is gathered on first use",
@@ -160,7 +160,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
         "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
         "the world of a plan, which is only thought of",
     ),
-    Use("torch._appdirs.user_cache_dir", "where the builds of DeepSpeed's kernels lie"),
+    Use("torch._appdirs.user_cache_dir", "the directory in which DeepSpeed builds its kernels"),
 )
 
 _ATTRIBUTES = (  # what its functions reach into
@@ -199,7 +199,7 @@ _ATTRIBUTES = (  # what its functions reach into
     ),
 )
 
-_LISTED = [each.rpartition("=")[::2] for use in _USES for each in use.names.split()]
+_LISTED = [entry.rpartition("=")[::2] for use in _USES for entry in use.names.split()]
 NAMES = {alias or name.rpartition(".")[2].lstrip("_"): name for alias, name in _LISTED}
 """The full names of what this module offers, by the names under which it does."""
 PRIVATE = {
@@ -211,7 +211,7 @@ PRIVATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """What `NAMES` lists, when it is first asked for: a torch that lacks one name fails where that is used."""
+    """An object of `NAMES`, looked up on first use: a torch that lacks one name fails only where it is used."""
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     full = NAMES[name]
@@ -220,7 +220,7 @@ def __getattr__(name: str) -> Any:
             f"torch {torch.__version__} has no {full}, which Lumen uses for {PRIVATE[full].purpose}."
             f" Install one of torch {', '.join(PRIVATE[full].torch)}"
         )
-    value = globals()[name] = _found(full)
+    value = globals()[name] = _resolve(full)
     return value
 
 
@@ -230,7 +230,7 @@ _KEYWORD = re.compile(r"(.*)\((\w+)=\)")
 def missing() -> list[str]:
     """What of `PRIVATE` the installed torch lacks, a line for each: the name, its purpose and who is known to have it.
 
-    A name that a version is known not to have is none of them: Lumen does without it there.
+    A name that this version is known to lack is left out: Lumen has a fallback for it.
 
     >>> missing()
     []
@@ -243,7 +243,7 @@ def missing() -> list[str]:
     ]
 
 
-def _clone_each(tensors: list[Tensor]) -> list[Tensor]:
+def _clone_one_by_one(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
@@ -267,7 +267,7 @@ def in_graph_capture() -> bool:
     )
 
 
-clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_each)
+clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_one_by_one)
 """A copy of each tensor of a list, by one call where torch has one (not 2.11)."""
 
 
@@ -282,19 +282,19 @@ def has(name: str) -> bool:
     keyword = _KEYWORD.fullmatch(name)
     try:
         if keyword is not None:
-            return keyword[2] in inspect.signature(_found(keyword[1])).parameters
-        _found(name)
+            return keyword[2] in inspect.signature(_resolve(keyword[1])).parameters
+        _resolve(name)
     except (AttributeError, ImportError):
         return False
     return True
 
 
-def _found(name: str) -> Any:
+def _resolve(name: str) -> Any:
     """The object of that name; raises AttributeError or ImportError where there is none."""
     above, _, last = name.rpartition(".")
     if not above:
         return importlib.import_module(last)
-    holder = _found(above)
+    holder = _resolve(above)
     if inspect.ismodule(holder) and not hasattr(holder, last):
         importlib.import_module(name)
     if inspect.isclass(holder) and not hasattr(holder, last) and _sets(holder, last):
@@ -341,7 +341,7 @@ def record(function: Callable[..., Any], example: Sequence[Any]) -> torch.fx.Gra
 
 
 def is_undispatched() -> bool:
-    """Whether no mode, such as vmap or a tracer, stands between this thread's calls and their kernels."""
+    """Whether no mode, such as vmap or a tracer, stands between the calls of this thread and their kernels."""
     this: Any = sys.modules[__name__]
     keys = this.dispatch_tls_local_include_set()
     return bool(keys.remove(this.DispatchKey.BackendSelect).remove(this.DispatchKey.ADInplaceOrView).raw_repr() == 0)
@@ -386,7 +386,7 @@ _PACKAGES = ("torch.distributed.", "deepspeed.comm.")
 def release_groups(mesh: DeviceMesh) -> None:
     """Have a mesh hold its process groups no longer; its sizes and names stay.
 
-    torch 2.11 to 2.13: `_pg_registry` of the mesh that others were cut from holds the groups of all of them, for
+    torch 2.11 to 2.13: `_pg_registry` of a root mesh holds the groups of all its submeshes, for
     `torch.compile` to look them up. Elsewhere a mesh keeps their names.
     """
     getattr(mesh, "_pg_registry", {}).clear()
@@ -408,7 +408,7 @@ def _functions(names: Any) -> Iterator[FunctionType]:
     for value in [*names.values()]:
         kind = type(value)  # not isinstance, of which some objects there warn
         if issubclass(kind, type):
-            yield from (inspect.unwrap(each) for each in vars(value).values() if type(each) is FunctionType)
+            yield from (inspect.unwrap(member) for member in vars(value).values() if type(member) is FunctionType)
         elif kind is FunctionType:
             yield inspect.unwrap(value)
 
@@ -417,8 +417,8 @@ def _release_defaults(function: FunctionType) -> None:
     defaults: tuple[Any, ...] = getattr(function, "__defaults__", None) or ()
     named: dict[str, Any] = getattr(function, "__kwdefaults__", None) or {}
     if any(map(_is_group, defaults)):
-        function.__defaults__ = tuple(None if _is_group(each) else each for each in defaults)
-    for key in [key for key, each in named.items() if _is_group(each)]:
+        function.__defaults__ = tuple(None if _is_group(default) else default for default in defaults)
+    for key in [key for key, default in named.items() if _is_group(default)]:
         named[key] = None
 
 

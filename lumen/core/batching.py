@@ -1,4 +1,4 @@
-"""Rows of a batch: counting them, splitting a batch along its first dim, and joining what its parts gave."""
+"""Rows of a batch: counting them, splitting a batch into microbatches, and merging the results of these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core.buffers import STATISTICS, Origin, merge_microbatches
+from lumen.core.buffer_rules import STATISTICS
+from lumen.core.buffers import Origin, merge_microbatches
 from lumen.core.metrics import Mean, Metric, is_value
 from lumen.core.primitives import Aux, Gradient
 from lumen.errors import BatchError, LossError, printable
@@ -40,50 +41,50 @@ def count(batch: Any) -> int:
     )
 
 
-def split(batch: Any, parts: int) -> list[Any]:
-    """`batch` cut into `parts` along the first dim, as evenly as possible and in order (`torch.tensor_split`)."""
+def split(batch: Any, n: int) -> list[Any]:
+    """`batch` in `n` microbatches along the first dim, as even as possible and in order (`torch.tensor_split`)."""
     leaves, spec = tree.flatten(batch)
-    pieces = [
-        torch.tensor_split(leaf, parts)
+    columns = [
+        torch.tensor_split(leaf, n)
         if isinstance(leaf, Tensor)
-        else (np.array_split(leaf, parts) if isinstance(leaf, np.ndarray) else [leaf] * parts)
+        else (np.array_split(leaf, n) if isinstance(leaf, np.ndarray) else [leaf] * n)
         for leaf in leaves
     ]
-    return [tree.unflatten(spec, piece) for piece in zip(*pieces, strict=True)]
+    return [tree.unflatten(spec, chunk) for chunk in zip(*columns, strict=True)]
 
 
-def add_gradients(parts: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
-    """The summed answer for a whole batch, from the summed answers for its parts; `origins` is as in `merge_aux`."""
-    losses = [part.loss for part in parts]
-    first = parts[0]
+def add_gradients(answers: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
+    """The summed answer for a batch, from those for its microbatches; `origins` is as in `merge_aux`."""
+    losses = [answer.loss for answer in answers]
+    first = answers[0]
     loss = losses[0]
     assert isinstance(loss, Mean)
     for other in losses[1:]:
         loss = loss.merge(other)  # type: ignore[arg-type]
-    sizes = [part.rows or 0 for part in parts]
-    return first.replace(loss=loss, aux=merge_aux([part.aux for part in parts], sizes, origins), rows=sum(sizes))
+    sizes = [answer.rows or 0 for answer in answers]
+    return first.replace(loss=loss, aux=merge_aux([answer.aux for answer in answers], sizes, origins), rows=sum(sizes))
 
 
-def merge_aux(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None = None) -> Any:
-    """What a loss function's aux would have been on the whole batch.
+def merge_aux(values: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None = None) -> Any:
+    """The aux that a loss function would have returned for the full batch.
 
     Typed values merge by their type; floating scalars are averaged by rows; tensors with one entry for each row are
-    joined in order. Buffers merge by what they are, which `origins` tell (see `lumen.core.buffers.Tracker`); without
-    them, the statistics of BatchNorm are known by their names, and other buffers must be equal in all parts.
+    concatenated in order. Buffers merge by the rules in `origins` (see `lumen.core.buffers.Tracker`); without
+    these, BatchNorm's statistics are known by their names, and other buffers must be equal in all microbatches.
     """
-    if len(parts) == 1:
-        return parts[0]
-    if all(isinstance(part, Aux) for part in parts):
-        return parts[0].replace(
-            buffers=_merge_buffers([part.buffers for part in parts], sizes, origins),
-            metrics=_merge_tree([part.metrics for part in parts], sizes),
+    if len(values) == 1:
+        return values[0]
+    if all(isinstance(value, Aux) for value in values):
+        return values[0].replace(
+            buffers=_merge_buffers([value.buffers for value in values], sizes, origins),
+            metrics=_merge_tree([value.metrics for value in values], sizes),
         )
-    return _merge_tree(parts, sizes)
+    return _merge_tree(values, sizes)
 
 
-def _merge_tree(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
-    names = iter(tree.paths(parts[0], is_leaf=is_value))
-    return tree.map(lambda *leaves: _merge_leaf(next(names), leaves, sizes), *parts, is_leaf=is_value)
+def _merge_tree(trees: Sequence[Any], sizes: Sequence[int]) -> Any:
+    names = iter(tree.paths(trees[0], is_leaf=is_value))
+    return tree.map(lambda *leaves: _merge_leaf(next(names), leaves, sizes), *trees, is_leaf=is_value)
 
 
 def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
@@ -101,20 +102,20 @@ def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
         return first
     shape = f"tensor of shape {tuple(first.shape)} and {first.dtype}" if isinstance(first, Tensor) else repr(first)
     raise LossError(
-        f"aux[{path!r}] is a {shape}, and it is not clear how its microbatches' parts make the whole batch's."
+        f"aux[{path!r}] is a {shape}, and Lumen does not know how to merge those of the microbatches."
         " Say what it is: lm.Mean.of(x), lm.Sum.of(x), lm.Max.of(x) or lm.Last(x)."
     )
 
 
-def _merge_buffers(parts: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None) -> Any:
-    columns = list(zip(*(tree.leaves(part) for part in parts), strict=True))
+def _merge_buffers(microbatches: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None) -> Any:
+    columns = list(zip(*(tree.leaves(buffers) for buffers in microbatches), strict=True))
     if origins is None:
-        origins = [_named(path, column) for path, column in zip(tree.paths(parts[0]), columns, strict=True)]
+        origins = [_named(path, column) for path, column in zip(tree.paths(microbatches[0]), columns, strict=True)]
     merged = [
         merge_microbatches(origin, column, functools.partial(_weighted, column, sizes))
         for origin, column in zip(origins, columns, strict=True)
     ]
-    return tree.unflatten(tree.structure(parts[0]), merged)
+    return tree.unflatten(tree.structure(microbatches[0]), merged)
 
 
 def _named(path: str, leaves: Sequence[Any]) -> Origin:
@@ -125,7 +126,7 @@ def _named(path: str, leaves: Sequence[Any]) -> Origin:
 
 
 def _weighted(leaves: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The mean by rows, written as steps from the first part, so that equal parts give that part bit for bit."""
+    """The mean by rows, written as differences from the first leaf: equal leaves give that leaf bit for bit."""
     total = sum(sizes)
     mean = leaves[0]
     for leaf, size in zip(leaves[1:], sizes[1:], strict=True):

@@ -2,7 +2,7 @@
 
 The embeddings of every microbatch are computed without a graph; then the loss on all of them, with its gradient in the
 embeddings; then every microbatch once more, back from its rows of that gradient. Each backward pass is an ordinary call
-of the gradient primitive, so what stands inside `accumulate` (loss scaling, autocast) acts on it as on any other.
+of the gradient primitive, so what is inside `accumulate` (loss scaling, autocast) acts on it as on any other.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CachedGradient:
 
     def __init__(self, cache: GradCache, call: GradientCall) -> None:
         self._cache, self._call = cache, call
-        self._pieces: list[list[Tensor]] = []
+        self._embeddings: list[list[Tensor]] = []
         self._spec: tree.Spec | None = None
         self._grads: list[list[Tensor]] = []  # of each microbatch's floating leaves
         self._aux: Any = None
@@ -78,12 +78,12 @@ class CachedGradient:
 
     def embed(self, call: GradientCall, real: bool = True) -> Any:
         """Compute the embeddings of a microbatch, and give its aux; not `real` is one that weighs nothing."""
-        kept: list[Any] = []
+        flattened: list[Any] = []
 
         def encode(params: Any, batch: Any, *extras: Any) -> Any:
             embeddings, aux = self._cache.encoded(params, batch, extras)
             self._check_aux(aux)
-            kept.append(tree.flatten(embeddings))
+            flattened.append(tree.flatten(embeddings))
             zero = torch.zeros(())
             return (Mean(zero, zero), () if aux is None else aux) if call.has_aux else Mean(zero, zero)
 
@@ -92,7 +92,7 @@ class CachedGradient:
             self._states.append(self._generators.get())
         with rules.inside_loss, self._without_graph(), self._without_draws():
             out = rules.call_loss(rewrapped(call.loss_fn, encode), call.params, call.batch, call.extras)
-        ((leaves, spec),) = kept
+        ((leaves, spec),) = flattened
         if real:
             self._add(leaves, spec)
         return out[1] if call.has_aux else None
@@ -104,7 +104,7 @@ class CachedGradient:
                 f" and of another for the next, {spec}."
             )
         self._spec = spec
-        self._pieces.append(leaves)
+        self._embeddings.append(leaves)
 
     def _check_aux(self, aux: Aux | None) -> None:
         if aux is not None and not self._call.has_aux:
@@ -129,12 +129,12 @@ class CachedGradient:
 
     def loss_call(self) -> GradientCall:
         """The loss on all rows, to be differentiated in params and in the embeddings."""
-        leaves = [torch.cat(column) for column in zip(*self._pieces, strict=True)]
+        leaves = [torch.cat(column) for column in zip(*self._embeddings, strict=True)]
         floating = [leaf for leaf in leaves if leaf.is_floating_point()]
         cache, has_aux, embedded = self._cache, self._call.has_aux, self._aux
 
-        def on_all(given: Differentiated, batch: Any, *extras: Any) -> Any:
-            live = iter(given.embeddings)
+        def on_all(inputs: Differentiated, batch: Any, *extras: Any) -> Any:
+            live = iter(inputs.embeddings)
             embeddings = tree.unflatten(
                 self._spec,  # type: ignore[arg-type]
                 [next(live) if leaf.is_floating_point() else leaf for leaf in leaves],
@@ -145,45 +145,45 @@ class CachedGradient:
                 return (out, ()) if has_aux and embedded is not None and not is_pair(out) else out
 
             loss.__wrapped__ = cache.loss  # type: ignore[attr-defined]
-            return rewrapped(self._call.loss_fn, loss)(given.params, batch, *extras)
+            return rewrapped(self._call.loss_fn, loss)(inputs.params, batch, *extras)
 
         on_all.__wrapped__ = cache.loss  # type: ignore[attr-defined]
-        given = Differentiated(self._call.params, floating)
-        return self._call.replace(loss_fn=on_all, params=given, summed=True, reduction=None, grad_buffers=None)
+        inputs = Differentiated(self._call.params, floating)
+        return self._call.replace(loss_fn=on_all, params=inputs, summed=True, reduction=None, grad_buffers=None)
 
     def receive(self, embedding_grads: Sequence[Tensor]) -> None:
         """Take the gradient of the loss in the embeddings of all rows."""
         if self._generators is not None:
             self._end = self._generators.get()
-        sizes = [len(leaves[0]) for leaves in self._pieces]
+        sizes = [len(leaves[0]) for leaves in self._embeddings]
         columns = [grad.split(sizes) for grad in embedding_grads]
-        self._grads = [[column[place] for column in columns] for place in range(len(sizes))]
+        self._grads = [[column[index] for column in columns] for index in range(len(sizes))]
         if not self._compares:
-            self._pieces = []
+            self._embeddings = []
 
-    def backward_call(self, call: GradientCall, place: int, real: bool = True) -> GradientCall:
+    def backward_call(self, call: GradientCall, index: int, real: bool = True) -> GradientCall:
         """The microbatch at `place` again: a loss whose gradient in params is that of the loss through its rows."""
 
         def through(params: Any, batch: Any, *extras: Any) -> Any:
             if real and self._generators is not None:
-                self._generators.set(self._states[place])
+                self._generators.set(self._states[index])
             embeddings, aux = self._cache.encoded(params, batch, extras)
             leaves = tree.leaves(embeddings)
             if self._compares and real:
-                self._compare(place, leaves)
+                self._compare(index, leaves)
             floating = [leaf for leaf in leaves if leaf.is_floating_point()]
-            total = _tied(_inner_product(floating, self._grads[place]), params)
+            total = _tied(_inner_product(floating, self._grads[index]), params)
             loss = Mean(total, torch.ones_like(total.detach()))
             return (loss, () if aux is None else aux) if call.has_aux else loss
 
         through.__wrapped__ = self._cache.encode  # type: ignore[attr-defined]
         return call.replace(loss_fn=rewrapped(call.loss_fn, through))
 
-    def _compare(self, place: int, again: Sequence[Tensor]) -> None:
+    def _compare(self, index: int, recomputed: Sequence[Tensor]) -> None:
         """Raise `LossError` where the embeddings of a microbatch are not what they were without a graph."""
         if _torch_compat.peek_interpreter_stack() is not None:
             return
-        for before, now in zip(self._pieces[place], again, strict=True):
+        for before, now in zip(self._embeddings[index], recomputed, strict=True):
             if not _is_near(before, now.detach()):
                 raise LossError(
                     f"{name_of(self._cache.encode)} returned other embeddings when it was called again for the same"
@@ -204,7 +204,7 @@ class CachedGradient:
         """The gradient of all rows: `total` is the sum over microbatches, `answer` that of `loss_call`."""
         if self._graphless and any(leaf.requires_grad for leaf in tree.tensors(total.grads)):
             raise LossError(
-                f"{self._cache!r} depends on tensors that require grad and are no part of params, and the microbatches'"
+                f"{self._cache!r} depends on tensors that require grad and are not among params, and the microbatches'"
                 " embeddings were computed without a graph. Detach them, make them part of params, or hand them over as"
                 " a further argument: lm.value_and_grad(loss_fn)(params, batch, tensor)."
             )
@@ -213,7 +213,7 @@ class CachedGradient:
 
 
 def _is_live(call: GradientCall) -> bool:
-    """Whether somebody outside differentiates through the gradient."""
+    """Whether an enclosing derivative differentiates through the gradient."""
     if not torch.is_grad_enabled():
         return False
     return any(leaf.requires_grad for leaf in tree.tensors((call.params, call.batch, call.extras)))

@@ -96,7 +96,7 @@ def _gathered(x: Tensor, bound: Axis, axis: str) -> Tensor:
     if not x.dim():
         raise AxisError(f"all_gather over {axis!r} joins rows, and a tensor without dims has none. Write x[None].")
     if bound.process and not rules.is_tracing() and not distributed.is_dry_run():
-        size = 0 if rules.is_weightless() else len(x)  # rows that stand in are nobody's negatives
+        size = 0 if rules.is_weightless() else len(x)  # dummy rows are no negatives
         rows = torch.tensor([size, size**2], device=x.device)
         total, squares = _reduce(rows, axis, "sum").tolist()
         if bound.size * squares != total**2:
@@ -148,7 +148,7 @@ class LaneAxis:
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum, maximum or minimum over the lanes."""
-        # A tensor that does not vary over the lanes never meets the vmap rule of a Function: tie it to the lane.
+        # A tensor that does not vary over the lanes never reaches the vmap rule of a Function: tie it to the lane.
         varying = x + torch.zeros_like(x) * self._lane.to(x.dtype)
         return _LaneReduce.apply(varying, op)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""What differs between kinds of accelerators and is asked of torch by one name: generators, memory, waiting."""
+"""One interface to what differs between kinds of accelerators: generators, memory, synchronization."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def running() -> tuple[str, Any] | None:
 
     Asking starts nothing: a process that forks workers must not have started CUDA.
     """
-    found = torch.accelerator.current_accelerator()
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
         return None
-    module: Any = torch.get_device_module(found)
+    module: Any = torch.get_device_module(accelerator)
     in_use: bool = module.is_initialized() if hasattr(module, "is_initialized") else module.is_available()
-    return (found.type, module) if in_use else None
+    return (accelerator.type, module) if in_use else None
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:
@@ -60,10 +60,10 @@ class Generators:
     """
 
     def __init__(self, values: Any) -> None:
-        found = running()
+        accelerator = running()
         devices = {tensor.device for tensor in tree.tensors(values) if module_of(tensor.device) is not None}
-        if found is not None and hasattr(found[1], "current_device"):
-            devices.add(torch.device(found[0], found[1].current_device()))
+        if accelerator is not None and hasattr(accelerator[1], "current_device"):
+            devices.add(torch.device(accelerator[0], accelerator[1].current_device()))
         self._devices = sorted(devices, key=str)
 
     def get(self) -> list[Tensor]:
@@ -73,12 +73,12 @@ class Generators:
     def set(self, states: list[Tensor]) -> None:
         """Put back what `get` gave."""
         torch.set_rng_state(states[0])
-        for device, each in zip(self._devices, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(each, device)
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def free_cache() -> None:
     """Give the accelerator's cached blocks back, where one is in use."""
-    found = running()
-    if found is not None and hasattr(found[1], "empty_cache"):
-        found[1].empty_cache()
+    accelerator = running()
+    if accelerator is not None and hasattr(accelerator[1], "empty_cache"):
+        accelerator[1].empty_cache()

@@ -1,7 +1,7 @@
-"""Which of how many processes this is: the one place that asks `torch.distributed`.
+"""Rank and world size: the one module that asks `torch.distributed` for them.
 
 Processes that work on one model together (along a mesh's `tensor` axis) are handed the same rows. They are next to each
-other by rank, and count once wherever rows are cut or what was found in them is added up.
+other by rank, and count once wherever rows are split or results are summed over rows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 _tp_degree = 1
-_planned: tuple[Callable[[], Any], bool] = (lambda: None, False)  # the world that was asked about, and the answer
+_planned: tuple[Callable[[], Any], bool] = (lambda: None, False)  # the world that was looked at last, and the answer
 
 
 def tp_degree() -> int:
@@ -53,13 +53,13 @@ def tp_degree() -> int:
 
 
 def set_tp_degree(processes: int) -> None:
-    """From now on, each `processes` that follow each other by rank are handed the same rows: what a mesh says."""
+    """From now on, each `processes` that follow each other by rank are handed the same rows, as a mesh declares."""
     global _tp_degree
     _tp_degree = processes
 
 
 def rows() -> tuple[int, int]:
-    """Which part of the rows is this process's, and how many parts there are.
+    """The index of this process's shard of rows, and the number of shards.
 
     >>> rows()
     (0, 1)

@@ -11,7 +11,7 @@ from lumen.core import _torch_compat, distributed
 from lumen.errors import DonatedError, printable
 
 Addresses = list[set[int]]
-_KNOWN = "_addresses"
+_CACHE = "_addresses"
 
 
 class Retired:
@@ -56,23 +56,25 @@ def copy_into(old: list[Tensor], new: list[Tensor]) -> None:
 def check_successor(state: Any) -> Addresses:
     """Like `check_unaliased`, looking only at those fields that have changed since the state was last checked.
 
-    What was found is kept with the state object, and each field's entry holds for that very field alone.
+    The addresses are cached on the state object; an entry is valid for one value of its field.
     """
     fields = state.__dict__
-    known: dict[str, tuple[Any, set[int]]] | None = fields.get(_KNOWN)
-    if known is None:
+    cache: dict[str, tuple[Any, set[int]]] | None = fields.get(_CACHE)
+    if cache is None:
         check_unaliased(state)
-        known = fields[_KNOWN] = {name: (fields[name], set(_pointers(fields[name]))) for name in _tree_fields(state)}
-    for name, (value, _) in known.items():
+        cache = fields[_CACHE] = {name: (fields[name], set(_pointers(fields[name]))) for name in _tree_fields(state)}
+    for name, (value, _) in cache.items():
         if value is not fields[name]:
             pointers = _pointers(fields[name])
-            found = set(pointers)
-            shared = [other for other, (_, each) in known.items() if other != name and not found.isdisjoint(each)]
-            if shared or len(found) != len(pointers):
+            changed = set(pointers)
+            shared = [
+                other for other, (_, addresses) in cache.items() if other != name and not changed.isdisjoint(addresses)
+            ]
+            if shared or len(changed) != len(pointers):
                 check_unaliased(state)
             # The predecessor, which had this table too, is retired: it can be changed in place.
-            known[name] = (fields[name], found)
-    return [addresses for _, addresses in known.values()]
+            cache[name] = (fields[name], changed)
+    return [addresses for _, addresses in cache.values()]
 
 
 def _tree_fields(state: Any) -> list[str]:
@@ -80,10 +82,10 @@ def _tree_fields(state: Any) -> list[str]:
 
 
 def _pointers(values: Any) -> list[int]:
-    found = [values] if isinstance(values, Tensor) else tree.tensors(values)
+    tensors = [values] if isinstance(values, Tensor) else tree.tensors(values)
     if distributed.is_dry_run():  # tensors that lie nowhere, but are views of each other as real ones are
-        return [hash((_torch_compat.storage_id(t.untyped_storage()), t.storage_offset())) for t in found if t.numel()]
-    return [t.data_ptr() for t in found if t.numel()]
+        return [hash((_torch_compat.storage_id(t.untyped_storage()), t.storage_offset())) for t in tensors if t.numel()]
+    return [t.data_ptr() for t in tensors if t.numel()]
 
 
 def check_unaliased(state: Any) -> Addresses:
@@ -108,11 +110,11 @@ def check_unaliased(state: Any) -> Addresses:
 
 
 def release(metrics: Any, addresses: Addresses) -> Any:
-    """`metrics` with a copy of each tensor that lies in the state's own memory, which the next step overwrites."""
-    held = set(_pointers(metrics))
-    if True not in [not held.isdisjoint(each) for each in addresses]:
+    """`metrics` with a copy of each tensor in the state's own memory, which the next step overwrites."""
+    pointers = set(_pointers(metrics))
+    if True not in [not pointers.isdisjoint(field) for field in addresses]:
         return metrics
-    shared = held & set().union(*addresses)
+    shared = pointers & set().union(*addresses)
     return tree.map(
         lambda x: x.clone() if isinstance(x, Tensor) and not shared.isdisjoint(_pointers(x)) else x, metrics
     )
@@ -123,9 +125,9 @@ def check_unmoved(old: list[Tensor], new: list[Tensor], paths: list[str]) -> Non
 
     Copying back in place would then overwrite a value that is still to be read.
     """
-    place = {id(t): i for i, t in enumerate(old)}
+    positions = {id(t): i for i, t in enumerate(old)}
     for i, tensor in enumerate(new):
-        j = place.get(id(tensor), i)
+        j = positions.get(id(tensor), i)
         if j != i:
             raise DonatedError(
                 f"the step returned the old state.{paths[j]} as the new state.{paths[i]}; with a donated state that"

@@ -1,4 +1,4 @@
-"""Random draws from torch's generators, where a step is recorded: found, kept, and given again to a second pass.
+"""Random draws from torch's generators in a step that is recorded: detected, saved, and replayed in a second pass.
 
 Setting a generator back does nothing for a graph, in which each draw is an operation of its own.
 """
@@ -46,45 +46,45 @@ class refusing_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
 
 
 class keeping_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
-    """`with keeping_draws(kept):` appends copies of all that is drawn to the list `kept`.
+    """`with keeping_draws(draws):` appends copies of all random draws to the list `draws`.
 
-    >>> kept = []
-    >>> with keeping_draws(kept):
+    >>> draws = []
+    >>> with keeping_draws(draws):
     ...     first = torch.rand(2)
-    >>> with repeating_draws(kept):
+    >>> with repeating_draws(draws):
     ...     second = torch.rand(2)
     >>> torch.equal(first, second)
     True
     """
 
-    def __init__(self, kept: list[Any]) -> None:
+    def __init__(self, draws: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = kept
+        self._draws = draws
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Keep what is drawn."""
+        """Save the result of a draw."""
         out = func(*args, **(kwargs or {}))
         if _is_draw(func):
-            self._kept.append(_copied(out))
+            self._draws.append(_copied(out))
         return out
 
 
 class repeating_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
-    """`with repeating_draws(kept):` draws what `keeping_draws` kept, in its order."""
+    """`with repeating_draws(draws):` replays what `keeping_draws` saved, in order."""
 
-    def __init__(self, kept: list[Any]) -> None:
+    def __init__(self, draws: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = iter(kept)
+        self._draws = iter(draws)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Give what was drawn before."""
+        """Return the saved draw."""
         if not _is_draw(func):
             return func(*args, **(kwargs or {}))
-        drawn = next(self._kept)
+        drawn = next(self._draws)
         if _torch_compat.schema_of(func).is_mutable:
             return args[0].copy_(drawn)
         return _copied(drawn)

@@ -69,9 +69,9 @@ def _counted(user: StepFn, state: Any, batch: Any) -> int:
                 return mode.from_tensor(torch.as_tensor(leaf))
             return leaf
 
-        given = tree.map(fake, (state, batch))
+        arguments = tree.map(fake, (state, batch))
         with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
-            user(*given)
+            user(*arguments)
     total: int = counter.get_total_flops()
     return total
 
@@ -80,10 +80,10 @@ def cpu_attention() -> dict[Any, Any]:
     """The formulas of the CPU's own attention, which torch's table lacks: those of the other kernels."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-    def forward(q: Any, k: Any, v: Any, *_rest: Any, **_options: Any) -> int:
+    def forward(q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
         return int(sdpa_flop_count(q, k, v))
 
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_rest: Any, **_options: Any) -> int:
+    def backward(grad: Any, q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
         return int(sdpa_backward_flop_count(grad, q, k, v))
 
     return {

@@ -34,7 +34,7 @@ def grad_cache(encode: Callable[..., Any], loss: Callable[..., Any]) -> LossFn:
 
     Raises `LossError` for embeddings that are no rows of the batch, for an `encode` that returns other embeddings when
     it is called again, and where a transform that splits the batch cannot see the function (it was called inside
-    another one, or stands under `lm.dp_sgd`). Algorithm: GradCache, Gao et al. 2021, "Scaling Deep Contrastive
+    another one, or used under `lm.dp_sgd`). Algorithm: GradCache, Gao et al. 2021, "Scaling Deep Contrastive
     Learning Batch Size under Memory Limited Setup".
 
     >>> import lumen as lm, torch
@@ -84,9 +84,9 @@ class GradCache:
         if not leaves:
             raise LossError(f"{name_of(self.encode)} returned no embeddings, but {embeddings!r:.60}.")
         size = batching.count(batch)
-        for place, leaf in enumerate(leaves):
+        for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or leaf.shape[:1] != (size,) or leaf.is_complex():
-                raise self._not_rows(tree.paths(embeddings)[place], leaf, size)
+                raise self._not_rows(tree.paths(embeddings)[index], leaf, size)
         return embeddings, aux
 
     def compared(self, params: Any, embeddings: Any, batch: Any, extras: tuple[Any, ...]) -> Any:
@@ -94,7 +94,7 @@ class GradCache:
         splitter = rules.splitter()
         if splitter is not None:
             raise LossError(
-                f"{splitter} hands a part of the batch to {self!r}, whose loss needs all rows. Under lm.accumulate hand"
+                f"{splitter} hands a microbatch to {self!r}, whose loss needs all rows. Under lm.accumulate hand"
                 " the function itself to value_and_grad, lm.value_and_grad(lm.grad_cache(encode, loss)), not one that"
                 " calls it; what belongs around it goes into loss. Under other transforms that split, leave one out."
             )

@@ -1,8 +1,8 @@
 """`lm.value_and_grad` (primitive P1) and its engine.
 
-The engine differentiates by `torch.autograd.grad` on detached leaves wherever the result is a final one, and by
-`torch.func.grad_and_value` where somebody may differentiate again: the first is twice as fast, but its gradients are
-constants to an enclosing derivative.
+The engine differentiates by `torch.autograd.grad` on detached leaves, and by `torch.func.grad_and_value` where the
+result may be differentiated again: the first is twice as fast, but its gradients are constants to an enclosing
+derivative.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def value_and_grad(
     grads)`, in JAX's order; grads have the structure of params and are those of the mean loss.
 
     The second argument is the batch: what `accumulate`, `ddp` and `private` split along its first dim. Further
-    arguments pass through whole. `aux` is an `lm.Aux` or any tree of tensors and typed values.
+    arguments are not split. `aux` is an `lm.Aux` or any tree of tensors and typed values.
 
-    `engine="func"` asks for `torch.func`, whose gradients can be differentiated again; "auto" finds out by itself
-    when that is needed.
+    `engine="func"` uses `torch.func`, whose gradients can be differentiated again; "auto" detects when that is
+    needed.
 
     Raises `LossError`, `BatchError` or `ParamsError` for what cannot be differentiated.
 
@@ -81,7 +81,7 @@ def differentiate(call: GradientCall) -> Gradient:
     leaves, rebuild = flat(call.params)
     if {*map(type, leaves)} != {Tensor}:
         _check_params(leaves, call.params)
-        # Params of which a transform outside shows a stand-in become whole by any operation.
+        # Any operation unshards a param that an outer transform shows as a proxy.
         leaves = [leaf.view_as(leaf) if hasattr(leaf, "shard") else leaf for leaf in leaves]
         call = call.replace(params=rebuild(leaves))
     if _must_stay_differentiable(call, leaves):
@@ -94,7 +94,7 @@ def differentiate(call: GradientCall) -> Gradient:
 
 
 def normalized(total: Gradient, *, own: bool = False) -> Gradient:
-    """The gradient of the mean loss, from a summed answer; in its memory, where nobody else has that (`own`)."""
+    """The gradient of the mean loss, from a summed answer; computed in its memory where that is not shared (`own`)."""
     loss = total.loss
     assert isinstance(loss, Mean)
     divide = Tensor.div_ if own else Tensor.div
@@ -189,29 +189,29 @@ def _finished(call: GradientCall, answer: Gradient, independent: LossError | Non
 
 
 def _by_func(call: GradientCall) -> Gradient:
-    kept: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     size = batching.count(call.batch) if call.summed else None
 
     def objective_fn(params: Any) -> tuple[Tensor, list[Tensor]]:
         with rules.inside_loss:
-            objective, loss, aux, kept["scalar"] = objective_of(call, params, size)
-        leaves, kept["spec"] = tree.flatten((loss, aux))
-        kept["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            objective, loss, aux, recorded["scalar"] = objective_of(call, params, size)
+        leaves, recorded["spec"] = tree.flatten((loss, aux))
+        recorded["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return objective, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     with torch.enable_grad():
-        grads, (_, found) = torch.func.grad_and_value(objective_fn, has_aux=True)(call.params)
-    tensors = iter(found)
-    leaves = [next(tensors) if leaf is None else leaf for leaf in kept["leaves"]]
-    loss, aux = tree.unflatten(kept["spec"], leaves)
+        grads, (_, aux_tensors) = torch.func.grad_and_value(objective_fn, has_aux=True)(call.params)
+    tensors = iter(aux_tensors)
+    leaves = [next(tensors) if leaf is None else leaf for leaf in recorded["leaves"]]
+    loss, aux = tree.unflatten(recorded["spec"], leaves)
     if call.grad_buffers is not None:
-        made, _ = flat(grads)
+        new_grads, _ = flat(grads)
         # Autograd may hand out one tensor twice; a sum is in memory of its own.
         call.grad_buffers[:] = [
-            g.clone() if total is None else total + g for g, total in zip(made, call.grad_buffers, strict=True)
+            g.clone() if total is None else total + g for g, total in zip(new_grads, call.grad_buffers, strict=True)
         ]
         grads = None
-    return _finished(call, Gradient(loss, grads, aux, kept["scalar"], size))
+    return _finished(call, Gradient(loss, grads, aux, recorded["scalar"], size))
 
 
 def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Tensor, Any, Any, bool]:
@@ -264,7 +264,7 @@ def _check_params(leaves: list[Any], params: Any) -> None:
         raise ParamsError("there is nothing to differentiate: params is an empty tree.")
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            path = next(path for path, each in zip(tree.paths(params), leaves, strict=True) if each is leaf)
+            path = next(path for path, other in zip(tree.paths(params), leaves, strict=True) if other is leaf)
             raise ParamsError(
                 f"params[{path!r}] is {_describe(leaf)}; only floating tensors can be differentiated."
                 " Keep integers among the buffers, or pass them as a further argument."
@@ -282,7 +282,7 @@ def independent_of(call: GradientCall) -> LossError:
 
 
 def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
-    """Whether somebody outside differentiates through this gradient, or a functorch transform is at work."""
+    """Whether an enclosing derivative differentiates through this gradient, or a functorch transform is active."""
     if call.engine != "auto":
         return call.engine == "func"
     if rules.stack.in_loss or _torch_compat.peek_interpreter_stack() is not None:
@@ -327,7 +327,7 @@ def _depends_on_external_grad(loss_fn: Callable[..., Any], objective: Tensor, li
             _nested.add(code)
             warnings.warn(
                 f"the loss of {loss_fn.__qualname__} depends on {len(foreign)} tensors that require grad and are not"
-                f" part of params (the first of shape {tuple(foreign[0].shape)}). Gradients stay differentiable in"
+                f" among params (the first of shape {tuple(foreign[0].shape)}). Gradients stay differentiable in"
                 " them, at about twice the cost. If that is not wanted, detach them or make them params.",
                 InexactWarning,
                 stacklevel=2,
@@ -348,18 +348,18 @@ def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
 
 def graph_leaves(root: Tensor) -> list[Tensor]:
     """The tensors at the ends of the graph behind `root`."""
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     todo = [root.grad_fn]
-    found = []
+    leaves = []
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         todo.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves
 
 
 def detached(values: Any) -> Any:

@@ -74,8 +74,8 @@ def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) ->
         ...
     lumen.errors.PurityError: the loss of <lambda> is no mean over the rows of its batch: it is 3 for all 4 rows, ...
     """
-    given = (state, batch)
-    before = [(path, tensor, tensor.clone()) for path, tensor in tree.named_tensors(given)]
+    arguments = (state, batch)
+    before = [(path, tensor, tensor.clone()) for path, tensor in tree.named_tensors(arguments)]
     first = step(state, batch)
     for path, tensor, copy in before:
         if not _same(tensor, copy):
@@ -101,25 +101,25 @@ def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) ->
 
 
 class _Means:
-    """Whether the losses of a step are means over rows, which transforms that cut a batch rely on."""
+    """Whether the losses of a step are means over rows, as transforms that split a batch require."""
 
     def __init__(self) -> None:
-        self._seen = 0
-        self._found: PurityError | None = None
+        self._calls = 0
+        self._error: PurityError | None = None
 
     def rule(self, next: Next, call: GradientCall) -> Gradient:
         if rules.is_tracing() or _torch_compat.peek_interpreter_stack() is not None:
             raise PurityError("check_purity(rows=True) compares numbers: give it the step without transforms.")
-        self._seen += 1
+        self._calls += 1
         answer: Gradient = next(call)
-        if self._found is None:
-            self._found = self._compared(call)
+        if self._error is None:
+            self._error = self._compared(call)
         return answer
 
     def check(self) -> None:
-        if self._found is not None:
-            raise self._found
-        if not self._seen:
+        if self._error is not None:
+            raise self._error
+        if not self._calls:
             raise PurityError(
                 "check_purity(rows=True) found no loss: the step never calls lm.value_and_grad(loss_fn)(params, batch)."
             )
@@ -133,17 +133,17 @@ class _Means:
         device = device_of(call.params)
         with forked_rng(device):
             drawn = _generators(device)
-            whole = _summed(call, call.batch)
+            full = _summed(call, call.batch)
             if any(not torch.equal(a, b) for a, b in zip(drawn, _generators(device), strict=True)):
                 raise PurityError(
-                    f"the loss of {name} draws random numbers, which differ for parts of a batch. Check it without"
+                    f"the loss of {name} draws random numbers, which differ between microbatches. Check it without"
                     " dropout: lm.check_purity(step, state.eval(), batch, rows=True)."
                 )
             cache = find(call.loss_fn)
-            parts = _parts(call, _cut(call.batch, first), cache)
-        grads = tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *[part.grads for part in parts])
-        one, several = normalized(whole), normalized(add_gradients(parts).replace(grads=grads))
-        if _near(one, several, parts):
+            microbatches = _microbatch_gradients(call, _in_two(call.batch, first), cache)
+        grads = tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *[answer.grads for answer in microbatches])
+        one, several = normalized(full), normalized(add_gradients(microbatches).replace(grads=grads))
+        if _near(one, several, microbatches):
             return None
         differ = (
             f"it is {_loss(one):.6g} for all {size} rows, and {_loss(several):.6g} from {first} and {size - first} of"
@@ -166,19 +166,19 @@ class _Means:
         )
 
 
-def _parts(call: GradientCall, batches: list[Any], cache: GradCache | None) -> list[Gradient]:
+def _microbatch_gradients(call: GradientCall, batches: list[Any], cache: GradCache | None) -> list[Gradient]:
     """Summed gradients that add up to that of the batch, as a transform that splits it takes them."""
     if cache is None:
         return [_summed(call, batch) for batch in batches]
     cached = CachedGradient(cache, call)
     calls = [call.replace(batch=batch, summed=True) for batch in batches]
-    for each in calls:
-        cached.embed(each)
+    for microbatch in calls:
+        cached.embed(microbatch)
     answer = differentiate(cached.loss_call())
     cached.receive(answer.grads.embeddings)
-    again = [differentiate(cached.backward_call(each, place)) for place, each in enumerate(calls)]
+    again = [differentiate(cached.backward_call(microbatch, index)) for index, microbatch in enumerate(calls)]
     cached.close()
-    nothing = [part.replace(loss=tree.map(torch.zeros_like, answer.loss), aux=None) for part in again]
+    nothing = [answer.replace(loss=tree.map(torch.zeros_like, answer.loss), aux=None) for answer in again]
     return [answer.replace(grads=answer.grads.params, aux=None), *nothing]
 
 
@@ -191,8 +191,8 @@ def _generators(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([] if module is None else [module.get_rng_state(device)])]
 
 
-def _cut(batch: Any, first: int) -> list[Any]:
-    """Two parts of a batch, of which one has the `first` rows."""
+def _in_two(batch: Any, first: int) -> list[Any]:
+    """A batch split in two, of which one has the `first` rows."""
     leaves, spec = tree.flatten(batch)
     split = [
         torch.tensor_split(x, [first])
@@ -200,7 +200,7 @@ def _cut(batch: Any, first: int) -> list[Any]:
         else (np.split(x, [first]) if isinstance(x, np.ndarray) else [x] * 2)
         for x in leaves
     ]
-    return [tree.unflatten(spec, each) for each in zip(*split, strict=True)]
+    return [tree.unflatten(spec, column) for column in zip(*split, strict=True)]
 
 
 def _loss(answer: Gradient) -> float:
@@ -208,20 +208,20 @@ def _loss(answer: Gradient) -> float:
     return float(loss.compute() if isinstance(loss, Mean) else loss)
 
 
-def _near(one: Gradient, several: Gradient, parts: list[Gradient]) -> bool:
-    """Whether two answers are one but for rounding, which is as large as what the parts' answers are made of."""
-    answers = [one, *map(normalized, parts)]
-    grads = [leaf for each in answers for leaf in tree.leaves(each.grads) if leaf.numel()]
+def _near(one: Gradient, several: Gradient, microbatches: list[Gradient]) -> bool:
+    """Whether two answers are equal up to rounding, which grows with the largest of the answers."""
+    answers = [one, *map(normalized, microbatches)]
+    grads = [leaf for answer in answers for leaf in tree.leaves(answer.grads) if leaf.numel()]
     tolerance = max((torch.finfo(leaf.dtype).eps for leaf in grads), default=0.0) ** 0.5
     largest = _largest([float(leaf.abs().max()) for leaf in grads])
-    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(each)) for each in answers]):
+    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(answer)) for answer in answers]):
         return False
     pairs = zip(tree.leaves(one.grads), tree.leaves(several.grads), strict=True)
     return all(bool(((a - b).abs() <= tolerance * largest).all()) for a, b in pairs)
 
 
 def _largest(numbers: list[float]) -> float:
-    """The largest; a part that weighs nothing has no loss."""
+    """The largest finite number: a microbatch of weight zero has no loss."""
     return max(filter(math.isfinite, numbers), default=0.0)
 
 
@@ -244,7 +244,7 @@ def human_bytes(count: float) -> str:
 
 def _table(title: str, values: Any) -> list[str]:
     named = [(printable(path) or ".", t) for path, t in tree.named_tensors(values)]
-    rows = [(path, _dtype(t), str(list(t.shape)), _place(t), human_bytes(_bytes(t))) for path, t in named]
+    rows = [(path, _dtype(t), str(list(t.shape)), _location(t), human_bytes(_bytes(t))) for path, t in named]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
     head = f"{title}: {len(rows)} tensor{'s' * (len(rows) != 1)}, {human_bytes(tree.nbytes(values))}"
     return [head, *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
@@ -254,7 +254,7 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _place(tensor: Tensor) -> str:
+def _location(tensor: Tensor) -> str:
     placements = getattr(tensor, "placements", None)
     return str(tensor.device) if placements is None else f"{tensor.device} {placements}"
 

@@ -1,7 +1,7 @@
 """Typed metric values: quantities that merge exactly over microbatches, steps and ranks.
 
-A value travels as what it is made of (a mean as its total and weight), never as a finished number, so merging
-parts gives what the whole would have given. Totals are kept in float32 at least: a bfloat16 counter stops at 256.
+A value holds what it is computed from (a mean its total and weight), not the finished number, so the merged value
+of microbatches is that of the batch. Totals are float32 at least: a bfloat16 counter stops at 256.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class Metric:
-    """Base of the typed values: `merge` joins two parts, `compute` gives the number.
+    """Base of the typed values: `merge` joins two values, `compute` gives the number.
 
-    A value of your own is an `@lm.dataclass` class of tensors that says both.
+    A custom value is an `@lm.dataclass` class of tensors that defines both.
 
     >>> import lumen as lm, torch
     >>> @lm.dataclass
@@ -38,13 +38,13 @@ class Metric:
     """
 
     def merge(self, other: Self) -> Self:
-        """The value of both parts together."""
+        """The merged value."""
         raise NotImplementedError
 
     @classmethod
-    def merge_all(cls, parts: Sequence[Self]) -> Self:
-        """The value of all parts together; a type says here how to merge many faster than two by two."""
-        return functools.reduce(lambda a, b: a.merge(b), parts)
+    def merge_all(cls, values: Sequence[Self]) -> Self:
+        """The merged value of several; override it where that is faster than merging pairs."""
+        return functools.reduce(lambda a, b: a.merge(b), values)
 
     def compute(self) -> Tensor:
         """The number, a tensor on the value's device."""
@@ -90,9 +90,9 @@ class Mean(Metric):
         return Mean(self.total + other.total, self.weight + other.weight)
 
     @classmethod
-    def merge_all(cls, parts: Sequence[Mean]) -> Mean:
+    def merge_all(cls, values: Sequence[Mean]) -> Mean:
         """The mean over the elements of all parts."""
-        return Mean(_total([part.total for part in parts]), _total([part.weight for part in parts]))
+        return Mean(_total([value.total for value in values]), _total([value.weight for value in values]))
 
     def compute(self) -> Tensor:
         """`total / weight`; NaN where nothing was counted."""
@@ -107,9 +107,9 @@ class Mean(Metric):
 
 @pytree_dataclass
 class GlobalMean(Mean):
-    """A mean over the rows of all processes, which each of them holds whole: the loss of `value_and_grad`.
+    """A mean over the rows of all processes, identical on each of them: the loss of `value_and_grad`.
 
-    It counts once where the values of processes merge, which other values, each of its own process's rows, do not.
+    It counts once where the values of processes merge; other values cover the rows of their own process alone.
     """
 
     def merge(self, other: Mean) -> Mean:  # type: ignore[override]  # with a process's own it is no longer that of all
@@ -118,10 +118,10 @@ class GlobalMean(Mean):
         return kind(self.total + other.total, self.weight + other.weight)
 
     @classmethod
-    def merge_all(cls, parts: Sequence[Mean]) -> Mean:  # type: ignore[override]
+    def merge_all(cls, values: Sequence[Mean]) -> Mean:  # type: ignore[override]
         """The mean over the elements of all parts."""
-        kind = cls if all(isinstance(part, GlobalMean) for part in parts) else Mean
-        return kind(_total([part.total for part in parts]), _total([part.weight for part in parts]))
+        kind = cls if all(isinstance(value, GlobalMean) for value in values) else Mean
+        return kind(_total([value.total for value in values]), _total([value.weight for value in values]))
 
 
 @pytree_dataclass
@@ -145,9 +145,9 @@ class Sum(Metric):
         return Sum(self.total + other.total)
 
     @classmethod
-    def merge_all(cls, parts: Sequence[Sum]) -> Sum:
-        """The sum of all parts."""
-        return Sum(_total([part.total for part in parts]))
+    def merge_all(cls, values: Sequence[Sum]) -> Sum:
+        """The sum of all values."""
+        return Sum(_total([value.total for value in values]))
 
     def compute(self) -> Tensor:
         """The total."""
@@ -272,26 +272,26 @@ def merge_metrics(metrics: Sequence[Any]) -> Any:
     {'loss': 0.75, 'scale': 3.0}
     """
     first = metrics[0]
-    if type(first) is dict and all(type(each) is dict and each.keys() == first.keys() for each in metrics):
-        return {name: _merge_column([each[name] for each in metrics]) for name in first}
+    if type(first) is dict and all(type(step) is dict and step.keys() == first.keys() for step in metrics):
+        return {name: _merge_column([step[name] for step in metrics]) for name in first}
     return _merge_column(metrics)
 
 
-def _merge_column(parts: Sequence[Any]) -> Any:
-    """The merged value of one metric; all parts at once where they are of one type, as they nearly always are."""
-    kind = type(parts[0])
-    if len(parts) > 1 and all(type(part) is kind for part in parts):
+def _merge_column(column: Sequence[Any]) -> Any:
+    """The merged value of one metric; all at once where they are of one type, as they nearly always are."""
+    kind = type(column[0])
+    if len(column) > 1 and all(type(value) is kind for value in column):
         if issubclass(kind, Metric):
-            return kind.merge_all(parts)
+            return kind.merge_all(column)
         if kind is Tensor:
-            total = _total([_wide(part) for part in parts])
-            return Mean(total, total.new_full((), len(parts)))
-    typed = [tree.map(as_value, each, is_leaf=is_value) for each in parts]
+            total = _total([_wide(value) for value in column])
+            return Mean(total, total.new_full((), len(column)))
+    typed = [tree.map(as_value, value, is_leaf=is_value) for value in column]
     return tree.map(lambda *values: type(values[0]).merge_all(values), *typed, is_leaf=is_value)
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0)
+def _total(totals: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(totals)).sum(0)
 
 
 def compute_metrics(metrics: Any) -> Any:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import _torch_compat, rules
-from lumen.core.buffers import Merge, Merges, is_marking, mark_unwritten, merges_of, touched
+from lumen.core.buffer_rules import Merge, Merges, merges_of
+from lumen.core.buffer_writes import is_marking, mark_unwritten, touched
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Primitive
 from lumen.errors import ParamsError, printable
 
 
 class Pure(NamedTuple):
-    """A module taken apart: `apply(params, buffers, *args) -> (out, new_buffers)`, and where to start from.
+    """A module as a pure function, `apply(params, buffers, *args) -> (out, new_buffers)`, and its initial tensors.
 
     >>> import lumen as lm, torch
     >>> apply, params, buffers = lm.pure(torch.nn.BatchNorm1d(2))
@@ -40,11 +41,11 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
     or `eval()` mode is the one the module was in.
 
-    `merge` says, by patterns of buffers' names, how the new buffers of parts of a batch make that of the whole batch,
+    `merge` says, by patterns of buffers' names, how the new buffers of microbatches are merged into that of the batch,
     where several processes or the rows under `lm.dp_sgd` compute them: "sum" adds up the changes from the start of the
-    step, "mean" averages by rows, "max", "min" and "any" are over all parts, "first" takes the first part's, "gather"
-    joins rows in order, and "sync" says that the module makes the buffer equal everywhere itself. Buffers of BatchNorm
-    and other modules of torch have their rules already. A buffer that has none may not change there.
+    step, "mean" averages by rows, "max", "min" and "any" reduce over all of them, "first" takes the first, "gather"
+    concatenates rows in order, and "sync" declares that the module synchronizes the buffer itself. Buffers of BatchNorm
+    and other modules of torch have rules. A buffer without a rule may not change there.
 
     Raises `ParamsError` for a lazy module that has not seen its first input, and for two parameters in the same memory
     that are not one `nn.Parameter` in two places (updates would move them apart), `PatternError` for a pattern that
@@ -73,7 +74,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
 
 
 def _check_memory(named: Mapping[str, Tensor]) -> None:
-    """Raise `ParamsError` where two parameters, of which one is trained, lie in the same memory."""
+    """Raise `ParamsError` where two parameters, of which one is trained, share memory."""
     by_storage: dict[int, list[tuple[int, int, str, bool]]] = {}
     for name, p in named.items():
         extent = 1 + sum(int((size - 1) * stride) for size, stride in zip(p.shape, p.stride(), strict=True))
@@ -81,11 +82,11 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
             begin = int(p.storage_offset()) * p.element_size()
             entry = begin, begin + extent * p.element_size(), name, p.requires_grad
             by_storage.setdefault(_torch_compat.storage_id(p.untyped_storage()), []).append(entry)
-    for held in by_storage.values():
-        for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(held)):
+    for extents in by_storage.values():
+        for (_, end, name, trained), (begin, _, other, other_trained) in pairwise(sorted(extents)):
             if begin < end and (trained or other_trained):
                 raise ParamsError(
-                    f"{name!r} and {other!r} are two parameters in the same memory, which updates would move apart."
+                    f"{name!r} and {other!r} are two parameters in the same memory, and updates would separate them."
                     " Make them one: layer.weight = other.weight. peft makes such pairs of adapters: leave"
                     " ensure_weight_tying=True out of its config."
                 )
@@ -94,8 +95,8 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
 class Apply:
     """The function of a module: `apply(params, buffers, *args, **kwargs) -> (out, new_buffers)`.
 
-    Neither the params nor the given buffers are changed; buffers that the module updates (BatchNorm's running
-    statistics) come back as new tensors. `train()` and `eval()` give the function in the other mode.
+    Params and buffers are not changed in place: buffers that the module updates (BatchNorm's running statistics) are
+    returned as new tensors. `train()` and `eval()` return the function in the other mode.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class Apply:
         self.module = skeleton
         self.frozen = frozen
         self.merges = merges_of(skeleton, None) if merges is None else merges
-        self._places = param_slots(skeleton)
-        self._names = {name for _, _, name in self._places}
+        self._slots = param_slots(skeleton)
+        self._names = {name for _, _, name in self._slots}
         self._modes: dict[bool, Apply] = {}
         self._variants: dict[Any, Apply] = {}
 
@@ -141,13 +142,13 @@ class Apply:
 
     def forms(self) -> list[Apply]:
         """This function and its variants that were made so far."""
-        return [self, *(form for each in self._variants.values() for form in each.forms())]
+        return [self, *(form for variant in self._variants.values() for form in variant.forms())]
 
     def calling(self, function: Callable[..., Any]) -> Apply:
         """The same with `function(module, *args, **kwargs)` in place of the module's forward: another method, say.
 
-        `module` has the given params and buffers for the time of the call. Hooks of the module itself run around the
-        whole of it, and not again where `function` calls the module.
+        `module` has these params and buffers during the call. Hooks of the module itself run once, around `function`,
+        and not again where `function` calls the module.
 
         >>> import lumen as lm, torch
         >>> class Coder(torch.nn.Module):
@@ -171,42 +172,42 @@ class Apply:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run the module with these tensors in place of its own, past all rules."""
-        given = params
+        tensors = params
         if buffers:
-            given = {**params, **{k: b if k in self.frozen else b.clone() for k, b in buffers.items()}}
-        if given.keys() != self._names:
-            raise self._mismatch(given)
-        before = [table[key] for table, key, _ in self._places]
+            tensors = {**params, **{k: b if k in self.frozen else b.clone() for k, b in buffers.items()}}
+        if tensors.keys() != self._names:
+            raise self._mismatch(tensors)
+        before = [table[key] for table, key, _ in self._slots]
         try:
-            for table, key, name in self._places:
-                table[key] = given[name]
+            for table, key, name in self._slots:
+                table[key] = tensors[name]
             if not buffers:
                 return self.module(*args, **kwargs), {}
             if is_marking():
-                return self._traced(given, buffers, args, kwargs)
+                return self._traced(tensors, buffers, args, kwargs)
             out = self.module(*args, **kwargs)
             return out, self._after(buffers)
         except RuntimeError as error:
             _explain(error, self.module)
             raise
         finally:
-            for (table, key, _), tensor in zip(self._places, before, strict=True):
+            for (table, key, _), tensor in zip(self._slots, before, strict=True):
                 table[key] = tensor
 
     def _after(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What stands in the place of `buffers` now, in their order."""
-        after = {name: table[key] for table, key, name in self._places if name in buffers}
+        """The current tensors in the slots of `buffers`, in the same order."""
+        after = {name: table[key] for table, key, name in self._slots if name in buffers}
         return {name: after[name] for name in buffers}
 
     def _traced(
-        self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
+        self, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run the module, and mark the buffers that it does not write to."""
-        with touched([given[name] for name in buffers]) as now:
+        with touched([tensors[name] for name in buffers]) as writes:
             out = self.module(*args, **kwargs)
         after = self._after(buffers)
         for name, buffer in after.items():
-            if now.is_same(given[name], buffer):
+            if writes.is_same(tensors[name], buffer):
                 mark_unwritten(buffer)
         return out, after
 
@@ -220,8 +221,8 @@ class Apply:
             self._modes[training] = other
         return self._modes[training]
 
-    def _mismatch(self, given: Mapping[str, Tensor]) -> ParamsError:
-        missing, unexpected = sorted(self._names - given.keys()), sorted(given.keys() - self._names)
+    def _mismatch(self, tensors: Mapping[str, Tensor]) -> ParamsError:
+        missing, unexpected = sorted(self._names - tensors.keys()), sorted(tensors.keys() - self._names)
         return ParamsError(
             f"{type(self.module).__name__} was applied to other params or buffers than it has:"
             f" missing {missing or 'none'}, unexpected {unexpected or 'none'}."
@@ -279,13 +280,13 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 
 
 def param_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Each table and key where a tensor must stand for a call, with the one name that tied tensors share."""
+    """The table and key of each tensor of a module, with its name; tied tensors share one name."""
     first: dict[int, str] = {}
-    places = []
+    slots = []
     for prefix, sub in module.named_modules(remove_duplicate=True):
         for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub)):
             for key, tensor in table.items():
                 if tensor is not None:
                     name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                    places.append((table, key, name))
-    return places
+                    slots.append((table, key, name))
+    return slots

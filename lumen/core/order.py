@@ -1,4 +1,4 @@
-"""In which order transforms may stand: the check behind composition, and its message."""
+"""The order in which transforms may be nested: the check at composition, and its message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lumen.errors import OrderError
 if TYPE_CHECKING:
     from lumen.core.step import Transform
 
-# Outermost first. Each chain is checked on its own: a transform of one says nothing about those of the other.
+# Outermost first. Each chain is checked by itself: it does not order transforms of another chain.
 CHAINS: tuple[tuple[str, ...], ...] = (
     (
         *("compile", "unroll", "seeded", "ensemble", "parallel", "tensor"),
@@ -23,7 +23,7 @@ CHAINS: tuple[tuple[str, ...], ...] = (
 
 
 def check(transforms: Sequence[Transform]) -> None:
-    """Raise `OrderError` unless `transforms`, outermost first, stand in an order in which they mean what they say."""
+    """Raise `OrderError` unless `transforms`, outermost first, are in an order in which all of them keep their laws."""
     names = [t.name for t in transforms]
     for name in names:
         if names.count(name) > 1:
@@ -31,22 +31,24 @@ def check(transforms: Sequence[Transform]) -> None:
     joining = [t for t in transforms if t.level == "parallel"]
     if len(joining) > 1:
         raise OrderError(
-            f"{joining[0]!r} and {joining[1]!r} would both join the gradients of all rows. Leave one out; for copies of"
-            " parts write lm.fsdp(lm.mesh(data=..., shard=...))."
+            f"{joining[0]!r} and {joining[1]!r} would both reduce the gradients of all rows. Leave one out; for"
+            " replicated shards write lm.fsdp(lm.mesh(data=..., shard=...))."
         )
-    for each, other in permutations(transforms, 2):
-        if other.name in each.incompatible:
-            raise OrderError(f"{other!r} cannot stand beside lm.{each.name}: {each.incompatible[other.name]}.")
+    for transform, other in permutations(transforms, 2):
+        if other.name in transform.incompatible:
+            raise OrderError(
+                f"{other!r} cannot be combined with lm.{transform.name}: {transform.incompatible[other.name]}."
+            )
     for chain in CHAINS:
-        places = {level: place for place, level in enumerate(chain)}
-        members = [t for t in transforms if t.level in places]
+        ranks = {level: rank for rank, level in enumerate(chain)}
+        members = [t for t in transforms if t.level in ranks]
         for outer, inner in pairwise(members):
-            if places[outer.level] > places[inner.level]:
+            if ranks[outer.level] > ranks[inner.level]:
                 raise OrderError(_message(transforms, outer, inner))
 
 
 def _message(transforms: Sequence[Transform], outer: Transform, inner: Transform) -> str:
-    why = inner.reason or f"{inner.level} stands outside {outer.level}"
+    why = inner.reason or f"{inner.level} must be outside {outer.level}"
     fixed = sorted(transforms, key=_rank)
     nested = "step"
     for t in reversed(fixed):
@@ -59,11 +61,11 @@ def _message(transforms: Sequence[Transform], outer: Transform, inner: Transform
 
 
 def _rank(transform: Transform) -> tuple[int, int]:
-    """A place in one line through all chains: down to ensemble, then the second chain's, then the first's."""
+    """A rank in one order for all chains: down to ensemble, then the second chain, then the first."""
     first, second = CHAINS[:2]
-    whole_run = first[: first.index("ensemble") + 1]
-    if transform.level in whole_run:
-        return 0, whole_run.index(transform.level)
+    outer = first[: first.index("ensemble") + 1]
+    if transform.level in outer:
+        return 0, outer.index(transform.level)
     if transform.level in second:
         return 1, second.index(transform.level)
     return 2, first.index(transform.level)

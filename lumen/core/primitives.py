@@ -48,11 +48,11 @@ class Optimizer(Protocol):
 
 
 class Reduction(Protocol):
-    """How a parallel transform joins the gradients of several processes, where the engine has just made them.
+    """How a parallel transform reduces gradients over processes, right after the engine has computed them.
 
-    Whoever computes one answer from several calls takes it out of these calls (`reduction=None`), and finishes the
-    sum itself: then the processes meet once for an update. `rows` is how many this process has; where it is 0, its
-    batch only stands in. Where processes meet `within` a call too, all must make equally many.
+    A rule that computes one answer from several calls removes it from these (`reduction=None`) and reduces the sum
+    itself, so that there is one reduction for an update. `rows` is the number of rows of this process; where it is 0,
+    its batch is a dummy. Where a call contains collectives (`within`), all processes must make equally many calls.
     """
 
     rows: int
@@ -68,17 +68,17 @@ class Reduction(Protocol):
         """
 
     def most(self, number: int) -> int:
-        """The largest of the numbers that the processes give."""
+        """The largest `number` of all processes."""
 
     def idle(self, call: GradientCall) -> GradientCall:
-        """`call` without weight: for a process that has made all of its own while others go on."""
+        """`call` with weight zero, for a process that has run out of microbatches before the others."""
 
 
 class Norms(Protocol):
     """The L2 norms of some leaves."""
 
     def of(self, leaves: list[Any]) -> Tensor | None:
-        """The norms as a vector, if they are those of `leaves` as these are now."""
+        """The norms as a vector, if they are those of `leaves` in their current version."""
 
 
 @dataclass(slots=True)
@@ -116,8 +116,8 @@ class GradientCall(_Call):
     """P1: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
 
     With `summed`, the answer's loss and grads are sums over the batch, with the loss's weight beside them, so that
-    the answers for parts of a batch add up to the answer for the whole. A `reduction` makes the answer that of all
-    processes before anyone outside the engine sees it, and comes with `summed` only.
+    the answers for microbatches add up to the answer for the batch. A `reduction` makes the answer that of all
+    processes before the engine returns it, and requires `summed`.
     """
 
     loss_fn: Callable[..., Any]
@@ -136,8 +136,8 @@ class Gradient(_Call):
     """The answer of P1.
 
     `loss` is what the user's function returned (a `Mean` or a scalar); when summed, always a `Mean` whose total is
-    what `grads` are the gradients of, with `scalar` remembering how the user said it. `joint` marks the answer of all
-    processes; one that is not holds for this process's rows alone.
+    what `grads` are the gradients of, with `scalar` recording which of the two it was. `joint` marks the answer of all
+    processes; otherwise it covers the rows of this process alone.
     """
 
     loss: Mean | Tensor
@@ -153,7 +153,7 @@ class UpdateCall(_Call):
     """P2: move `params` by `grads`. Answer: `(params, opt_state)`.
 
     `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are. `norms` are of
-    leaves that somebody outside has seen: whoever wants those of `grads` asks it whether they are the same.
+    leaves that an outer rule has seen: ask it for those of `grads`, which it has if the leaves are unchanged.
     """
 
     tx: Any

@@ -106,19 +106,19 @@ def dataclass(cls: C) -> C:
     >>> lm.tree.map(lambda x: x + 1, Pair(1, 2)).replace(left=0)
     Pair(left=0, right=3)
     """
-    made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(made)
+    new: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(new)
     dynamic = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
     fixed = tuple(f.name for f in fields if f.metadata.get(_STATIC))
-    made._fields_ = frozenset(f.name for f in fields)
-    made._dynamic_fields_ = dynamic
-    made._row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_ROWS))
-    made._param_fields_ = frozenset(f.name for f in fields if f.metadata.get(_PARAMS))
-    made.replace = _replace
-    made.__setattr__ = _refuse_assignment
-    made.__new__ = _new
-    _register(made, dynamic, fixed)
-    return made  # type: ignore[no-any-return]
+    new._fields_ = frozenset(f.name for f in fields)
+    new._dynamic_fields_ = dynamic
+    new._row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_ROWS))
+    new._param_fields_ = frozenset(f.name for f in fields if f.metadata.get(_PARAMS))
+    new.replace = _replace
+    new.__setattr__ = _refuse_assignment
+    new.__new__ = _new
+    _register(new, dynamic, fixed)
+    return new  # type: ignore[no-any-return]
 
 
 def _new(cls: type, *_args: Any, **_kwargs: Any) -> Any:

@@ -35,19 +35,19 @@ def indices(state: Any) -> list[int]:
 
 def named(state: Any) -> list[tuple[str, Any]]:
     """`(path, leaf)` for each row leaf."""
-    found = indices(state)
-    if not found:
+    positions = indices(state)
+    if not positions:
         return []
     paths, leaves = tree.paths(state), tree.leaves(state)
-    return [(paths[index], leaves[index]) for index in found]
+    return [(paths[index], leaves[index]) for index in positions]
 
 
 def split_off(state: Any) -> tuple[Any, list[Any]]:
     """`state` without its row leaves, which are replaced by what is no tensor, and these leaves in order."""
     leaves, spec = tree.flatten(state)
-    found = indices(state)
-    rows = [leaves[index] for index in found]
-    for index in found:
+    positions = indices(state)
+    rows = [leaves[index] for index in positions]
+    for index in positions:
         leaves[index] = _MISSING
     return spec.unflatten(leaves), rows
 
@@ -62,14 +62,14 @@ def joined(state: Any, rows: Sequence[Any]) -> Any:
 
 def declared(node: Any) -> frozenset[str]:
     """The names of the row fields of a node of an `lm.dataclass` class; none of anything else."""
-    found: frozenset[str] = getattr(type(node), "_row_fields_", frozenset())
-    return found
+    names: frozenset[str] = getattr(type(node), "_row_fields_", frozenset())
+    return names
 
 
 def _flags(node: Any) -> list[bool]:
     """For each leaf of `node`, whether it is a row leaf."""
     flags: list[bool] = []
-    for child in tree.leaves(node, is_leaf=lambda each: bool(declared(each))):
+    for child in tree.leaves(node, is_leaf=lambda child: bool(declared(child))):
         names = declared(child)
         if not names:
             flags.append(False)

@@ -3,7 +3,7 @@
 A step touches the machinery through three primitives. A rule for one of them is a function
 `rule(next, call)`: it may change the call, call `next` any number of times (none included), and change the
 answer. Rules nest outside-in: the outermost transform sees a call first, `next` leads to the rule inside it,
-and at the end stands the primitive's base.
+and the innermost `next` is the primitive's base.
 
 The stack is per thread. It is the only state of this package that changes what a call does, and it is only
 ever entered and left by `with`.
@@ -37,7 +37,7 @@ class Primitive(IntEnum):
 
 
 class RuleStack(threading.local):
-    """What is installed in this thread. The primitives read it directly: each step asks it several times."""
+    """What is installed in this thread. The primitives read it directly, several times a step."""
 
     def __init__(self) -> None:
         self.rules: tuple[list[Rule], list[Rule], list[Rule]] = ([], [], [])
@@ -118,7 +118,7 @@ def with_rules(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], An
 class around_losses:  # noqa: N801
     """`with around_losses(make):` runs each loss function inside `make((params, batch))`, but not its backward pass.
 
-    It is no rule of the gradient: who adds gradients in place, or joins them, is not kept from it.
+    It is no rule of the gradient, so gradients may still be added in place or reduced.
     """
 
     __slots__ = ("_make",)
@@ -168,7 +168,7 @@ def is_inside_loss() -> bool:
 
 
 def is_weightless() -> bool:
-    """Whether a loss runs on rows that are not of the batch, to take part in collectives."""
+    """Whether a loss runs on dummy rows, only to take part in collectives."""
     return stack.in_weightless > 0
 
 
@@ -190,7 +190,7 @@ def inside(primitive: Primitive, rule: Rule) -> list[Rule]:
 
 
 class splitting:  # noqa: N801
-    """`with splitting(name):` while a transform hands microbatches to a loss function that takes them for the batch."""
+    """`with splitting(name):` while a transform hands microbatches to a loss function in place of the batch."""
 
     __slots__ = ("_name",)
 

@@ -1,4 +1,4 @@
-"""A step that reads from a module what the state's own copy of it has kept: found when the step is first called."""
+"""Detects, on the first call, a step that reads from a module an attribute that only the state's copy has updated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumen.errors import PurityError
 
 
 def applies_of(state: Any) -> list[Apply]:
-    """The functions of modules that a state holds; each applies a copy of the user's module."""
+    """The module functions in a state; each applies a copy of the user's module."""
     return [value for value in getattr(state, "__dict__", {}).values() if isinstance(value, Apply)]
 
 
@@ -25,15 +25,15 @@ def check_reads(step: Any, applies: Sequence[Apply]) -> None:
     There it is as it was before the first step: a side loss that is a constant zero, say.
     """
     step = getattr(step, "__func__", step)
-    copies = [each.module for apply in applies for each in apply.forms()]
-    kept = {name: each for module in copies for each in module.modules() for name in _kept(each)}
-    if not kept or not isinstance(step, types.FunctionType):
+    copies = [sub.module for apply in applies for sub in apply.forms()]
+    owners = {name: sub for module in copies for sub in module.modules() for name in _computed(sub)}
+    if not owners or not isinstance(step, types.FunctionType):
         return
     cells = zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
-    known = {**step.__globals__, **{name: _content(cell) for name, cell in cells}}
-    for attribute, module in _reads(step.__code__, known):
-        owner = kept.get(attribute)
-        if owner is not None and any(type(each) is type(owner) for each in module.modules()):
+    values = {**step.__globals__, **{name: _content(cell) for name, cell in cells}}
+    for attribute, module in _reads(step.__code__, values):
+        owner = owners.get(attribute)
+        if owner is not None and any(type(sub) is type(owner) for sub in module.modules()):
             raise PurityError(
                 f"the step reads {attribute!r} from a {type(module).__name__} outside of the state, where it stays what"
                 f" it was: the state applies a copy, on which the forward of {type(owner).__name__} keeps it. Return it"
@@ -43,26 +43,26 @@ def check_reads(step: Any, applies: Sequence[Apply]) -> None:
             )
 
 
-def _kept(module: nn.Module) -> Iterator[str]:
+def _computed(module: nn.Module) -> Iterator[str]:
     """The attributes of a module that hold what was computed from params."""
     for name, value in vars(module).items():
         if name in _torch_compat.MODULE_TABLES:
             continue
         values = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-        if any(isinstance(each, Tensor) and each.grad_fn is not None for each in values):
+        if any(isinstance(item, Tensor) and item.grad_fn is not None for item in values):
             yield name
 
 
-def _reads(code: types.CodeType, known: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+def _reads(code: types.CodeType, values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     """Attributes that a function reads beside a module that it takes from outside; in functions inside it too."""
-    loads = [(each.opname, each.argval) for each in dis.get_instructions(code)]
-    outside = [known.get(name) for op, name in loads if op in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF")]
+    loads = [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
+    outside = [values.get(name) for op, name in loads if op in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF")]
     for module in outside:
         if isinstance(module, nn.Module):
             yield from ((name, module) for op, name in loads if op in ("LOAD_ATTR", "LOAD_METHOD"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _reads(constant, known)
+            yield from _reads(constant, values)
 
 
 def _content(cell: types.CellType) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core import rules
-from lumen.core.buffers import Merges, check_statistics
+from lumen.core.buffer_rules import Merges, check_statistics
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
 from lumen.core.primitives import Optimizer, UpdateCall
@@ -61,15 +61,15 @@ class TrainState:
     ) -> Self:
         """A state at step 0 for a module (or `lm.pure(module)`) and an optimizer.
 
-        `merge` says how parts of a batch agree on a module's buffers, as in `lm.pure(module, merge=...)`. `fields` are
-        those that a subclass adds. The params are the model's own tensors: a donated step changes them, so
-        `donate().init(state)` copies them first.
+        `merge` gives the rules by which microbatches merge a module's buffers, as in `lm.pure(module, merge=...)`.
+        `fields` are those that a subclass adds. The params are the model's own tensors: a donated step changes them,
+        so `donate().init(state)` copies them first.
 
-        Running statistics of BatchNorm that are of 16 bits, as after `net.bfloat16()`, come with an `InexactWarning`.
+        Warns with `InexactWarning` where BatchNorm's running statistics are 16-bit, as after `net.bfloat16()`.
         """
         if isinstance(model, Pure):
             if merge is not None:
-                raise ParamsError("the model has been taken apart already. Write lm.pure(net, merge={...}).")
+                raise ParamsError("the model is an lm.pure already. Write lm.pure(net, merge={...}).")
         else:
             model = pure(model, merge=merge)
         if not model.params:
@@ -98,7 +98,7 @@ class TrainState:
         return self.apply_fn(params, self.buffers, *args, **kwargs)
 
     def apply_gradients(self, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **changes: Any) -> Self:
-        """P2: the state one update later, with the new `buffers` where given, and any other `changes`."""
+        """P2: the state one update later, with new `buffers` and any other `changes`."""
         if grads.keys() != self.params.keys():
             raise StateError(
                 f"grads and params differ: {'; '.join(tree.differences(self.params, grads))}."

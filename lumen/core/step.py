@@ -34,8 +34,8 @@ StepFn = Callable[[State, Any], tuple[State, Metrics]]
 class Transform(ValueObject):
     """Base of all transforms; `transform(step)` gives a `Step`.
 
-    `name` is how it is spoken of and the name of its slot. `level` is its place in the canonical order, or "" where
-    any place will do. `reason` says, in a few words, why it stands where it does.
+    `name` is used in messages and for its slot. `level` is its position in the canonical order, or "" where any
+    position will do. `reason` is a short explanation of that position.
 
     A transform is a value: frozen once its `__init__` has returned, and equal to another of its class that was made
     with the same arguments, which `repr` shows. Any number of steps, threads and runs may share one.
@@ -58,9 +58,9 @@ class Transform(ValueObject):
     level: str = ""
     reason: str = ""
     donates: bool = False
-    shards: bool = False  # whether each process holds a part of the state only; its slot is then static
+    shards: bool = False  # whether each process has a shard of the state only; its slot is then static
     opaque_state: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
-    incompatible: Mapping[str, str] = {}  # of transforms that cannot stand beside this one, by name: what to do
+    incompatible: Mapping[str, str] = {}  # by the name of a transform that cannot be combined with this one: what to do
 
     def init(self, state: State) -> State:
         """The state this transform needs, from a plain one."""
@@ -79,27 +79,27 @@ class Transform(ValueObject):
         return state
 
     def shard_specs(self, state: State) -> Mapping[int, ShardSpec]:
-        """What the leaves of a state are that this transform cuts, by their places among `tree.leaves(state)`."""
+        """The specs of the leaves that this transform shards, by their positions in `tree.leaves(state)`."""
         return {}
 
     @property
     def within(self) -> Step | None:
-        """While a step that this transform is part of is called, prepared or exported: the outermost such step.
+        """The outermost step that is being called, prepared or exported, if it has this transform.
 
-        It is not kept here, as the same transform may be part of several steps.
+        It is not stored on the transform, which several steps may share.
         """
         step: Step | None = rules.stack.step
         return step if step is not None and id(self) in map(id, step.transforms) else None
 
     def _new_memory(self) -> Any:
-        """What each step that this transform makes keeps on the host beside its state, where it keeps anything."""
+        """A new host-side memory, of which each step of this transform has one beside its state; None for none."""
         return None
 
     @property
     def _memory(self) -> Any:
-        """What `_new_memory` made for the step of this transform that is being called, prepared or exported.
+        """The host-side memory of this transform in the step that is being called, prepared or exported.
 
-        Outside of steps it is new each time.
+        Outside of steps it is a new one each time.
         """
         step: Step | None = rules.stack.step
         while step is not None and not (step.transforms and step.transforms[0] is self):
@@ -164,26 +164,26 @@ class Step:
         self._check_shards(state)
         lanes = self._lanes()
         with rules.running(self):
-            for place, transform in reversed(list(enumerate(self.transforms))):
-                state = _each(transform.init, state) if place > lanes >= 0 else transform.init(state)
+            for index, transform in reversed(list(enumerate(self.transforms))):
+                state = _per_lane(transform.init, state) if index > lanes >= 0 else transform.init(state)
         return state
 
     def export(self, state: State) -> State:
         """The plain state, without slots and in ordinary places: the inverse of `init`."""
         lanes = self._lanes()
         with rules.running(self):
-            for place, transform in enumerate(self.transforms):
-                state = _each(transform.export, state) if place > lanes >= 0 else transform.export(state)
+            for index, transform in enumerate(self.transforms):
+                state = _per_lane(transform.export, state) if index > lanes >= 0 else transform.export(state)
         return state
 
     def shard_specs(self, state: State) -> dict[int, ShardSpec]:
-        """What the leaves of a state are that transforms cut, by their places among `tree.leaves(state)`."""
-        found: dict[int, ShardSpec] = {}
+        """The specs of all sharded leaves, by their positions in `tree.leaves(state)`."""
+        specs: dict[int, ShardSpec] = {}
         with rules.running(self):
             for transform in reversed(self.transforms):
-                for place, piece in transform.shard_specs(state).items():
-                    found[place] = composed(found[place], piece) if place in found else piece
-        return found
+                for index, spec in transform.shard_specs(state).items():
+                    specs[index] = composed(specs[index], spec) if index in specs else spec
+        return specs
 
     def _check_shards(self, state: State) -> None:
         """Raise `StateError` for one rank's shard of a state, unless its transform is here."""
@@ -192,13 +192,13 @@ class Step:
             owner = getattr(value, "owner", name)
             if isinstance(value, ShardingSlot) and owner not in names:
                 raise StateError(
-                    f"this state is one rank's shard under lm.{owner}, which is no transform of {self!r}. Gather it, on"
-                    " every rank, with the step that prepared it: state = step.export(state)"
+                    f"this state is one rank's shard under lm.{owner}, which is not a transform of {self!r}. Gather it,"
+                    " on every rank, with the step that prepared it: state = step.export(state)"
                 )
 
     def _lanes(self) -> int:
-        """The place of `ensemble`, inside which transforms meet one lane's state at a time; -1 without one."""
-        return next((place for place, t in enumerate(self.transforms) if t.level == "ensemble"), -1)
+        """The index of `ensemble`, inside which transforms get the state of one lane at a time; -1 without one."""
+        return next((index for index, t in enumerate(self.transforms) if t.level == "ensemble"), -1)
 
     def with_host_hooks(self, run: StepFn) -> StepFn:
         """`run`, a compiled form of this step, with the host-side work of all its transforms around it."""
@@ -216,7 +216,7 @@ class Step:
         return text
 
 
-def _each(change: Callable[[State], State], states: Any) -> Any:
+def _per_lane(change: Callable[[State], State], states: Any) -> Any:
     """`change` for the state of each lane, in any form that `ensemble` takes or gives."""
     if isinstance(states, list | tuple):
         return [change(state) for state in states]
@@ -254,7 +254,7 @@ def compose(*transforms: Transform) -> Callable[[StepFn], Step]:
 
 
 def slot(state: State, name: str) -> Any:
-    """What the transform `name` keeps in `state`; `SlotError` where it is missing.
+    """The slot of the transform `name` in `state`; `SlotError` where it is missing.
 
     >>> import lumen as lm, torch
     >>> step = lm.ema(0.9)(lambda state, batch: (state, {}))
@@ -265,7 +265,7 @@ def slot(state: State, name: str) -> Any:
     slots = getattr(state, "slots", None)
     if slots is None:
         raise StateError(
-            f"{name} keeps its memory in state.slots, and {type(state).__name__} has no such field."
+            f"{name} keeps its data in state.slots, and {type(state).__name__} has no such field."
             " Derive the state from lm.TrainState, or add a field `slots: dict` to it."
         )
     if name not in slots:
@@ -334,29 +334,29 @@ def without_slot(state: State, name: str) -> State:
 
 
 class _Checked:
-    """The user's function, its answer checked, and on its first call also that it left its input alone."""
+    """The user's function with its result checked, and on its first call also that its input is unchanged."""
 
     def __init__(self, user: StepFn) -> None:
         self._user = user
-        self._seen = False
+        self._is_checked = False
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
-        if self._seen:
+        if self._is_checked:
             out = self._user(state, batch)
             if type(out) is tuple and len(out) == 2:
                 return out
             raise self._not_a_pair(out)
         before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
         spec = tree.structure(state)
-        given: set[int] = set()
+        donated: set[int] = set()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        with rules.rule_context({Primitive.UPDATE: _noting_donated(given)} if rules.intercepts_updates() else {}):
+        with rules.rule_context({Primitive.UPDATE: _noting_donated(donated)} if rules.intercepts_updates() else {}):
             out = self._user(state, batch)
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)
         for path, tensor, version in before:
-            if _torch_compat.version_of(tensor) != version and id(tensor) not in given and not is_retired(state):
+            if _torch_compat.version_of(tensor) != version and id(tensor) not in donated and not is_retired(state):
                 raise PurityError(
                     f"the step {self.__name__} changed state.{printable(path)} in place. A step must leave its input as"
                     " it is and return a new state: state.replace(...), state.apply_gradients(grads). For updates in"
@@ -365,14 +365,14 @@ class _Checked:
         if type(out) is not tuple or len(out) != 2:
             raise self._not_a_pair(out)
         new, metrics = out
-        found = tree.structure(new)
-        if found != spec:
+        new_spec = tree.structure(new)
+        if new_spec != spec:
             raise StepError(
-                f"the step {self.__name__} returned a state with another structure than it was given: "
+                f"the step {self.__name__} returned a state whose structure differs from its input: "
                 + "; ".join(tree.differences(spec.unflatten(range(spec.num_leaves)), new)[:6])
                 + ". A state keeps its tree from step to step: add fields and slots before the first step."
             )
-        self._seen = not rules.is_tracing()
+        self._is_checked = not rules.is_tracing()
         return new, metrics
 
     def _not_a_pair(self, out: Any) -> StepError:
@@ -383,12 +383,12 @@ class _Checked:
         )
 
 
-def _noting_donated(given: set[int]) -> Rule:
-    """A rule that notes the tensors of donated updates: a state may hold several players, each updated in place."""
+def _noting_donated(donated: set[int]) -> Rule:
+    """A rule that notes the tensors of donated updates; a state with several optimizers has several."""
 
     def rule(next: Next, call: UpdateCall) -> Any:
         if call.donate:
-            given.update(map(id, tree.tensors((call.params, call.opt_state))))
+            donated.update(map(id, tree.tensors((call.params, call.opt_state))))
         return next(call)
 
     return rule

@@ -25,13 +25,13 @@ class ValueType(ABCMeta):
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         """A new object, frozen."""
-        made: Any = type.__call__(cls, *args, **kwargs)
+        new: Any = type.__call__(cls, *args, **kwargs)
         bound = inspect.signature(cls).bind(*args, **kwargs)
         bound.apply_defaults()
         settings = {name: _snapshot(value) for name, value in bound.arguments.items()}
-        canonical = made._canonical()  # a subclass may take other arguments
-        vars(made)["_settings"] = {name: canonical.get(name, value) for name, value in settings.items()}
-        return made  # type: ignore[no-any-return]
+        canonical = new._canonical()  # a subclass may take other arguments
+        vars(new)["_settings"] = {name: canonical.get(name, value) for name, value in settings.items()}
+        return new  # type: ignore[no-any-return]
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -65,7 +65,7 @@ class ValueObject(metaclass=ValueType):
     _settings: Mapping[str, Any]
 
     def _canonical(self) -> Mapping[str, Any]:
-        """Settings that can be written in several ways, by name, in the one form that is compared and printed."""
+        """By name, the canonical form of settings that can be written in several ways; it is compared and printed."""
         return {}
 
     def replace(self, **changes: Any) -> Self:
@@ -128,13 +128,13 @@ def _arguments(value: ValueObject) -> list[str]:
     plain = [p for p in parameters.values() if p.kind not in (_KEYWORD_ONLY, _VAR_POSITIONAL, _VAR_KEYWORD)]
     by_position = sum(p.default is p.empty for p in plain) < 2
     out = []
-    for place, (name, setting) in enumerate(value._settings.items()):
+    for index, (name, setting) in enumerate(value._settings.items()):
         parameter = parameters[name]
         if parameter.kind is _VAR_POSITIONAL:
-            out += [_text(each, name) for each in setting]
+            out += [_text(item, name) for item in setting]
         elif parameter.kind is _VAR_KEYWORD:
-            out += [f"{key}={_text(each, key)}" for key, each in setting.items()]
-        elif _is_shown(value, parameter, setting, leading=place == 0):
+            out += [f"{key}={_text(item, key)}" for key, item in setting.items()]
+        elif _is_shown(value, parameter, setting, leading=index == 0):
             text = _text(setting, name)
             out.append(text if by_position and parameter in plain else f"{name}={text}")
         else:
@@ -151,9 +151,9 @@ def _is_shown(value: ValueObject, parameter: inspect.Parameter, setting: Any, *,
 
 
 def _snapshot(value: Any) -> Any:
-    """A setting as it is now: whoever handed over a list may still change it."""
+    """A copy of a setting, as its owner may still change a list."""
     if type(value) is dict:
-        return {key: _snapshot(each) for key, each in value.items()}
+        return {key: _snapshot(item) for key, item in value.items()}
     if type(value) in (list, set):
         return type(value)(map(_snapshot, value))
     return value
@@ -185,7 +185,7 @@ def _hash(value: Any) -> int:
     if isinstance(value, Tensor):
         return hash((value.dtype, value.shape))
     if isinstance(value, Mapping):
-        return hash(frozenset((key, _hash(each)) for key, each in value.items()))
+        return hash(frozenset((key, _hash(item)) for key, item in value.items()))
     if isinstance(value, list | tuple):
         return hash((type(value), *map(_hash, value)))
     try:
@@ -199,11 +199,11 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, dict | list | tuple) and len(value) >= _MANY and not _is_literal(value):
         return name
     if type(value) is dict:
-        return "{" + ", ".join(f"{_text(key, name)}: {_text(each, name)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{_text(key, name)}: {_text(item, name)}" for key, item in value.items()) + "}"
     if type(value) is list:
-        return "[" + ", ".join(_text(each, name) for each in value) + "]"
+        return "[" + ", ".join(_text(item, name) for item in value) + "]"
     if type(value) is tuple:
-        return "(" + ", ".join(_text(each, name) for each in value) + ("," if len(value) == 1 else "") + ")"
+        return "(" + ", ".join(_text(item, name) for item in value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, Tensor):
         return f"<tensor of shape {tuple(value.shape)}>"
     if hasattr(value, "__qualname__"):
@@ -215,7 +215,7 @@ def _text(value: Any, name: str) -> str:
 
 def _is_literal(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_is_literal(each) for pair in value.items() for each in pair)
+        return all(_is_literal(item) for pair in value.items() for item in pair)
     if type(value) in (list, tuple):
         return all(map(_is_literal, value))
     return type(value) in (bool, int, float, complex, str, bytes, type(None))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import _torch_compat, batching, rules
-from lumen.core.buffers import Tracker, Undeclared, merge_rows
+from lumen.core.buffers import Tracker, merge_rows
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
+from lumen.core.undeclared_buffers import Undeclared
 from lumen.errors import BatchError, HyperparameterError, PurityError, StateError
 
 _SALT = 0x6470  # separates the noise from random numbers that a step draws from state.key

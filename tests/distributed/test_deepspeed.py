@@ -315,7 +315,7 @@ print(float((wrapped.export(one).params["weight"] - other.params["weight"]).abs(
         ({"zero_optimization": {"stage": 4}}, [], "0, 1, 2 and 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, [], "nvme"),
         ({}, [lm.donate()], "in place"),
-        ({}, [lm.guard()], "cannot stand beside"),
+        ({}, [lm.guard()], "cannot be combined with"),
         ({}, [lm.clip(value=1.0)], "lm.clip(1.0)"),
         ({}, [lm.accumulate("auto")], "lm.accumulate(4)"),
         ({"zero_optimization": {"stage": 3}}, [lm.ema(0.9)], "stage 2"),

@@ -254,7 +254,7 @@ def test_mistakes_are_told_with_the_fix(world2):
         unprepared, stage, other, saved = said[4:]
         assert "was not prepared: state = step.init(state)" in unprepared
         assert stage.startswith("StateError: this state was sharded by lm.fsdp(stage=3) over 2 ranks, and lm.fsdp(")
-        assert other.startswith("StateError: this state is one rank's shard under lm.fsdp, which is no transform of")
+        assert other.startswith("StateError: this state is one rank's shard under lm.fsdp, which is not a transform of")
         assert "step.export(state)" in other
         assert saved.startswith("CheckpointError: this process has only a shard of the state")
 

@@ -75,7 +75,7 @@ def test_a_state_whose_tree_changes(transform: str | None) -> None:
         return new.replace(slots={**new.slots, "mine": torch.zeros(())}), metrics
 
     run = ACROSS[transform](grows) if transform else lm.compose()(grows)
-    with pytest.raises(errors.StepError, match=r"grows returned a state with another structure.*slots\[mine\]"):
+    with pytest.raises(errors.StepError, match=r"grows returned a state whose structure differs.*slots\[mine\]"):
         run(run.init(make_state()), make_batch())
 
 
@@ -381,14 +381,14 @@ def test_the_wrong_order_is_answered_with_the_right_code(transforms: tuple[lm.Tr
 
 def test_another_librarys_engine_is_not_compiled() -> None:
     for compose in (lambda: lm.compose(lm.compile(), lm.deepspeed({})), lambda: lm.compile()(lm.deepspeed({})(step))):
-        with pytest.raises(errors.OrderError, match=r"cannot stand beside lm.deepspeed: .*deepcompile"):
+        with pytest.raises(errors.OrderError, match=r"cannot be combined with lm.deepspeed: .*deepcompile"):
             compose()
 
 
 @pytest.mark.parametrize("other", [lm.unroll(2), lm.guard(), lm.donate(), lm.ensemble(2), lm.sweep(lr=[0.1])])
 def test_what_cannot_stand_beside_an_engine_is_told_when_it_is_composed(other: lm.Transform) -> None:
     for order in ((other, lm.deepspeed({})), (lm.deepspeed({}), other)):
-        with pytest.raises(errors.OrderError, match=re.escape(f"{other!r} cannot stand beside lm.deepspeed: ")):
+        with pytest.raises(errors.OrderError, match=re.escape(f"{other!r} cannot be combined with lm.deepspeed: ")):
             lm.compose(*order)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lumen as lm
-from lumen.core.buffers import Origin, Undeclared
+from lumen.core.buffers import Origin
+from lumen.core.undeclared_buffers import Undeclared
 from lumen.errors import HyperparameterError, MergeError, ParamsError, PatternError
 
 from .models import assert_same

@@ -372,7 +372,7 @@ def test_a_function_that_calls_it_is_refused_where_the_batch_is_split() -> None:
     hidden = lambda params, batch: 2 * loss_fn(params, batch)  # noqa: E731
     run(hidden)
     run(hidden, lm.accumulate(1))
-    with pytest.raises(LossError, match=r"lm\.accumulate\(2\) hands a part of the batch to lm\.grad_cache\(encoded"):
+    with pytest.raises(LossError, match=r"lm\.accumulate\(2\) hands a microbatch to lm\.grad_cache\(encoded"):
         run(hidden, lm.accumulate(2))
 
 
@@ -390,7 +390,7 @@ def scaled_by_wraps(next: Any, call: Any) -> Any:
 
 def test_a_loss_wrapped_outside_is_refused_not_passed_over() -> None:
     under = rules.with_rules({Primitive.GRADIENT: scaled_by_wraps}, lm.accumulate(3)(step_of()))
-    with pytest.raises(LossError, match=r"lm\.accumulate\(3\) hands a part of the batch"):
+    with pytest.raises(LossError, match=r"lm\.accumulate\(3\) hands a microbatch"):
         under(state_of(), batch_of())
 
 
@@ -418,7 +418,7 @@ def test_tensors_outside_of_params_are_refused() -> None:
         return encoded(params, batch) * alpha
 
     with (
-        pytest.warns(lm.InexactWarning, match="require grad and are not part of params"),
+        pytest.warns(lm.InexactWarning, match="require grad and are not among params"),
         pytest.raises(LossError, match="embeddings were computed without a graph"),
     ):
         run(lm.grad_cache(depending, similar), lm.accumulate(2))

@@ -186,7 +186,7 @@ def test_hypergradient_through_a_closure_warns_and_is_right() -> None:
         return sum((state.params[k] - 0.1 * g).square().sum() for k, g in grads.items())
 
     decay = {"decay": torch.tensor(0.3, dtype=torch.float64, requires_grad=True)}
-    with pytest.warns(lm.InexactWarning, match="require grad and are not part of params"):
+    with pytest.warns(lm.InexactWarning, match="require grad and are not among params"):
         value = tuned(decay)
     (grad,) = torch.autograd.grad(value, decay["decay"])
     expected = by_differences(tuned, {"decay": decay["decay"].detach()})
@@ -203,7 +203,7 @@ def test_a_hypergradient_is_right_after_the_same_function_ran_without() -> None:
 
     assert float(slope(torch.tensor(2.0))) == 30.0
     scale = torch.tensor(2.0, requires_grad=True)
-    with pytest.warns(lm.InexactWarning, match="not part of params"):
+    with pytest.warns(lm.InexactWarning, match="not among params"):
         value = slope(scale)
     value.backward()
     assert float(scale.grad) == 15.0

@@ -141,7 +141,7 @@ def test_a_leaf_without_rows_is_refused_before_the_first_step(transform, value, 
 )
 def test_one_rank_s_shard_is_refused_by_a_step_that_does_not_know_of_it(slot, record, owner):
     shard = with_slot(make_state(), slot, record)
-    with pytest.raises(StateError, match=f"one rank's shard under lm.{owner}, which is no transform of lm.donate"):
+    with pytest.raises(StateError, match=f"one rank's shard under lm.{owner}, which is not a transform of lm.donate"):
         lm.donate()(step).init(shard)
     with pytest.raises(StateError, match="over 2"):
         getattr(lm, owner)()(step).init(shard)

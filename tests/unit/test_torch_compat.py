@@ -229,7 +229,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has("no_such_package._x")
 
 
-@pytest.mark.parametrize("clone_all", [_torch_compat.clone_all, _torch_compat._clone_each])  # torch 2.11: the second
+@pytest.mark.parametrize(
+    "clone_all", [_torch_compat.clone_all, _torch_compat._clone_one_by_one]
+)  # torch 2.11: the second
 def test_copies_by_one_call_and_by_many(clone_all: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
     tensors = [torch.randn(3, 2).T, torch.zeros((), dtype=torch.bfloat16)]
     for tensor, copy in zip(tensors, clone_all(tensors), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lumen.bridges._lightning.hooks import check_hooks, lightning_class, overrides
 from lumen.bridges._lightning.log import current, record_metrics, recording
 from lumen.bridges.torch_optim import Length, convert_optimizer
-from lumen.core.buffers import Merges
+from lumen.core.buffer_rules import Merges
 from lumen.core.gradient import value_and_grad
 from lumen.core.metrics import Metric
 from lumen.core.module import Pure, pure

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, rules
-from lumen.core.buffers import Origin, Undeclared
+from lumen.core.buffers import Origin
 from lumen.core.metrics import is_value
 from lumen.core.primitives import Aux
+from lumen.core.undeclared_buffers import Undeclared
 from lumen.errors import LossError, OrderError, WorldError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.buckets import GradComm
