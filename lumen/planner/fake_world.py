@@ -88,7 +88,7 @@ _DEVICE = "planned"
 
 
 def _register() -> None:
-    class Hook(_torch_compat.DummyPrivateUse1Hook):  # type: ignore[misc]
+    class Hook(_torch_compat.DummyPrivateUse1Hook):
         def is_available(self) -> bool:
             return distributed.is_dry_run()
 
