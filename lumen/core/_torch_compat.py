@@ -202,11 +202,7 @@ _ATTRIBUTES = (  # what its functions reach into
 _LISTED = [entry.rpartition("=")[::2] for use in _USES for entry in use.names.split()]
 NAMES = {alias or name.rpartition(".")[2].lstrip("_"): name for alias, name in _LISTED}
 """The full names of what this module offers, by the names under which it does."""
-PRIVATE = {
-    name.rpartition("=")[2] if "(" not in name else name: use
-    for use in (*_USES, *_ATTRIBUTES)
-    for name in use.names.split()
-}
+PRIVATE = {re.sub(r"^\w+=", "", name): use for use in (*_USES, *_ATTRIBUTES) for name in use.names.split()}
 """Every private name of torch that Lumen uses, with what it is used for."""
 
 

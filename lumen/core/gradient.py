@@ -39,7 +39,7 @@ def value_and_grad(
     an `lm.Mean`. The result is called as `(params, batch, *extras)` and answers `(loss, grads)`, or `((loss, aux),
     grads)`, in JAX's order; grads have the structure of params and are those of the mean loss.
 
-    The second argument is the batch: what `accumulate`, `ddp` and `private` split along its first dim. Further
+    The second argument is the batch: what `accumulate`, `ddp` and `dp_sgd` split along its first dim. Further
     arguments are not split. `aux` is an `lm.Aux` or any tree of tensors and typed values.
 
     `engine="func"` uses `torch.func`, whose gradients can be differentiated again; "auto" detects when that is

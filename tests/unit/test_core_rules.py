@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lumen as lm
+from benchmarks import calls
 from lumen.core import rules
 from lumen.core.rules import Primitive
 
@@ -79,3 +80,10 @@ def test_a_failing_step_leaves_no_rules() -> None:
     with pytest.raises(KeyError):
         stack(state, torch.ones(2, 1))
     assert set(rules.depth().values()) == {0}
+    assert rules.current_step() is None
+
+
+def test_a_plain_step_makes_few_calls() -> None:
+    files = calls.counted(lm.compose())
+    assert len(files) <= 60, "python -m benchmarks.calls"
+    assert len(set(files)) <= 9
