@@ -462,12 +462,12 @@ def test_sweep_of_unequally_many_values() -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_ensemble_of_another_number_of_states(count: int) -> None:
-    with pytest.raises(errors.StateError, match=rf"ensemble\(3\).init was given {count} states"):
+    with pytest.raises(errors.StateError, match=rf"ensemble\(3\).init got {count} states"):
         lm.ensemble(3).init([make_state()] * count)
 
 
 def test_ensemble_of_different_models() -> None:
-    with pytest.raises(errors.StateError, match=r"lane 1 has another structure.*state.replace"):
+    with pytest.raises(errors.StateError, match=r"lane 1 has a different structure.*state.replace"):
         lm.ensemble(2).init([make_state(), make_state(nn.Linear(4, 2, bias=False))])
 
 
