@@ -1,4 +1,4 @@
-"""The row fields of a state over the ranks of a mesh: each rank holds the rows that it is also given of a batch."""
+"""Row fields of a state, sharded over the ranks of a mesh: each rank has the rows that it also receives of a batch."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def check(state: Any) -> None:
     """Raise `StateError` for a row field that has a leaf without rows."""
     for path, leaf in row_fields.named(state):
         if not isinstance(leaf, Tensor) or not leaf.dim():
-            what = "a tensor without dims" if isinstance(leaf, Tensor) else f"{leaf!r:.40}, a {type(leaf).__name__}"
+            text = "a tensor without dims" if isinstance(leaf, Tensor) else f"{leaf!r:.40}, a {type(leaf).__name__}"
             raise StateError(
-                f"state.{path} is {what}, and an lm.row_field() holds tensors with an entry for each row along their"
+                f"state.{path} is {text}, and an lm.row_field() holds tensors with an entry for each row along their"
                 " first dim. Put it into a field of its own, without lm.row_field()."
             )
 
@@ -62,13 +62,13 @@ def check_size(state: Any, mesh: Mesh) -> None:
 def shard(state: Any, mesh: Mesh, owner: str) -> Any:
     """`state`, which passed `check`, with this rank's rows of the first rank's row fields."""
     group = mesh.group("data", "shard")
-    rest, leaves = row_fields.split_off(state)
+    without_rows, leaves = row_fields.split_off(state)
     if group is None or not leaves:
         return state
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = [_own_rows(leaf, rank, size) for leaf in consistency.broadcast(leaves, group)]
-    record = tuple((path, len(leaf)) for path, leaf in row_fields.named(state))
-    return with_slot(row_fields.joined(rest, own), SLOT, RowShards(rows=record, size=size, owner=owner))
+    shards = [_own_rows(leaf, rank, size) for leaf in consistency.broadcast(leaves, group)]
+    rows = tuple((path, len(leaf)) for path, leaf in row_fields.named(state))
+    return with_slot(row_fields.joined(without_rows, shards), SLOT, RowShards(rows=rows, size=size, owner=owner))
 
 
 def unshard(state: Any, mesh: Mesh) -> Any:
@@ -78,23 +78,23 @@ def unshard(state: Any, mesh: Mesh) -> Any:
     check_counts(state, mesh)
     group, totals = mesh.group("data", "shard"), _totals(state)
     assert group is not None
-    rest, _ = row_fields.split_off(state)
+    without_rows, _ = row_fields.split_off(state)
     gathered = [_all_gather(leaf, totals[path], group) for path, leaf in row_fields.named(state)]
-    return without_slot(row_fields.joined(rest, gathered), SLOT)
+    return without_slot(row_fields.joined(without_rows, gathered), SLOT)
 
 
 def specs(state: Any, mesh: Mesh) -> dict[int, ShardSpec]:
-    """Which rows this rank holds of each row leaf, by its position among `tree.leaves(state)`."""
+    """Which rows this rank has of each row leaf, by its index among `tree.leaves(state)`."""
     if not is_sharded(state):
         return {}
     check_counts(state, mesh)
     (rank, size), totals = _share(mesh), _totals(state)
-    found = {}
+    row_specs = {}
     for index, (path, leaf) in zip(row_fields.indices(state), row_fields.named(state), strict=True):
         start, stop = distributed.shard_bounds(totals[path], rank, size)
         shape = (totals[path], *leaf.shape[1:])
-        found[index] = rows_spec(shape, start, stop, owner=mesh.index("tensor") == 0)
-    return found
+        row_specs[index] = rows_spec(shape, start, stop, owner=mesh.index("tensor") == 0)
+    return row_specs
 
 
 def checked(step: StepFn, mesh: Callable[[], Mesh]) -> StepFn:
@@ -151,11 +151,11 @@ def _all_gather(leaf: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
 
 def _explanation(state: Any, mesh: Mesh) -> str:
     if not is_sharded(state):
-        joined = mesh.group("data", "shard") is not None
-        return "The state has row fields, and was not prepared: state = step.init(state)" if joined else ""
+        has_ranks = mesh.group("data", "shard") is not None
+        return "The state has row fields, and was not prepared: state = step.init(state)" if has_ranks else ""
     totals = _totals(state)
-    held = [f"{len(leaf)} of the {totals[path]} rows of state.{path}" for path, leaf in row_fields.named(state)]
+    shards = [f"{len(leaf)} of the {totals[path]} rows of state.{path}" for path, leaf in row_fields.named(state)]
     return (
-        f"This rank holds {', '.join(held)}. Create the state with the rows of the global batch: each rank keeps as"
+        f"This rank holds {', '.join(shards)}. Create the state with the rows of the global batch: each rank keeps as"
         " many as lm.Loader gives it of a batch."
     )

@@ -189,7 +189,7 @@ class Engine:
         param: Any = _torch_compat.own_params(module)[key]  # which gathers it, and frees it afterwards
         return param  # type: ignore[no-any-return]
 
-    def whole(self, name: str) -> Tensor:
+    def full_param(self, name: str) -> Tensor:
         """The param of stage 3, gathered: for the loss function while it runs, otherwise a copy."""
         if self._inside:
             return self.live(name)

@@ -120,7 +120,7 @@ class EngineHolder(StepMesh):
 
     def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The param `name`, gathered."""
-        return self.used().whole(name)
+        return self.used().full_param(name)
 
 
 HOLDERS: weakref.WeakValueDictionary[int, EngineHolder] = weakref.WeakValueDictionary()
