@@ -115,8 +115,8 @@ class SpecTree:
 
         `root` is the path of `values` in the state.
         """
-        found = ((index, self.leaves.get(root + path)) for index, path in enumerate(key_paths(values)))
-        return [(index, name) for index, name in found if name is not None]
+        names = ((index, self.leaves.get(root + path)) for index, path in enumerate(key_paths(values)))
+        return [(index, name) for index, name in names if name is not None]
 
     def including(self, leaves: Mapping[Path, str]) -> SpecTree:
         """The specs with `leaves` added, where the params that they are laid out like are sharded."""

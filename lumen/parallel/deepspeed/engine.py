@@ -313,7 +313,7 @@ def missing() -> list[str]:
     if torch.cuda.is_available() and "CUDA_HOME" not in os.environ and not os.path.isdir("/usr/local/cuda"):
         lines.append("the CUDA toolkit (nvcc) for its own kernels: install it, and set CUDA_HOME")
     return lines + [
-        f"a build of its kernels that was cut off, for which others wait: rm {lock}" for lock in stale_locks()
+        f"a build of its kernels that was interrupted, for which others wait: rm {lock}" for lock in stale_locks()
     ]
 
 

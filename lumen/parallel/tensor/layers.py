@@ -129,23 +129,23 @@ def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
 
 
 def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
-    out = _linear(module, run.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
+    y = _linear(module, run.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
     if style.output == "cut":
-        return out
+        return y
     run.leave()
-    return run.tp_group.gather(out, -1, style.groups)
+    return run.tp_group.gather(y, -1, style.groups)
 
 
 def _rowwise(module: nn.Module, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
     run.leave()
     if style.input == "whole":
         x = run.tp_group.slice(x, -1)
-    out = _summed(run, style, _linear(module, x, None))
+    y = _summed(run, style, _linear(module, x, None))
     bias = _torch_compat.own_params(module)["bias"]
     if bias is None:
-        return out
+        return y
     # A bias that is added to a shard of the sequence gets the gradient of that shard alone.
-    return out + (bias if style.output == "whole" else run.tp_group.move("copy", bias))
+    return y + (bias if style.output == "whole" else run.tp_group.move("copy", bias))
 
 
 def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,8 +164,8 @@ def _summed(run: Run, style: Rowwise, terms: Tensor) -> Tensor:
 
 
 def _columns(module: nn.Embedding, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
-    out = F.embedding(x, _weight(module), module.padding_idx)
-    return out if style.output == "cut" else run.tp_group.gather(out, -1, style.groups)
+    y = F.embedding(x, _weight(module), module.padding_idx)
+    return y if style.output == "cut" else run.tp_group.gather(y, -1, style.groups)
 
 
 def _rows(module: nn.Embedding, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
@@ -190,13 +190,13 @@ def _sequence_parallel(
         for key, param in before.items():
             if param is not None:
                 _torch_compat.own_params(module)[key] = run.tp_group.move("copy", param)
-        out = own(*args, **kwargs)
+        y = own(*args, **kwargs)
     finally:
         _torch_compat.own_params(module).update(before)
     if style.output == "sequence":
-        return out
-    (out,), _ = _with_first(lambda x: run.tp_group.move("gather", x, SEQUENCE), (out,), {})
-    return out
+        return y
+    (y,), _ = _with_first(lambda x: run.tp_group.move("gather", x, SEQUENCE), (y,), {})
+    return y
 
 
 def _region(_module: nn.Module, own: Callable[..., Any], run: Run, style: Region, *args: Any, **kwargs: Any) -> Any:

@@ -53,8 +53,8 @@ class TPRuntime(StepMesh):
 
     def layouts(self, sharding: TensorSharding) -> tuple[Mapping[str, LeafSpec], FullParamView]:
         """The specs of the params in the slot of a state, and the view that gathers params by them."""
-        known = self._view
-        if known is None or known[0] != sharding.specs:
+        cached = self._view
+        if cached is None or cached[0] != sharding.specs:
             assert self.tp_group is not None
-            self._view = known = sharding.specs, FullParamView(self.tp_group, sharding.specs.params)
-        return sharding.specs.params, known[1]
+            self._view = cached = sharding.specs, FullParamView(self.tp_group, sharding.specs.params)
+        return sharding.specs.params, cached[1]

@@ -111,5 +111,5 @@ def _check(style: Style, **allowed: Sequence[Any]) -> None:
     for name, values in allowed.items():
         value = getattr(style, name)
         if value not in values:
-            known = " or ".join(map(repr, values))
-            raise HyperparameterError(f"{type(style).__name__}({name}={value!r}) is unknown; give {known}.")
+            choices = " or ".join(map(repr, values))
+            raise HyperparameterError(f"{type(style).__name__}({name}={value!r}) is unknown; give {choices}.")

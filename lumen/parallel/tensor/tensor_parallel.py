@@ -279,12 +279,12 @@ class _Shards:
     """The `lumen.core.sharding.Shards` of the ranks along `tensor`: replicated params are the same on all of them."""
 
     def __init__(self, tp_group: TPGroup, layouts: Mapping[str, LeafSpec]) -> None:
-        self._team, self._layouts = tp_group, layouts
+        self._tp_group, self._layouts = tp_group, layouts
         self.reduce = tp_group.reduce
 
     def counts(self, path: str, leaf: Tensor) -> bool:
         """Whether this rank adds `leaf` to a sum over all entries."""
-        return self._team.index == 0 or path in self._layouts
+        return self._tp_group.index == 0 or path in self._layouts
 
 
 def _lazy_param(view: FullParamView, name: str, param: Tensor) -> Tensor:
