@@ -177,17 +177,17 @@ def select(where: Tensor, yes: Any, no: Any) -> Any:
     return map(lambda a, b: a if a is b or not isinstance(a, Tensor) else torch.where(where, a, b), yes, no)
 
 
-def differences(expected: Any, found: Any) -> list[str]:
+def differences(expected: Any, actual: Any) -> list[str]:
     """The differences between two trees that should have the same structure, one line each, for an error message.
 
     >>> differences({"a": 1, "b": 2}, {"a": 1, "c": 2})
     ['missing b', 'unexpected c']
     """
-    expected_paths, found_paths = paths(expected), paths(found)
-    lines = [f"missing {printable(path)}" for path in expected_paths if path not in set(found_paths)]
-    lines += [f"unexpected {printable(path)}" for path in found_paths if path not in set(expected_paths)]
-    if not lines and structure(expected) != structure(found):
-        lines.append(printable(f"structure {structure(found)} where {structure(expected)} was expected"))
+    expected_paths, actual_paths = paths(expected), paths(actual)
+    lines = [f"missing {printable(path)}" for path in expected_paths if path not in set(actual_paths)]
+    lines += [f"unexpected {printable(path)}" for path in actual_paths if path not in set(expected_paths)]
+    if not lines and structure(expected) != structure(actual):
+        lines.append(printable(f"structure {structure(actual)} where {structure(expected)} was expected"))
     return lines
 
 

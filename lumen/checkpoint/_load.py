@@ -103,7 +103,7 @@ class Reader:
             return torch.empty(request.shape, dtype=dtype)
         with self._as_corrupt(zarr.description(record), record):
             tail_size = zarr.tail_size(self._read_small_file(zarr.description(record)), record)
-        blocks = [Block(box.whole, box.size) for box in request.boxes]
+        blocks = [Block(box.full, box.size) for box in request.boxes]
         positions = sorted({position for block in blocks for position in chunk_grid.chunks(block, record.chunk)})
         for position in positions:  # before any memory is allocated
             with self._chunk(record, position, tail_size):

@@ -55,7 +55,7 @@ def view(array: Array, slices: Sequence[slice]) -> Array:
 
 def box_view(array: Array, box: Slice) -> Array:
     """The entries of a box in this process's array."""
-    return view(array, [slice(a, a + n) for a, n in zip(box.here, box.size, strict=True)])
+    return view(array, [slice(a, a + n) for a, n in zip(box.local, box.size, strict=True)])
 
 
 def common_chunk(shape: Index, boxes: Sequence[Slice], most: int) -> Index | None:
@@ -70,7 +70,7 @@ def common_chunk(shape: Index, boxes: Sequence[Slice], most: int) -> Index | Non
 
 
 def _common_size(length: int, dim: int, boxes: Sequence[Slice]) -> int:
-    edges = {edge for box in boxes for edge in (box.whole[dim], box.whole[dim] + box.size[dim])}
+    edges = {edge for box in boxes for edge in (box.full[dim], box.full[dim] + box.size[dim])}
     return math.gcd(*(edges - {length})) or length
 
 
@@ -115,7 +115,7 @@ def uncovered(shape: Index, boxes: Sequence[Slice], chunk: Index | None = None) 
     covered, total = sum(math.prod(box.size) for box in boxes), math.prod(shape)
     if covered != total:
         return f"{covered} entries of {total}"
-    blocks = [Block(box.whole, box.size) for box in boxes]
+    blocks = [Block(box.full, box.size) for box in boxes]
     for block in blocks:
         if block.intersection(full_block(shape)) != block:
             return f"entries from {block.low} on, beyond {shape}"

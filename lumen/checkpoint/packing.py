@@ -53,5 +53,5 @@ def unpack(record: LeafRecord, pack: Array, target: Array, boxes: Sequence[Slice
     assert record.start is not None
     leaf = pack[record.start : record.start + math.prod(record.shape)].reshape(record.shape)
     for box in boxes:
-        source = [slice(low, low + size) for low, size in zip(box.whole, box.size, strict=True)]
+        source = [slice(low, low + size) for low, size in zip(box.full, box.size, strict=True)]
         chunk_grid.box_view(target, box)[...] = chunk_grid.view(leaf, source)

@@ -173,7 +173,7 @@ class _Writer:
         """Write the chunks of these boxes."""
         record = self._records[index]
         for box in boxes:
-            block = Block(box.whole, box.size)
+            block = Block(box.full, box.size)
             values = chunk_grid.box_view(data, box)
             for chunk in chunk_grid.chunks(block, record.chunk):
                 self._write_chunk(record, chunk, [(block, values)])
@@ -189,7 +189,7 @@ class _Writer:
         dtype = dtypes.numpy_dtype(dtypes.carrier(record.dtype))
         fragments, counts = [], dict.fromkeys(range(self._session.size), 0)
         for rank, box in rank_boxes:
-            fragments.append((Block(box.whole, box.size), self._fragment_path(index, rank, counts[rank])))
+            fragments.append((Block(box.full, box.size), self._fragment_path(index, rank, counts[rank])))
             counts[rank] += 1
         for number, chunk in enumerate(chunk_grid.chunks(chunk_grid.full_block(record.shape), record.chunk)):
             if number % self._session.size == self._session.rank:

@@ -74,10 +74,6 @@ _USES = (  # what this module offers by name, through `__getattr__`
         " torch._C._functorch.TransformType",
         "whether a call runs inside of a transform of torch.func, which kernels, hooks and reads of values must not",
     ),
-    Use(
-        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey",
-        "whether make_fx records what a call does",
-    ),
     Use("torch._C._len_torch_function_stack", "whether a mode, such as a default device, changes what torch calls do"),
     Use(
         "torch._C._dispatch_tls_local_include_set torch._C.DispatchKey torch._C.DispatchKeySet",
@@ -164,6 +160,10 @@ _USES = (  # what this module offers by name, through `__getattr__`
 )
 
 _ATTRIBUTES = (  # what its functions reach into
+    Use(
+        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey",
+        "whether make_fx records what a call does",
+    ),
     Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
     Use("torch.distributed._functional_collectives", "the shapes of collectives that a compiled step can hold"),
     Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),

@@ -24,10 +24,10 @@ _GATHERER = "<param gatherer>"
 
 
 class Slice(NamedTuple):
-    """A block of entries: its start in this rank's shard (`here`) and in the full tensor (`whole`), and its `size`."""
+    """A block of entries: its start in this rank's shard (`local`) and in the full tensor (`full`), and its `size`."""
 
-    here: tuple[int, ...]
-    whole: tuple[int, ...]
+    local: tuple[int, ...]
+    full: tuple[int, ...]
     size: tuple[int, ...]
 
 
@@ -46,7 +46,7 @@ def rows_spec(shape: Sequence[int], start: int, stop: int, owner: bool) -> Shard
     """The spec of rows `start` to `stop` of a tensor of `shape`, which has dims.
 
     >>> rows_spec((5, 2), 3, 5, owner=True).boxes
-    (Slice(here=(0, 0), whole=(3, 0), size=(2, 2)),)
+    (Slice(local=(0, 0), full=(3, 0), size=(2, 2)),)
     """
     zeros = (0,) * (len(shape) - 1)
     rows = Slice((0, *zeros), (start, *zeros), (stop - start, *shape[1:]))
@@ -59,19 +59,19 @@ def composed(inner: ShardSpec, outer: ShardSpec) -> ShardSpec:
     >>> rows = ShardSpec((8, 2), (Slice((0, 0), (4, 0), (4, 2)),), owner=True)
     >>> half = ShardSpec((4, 2), (Slice((0, 0), (2, 0), (2, 2)),), owner=True)
     >>> composed(rows, half).boxes
-    (Slice(here=(0, 0), whole=(6, 0), size=(2, 2)),)
+    (Slice(local=(0, 0), full=(6, 0), size=(2, 2)),)
     """
     boxes = []
     for last in outer.boxes:
         for first in inner.boxes:
-            low = tuple(map(max, last.whole, first.here))
+            low = tuple(map(max, last.full, first.local))
             high = tuple(
-                min(a + m, b + n) for a, m, b, n in zip(last.whole, last.size, first.here, first.size, strict=True)
+                min(a + m, b + n) for a, m, b, n in zip(last.full, last.size, first.local, first.size, strict=True)
             )
             if all(a < b for a, b in zip(low, high, strict=True)):
-                here = tuple(h + a - w for h, a, w in zip(last.here, low, last.whole, strict=True))
-                whole = tuple(w + a - h for w, a, h in zip(first.whole, low, first.here, strict=True))
-                boxes.append(Slice(here, whole, tuple(b - a for a, b in zip(low, high, strict=True))))
+                local = tuple(h + a - w for h, a, w in zip(last.local, low, last.full, strict=True))
+                full = tuple(w + a - h for w, a, h in zip(first.full, low, first.local, strict=True))
+                boxes.append(Slice(local, full, tuple(b - a for a, b in zip(low, high, strict=True))))
     return ShardSpec(inner.shape, tuple(boxes), inner.owner and outer.owner)
 
 

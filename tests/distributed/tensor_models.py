@@ -252,15 +252,15 @@ PLANS = {
     ("gpt2", True): plans.hf_gpt2(sequence=True),
     ("reading", False): {"embed": Rowwise(), "up": Colwise(), "down": Rowwise()},
     ("wide", False): {
-        "embed": Colwise(output="whole"),
-        "twice": Colwise(groups=2, output="whole"),
-        "once": Rowwise(input="whole"),
-        "frozen": Colwise(output="whole"),
+        "embed": Colwise(output="replicate"),
+        "twice": Colwise(groups=2, output="replicate"),
+        "once": Rowwise(input="replicate"),
+        "frozen": Colwise(output="replicate"),
     },
     ("wide", True): {
         "twice": Colwise(),
         "once": Rowwise(output="sequence"),
-        "frozen": Colwise(input="sequence", output="whole"),
+        "frozen": Colwise(input="sequence", output="replicate"),
     },
 }
 assert WIDTH == TIME

@@ -171,7 +171,7 @@ def on_two_axes(directory):
     found = []
     for axis in ("shard", "tensor"):
         mesh = lm.mesh(data=2, device="cpu", **{axis: 2})
-        plan = {"cell": lm.parallel.Rowwise(input="whole")}
+        plan = {"cell": lm.parallel.Rowwise(input="replicate")}
         transforms = [lm.fsdp(mesh)] if axis == "shard" else [lm.ddp(mesh), lm.tensor_parallel(plan, mesh)]
         wrapped, state, exported = train(transforms, ROWS)
         consistency.check_fields(state, dist.group.WORLD, wrapped.shard_specs(state))

@@ -177,7 +177,7 @@ def stacked(leaf, blocks, owner):
     widest = [max((size[dim] for _, size in blocks), default=0) for dim in range(1, leaf.dim())]
     local = torch.zeros((below, *widest), dtype=leaf.dtype)
     for box in boxes:
-        part(local, box.here, box.size).copy_(part(leaf, box.whole, box.size))
+        part(local, box.local, box.size).copy_(part(leaf, box.full, box.size))
     return local, ShardSpec(tuple(leaf.shape), tuple(boxes), owner)
 
 

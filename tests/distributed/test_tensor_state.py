@@ -372,7 +372,7 @@ BAD = {
     "pattern": (PatternError, "'*.attention' of the plan matches no module", lambda: cut({"*.attention": Region()})),
     "twice": (PatternError, "matched by 'blocks.*' and by", lambda: cut({"blocks.*": Region(), "*.qkv": Colwise()})),
     "tied": (PatternError, "Tied weights have one", lambda: cut({"tokens": Rowwise()})),
-    "tied otherwise": (PatternError, "dim 1", lambda: cut({"tokens": Colwise(output="whole"), "head": Colwise()})),
+    "tied otherwise": (PatternError, "dim 1", lambda: cut({"tokens": Colwise(output="replicate"), "head": Colwise()})),
     "size": (ParamsError, "odd.weight of shape (7, 6)", lambda: cut({"odd": Colwise()}, model="odd")),
     "attribute": (ParamsError, "inner.heads is 3", lambda: cut({"inner": Region("heads")}, model="odd")),
     "unit": (ParamsError, "3 blocks of size=2", lambda: cut(UNIT, model="odd")),
@@ -388,7 +388,7 @@ BAD = {
         "a tensor of shape (4, 5, 8) cannot be sharded along its dim 1 over 2 ranks",
         lambda: cut(PLANS["tiny", True], batch={**batches(1, 4)[0], "x": torch.ones(4, 5, dtype=torch.float64)}),
     ),
-    "states": (WorldError, "differ", lambda: cut({"up": Colwise(output="whole")}, model="rank")),
+    "states": (WorldError, "differ", lambda: cut({"up": Colwise(output="replicate")}, model="rank")),
     "compile": (OrderError, "cannot trace lm.tensor_parallel", lambda: cut(GPT, outer=[lm.compile()])),
     "auto": (OrderError, "retry on the rank", lambda: cut(GPT, inner=[lm.accumulate("auto")])),
     "dp_sgd": (OrderError, "each example's gradient", lambda: cut(GPT, inner=[lm.dp_sgd(clip=1.0, noise=1.0)])),
@@ -429,10 +429,10 @@ def test_plans_and_styles_are_checked_as_they_are_made():
             tensor_parallel(plan)
     for make in (
         lambda: Colwise(groups=0),
-        lambda: Colwise(input="cut"),
-        lambda: Rowwise(output="cut"),
-        lambda: SequenceParallel(output="cut"),
-        lambda: Region(input="cut"),
+        lambda: Colwise(input="shard"),
+        lambda: Rowwise(output="shard"),
+        lambda: SequenceParallel(output="shard"),
+        lambda: Region(input="shard"),
     ):
         with pytest.raises(HyperparameterError):
             make()

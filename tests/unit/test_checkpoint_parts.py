@@ -33,7 +33,7 @@ def test_each_box_is_made_of_whole_chunks(length, starts, rest):
     assert chunk_grid.uncovered(shape, boxes) == ""
     chunk = chunk_grid.common_chunk(shape, boxes, 10**9)
     assert chunk_grid.uncovered(shape, boxes, chunk) == ""
-    positions = [position for box in boxes for position in chunk_grid.chunks(Block(box.whole, box.size), chunk)]
+    positions = [position for box in boxes for position in chunk_grid.chunks(Block(box.full, box.size), chunk)]
     assert sorted(positions) == sorted(chunk_grid.chunks(chunk_grid.full_block(shape), chunk))
     assert len(positions) == chunk_grid.count(shape, chunk)
     few = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True)) - 1

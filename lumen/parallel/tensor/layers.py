@@ -40,7 +40,7 @@ class Run:
         if self._entered is None or self._entered[0] is not x:
             self._entered = (
                 x,
-                self.tp_group.move("copy" if layout == "whole" else "all_gather_reduce_grad", x, SEQUENCE),
+                self.tp_group.move("copy" if layout == "replicate" else "all_gather_reduce_grad", x, SEQUENCE),
             )
         return self._entered[1]
 
@@ -130,7 +130,7 @@ def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
 
 def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
     y = _linear(module, run.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
-    if style.output == "cut":
+    if style.output == "shard":
         return y
     run.leave()
     return run.tp_group.gather(y, -1, style.groups)
@@ -138,14 +138,14 @@ def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) 
 
 def _rowwise(module: nn.Module, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
     run.leave()
-    if style.input == "whole":
+    if style.input == "replicate":
         x = run.tp_group.slice(x, -1)
     y = _summed(run, style, _linear(module, x, None))
     bias = _torch_compat.own_params(module)["bias"]
     if bias is None:
         return y
     # A bias that is added to a shard of the sequence gets the gradient of that shard alone.
-    return y + (bias if style.output == "whole" else run.tp_group.move("copy", bias))
+    return y + (bias if style.output == "replicate" else run.tp_group.move("copy", bias))
 
 
 def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,12 +160,16 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _summed(run: Run, style: Rowwise, terms: Tensor) -> Tensor:
-    return run.tp_group.move("sum", terms) if style.output == "whole" else run.tp_group.move("scatter", terms, SEQUENCE)
+    return (
+        run.tp_group.move("sum", terms)
+        if style.output == "replicate"
+        else run.tp_group.move("scatter", terms, SEQUENCE)
+    )
 
 
 def _columns(module: nn.Embedding, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
     y = F.embedding(x, _weight(module), module.padding_idx)
-    return y if style.output == "cut" else run.tp_group.gather(y, -1, style.groups)
+    return y if style.output == "shard" else run.tp_group.gather(y, -1, style.groups)
 
 
 def _rows(module: nn.Embedding, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
@@ -183,7 +187,7 @@ def _rows(module: nn.Embedding, _own: Any, run: Run, style: Rowwise, x: Tensor) 
 def _sequence_parallel(
     module: nn.Module, own: Callable[..., Any], run: Run, style: SequenceParallel, *args: Any, **kwargs: Any
 ) -> Any:
-    if style.input == "whole":
+    if style.input == "replicate":
         args, kwargs = _with_first(lambda x: run.tp_group.move("slice", x, SEQUENCE), args, kwargs)
     before = dict(_torch_compat.own_params(module))
     try:

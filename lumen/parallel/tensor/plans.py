@@ -1,6 +1,6 @@
 """Ready plans for `lm.tensor_parallel`, by the module names that models are published with.
 
-A plan is a dict; use one unchanged, or replace entries: `{**plans.hf_llama(), "lm_head": Colwise(output="whole")}`.
+A plan is a dict; use one unchanged, or replace entries: `{**plans.hf_llama(), "lm_head": Colwise(output="replicate")}`.
 
 `vocabulary=True` shards the embedding and the output layer too; the axis must then divide the size of the vocabulary.
 `sequence=True` shards the sequence for norms, dropout and the residual stream, at the same traffic; the axis must then
@@ -13,7 +13,7 @@ from typing import Literal
 
 from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, SequenceParallel, Style
 
-Layout = Literal["whole", "sequence"]
+Layout = Literal["replicate", "sequence"]
 
 
 def gpt(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]:
@@ -26,7 +26,7 @@ def gpt(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]
     >>> gpt()["blocks.*.qkv"]
     Colwise(groups=3)
     """
-    layout: Layout = "sequence" if sequence else "whole"
+    layout: Layout = "sequence" if sequence else "replicate"
     plan: dict[str, Style] = {
         "blocks.*.qkv": Colwise(groups=3, input=layout),
         "blocks.*.project": Rowwise(output=layout),
@@ -34,9 +34,9 @@ def gpt(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]
         "blocks.*.mlp.2": Rowwise(output=layout),
     }
     if vocabulary:
-        plan |= {"tokens": Rowwise(), "head": Colwise(output="whole")}
+        plan |= {"tokens": Rowwise(), "head": Colwise(output="replicate")}
     if sequence:
-        plan |= {"blocks.0": SequenceParallel(input="whole"), "norm": SequenceParallel(output="whole")}
+        plan |= {"blocks.0": SequenceParallel(input="replicate"), "norm": SequenceParallel(output="replicate")}
         plan |= {"blocks.*.norm_attention": SequenceParallel(), "blocks.*.norm_mlp": SequenceParallel()}
     return plan
 
@@ -49,7 +49,7 @@ def hf_llama(*, vocabulary: bool = True, sequence: bool = False) -> dict[str, St
     >>> hf_llama()["*.self_attn.o_proj"]
     Rowwise()
     """
-    layout: Layout = "sequence" if sequence else "whole"
+    layout: Layout = "sequence" if sequence else "replicate"
     plan: dict[str, Style] = {
         "*.self_attn": Region(unit="head_dim", input=layout),
         "*.self_attn.[qkv]_proj": Colwise(),
@@ -59,9 +59,12 @@ def hf_llama(*, vocabulary: bool = True, sequence: bool = False) -> dict[str, St
         "*.mlp.down_proj": Rowwise(output=layout),
     }
     if vocabulary:
-        plan |= {"model.embed_tokens": Rowwise(), "lm_head": Colwise(output="whole")}
+        plan |= {"model.embed_tokens": Rowwise(), "lm_head": Colwise(output="replicate")}
     if sequence:
-        plan |= {"model.layers.0": SequenceParallel(input="whole"), "model.norm": SequenceParallel(output="whole")}
+        plan |= {
+            "model.layers.0": SequenceParallel(input="replicate"),
+            "model.norm": SequenceParallel(output="replicate"),
+        }
         plan |= {"*.input_layernorm": SequenceParallel(), "*.post_attention_layernorm": SequenceParallel()}
     return plan
 
@@ -72,7 +75,7 @@ def hf_gpt2(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, St
     >>> hf_gpt2()["*.attn"]
     Region(divide='split_size', unit='head_dim')
     """
-    layout: Layout = "sequence" if sequence else "whole"
+    layout: Layout = "sequence" if sequence else "replicate"
     plan: dict[str, Style] = {
         "*.attn": Region(divide="split_size", unit="head_dim"),
         "*.attn.c_attn": Colwise(groups=3, input=layout),
@@ -81,9 +84,9 @@ def hf_gpt2(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, St
         "*.mlp.c_proj": Rowwise(output=layout),
     }
     if vocabulary:
-        plan |= {"transformer.wte": Rowwise(), "lm_head": Colwise(output="whole")}
+        plan |= {"transformer.wte": Rowwise(), "lm_head": Colwise(output="replicate")}
     if sequence:
-        plan |= {"transformer.h.0": SequenceParallel(input="whole")}
-        plan |= {"transformer.ln_f": SequenceParallel(output="whole")}
+        plan |= {"transformer.h.0": SequenceParallel(input="replicate")}
+        plan |= {"transformer.ln_f": SequenceParallel(output="replicate")}
         plan |= {"transformer.h.*.ln_1": SequenceParallel(), "transformer.h.*.ln_2": SequenceParallel()}
     return plan

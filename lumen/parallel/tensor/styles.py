@@ -1,7 +1,7 @@
 """How a module of a plan is sharded: the terms of `torch.distributed.tensor.parallel`, for plain local tensors.
 
-Between modules a tensor is "whole" (the same on every rank), "cut" (sharded along its last dim), or a shard of the
-"sequence": sharded along dim 1 of `[batch, time, width]`.
+Between modules a tensor is "replicate" (the same on every rank), "shard" (sharded along its last dim), or "sequence"
+(sharded along dim 1 of `[batch, time, width]`).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Colwise(Style):
 
     `groups` is the number of blocks in the output, each of which is sharded: 3 for a fused query, key and value. A
     `Rowwise` layer after it must read one block. With `input="sequence"` the input is a shard of the sequence and is
-    gathered; with `output="whole"` the output is gathered.
+    gathered; with `output="replicate"` the output is gathered.
 
     >>> Colwise(groups=3)
     Colwise(groups=3)
     """
 
     groups: int = 1
-    input: Literal["whole", "sequence"] = "whole"
-    output: Literal["cut", "whole"] = "cut"
+    input: Literal["replicate", "sequence"] = "replicate"
+    output: Literal["shard", "replicate"] = "shard"
 
     def __post_init__(self) -> None:
         if type(self.groups) is not int or self.groups < 1:
             raise HyperparameterError(f"Colwise(groups={self.groups!r}) must be a number of blocks, from 1.")
-        _check(self, input=("whole", "sequence"), output=("cut", "whole"))
+        _check(self, input=("replicate", "sequence"), output=("shard", "replicate"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,35 +51,36 @@ class Rowwise(Style):
     """A linear layer whose input features are sharded, as from a `Colwise` layer, or an embedding whose rows are.
 
     Outputs are summed over the ranks: all-reduced, or with `output="sequence"` reduce-scattered to each rank's shard of
-    the sequence. A bias is replicated. `input="whole"` shards a replicated input.
+    the sequence. A bias is replicated. `input="replicate"` shards a replicated input.
 
     >>> Rowwise(output="sequence")
     Rowwise(output='sequence')
     """
 
-    input: Literal["cut", "whole"] = "cut"
-    output: Literal["whole", "sequence"] = "whole"
+    input: Literal["shard", "replicate"] = "shard"
+    output: Literal["replicate", "sequence"] = "replicate"
 
     def __post_init__(self) -> None:
-        _check(self, input=("cut", "whole"), output=("whole", "sequence"))
+        _check(self, input=("shard", "replicate"), output=("replicate", "sequence"))
 
 
 @dataclass(frozen=True, repr=False)
 class SequenceParallel(Style):
     """A module that computes each position separately (a norm, dropout), on a shard of the sequence.
 
-    Its own params are replicated; their gradients are summed over the ranks. `input="whole"` shards its first tensor
-    along the sequence, as for a model's first block; `output="whole"` gathers the output, as for the last norm.
+    Its own params are replicated; their gradients are summed over the ranks. `input="replicate"` shards its first
+    tensor along the sequence, as for a model's first block; `output="replicate"` gathers the output, as for the last
+    norm.
 
-    >>> SequenceParallel(output="whole")
-    SequenceParallel(output='whole')
+    >>> SequenceParallel(output="replicate")
+    SequenceParallel(output='replicate')
     """
 
-    input: Literal["sequence", "whole"] = "sequence"
-    output: Literal["sequence", "whole"] = "sequence"
+    input: Literal["sequence", "replicate"] = "sequence"
+    output: Literal["sequence", "replicate"] = "sequence"
 
     def __post_init__(self) -> None:
-        _check(self, input=("sequence", "whole"), output=("sequence", "whole"))
+        _check(self, input=("sequence", "replicate"), output=("sequence", "replicate"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,10 +97,10 @@ class Region(Style):
 
     divide: str | Sequence[str] = ()
     unit: str | None = None
-    input: Literal["whole", "sequence"] = "whole"
+    input: Literal["replicate", "sequence"] = "replicate"
 
     def __post_init__(self) -> None:
-        _check(self, input=("whole", "sequence"))
+        _check(self, input=("replicate", "sequence"))
 
     @property
     def divided(self) -> tuple[str, ...]:
