@@ -123,7 +123,7 @@ def write(
 def write_shard(session: SaveSession, snap: Snapshot) -> None:
     """On ranks other than 0: write this process's shards; returns when the checkpoint is complete."""
     session.publish("layout", sharded.layout(snap))
-    plan = sharded.Plan.from_json(session.await_("plan"))
+    plan = sharded.WritePlan.from_json(session.await_("plan"))
     session.publish("shards", sharded.write(session, snap, plan))
     session.finish()
 

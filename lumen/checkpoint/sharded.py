@@ -34,7 +34,7 @@ Boxes = dict[int, list[Slice]]  # by index among the records
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """How to write the sharded arrays, by index among the records.
 
     `folder` is where all processes write. `chunks` are the chunk shapes, and `fragmented` the boxes, with the rank that
@@ -50,7 +50,7 @@ class Plan:
         return [str(self.folder), [*self.chunks.items()], [*self.fragmented.items()]]
 
     @classmethod
-    def from_json(cls, value: Any) -> Plan:
+    def from_json(cls, value: Any) -> WritePlan:
         """The inverse of `to_json`."""
         folder, chunks, fragmented = value
         return cls(
@@ -74,7 +74,7 @@ def layout(snap: Snapshot) -> Any:
     return [hashlib.sha256(text.encode()).hexdigest(), [*_boxes(snap).items()]]
 
 
-def plan(snap: Snapshot, layouts: Sequence[Any], folder: Path) -> Plan:
+def plan(snap: Snapshot, layouts: Sequence[Any], folder: Path) -> WritePlan:
     """Plan the save from the layouts of all processes; raises `CheckpointError` if the shards do not fit together."""
     own_layout = layout(snap)
     for rank, (digest, _) in enumerate(layouts, 1):
@@ -101,10 +101,10 @@ def plan(snap: Snapshot, layouts: Sequence[Any], folder: Path) -> Plan:
             fragmented[index] = rank_boxes
             chunk = chunk_grid.rows_chunk(shape, len({rank for rank, _ in rank_boxes}))
         chunks[index] = chunk
-    return Plan(folder, chunks, fragmented)
+    return WritePlan(folder, chunks, fragmented)
 
 
-def write(session: SaveSession, snap: Snapshot, plan: Plan) -> header.Files:
+def write(session: SaveSession, snap: Snapshot, plan: WritePlan) -> header.Files:
     """Write this process's share of the sharded arrays; returns the size and checksum of each file."""
     writer = _Writer(session, plan, plan.records(snap.records))
     for index, boxes in _boxes(snap).items():
@@ -135,7 +135,7 @@ def placeholders(snap: Snapshot) -> dict[int, Array]:
     return {i: np.zeros((), dtypes.numpy_dtype(dtypes.carrier(snap.records[i].dtype))) for i in snap.specs}
 
 
-def write_descriptions(plan: Plan, records: Sequence[LeafRecord], directory: Path) -> None:
+def write_descriptions(plan: WritePlan, records: Sequence[LeafRecord], directory: Path) -> None:
     """Write the description of each sharded array beside its chunks, and remove the placeholder that Orbax wrote.
 
     The description is Orbax's own, with the real shape and chunks.
@@ -148,7 +148,7 @@ def write_descriptions(plan: Plan, records: Sequence[LeafRecord], directory: Pat
         shutil.rmtree(directory / zarr.folder(record))
 
 
-def collect(plan: Plan, records: Sequence[LeafRecord], files: header.Files, directory: Path) -> None:
+def collect(plan: WritePlan, records: Sequence[LeafRecord], files: header.Files, directory: Path) -> None:
     """Move the sharded arrays into the checkpoint's `directory`; raises `CheckpointError` if a file is missing."""
     for name, (size, _) in files.items():
         path = plan.folder / name
@@ -164,7 +164,7 @@ def collect(plan: Plan, records: Sequence[LeafRecord], files: header.Files, dire
 class _Writer:
     """Writes files below the plan's folder."""
 
-    def __init__(self, session: SaveSession, plan: Plan, records: Sequence[LeafRecord]) -> None:
+    def __init__(self, session: SaveSession, plan: WritePlan, records: Sequence[LeafRecord]) -> None:
         self.files: header.Files = {}
         self._session, self._plan, self._records = session, plan, records
         self._created: list[Path] = []

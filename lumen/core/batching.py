@@ -69,7 +69,7 @@ def merge_aux(values: Sequence[Any], sizes: Sequence[int], origins: Sequence[Ori
     """The aux that a loss function would have returned for the full batch.
 
     Typed values merge by their type; floating scalars are averaged by rows; tensors with one entry for each row are
-    concatenated in order. Buffers merge by the rules in `origins` (see `lumen.core.buffers.Tracker`); without
+    concatenated in order. Buffers merge by the rules in `origins` (see `lumen.core.buffers.BufferTracker`); without
     these, BatchNorm's statistics are known by their names, and other buffers must be equal in all microbatches.
     """
     if len(values) == 1:

@@ -1,7 +1,7 @@
 """Buffers of a model that computes a batch in microbatches, on several processes, or by rows under `vmap`.
 
-A loss function returns new buffers in `lm.Aux(buffers=...)`. A `Tracker` finds the module and the previous value of
-each: microbatches pass buffers on to the next, as a loop does, and those of processes and rows merge by rules.
+A loss function returns new buffers in `lm.Aux(buffers=...)`. A `BufferTracker` finds the module and the previous value
+of each: microbatches pass buffers on to the next, as a loop does, and those of processes and rows merge by rules.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Origin:
         return not (self.frozen or self.foreign) and (self.merge is None or self.merge.stepwise)
 
 
-class Tracker:
-    """Follows buffers through one gradient: a rule for P0 that observes the modules that a loss function runs.
+class BufferTracker:
+    """Follows buffers through one gradient: a rule for APPLY that observes the modules that a loss function runs.
 
     `returnable` are ids of tensors that may be returned unchanged. With `marks`, unwritten buffers are detected in a
     trace. Inside a `vmap` over rows, `lane` is a tensor that differs between them: buffers with a rule are made to
@@ -87,7 +87,7 @@ class Tracker:
         return WrappedLoss(loss_fn, run, lambda other: self.watching(other, has_aux))
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """The rule for P0."""
+        """The rule for APPLY."""
         if not self._active or not call.buffers:
             return next(call)
         origins = {name: self._origin(call, name, buffer) for name, buffer in call.buffers.items()}

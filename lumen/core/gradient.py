@@ -1,4 +1,4 @@
-"""`lm.value_and_grad` (primitive P1) and its engine.
+"""`lm.value_and_grad` (primitive GRADIENT) and its engine.
 
 The engine differentiates by `torch.autograd.grad` on detached leaves, and by `torch.func.grad_and_value` where the
 result may be differentiated again: the first is twice as fast, but its gradients are constants to an enclosing
@@ -77,7 +77,7 @@ def value_and_grad(
 
 
 def differentiate(call: GradientCall) -> Gradient:
-    """The base rule of P1."""
+    """The base rule of GRADIENT."""
     leaves, rebuild = flat(call.params)
     if {*map(type, leaves)} != {Tensor}:
         _check_params(leaves, call.params)

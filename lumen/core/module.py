@@ -1,4 +1,4 @@
-"""`lm.pure`: a torch module as a pure function of its params and buffers (primitive P0)."""
+"""`lm.pure`: a torch module as a pure function of its params and buffers (primitive APPLY)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Apply:
     def __call__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """P0: run the module through whatever transforms surround the step."""
+        """APPLY: run the module through whatever transforms surround the step."""
         if not rules.stack.rules[Primitive.APPLY]:
             return self.run(params, buffers, args, kwargs)
         return rules.bind(Primitive.APPLY, _apply, ApplyCall(self, params, buffers, args, kwargs))  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ class Aux:
 
 
 class Optimizer(Protocol):
-    """What P2 needs of an optimizer: see `lumen.optim.GradientTransformation`."""
+    """What UPDATE needs of an optimizer: see `lumen.optim.GradientTransformation`."""
 
     def init(self, params: Any) -> Any:
         """The optimizer's state for `params`."""
@@ -102,7 +102,7 @@ class _Call:
 
 @dataclass(slots=True)
 class ApplyCall(_Call):
-    """P0: run the module `target` on `args`, `kwargs`. Answer: `(out, new_buffers)`."""
+    """APPLY: run the module `target` on `args`, `kwargs`. Answer: `(out, new_buffers)`."""
 
     target: Any
     params: Mapping[str, Tensor]
@@ -113,7 +113,7 @@ class ApplyCall(_Call):
 
 @dataclass(slots=True)
 class GradientCall(_Call):
-    """P1: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
+    """GRADIENT: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
 
     With `summed`, the answer's loss and grads are sums over the batch, with the loss's weight beside them, so that
     the answers for microbatches add up to the answer for the batch. A `reduction` makes the answer that of all
@@ -133,7 +133,7 @@ class GradientCall(_Call):
 
 @dataclass(slots=True)
 class Gradient(_Call):
-    """The answer of P1.
+    """The answer of GRADIENT.
 
     `loss` is what the user's function returned (a `Mean` or a scalar); when summed, always a `Mean` whose total is
     what `grads` are the gradients of, with `scalar` recording which of the two it was. `joint` marks the answer of all
@@ -150,7 +150,7 @@ class Gradient(_Call):
 
 @dataclass(slots=True)
 class UpdateCall(_Call):
-    """P2: move `params` by `grads`. Answer: `(params, opt_state)`.
+    """UPDATE: move `params` by `grads`. Answer: `(params, opt_state)`.
 
     `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are. `norms` are of
     leaves that an outer rule has seen: ask it for those of `grads`, which it has if the leaves are unchanged.

@@ -94,11 +94,11 @@ class TrainState:
         return random.fold_in(random.key(self.seed), self.step)
 
     def apply(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """P0: the model on `args` with these params and the state's buffers: `(out, new_buffers)`."""
+        """APPLY: the model on `args` with these params and the state's buffers: `(out, new_buffers)`."""
         return self.apply_fn(params, self.buffers, *args, **kwargs)
 
     def apply_gradients(self, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **changes: Any) -> Self:
-        """P2: the state one update later, with new `buffers` and any other `changes`."""
+        """UPDATE: the state one update later, with new `buffers` and any other `changes`."""
         if grads.keys() != self.params.keys():
             raise StateError(
                 f"grads and params differ: {'; '.join(tree.differences(self.params, grads))}."
@@ -122,7 +122,7 @@ class TrainState:
 
 
 def apply_gradients(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    """P2: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
+    """UPDATE: one optimizer update, through whatever transforms (clip, guard, donate …) surround the step.
 
     Returns `(params, opt_state)`. `TrainState.apply_gradients` calls it; a step with a state of its own (a GAN's two
     players, say) calls it for each optimizer.

@@ -4,8 +4,8 @@ A transform is one object with four functions, each the identity unless overridd
 
 - `init(state) -> state` adds its slot, or places the params;
 - `wrap(step) -> step` changes how a step is computed, traceably: it installs rules;
-- `host(step) -> step` adds what must run on the host, outside a compiled region: seeding, raising, bookkeeping;
-- `export(state) -> state` goes back to the plain state.
+- `wrap_host(step) -> step` adds what must run on the host, outside a compiled region: seeding, raising, bookkeeping;
+- `export(state) -> state` returns the plain state.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def leaf_norms(leaves: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves])
 
 
-class Norms:
+class LeafNorms:
     """The norms of `leaves`, shared between transforms that need them."""
 
     __slots__ = ("_leaves", "_versions", "values")

@@ -1,4 +1,4 @@
-"""`Memory`: every tensor storage of this process, from its allocation to its release.
+"""`MemoryTracker`: every tensor storage of this process, from its allocation to its release.
 
 Only the storages of tensors count. Memory that a kernel uses within one operation, memory of the interpreter and the
 cache of an allocator are not recorded.
@@ -40,7 +40,7 @@ class Moment(NamedTuple):
 
 
 @dataclass(slots=True)
-class Block:
+class MemoryBlock:
     """One storage: its largest size, the tensor and the operation that it was created for, and when."""
 
     nbytes: int
@@ -79,16 +79,16 @@ class Peak(NamedTuple):
     nbytes: int
     moment: Moment
     by_category: Mapping[str, int]
-    blocks: Sequence[Block]
+    blocks: Sequence[MemoryBlock]
 
 
 @dataclass
-class Memory:
+class MemoryTracker:
     """All blocks, and all changes in order; `now` is the current position of the run."""
 
     now: Moment = field(default_factory=lambda: Moment("make", "", ""))
     device: str = "cpu"  # the device type of the run
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[MemoryBlock] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     _live: dict[int, _LiveStorage] = field(default_factory=dict)  # by the address of the storage
     _copies: dict[int, int] = field(default_factory=dict)  # blocks, by the address of the copied storage
@@ -110,7 +110,7 @@ class Memory:
         if address in self._live:
             return
         block, nbytes = len(self.blocks), storage.nbytes()
-        self.blocks.append(Block(nbytes, tuple(tensor.shape), tensor.dtype, operation, self.now))
+        self.blocks.append(MemoryBlock(nbytes, tuple(tensor.shape), tensor.dtype, operation, self.now))
         self.blocks[-1].host = tensor.device.type != self.device
         self._live[address] = _LiveStorage(block, nbytes, weakref.ref(storage, lambda _: self._record_free(address)))
         self.changes.append(Change(block, nbytes, self.now))
@@ -128,7 +128,7 @@ class Memory:
         """Record a hidden copy of `tensor` in a backend, until `drop_copies` is called for it."""
         block, nbytes = len(self.blocks), tensor.numel() * tensor.element_size()
         shape = tuple(tensor.shape)
-        self.blocks.append(Block(nbytes, shape, tensor.dtype, operation, self.now, "communication"))
+        self.blocks.append(MemoryBlock(nbytes, shape, tensor.dtype, operation, self.now, "communication"))
         self.changes.append(Change(block, nbytes, self.now))
         self._copies[_torch_compat.storage_id(tensor.untyped_storage())] = block
 

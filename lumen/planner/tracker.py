@@ -23,7 +23,7 @@ from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn
 from lumen.planner import comm_trace
 from lumen.planner.comm_trace import CollectiveCall
-from lumen.planner.memory import Memory, Moment
+from lumen.planner.memory import MemoryTracker, Moment
 
 _FIELDS = {"params": "params", "opt_state": "optimizer"}
 _NO_TRAFFIC = ("empty", "new_empty", "detach", "lift_fresh", "set_", "alias", "_unsafe_view")  # move no bytes
@@ -51,7 +51,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._copied_kinds = copied
         self._pending_work: Any = None
-        self.memory = Memory()
+        self.memory = MemoryTracker()
         self.work: list[Work] = []
         self.collectives: list[CollectiveCall] = []
         self.reads: list[str] = []  # the lines that read a value of a fake tensor

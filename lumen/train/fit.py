@@ -20,7 +20,7 @@ from lumen.train.metric_merge import MetricMerger
 from lumen.train.monitored_metrics import Monitors, names_of
 from lumen.train.progress import Silent, make_progress
 from lumen.train.result import Result
-from lumen.train.resume import RunCheckpoints
+from lumen.train.run_checkpoints import RunCheckpoints
 from lumen.train.run_context import RunContext
 from lumen.train.run_log import RunLogger
 from lumen.train.schedule import Schedule

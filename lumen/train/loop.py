@@ -16,7 +16,7 @@ import warnings
 from typing import Any
 
 from lumen.errors import InexactWarning
-from lumen.train.resume import RunCheckpoints
+from lumen.train.run_checkpoints import RunCheckpoints
 from lumen.train.run_context import RunContext
 from lumen.train.signals import Interrupted
 from lumen.train.step_batches import StepBatches

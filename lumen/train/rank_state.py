@@ -43,7 +43,7 @@ def own_rank_state(
     copies = extra.get("copies", 1)
     if processes == group.size and copies == distributed.tp_degree():
         own = states[group.rank]
-        return own, [own.get("meter", {})]
+        return own, [own.get("metrics", {})]
     if group.is_main:
         warnings.warn(
             f"this run resumes with {group.size} processes, and had {processes}. An lm.Loader keeps its order, but"
@@ -51,8 +51,8 @@ def own_rank_state(
             InexactWarning,
             stacklevel=2,
         )
-    meters = [state.get("meter", {}) for state in states[::copies]] if group.is_main else []
-    return {**extra, "rng": None}, reweight(meters, distributed.rows()[1])
+    accumulators = [state.get("metrics", {}) for state in states[::copies]] if group.is_main else []
+    return {**extra, "rng": None}, reweight(accumulators, distributed.rows()[1])
 
 
 def bundle(values: Sequence[Any]) -> dict[str, Any]:

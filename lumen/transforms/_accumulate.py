@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, batching, gradient, rules
-from lumen.core.buffers import Tracker
+from lumen.core.buffers import BufferTracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
@@ -195,7 +195,7 @@ class _AutoMemory:
         self.is_updating = False
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        """P2: record while the state may be partly updated."""
+        """UPDATE: record while the state may be partly updated."""
         self.is_updating = True
         answer: tuple[Any, Any] = next(call)
         self.is_updating = False
@@ -209,7 +209,7 @@ class _Accumulation:
         self.settings = settings
         self.text = text
         self.memory = memory  # for "auto" only
-        self.tracker = Tracker()
+        self.tracker = BufferTracker()
 
     @property
     def count(self) -> int | None:
@@ -217,7 +217,7 @@ class _Accumulation:
         return self.settings.k if self.memory is None else self.memory.count
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
-        """P1: the gradient of all rows, one microbatch at a time."""
+        """GRADIENT: the gradient of all rows, one microbatch at a time."""
         settings = self.settings
         if settings.auto and rules.is_tracing() and call.reduction is not None:
             raise OrderError(

@@ -49,7 +49,7 @@ class Blocks:
         return self  # copies of a model share its compiled blocks
 
     def rule(self, next: Next, call: ApplyCall) -> Any:
-        """P0: apply the model with its blocks compiled."""
+        """APPLY: apply the model with its blocks compiled."""
         if distributed.is_dry_run():
             return next(call)
         if _torch_compat.peek_interpreter_stack() is not None:

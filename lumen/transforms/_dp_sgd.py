@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import _torch_compat, batching, rules
-from lumen.core.buffers import Tracker, merge_rows
+from lumen.core.buffers import BufferTracker, merge_rows
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -131,17 +131,17 @@ class _PrivateGradients:
         self.unused = unused  # which of the state's params its optimizer freezes, by path
         self.key = key
         self.undeclared = undeclared
-        self.tracker = Tracker(marks=True)
+        self.tracker = BufferTracker(marks=True)
         self.rows = 0  # since the last update
         self.count = 0  # of updates
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """P0: reject models that mix rows, and track buffers."""
+        """APPLY: reject models that mix rows, and track buffers."""
         _check_no_batchnorm(call)
         return self.tracker.apply(next, call)
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
-        """P1: the mean of the clipped gradients of all rows, or their sum if the call requests it."""
+        """GRADIENT: the mean of the clipped gradients of all rows, or their sum if the call requests it."""
         size = batching.count(call.batch)
         if not size:
             raise BatchError(
@@ -215,7 +215,7 @@ class _PrivateGradients:
         return Aux(buffers, _merged(aux.metrics, size))
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        """P2: add noise to the mean gradient, once per update, however many microbatches it has."""
+        """UPDATE: add noise to the mean gradient, once per update, however many microbatches it has."""
         self._check_unused(call)
         divisor = self.settings.batch_size or self.rows or 1
         std = self.settings.noise * self.settings.clip / divisor

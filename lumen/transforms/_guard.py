@@ -19,7 +19,7 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError, NonFiniteError
-from lumen.optim._norms import Norms
+from lumen.optim._norms import LeafNorms
 from lumen.transforms._support.snapshot_dump import CallTrace, PreStepSnapshot, SnapshotPolicy
 
 Mode = Literal["skip", "raise", "dump"]
@@ -155,7 +155,7 @@ class _FinitenessCheck:
         self._differs_by_rank = False  # whether the numbers of other processes may differ
         self._verdict: tuple[Tensor, Tensor] | None = None
         self._device = device  # of the loss; grads may be on another
-        self._norms: Norms | None = None  # of the latest gradient
+        self._norms: LeafNorms | None = None  # of the latest gradient
         self.updates = 0
 
     @property
@@ -203,7 +203,7 @@ class _FinitenessCheck:
 
     def _add_grads(self, grads: Any) -> None:
         leaves, spec = tree.flatten(grads)
-        self._norms = Norms(leaves)
+        self._norms = LeafNorms(leaves)
         self._add("grads", spec, self._norms.values)
 
     def _add(self, kind: str, spec: tree.Spec, numbers: Tensor) -> None:

@@ -214,7 +214,7 @@ class precision(Transform):
         return run
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """P0: cast the model's params and inputs before it is applied, and its outputs after."""
+        """APPLY: cast the model's params and inputs before it is applied, and its outputs after."""
         compute = self.policy.compute
         norms = _norm_params(call.target)
         frozen = call.target.frozen - norms

@@ -13,7 +13,7 @@ import lumen as lm
 from lumen.core import distributed
 from lumen.errors import AxisError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
 from lumen.parallel.comm.mesh import mesh
-from lumen.parallel.fsdp import chunks, grad_reduction, unshard, update_rule
+from lumen.parallel.fsdp import chunks, grad_reduction, sharded_update, unshard
 from lumen.parallel.fsdp.fsdp import fsdp
 from lumen.parallel.fsdp.wrap import find
 from lumen.parallel.optimizer_check import check_optimizer
@@ -262,7 +262,7 @@ def some_at_a_time(stage, around):
     """The law where nothing that travels fits into one message, and how many messages an update takes."""
     kept, chunks.CHUNK_BYTES = chunks.CHUNK_BYTES, 200
     made = [0]
-    gather, scatter = update_rule.gather, grad_reduction.reduce_scatter
+    gather, scatter = sharded_update.gather, grad_reduction.reduce_scatter
 
     def counted(function):
         def run(*args):
@@ -271,13 +271,13 @@ def some_at_a_time(stage, around):
 
         return run
 
-    update_rule.gather, grad_reduction.reduce_scatter = counted(gather), counted(scatter)
+    sharded_update.gather, grad_reduction.reduce_scatter = counted(gather), counted(scatter)
     try:
         whole = batches(3, 8)
         wrapped = lm.compose(fsdp(stage=stage), *transforms(around))(step)
         losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, distributed.rank()) for batch in whole])
     finally:
-        chunks.CHUNK_BYTES, update_rule.gather, grad_reduction.reduce_scatter = kept, gather, scatter
+        chunks.CHUNK_BYTES, sharded_update.gather, grad_reduction.reduce_scatter = kept, gather, scatter
     wanted, other = train(lm.compose(*transforms(around))(step), make_state("deep"), whole)
     return float((losses - wanted).abs().max()), furthest(whole_of(wrapped, state), bare(other))[0], made[0]
 

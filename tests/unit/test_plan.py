@@ -19,7 +19,7 @@ from lumen.errors import HyperparameterError, StepError, WorldError
 from lumen.optim._adam import _TRIALS
 from lumen.planner.comm_trace import CollectiveCall, axes_of
 from lumen.planner.fake_world import fake_world
-from lumen.planner.memory import Memory
+from lumen.planner.memory import MemoryTracker
 from lumen.planner.plan import plan_loaded
 from lumen.planner.render import phases, sampled
 from lumen.planner.roofline import compute_seconds, device, ring_bytes, ring_seconds
@@ -192,7 +192,7 @@ def test_axes_are_told_by_the_places_that_differ():
 
 
 def test_memory_follows_storages_their_views_and_their_sizes():
-    memory = Memory()
+    memory = MemoryTracker()
     with memory.track_resizes():
         x = torch.ones(100)
         memory.record(x, "aten::ones")

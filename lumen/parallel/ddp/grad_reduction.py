@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, gradient, rules
-from lumen.core.buffers import Origin, Tracker
+from lumen.core.buffers import BufferTracker, Origin
 from lumen.core.metrics import GlobalMean, Max, Mean, Metric, Min, Sum, extremes, is_value
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
@@ -46,11 +46,11 @@ class DataParallelRule:
         self._counts = True  # whether the rows are the batch's own, and no dummy batch
         self._old = getattr(state, "buffers", None)
         tracked = state if self._old is None else self._old
-        self._tracker = Tracker({id(tensor) for tensor in tree.tensors(tracked)}, marks=True)
+        self._tracker = BufferTracker({id(tensor) for tensor in tree.tensors(tracked)}, marks=True)
         self._device = device_of(state)
 
     def apply(self, next: Next, call: ApplyCall) -> Any:
-        """P0: track buffers; with "sync", run BatchNorm over all ranks."""
+        """APPLY: track buffers; with "sync", run BatchNorm over all ranks."""
         self.applied = True
         if self._buffers != "sync":
             return self._tracker.apply(next, call)

@@ -1,4 +1,4 @@
-"""BatchNorm by the statistics of all ranks' rows: a rule for P0.
+"""BatchNorm by the statistics of all ranks' rows: a rule for APPLY.
 
 C is the number of channels, in dim 1; statistics are over all other dims.
 """

@@ -1,4 +1,4 @@
-"""Gradients by a DeepSpeed engine: the rule for P1, in which the engine computes, sums and keeps them."""
+"""Gradients by a DeepSpeed engine: the rule for GRADIENT, in which the engine computes, sums and keeps them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lumen.parallel.deepspeed.proxies import engine_grad
 
 
 class EngineRule(DataParallelRule):
-    """The rule of one step for P1, in which the engine computes the gradients."""
+    """The rule of one step for GRADIENT, in which the engine computes the gradients."""
 
     def __init__(self, holder: EngineHolder, state: Any) -> None:
         super().__init__(holder.comm, "merge", state, holder.checks)

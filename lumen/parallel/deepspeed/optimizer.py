@@ -17,7 +17,7 @@ from lumen.parallel.deepspeed.partitions import Span
 
 
 class Adapter(torch.optim.Optimizer):
-    """A torch optimizer whose step is P2 of the state's own optimizer, on this rank's spans of params.
+    """A torch optimizer whose step is UPDATE of the state's own optimizer, on this rank's spans of params.
 
     The engine calls it once for each of its groups of params. Between `begin` and `end` these calls are one update.
     Outside, as when the engine allocates memory, nothing is updated.

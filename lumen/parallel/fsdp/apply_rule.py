@@ -1,4 +1,4 @@
-"""P0 of fsdp at stage 3: the model runs on shards, and its units gather their params."""
+"""APPLY of fsdp at stage 3: the model runs on shards, and its units gather their params."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from lumen.parallel.fsdp.shard import (
     shard_specs,
     shard_tree,
 )
-from lumen.parallel.fsdp.update_rule import update_shards
+from lumen.parallel.fsdp.sharded_update import update_shards
 from lumen.parallel.optimizer_check import check_optimizer
 
 
@@ -58,9 +58,9 @@ class Sharding(ShardingSlot):
 
 
 class fsdp(Transform):
-    """Shard params, gradients and optimizer state over ranks; each rank computes its own rows.
+    """Shard params, gradients and optimizer state over ranks (ZeRO); each rank computes its own rows.
 
-    `stage=1` shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init` shards each tensor of
+    `stage` is that of ZeRO: 1 shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init` shards each tensor of
     the first rank's state along its first dim, in the layout of DTensor's `Shard(0)`: the last shards may be shorter,
     or empty. Tensors without dims stay full. Of an `lm.row_field()` each rank keeps the rows that it receives of a
     batch. Inside the step, params and grads of stage 3 are this rank's shards, plain tensors, on which the optimizer

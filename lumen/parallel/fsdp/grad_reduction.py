@@ -1,4 +1,4 @@
-"""P1 of fsdp: which params a loss function sees, and how its gradients are summed at each stage.
+"""GRADIENT of fsdp: which params a loss function sees, and how its gradients are summed at each stage.
 
 Stage 1 sums gradients in buckets, as ddp does. Stage 2 reduce-scatters them after the backward pass. At stage 3 the
 loss function sees `LazyParam`s, and each unit's gradients are reduce-scattered when the backward pass leaves the unit.

@@ -215,7 +215,7 @@ class tensor_parallel(Transform):
     def _apply(
         self, runtime: TPRuntime, layouts: Mapping[str, LeafSpec], view: FullParamView, next: Next, call: ApplyCall
     ) -> Any:
-        """P0: run the model on the shards of its params."""
+        """APPLY: run the model on the shards of its params."""
         if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
             return next(call.replace(params={k: unsharded(p) for k, p in call.params.items()}))
         params = {name: self._shard(view, name, p) for name, p in call.params.items()}
@@ -242,7 +242,7 @@ class tensor_parallel(Transform):
 
     @staticmethod
     def _gradient(runtime: TPRuntime, view: FullParamView, next: Next, call: GradientCall) -> Gradient:
-        """P1: the loss function gets full params, which are gathered if it reads them."""
+        """GRADIENT: the loss function gets full params, which are gathered if it reads them."""
         if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(view.layouts):
             return next(call)  # type: ignore[no-any-return]
 

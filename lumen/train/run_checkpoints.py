@@ -110,7 +110,7 @@ class RunCheckpoints:
         """The tensors that each rank has of its own."""
         return {
             "rng": rng.capture(),
-            "meter": self._run.logger.accumulator.state_dict(),
+            "metrics": self._run.logger.accumulator.state_dict(),
             "feed": self._batches.state_dict(),
         }
 
@@ -120,7 +120,7 @@ class RunCheckpoints:
         return {
             "clock": run.clock.state_dict(),
             "timers": run.schedule.state_dict(),
-            "journal": run.logger.state_dict(),
+            "run_log": run.logger.state_dict(),
             "callbacks": run.settings.callbacks.state_dict(),
             "stopped": run.stop.stopped,
             "processes": run.group.size,
@@ -153,7 +153,7 @@ class RunCheckpoints:
         run.clock.load_state_dict(meta["clock"])
         run.clock_updater.resume()
         run.schedule.load_state_dict(meta["timers"])
-        run.logger.load_state_dict(meta["journal"])
+        run.logger.load_state_dict(meta["run_log"])
         run.logger.accumulator.load_state_dict(*meters)
         run.settings.callbacks.load_state_dict(meta["callbacks"])
         self._batches.load_state_dict(own.get("feed", {}))

@@ -1,4 +1,4 @@
-"""P2 at stages 1 and 2: each rank updates its shards, and all ranks gather the new params."""
+"""UPDATE at stages 1 and 2: each rank updates its shards, and all ranks gather the new params."""
 
 from __future__ import annotations
 
