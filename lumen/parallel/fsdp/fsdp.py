@@ -60,11 +60,11 @@ class Sharding(ShardingSlot):
 class fsdp(Transform):
     """Shard params, gradients and optimizer state over ranks (ZeRO); each rank computes its own rows.
 
-    `stage` is that of ZeRO: 1 shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init` shards each tensor of
-    the first rank's state along its first dim, in the layout of DTensor's `Shard(0)`: the last shards may be shorter,
-    or empty. Tensors without dims stay full. Of an `lm.row_field()` each rank keeps the rows that it receives of a
-    batch. Inside the step, params and grads of stage 3 are this rank's shards, plain tensors, on which the optimizer
-    runs. `export` gathers the full state on every rank.
+    `stage` is that of ZeRO: 1 shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init`
+    shards each tensor of the first rank's state along its first dim, in the layout of DTensor's `Shard(0)`: the last
+    shards may be shorter, or empty. Tensors without dims stay full. Of an `lm.row_field()` each rank keeps the rows
+    that it receives of a batch. Inside the step, params and grads of stage 3 are this rank's shards, plain tensors, on
+    which the optimizer runs. `export` gathers the full state on every rank.
 
     Modules see full params. Those of a unit are all-gathered when the unit runs, freed afterwards, and all-gathered
     again for its backward pass, which reduce-scatters their gradients. `wrap` is one or more patterns of module names,
