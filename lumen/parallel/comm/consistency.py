@@ -153,7 +153,7 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
 
 
 def check_fields(state: Any, group: dist.ProcessGroup | None, sharded: Collection[int] = ()) -> None:
-    """Raise `WorldError`, on every rank, unless all have equal values in the fields that a subclass of a state adds.
+    """Raise `WorldError`, on every rank, unless all have equal values in slots and in fields that a subclass adds.
 
     `sharded` are the indices, among `lumen.tree.leaves`, of leaves of which each rank has its own shard. Row fields
     differ as well, but must be equal on ranks that compute the same rows.
@@ -178,8 +178,11 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, sharded: Collectio
 
 
 def _added(node: Any, path: str = "") -> list[tuple[str, Tensor]]:
-    """The tensors, by path, in the fields of `lm.dataclass` classes that `TrainState` does not have."""
+    """The tensors, by path, in slots, and in the fields of `lm.dataclass` classes that `TrainState` does not have."""
+    in_slots: list[tuple[str, Tensor]] = []
     if _is_state(node):
+        if getattr(node, "slots", None):
+            in_slots = [(path + inner, leaf) for inner, leaf in tree.named_tensors(node) if inner.startswith("slots[")]
         names = [name for name in type(node)._dynamic_fields_ if name not in _FIELDS]
         node = {name: getattr(node, name) for name in names}
         is_state = True
@@ -192,7 +195,7 @@ def _added(node: Any, path: str = "") -> list[tuple[str, Tensor]]:
             tensors += _added(child, f"{path}{inner}.")
         elif is_state and isinstance(child, Tensor):
             tensors.append((path + inner, child))
-    return tensors
+    return tensors + in_slots
 
 
 def _is_state(node: Any) -> bool:
@@ -200,13 +203,22 @@ def _is_state(node: Any) -> bool:
 
 
 def _undeclared(state: Any, name: str, ranks: Sequence[int], group: dist.ProcessGroup) -> str:
-    """The message for a field that differs; `name` is the path of its leaf."""
+    """The message for a slot or field that differs; `name` is the path of its leaf."""
     first = dist.get_global_rank(group, 0)
     field = re.split(r"[.\[]", name, maxsplit=1)[0]
     kind = type(state).__name__
-    return (
+    differs = (
         f"state.{name} on {_named(ranks)} differs from that of rank {first}, and a state must be the same on every"
-        f" rank: a checkpoint saves rank {first}'s, and all ranks would resume from that. If it has an entry for each"
+        f" rank: a checkpoint saves rank {first}'s, and all ranks would resume from that."
+    )
+    if field == "slots":
+        return (
+            f"{differs} If this slot has an entry for each param, declare that in the lm.dataclass of the slot:\n\n"
+            "    params: dict[str, torch.Tensor] = lm.extend.param_field()\n\n"
+            "Otherwise make it one value for all ranks: lm.pmean(x, 'data')."
+        )
+    return (
+        f"{differs} If it has an entry for each"
         f" row of the batch, such as a hidden state, declare that in {kind}:\n\n"
         f"    {field}: torch.Tensor = lm.row_field()\n\n"
         f"and create the state with the rows of the global batch. Otherwise make it one value for all ranks:"
