@@ -170,3 +170,15 @@ def test_modules_of_train_are_small_and_import_in_no_circle() -> None:
         for name in free:
             del waiting[name]
     assert not waiting, "these modules import each other, or what does"
+
+
+def test_no_file_is_above_400_lines_and_no_class_above_200() -> None:
+    long = []
+    for path in sorted((ROOT / "lumen").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        lines = source.count("\n")
+        long += [f"{path.relative_to(ROOT)}: {lines} lines"] if lines > 400 else []
+        for node in ast.walk(ast.parse(source)):
+            size = (node.end_lineno or 0) - node.lineno + 1 if isinstance(node, ast.ClassDef) else 0
+            long += [f"{path.relative_to(ROOT)}: class {node.name}, {size} lines"] if size > 200 else []
+    assert not long, "\n".join(["Split these by idea:", *long])

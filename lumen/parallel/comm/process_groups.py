@@ -14,8 +14,9 @@ from typing import Any, NoReturn, Protocol
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lumen.core._torch_compat import release_default_groups, release_groups
+from lumen.core._torch_compat import release_groups
 from lumen.errors import WorldError
+from lumen.parallel.comm.default_groups import release_default_groups
 
 
 class Closable(Protocol):

@@ -127,18 +127,7 @@ class deepspeed(Transform):
         row_shards.check(state)
         params = flat_params(state, "lm.deepspeed shards")
         check_optimizer(state.tx, "lm.deepspeed", can_gather=False)
-        wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
-        if wrong:
-            raise ParamsError(
-                f"lm.deepspeed keeps params in float32, and some are {', '.join(sorted(wrong))}. Write net.float(), and"
-                ' lm.precision("bf16") for the model to compute in bfloat16.'
-            )
-        scalars = [name for name, p in params.items() if not p.dim()]
-        if scalars and self.stage == 3:
-            raise ParamsError(
-                f"ZeRO's stage 3 takes no params without dims, as {scalars[0]!r} is. Make it torch.ones(1), or use"
-                ' {"zero_optimization": {"stage": 2}}.'
-            )
+        _check_params(params, self.stage)
         engine_setup = self._setup()
         holder: EngineHolder = self._memory
         if self.within is None:
@@ -188,7 +177,7 @@ class deepspeed(Transform):
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: functools.partial(self._apply, rule, holder.used()),
                 Primitive.GRADIENT: rule,
-                Primitive.UPDATE: functools.partial(self._update, holder),
+                Primitive.UPDATE: functools.partial(_update, holder, self.stage),
             }
             with holder.mesh.bound(), rules.rule_context(handlers):
                 return inner(state, batch)
@@ -227,30 +216,46 @@ class deepspeed(Transform):
             return engine.run(call.target, call.buffers, call.args, call.kwargs)
         return next(call.replace(params={name: unsharded(p) for name, p in params.items()}))
 
-    def _update(self, holder: EngineHolder, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-        pending, engine = holder.pending, holder.used()
-        if pending is None or call.grads is not pending.grads:
-            raise LossError(
-                "under lm.deepspeed state.apply_gradients takes the very grads that lm.value_and_grad returned in"
-                " this step: their values are in the engine, which applies them unchanged. To change gradients use"
-                " lm.fsdp()."
-            )
-        limit = engine.setup.clip
-        unused_fn = getattr(call.tx, "unused_fn", None)
-        if limit and unused_fn is not None:
-            unused = tree.unflatten(tree.structure(call.params), unused_fn(call.params))
-            engine.drop_gradients([name for name in unused if unused[name]])
-        if limit and pending.scale is not None:
-            limit /= float(pending.scale)
-        scale = pending.scale
-        if self.stage == 0 and scale is not None:  # where the engine clips the params' own gradients
-            for p in engine.params.values():
-                p.grad.mul_(scale.to(p.device, p.dtype))  # type: ignore[union-attr]
-            limit, scale = engine.setup.clip, None
-        engine.adapter.begin(Update(call.tx, call.opt_state, holder.param_slots, engine.spans, scale))
-        try:
-            engine.step(limit)
-        finally:
-            opt_state = engine.adapter.end()
-        holder.pending = None
-        return call.params, opt_state
+
+def _check_params(params: Mapping[str, Tensor], stage: int) -> None:
+    wrong = {str(p.dtype) for p in params.values()} - {"torch.float32"}
+    if wrong:
+        raise ParamsError(
+            f"lm.deepspeed keeps params in float32, and some are {', '.join(sorted(wrong))}. Write net.float(), and"
+            ' lm.precision("bf16") for the model to compute in bfloat16.'
+        )
+    scalars = [name for name, p in params.items() if not p.dim()]
+    if scalars and stage == 3:
+        raise ParamsError(
+            f"ZeRO's stage 3 takes no params without dims, as {scalars[0]!r} is. Make it torch.ones(1), or use"
+            ' {"zero_optimization": {"stage": 2}}.'
+        )
+
+
+def _update(holder: EngineHolder, stage: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
+    pending, engine = holder.pending, holder.used()
+    if pending is None or call.grads is not pending.grads:
+        raise LossError(
+            "under lm.deepspeed state.apply_gradients takes the very grads that lm.value_and_grad returned in"
+            " this step: their values are in the engine, which applies them unchanged. To change gradients use"
+            " lm.fsdp()."
+        )
+    limit = engine.setup.clip
+    unused_fn = getattr(call.tx, "unused_fn", None)
+    if limit and unused_fn is not None:
+        unused = tree.unflatten(tree.structure(call.params), unused_fn(call.params))
+        engine.drop_gradients([name for name in unused if unused[name]])
+    if limit and pending.scale is not None:
+        limit /= float(pending.scale)
+    scale = pending.scale
+    if stage == 0 and scale is not None:  # where the engine clips the params' own gradients
+        for p in engine.params.values():
+            p.grad.mul_(scale.to(p.device, p.dtype))  # type: ignore[union-attr]
+        limit, scale = engine.setup.clip, None
+    engine.adapter.begin(Update(call.tx, call.opt_state, holder.param_slots, engine.spans, scale))
+    try:
+        engine.step(limit)
+    finally:
+        opt_state = engine.adapter.end()
+    holder.pending = None
+    return call.params, opt_state

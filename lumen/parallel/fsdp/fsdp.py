@@ -110,13 +110,6 @@ class fsdp(Transform):
     level = "parallel"
     shards = True
     reason = "transforms inside compute the gradient of this rank's rows; params and grads are reduced around them"
-    stage: int
-    patterns: str | Sequence[str] | None
-    param_dtype: str | None
-    prefetch: int
-    offload: bool
-    param_init_fn: Initialize | None
-    _mesh: Mesh | None
 
     def __init__(
         self,
@@ -129,25 +122,7 @@ class fsdp(Transform):
         offload: bool = False,
         param_init_fn: Initialize | None = None,
     ) -> None:
-        if type(stage) is not int or stage not in (1, 2, 3):
-            raise HyperparameterError(
-                f"fsdp(stage={stage!r}) is unknown; give 1 (optimizer state), 2 (and gradients) or 3 (and params)."
-            )
-        if param_dtype not in (None, "bf16"):
-            raise HyperparameterError(f"fsdp(param_dtype={param_dtype!r}) is unknown; give 'bf16' or None.")
-        if type(prefetch) is not int or prefetch < 0:
-            raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, 0 or more.")
-        if stage < 3 and (wrap is not None or param_dtype is not None):
-            raise HyperparameterError(
-                f"fsdp(stage={stage}) gathers no units: leave wrap and param_dtype out, or use 3."
-            )
-        if type(offload) is not bool:
-            raise HyperparameterError(f"fsdp(offload={offload!r}) must be True or False.")
-        if stage < 3 and offload:
-            raise HyperparameterError(
-                f"fsdp(stage={stage}) keeps full params on the device, and offload is for shards. Write"
-                " lm.fsdp(stage=3, offload=True)."
-            )
+        _check_arguments(stage, wrap, param_dtype, prefetch, offload)
         self.stage = stage
         self.patterns = wrap
         self.param_dtype = param_dtype
@@ -188,7 +163,7 @@ class fsdp(Transform):
         self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
         consistency.assert_same_on_all_ranks(lines, layout.row_group, self.mesh.device, "the processes of lm.fsdp")
-        specs = self._specs(state)
+        specs = _specs(state, self.stage)
         self._memory.units(state.apply_fn, [*params])  # raises for patterns that match nothing
         if begins_on_meta(state):
             state = self._init_meta(state, layout)
@@ -200,11 +175,6 @@ class fsdp(Transform):
             state = offload.place_state(state, specs, self.mesh.device)
         state = row_shards.shard(state, self.mesh, self.name)
         return with_slot(state, self.name, Sharding(specs=specs, size=layout.size, stage=self.stage))
-
-    def _specs(self, state: Any) -> SpecTree:
-        """The specs of a state that is about to be sharded."""
-        params = {name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in state.params.items()}
-        return SpecTree.of(state, params, field=None if self.stage == 3 else "opt_state")
 
     def _prepared(self, state: Any) -> Any:
         """A state that `init` has returned before, unchanged."""
@@ -250,7 +220,7 @@ class fsdp(Transform):
     def wrap(self, step: StepFn) -> StepFn:
         """The step with params gathered where they are used, and gradients reduced over ranks."""
         inside = as_step(step).transforms
-        self._check_inside(inside)
+        _check_inside(self, inside)
         checks = BufferChecks("lm.fsdp")
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -284,18 +254,45 @@ class fsdp(Transform):
                 " step. Leave out lm.compile(), or write lm.fsdp()."
             )
 
-    def _check_inside(self, transforms: Sequence[Transform]) -> None:
-        for inner in transforms:
-            if inner.level == "tensor" and self.offload:
-                raise OrderError(
-                    f"{inner!r} shards params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
-                    " lm.fsdp() around it."
-                )
-            if inner.level == "dp_sgd":
-                raise OrderError(f"{inner!r} under lm.fsdp would add noise for the rows of one rank alone.")
-            if getattr(inner, "auto", False) and self.stage == 3:
-                raise OrderError(
-                    f"{inner!r} cannot be inside lm.fsdp(stage=3): a rank that runs out of memory between all-gathers"
-                    " would block the others in the next one. Give a number, lm.accumulate(2), or use"
-                    " lm.fsdp(stage=2), which communicates only after each rank has computed its gradient."
-                )
+
+def _check_arguments(stage: Any, wrap: Any, param_dtype: Any, prefetch: Any, offload: Any) -> None:
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise HyperparameterError(
+            f"fsdp(stage={stage!r}) is unknown; give 1 (optimizer state), 2 (and gradients) or 3 (and params)."
+        )
+    if param_dtype not in (None, "bf16"):
+        raise HyperparameterError(f"fsdp(param_dtype={param_dtype!r}) is unknown; give 'bf16' or None.")
+    if type(prefetch) is not int or prefetch < 0:
+        raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, 0 or more.")
+    if stage < 3 and (wrap is not None or param_dtype is not None):
+        raise HyperparameterError(f"fsdp(stage={stage}) gathers no units: leave wrap and param_dtype out, or use 3.")
+    if type(offload) is not bool:
+        raise HyperparameterError(f"fsdp(offload={offload!r}) must be True or False.")
+    if stage < 3 and offload:
+        raise HyperparameterError(
+            f"fsdp(stage={stage}) keeps full params on the device, and offload is for shards. Write"
+            " lm.fsdp(stage=3, offload=True)."
+        )
+
+
+def _check_inside(transform: fsdp, transforms: Sequence[Transform]) -> None:
+    for inner in transforms:
+        if inner.level == "tensor" and transform.offload:
+            raise OrderError(
+                f"{inner!r} shards params on the device, and lm.fsdp(offload=True) keeps them on the host. Write"
+                " lm.fsdp() around it."
+            )
+        if inner.level == "dp_sgd":
+            raise OrderError(f"{inner!r} under lm.fsdp would add noise for the rows of one rank alone.")
+        if getattr(inner, "auto", False) and transform.stage == 3:
+            raise OrderError(
+                f"{inner!r} cannot be inside lm.fsdp(stage=3): a rank that runs out of memory between all-gathers"
+                " would block the others in the next one. Give a number, lm.accumulate(2), or use"
+                " lm.fsdp(stage=2), which communicates only after each rank has computed its gradient."
+            )
+
+
+def _specs(state: Any, stage: int) -> SpecTree:
+    """The specs of a state that is about to be sharded."""
+    params = {name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in state.params.items()}
+    return SpecTree.of(state, params, field=None if stage == 3 else "opt_state")

@@ -122,7 +122,7 @@ class tensor_parallel(Transform):
         layouts = param_layouts(
             state.apply_fn.module, self._memory.styles(state.apply_fn), 1 if tp_group is None else tp_group.size
         )
-        self._check_outside()
+        _check_outside(self)
         if tp_group is None:
             return state
         check_optimizer(state.tx, "lm.tensor_parallel", can_gather=False)
@@ -177,7 +177,7 @@ class tensor_parallel(Transform):
             layouts, view = runtime.layouts(slot(state, self.name))
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: functools.partial(self._apply, runtime, layouts, view),
-                Primitive.GRADIENT: functools.partial(self._gradient, runtime, view),
+                Primitive.GRADIENT: functools.partial(_gradient, runtime, view),
             }
             with rules.rule_context(handlers), sharding.bound(_Shards(tp_group, view.layouts)):
                 if self._is_alone():
@@ -216,63 +216,15 @@ class tensor_parallel(Transform):
         self, runtime: TPRuntime, layouts: Mapping[str, LeafSpec], view: FullParamView, next: Next, call: ApplyCall
     ) -> Any:
         """APPLY: run the model on the shards of its params."""
-        if not call.params.keys() <= layouts.keys() or not self._names(call) >= layouts.keys():
+        if not call.params.keys() <= layouts.keys() or not {*call.params, *call.buffers} >= layouts.keys():
             return next(call.replace(params={k: unsharded(p) for k, p in call.params.items()}))
-        params = {name: self._shard(view, name, p) for name, p in call.params.items()}
+        params = {name: _shard_of(view, name, p) for name, p in call.params.items()}
         change = shard_modules(runtime.run, view, runtime.styles(call.target))
         target = call.target.variant((self.name, runtime), change)
         try:
             return next(call.replace(target=target, params=params))
         finally:
             runtime.run.leave()
-
-    @staticmethod
-    def _names(call: ApplyCall) -> set[str]:
-        return {*call.params, *call.buffers}
-
-    @staticmethod
-    def _shard(view: FullParamView, name: str, param: Tensor) -> Tensor:
-        """This rank's shard of a param, also of one that the loss function computed from full params."""
-        if isinstance(param, LazyParam) and param.source is view:
-            return param.shard
-        layout = view.layouts.get(name)
-        if layout is None or param.shape != torch.Size(layout.shape):
-            return param
-        return view.tp_group.slice(param, layout.dim, layout.groups)
-
-    @staticmethod
-    def _gradient(runtime: TPRuntime, view: FullParamView, next: Next, call: GradientCall) -> Gradient:
-        """GRADIENT: the loss function gets full params, which are gathered if it reads them."""
-        if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(view.layouts):
-            return next(call)  # type: ignore[no-any-return]
-
-        def with_full_params(loss_fn: LossFn) -> LossFn:
-            def run(params: Any, *args: Any) -> Any:
-                return loss_fn({name: _lazy_param(view, name, p) for name, p in params.items()}, *args)
-
-            return WrappedLoss(loss_fn, run, with_full_params)
-
-        try:
-            return next(call.replace(loss_fn=with_full_params(call.loss_fn)))  # type: ignore[no-any-return]
-        finally:
-            runtime.run.leave()  # recomputing a layer in the backward pass enters its region again
-
-    def _check_outside(self) -> None:
-        around = () if self.within is None else self.within.transforms
-        reducer = next((t for t in around if t.level == "parallel"), None)
-        mesh = self.mesh
-        if reducer is None and mesh.size("data", "shard") > 1:
-            raise OrderError(
-                f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
-                " lm.ddp(mesh)(lm.tensor_parallel(plan, mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
-            )
-        other = getattr(reducer, "mesh", mesh)
-        if other.sizes != mesh.sizes:
-            raise WorldError(
-                f"{reducer!r} has {other!r} and lm.tensor_parallel has {mesh!r}: they must share one mesh."
-                f" Write mesh = lm.mesh(data=..., tensor=...), lm.{reducer.name if reducer else 'ddp'}(mesh) and"
-                " lm.tensor_parallel(plan, mesh)."
-            )
 
 
 class _Shards:
@@ -285,6 +237,51 @@ class _Shards:
     def counts(self, path: str, leaf: Tensor) -> bool:
         """Whether this rank adds `leaf` to a sum over all entries."""
         return self._tp_group.index == 0 or path in self._layouts
+
+
+def _shard_of(view: FullParamView, name: str, param: Tensor) -> Tensor:
+    """This rank's shard of a param, also of one that the loss function computed from full params."""
+    if isinstance(param, LazyParam) and param.source is view:
+        return param.shard
+    layout = view.layouts.get(name)
+    if layout is None or param.shape != torch.Size(layout.shape):
+        return param
+    return view.tp_group.slice(param, layout.dim, layout.groups)
+
+
+def _gradient(runtime: TPRuntime, view: FullParamView, next: Next, call: GradientCall) -> Gradient:
+    """GRADIENT: the loss function gets full params, which are gathered if it reads them."""
+    if not isinstance(call.params, Mapping) or call.params.keys().isdisjoint(view.layouts):
+        return next(call)  # type: ignore[no-any-return]
+
+    def with_full_params(loss_fn: LossFn) -> LossFn:
+        def run(params: Any, *args: Any) -> Any:
+            return loss_fn({name: _lazy_param(view, name, p) for name, p in params.items()}, *args)
+
+        return WrappedLoss(loss_fn, run, with_full_params)
+
+    try:
+        return next(call.replace(loss_fn=with_full_params(call.loss_fn)))  # type: ignore[no-any-return]
+    finally:
+        runtime.run.leave()  # recomputing a layer in the backward pass enters its region again
+
+
+def _check_outside(transform: tensor_parallel) -> None:
+    around = () if transform.within is None else transform.within.transforms
+    reducer = next((t for t in around if t.level == "parallel"), None)
+    mesh = transform.mesh
+    if reducer is None and mesh.size("data", "shard") > 1:
+        raise OrderError(
+            f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
+            " lm.ddp(mesh)(lm.tensor_parallel(plan, mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
+        )
+    other = getattr(reducer, "mesh", mesh)
+    if other.sizes != mesh.sizes:
+        raise WorldError(
+            f"{reducer!r} has {other!r} and lm.tensor_parallel has {mesh!r}: they must share one mesh."
+            f" Write mesh = lm.mesh(data=..., tensor=...), lm.{reducer.name if reducer else 'ddp'}(mesh) and"
+            " lm.tensor_parallel(plan, mesh)."
+        )
 
 
 def _lazy_param(view: FullParamView, name: str, param: Tensor) -> Tensor:
