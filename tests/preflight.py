@@ -77,7 +77,7 @@ def packages() -> None:
         raise BrokenError(f"lumen is imported from {home}, not from {ROOT}: make distclean test (or unset PYTHONPATH)")
     for each in installed.check_packages(quick=True):
         if each.status == "broken":
-            raise BrokenError(f"{each.name}: {each.found}: make distclean test, or {each.fix}")
+            raise BrokenError(f"{each.name}: {each.detail}: make distclean test, or {each.fix}")
 
 
 def launcher() -> None:

@@ -13,7 +13,7 @@ from lumen.core import distributed as world
 from lumen.errors import OrderError
 from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.ddp.ddp import ddp
-from lumen.parallel.fsdp import unshard
+from lumen.parallel.fsdp import unit_plan
 from lumen.parallel.fsdp.fsdp import fsdp
 from tests.distributed import fsdp_models
 from tests.distributed.models import bare, batches, furthest, make_state, part, step, train, transforms
@@ -90,19 +90,19 @@ def test_in_float32_and_bfloat16(spread, world2):
 def gathers(prefetch, *around):
     """How many times params are sent for in one step."""
     made = [0]
-    init = unshard.AllGatherHandle.__init__
+    all_gather = unit_plan.UnitPlan.all_gather
 
     def counted(self, *args):
         made[0] += 1
-        init(self, *args)
+        return all_gather(self, *args)
 
     wrapped = lm.compose(fsdp(prefetch=prefetch), *transforms(around))(step)
     state = wrapped.init(make_state("deep"))
-    unshard.AllGatherHandle.__init__ = counted
+    unit_plan.UnitPlan.all_gather = counted
     try:
         wrapped(state, part(batches(1, 8)[0], [5, 3], world.rank()))
     finally:
-        unshard.AllGatherHandle.__init__ = init
+        unit_plan.UnitPlan.all_gather = all_gather
     return made[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from lumen.core import distributed
 from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.comm.mesh import mesh
-from lumen.parallel.deepspeed.deepspeed import EngineReducer
+from lumen.parallel.deepspeed.grad_reduction import EngineReducer
 from lumen.parallel.fsdp.grad_reduction import ShardReducer, UnitReducer
 from lumen.parallel.fsdp.shard import ShardLayout, gather, reduce_scatter
 from lumen.parallel.fsdp.unit_plan import UnitPlan
@@ -30,7 +30,7 @@ def planned_and_plain():
     """The collectives of a plan, beside those that work out each message anew."""
     layout, tensors = layout_and_grads()
     shapes = [tensor.shape for tensor in tensors]
-    shards = [layout.part(tensor) for tensor in tensors]
+    shards = [layout.shard(tensor) for tensor in tensors]
     plan, buffers = UnitPlan(layout, shapes, DTYPES, None), []
     found = [*plan.reduce_scatter(tensors), *plan.receive(plan.all_gather(shards), buffers)]
     for buffer in buffers:
@@ -48,7 +48,7 @@ def test_a_plan_sends_what_the_layout_says(world2):
 def sums_of_all():
     """What each reducer makes of the same gradients and the same tail."""
     layout, grads = layout_and_grads()
-    comm = GradComm(layout.everyone)
+    comm = GradComm(layout.row_group)
     tail = [torch.ones(2) * (distributed.rank() + 1), torch.tensor(5.0)]
     buckets = Buckets(comm, BucketPlanCache(comm, 2**20), overlap=False)
     sums, tails = zip(
@@ -57,7 +57,7 @@ def sums_of_all():
     shards = UnitPlan(layout, [g.shape for g in grads], DTYPES, None).reduce_scatter(grads)
     units, unit_tail = UnitReducer(layout).finish(shards, tail)
     none, engine_tail = EngineReducer(comm).finish(grads, tail)
-    close = [torch.allclose(layout.part(a).float(), b.float(), atol=0.05) for a, b in zip(*sums, strict=True)]
+    close = [torch.allclose(layout.shard(a).float(), b.float(), atol=0.05) for a, b in zip(*sums, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(sums[1], units, strict=True)]
     return close + same, [t.tolist() for t in (*tails, unit_tail, engine_tail)], none
 

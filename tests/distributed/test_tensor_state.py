@@ -417,7 +417,7 @@ def test_order_is_checked():
     plan = {"0": Colwise()}
     with pytest.raises(OrderError, match=r"tensor_parallel is outside ddp, but it must be inside"):
         tensor_parallel(plan)(lm.ddp()(step))
-    with pytest.raises(OrderError, match="both join the gradients of all rows"):
+    with pytest.raises(OrderError, match="both reduce the gradients of all rows"):
         lm.ddp()(lm.fsdp()(step))
     with pytest.raises(OrderError, match="accumulate is outside tensor_parallel"):
         lm.accumulate(2)(tensor_parallel(plan)(step))

@@ -97,7 +97,7 @@ def test_an_error_of_the_checkpoints_own_disk_is_not_met_twice(tmp_path, monkeyp
         saves.append(1)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(_save, "_write_alone", full)
+    monkeypatch.setattr(_save, "_write_single", full)
     with pytest.raises(CheckpointError, match="No space left"):
         fit(tmp_path, epochs=3)
     assert len(saves) == 1
@@ -112,7 +112,7 @@ def test_a_sink_that_fails_ends_the_run_with_a_checkpoint_and_the_others_have_th
     for sinks in ([Failing(steps=(3,)), log], [log, Failing(steps=(5,))]):
         with pytest.raises(TimeoutError, match="no answer") as caught:
             fit(tmp_path, sinks=sinks, every=100)
-        assert any("Failing could not take the values of step" in note for note in caught.value.__notes__)
+        assert any("Failing could not log the values of step" in note for note in caught.value.__notes__)
         assert rows_of(tmp_path / "m.jsonl") == list(range(1, steps_of(tmp_path)[-1] + 1))
     fit(tmp_path, sinks=[log], every=100)
     assert steps_of(tmp_path) == [3, 5, 6]
@@ -147,7 +147,7 @@ def test_a_sink_that_cannot_close_is_an_error_after_the_last_checkpoint(tmp_path
     assert log._file is None
     with pytest.raises(TimeoutError) as first:  # the first error is the one to see
         fit(tmp_path / "two", Data(TimeoutError("s3")), sinks=[Failing(close=OSError("not closed"))])
-    assert "besides, a sink could not close: OSError: not closed" in first.value.__notes__
+    assert "a sink could not close either: OSError: not closed" in first.value.__notes__
 
 
 @pytest.mark.parametrize("kind", [lm.sinks.JSONL, lm.sinks.CSV])

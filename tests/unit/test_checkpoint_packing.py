@@ -101,7 +101,7 @@ def test_many_leaves_are_few_files_and_hardly_more_bytes(tmp_path):
 def test_parts_of_a_packed_leaf(packed):
     reader = Reader(packed)
     record = next(record for record in reader.records if record.path == ("small", 2))
-    boxes = (Slice(here=(0, 0), whole=(1, 1), size=(1, 2)), Slice(here=(1, 0), whole=(0, 0), size=(1, 2)))
+    boxes = (Slice(local=(0, 0), full=(1, 1), size=(1, 2)), Slice(local=(1, 0), full=(0, 0), size=(1, 2)))
     (found,) = reader.read([record], None, {record.path: ReadRequest((2, 2), boxes)})
     whole = leaves()["small"][2]
     assert torch.equal(found, torch.stack([whole[1, 1:], whole[0, :2]]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 import lumen as lm
+from lumen.core import _torch_compat
 from lumen.transforms._support import compiled_graph
-
-inductor = importlib.import_module("torch._inductor")
 
 
 class Graph:
@@ -46,7 +44,7 @@ def test_what_a_graph_answers_outlives_the_next_step(monkeypatch: pytest.MonkeyP
         log.append(f"compile {options['triton.cudagraphs']}")
         return Graph(graph, log)
 
-    monkeypatch.setattr(inductor, "compile", stand_in)
+    monkeypatch.setattr(_torch_compat, "inductor_compile", stand_in)
     monkeypatch.setattr(compiled_graph, "_uses_cuda_graphs", lambda options, example: options["triton.cudagraphs"])
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: log.append("mark"))
     fast = lm.compile(mode="reduce-overhead")(step)

@@ -7,6 +7,7 @@ import torch
 
 import lumen as lm
 from lumen import optim
+from lumen.core import _torch_compat
 from lumen.errors import PatternError, StateError
 from lumen.optim._param_names import selected
 
@@ -59,7 +60,7 @@ class TestDecayMask:
         calls = []
         kernel = torch._fused_adamw_
         monkeypatch.setattr(
-            torch, "_fused_adamw_", lambda *args, **kwargs: (calls.append(len(args[0])), kernel(*args, **kwargs))
+            _torch_compat, "fused_adamw_", lambda *args, **kwargs: (calls.append(len(args[0])), kernel(*args, **kwargs))
         )
         steps(optim.adamw(0.01, decay_mask=optim.matrices), 1)
         assert calls == [2, 2]
