@@ -4,6 +4,7 @@ Write `step(state, batch) -> (state, metrics)`; wrap it in transforms; call it, 
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from lumen import checkpoint, data, extend, metrics, optim, parallel, random, sinks, tree
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from lumen.bridges.quantize import quantize
     from lumen.parallel.deepspeed.deepspeed import deepspeed
     from lumen.planner.plan import plan
+
+    __version__: str
 
 __all__ = [
     "Apply",
@@ -169,6 +172,8 @@ _LAZY_MODULES = {
 if not TYPE_CHECKING:  # a type checker would take every name for one that `__getattr__` knows
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.metadata.version("lumen-torch")
         if name not in _LAZY_MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = importlib.import_module(_LAZY_MODULES[name])

@@ -16,6 +16,7 @@ from lumen.checkpoint.chunk_grid import Array
 from lumen.checkpoint.leaves import ARRAYS, LeafPath, encode, kind_of, named
 from lumen.checkpoint.orbax_names import array_keys, directory_of
 from lumen.checkpoint.shard_specs import by_leaf_index
+from lumen.core.dtypes import as_bytes
 from lumen.core.sharding import ShardSpec
 
 Key = tuple[str, tuple[str, ...]]  # the item, and the keys in it
@@ -174,7 +175,7 @@ def _as_bits(value: Any) -> Tensor:
 
 
 def _flat_bytes(values: Sequence[Tensor]) -> list[Tensor]:
-    return [value.cpu().contiguous().view(-1).view(torch.uint8) for value in values]
+    return [as_bytes(value.cpu()) for value in values]
 
 
 def _copy_to_host(values: Sequence[Tensor], memory: HostMemory) -> list[Tensor]:

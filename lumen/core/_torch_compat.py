@@ -322,6 +322,12 @@ storage_id = attrgetter("_cdata")
 schema_of, operation_name, overload_name = map(attrgetter, ("_schema", "_opname", "_overloadname"))
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that was given to `torch.compile`, or `module` itself."""
+    original: nn.Module = getattr(module, "_orig_mod", module)
+    return original
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling this module also runs hooks of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -26,7 +26,7 @@ from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
 _MISSING = object()
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _is_sparse = attrgetter("requires_grad"), attrgetter("is_sparse")
 
 
 def value_and_grad(
@@ -143,6 +143,8 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         if all(g is None for g in grads):
             independent = independent_of(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
+    if any(map(_is_sparse, grads)):  # of nn.Embedding(sparse=True): optimizers and collectives take dense ones
+        grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)  # type: ignore[union-attr]
     answer = Gradient(detached(loss), rebuild(grads), None if aux is None else detached(aux), scalar, size)
     return answer if call.reduction is None and independent is None else _finished(call, answer, independent)
 
@@ -165,7 +167,7 @@ def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) 
     _torch_compat.engine_run_backward(
         (objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True
     )
-    sums[:] = [leaf.grad for leaf in live]
+    sums[:] = [g.to_dense() if g is not None and g.is_sparse else g for g in (leaf.grad for leaf in live)]
 
 
 def _one(objective: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lumen import tree
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
-from lumen.errors import LossError
+from lumen.errors import LossError, MetricError
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -308,9 +309,33 @@ def as_value(leaf: Any) -> Metric:
     """A typed value as it is; a plain number or tensor as a mean of one, which is how several of them merge."""
     if isinstance(leaf, Metric):
         return leaf
+    if not isinstance(leaf, Tensor | int | float | complex | np.ndarray | np.generic):
+        raise MetricError(
+            f"a metric is {leaf!r:.60}, of type {type(leaf).__name__}; it must be a number, a tensor or an lm.Metric."
+            " Log text by a sink or a callback instead."
+        )
     tensor = torch.as_tensor(leaf)
     tensor = _wide(tensor)
     return Mean(tensor, torch.ones((), dtype=tensor.dtype, device=tensor.device))
+
+
+def without_rows(leaf: Any, dummy_rows: int) -> Any:
+    """A metric that was computed from `dummy_rows` dummy rows, as the value that leaves others unchanged in a merge.
+
+    >>> without_rows(Mean.of(torch.ones(2)), 2)
+    Mean(total=tensor(0.), weight=tensor(0.))
+    """
+    if isinstance(leaf, Mean | Sum):
+        return tree.map(torch.zeros_like, leaf)
+    if isinstance(leaf, Max | Min):
+        low, high = extremes(leaf.value.dtype)
+        return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
+    if isinstance(leaf, Metric):
+        empty = getattr(getattr(leaf, "metric", None), "init", None)  # a torchmetrics metric
+        return leaf if empty is None else empty()
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == dummy_rows:
+        return leaf[:0]
+    return leaf
 
 
 def _wide(values: Tensor) -> Tensor:

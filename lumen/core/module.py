@@ -39,7 +39,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     Both dicts are flat, by fully qualified name in the order of `named_parameters()`; tied weights appear once.
     Parameters with `requires_grad=False` are not differentiated and count as buffers. The tensors are the module's
     own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
-    or `eval()` mode is the one the module was in.
+    or `eval()` mode is the one the module was in. Of a module from `torch.compile` it takes the original.
 
     `merge` says, by patterns of buffers' names, how the new buffers of microbatches are merged into that of the batch,
     where several processes or the rows under `lm.dp_sgd` compute them: "sum" adds up the changes from the start of the
@@ -47,7 +47,8 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     concatenates rows in order, and "sync" declares that the module synchronizes the buffer itself. Buffers of BatchNorm
     and other modules of torch have rules. A buffer without a rule may not change there.
 
-    Raises `ParamsError` for a lazy module that has not seen its first input, and for two parameters in the same memory
+    Raises `ParamsError` for a lazy module that has not seen its first input, for a tensor that a module computed from
+    its parameters before (old-style `weight_norm`, `prune`), and for two parameters in the same memory
     that are not one `nn.Parameter` in two places (updates would move them apart), `PatternError` for a pattern that
     matches no buffer, and `HyperparameterError` for a rule that does not exist or does not suit the buffer's dtype.
 
@@ -57,6 +58,8 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     >>> out.tolist()
     [[3.0], [3.0], [3.0]]
     """
+    module = _torch_compat.uncompiled(module)
+    _check_leaves(module)
     named = dict(module.named_parameters())
     lazy = [name for name, p in named.items() if is_lazy(p)]
     lazy += [name for name, b in module.named_buffers() if is_lazy(b)]
@@ -71,6 +74,20 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
     apply = Apply(skeleton_of(module), frozenset(frozen), merges_of(module, merge))
     return Pure(apply, params, {**buffers, **frozen})
+
+
+def _check_leaves(module: nn.Module) -> None:
+    """Raise `ParamsError` for a module with a tensor that it computed from its parameters before."""
+    for prefix, submodule in module.named_modules():
+        for name, value in vars(submodule).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                path = f"{prefix}.{name}" if prefix else name
+                raise ParamsError(
+                    f"{printable(path)} is a tensor that was computed from parameters, as torch.nn.utils.weight_norm"
+                    " and torch.nn.utils.prune leave it, and would not follow their updates. Write"
+                    " torch.nn.utils.parametrizations.weight_norm(layer), or after pruning"
+                    f" torch.nn.utils.prune.remove(layer, {name!r})."
+                )
 
 
 def _check_memory(named: Mapping[str, Tensor]) -> None:

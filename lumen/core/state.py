@@ -72,6 +72,7 @@ class TrainState:
                 raise ParamsError("the model is an lm.pure already. Write lm.pure(net, merge={...}).")
         else:
             model = pure(model, merge=merge)
+        _check_optimizer(tx)
         if not model.params:
             raise ParamsError("the model has no trainable parameters: each has requires_grad=False, or it has none.")
         check_statistics(model.apply.module, model.buffers)
@@ -144,3 +145,13 @@ def _update(call: UpdateCall) -> tuple[Any, Any]:
     if skip is not None:  # found where the step computes, which need not be where params are kept
         skip = skip.to(tree.tensors(call.params)[0].device)
     return call.tx.apply(call.grads, call.opt_state, call.params, skip=skip, donate=call.donate)  # type: ignore[no-any-return]
+
+
+def _check_optimizer(tx: Any) -> None:
+    """Raise `StateError` for what is no optimizer of Lumen's kind, with the line to write."""
+    if isinstance(tx, type) or not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "apply", None))):
+        name = tx.__name__ if isinstance(tx, type) else type(tx).__name__
+        kind = tx if isinstance(tx, type) else type(tx)
+        known = kind.__module__.startswith("torch.optim")
+        fix = f"lm.optim.from_torch(torch.optim.{name}, lr=1e-3)" if known else "lm.optim.adamw(1e-3)"
+        raise StateError(f"tx is {name}, which is not an optimizer of lm.optim. Write tx = {fix}.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from lumen.core import distributed, rules
 from lumen.core.buffer_rules import MEANINGS, SHOWN, described, suggested
 from lumen.core.buffers import Origin
+from lumen.core.dtypes import as_bytes
 from lumen.errors import MergeError
 
 
@@ -46,7 +47,7 @@ class Undeclared:
         pairs = [_alike(origin.start, new, rows) for origin, new in buffers]
         if None in pairs:  # another shape
             return [origin for (origin, _), pair in zip(buffers, pairs, strict=True) if pair is None]
-        old, new = (torch.cat([_bits(x) for x in side]) for side in zip(*(p for p in pairs if p), strict=True))
+        old, new = (torch.cat([as_bytes(x) for x in side]) for side in zip(*(p for p in pairs if p), strict=True))
         changed = (old != new).any() if names not in self._noted else self._noted[names] | (old != new).any()
         self._noted[names] = changed
         if self._looks & (self._looks - 1) or not self._noted.pop(names):
@@ -54,7 +55,7 @@ class Undeclared:
         differing = [
             origin
             for (origin, new), pair in zip(buffers, pairs, strict=True)
-            if pair and not torch.equal(*map(_bits, pair))
+            if pair and not torch.equal(*map(as_bytes, pair))
         ]
         return differing or [origin for origin, _ in buffers]  # it was another step
 
@@ -77,7 +78,7 @@ class Undeclared:
 def _equal(old: Tensor, new: Tensor, rows: bool) -> bool:
     """Whether two buffers are equal in all bits."""
     pair = _alike(old, new, rows)
-    return pair is not None and torch.equal(_bits(pair[0]), _bits(pair[1]))
+    return pair is not None and torch.equal(as_bytes(pair[0]), as_bytes(pair[1]))
 
 
 def _alike(old: Tensor, new: Tensor, rows: bool) -> tuple[Tensor, Tensor] | None:
@@ -86,7 +87,3 @@ def _alike(old: Tensor, new: Tensor, rows: bool) -> tuple[Tensor, Tensor] | None
         new = new[:1] if not new.stride(0) else new
         old = old.expand_as(new) if old.shape == new.shape[1:] else old
     return None if old.shape != new.shape or old.dtype != new.dtype else (old, new)
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(-1).view(torch.uint8)

@@ -17,13 +17,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lumen import tree
 from lumen.checkpoint import json_tree
 from lumen.core import batching
 from lumen.core.distributed import shard_bounds
+from lumen.core.dtypes import as_bytes
 from lumen.data.fetch import as_dict, without_rows
 from lumen.data.permutation import hash64
 from lumen.errors import BatchError
@@ -363,5 +363,5 @@ def _digest(record: Any) -> str:
         return type(record).__name__
     digest = hashlib.sha256(packed["text"].encode())
     for tensor in packed["tensors"]:
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:16]

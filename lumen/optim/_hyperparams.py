@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class Hyper:
         stored: dict[str, Scalar] = {}
         if lr is not None:
             check_scalar("lr", lr)
+            if isinstance(lr, np.generic):
+                lr = float(lr)
             if callable(lr):
                 self.schedule = lr
             else:
@@ -59,6 +62,7 @@ class Hyper:
         for name, value in others.items():
             high = 1.0 if name in below_one + at_most_one else math.inf
             check_scalar(name, value, low=low, high=high, open_high=name in below_one, schedule=False)
+        others = {name: float(value) if isinstance(value, np.generic) else value for name, value in others.items()}
         self._constants = {name: value for name, value in others.items() if not isinstance(value, Tensor)}
         self._stored = stored | {name: value for name, value in others.items() if isinstance(value, Tensor)}
         self._names = tuple(others)
@@ -167,7 +171,9 @@ def check_scalar(
         if not _readable(value):
             return
         number = value.item()
-    if not isinstance(number, int | float) or not _inside(number, low, high, open_high):
+    if not isinstance(number, int | float | np.floating | np.integer) or not _inside(
+        float(number), low, high, open_high
+    ):
         bracket = ")" if open_high or high == math.inf else "]"
         raise HyperparameterError(f"{name}={value!r} is not allowed: give a number in [{low:g}, {high:g}{bracket}.")
 

@@ -144,9 +144,11 @@ def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0,
     >>> [round(schedule(torch.tensor(step)).item(), 3) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    check_count("warmup", warmup, low=1)
+    check_count("warmup", warmup, low=0)
     if steps <= warmup:
         raise HyperparameterError(f"steps={steps} includes the warmup of {warmup} and must be greater than it.")
+    if not warmup:
+        return cosine(peak, steps, stop)
     return join([linear(start, warmup, peak), cosine(peak, steps - warmup, stop)], [warmup])
 
 

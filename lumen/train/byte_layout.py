@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lumen.core.dtypes import as_bytes
+
 Entry = Mapping[str, Mapping[str, Tensor]]
 Layout = list[tuple[str, str, tuple[int, ...], torch.dtype]]
 
@@ -28,7 +30,7 @@ def total_bytes(layout: Layout) -> int:
 
 def to_bytes(tensor: Tensor) -> Tensor:
     """The tensor's memory as a tensor of bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return as_bytes(tensor)
 
 
 def from_bytes(layout: Layout, row: Tensor) -> dict[str, dict[str, Tensor]]:

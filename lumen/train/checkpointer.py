@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumen.checkpoint import Store
-from lumen.errors import CheckpointError, CorruptCheckpointError
+from lumen.errors import CheckpointError, CorruptCheckpointError, StepError
 from lumen.train.clock import Every
 from lumen.train.sink_group import Positions
 
@@ -55,6 +55,8 @@ class Checkpointer:
         keep_every: int | None = None,
         frozen: bool = True,
     ) -> None:
+        if every is not None and not isinstance(every, Every):
+            raise StepError(f"Checkpointer(every={every!r}): write every=lm.Every(steps=1000), epochs=1 or minutes=10.")
         self.directory = Path(directory)
         self.frozen = frozen
         self.every = every or Every(epochs=1)

@@ -15,6 +15,7 @@ from lumen.core.step import Transform, as_step, compose
 from lumen.data._per_rank import per_rank
 from lumen.errors import StepError
 from lumen.sinks import Sink
+from lumen.train.arguments import check_fit, check_runner
 from lumen.train.batch_size import TokenCount
 from lumen.train.callbacks import Callback, Callbacks
 from lumen.train.checkpointer import Checkpointer
@@ -79,6 +80,7 @@ class Runner:
         progress: bool | str = True,
         time_fn: Callable[[], float] = time.monotonic,
     ) -> None:
+        check_runner(transforms, sinks, callbacks, checkpoint)
         self.transforms = tuple(transforms)
         self.step = compose(*transforms)(step) if transforms else as_step(step)
         self.checkpoint = checkpoint
@@ -133,6 +135,7 @@ class Runner:
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
+        check_fit(state, validate, resume)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         settings = self._settings(plateau_monitors(state, names_of(validations)))
         Monitors(settings, names_of(validations)).check_before()
@@ -174,6 +177,7 @@ class Runner:
 
         Nothing is logged, no callback is called, and the run's own directory is not touched. `state` does not change.
         """
+        check_fit(state, validate, "never")
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         brief = [dataclasses.replace(validate, limit=1, every=Every(steps=1)) for validate in validations]
         with tempfile.TemporaryDirectory() as directory:

@@ -224,6 +224,8 @@ class _Accumulation:
                 "lm.compile cannot trace lm.accumulate('auto') under a parallel transform, where the ranks exchange"
                 " whether each had enough memory. Give a number: lm.accumulate(2)."
             )
+        if call.reduction is None and not batching.count(call.batch):
+            return next(call)  # type: ignore[no-any-return]
         call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
         into_buffers = self._can_add_into_buffers(call)
         take = self._fitting if settings.auto and not rules.is_tracing() else self._total

@@ -11,7 +11,7 @@ from torch import Tensor
 from lumen import random, tree
 from lumen.core import _torch_compat, batching, rules
 from lumen.core.buffers import BufferTracker, merge_rows
-from lumen.core.metrics import Mean
+from lumen.core.metrics import Mean, is_value, without_rows
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
@@ -30,7 +30,8 @@ class dp_sgd(Transform):
 
     The sum is divided by the number of rows, or by `batch_size` if it is set. Poisson sampling, where each row is drawn
     with the same probability, needs `batch_size`, and the accountant assumes such sampling: the actual number of rows
-    is private, so the divisor must be the expected number.
+    is private, so the divisor must be the expected number. Such a batch may be empty: the update is then the noise
+    alone, and a loss that is a plain number is 0.
 
     A param that the state's optimizer freezes (`lm.optim.freeze`) is excluded: its gradient is zero and does not
     contribute to a row's norm.
@@ -108,9 +109,8 @@ class dp_sgd(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             update_count = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
-            update = _PrivateGradients(
-                self, key, undeclared, _unused(getattr(state, "tx", None), getattr(state, "params", None))
-            )
+            unused = _unused(getattr(state, "tx", None), getattr(state, "params", None))
+            update = _PrivateGradients(self, key, undeclared, unused, getattr(state, "buffers", None))
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: update.apply,
                 Primitive.GRADIENT: update.gradient,
@@ -126,8 +126,11 @@ class dp_sgd(Transform):
 class _PrivateGradients:
     """The rules for one step: private gradients, and the noise of its updates."""
 
-    def __init__(self, settings: dp_sgd, key: Tensor, undeclared: Undeclared, unused: dict[str, bool]) -> None:
+    def __init__(
+        self, settings: dp_sgd, key: Tensor, undeclared: Undeclared, unused: dict[str, bool], buffers: Any
+    ) -> None:
         self.settings = settings
+        self.buffers = buffers  # of the state, before the step
         self.unused = unused  # which of the state's params its optimizer freezes, by path
         self.key = key
         self.undeclared = undeclared
@@ -143,12 +146,16 @@ class _PrivateGradients:
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         """GRADIENT: the mean of the clipped gradients of all rows, or their sum if the call requests it."""
         size = batching.count(call.batch)
-        if not size:
+        if not size and self.settings.batch_size is None:
             raise BatchError(
-                "lm.dp_sgd got a batch without rows, so there are no gradients to clip. Increase the sample rate, so"
-                " that batches are not empty."
+                "lm.dp_sgd got a batch without rows, and divides by their number. For batches that are drawn by chance"
+                f" give the expected number: lm.dp_sgd({self.settings.clip}, {self.settings.noise}, batch_size=64)."
             )
         self.rows += size
+        batch, count = call.batch, size
+        if not size:  # a batch that was drawn by chance may be empty: one dummy row, which counts nothing
+            count = 1
+            batch = tree.map(lambda x: x.new_zeros((1, *x.shape[1:])) if isinstance(x, Tensor) else x, batch)
 
         self.tracker.begin()
         call = call.replace(loss_fn=self.tracker.watching(call.loss_fn, call.has_aux))
@@ -163,21 +170,24 @@ class _PrivateGradients:
 
         first_answer: dict[str, Gradient] = {}
         mapped = torch.func.vmap(row_gradient, randomness="different", chunk_size=self.settings.chunk)
-        lanes = torch.arange(size, device=tree.tensors(call.params)[0].device)
+        lanes = torch.arange(count, device=tree.tensors(call.params)[0].device)
         with rules.splitting(repr(self.settings)):
-            grads, losses, aux = mapped(call.batch, lanes)
+            grads, losses, aux = mapped(batch, lanes)
         self.tracker.lane = None
-        grads = tree.map(lambda g: g.sum(0), grads)
+        grads = tree.map(lambda g: g.sum(0) if size else torch.zeros_like(g[0]), grads)
         loss = Mean(losses.total.sum(), losses.weight.sum())
-        if not call.summed:
+        if not size:
+            loss = tree.map(torch.zeros_like, loss)
+        elif not call.summed:
             grads = tree.map(lambda g: g / size, grads)
         scalar = first_answer["answer"].scalar
-        returned_loss = loss.compute() if scalar and not call.summed else loss
+        mean_loss = loss.compute() if size else loss.total
+        returned_loss = mean_loss if scalar and not call.summed else loss
         return Gradient(
             # A private gradient is a mean over rows, so the loss's own weights must not divide it.
             Mean(loss.total, loss.total.new_full((), size)) if call.summed and not scalar else returned_loss,
             grads,
-            None if aux == () else self._aux(aux, size),
+            None if aux == () else self._aux(aux, count) if size else self._neutral_aux(self._aux(aux, count)),
             scalar,
             size,
         )
@@ -213,6 +223,15 @@ class _PrivateGradients:
         self.undeclared.look([(o, leaf) for o, leaf in with_origins if o.merge is None and not o.frozen], rows=True)
         buffers = tree.unflatten(spec, [merge_rows(origin, leaf) for origin, leaf in with_origins])
         return Aux(buffers, _merged(aux.metrics, size))
+
+    def _neutral_aux(self, aux: Any) -> Any:
+        """The aux of the dummy row of an empty batch: metrics of no rows, and the buffers as they were."""
+        metrics = aux.metrics if isinstance(aux, Aux) else aux
+        metrics = tree.map(lambda leaf: without_rows(leaf, 1), metrics, is_leaf=is_value)
+        if not isinstance(aux, Aux):
+            return metrics
+        is_state = self.buffers is not None and aux.buffers.keys() == self.buffers.keys()
+        return Aux(self.buffers if is_state else aux.buffers, metrics)
 
     def add_noise(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         """UPDATE: add noise to the mean gradient, once per update, however many microbatches it has."""

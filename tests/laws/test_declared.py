@@ -516,3 +516,28 @@ def test_dropout_draws_are_kept(inner: lm.Transform) -> None:
     new, metrics = train(step, step.init(job.state()), job.batches(3))
     expected, numbers = train(lm.seeded()(job.step), job.state(), job.batches(3))
     assert_same((learned(new), metrics), (learned(expected), numbers), exact=True)
+
+
+@pytest.mark.parametrize("around", [[], [lm.accumulate(2)], [lm.guard("raise"), lm.accumulate(2)]], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_an_empty_batch_of_dp_sgd_is_the_noise_alone(around: list[lm.Transform], noise: float) -> None:
+    net = torch.nn.Linear(2, 1)
+    net.register_buffer("seen", torch.zeros(()))
+
+    def step(state: Any, batch: Any) -> Any:
+        def loss_fn(params: Any, batch: Any) -> Any:
+            out, buffers = state.apply(params, batch)
+            return out.square().mean(), lm.Aux(buffers, {"rows": lm.Sum.of(torch.ones(len(batch)))})
+
+        (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss, **aux.metrics}
+
+    wrapped = lm.compose(*around, lm.dp_sgd(1.0, noise, batch_size=4))(step)
+    before = wrapped.init(lm.TrainState.create(net, lm.optim.sgd(1.0)))
+    after, metrics = wrapped(before, torch.ones(0, 2))
+    moved = torch.cat([(after.params[name] - p).flatten() for name, p in before.params.items()])
+    assert bool((moved != 0).all()) == bool(noise)
+    assert moved.isfinite().all()
+    assert float(lm.compute_metrics(metrics)["loss"]) == 0.0
+    assert int(lm.compute_metrics(metrics)["rows"]) == 0
+    assert int(after.slots["dp_sgd"]) == 1

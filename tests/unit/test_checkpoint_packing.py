@@ -142,3 +142,12 @@ def test_damaged_and_forged_packs(packed, monkeypatch):
         with pytest.raises(CorruptCheckpointError):
             checkpoint.load(packed, under="small")
         (packed / header.FILE).write_text(text)
+
+
+def test_a_single_entry_of_a_larger_tensor_is_saved(tmp_path):
+    """It is contiguous whatever its stride, and a view of it as bytes needs stride 1."""
+    tree = {"a": torch.arange(4.0)[2::2][:1], "b": torch.ones(3, 5)[:, 1][:1], "c": torch.ones(()).expand(1)}
+    assert [leaf.stride() for leaf in tree.values()] == [(2,), (5,), (0,)]
+    checkpoint.save(tmp_path / "x", tree)
+    restored = checkpoint.restore(tmp_path / "x", {name: torch.zeros(1) for name in tree})
+    assert {name: leaf.tolist() for name, leaf in restored.items()} == {"a": [2.0], "b": [1.0], "c": [1.0]}

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.core import _torch_compat, rules
+from lumen.core.dtypes import as_bytes
 from lumen.errors import AxisError
 from lumen.parallel.opaque_ops import Operator
 
@@ -121,7 +122,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
     if not longest:
         return lambda: rows.new_empty(shape)
     padded = torch.zeros(longest, dtype=torch.uint8, device=rows.device)
-    padded[: rows.nbytes] = rows.contiguous().view(-1).view(torch.uint8)
+    padded[: rows.nbytes] = as_bytes(rows)
     wait = all_gather(padded, group)
 
     def finish() -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, row_fields
+from lumen.core.dtypes import as_bytes
 from lumen.core.state import TrainState
 from lumen.core.step import device_of
 from lumen.core.versions import own_version
@@ -249,6 +250,6 @@ def _different(
 
 def checksum(leaf: Tensor) -> Tensor:
     """Two sums over the bytes, one of them weighted by position: equal for equal bits."""
-    values = leaf.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    values = as_bytes(leaf).to(torch.int64)
     weights = torch.arange(values.numel(), device=values.device) % 65_521 + 1
     return torch.stack([values.sum(), (values * weights).sum()])

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import distributed, gradient, rules
 from lumen.core.buffers import BufferTracker, Origin
-from lumen.core.metrics import GlobalMean, Max, Mean, Metric, Min, Sum, extremes, is_value
+from lumen.core.metrics import GlobalMean, Mean, is_value, without_rows
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
 from lumen.core.rules import Next
 from lumen.core.step import device_of
@@ -72,17 +72,21 @@ class DataParallelRule:
     def _neutral_aux(self, aux: Any) -> Any:
         """The aux of a dummy batch, with values that do not change a reduction."""
         if not isinstance(aux, Aux):
-            return tree.map(_without_rows, aux, is_leaf=is_value)
+            return tree.map(_of_no_rows, aux, is_leaf=is_value)
         changed: Any = aux
         buffers = aux.buffers
         if self._buffers == "local" and self._old is not None and buffers.keys() == self._old.keys():
             buffers = self._old
-        return changed.replace(buffers=buffers, metrics=tree.map(_without_rows, aux.metrics, is_leaf=is_value))
+        return changed.replace(buffers=buffers, metrics=tree.map(_of_no_rows, aux.metrics, is_leaf=is_value))
 
 
 def dummy_batch(batch: Any) -> Any:
     """Rows of zeros, for a rank that has no rows."""
     return tree.map(lambda x: x.new_zeros((DUMMY_ROWS, *x.shape[1:])) if isinstance(x, Tensor) else x, batch)
+
+
+def _of_no_rows(leaf: Any) -> Any:
+    return without_rows(leaf, DUMMY_ROWS)
 
 
 def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -96,21 +100,6 @@ def zero_weight_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[...
         return (loss, aux) if has_aux else loss
 
     return WrappedLoss(loss_fn, run, lambda other: zero_weight_loss(other, has_aux))
-
-
-def _without_rows(leaf: Any) -> Any:
-    """The value of a metric that leaves others unchanged when it is merged."""
-    if isinstance(leaf, Mean | Sum):
-        return tree.map(torch.zeros_like, leaf)
-    if isinstance(leaf, Max | Min):
-        low, high = extremes(leaf.value.dtype)
-        return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
-    if isinstance(leaf, Metric):
-        empty = getattr(getattr(leaf, "metric", None), "init", None)  # a torchmetrics metric
-        return leaf if empty is None else empty()
-    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == DUMMY_ROWS:
-        return leaf[:0]
-    return leaf
 
 
 class GradReduction:

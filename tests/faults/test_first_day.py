@@ -1,0 +1,131 @@
+"""What a newcomer gets wrong: each is refused at once, by name, with the line to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import lumen as lm
+from lumen import errors
+
+BATCH = torch.ones(2, 3)
+
+
+def net() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def state_of(module: nn.Module | None = None, tx: Any = None) -> lm.TrainState:
+    return lm.TrainState.create(net() if module is None else module, tx or lm.optim.sgd(0.1))
+
+
+def identity(state: Any, batch: Any) -> tuple[Any, Any]:
+    return state, {}
+
+
+def runner(**options: Any) -> lm.Runner:
+    return lm.Runner(identity, progress=False, **options)
+
+
+def fit(state: Any = None, **options: Any) -> lm.Result:
+    return runner().fit(state_of() if state is None else state, [BATCH], until=lm.Steps(1), **options)
+
+
+def pruned() -> nn.Module:
+    module = net()
+    prune.l1_unstructured(module, "weight", 0.3)
+    return module
+
+
+def text_metric(state: Any, batch: Any) -> tuple[Any, Any]:
+    return state, {"name": "x"}
+
+
+WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "one transform": (errors.StepError, r"Write transforms=\[lm.donate\(\)\]", lambda: runner(transforms=lm.donate())),
+    "a transform's class": (errors.StepError, r"transforms=\[lm.donate\(", lambda: runner(transforms=[lm.donate])),
+    "no transform": (errors.StepError, "transforms has 3; it takes", lambda: runner(transforms=[3])),
+    "one sink": (errors.StepError, r"Write sinks=\[lm.sinks", lambda: runner(sinks=lm.sinks.Memory())),
+    "a name for a sink": (errors.StepError, r"sinks has 'jsonl'; it takes", lambda: runner(sinks=["jsonl"])),
+    "one callback": (errors.StepError, r"Write callbacks=\[", lambda: runner(callbacks=lm.EarlyStop(monitor="a"))),
+    "a callback's class": (errors.StepError, "has the class EarlyStop", lambda: runner(callbacks=[lm.EarlyStop])),
+    "a path": (errors.StepError, r'checkpoint=lm.Checkpointer\("runs/a"\)', lambda: runner(checkpoint="runs/a")),
+    "every=5": (errors.StepError, r"every=lm.Every\(steps=1000\)", lambda: lm.Checkpointer("runs/a", every=5)),  # type: ignore[arg-type]
+    "a module for a state": (errors.StepError, r"state = lm.TrainState.create\(net", lambda: fit(net())),
+    "a loader to validate": (errors.StepError, r"validate=lm.Validate\(eval_step", lambda: fit(validate=[BATCH])),
+    "resume=None": (errors.StepError, r'resume has None; it takes "never", "auto"', lambda: fit(resume=None)),
+    "resume=True": (errors.StepError, 'resume="auto"', lambda: fit(resume=True)),
+    "torch's optimizer": (
+        errors.StateError,
+        r"lm.optim.from_torch\(torch.optim.SGD, lr=1e-3\)",
+        lambda: state_of(tx=torch.optim.SGD(net().parameters(), 0.1)),
+    ),
+    "an optimizer's class": (errors.StateError, r"from_torch\(torch.optim.Adam", lambda: state_of(tx=torch.optim.Adam)),
+    "pruned": (errors.ParamsError, r"prune.remove\(layer, 'weight'\)", lambda: state_of(pruned())),
+    "text as a metric": (
+        errors.MetricError,
+        "a metric is 'x', of type str",
+        lambda: lm.Runner(text_metric, progress=False).fit(state_of(), [BATCH], until=lm.Steps(1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_it_is_refused_with_the_line_to_write(name: str) -> None:
+    kind, message, call = WRONG[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    for value in (np.float32(0.5), np.float64(0.5)):
+        assert lm.optim.learning_rate(lm.optim.adamw(value).init({"w": torch.ones(2)})).item() == 0.5
+    schedule = lm.optim.warmup_cosine(1.0, steps=10, warmup=0)
+    assert schedule(torch.tensor(0)).item() == 1.0
+
+
+def test_a_compiled_module_is_the_module() -> None:
+    module = net()
+    state = state_of(torch.compile(module, backend="eager"))
+    assert list(state.params) == ["weight", "bias"]
+    torch.testing.assert_close(state.apply(state.params, BATCH)[0], module(BATCH))
+
+
+class Words(nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=sparse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x)
+
+
+@pytest.mark.parametrize("stack", [(), (lm.accumulate(2),), (lm.donate(), lm.accumulate(2))], ids=str)
+def test_sparse_gradients_train_as_dense_ones(stack: tuple[lm.Transform, ...]) -> None:
+    def step(state: Any, x: torch.Tensor) -> tuple[Any, Any]:
+        def loss_fn(params: Any, x: torch.Tensor) -> torch.Tensor:
+            return state.apply(params, x)[0].square().mean()
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, x)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    x = torch.tensor([0, 1, 1, 4])
+    trained = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        wrapped = lm.compose(*stack)(step)
+        state = wrapped.init(state_of(Words(sparse), lm.optim.adamw(0.1)))
+        for _ in range(2):
+            state, _ = wrapped(state, x)
+        trained.append(state.params["table.weight"])
+    torch.testing.assert_close(*trained)
+
+
+def test_the_version_is_there() -> None:
+    assert lm.__version__.count(".") >= 2
