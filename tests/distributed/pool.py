@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tests.zygote import PRELOADED, free_ports
 
+# Seconds that processes get to end by themselves: under coverage they still have their data to write.
+GRACE = 60.0 if os.environ.get("COVERAGE_PROCESS_START") else 0.5
 LIMIT = 240.0  # seconds that one task may take in all its processes; two that compile on two busy cores need minutes
 
 
@@ -60,7 +62,7 @@ class World:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(0.5)
+            process.join(GRACE)
             if process.is_alive():
                 process.kill()
             process.join()

@@ -1,7 +1,7 @@
 """Where the time of the tests goes: `make test-times`, or `python -m tests.timing PYTEST-ARGUMENTS`.
 
 Runs pytest with every Python process, every call of the C++ compiler and every test written down, and prints tables.
-With COVERAGE=1 the lines and branches of lumen/ that ran in any process are counted too (pip install coverage).
+With COVERAGE=1 the lines and branches of lumen/ that ran in any process are counted too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 def _environment(log: Path, folder: Path) -> dict[str, str]:
     environment = {**os.environ, "LUMEN_TIMES": str(log)}
     environment["PATH"] = f"{HERE / 'bin'}:{os.environ['PATH']}"
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])])
     if os.environ.get("COVERAGE"):
         options = ["branch = true", "parallel = true", f"source = {ROOT / 'lumen'}", "sigterm = true"]
         options.append("patch = _exit, fork")  # forks end without Python's exit handlers
