@@ -13,7 +13,7 @@ import torch
 import lumen as lm
 from lumen.core import distributed
 from lumen.core.versions import version_of
-from lumen.errors import StateError
+from lumen.errors import MergeError, StateError
 from lumen.parallel.comm.init import leave
 from lumen.parallel.deepspeed import engine
 from lumen.parallel.deepspeed.engine import missing
@@ -21,7 +21,12 @@ from tests.distributed import fsdp_models
 from tests.distributed.leaving import thread_appears, threads
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
 from tests.distributed.pool import TaskError
+from tests.distributed.test_buffers import furthest as furthest_buffer
+from tests.distributed.test_buffers import merged
+from tests.distributed.test_buffers import part as buffer_rows
 from tests.distributed.test_ddp import cut
+from tests.laws.test_buffers import ROWS, RULES, made
+from tests.laws.test_buffers import step as buffer_step
 from tests.tiers import pick
 
 pytestmark = [
@@ -82,6 +87,35 @@ def test_steps_are_those_of_one_process(stage, world2):
         for case, (losses, worst, leaf) in zip(cases, found, strict=True):
             assert losses < 5e-6, (case, losses)
             assert worst < 5e-6, (case, leaf, worst)
+
+
+def ruled_buffers():
+    """How far buffers with rules are from those of one process on all rows, by stage; one without a rule is refused."""
+    found = {}
+    whole, _ = buffer_step(single_precision(made(RULES)), ROWS.float())
+    for stage in (0, 2, 3):
+        for around in ([], [lm.accumulate(2)]):
+            wrapped = lm.compose(zero(stage), *around)(buffer_step)
+            new, _ = wrapped(wrapped.init(single_precision(made(RULES))), buffer_rows([4, 3]).float())
+            wanted = merged([4, 3], 2) if around else whole.buffers
+            new = wrapped.export(new)
+            found[stage, bool(around)] = furthest_buffer(new.buffers, {name: wanted[name] for name in RULES})
+            wrapped.transforms[0].engine.destroy()
+    wrapped = zero(2)(buffer_step)
+    with pytest.raises(MergeError, match="merge="):
+        wrapped(wrapped.init(single_precision(made())), buffer_rows([4, 3]).float())
+    wrapped.transforms[0].engine.destroy()
+    return found
+
+
+def single_precision(state):
+    """The state with its float64 numbers in float32, as the engine takes them."""
+    return lm.tree.map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x, state)
+
+
+def test_buffers_are_merged_by_their_rules(world2):
+    for found in world2.run(ruled_buffers):
+        assert max(found.values()) < 1e-5, found
 
 
 def frozen():
