@@ -1,0 +1,61 @@
+"""The process that `benchmarks.versus` starts for each checkout: its `lumen` under the cases of this folder.
+
+For each line "CASE STEPS" it prints what a step of the case costs, in seconds of processor time or in instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lumen as lm
+from benchmarks import instructions, ours, runner, tasks, timing
+
+CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
+    "plain": ours.called(),
+    "donate": ours.called(lm.donate),
+    "clip": ours.called(lambda: lm.clip(tasks.NO_BOUND), lm.donate),
+    "guard": ours.called(lm.guard, lambda: lm.clip(tasks.NO_BOUND), lm.donate),
+    "ema": ours.called(lambda: lm.ema(0.999), lm.donate),
+    "accumulate": ours.called(lm.donate, lambda: lm.accumulate(2)),
+    "precision": ours.called(lm.donate, lambda: lm.precision("bf16")),
+    "replay": ours.called(lambda: lm.compile(backend="eager")),
+    "replay-donate": ours.called(lambda: lm.compile(backend="eager"), lm.donate),
+    "runner-donate": ours.driven(lm.donate),
+    "compile-donate": ours.called(lm.compile, lm.donate),
+    "runner-nothing": lambda _task: _nothing,
+}
+WARM_UP = 3  # steps, after which every cache of Lumen's is filled
+DEFAULT = tuple(case for case in CASES if case != "compile-donate")  # valgrind runs Inductor's compiler for an hour
+
+
+def _nothing(steps: int) -> float:
+    """A step of `Runner.fit` over a step that does next to nothing, with a sink."""
+    with tempfile.TemporaryDirectory() as folder:
+        return runner.runner(max(steps, 2 * runner.LOG_EVERY), Path(folder))
+
+
+def serve(root: str, task_name: str, count: str) -> None:
+    """Answer each line of standard input."""
+    if Path(root) not in Path(lm.__file__).parents:
+        raise RuntimeError(f"lumen was imported from {lm.__file__}, which is not in {root}")
+    timing.prepare(1)
+    if count == "instructions":  # nothing depends on what the machine's caches hold, and each step takes a while
+        timing.WARM_UP = WARM_UP
+    clock: Callable[[], Any] = instructions.Counter() if count == "instructions" else time.process_time
+    for module in (timing, runner):
+        module.time = types.SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
+    task = tasks.make(task_name)
+    built: dict[str, timing.Measure] = {}
+    for line in sys.stdin:
+        case, steps = line.split()
+        if case not in built:
+            built[case] = CASES[case](task)
+        sys.stdout.write("=" + json.dumps(built[case](int(steps) or task.steps)) + "\n")
+        sys.stdout.flush()
