@@ -7,6 +7,7 @@ name that is used elsewhere, and for one that is listed here and not used. Prefe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -241,24 +242,17 @@ def _clone_one_by_one(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+make_fx_mode: Callable[[], Any] = functools.partial(torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY)
+"""The mode in which `make_fx` records the operations of the caller; None outside of it. An eager step asks twice."""
+
+
 def in_make_fx() -> bool:
     """Whether `make_fx` records the operations of the caller, as it does under `lm.compile`.
 
     >>> in_make_fx()
     False
     """
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def in_graph_capture() -> bool:
-    """Whether `torch.compile` or `make_fx` records the operations of the caller.
-
-    >>> in_graph_capture()
-    False
-    """
-    return (
-        torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
+    return make_fx_mode() is not None
 
 
 clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_one_by_one)

@@ -17,9 +17,8 @@ from lumen import tree
 from lumen.core import _torch_compat, rules
 from lumen.core.buffer_rules import MEANINGS, SHOWN, Merge, suggested
 from lumen.core.buffer_writes import marking
-from lumen.core.primitives import ApplyCall, Aux
+from lumen.core.primitives import ApplyCall, Aux, WrappedLoss
 from lumen.core.rules import Next
-from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import MergeError
 
 

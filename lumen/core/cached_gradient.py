@@ -23,10 +23,9 @@ from lumen.core.draws import refusing_draws
 from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import GradCache, is_pair, joined_aux, name_of
 from lumen.core.metrics import Mean
-from lumen.core.primitives import Aux, Gradient, GradientCall
+from lumen.core.primitives import Aux, Gradient, GradientCall, rewrapped
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Rule
-from lumen.core.wrapped_loss import rewrapped
 from lumen.errors import LossError, OrderError
 
 _compared: set[Any] = set()  # the code of each `encode` whose two passes gave the same

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import batching, rules
-from lumen.core.primitives import Aux
-from lumen.core.wrapped_loss import LossFn, unwrapped
+from lumen.core.primitives import Aux, LossFn, unwrapped
 from lumen.errors import LossError
 
 

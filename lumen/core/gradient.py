@@ -293,9 +293,12 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
         return True
     if not torch.is_grad_enabled():
         return False
-    batch: Any = (call.batch, call.extras) if call.extras else call.batch
-    is_flat = type(batch) is dict and {*map(type, batch.values())} == {Tensor}
-    return any(map(_requires_grad, (*leaves, *(batch.values() if is_flat else tree.tensors(batch)))))
+    inputs: Any = (call.batch, call.extras) if call.extras else call.batch
+    kind = type(inputs)
+    tensors = inputs.values() if kind is dict else inputs if kind is tuple or kind is list else ()
+    if {*map(type, tensors)} != {Tensor}:  # not one of the usual batches
+        tensors = tree.tensors(inputs)
+    return any(map(_requires_grad, (*leaves, *tensors)))
 
 
 _examined: set[CodeType] = set()

@@ -1,4 +1,4 @@
-"""The three primitives as data: what a rule receives, and what it answers."""
+"""The three primitives as data: what a rule receives, and what it returns; and loss functions that a rule wraps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 if TYPE_CHECKING:
     from lumen.core.metrics import Mean
     from lumen.errors import LossError
+
+LossFn = Callable[..., Any]
 
 
 @pytree_dataclass
@@ -120,7 +122,7 @@ class GradientCall(_Call):
     processes before the engine returns it, and requires `summed`.
     """
 
-    loss_fn: Callable[..., Any]
+    loss_fn: LossFn
     params: Any
     batch: Any
     extras: tuple[Any, ...] = ()
@@ -167,3 +169,36 @@ class UpdateCall(_Call):
     def skipping(self, bad: Tensor) -> Self:
         """The call skipped where `bad` is true as well as where it was."""
         return self.replace(skip=bad if self.skip is None else bad | self.skip)
+
+
+class WrappedLoss:
+    """`run`, which calls `loss_fn`; `again(other)` is the same transform around another function.
+
+    An object and no function with attributes: `functools.wraps` would copy these to a wrapper that does more.
+    """
+
+    def __init__(self, loss_fn: LossFn, run: LossFn, again: Callable[[LossFn], LossFn]) -> None:
+        self.__wrapped__ = loss_fn
+        self.__qualname__ = getattr(loss_fn, "__qualname__", "loss")
+        self._run = run
+        self._again = again
+
+    def __call__(self, *args: Any) -> Any:
+        """What `run` returns."""
+        return self._run(*args)
+
+    def around(self, other: LossFn) -> LossFn:
+        """`other` with everything around it that is around the user's loss function."""
+        return self._again(rewrapped(self.__wrapped__, other))
+
+
+def rewrapped(loss_fn: LossFn, other: LossFn) -> LossFn:
+    """`other` in the place of the function at the core of `loss_fn`."""
+    return loss_fn.around(other) if isinstance(loss_fn, WrappedLoss) else other
+
+
+def unwrapped(loss_fn: LossFn) -> LossFn:
+    """The function at the core of `loss_fn`, as far as it can be replaced."""
+    while isinstance(loss_fn, WrappedLoss):
+        loss_fn = loss_fn.__wrapped__
+    return loss_fn

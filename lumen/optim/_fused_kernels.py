@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, distributed
-from lumen.core._torch_compat import in_graph_capture
+from lumen.core._torch_compat import make_fx_mode
 from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
@@ -68,7 +68,9 @@ def _is_plain(kind: type) -> bool:
 
 def eager() -> bool:
     """Whether operations run immediately: outside `torch.func`, `torch.compile` and `make_fx`."""
-    return _torch_compat.peek_interpreter_stack() is None and not in_graph_capture()
+    return (
+        _torch_compat.peek_interpreter_stack() is None and not torch.compiler.is_compiling() and make_fx_mode() is None
+    )
 
 
 def alike(params: Any, grads: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, distributed
-from lumen.core._torch_compat import in_graph_capture
+from lumen.core._torch_compat import in_make_fx
 
 _MIN_LANE_SIZE = 2**14  # params; in smaller lanes, calling the kernels takes longer than the memory traffic they save
 
@@ -23,7 +23,9 @@ InPlace = Callable[[Any, Any, Any, Tensor | None], Any]
 
 def should_fuse_under_vmap(params: Any, *others: Any) -> bool:
     """Whether this is a single eager `vmap` over large enough lanes, outside differentiation."""
-    if in_graph_capture() or distributed.is_dry_run():  # the kernels read values, which fake tensors do not have
+    if torch.compiler.is_compiling() or in_make_fx():
+        return False
+    if distributed.is_dry_run():  # the kernels read values, which fake tensors do not have
         return False
     level = _torch_compat.peek_interpreter_stack()
     if level is None or level.key() != _torch_compat.TransformType.Vmap or level.level() != 1:

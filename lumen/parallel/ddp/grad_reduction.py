@@ -16,10 +16,9 @@ from lumen import tree
 from lumen.core import distributed, gradient, rules
 from lumen.core.buffers import BufferTracker, Origin
 from lumen.core.metrics import GlobalMean, Mean, is_value, without_rows
-from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall
+from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, WrappedLoss
 from lumen.core.rules import Next
 from lumen.core.step import device_of
-from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import AxisError, LossError, OrderError
 from lumen.parallel.comm.buckets import GradComm
 from lumen.parallel.comm.grad_reducer import GradReducer

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.metrics import Mean
-from lumen.core.primitives import Gradient, GradientCall
+from lumen.core.primitives import Gradient, GradientCall, WrappedLoss
 from lumen.core.rules import Next
-from lumen.core.wrapped_loss import WrappedLoss
 from lumen.errors import AxisError, ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.buckets import Buckets

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat, rules, sharding
-from lumen.core.primitives import ApplyCall, Gradient, GradientCall
+from lumen.core.primitives import ApplyCall, Gradient, GradientCall, LossFn, WrappedLoss
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import LeafSpec, ShardSpec, SpecTree
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
-from lumen.core.wrapped_loss import LossFn, WrappedLoss
 from lumen.errors import (
     AxisError,
     HyperparameterError,
