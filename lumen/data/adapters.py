@@ -15,6 +15,7 @@ from lumen.checkpoint import json_tree
 from lumen.core import distributed
 from lumen.data import grain
 from lumen.data._per_rank import PerRank
+from lumen.data.epoch_order import Start, draws_from_torch, resumed
 from lumen.data.feed import Feed, begin_epoch, warn_inexact, warn_other_data
 from lumen.data.forks import quiet_forks
 from lumen.data.grain_adapter import GrainFeed
@@ -23,7 +24,6 @@ from lumen.data.loader import Cursor, Loader
 from lumen.data.nested import listeners, nested, shares
 from lumen.data.rank_batches import RankBatches
 from lumen.data.rank_split import assert_same_on_all_ranks, is_stateful_loader, is_table_loader, refusal, split_by_rank
-from lumen.data.resume import Start, draws_from_torch, resumed
 from lumen.data.workers import is_live
 from lumen.errors import BatchError
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lumen.core import distributed
+from lumen.data.epoch_order import PresetSampler, Start, entries, is_sequential, with_sampler
 from lumen.data.fetch import without_rows
 from lumen.data.forks import quiet_forks
-from lumen.data.resume import PresetSampler, Start, entries, is_sequential, with_sampler
 from lumen.data.workers import is_live, restart_workers
 from lumen.errors import BatchError
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from lumen.core import distributed
 from lumen.data import grain
 from lumen.data._per_rank import PerRank
+from lumen.data.epoch_order import SETTINGS
 from lumen.data.hf_streams import is_stream, order_of, split, split_of
 from lumen.data.loader import Loader
 from lumen.data.nested import name_of, nested, shares
-from lumen.data.resume import SETTINGS
 from lumen.errors import BatchError, InexactWarning
 
 _STATEFUL_LOADER = "torchdata.stateful_dataloader.stateful_dataloader"
