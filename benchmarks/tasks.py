@@ -91,14 +91,15 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def make(name: str) -> Task:
-    """The task "mlp" or "gpt"."""
+    """The task "mlp", "gpt", or "gpt-small", which has the layers of "gpt" and little to compute in each."""
     generator = torch.Generator().manual_seed(1)
     if name == "mlp":
         images = [torch.randn(32, 784, generator=generator) for _ in range(DISTINCT)]
         labels = [torch.randint(0, 10, (32,), generator=generator) for _ in range(DISTINCT)]
         title = "MLP 784-128-128-10, batch 32"
         return Task(name, title, lambda: mlp(784, 128, 128, 10), list(zip(images, labels, strict=True)), steps=200)
-    texts = [torch.randint(0, 128, (8, 65), generator=generator) for _ in range(DISTINCT)]
-    title = "GPT 4 layers, width 128, 64 tokens, batch 8"
+    rows, tokens, width = (8, 64, 128) if name == "gpt" else (4, 16, 32)
+    texts = [torch.randint(0, 128, (rows, tokens + 1), generator=generator) for _ in range(DISTINCT)]
+    title = f"GPT 4 layers, width {width}, {tokens} tokens, batch {rows}"
     batches = [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
-    return Task(name, title, GPT, batches, steps=32)
+    return Task(name, title, lambda: GPT(tokens=tokens, width=width), batches, steps=32)

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,15 @@ UNITS = {"seconds": ("µs", 1e6), "instructions": ("instructions", 1.0)}
 # Counted instructions need few rounds and few steps, of which each takes seconds.
 ROUNDS = {"seconds": 30, "instructions": 1}
 WARM_UP_ROUNDS = {"seconds": 1, "instructions": 0}
-STEPS = {("instructions", "mlp"): 10, ("instructions", "gpt"): 2}
+STEPS = {("instructions", "mlp"): 10, ("instructions", "gpt-small"): 5, ("instructions", "gpt"): 2}
 
 
 class Checkout:
     """A process that measures the steps of one checkout."""
 
-    def __init__(self, root: Path, task: str, count: str) -> None:
+    def __init__(self, root: Path, task: str, count: str, cases: Sequence[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WORKER, str(HERE), str(root), task, count]
+        command = [sys.executable, "-c", WORKER, str(HERE), str(root), task, count, *cases]
         self._folder = tempfile.TemporaryDirectory(prefix="lumen-versus-")
         if count == "instructions":
             before, more = instructions.command(Path(self._folder.name))
@@ -112,7 +113,7 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the checkout to compare with")
-    parser.add_argument("--task", default="mlp", choices=("mlp", "gpt"))
+    parser.add_argument("--task", default="mlp", choices=("mlp", "gpt", "gpt-small"))
     parser.add_argument("--cases", nargs="*", default=DEFAULT, choices=tuple(CASES))
     parser.add_argument("--count", default="seconds", choices=tuple(UNITS))
     parser.add_argument("--rounds", type=int, default=0, help="0 is 30 for seconds and 1 for instructions")
@@ -121,8 +122,8 @@ def main() -> int:
     unit = UNITS[options.count][0]
     sys.stdout.write(f"| task | case | this, {unit} | other, {unit} | ratio | quartiles |\n|---|---|---|---|---|---|\n")
     with (
-        Checkout(HERE, options.task, options.count) as this,
-        Checkout(options.other.resolve(), options.task, options.count) as other,
+        Checkout(HERE, options.task, options.count, options.cases) as this,
+        Checkout(options.other.resolve(), options.task, options.count, options.cases) as other,
     ):
         for case in options.cases:
             sys.stdout.write(compared((this, other), case, options) + "\n")

@@ -32,7 +32,7 @@ CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
     "runner-nothing": lambda _task: _nothing,
 }
 WARM_UP = 3  # steps, after which every cache of Lumen's is filled
-DEFAULT = tuple(case for case in CASES if case != "compile-donate")  # valgrind runs Inductor's compiler for an hour
+DEFAULT = tuple(case for case in CASES if case != "compile-donate")  # which compiles for minutes
 
 
 def _nothing(steps: int) -> float:
@@ -41,21 +41,22 @@ def _nothing(steps: int) -> float:
         return runner.runner(max(steps, 2 * runner.LOG_EVERY), Path(folder))
 
 
-def serve(root: str, task_name: str, count: str) -> None:
-    """Answer each line of standard input."""
+def serve(root: str, task_name: str, count: str, *cases: str) -> None:
+    """Answer each line of standard input, about one of `cases`."""
     if Path(root) not in Path(lm.__file__).parents:
         raise RuntimeError(f"lumen was imported from {lm.__file__}, which is not in {root}")
     timing.prepare(1)
-    if count == "instructions":  # nothing depends on what the machine's caches hold, and each step takes a while
-        timing.WARM_UP = WARM_UP
-    clock: Callable[[], Any] = instructions.Counter() if count == "instructions" else time.process_time
+    task = tasks.make(task_name)
+    measures = {case: CASES[case](task) for case in cases}
+    clock: Callable[[], Any] = time.process_time
+    if count == "instructions":
+        timing.WARM_UP = WARM_UP  # each counted step takes a while, and nothing depends on the machine's caches
+        for measure in measures.values():  # what is traced or compiled, before counting slows it down
+            measure(1)
+        clock = instructions.Counter()
     for module in (timing, runner):
         module.time = types.SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
-    task = tasks.make(task_name)
-    built: dict[str, timing.Measure] = {}
     for line in sys.stdin:
         case, steps = line.split()
-        if case not in built:
-            built[case] = CASES[case](task)
-        sys.stdout.write("=" + json.dumps(built[case](int(steps) or task.steps)) + "\n")
+        sys.stdout.write("=" + json.dumps(measures[case](int(steps) or task.steps)) + "\n")
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import lumen as lm
+from benchmarks import calls
 from lumen.core import distributed as world
 from lumen.errors import OrderError
 from lumen.parallel.comm.consistency import check_equal
@@ -256,3 +257,15 @@ def test_compiled(world2):
         assert worst < 1e-4
     with pytest.raises(TaskError, match=r"lm\.accumulate\(2\)"):
         world2.run(compiled_auto, limit=60)
+
+
+def calls_of_a_step():
+    """How many Python calls into Lumen a step makes, and in how many files."""
+    files = calls.counted(lm.compose(lm.donate(), fsdp(mesh(shard=2, device="cpu")), lm.accumulate(2)))
+    return len(files), len(set(files))
+
+
+def test_a_step_makes_few_calls(world2):
+    for count, files in world2.run(calls_of_a_step):
+        assert count <= 600, "python -m benchmarks.calls --files"
+        assert files <= 34
