@@ -51,18 +51,18 @@ class TPGroup:
     def __deepcopy__(self, _memo: Any) -> TPGroup:
         return self  # a module that refers to it may be copied, a process group may not
 
-    def move(self, op: Op, x: Tensor, dim: int = 0, result: Tensor | None = None) -> Tensor:
-        """`x` after `op`, along `dim`; `result` is given where another collective has computed it already."""
-        moved: Tensor = _Move.apply(x, self, op, dim % x.dim(), result)  # type: ignore[no-untyped-call]
-        return moved
+    def collective(self, op: Op, x: Tensor, dim: int = 0, result: Tensor | None = None) -> Tensor:
+        """The collective `op` on `x`, along `dim`; `result` is given where another has computed it already."""
+        output: Tensor = _Collective.apply(x, self, op, dim % x.dim(), result)  # type: ignore[no-untyped-call]
+        return output
 
     def gather(self, x: Tensor, dim: int, groups: int = 1) -> Tensor:
         """The full tensor, to be read outside regions, from shards along `dim` in `groups` blocks."""
-        return _regrouped(self.move("gather", x, dim), dim, self.size, groups)
+        return _regrouped(self.collective("gather", x, dim), dim, self.size, groups)
 
     def slice(self, x: Tensor, dim: int, groups: int = 1) -> Tensor:
         """This rank's shard of a full tensor; each of the `groups` blocks along `dim` is sharded."""
-        return self.move("slice", _regrouped(x, dim, groups, self.size), dim)
+        return self.collective("slice", _regrouped(x, dim, groups, self.size), dim)
 
     # ------------------------------------------------------------------------------------- on plain tensors
 
@@ -108,7 +108,7 @@ class TPGroup:
         return x.shape[dim] // self.size
 
 
-class _Move(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, tp_group: TPGroup, op: Op, dim: int, result: Tensor | None) -> Tensor:
         return tp_group.forward(op, x, dim) if result is None else result.view_as(result)
@@ -119,15 +119,15 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.tp_group.move(_TRANSPOSE[ctx.op], grad, ctx.dim), None, None, None, None
+        return ctx.tp_group.collective(_TRANSPOSE[ctx.op], grad, ctx.dim), None, None, None, None
 
     @staticmethod
     def vmap(
         _info: Any, in_dims: Any, x: Tensor, tp_group: TPGroup, op: Op, dim: int, _result: Any
     ) -> tuple[Tensor, Any]:
         if in_dims[0] is None:
-            return tp_group.move(op, x, dim), None
-        return tp_group.move(op, x.movedim(in_dims[0], 0), dim + 1), 0
+            return tp_group.collective(op, x, dim), None
+        return tp_group.collective(op, x.movedim(in_dims[0], 0), dim + 1), 0
 
 
 def _regrouped(x: Tensor, dim: int, outer: int, inner: int) -> Tensor:

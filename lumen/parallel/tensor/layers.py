@@ -21,7 +21,7 @@ from lumen.parallel.tensor.layout import is_transposed
 from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
 
 
-class Run:
+class TPForwardContext:
     """What the modules of one model share while it runs.
 
     Layers that read the same tensor (query, key and value; gate and up) enter the region together: then its gradient
@@ -32,7 +32,7 @@ class Run:
         self.tp_group = tp_group
         self._entered: tuple[Tensor, Tensor] | None = None
 
-    def __deepcopy__(self, _memo: Any) -> Run:
+    def __deepcopy__(self, _memo: Any) -> TPForwardContext:
         return self
 
     def copy_to_region(self, x: Tensor, layout: str) -> Tensor:
@@ -40,14 +40,14 @@ class Run:
         if self._entered is None or self._entered[0] is not x:
             self._entered = (
                 x,
-                self.tp_group.move("copy" if layout == "replicate" else "all_gather_reduce_grad", x, SEQUENCE),
+                self.tp_group.collective("copy" if layout == "replicate" else "all_gather_reduce_grad", x, SEQUENCE),
             )
         return self._entered[1]
 
     def gather_sequence(self, x: Tensor) -> Tensor:
         """The full sequence of a shard of it. The layers of a region that read it reduce its gradient once, at `x`."""
-        full = self.tp_group.move("gather", x, SEQUENCE)
-        self._entered = full, self.tp_group.move("all_gather_reduce_grad", x, SEQUENCE, full.detach())
+        full = self.tp_group.collective("gather", x, SEQUENCE)
+        self._entered = full, self.tp_group.collective("all_gather_reduce_grad", x, SEQUENCE, full.detach())
         return full
 
     def leave(self) -> None:
@@ -76,20 +76,22 @@ class FullParamView:
         return self.tp_group.gather(shard, self.layouts[name].dim, self.layouts[name].groups)
 
 
-def shard_modules(run: Run, view: FullParamView, styles: Mapping[str, Style]) -> Callable[[nn.Module], None]:
+def shard_modules(
+    context: TPForwardContext, view: FullParamView, styles: Mapping[str, Style]
+) -> Callable[[nn.Module], None]:
     """A function that makes a copy of a module compute on this rank's shards."""
 
     def change(module: nn.Module) -> None:
         names = {id(p): name for name, p in module.named_parameters()}
         for name, style in styles.items():
             child = module.get_submodule(name)
-            forward = functools.partial(_forward(child, style), child, child.forward, run, style)
+            forward = functools.partial(_forward(child, style), child, child.forward, context, style)
             child.forward = forward
             if isinstance(style, Region):
                 for attribute in style.divided:
-                    setattr(child, attribute, getattr(child, attribute) // run.tp_group.size)
+                    setattr(child, attribute, getattr(child, attribute) // context.tp_group.size)
             if isinstance(style, Colwise | Rowwise):
-                _narrow(child, style, run.tp_group.size)
+                _narrow(child, style, context.tp_group.size)
                 own = {key: names[id(p)] for key, p in _torch_compat.own_params(child).items() if p is not None}
                 sharded = {key: name for key, name in own.items() if name in view.layouts}
                 child.__class__ = _with_full_params(type(child), view, sharded)
@@ -128,24 +130,24 @@ def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
     return _colwise if isinstance(style, Colwise) else _rowwise
 
 
-def _colwise(module: nn.Module, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
-    y = _linear(module, run.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
+def _colwise(module: nn.Module, _own: Any, context: TPForwardContext, style: Colwise, x: Tensor) -> Tensor:
+    y = _linear(module, context.copy_to_region(x, style.input), _torch_compat.own_params(module)["bias"])
     if style.output == "shard":
         return y
-    run.leave()
-    return run.tp_group.gather(y, -1, style.groups)
+    context.leave()
+    return context.tp_group.gather(y, -1, style.groups)
 
 
-def _rowwise(module: nn.Module, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
-    run.leave()
+def _rowwise(module: nn.Module, _own: Any, context: TPForwardContext, style: Rowwise, x: Tensor) -> Tensor:
+    context.leave()
     if style.input == "replicate":
-        x = run.tp_group.slice(x, -1)
-    y = _summed(run, style, _linear(module, x, None))
+        x = context.tp_group.slice(x, -1)
+    y = _summed(context, style, _linear(module, x, None))
     bias = _torch_compat.own_params(module)["bias"]
     if bias is None:
         return y
     # A bias that is added to a shard of the sequence gets the gradient of that shard alone.
-    return y + (bias if style.output == "replicate" else run.tp_group.move("copy", bias))
+    return y + (bias if style.output == "replicate" else context.tp_group.collective("copy", bias))
 
 
 def _linear(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,53 +161,60 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _summed(run: Run, style: Rowwise, terms: Tensor) -> Tensor:
+def _summed(context: TPForwardContext, style: Rowwise, terms: Tensor) -> Tensor:
     return (
-        run.tp_group.move("sum", terms)
+        context.tp_group.collective("sum", terms)
         if style.output == "replicate"
-        else run.tp_group.move("scatter", terms, SEQUENCE)
+        else context.tp_group.collective("scatter", terms, SEQUENCE)
     )
 
 
-def _columns(module: nn.Embedding, _own: Any, run: Run, style: Colwise, x: Tensor) -> Tensor:
+def _columns(module: nn.Embedding, _own: Any, context: TPForwardContext, style: Colwise, x: Tensor) -> Tensor:
     y = F.embedding(x, _weight(module), module.padding_idx)
-    return y if style.output == "shard" else run.tp_group.gather(y, -1, style.groups)
+    return y if style.output == "shard" else context.tp_group.gather(y, -1, style.groups)
 
 
-def _rows(module: nn.Embedding, _own: Any, run: Run, style: Rowwise, x: Tensor) -> Tensor:
+def _rows(module: nn.Embedding, _own: Any, context: TPForwardContext, style: Rowwise, x: Tensor) -> Tensor:
     weight = _weight(module)
     rows = weight.shape[0]
-    index = x - run.tp_group.index * rows
+    index = x - context.tp_group.index * rows
     is_here = (index >= 0) & (index < rows)
-    padding = None if module.padding_idx is None else module.padding_idx - run.tp_group.index * rows
+    padding = None if module.padding_idx is None else module.padding_idx - context.tp_group.index * rows
     if padding is not None and not 0 <= padding < rows:
         padding = None
     vectors = F.embedding(torch.where(is_here, index, 0), weight, padding)
-    return _summed(run, style, torch.where(is_here.unsqueeze(-1), vectors, 0.0))
+    return _summed(context, style, torch.where(is_here.unsqueeze(-1), vectors, 0.0))
 
 
 def _sequence_parallel(
-    module: nn.Module, own: Callable[..., Any], run: Run, style: SequenceParallel, *args: Any, **kwargs: Any
+    module: nn.Module,
+    own: Callable[..., Any],
+    context: TPForwardContext,
+    style: SequenceParallel,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if style.input == "replicate":
-        args, kwargs = _with_first(lambda x: run.tp_group.move("slice", x, SEQUENCE), args, kwargs)
+        args, kwargs = _with_first(lambda x: context.tp_group.collective("slice", x, SEQUENCE), args, kwargs)
     before = dict(_torch_compat.own_params(module))
     try:
         for key, param in before.items():
             if param is not None:
-                _torch_compat.own_params(module)[key] = run.tp_group.move("copy", param)
+                _torch_compat.own_params(module)[key] = context.tp_group.collective("copy", param)
         y = own(*args, **kwargs)
     finally:
         _torch_compat.own_params(module).update(before)
     if style.output == "sequence":
         return y
-    (y,), _ = _with_first(lambda x: run.tp_group.move("gather", x, SEQUENCE), (y,), {})
+    (y,), _ = _with_first(lambda x: context.tp_group.collective("gather", x, SEQUENCE), (y,), {})
     return y
 
 
-def _region(_module: nn.Module, own: Callable[..., Any], run: Run, style: Region, *args: Any, **kwargs: Any) -> Any:
+def _region(
+    _module: nn.Module, own: Callable[..., Any], context: TPForwardContext, style: Region, *args: Any, **kwargs: Any
+) -> Any:
     if style.input == "sequence":
-        args, kwargs = _with_first(run.gather_sequence, args, kwargs)
+        args, kwargs = _with_first(context.gather_sequence, args, kwargs)
     return own(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from lumen.core.pytree_dataclass import static
 from lumen.core.sharding import LeafSpec, ShardingSlot, SpecTree
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.tensor.autograd_collectives import TPGroup
-from lumen.parallel.tensor.layers import FullParamView, Run
+from lumen.parallel.tensor.layers import FullParamView, TPForwardContext
 from lumen.parallel.tensor.layout import Plan, module_styles
 from lumen.parallel.tensor.styles import Style
 
@@ -40,10 +40,10 @@ class TPRuntime(StepMesh):
         return None if group is None else TPGroup(group)
 
     @functools.cached_property
-    def run(self) -> Run:
+    def forward_context(self) -> TPForwardContext:
         """What the layers share while a model runs."""
         assert self.tp_group is not None
-        return Run(self.tp_group)
+        return TPForwardContext(self.tp_group)
 
     def styles(self, apply: Any) -> dict[str, Style]:
         """The style of each module that the plan names."""

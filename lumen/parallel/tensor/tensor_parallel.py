@@ -218,12 +218,12 @@ class tensor_parallel(Transform):
         if not call.params.keys() <= layouts.keys() or not {*call.params, *call.buffers} >= layouts.keys():
             return next(call.replace(params={k: unsharded(p) for k, p in call.params.items()}))
         params = {name: _shard_of(view, name, p) for name, p in call.params.items()}
-        change = shard_modules(runtime.run, view, runtime.styles(call.target))
+        change = shard_modules(runtime.forward_context, view, runtime.styles(call.target))
         target = call.target.variant((self.name, runtime), change)
         try:
             return next(call.replace(target=target, params=params))
         finally:
-            runtime.run.leave()
+            runtime.forward_context.leave()
 
 
 class _Shards:
@@ -262,7 +262,7 @@ def _gradient(runtime: TPRuntime, view: FullParamView, next: Next, call: Gradien
     try:
         return next(call.replace(loss_fn=with_full_params(call.loss_fn)))  # type: ignore[no-any-return]
     finally:
-        runtime.run.leave()  # recomputing a layer in the backward pass enters its region again
+        runtime.forward_context.leave()  # recomputing a layer in the backward pass enters its region again
 
 
 def _check_outside(transform: tensor_parallel) -> None:
