@@ -91,7 +91,7 @@ class deepspeed(Transform):
     @property
     def engine(self) -> Any:
         """DeepSpeed's own engine, once `init` has created it: that of the step that is running, or the only one."""
-        return self._holder().used().engine
+        return self._holder().require_engine().engine
 
     def _holder(self) -> EngineHolder:
         if self.within is not None:
@@ -111,7 +111,7 @@ class deepspeed(Transform):
         All ranks must call it. Raises `LossError` where there is none.
         """
         holder = self._holder()
-        pending, engine = holder.pending, holder.used()
+        pending, engine = holder.pending, holder.require_engine()
         grad = None if pending is None else engine.gradient(name)
         if pending is None or grad is None:
             raise LossError(
@@ -153,7 +153,7 @@ class deepspeed(Transform):
         """The full plain state, in new memory, on every rank."""
         record: EngineSlot = slot(state, self.name)
         holder = holder_of(record)
-        spans = holder.used().spans
+        spans = holder.require_engine().spans
         params = {name: gather_span(spans[name].master, spans[name]).to(dtype) for name, dtype in record.dtypes}
         opt_state = gather_tree(state.opt_state, record.specs.locate(state.opt_state, ("opt_state",)), spans)
         state = row_shards.unshard(state, self.mesh)
@@ -175,7 +175,7 @@ class deepspeed(Transform):
             own.other = None if holder is own else holder
             rule = EngineRule(holder, state)
             handlers: dict[Primitive, Rule] = {
-                Primitive.APPLY: functools.partial(self._apply, rule, holder.used()),
+                Primitive.APPLY: functools.partial(self._apply, rule, holder.require_engine()),
                 Primitive.GRADIENT: rule,
                 Primitive.UPDATE: functools.partial(_update, holder, self.stage),
             }
@@ -194,7 +194,7 @@ class deepspeed(Transform):
 
     def _state_param(self, holder: EngineHolder, name: str) -> Tensor:
         """The param as the state has it."""
-        engine = holder.used()
+        engine = holder.require_engine()
         return engine.live(name).detach() if self.stage < 3 else PartitionedParam.of(holder, name, engine.params[name])
 
     # The three primitives.
@@ -233,7 +233,7 @@ def _check_params(params: Mapping[str, Tensor], stage: int) -> None:
 
 
 def _update(holder: EngineHolder, stage: int, next: Next, call: UpdateCall) -> tuple[Any, Any]:
-    pending, engine = holder.pending, holder.used()
+    pending, engine = holder.pending, holder.require_engine()
     if pending is None or call.grads is not pending.grads:
         raise LossError(
             "under lm.deepspeed state.apply_gradients takes the very grads that lm.value_and_grad returned in"

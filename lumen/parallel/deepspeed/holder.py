@@ -80,7 +80,7 @@ class EngineHolder(StepMesh):
         assert dist.group.WORLD is not None
         return GradComm(dist.group.WORLD)
 
-    def used(self) -> Engine:
+    def require_engine(self) -> Engine:
         """The engine; `StateError` before it is created."""
         if self.engine is None:
             raise StateError("lm.deepspeed has no engine yet. Prepare the state: state = step.init(state)")
@@ -116,11 +116,11 @@ class EngineHolder(StepMesh):
 
     def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
-        return empty_meta(self.used().shapes[name], dtype)
+        return empty_meta(self.require_engine().shapes[name], dtype)
 
     def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The param `name`, gathered."""
-        return self.used().full_param(name)
+        return self.require_engine().full_param(name)
 
 
 HOLDERS: weakref.WeakValueDictionary[int, EngineHolder] = weakref.WeakValueDictionary()
