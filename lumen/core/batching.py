@@ -53,16 +53,16 @@ def split(batch: Any, n: int) -> list[Any]:
     return [tree.unflatten(spec, chunk) for chunk in zip(*columns, strict=True)]
 
 
-def add_gradients(answers: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
-    """The summed answer for a batch, from those for its microbatches; `origins` is as in `merge_aux`."""
-    losses = [answer.loss for answer in answers]
-    first = answers[0]
+def add_gradients(results: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:
+    """The summed result for a batch, from those for its microbatches; `origins` is as in `merge_aux`."""
+    losses = [result.loss for result in results]
+    first = results[0]
     loss = losses[0]
     assert isinstance(loss, Mean)
     for other in losses[1:]:
         loss = loss.merge(other)  # type: ignore[arg-type]
-    sizes = [answer.rows or 0 for answer in answers]
-    return first.replace(loss=loss, aux=merge_aux([answer.aux for answer in answers], sizes, origins), rows=sum(sizes))
+    sizes = [result.rows or 0 for result in results]
+    return first.replace(loss=loss, aux=merge_aux([result.aux for result in results], sizes, origins), rows=sum(sizes))
 
 
 def merge_aux(values: Sequence[Any], sizes: Sequence[int], origins: Sequence[Origin] | None = None) -> Any:

@@ -53,7 +53,7 @@ class Differentiated:
 
 
 class CachedGradient:
-    """The stages of one gradient: `embed` each call, `loss_call`, `receive` its answer, `backward_call` each call.
+    """The stages of one gradient: `embed` each call, `loss_call`, `receive` its result, `backward_call` each call.
 
     `close` at the end leaves torch's generators as the loss on all rows did.
     """
@@ -199,16 +199,16 @@ class CachedGradient:
         if self._generators is not None:
             self._generators.set(self._end)
 
-    def finished(self, total: Gradient, answer: Gradient) -> Gradient:
-        """The gradient of all rows: `total` is the sum over microbatches, `answer` that of `loss_call`."""
+    def finished(self, total: Gradient, result: Gradient) -> Gradient:
+        """The gradient of all rows: `total` is the sum over microbatches, `result` that of `loss_call`."""
         if self._graphless and any(leaf.requires_grad for leaf in tree.tensors(total.grads)):
             raise LossError(
                 f"{self._cache!r} depends on tensors that require grad and are not among params, and the microbatches'"
                 " embeddings were computed without a graph. Detach them, make them part of params, or hand them over as"
                 " a further argument: lm.value_and_grad(loss_fn)(params, batch, tensor)."
             )
-        aux = joined_aux(total.aux, answer.aux) if self._call.has_aux else None
-        return total.replace(loss=answer.loss, scalar=answer.scalar, aux=aux, rows=answer.rows)
+        aux = joined_aux(total.aux, result.aux) if self._call.has_aux else None
+        return total.replace(loss=result.loss, scalar=result.scalar, aux=aux, rows=result.rows)
 
 
 def _is_live(call: GradientCall) -> bool:

@@ -36,7 +36,7 @@ def value_and_grad(
 
     `loss_fn(params, batch, *extras)` returns a loss, or `(loss, aux)` with `has_aux=True`. The loss is a scalar tensor
     (its weight is then the number of rows of the batch, over which it must be a mean where a transform splits that) or
-    an `lm.Mean`. The result is called as `(params, batch, *extras)` and answers `(loss, grads)`, or `((loss, aux),
+    an `lm.Mean`. The result is called as `(params, batch, *extras)` and returns `(loss, grads)`, or `((loss, aux),
     grads)`, in JAX's order; grads have the structure of params and are those of the mean loss.
 
     The second argument is the batch: what `accumulate`, `ddp` and `dp_sgd` split along its first dim. Further
@@ -70,8 +70,8 @@ def value_and_grad(
             )
         call = GradientCall(loss_fn, params, batch, extras, has_aux, False, engine)
         has_rules = rules.stack.rules[Primitive.GRADIENT]
-        answer = rules.bind(Primitive.GRADIENT, differentiate, call) if has_rules else differentiate(call)
-        return ((answer.loss, answer.aux) if has_aux else answer.loss), answer.grads
+        result = rules.bind(Primitive.GRADIENT, differentiate, call) if has_rules else differentiate(call)
+        return ((result.loss, result.aux) if has_aux else result.loss), result.grads
 
     return gradient
 
@@ -94,7 +94,7 @@ def differentiate(call: GradientCall) -> Gradient:
 
 
 def normalized(total: Gradient, *, own: bool = False) -> Gradient:
-    """The gradient of the mean loss, from a summed answer; computed in its memory where that is not shared (`own`)."""
+    """The gradient of the mean loss, from a summed result; computed in its memory where that is not shared (`own`)."""
     loss = total.loss
     assert isinstance(loss, Mean)
     divide = Tensor.div_ if own else Tensor.div
@@ -145,8 +145,8 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
     if any(map(_is_sparse, grads)):  # of nn.Embedding(sparse=True): optimizers and collectives take dense ones
         grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)  # type: ignore[union-attr]
-    answer = Gradient(detached(loss), rebuild(grads), None if aux is None else detached(aux), scalar, size)
-    return answer if call.reduction is None and independent is None else _finished(call, answer, independent)
+    result = Gradient(detached(loss), rebuild(grads), None if aux is None else detached(aux), scalar, size)
+    return result if call.reduction is None and independent is None else _finished(call, result, independent)
 
 
 def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -181,13 +181,13 @@ def _one(objective: Tensor) -> Tensor:
 _ones: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-def _finished(call: GradientCall, answer: Gradient, independent: LossError | None = None) -> Gradient:
-    """The answer of all processes where there are several; only together can they be independent of the params."""
+def _finished(call: GradientCall, result: Gradient, independent: LossError | None = None) -> Gradient:
+    """The result of all processes where there are several; only together can they be independent of the params."""
     if call.reduction is not None:
-        return call.reduction.finish(answer, independent)
+        return call.reduction.finish(result, independent)
     if independent is not None:
         raise independent
-    return answer
+    return result
 
 
 def _by_func(call: GradientCall) -> Gradient:

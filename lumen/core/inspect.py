@@ -49,7 +49,7 @@ def inspect(step: StepFn, state: Any, batch: Any = None) -> str:
 def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) -> None:
     """Run `step` twice on the same input, and raise `PurityError` unless it behaves as a function.
 
-    It must leave `state` and `batch` bitwise as they were and give the same answer both times. A step that draws from
+    It must leave `state` and `batch` bitwise as they were and give the same result both times. A step that draws from
     torch's global generators (dropout without `lm.seeded()`) is not pure; one that donates its state is, but
     cannot be run twice: check it without `lm.donate()`.
 
@@ -111,10 +111,10 @@ class _Means:
         if rules.is_tracing() or _torch_compat.peek_interpreter_stack() is not None:
             raise PurityError("check_purity(rows=True) compares numbers: give it the step without transforms.")
         self._calls += 1
-        answer: Gradient = next(call)
+        result: Gradient = next(call)
         if self._error is None:
             self._error = self._compared(call)
-        return answer
+        return result
 
     def check(self) -> None:
         if self._error is not None:
@@ -141,7 +141,7 @@ class _Means:
                 )
             cache = find(call.loss_fn)
             microbatches = _microbatch_gradients(call, _in_two(call.batch, first), cache)
-        grads = tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *[answer.grads for answer in microbatches])
+        grads = tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *[result.grads for result in microbatches])
         one, several = normalized(full), normalized(add_gradients(microbatches).replace(grads=grads))
         if _near(one, several, microbatches):
             return None
@@ -174,12 +174,12 @@ def _microbatch_gradients(call: GradientCall, batches: list[Any], cache: GradCac
     calls = [call.replace(batch=batch, summed=True) for batch in batches]
     for microbatch in calls:
         cached.embed(microbatch)
-    answer = differentiate(cached.loss_call())
-    cached.receive(answer.grads.embeddings)
+    result = differentiate(cached.loss_call())
+    cached.receive(result.grads.embeddings)
     again = [differentiate(cached.backward_call(microbatch, index)) for index, microbatch in enumerate(calls)]
     cached.close()
-    nothing = [answer.replace(loss=tree.map(torch.zeros_like, answer.loss), aux=None) for answer in again]
-    return [answer.replace(grads=answer.grads.params, aux=None), *nothing]
+    nothing = [result.replace(loss=tree.map(torch.zeros_like, result.loss), aux=None) for result in again]
+    return [result.replace(grads=result.grads.params, aux=None), *nothing]
 
 
 def _summed(call: GradientCall, batch: Any) -> Gradient:
@@ -203,18 +203,18 @@ def _in_two(batch: Any, first: int) -> list[Any]:
     return [tree.unflatten(spec, column) for column in zip(*split, strict=True)]
 
 
-def _loss(answer: Gradient) -> float:
-    loss = answer.loss
+def _loss(result: Gradient) -> float:
+    loss = result.loss
     return float(loss.compute() if isinstance(loss, Mean) else loss)
 
 
 def _near(one: Gradient, several: Gradient, microbatches: list[Gradient]) -> bool:
-    """Whether two answers are equal up to rounding, which grows with the largest of the answers."""
-    answers = [one, *map(normalized, microbatches)]
-    grads = [leaf for answer in answers for leaf in tree.leaves(answer.grads) if leaf.numel()]
+    """Whether two results are equal up to rounding, which grows with the largest of the results."""
+    results = [one, *map(normalized, microbatches)]
+    grads = [leaf for result in results for leaf in tree.leaves(result.grads) if leaf.numel()]
     tolerance = max((torch.finfo(leaf.dtype).eps for leaf in grads), default=0.0) ** 0.5
     largest = _largest([float(leaf.abs().max()) for leaf in grads])
-    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(answer)) for answer in answers]):
+    if not abs(_loss(one) - _loss(several)) <= tolerance * _largest([abs(_loss(result)) for result in results]):
         return False
     pairs = zip(tree.leaves(one.grads), tree.leaves(several.grads), strict=True)
     return all(bool(((a - b).abs() <= tolerance * largest).all()) for a, b in pairs)

@@ -52,27 +52,27 @@ class Optimizer(Protocol):
 class Reduction(Protocol):
     """How a parallel transform reduces gradients over processes, right after the engine has computed them.
 
-    A rule that computes one answer from several calls removes it from these (`reduction=None`) and reduces the sum
+    A rule that computes one result from several calls removes it from these (`reduction=None`) and reduces the sum
     itself, so that there is one reduction for an update. `rows` is the number of rows of this process; where it is 0,
-    its batch is a dummy. Where a call contains collectives (`within`), all processes must make equally many calls.
+    its batch is a dummy. Where a call contains collectives (`in_backward`), all processes must make equally many calls.
     """
 
     rows: int
-    within: bool
+    in_backward: bool
 
     def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Called before the backward pass with the leaves that are differentiated, in the order of params."""
 
-    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
-        """The summed answer of all processes, from this one's.
+    def finish(self, result: Gradient, independent: LossError | None = None) -> Gradient:
+        """The summed result of all processes, from this one's.
 
         `independent` is raised, on every process, where no process's loss depends on the params.
         """
 
-    def most(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """The largest `number` of all processes."""
 
-    def idle(self, call: GradientCall) -> GradientCall:
+    def zero_weight_call(self, call: GradientCall) -> GradientCall:
         """`call` with weight zero, for a process that has run out of microbatches before the others."""
 
 
@@ -85,7 +85,7 @@ class Norms(Protocol):
 
 @dataclass(slots=True)
 class _Call:
-    """Base of calls and answers. By convention never changed, but not frozen: that would triple their cost."""
+    """Base of calls and results. By convention never changed, but not frozen: that would triple their cost."""
 
     _fields: ClassVar[Callable[[Any], tuple[Any, ...]]]  # the values of an instance, by one call into C
 
@@ -104,7 +104,7 @@ class _Call:
 
 @dataclass(slots=True)
 class ApplyCall(_Call):
-    """APPLY: run the module `target` on `args`, `kwargs`. Answer: `(out, new_buffers)`."""
+    """APPLY: run the module `target` on `args`, `kwargs`. Result: `(out, new_buffers)`."""
 
     target: Any
     params: Mapping[str, Tensor]
@@ -115,10 +115,10 @@ class ApplyCall(_Call):
 
 @dataclass(slots=True)
 class GradientCall(_Call):
-    """GRADIENT: differentiate `loss_fn(params, batch, *extras)` in `params`. Answer: `Gradient`.
+    """GRADIENT: differentiate `loss_fn(params, batch, *extras)` in `params`. Result: `Gradient`.
 
-    With `summed`, the answer's loss and grads are sums over the batch, with the loss's weight beside them, so that
-    the answers for microbatches add up to the answer for the batch. A `reduction` makes the answer that of all
+    With `summed`, the result's loss and grads are sums over the batch, with the loss's weight beside them, so that
+    the results for microbatches add up to the result for the batch. A `reduction` makes the result that of all
     processes before the engine returns it, and requires `summed`.
     """
 
@@ -135,11 +135,11 @@ class GradientCall(_Call):
 
 @dataclass(slots=True)
 class Gradient(_Call):
-    """The answer of GRADIENT.
+    """The result of GRADIENT.
 
     `loss` is what the user's function returned (a `Mean` or a scalar); when summed, always a `Mean` whose total is
-    what `grads` are the gradients of, with `scalar` recording which of the two it was. `joint` marks the answer of all
-    processes; otherwise it covers the rows of this process alone.
+    what `grads` are the gradients of, with `scalar` recording which of the two it was. `is_global` marks the result of
+    all processes; otherwise it covers the rows of this process alone.
     """
 
     loss: Mean | Tensor
@@ -147,12 +147,12 @@ class Gradient(_Call):
     aux: Any = None
     scalar: bool = False
     rows: int | None = None
-    joint: bool = False
+    is_global: bool = False
 
 
 @dataclass(slots=True)
 class UpdateCall(_Call):
-    """UPDATE: move `params` by `grads`. Answer: `(params, opt_state)`.
+    """UPDATE: move `params` by `grads`. Result: `(params, opt_state)`.
 
     `skip` is None or a boolean scalar tensor: where true, params and optimizer state stay as they are. `norms` are of
     leaves that an outer rule has seen: ask it for those of `grads`, which it has if the leaves are unchanged.

@@ -2,7 +2,7 @@
 
 A step touches the machinery through three primitives. A rule for one of them is a function
 `rule(next, call)`: it may change the call, call `next` any number of times (none included), and change the
-answer. Rules nest outside-in: the outermost transform sees a call first, `next` leads to the rule inside it,
+result. Rules nest outside-in: the outermost transform sees a call first, `next` leads to the rule inside it,
 and the innermost `next` is the primitive's base.
 
 The stack is per thread. It is the only state of this package that changes what a call does, and it is only

@@ -130,7 +130,7 @@ class accumulate(Transform):
             first_state, memory = state, self._memory
             count = slot(state, self.name).microbatches
             memory.count = int(count.max())
-            while (answer := self._attempt(memory, step, state, batch)) is None:
+            while (result := self._attempt(memory, step, state, batch)) is None:
                 memory.count *= 2
                 # Outside the handler of the error, whose traceback keeps the activations that did not fit alive.
                 warnings.warn(
@@ -143,7 +143,7 @@ class accumulate(Transform):
                 _free()
             if state is not first_state and is_retired(state) and not is_retired(first_state):
                 retire(first_state)
-            return answer
+            return result
 
         return run
 
@@ -197,9 +197,9 @@ class _AutoMemory:
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         """UPDATE: record while the state may be partly updated."""
         self.is_updating = True
-        answer: tuple[Any, Any] = next(call)
+        result: tuple[Any, Any] = next(call)
         self.is_updating = False
-        return answer
+        return result
 
 
 class _Accumulation:
@@ -248,7 +248,7 @@ class _Accumulation:
             memory = self.memory
             outcome = _SPLIT if memory is not None and memory.count < memory.rows else _FAILS
             message = str(error)
-        worst = outcome if call.reduction is None else call.reduction.most(outcome)
+        worst = outcome if call.reduction is None else call.reduction.max_over_ranks(outcome)
         if worst == _SPLIT:
             raise RetryWithMoreMicrobatches(message)
         if worst == _FAILS:
@@ -265,9 +265,9 @@ class _Accumulation:
         microbatches = self.settings.split(call, self.count)
         calls = [alone.replace(batch=microbatch) for microbatch in microbatches]
         reduction = call.reduction
-        if reduction is not None and reduction.within:
-            most = self.count or reduction.most(len(microbatches))
-            calls += [reduction.idle(calls[-1])] * (most - len(microbatches))
+        if reduction is not None and reduction.in_backward:
+            most = self.count or reduction.max_over_ranks(len(microbatches))
+            calls += [reduction.zero_weight_call(calls[-1])] * (most - len(microbatches))
             into_buffers = False
         cache = find(call.loss_fn)
         if cache is not None and self.settings.auto and reduction is not None:
@@ -299,18 +299,18 @@ class _Accumulation:
         spec: tree.Spec | None = None
         own = False
         for index, microbatch in enumerate(calls):
-            answer: Gradient = next(microbatch)
-            grads, spec = tree.flatten(answer.grads)
+            result: Gradient = next(microbatch)
+            grads, spec = tree.flatten(result.grads)
             dtypes = [g.dtype for g in grads]
-            answer = answer.replace(grads=None)  # frees each gradient once it has been added
+            result = result.replace(grads=None)  # frees each gradient once it has been added
             if sums:
                 gradient_sums.add(sums, grads, own=own)
                 own = True
             else:
                 sums = gradient_sums.widened(grads)
             if index < real:
-                gradients.append(answer)
-                self.tracker.carry(answer.aux)
+                gradients.append(result)
+                self.tracker.carry(result.aux)
         assert spec is not None
         total = batching.add_gradients(gradients, self.tracker.origins)
         return total.replace(grads=spec.unflatten(sums)), dtypes
@@ -334,7 +334,7 @@ class _Accumulation:
             aux = cached.embed(microbatch, real=index < real)
             if index < real:
                 self.tracker.carry(aux)
-        answer, start = self._of_embeddings(next, cached, into_buffers)
+        result, start = self._of_embeddings(next, cached, into_buffers)
         self.tracker.begin()
         again = [
             cached.backward_call(microbatch, min(index, real - 1), index < real)
@@ -342,7 +342,7 @@ class _Accumulation:
         ]
         total, dtypes = self._sum(next, again, real, into_buffers, start)
         cached.close()
-        return cached.finished(total, answer), dtypes
+        return cached.finished(total, result), dtypes
 
     def _of_embeddings(
         self, next: Next, cached: CachedGradient, into_buffers: bool
@@ -351,15 +351,15 @@ class _Accumulation:
         call = cached.loss_call()
         embeddings = call.params.embeddings
         grad_buffers: list[Tensor | None] | None = [None] * len(tree.leaves(call.params)) if into_buffers else None
-        answer: Gradient = next(call.replace(grad_buffers=grad_buffers))
+        result: Gradient = next(call.replace(grad_buffers=grad_buffers))
         if grad_buffers is None:
-            cached.receive(answer.grads.embeddings)
-            return answer.replace(grads=None), [*tree.leaves(answer.grads.params)]
+            cached.receive(result.grads.embeddings)
+            return result.replace(grads=None), [*tree.leaves(result.grads.params)]
         count = len(grad_buffers) - len(embeddings)
         cached.receive(
             [torch.zeros_like(e) if g is None else g for g, e in zip(grad_buffers[count:], embeddings, strict=True)]
         )
-        return answer, grad_buffers[:count]
+        return result, grad_buffers[:count]
 
     def _can_add_into_buffers(self, call: GradientCall) -> bool:
         """Whether autograd may add each gradient to its sum: no rule inside sees it, and no sum needs more digits."""

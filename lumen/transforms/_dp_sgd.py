@@ -163,12 +163,12 @@ class _PrivateGradients:
         def row_gradient(row: Any, lane: Tensor) -> tuple[Any, Any, Any]:
             self.tracker.lane = lane
             row_batch = tree.map(lambda x: x.unsqueeze(0), row)
-            answer: Gradient = next(call.replace(batch=row_batch, summed=True, engine="func"))
-            first_answer["answer"] = answer.replace(loss=None, grads=None, aux=None)
-            grads = _clipped(self._without_unused(answer.grads), self.settings.clip)
-            return grads, answer.loss, () if answer.aux is None else answer.aux
+            result: Gradient = next(call.replace(batch=row_batch, summed=True, engine="func"))
+            row_result["first"] = result.replace(loss=None, grads=None, aux=None)
+            grads = _clipped(self._without_unused(result.grads), self.settings.clip)
+            return grads, result.loss, () if result.aux is None else result.aux
 
-        first_answer: dict[str, Gradient] = {}
+        row_result: dict[str, Gradient] = {}
         mapped = torch.func.vmap(row_gradient, randomness="different", chunk_size=self.settings.chunk)
         lanes = torch.arange(count, device=tree.tensors(call.params)[0].device)
         with rules.splitting(repr(self.settings)):
@@ -180,7 +180,7 @@ class _PrivateGradients:
             loss = tree.map(torch.zeros_like, loss)
         elif not call.summed:
             grads = tree.map(lambda g: g / size, grads)
-        scalar = first_answer["answer"].scalar
+        scalar = row_result["first"].scalar
         mean_loss = loss.compute() if size else loss.total
         returned_loss = mean_loss if scalar and not call.summed else loss
         return Gradient(

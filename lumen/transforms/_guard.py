@@ -164,12 +164,12 @@ class _FinitenessCheck:
         return [spec for _, spec in self._numbers]
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
-        answer: Gradient = next(call)
-        loss = answer.loss.total if isinstance(answer.loss, Mean) else answer.loss
-        self._differs_by_rank |= not answer.joint
+        result: Gradient = next(call)
+        loss = result.loss.total if isinstance(result.loss, Mean) else result.loss
+        self._differs_by_rank |= not result.is_global
         self._add("loss", _LOSS, loss.reshape(1))
-        self._add_grads(answer.grads)
-        return answer
+        self._add_grads(result.grads)
+        return result
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         self.updates += 1

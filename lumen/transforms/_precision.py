@@ -327,22 +327,22 @@ class _Scaling:
 
         scaled_loss.__wrapped__ = call.loss_fn  # type: ignore[attr-defined]
         scaled_loss.__qualname__ = getattr(call.loss_fn, "__qualname__", "loss")
-        answer: Gradient = next(call.replace(loss_fn=scaled_loss))
+        result: Gradient = next(call.replace(loss_fn=scaled_loss))
         inverse = 1.0 / self.scale
         # Gradients of 16-bit params stay in float32: in 16 bits, the unscaled values would underflow again.
-        grads = tree.map(lambda g: widen(g) * inverse.to(g.device, wide_dtype(g.dtype)), answer.grads)
+        grads = tree.map(lambda g: widen(g) * inverse.to(g.device, wide_dtype(g.dtype)), result.grads)
         # Params on the host have their gradients and flags there; the scale is on the device of the loss.
         finite = leaf_norms(tree.leaves(grads)).isfinite().all().to(self.scale.device)
         self._flags.append(finite)
-        self._differs_by_rank |= not answer.joint
+        self._differs_by_rank |= not result.is_global
         self._all_finite = None
         # An overflow at the smallest scale is not caused by scaling, so a guard outside must see it.
         hide = ~finite & (self.scale > 1.0)
         grads = tree.map(lambda g: torch.where(hide.to(g.device), torch.zeros_like(g), g), grads)
-        loss = answer.loss
+        loss = result.loss
         if isinstance(loss, Mean):
-            return answer.replace(loss=type(loss)(loss.total * inverse, loss.weight), grads=grads)
-        return answer.replace(loss=loss * inverse, grads=grads)
+            return result.replace(loss=type(loss)(loss.total * inverse, loss.weight), grads=grads)
+        return result.replace(loss=loss * inverse, grads=grads)
 
     def update(self, next: Next, call: UpdateCall) -> tuple[Any, Any]:
         return next(call.skipping(~self.finite()))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from lumen.core.rules import Primitive
 from lumen.core.step import Transform
 from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, WorldError
 from lumen.parallel.comm import consistency
-from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm, lay_out
+from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm, assign_buckets
 from lumen.parallel.comm.consistency import check_equal
 from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.ddp.ddp import ddp
@@ -315,9 +315,9 @@ def launch_order():
         for place in order:
             (leaves[place].sum() * (place + 1)).backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        out, tail = buckets.finish(grads, [torch.ones(1)])
-        sums.append([float(each.mean()) for each in out] + [float(tail)])
-    return sums, layouts.find(leaves).buckets
+        out, stats = buckets.finish(grads, [torch.ones(1)])
+        sums.append([float(each.mean()) for each in out] + [float(stats)])
+    return sums, layouts.get(leaves).buckets
 
 
 def test_collectives_keep_one_order_whatever_is_ready_first(world2):
@@ -328,14 +328,14 @@ def test_collectives_keep_one_order_whatever_is_ready_first(world2):
 
 def test_a_layout_by_dtype_and_size():
     leaves = [torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(2), torch.zeros(100)]
-    found = lay_out(leaves, [3, 2, 1, 0], 16)
+    found = assign_buckets(leaves, [3, 2, 1, 0], 16)
     assert found.buckets == [[3], [2, 0], [1]]
     assert found.owner == [1, 2, 1, 0]
 
 
 def test_the_first_bucket_of_a_dtype_is_small():
     leaves = [torch.empty(2**17, dtype=dtype) for dtype in 6 * [torch.float32, torch.float64]]
-    found = lay_out(leaves, range(12), 3 * 2**20)
+    found = assign_buckets(leaves, range(12), 3 * 2**20)
     assert found.buckets == [[0, 2], [1], [3, 5, 7], [4, 6, 8, 10], [9, 11]]
 
 

@@ -46,24 +46,24 @@ def test_a_plan_sends_what_the_layout_says(world2):
 
 
 def sums_of_all():
-    """What each reducer makes of the same gradients and the same tail."""
+    """What each reducer makes of the same gradients and the same stats."""
     layout, grads = layout_and_grads()
     comm = GradComm(layout.row_group)
-    tail = [torch.ones(2) * (distributed.rank() + 1), torch.tensor(5.0)]
+    stats = [torch.ones(2) * (distributed.rank() + 1), torch.tensor(5.0)]
     buckets = Buckets(comm, BucketPlanCache(comm, 2**20), overlap=False)
-    sums, tails = zip(
-        *[r.finish([g.clone() for g in grads], tail) for r in (buckets, ShardReducer(layout))], strict=True
+    sums, all_stats = zip(
+        *[r.finish([g.clone() for g in grads], stats) for r in (buckets, ShardReducer(layout))], strict=True
     )
     shards = UnitPlan(layout, [g.shape for g in grads], DTYPES, None).reduce_scatter(grads)
-    units, unit_tail = UnitReducer(layout).finish(shards, tail)
-    none, engine_tail = EngineReducer(comm).finish(grads, tail)
+    units, unit_stats = UnitReducer(layout).finish(shards, stats)
+    none, engine_stats = EngineReducer(comm).finish(grads, stats)
     close = [torch.allclose(layout.shard(a).float(), b.float(), atol=0.05) for a, b in zip(*sums, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(sums[1], units, strict=True)]
-    return close + same, [t.tolist() for t in (*tails, unit_tail, engine_tail)], none
+    return close + same, [t.tolist() for t in (*all_stats, unit_stats, engine_stats)], none
 
 
 def test_all_reducers_sum_the_same(world2):
-    for agrees, tails, none in world2.run(sums_of_all):
+    for agrees, all_stats, none in world2.run(sums_of_all):
         assert agrees == [True] * 2 * len(SHAPES)
-        assert tails == [[3.0, 3.0, 10.0]] * 4
+        assert all_stats == [[3.0, 3.0, 10.0]] * 4
         assert none == []

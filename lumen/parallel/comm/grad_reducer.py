@@ -2,10 +2,10 @@
 
 One gradient passes three layers, and each strategy differs in the last one alone:
 
-1. `lumen.core.gradient` differentiates the loss of this rank's rows, and hands its answer to the call's `Reduction`.
+1. `lumen.core.gradient` differentiates the loss of this rank's rows, and hands its result to the call's `Reduction`.
 2. `lumen.parallel.ddp.grad_reduction.GradReduction` is that `Reduction` for every strategy. It decides how rows weigh.
    Losses travel as totals: what is differentiated is the *sum* over this rank's rows, so a rank with more rows
-   counts more, and one without any counts nothing. Beside the gradients it sums a few numbers, the tail: the loss's
+   counts more, and one without any counts nothing. Beside the gradients it sums a few numbers, the stats: the loss's
    total and weight, the number of rows, and means over rows. The sum of gradients divided by the summed weight is the
    gradient of the mean over the global batch.
 3. A `GradReducer` sums tensors, and knows nothing of losses:
@@ -46,9 +46,9 @@ class GradReducer(Protocol):
     def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Called before the backward pass with the leaves that are differentiated, in the order of params."""
 
-    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The sums over ranks of `grads`, of which a rank may receive its shards alone, and of `tail`.
+    def finish(self, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The sums over ranks of `grads`, of which a rank may receive its shards alone, and of `stats`.
 
-        `grads` are what the backward pass returned, in the order of params. `tail` is a few numbers of one dtype, whose
-        sum is one vector.
+        `grads` are what the backward pass returned, in the order of params. `stats` are a few numbers of one dtype,
+        whose sums are one vector.
         """

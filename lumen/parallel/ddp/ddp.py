@@ -64,10 +64,10 @@ class DDPRule(DataParallelRule):
         reduction = GradReduction(self._comm, reducer, rows, self, self._device)
         self._counts = rows > 0
         call = self._prepared_call(call, rows)
-        answer: Gradient = next(call.replace(summed=True, reduction=reduction))
+        result: Gradient = next(call.replace(summed=True, reduction=reduction))
         if not rows:
-            answer = answer.replace(aux=self._neutral_aux(answer.aux))
-        return answer if call.summed else reduction.normalized(answer)
+            result = result.replace(aux=self._neutral_aux(result.aux))
+        return result if call.summed else reduction.normalized(result)
 
 
 class ddp(Transform):

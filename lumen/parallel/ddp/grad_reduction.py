@@ -27,7 +27,7 @@ from lumen.parallel.ddp.sync_batchnorm import synchronized
 
 Buffers = Literal["merge", "local", "sync"]
 
-_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what is reduced with each gradient, in order: `GradReduction._tail`
+_TOTAL, _WEIGHT, _ROWS, _LIVE, _HEAD = range(5)  # what is reduced with each gradient, in order: `GradReduction._stats`
 DUMMY_ROWS = 2  # of the dummy batch: BatchNorm takes no fewer
 
 
@@ -106,7 +106,8 @@ class GradReduction:
 
     `reducer` sums the gradients, in its strategy's way. This class sums what belongs to them: the loss's total and
     weight, the rows, and the aux. A rank's gradients are those of the sum over its `rows`, so they weigh by themselves.
-    `idle` is the loss of a rank that has fewer microbatches than others; by default it takes part in no collective.
+    `zero_weight` is the loss of a rank that has fewer microbatches than others; by default it takes part in no
+    collective.
     """
 
     def __init__(
@@ -116,19 +117,19 @@ class GradReduction:
         rows: int,
         rule: DataParallelRule,
         device: torch.device,
-        idle: Callable[..., Any] | None = None,
+        zero_weight: Callable[..., Any] | None = None,
     ) -> None:
         self._comm = comm
         self._reducer = reducer
         self.rows = rows
-        self.within = reducer.in_backward
+        self.in_backward = reducer.in_backward
         self.register_hooks = reducer.register_hooks
         self._rule = rule
         self._device = device
-        self._idle = idle
+        self._zero_weight = zero_weight
         self._grads: Any = None
 
-    def most(self, number: int) -> int:
+    def max_over_ranks(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         if rules.is_tracing():
             raise OrderError(
@@ -138,53 +139,53 @@ class GradReduction:
         largest = self._comm.launch(torch.tensor(number, device=self._device), "max", exact=True)()
         return number if distributed.is_dry_run() else int(largest)
 
-    def idle(self, call: GradientCall) -> GradientCall:
+    def zero_weight_call(self, call: GradientCall) -> GradientCall:
         """The call with a loss that weighs nothing."""
-        return call.replace(loss_fn=self._idle or zero_weight_loss(call.loss_fn, call.has_aux))
+        return call.replace(loss_fn=self._zero_weight or zero_weight_loss(call.loss_fn, call.has_aux))
 
-    def finish(self, answer: Gradient, independent: LossError | None = None) -> Gradient:
-        """The answer of all ranks."""
-        leaves, rebuild = gradient.flat(answer.grads)
+    def finish(self, result: Gradient, independent: LossError | None = None) -> Gradient:
+        """The result of all ranks."""
+        leaves, rebuild = gradient.flat(result.grads)
         if True in [leaf.requires_grad for leaf in leaves]:
             raise AxisError(
                 "under lm.ddp a gradient is to be differentiated again outside a loss function. Take the inner gradient"
                 " inside the loss, as lm.value_and_grad(inner)(params, rows) does there."
             )
-        if not self.rows and not self.within:
+        if not self.rows and not self.in_backward:
             leaves = [torch.zeros_like(leaf) for leaf in leaves]
         aux = (
             None
-            if answer.aux is None
-            else AuxReduction(answer.aux, self.rows, DUMMY_ROWS, self._rule.origins, self._comm)
+            if result.aux is None
+            else AuxReduction(result.aux, self.rows, DUMMY_ROWS, self._rule.origins, self._comm)
         )
         in_flight = [] if aux is None else aux.launch()
         weighted = [] if aux is None else aux.weighted()
         changes = [] if aux is None else aux.changes()
-        sums, tail = self._reducer.finish(leaves, self._tail(answer, weighted, changes, independent is None))
-        if independent is not None and not tail[_LIVE]:
+        sums, stats = self._reducer.finish(leaves, self._stats(result, weighted, changes, independent is None))
+        if independent is not None and not stats[_LIVE]:
             raise independent
-        loss = answer.loss
+        loss = result.loss
         assert isinstance(loss, Mean)
         self._grads = rebuild(sums)
         joined = None
         if aux is not None:
-            means, summed = tail[_HEAD:].split([sum(x.numel() for x in xs) for xs in (weighted, changes)])
-            joined = aux.joined(means / tail[_ROWS], summed, in_flight)
+            means, summed = stats[_HEAD:].split([sum(x.numel() for x in xs) for xs in (weighted, changes)])
+            joined = aux.joined(means / stats[_ROWS], summed, in_flight)
             aux.check(self._rule.checks)
         return Gradient(
-            GlobalMean(_as(tail[_TOTAL], loss.total.dtype), _as(tail[_WEIGHT], loss.weight.dtype)),
+            GlobalMean(_as(stats[_TOTAL], loss.total.dtype), _as(stats[_WEIGHT], loss.weight.dtype)),
             self._grads,
             joined,
-            answer.scalar,
-            answer.rows,
-            joint=True,
+            result.scalar,
+            result.rows,
+            is_global=True,
         )
 
-    def _tail(
-        self, answer: Gradient, weighted: Sequence[Tensor], changes: Sequence[Tensor], live: bool
+    def _stats(
+        self, result: Gradient, weighted: Sequence[Tensor], changes: Sequence[Tensor], live: bool
     ) -> list[Tensor]:
         """What is summed beside gradients: the loss's total and weight, rows, rows with a gradient, means, changes."""
-        loss = answer.loss
+        loss = result.loss
         assert isinstance(loss, Mean)
         total, size = loss.total.detach(), self.rows
         extras = [*weighted, *changes]
@@ -192,21 +193,21 @@ class GradReduction:
         if not size:
             return [total.new_zeros(_HEAD + sum(x.numel() for x in extras), dtype=dtype)]
         count = loss.weight  # of a plain scalar its rows; a narrow dtype does not have every number
-        if not answer.scalar or count.dtype is not dtype:
+        if not result.scalar or count.dtype is not dtype:
             count = total.new_full((), size, dtype=dtype)
         means = [_as(x.detach(), dtype) * size for x in weighted]
         added = [_as(x.detach(), dtype) for x in changes]
         return [_as(total, dtype), _as(loss.weight, dtype), count, count if live else count * 0, *means, *added]
 
-    def normalized(self, answer: Gradient) -> Gradient:
+    def normalized(self, result: Gradient) -> Gradient:
         """The gradient of the mean loss; in place where the gradients are still the reducer's own tensors."""
-        if answer.grads is not self._grads:
-            return gradient.normalized(answer)
-        loss = answer.loss
+        if result.grads is not self._grads:
+            return gradient.normalized(result)
+        loss = result.loss
         assert isinstance(loss, Mean)
         for flat in self._reducer.flat_sums:
             flat.div_(_as(loss.weight, flat.dtype))
-        return answer.replace(loss=loss.compute()) if answer.scalar else answer
+        return result.replace(loss=loss.compute()) if result.scalar else result
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ class EngineRule(DataParallelRule):
     def __init__(self, holder: EngineHolder, state: Any) -> None:
         super().__init__(holder.comm, "merge", state, holder.checks)
         self._holder = holder
-        self._engine, self._params = holder.used(), state.params
+        self._engine, self._params = holder.require_engine(), state.params
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The loss and aux, with grads whose values are in the engine."""
@@ -36,34 +36,34 @@ class EngineRule(DataParallelRule):
         reduction = GradReduction(self._comm, EngineReducer(self._comm), size, self, self._device)
         rows = self._comm.launch(torch.tensor(float(size), device=self._device), exact=True)()
         call = self._prepared_call(call, size)
-        answers = self._microbatches(call, size, self._comm.size / rows)  # the engine takes the mean over ranks
-        answer = batching.add_gradients(answers, self._tracker.origins)
+        results = self._microbatches(call, size, self._comm.size / rows)  # the engine takes the mean over ranks
+        result = batching.add_gradients(results, self._tracker.origins)
         if not size:
-            answer = answer.replace(aux=self._neutral_aux(answer.aux))
-        answer = reduction.finish(answer.replace(grads={}))
-        loss = answer.loss
+            result = result.replace(aux=self._neutral_aux(result.aux))
+        result = reduction.finish(result.replace(grads={}))
+        loss = result.loss
         assert isinstance(loss, Mean)
         pending = PendingGrads(
             {name: engine_grad(p) for name, p in self._params.items()},
-            None if answer.scalar else rows / loss.weight,
+            None if result.scalar else rows / loss.weight,
         )
         self._holder.pending = pending
-        return answer.replace(grads=pending.grads, loss=loss.compute() if answer.scalar else loss)
+        return result.replace(grads=pending.grads, loss=loss.compute() if result.scalar else loss)
 
     def _microbatches(self, call: GradientCall, size: int, factor: Tensor) -> list[Gradient]:
-        """The answer for each microbatch; a rank with fewer of them repeats its last one with weight zero."""
+        """The result for each microbatch; a rank with fewer of them repeats its last one with weight zero."""
         count = self._engine.setup.microbatches
         microbatches = batching.split(call.batch, max(1, min(count, size))) if size else [call.batch]
-        answers = []
+        results = []
         with rules.splitting(repr(self._holder.transform) if count > 1 else None):
             for i in range(count):
                 if i < len(microbatches):
-                    answers.append(self._backward(call.replace(batch=microbatches[i]), factor, i == count - 1))
-                    self._tracker.carry(answers[-1].aux)
+                    results.append(self._backward(call.replace(batch=microbatches[i]), factor, i == count - 1))
+                    self._tracker.carry(results[-1].aux)
                 else:
-                    idle = call.replace(batch=microbatches[-1], loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
-                    self._backward(idle, factor, i == count - 1)
-        return answers
+                    padding = call.replace(batch=microbatches[-1], loss_fn=zero_weight_loss(call.loss_fn, call.has_aux))
+                    self._backward(padding, factor, i == count - 1)
+        return results
 
     def _check(self, call: GradientCall) -> None:
         if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
@@ -121,7 +121,7 @@ class EngineRule(DataParallelRule):
 
 
 class EngineReducer:
-    """The `GradReducer` of deepspeed: the engine sums the gradients and keeps them, so that the tail alone is left."""
+    """The `GradReducer` of deepspeed: the engine sums the gradients and keeps them, so that only the stats are left."""
 
     in_backward = False
 
@@ -132,9 +132,9 @@ class EngineReducer:
     def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Nothing: the engine has hooks of its own."""
 
-    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """No gradients, and the sum of `tail`."""
-        return [], collectives.all_reduce(tail, "sum", self._comm.group)()
+    def finish(self, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """No gradients, and the sum of `stats`."""
+        return [], collectives.all_reduce(stats, "sum", self._comm.group)()
 
 
 class _ZeroGrads(torch.autograd.Function):

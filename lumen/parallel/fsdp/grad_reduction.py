@@ -42,10 +42,10 @@ class ShardReducer:
     def register_hooks(self, live: Sequence[Tensor]) -> None:
         """Nothing is sent before the backward pass has ended."""
 
-    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """This rank's shards of the sums of `grads`, and the sum of `tail`."""
+    def finish(self, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """This rank's shards of the sums of `grads`, and the sum of `stats`."""
         shards = [shard for chunk in byte_chunks(grads) for shard in reduce_scatter(self._layout, grads[chunk])]
-        return shards, collectives.all_reduce(tail, "sum", self._layout.row_group)()
+        return shards, collectives.all_reduce(stats, "sum", self._layout.row_group)()
 
 
 class UnitReducer:
@@ -64,9 +64,9 @@ class UnitReducer:
         """This rank's shards of the sums of a unit's gradients."""
         return unit.reduce_scatter(grads)
 
-    def finish(self, grads: Sequence[Tensor], tail: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """`grads`, which are shards of sums already, and the sum of `tail`."""
-        return [*grads], collectives.all_reduce(tail, "sum", self._layout.row_group)()
+    def finish(self, grads: Sequence[Tensor], stats: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """`grads`, which are shards of sums already, and the sum of `stats`."""
+        return [*grads], collectives.all_reduce(stats, "sum", self._layout.row_group)()
 
 
 class TracedUnitReducer(UnitReducer):
@@ -109,10 +109,10 @@ class FSDPRule(DataParallelRule):
             )
         rows = batching.count(call.batch)
         call = self._prepared_call(call, rows)
-        answer: Gradient = next(self._reduced(call.replace(summed=True), rows))
+        result: Gradient = next(self._reduced(call.replace(summed=True), rows))
         if not rows:
-            answer = answer.replace(aux=self._neutral_aux(answer.aux))
-        return answer if call.summed else gradient.normalized(answer)
+            result = result.replace(aux=self._neutral_aux(result.aux))
+        return result if call.summed else gradient.normalized(result)
 
     def _reduced(self, call: GradientCall, rows: int) -> GradientCall:
         """The call with its reduction; at stage 3 with a loss that gathers params as it uses them."""
@@ -121,9 +121,11 @@ class FSDPRule(DataParallelRule):
             return call.replace(reduction=GradReduction(self._comm, reducer, rows, self, self._device))
         _check_params(call.params, self._plans.shapes)
         loss_fn, has_aux = call.loss_fn, call.has_aux
-        idle = self._unsharding(zero_weight_loss(loss_fn, has_aux), has_aux, reducer, idle=True)
-        reduction = GradReduction(self._comm, reducer, rows, self, self._device, idle)
-        return call.replace(loss_fn=self._unsharding(loss_fn, has_aux, reducer, idle=not rows), reduction=reduction)
+        zero_weight = self._unsharding(zero_weight_loss(loss_fn, has_aux), has_aux, reducer, zero_weight=True)
+        reduction = GradReduction(self._comm, reducer, rows, self, self._device, zero_weight)
+        return call.replace(
+            loss_fn=self._unsharding(loss_fn, has_aux, reducer, zero_weight=not rows), reduction=reduction
+        )
 
     def _reducer(self, rows: int) -> GradReducer:
         runtime = self._runtime
@@ -132,13 +134,13 @@ class FSDPRule(DataParallelRule):
         return ShardReducer(self._layout) if runtime.stage == 2 else unit_reducer(self._layout)
 
     def _unsharding(
-        self, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, idle: bool
+        self, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, zero_weight: bool
     ) -> Callable[..., Any]:
         """`loss` as a function of shards."""
 
         def loss_fn(params: Any, *args: Any) -> Any:
             context = self._runtime.context(self._plans, reducer)
-            context.idle = idle
+            context.zero_weight = zero_weight
             proxies = {}
             for name, shard in params.items():
                 proxies[name] = (_nested_proxy if isinstance(shard, LazyParam) else LazyParam.of)(context, name, shard)
@@ -149,7 +151,7 @@ class FSDPRule(DataParallelRule):
             finally:
                 context.close()
 
-        return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(other, has_aux, reducer, idle))
+        return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(other, has_aux, reducer, zero_weight))
 
 
 def _nested_proxy(context: UnshardContext, name: str, shard: LazyParam) -> LazyParam:

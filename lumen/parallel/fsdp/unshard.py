@@ -41,7 +41,7 @@ class UnshardContext:
     def __init__(self, plans: UnitPlans, prefetch: int, reducer: UnitReducer) -> None:
         self.plans, self.prefetch, self.reducer = plans, prefetch, reducer
         self.empty_meta: Callable[[str, torch.dtype], Tensor] = plans.empty_meta
-        self.idle = False  # whether what is computed weighs nothing, whatever its gradients
+        self.zero_weight = False  # whether the loss weighs nothing, whatever its gradients
         self.token = torch.zeros(())
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
         self._gathered: set[str] = set()
@@ -177,7 +177,7 @@ class _Gather(torch.autograd.Function):
         unit: UnshardedUnit = ctx.unit
         context = unit.context
         unit.free()
-        if context.idle:  # zeros, and not 0 times a gradient, which may be infinite
+        if context.zero_weight:  # zeros, and not 0 times a gradient, which may be infinite
             grads = tuple(torch.zeros_like(grad) for grad in grads)
         shards = context.reducer.reduce(unit, grads)
         if context.plans.layout.device is not None:

@@ -39,14 +39,14 @@ class CompiledGraph:
             old = filled[: len(state_leaves)]
             state = tree.unflatten(self._input_state_spec, old)
             with rules.tracing:
-                answer = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
-            return self._plan_outputs(old, filled, answer)
+                result = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
+            return self._plan_outputs(old, filled, result)
 
         self._run = _compile(flat, example, options)
 
-    def _plan_outputs(self, old: list[Any], inputs: list[Any], answer: tuple[Any, Any]) -> list[Tensor]:
-        """Record where each leaf of the answer comes from at run time, and return what the graph must compute."""
-        new_state, metrics = answer
+    def _plan_outputs(self, old: list[Any], inputs: list[Any], result: tuple[Any, Any]) -> list[Tensor]:
+        """Record where each leaf of the result comes from at run time, and return what the graph must compute."""
+        new_state, metrics = result
         new, self._state_spec = tree.flatten(new_state)
         metric_leaves, self._metrics_spec = tree.flatten(metrics)
         self._signature = StateSignature(new, self._state_spec)

@@ -50,9 +50,9 @@ def with_apply_rule(transform: Transform, step: StepFn, rule: Rule) -> StepFn:
             return rule(next, call)
 
         with rules.rule_context({Primitive.APPLY: recording}):
-            answer = step(state, batch)
+            result = step(state, batch)
         if not applied:
             unapplied.warn()
-        return answer
+        return result
 
     return run
