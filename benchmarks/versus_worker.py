@@ -56,7 +56,8 @@ def serve(root: str, task_name: str, count: str, *cases: str) -> None:
         clock = instructions.Counter()
     for module in (timing, runner):
         module.time = types.SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
-    for line in sys.stdin:
-        case, steps = line.split()
-        sys.stdout.write("=" + json.dumps(measures[case](int(steps) or task.steps)) + "\n")
-        sys.stdout.flush()
+    with timing.collected():
+        for line in sys.stdin:
+            case, steps = line.split()
+            sys.stdout.write("=" + json.dumps(measures[case](int(steps) or task.steps)) + "\n")
+            sys.stdout.flush()

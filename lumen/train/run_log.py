@@ -18,12 +18,12 @@ from lumen.train.sink_group import SinkGroup
 _TOO_MANY = "lm.optim.learning_rate(result.state.opt_state) has them all."
 
 
-def learning_rates(opt_state: Any) -> dict[str, float]:
+def learning_rates(opt_state: Any, has_groups: bool = True) -> dict[str, float]:
     """The learning rates of an optimizer's state, by the names that they are logged under.
 
     `lr` is the rate of the optimizer, or of the first group of a `partition`. If several groups have one, they are also
-    logged as `lr/0`, `lr/1`, …. In an ensemble each lane has its own: `lr/0`, `lr/1`, …, or `lr/GROUP/LANE` under a
-    partition.
+    logged as `lr/0`, `lr/1`, …; without `has_groups` none are looked for. In an ensemble each lane has its own: `lr/0`,
+    `lr/1`, …, or `lr/GROUP/LANE` under a partition.
 
     >>> import torch, lumen as lm
     >>> tx = lm.optim.partition({"*.bias": lm.optim.sgd(0.5)}, default=lm.optim.sgd(0.25))
@@ -33,7 +33,8 @@ def learning_rates(opt_state: Any) -> dict[str, float]:
     lr = learning_rate(opt_state)
     if lr is None:
         return {}
-    by_group = {f"lr/{i}": rate for i, rate in enumerate(group_rates(opt_state)) if rate is not None}
+    rates_by_group = group_rates(opt_state) if has_groups else []
+    by_group = {f"lr/{i}": rate for i, rate in enumerate(rates_by_group) if rate is not None}
     if len(by_group) <= 1:
         by_group = {}
     has_lanes = lr.dim() > 0
@@ -67,6 +68,7 @@ class RunLogger:
         self._merger = merger
         self.history = history
         self._current: tuple[int, dict[str, float]] = (-1, {})
+        self._has_groups: bool | None = None  # of the optimizer, whose state keeps its tree from step to step
         self.restart_throughput()
 
     @property
@@ -86,7 +88,10 @@ class RunLogger:
         values = self.accumulator.read("train/", self._merger)
         values.update(self._throughput())
         self.restart_throughput()
-        values.update(learning_rates(getattr(state, "opt_state", None)))
+        opt_state = getattr(state, "opt_state", None)
+        if self._has_groups is None:
+            self._has_groups = bool(group_rates(opt_state))
+        values.update(learning_rates(opt_state, self._has_groups))
         return values
 
     def publish(self, values: Mapping[str, Any]) -> None:
