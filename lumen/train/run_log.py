@@ -36,6 +36,8 @@ def learning_rates(opt_state: Any, has_groups: bool = True) -> dict[str, float]:
     rates_by_group = group_rates(opt_state) if has_groups else []
     by_group = {f"lr/{i}": rate for i, rate in enumerate(rates_by_group) if rate is not None}
     if len(by_group) <= 1:
+        if not lr.dim():  # the usual case, read by one operation in place of five
+            return {"lr": float(lr)}
         by_group = {}
     has_lanes = lr.dim() > 0
     rates = {**({} if has_lanes and by_group else {"lr": lr}), **by_group}
