@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from lumen import checkpoint, data, extend, metrics, optim, parallel, random, sinks, tree
+from lumen import checkpoint, data, extend, losses, metrics, optim, parallel, random, sinks, tree
 from lumen.core.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from lumen.core.distributed import rank, world_size
 from lumen.core.flops import flops_of, peak_flops
@@ -123,6 +123,7 @@ __all__ = [
     "grad_cache",
     "guard",
     "inspect",
+    "losses",
     "lr_find",
     "merge_metrics",
     "mesh",

@@ -1,0 +1,247 @@
+"""The sum of weighted cross-entropies of a linear layer's outputs, with its gradients, a chunk of rows at a time.
+
+The gradients are computed in the forward pass, while a chunk's logits are there: its softmax becomes the gradient in
+place. The backward pass scales them. Where derivatives of them are asked for, the dense computation is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Settings(NamedTuple):
+    """What makes the loss of a row of its logits, and how many rows make a chunk."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    soft_cap: float | None
+    chunk: int
+
+
+def total_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, settings: Settings
+) -> Tensor:
+    """The sum of `weights` times the losses of the rows of `hidden`, a 0-d tensor of the dtype of `weights`."""
+    needs = _needs((hidden, weight, bias, weights))
+    total: Tensor = _Total.apply(hidden, weight, bias, weights, targets, settings, needs)[0]  # type: ignore[no-untyped-call]
+    return total
+
+
+def dense_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, targets: Tensor, settings: Settings
+) -> Tensor:
+    """The same from all logits at once, by operations that may be differentiated any number of times."""
+    logits = _logits(hidden, weight, bias, weights.dtype)
+    if settings.soft_cap is not None:
+        logits = settings.soft_cap * torch.tanh(logits / settings.soft_cap)
+    denominator = logits.logsumexp(1)
+    picked = logits.gather(1, _classes(targets, settings)[:, None])[:, 0]
+    losses = denominator - (1 - settings.label_smoothing) * picked - settings.label_smoothing * logits.mean(1)
+    losses = losses + settings.z_loss * denominator.square()
+    return torch.where(weights == 0, 0, losses * weights).sum()
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    logits = (hidden @ weight.to(hidden.dtype).t()).to(dtype)
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def _classes(targets: Tensor, settings: Settings) -> Tensor:
+    return torch.where(targets == settings.ignore_index, 0, targets).long()
+
+
+class _Total(torch.autograd.Function):
+    """`(total, gradients for hidden, weight, bias and weights)`; a gradient that nobody needs is empty."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        targets: Tensor,
+        settings: Settings,
+        needs: list[bool],
+    ) -> tuple[Tensor, ...]:
+        sums = _Sums(hidden, weight, bias, weights, needs)
+        own_weight = weight.to(hidden.dtype)
+        for start in range(0, len(hidden), settings.chunk):
+            rows = slice(start, start + settings.chunk)
+            sums.add(rows, hidden[rows], own_weight, bias, weights[rows], targets[rows], settings)
+        return sums.outputs(weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.settings, ctx.needs = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
+        *inputs, a, b, c, d = ctx.saved_tensors
+        grads = (a, b, c, d)
+        if torch.is_grad_enabled():  # the gradients may be differentiated in turn
+            scaled = _Scaled.apply(scale, *inputs, *grads, ctx.settings, ctx.needs)  # type: ignore[no-untyped-call]
+        else:
+            scaled = _scaled(scale, grads)
+        return *[grad if needed else None for grad, needed in zip(scaled, ctx.needs, strict=True)], None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        def lane(*own: Any) -> Any:
+            *tensors, settings, needs = own
+            needs = [known or asked for known, asked in zip(needs, _needs(tensors[:4]), strict=True)]
+            return _Total.apply(*tensors, settings, needs)  # type: ignore[no-untyped-call]
+
+        return _lane_by_lane(lane, info, in_dims, inputs)
+
+
+class _Scaled(torch.autograd.Function):
+    """The gradients times `scale`, as a function of what they were computed from."""
+
+    @staticmethod
+    def forward(scale: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_scaled(scale, inputs[5:9]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *_, ctx.settings, ctx.needs = inputs
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        scale, *inputs, targets = ctx.saved_tensors
+        numbers = [i for i, needed in enumerate(ctx.needs) if needed]
+
+        def gradients(scale: Tensor, *own: Tensor) -> Any:
+            def loss(*own: Tensor) -> Tensor:
+                return scale * dense_loss(*_filled(inputs, numbers, own), targets, ctx.settings)
+
+            return torch.func.grad(loss, tuple(range(len(own))))(*own)
+
+        _, pull = torch.func.vjp(gradients, scale, *[inputs[i] for i in numbers])
+        own_scale, *own = pull(tuple(cotangents[i] for i in numbers))
+        return own_scale, *_filled([None] * 4, numbers, own), *[None] * 7
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _lane_by_lane(_Scaled.apply, info, in_dims, inputs)
+
+
+def _needs(inputs: Sequence[Tensor | None]) -> list[bool]:
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+
+
+def _scaled(scale: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    return [grad * scale.to(grad.dtype) for grad in grads]
+
+
+def _filled(values: Sequence[Any], numbers: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    filled = list(values)
+    for i, x in zip(numbers, others, strict=True):
+        filled[i] = x
+    return filled
+
+
+def _lane_by_lane(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A rule of `torch.vmap`: one lane after the other, each with a chunk of logits of its own."""
+    # A list among the inputs has a list of dims.
+    dims = [None if isinstance(dim, (list, tuple)) else dim for dim in in_dims]
+    lanes = [
+        function(*[x if dim is None else x.select(dim, lane) for x, dim in zip(inputs, dims, strict=True)])
+        for lane in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(column) for column in zip(*lanes, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class _Sums:
+    """The total and the gradients, to which the chunks are added."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, needs: list[bool]) -> None:
+        nothing = weights.new_empty(0)
+        self._needs = needs
+        self._total = weights.new_zeros(())
+        self._hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else nothing
+        self._weight = torch.zeros_like(weight, dtype=weights.dtype) if needs[1] else nothing
+        self._bias = torch.zeros_like(bias, dtype=weights.dtype) if bias is not None and needs[2] else nothing
+        self._losses = torch.empty_like(weights) if needs[3] else nothing
+
+    def outputs(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """What `_Total` gives, each gradient in the dtype of its input."""
+        own_bias = self._bias if bias is None else self._bias.to(bias.dtype)
+        return self._total, self._hidden, self._weight.to(weight.dtype), own_bias, self._losses
+
+    def add(
+        self,
+        rows: slice,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        targets: Tensor,
+        settings: Settings,
+    ) -> None:
+        """Add the losses and gradients of `rows`, which the tensors are those of."""
+        z = _logits(hidden, weight, bias, weights.dtype)
+        slope = _cap(z, settings.soft_cap, any(self._needs[:3]))
+        classes = _classes(targets, settings)[:, None]
+        losses, sizes, denominators = _softmax(z, classes, settings)
+        is_counted = weights != 0
+        losses = torch.where(is_counted, losses, 0)
+        self._total += (losses * weights).sum()
+        if self._needs[3]:
+            self._losses[rows] = losses
+        if any(self._needs[:3]):
+            z.mul_((weights * (1 + 2 * settings.z_loss * denominators) / sizes)[:, None])
+            z.scatter_add_(1, classes, (weights * (settings.label_smoothing - 1))[:, None])
+            if settings.label_smoothing:
+                z.sub_((weights * (settings.label_smoothing / z.shape[1]))[:, None])
+            if slope is not None:
+                z.mul_(slope)
+            z.masked_fill_(~is_counted[:, None], 0)
+            self._add_gradients(rows, z, hidden, weight)
+
+    def _add_gradients(self, rows: slice, z: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        narrow = z.to(hidden.dtype)
+        if self._needs[0]:
+            self._hidden[rows] = narrow @ weight
+        if self._needs[1] and self._weight.dtype == narrow.dtype:
+            self._weight.addmm_(narrow.t(), hidden)
+        elif self._needs[1]:
+            self._weight += narrow.t() @ hidden
+        if self._needs[2]:
+            self._bias += z.sum(0)
+
+
+def _cap(z: Tensor, cap: float | None, needs_slope: bool) -> Tensor | None:
+    """Cap the logits `z` in place; returns the derivative."""
+    if cap is None:
+        return None
+    z.div_(cap).tanh_()
+    slope = z.square().neg_().add_(1) if needs_slope else None
+    z.mul_(cap)
+    return slope
+
+
+def _softmax(z: Tensor, classes: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of the rows, and the sums and logarithms of their softmax's denominators.
+
+    Leaves in `z` the softmax's numerators, relative to the largest.
+    """
+    losses = z.gather(1, classes)[:, 0].mul_(settings.label_smoothing - 1)
+    if settings.label_smoothing:
+        losses -= settings.label_smoothing * z.mean(1)
+    top = z.amax(1, keepdim=True)
+    z.sub_(top).exp_()
+    sizes = z.sum(1)
+    denominators = sizes.log().add_(top[:, 0])
+    losses += denominators
+    if settings.z_loss:
+        losses += settings.z_loss * denominators.square()
+    return losses, sizes, denominators
