@@ -148,7 +148,7 @@ def _rule(kind: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> Grad
 
 def _with_hparams(tx: GradientTransformation, tables: Mapping[str, Any]) -> GradientTransformation:
     """An optimizer of `lm.optim` whose hyperparameters have the values of `tables` at each update."""
-    by_name = {}
+    by_name: dict[str, Table] = {}
     for key, value in tables.items():
         entries = {f"beta{i}": entry for i, entry in enumerate(value, 1)} if key == "betas" else {key: value}
         by_name |= {name: entry for name, entry in entries.items() if isinstance(entry, Table)}

@@ -91,7 +91,7 @@ def _merge_tree(trees: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 def _merge_differing(dicts: Sequence[dict[Any, Any]], sizes: Sequence[int]) -> dict[Any, Any]:
     """Dicts that have not all the same names: each name is merged over the microbatches that have it."""
-    merged = {}
+    merged: dict[Any, Any] = {}
     for name in dict.fromkeys(name for values in dicts for name in values):
         present = [({name: values[name]}, size) for values, size in zip(dicts, sizes, strict=True) if name in values]
         if len(present) < len(dicts):

@@ -99,7 +99,9 @@ class TrainState:
         texts = [f"step {number(self.step)}", f"params: {count(params)}{where}"]
         texts += [f"buffers: {count(tree.tensors(self.buffers))}"] if self.buffers else []
         texts += [text] if (text := opt_state_text(self.opt_state)) else []
-        own = [name for name in type(self)._dynamic_fields_ if name not in TrainState._dynamic_fields_]
+        kind: Any = type(self)
+        base: Any = TrainState
+        own = [name for name in kind._dynamic_fields_ if name not in base._dynamic_fields_]
         texts += [f"{name}: {brief(getattr(self, name))}" for name in own]
         texts += [f"slots: {', '.join(self.slots)}"] if self.slots else []
         return f"{type(self).__name__}({type(self.apply_fn.module).__name__}; {'; '.join(texts)})"

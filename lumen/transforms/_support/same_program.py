@@ -97,7 +97,7 @@ def _contents(value: Any) -> Mapping[Any, Any] | None:
         return dict(enumerate(value))
     if isinstance(value, types.FunctionType):
         cells = value.__closure__ or ()
-        defaults = {"defaults": value.__defaults__, "kwdefaults": value.__kwdefaults__}
+        defaults: dict[str, Any] = {"defaults": value.__defaults__, "kwdefaults": value.__kwdefaults__}
         return defaults | {name: _content(c) for name, c in zip(value.__code__.co_freevars, cells, strict=True)}
     if isinstance(value, types.MethodType):
         return {"": value.__self__, "__func__": value.__func__}
@@ -111,7 +111,8 @@ def _contents(value: Any) -> Mapping[Any, Any] | None:
         return _contents_of_module(value)
     if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) or not hasattr(value, "__dict__"):
         return None
-    return vars(value)
+    contents: Mapping[Any, Any] = vars(value)
+    return contents
 
 
 def _contents_of_module(module: nn.Module) -> Mapping[Any, Any]:
