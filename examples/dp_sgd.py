@@ -1,6 +1,6 @@
 """Train on scikit-learn's handwritten digits with differential privacy, and report the privacy spent.
 
-    python examples/dp_sgd.py                 # about 10 seconds on 2 cores; needs lumen-torch[dp-sgd]
+    python examples/dp_sgd.py                 # about 10 seconds on 2 cores; needs the extra [dp-sgd]
     python examples/dp_sgd.py --noise 4 --steps 400 --logdir runs/dp_sgd_4
 
 DP-SGD (Abadi et al., 2016) is one transform, `lm.dp_sgd`, around the same step that trains without privacy. Batches

@@ -8,7 +8,7 @@ saved as a directory that transformers reads, in place of a pretrained model fro
 and adapters of a few percent of their size learn English: the Zen of Python, and the topics of `help()`. The newest
 checkpoint in --logdir contains only the adapters; --logdir/tuned is a directory for
 `AutoModelForCausalLM.from_pretrained`, with the adapters merged into the weights. Needs
-`pip install "lumen-torch[hf,examples]"`.
+`pip install ".[hf,examples]"`.
 
 Expected: on the second text, the held-out loss decreases from about 2.45 to 2.20 nats per byte, with the adapters
 alone.

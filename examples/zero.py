@@ -6,7 +6,7 @@
 
 Lumen's transforms become DeepSpeed's keys (see the printed configuration), and the optimizer remains the state's own.
 The checkpoints are plain ones: a run under stage 3 on two processes can resume in one process, under stage 1 or
-without DeepSpeed. Needs `pip install "lumen-torch[deepspeed,examples]"`.
+without DeepSpeed. Needs `pip install ".[deepspeed,examples]"`.
 
 Expected: a validation accuracy of 0.97 or more, the same for every stage and number of processes.
 """

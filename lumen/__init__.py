@@ -14,7 +14,7 @@ from lumen.core.flops import flops_of, peak_flops
 from lumen.core.grad_cache import grad_cache
 from lumen.core.gradient import value_and_grad
 from lumen.core.inspect import check_purity, inspect
-from lumen.core.metrics import Last, Max, Mean, Metric, Min, Sum, compute_metrics, merge_metrics
+from lumen.core.metrics import Last, Max, Mean, Metric, Min, PerEpoch, Sum, compute_metrics, merge_metrics
 from lumen.core.module import Apply, Pure, pure
 from lumen.core.primitives import Aux
 from lumen.core.pytree_dataclass import dataclass, row_field, static
@@ -83,6 +83,7 @@ __all__ = [
     "Metric",
     "Min",
     "NonFiniteError",
+    "PerEpoch",
     "Policy",
     "Profile",
     "Pure",

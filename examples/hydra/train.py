@@ -14,7 +14,7 @@ Hydra calls the target, and the script gets the object. `--multirun` runs every 
 Expected: a validation accuracy of 0.97 or more. The directory runs/hydra/MODEL-OPTIMIZER-TRANSFORMS-STRATEGY, which
 `rundir=…` changes, contains the composed configuration (.hydra/config.yaml), TensorBoard logs, a JSONL file and
 checkpoints. Started again with the same choices, a run resumes. A sweep leaves a folder for each of its runs in
-runs/hydra/sweep, named by what differs. Needs `pip install "lumen-torch[examples,hydra]"`.
+runs/hydra/sweep, named by what differs. Needs `pip install ".[examples,hydra]"`.
 """
 
 from __future__ import annotations

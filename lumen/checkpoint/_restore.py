@@ -251,6 +251,9 @@ class Problems:
             hints.append("cast=True converts dtypes within floats or ints, rename={'name': None} leaves a leaf out")
         if self.missing and self.unexpected:
             hints.append("rename={'saved prefix': 'wanted prefix'} maps names")
+        slots = [name for name in [*self.missing, *self.unexpected] if name.startswith("slots")]
+        if slots:
+            hints.append("the slots of transforms are in result.state, and in runner.step.init(state)")
         if self.missing or self.unexpected:
             hints.append("strict=False keeps missing leaves as they are in `like` and ignores unexpected ones")
         lists = self._lists("missing from the checkpoint", "in the checkpoint, but not in `like`")

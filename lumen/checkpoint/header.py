@@ -79,8 +79,8 @@ def load(text: bytes, path: str) -> Header:
     version = fields.get("format")
     if type(version) is int and version > FORMAT:
         raise CheckpointFormatError(
-            f"{path} was written by format {version}, this Lumen reads up to {FORMAT}: upgrade with"
-            " pip install --upgrade lumen-torch."
+            f"{path} was written by format {version}, this Lumen reads up to {FORMAT}: upgrade it:"
+            " git pull in the clone of Lumen, and pip install ."
         )
     if digest != _digest(fields):
         raise _corrupt(path, "its digest does not match")

@@ -18,6 +18,7 @@ from lumen.core.gradient import value_and_grad
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Aux
 from lumen.core.state import TrainState
+from lumen.core.versions import install_extra
 from lumen.data import Loader
 from lumen.errors import HyperparameterError, LumenError
 from lumen.parallel.ddp.ddp import ddp
@@ -108,9 +109,7 @@ def load_images(seed: int) -> tuple[Batch, Batch]:
     Raises `LumenError` if scikit-learn, which ships the images, is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise LumenError(
-            "the images ship with scikit-learn, which is not installed: pip install 'lumen-torch[examples]'"
-        )
+        raise LumenError(f"the images ship with scikit-learn, which is not installed: {install_extra('examples')}")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

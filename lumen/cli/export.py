@@ -13,6 +13,7 @@ from lumen.errors import CheckpointError
 
 _EXAMPLES = """\
   lumen export runs/a --to safetensors               params.safetensors of the newest checkpoint
+  lumen export runs/a --best --to safetensors        those of the best, by the metric that the run monitors
   lumen export runs/a/checkpoints/500 --to torch     params.pt, for torch.load(weights_only=True)
   lumen export runs/a --to safetensors --what ema -o model.safetensors
                                                      the averaged params of lm.ema"""
@@ -25,8 +26,8 @@ def add(commands: Any) -> None:
         commands,
         "export",
         help="write tensors of a checkpoint to a file",
-        description="Write tensors of a checkpoint, or of the newest checkpoint of a run, to a file that other programs"
-        "\nread: one flat dict with the module's names. The file must not exist.",
+        description="Write tensors of a checkpoint, or of the newest or best checkpoint of a run, to a file that other"
+        "\nprograms read: one flat dict with the module's names. The file must not exist.",
         examples=_EXAMPLES,
     )
     parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
@@ -35,12 +36,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the file (default: WHAT.safetensors or WHAT.pt)"
     )
+    find_checkpoints.add_best(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Export; returns the exit code."""
-    path = find_checkpoints.resolve(options.path)
+    path = find_checkpoints.choose(options.path, options)
     target = options.output or Path(options.what + _SUFFIX[options.to])
     try:
         written = checkpoint.export(path, target, format=options.to, what=options.what)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from lumen import checkpoint
+from lumen.checkpoint import step_metrics
 from lumen.checkpoint.header import FILE
-from lumen.errors import CheckpointNotFoundError
+from lumen.checkpoint.retention import Retention
+from lumen.errors import CheckpointError, CheckpointNotFoundError
+from lumen.train.history import better
 
 _SHOWN = 8
 
@@ -39,6 +46,54 @@ def resolve(path: Path) -> Path:
     if len(paths) > 1 and not paths[-1].name.isdigit():
         raise CheckpointNotFoundError(f"{path} contains several checkpoints; pass one of them: {format_paths(paths)}.")
     return paths[-1]
+
+
+def add_best(parser: argparse.ArgumentParser) -> None:
+    """Register the options of `choose`."""
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run instead of the newest")
+    parser.add_argument("--monitor", metavar="METRIC", help="the best by this metric (default: the Checkpointer's)")
+    parser.add_argument("--mode", choices=("min", "max"), help="whether the lowest or the highest value is the best")
+
+
+def choose(path: Path, options: argparse.Namespace) -> Path:
+    """The checkpoint at `path`, or of the run there the best if the options ask for it, else the newest."""
+    if not (options.best or options.monitor):
+        return resolve(path)
+    return path if is_checkpoint(path) else _best(path, options.monitor, options.mode)
+
+
+def _best(directory: Path, monitor: str | None, mode: str | None) -> Path:
+    headers = {path: header for path in list_checkpoints(directory) if (header := _header(path)) is not None}
+    recorded: Mapping[str, str] = {}
+    for header in headers.values():
+        meta = header.get("meta")
+        recorded = meta.get("monitor", recorded) if isinstance(meta, dict) else recorded
+    monitor = monitor or recorded.get("metric")
+    by_path = {path: step_metrics.from_json(header.get("metrics")) for path, header in headers.items()}
+    names = sorted({name for metrics in by_path.values() for name in metrics})
+    if monitor not in names:
+        what = "the run names no metric to choose by" if monitor is None else f"none was saved with {monitor!r}"
+        known = (
+            f"Write --monitor NAME, with one of {', '.join(names)}." if names else "They were saved without metrics."
+        )
+        raise CheckpointNotFoundError(f"{directory} has no best checkpoint: {what}. {known}")
+    mode = mode or better(monitor, {recorded["metric"]: recorded["mode"]} if recorded else {})
+    if mode is None:
+        raise CheckpointError(
+            f"whether a low or a high {monitor} is better is unknown: write --mode min or --mode max."
+        )
+    paths = list(by_path)
+    ranked = Retention(monitor=monitor, mode=mode).ranked(dict(enumerate(by_path.values())))
+    if not ranked:
+        raise CheckpointNotFoundError(f"{directory} has no best checkpoint: {monitor!r} is NaN in all of them.")
+    return paths[ranked[0]]
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    try:
+        return checkpoint.metadata(path)
+    except CheckpointError:  # a damaged one
+        return None
 
 
 def _checkpoints_in(directory: Path) -> list[Path]:

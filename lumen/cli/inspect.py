@@ -26,6 +26,7 @@ _ARRAY = "shape"
 _EXAMPLES = """\
   lumen inspect runs/a                               the checkpoints of a run, with their metrics
   lumen inspect runs/a/checkpoints/500               one checkpoint
+  lumen inspect runs/a --best                        the best checkpoint of a run
   lumen inspect runs/a --values params/head.weight   values in the newest checkpoint
   lumen inspect runs/a --verify                      check every file against its digest"""
 _PACKED = {
@@ -50,14 +51,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="check every file against its digest")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
+    find_checkpoints.add_best(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Show the checkpoint or the run; returns the exit code."""
     path: Path = options.path
+    if options.best or options.monitor or options.values is not None:
+        path = find_checkpoints.choose(path, options)
     if options.values is not None:
-        return _values(find_checkpoints.resolve(path), options.values, options.json)
+        return _values(path, options.values, options.json)
     if find_checkpoints.is_checkpoint(path):
         return _checkpoint(path, options.json, options.verify)
     return _directory(path, options.json, options.verify)

@@ -18,7 +18,8 @@ from lumen.errors import LumenError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of this process); returns the exit code.
 
-    0 is success, 1 a failure, damage or a replayed step that fails again, 2 a wrong command line.
+    0 is success, 1 a failure, damage or a replayed step that fails again, 2 a wrong command line. Without a command it
+    lists the commands.
 
     >>> import lumen as lm, tempfile, torch
     >>> path = tempfile.mkdtemp() + "/first"
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -49,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="For the options and examples of a command: lumen COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in (demo, doctor, plan, command, inspect, export, replay):
         module.add(commands)
     return parser

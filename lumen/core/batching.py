@@ -83,8 +83,31 @@ def merge_aux(values: Sequence[Any], sizes: Sequence[int], origins: Sequence[Ori
 
 
 def _merge_tree(trees: Sequence[Any], sizes: Sequence[int]) -> Any:
+    if all(type(values) is dict for values in trees) and any(values.keys() != trees[0].keys() for values in trees):
+        return _merge_differing(trees, sizes)
     names = iter(tree.paths(trees[0], is_leaf=is_value))
     return tree.map(lambda *leaves: _merge_leaf(next(names), leaves, sizes), *trees, is_leaf=is_value)
+
+
+def _merge_differing(dicts: Sequence[dict[Any, Any]], sizes: Sequence[int]) -> dict[Any, Any]:
+    """Dicts that have not all the same names: each name is merged over the microbatches that have it."""
+    merged: dict[Any, Any] = {}
+    for name in dict.fromkeys(name for values in dicts for name in values):
+        present = [({name: values[name]}, size) for values, size in zip(dicts, sizes, strict=True) if name in values]
+        if len(present) < len(dicts):
+            _check_optional(present[0][0])
+        merged |= _merge_tree(*zip(*present, strict=True))
+    return merged
+
+
+def _check_optional(values: Any) -> None:
+    """Raise `LossError` for what some microbatches lack and is no metric: rows of a batch, say, would be missing."""
+    for path, leaf in zip(tree.paths(values, is_leaf=is_value), tree.leaves(values, is_leaf=is_value), strict=True):
+        if not isinstance(leaf, Metric | int | float) and not (isinstance(leaf, Tensor) and leaf.dim() == 0):
+            raise LossError(
+                f"aux[{path!r}] is returned by some of the microbatches only. Only metrics may come and go: return it"
+                " always, or as a metric such as lm.Mean.of(x)."
+            )
 
 
 def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:

@@ -252,6 +252,49 @@ class Last(Metric):
         return self
 
 
+@pytree_dataclass
+class PerEpoch(Metric):
+    """A value that the Runner logs once for each epoch, merged over its steps, instead of at every logging point.
+
+    `PerEpoch.of` takes a typed value, or a plain number or 0-d tensor, whose mean over the steps it then is. At the end
+    of a run in the middle of an epoch, the value of that part of the epoch is logged. Anywhere else, such as in an
+    evaluation, it is the value that it holds.
+
+    >>> import lumen as lm, torch
+    >>> def step(state, batch):
+    ...     return state, {"x": batch, "epoch_x": lm.PerEpoch.of(batch)}
+    >>> runner = lm.Runner(step, log_every=2, progress=False)
+    >>> data = [torch.tensor(float(i)) for i in range(4)]
+    >>> metrics = runner.fit({}, data, until=lm.Epochs(1)).metrics
+    >>> metrics["train/x"], metrics["train/epoch_x"]
+    (2.5, 1.5)
+    """
+
+    value: Metric
+
+    @classmethod
+    def of(cls, value: Metric | Tensor | float) -> PerEpoch:
+        """The value, logged per epoch; raises `MetricError` for what is no metric."""
+        return value if isinstance(value, PerEpoch) else cls(as_value(value))
+
+    def merge(self, other: PerEpoch) -> PerEpoch:
+        """The value of both."""
+        return PerEpoch(self.value.merge(other.value))
+
+    @classmethod
+    def merge_all(cls, values: Sequence[PerEpoch]) -> PerEpoch:
+        """The value of all."""
+        return PerEpoch(type(values[0].value).merge_all([value.value for value in values]))
+
+    def compute(self) -> Tensor:
+        """The number of the value."""
+        return self.value.compute()
+
+    def psum(self, axis: str) -> PerEpoch:
+        """The value over all members of `axis`."""
+        return PerEpoch(self.value.psum(axis))
+
+
 def extremes(dtype: torch.dtype) -> tuple[float, float]:
     """The lowest and the highest number of a dtype: what a maximum and a minimum of nothing are."""
     if dtype.is_floating_point:
@@ -267,14 +310,19 @@ def is_value(node: Any) -> bool:
 def merge_metrics(metrics: Sequence[Any]) -> Any:
     """One metrics tree for several steps: typed values merge, plain numbers and tensors are averaged.
 
+    A name that only some of the dicts have is merged over those that have it.
+
     >>> import lumen as lm, torch
     >>> steps = [{"loss": lm.Mean.of(torch.ones(3)), "scale": 2.0}, {"loss": lm.Mean.of(torch.zeros(1)), "scale": 4.0}]
     >>> {k: float(v) for k, v in lm.compute_metrics(lm.merge_metrics(steps)).items()}
     {'loss': 0.75, 'scale': 3.0}
     """
     first = metrics[0]
-    if type(first) is dict and all(type(step) is dict and step.keys() == first.keys() for step in metrics):
-        return {name: _merge_column([step[name] for step in metrics]) for name in first}
+    if type(first) is dict and all(type(step) is dict for step in metrics):
+        if all(step.keys() == first.keys() for step in metrics):
+            return {name: _merge_column([step[name] for step in metrics]) for name in first}
+        names = dict.fromkeys(name for step in metrics for name in step)
+        return {name: _merge_column([step[name] for step in metrics if name in step]) for name in names}
     return _merge_column(metrics)
 
 
@@ -287,6 +335,8 @@ def _merge_column(column: Sequence[Any]) -> Any:
         if kind is Tensor:
             total = _total([_wide(value) for value in column])
             return Mean(total, total.new_full((), len(column)))
+        if kind is dict:
+            return merge_metrics(column)
     typed = [tree.map(as_value, value, is_leaf=is_value) for value in column]
     return tree.map(lambda *values: type(values[0]).merge_all(values), *typed, is_leaf=is_value)
 
@@ -330,6 +380,8 @@ def without_rows(leaf: Any, dummy_rows: int) -> Any:
     if isinstance(leaf, Max | Min):
         low, high = extremes(leaf.value.dtype)
         return type(leaf)(torch.full_like(leaf.value, low if isinstance(leaf, Max) else high))
+    if isinstance(leaf, PerEpoch):
+        return PerEpoch(without_rows(leaf.value, dummy_rows))
     if isinstance(leaf, Metric):
         empty = getattr(getattr(leaf, "metric", None), "init", None)  # a torchmetrics metric
         return leaf if empty is None else empty()

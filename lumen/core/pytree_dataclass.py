@@ -14,6 +14,7 @@ import optree
 
 from lumen import tree
 from lumen.core import _torch_compat
+from lumen.core.brief_repr import brief_fields
 from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
@@ -106,7 +107,9 @@ def dataclass(cls: C) -> C:
     >>> lm.tree.map(lambda x: x + 1, Pair(1, 2)).replace(left=0)
     Pair(left=0, right=3)
     """
-    new: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    new: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    if new.__repr__ is object.__repr__:  # a class or a base of it may have its own
+        new.__repr__ = brief_fields
     fields = dataclasses.fields(new)
     dynamic = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
     fixed = tuple(f.name for f in fields if f.metadata.get(_STATIC))

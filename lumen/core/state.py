@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core import rules
+from lumen.core.brief_repr import brief, count, number, opt_state_text
 from lumen.core.buffer_rules import Merges, check_statistics
 from lumen.core.donation import retire
 from lumen.core.module import Apply, Pure, pure
@@ -33,6 +34,8 @@ class TrainState:
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1), seed=0)
     >>> sorted(state.params), int(state.step)
     (['bias', 'weight'], 0)
+    >>> state
+    TrainState(Linear; step 0; params: 2 tensors, 3 numbers, float32 on cpu; SGDState lr 0.1)
     """
 
     step: Tensor
@@ -88,6 +91,20 @@ class TrainState:
             tx=tx,
             **fields,
         )
+
+    def __repr__(self) -> str:
+        params = tree.tensors(self.params)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in params})
+        where = f", {'/'.join(dtypes)} on {params[0].device}" if params else ""
+        texts = [f"step {number(self.step)}", f"params: {count(params)}{where}"]
+        texts += [f"buffers: {count(tree.tensors(self.buffers))}"] if self.buffers else []
+        texts += [text] if (text := opt_state_text(self.opt_state)) else []
+        kind: Any = type(self)
+        base: Any = TrainState
+        own = [name for name in kind._dynamic_fields_ if name not in base._dynamic_fields_]
+        texts += [f"{name}: {brief(getattr(self, name))}" for name in own]
+        texts += [f"slots: {', '.join(self.slots)}"] if self.slots else []
+        return f"{type(self).__name__}({type(self.apply_fn.module).__name__}; {'; '.join(texts)})"
 
     @property
     def key(self) -> Tensor:

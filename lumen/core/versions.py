@@ -17,6 +17,15 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def install_extra(name: str) -> str:
+    """The command that installs an extra of Lumen, of which there is no release on PyPI yet.
+
+    >>> install_extra("quant")
+    "pip install '.[quant]' in the clone of Lumen"
+    """
+    return f"pip install '.[{name}]' in the clone of Lumen"
+
+
 def own_version() -> str | None:
     """Lumen's own version."""
     return version_of("lumen-torch")

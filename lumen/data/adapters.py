@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from lumen.checkpoint import json_tree
@@ -209,6 +210,13 @@ class _StatefulFeed(Feed):
             )
 
 
+class _RangeFeed(Feed):
+    """A `range`, for a loop without data: each batch is a number, as a tensor, so that none of them is compiled in."""
+
+    def _iterate(self) -> Iterator[Any]:
+        return map(torch.tensor, self.data)
+
+
 def make_feed(data: Iterable[Any]) -> Feed:
     """The `Feed` for `data`; raises `BatchError` for what has no batches, or rows of an unknown rank (`refusal`)."""
     message = refusal(data)
@@ -225,6 +233,8 @@ def make_feed(data: Iterable[Any]) -> Feed:
     if grain.kind_of(source):
         is_map = grain.kind_of(source) == grain.MAP
         return GrainFeed(source, sharded=is_map and not is_marked and distributed.rows()[1] > 1)
+    if isinstance(source, range):
+        return _RangeFeed(source)
     if not is_marked:
         source = split_by_rank(source)
     if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):

@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 from typing import Any
 
+from lumen.core.versions import install_extra
+
 
 def require(module: str, sink: str) -> None:
     """Raise ImportError with the command to install `module` if it is missing; does not import it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a directory ./wandb with old runs is not the package
         raise ImportError(
-            f"lm.sinks.{sink} needs {module}, which is not installed: pip install 'lumen-torch[{module}]'", name=module
+            f"lm.sinks.{sink} needs {module}, which is not installed: {install_extra(module)}", name=module
         )
 
 

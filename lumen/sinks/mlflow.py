@@ -24,7 +24,7 @@ _INVALID = re.compile(r"[^\w\-. /]")
 
 
 class MLflow:
-    """Logs to an MLflow run, which starts at the first `log`; needs `pip install 'lumen-torch[mlflow]'`.
+    """Logs to an MLflow run, which starts at the first `log`; needs the extra `[mlflow]`.
 
     Numbers are metrics. Images, texts and histograms are artifacts: `images/NAME/STEP.png`, `texts/NAME/STEP.txt`,
     `histograms/NAME/STEP.json`. The configuration becomes params with dotted names; values of more than 6,000

@@ -15,7 +15,7 @@ from lumen.sinks.media import Histogram, Image, Media, split
 
 
 class WandB:
-    """Logs to a Weights & Biases run, which starts at the first `log`; needs `pip install 'lumen-torch[wandb]'`.
+    """Logs to a Weights & Biases run, which starts at the first `log`; needs the extra `[wandb]`.
 
     Numbers, histograms, images and texts become W&B's own types, and the configuration that of the run. `project`,
     `dir` (created if missing), `mode` ("online", "offline", "disabled"), `id` and all other arguments are those of

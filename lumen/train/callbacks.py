@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ class CallbackContext:
 
     In `on_step` the `metrics` are those that the step returned, on the device; in `on_log` the numbers just published;
     elsewhere the newest number of each name. `stop(reason)` ends the run after this step, `log({"name": value})` sends
-    values to the sinks. A callback only reads: to change training, write a transform. With `lm.donate()` the state is
-    valid until the next step.
+    values to the sinks. `per_epoch` has the names of the `lm.PerEpoch` metrics logged so far. A callback only reads: to
+    change training, write a transform. With `lm.donate()` the state is valid until the next step.
     """
 
     clock: Clock
@@ -31,6 +31,7 @@ class CallbackContext:
     batch: Any = None
     stop: Callable[[str], None] = _ignore
     log: Callable[[Mapping[str, Any]], None] = _ignore
+    per_epoch: Collection[str] = ()
 
 
 class Callback:

@@ -86,14 +86,16 @@ class EarlyStop(Callback):
                 self._report(float(view.metrics[self.monitor]), view)
             return
         # Only a name's second report: another callback may publish the metric between two of them.
-        if not self._reports and any(self._has_same_source(name) for name in self._published & view.metrics.keys()):
+        is_missing = not self._reports and self.monitor not in view.per_epoch
+        if is_missing and any(self._has_same_source(name) for name in self._published & view.metrics.keys()):
             raise self._missing()
         self._published.update(view.metrics)
 
     def on_validate(self, view: CallbackContext) -> None:
         """Check that the validation returned the metric, if it should have."""
         self._published.update(view.metrics)
-        if not self._reports and any(map(self._has_same_source, self._published)):
+        is_missing = not self._reports and self.monitor not in view.per_epoch
+        if is_missing and any(map(self._has_same_source, self._published)):
             raise self._missing()
 
     def on_end(self, view: CallbackContext) -> None:

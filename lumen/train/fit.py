@@ -79,6 +79,8 @@ class Fit:
                     del cause  # its traceback has this frame, and would keep the run alive
             self._close()
         result = self._run.result()
+        if stop.is_interrupted:
+            self._checkpoints.report_interrupted()
         if stop.exits_process:
             self._checkpoints.mark_interrupted()
             raise Interrupted(result)

@@ -85,6 +85,8 @@ class TrainingLoop:
         run, schedule, is_best = self._run, self._run.schedule, False
         if schedule.log.due(run.clock):
             self._log()
+        if epoch_end:
+            self._log_epoch()
         for number, timer in enumerate(schedule.validations):
             if timer.due(run.clock, epoch_end):
                 if not self._validate(number):
@@ -114,6 +116,7 @@ class TrainingLoop:
             run.callback("on_exception", Interrupted(run.result()))
             return
         self._log()
+        self._log_epoch(complete=False)
         self._show_params(last=True)
         self._checkpoints.save(again=has_validated)
         if run.group.is_main:
@@ -162,8 +165,16 @@ class TrainingLoop:
         values = run.logger.training(run.state)
         if values:
             run.publish(values)
-            run.monitors.check(run.logger.newest)
+            run.monitors.check(run.logger.newest.keys() | run.logger.epoch_metrics.names)
             self._show_params()
+            run.stop.sync_requests()
+
+    def _log_epoch(self, complete: bool = True) -> None:
+        """Publish the metrics of the epoch, or of what there is of it at the end of the run."""
+        run = self._run
+        values = run.logger.epoch(complete)
+        if values:
+            run.publish(values)
             run.stop.sync_requests()
 
     def _show_params(self, last: bool = False) -> None:

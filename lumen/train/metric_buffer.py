@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core.metrics import compute_metrics, merge_metrics
+from lumen.core.metrics import PerEpoch, compute_metrics, merge_metrics
 from lumen.errors import InexactWarning
 from lumen.optim._numerics import scalar_dtype
 from lumen.train.byte_layout import Entry
-from lumen.train.metric_entries import from_entry, kinds_of, pack, to_entry, unpack
+from lumen.train.metric_entries import by_kind, kinds_of, pack, split_known, to_entry, unpack
 from lumen.train.metric_merge import MetricMerger
 
 _MERGE_AFTER = 256  # steps; bounds the memory between two readings
@@ -26,22 +26,44 @@ class MetricAccumulator:
 
     def __init__(self) -> None:
         self._unmerged: list[Any] = []
-        self._newest: Any = None  # as the step returned it: merged metrics do not show their kinds
-        self._saved: list[Entry] = []
-        self._saved_kinds: dict[str, str] = {}
+        self._kinds: dict[str, str] = {}  # of metrics that were merged or saved, and do not show it any more
+        self._saved: list[Entry] = []  # what is left of a checkpoint
+        self._publishes_saved = True
+        self._without_epoch = 0  # the number of first entries without an `lm.PerEpoch`
 
     def add(self, metrics: Any) -> None:
         """Add the metrics of one step, without computing anything."""
-        if self._saved:  # their structure is known only now
-            self._unmerged = [from_entry(entry, metrics) for entry in self._saved]
-            self._saved = []
+        if self._saved:
+            self._restore(metrics)
         self._unmerged.append(metrics)
-        self._newest = metrics
         if len(self._unmerged) >= _MERGE_AFTER:
-            self._unmerged = [merge_metrics(self._unmerged)]
+            self._kinds = {**kinds_of(self._unmerged), **self._kinds}
+            self._unmerged, self._without_epoch = [merge_metrics(self._unmerged)], 0
 
     def __bool__(self) -> bool:
         return bool(self._unmerged)
+
+    def merged(self) -> Any:
+        """The merged metrics, or None without any."""
+        if self._unmerged:
+            self.restore()
+        return merge_metrics(self._unmerged) if self._unmerged else None
+
+    def take(self) -> Any:
+        """Return the merged metrics, or None without any, and forget them."""
+        metrics = self.merged()
+        self._unmerged, self._without_epoch = [], 0
+        self._kinds = self._kinds if self._saved else {}
+        return metrics
+
+    def take_epoch(self) -> list[dict[str, Any]]:
+        """Return the `lm.PerEpoch` metrics alone, unmerged, and forget them."""
+        taken = []
+        for index in range(self._without_epoch, len(self._unmerged)):
+            self._unmerged[index], per_epoch = split_epoch(self._unmerged[index])
+            taken += [per_epoch] * bool(per_epoch)
+        self._without_epoch = len(self._unmerged)
+        return taken
 
     def read(self, prefix: str = "", merger: MetricMerger | None = None, key: str = "") -> dict[str, float]:
         """Return the merged numbers by name, and forget them; with a `merger` they are those of all ranks.
@@ -49,27 +71,97 @@ class MetricAccumulator:
         `key` identifies them among ranks, by default `prefix`. A metric that is a vector (one entry for each lane of an
         ensemble) becomes `name/0`, `name/1`, …
         """
-        unmerged, self._unmerged, self._newest = self._unmerged, [], None
-        merged = merge_metrics(unmerged) if unmerged else None
-
-        def to_numbers(metrics: Any) -> dict[str, float]:
-            return to_floats(compute_metrics(metrics), prefix)
-
-        if merger is not None:
-            return merger.merge(key or prefix, merged, to_numbers)
-        return {} if merged is None else to_numbers(merged)
+        return to_numbers(self.take(), prefix, merger, key)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics, unmerged: sums of floats depend on their order, which a resume must not change."""
-        if self._saved:
-            return pack(self._saved, self._saved_kinds)
-        return pack([to_entry(metrics) for metrics in self._unmerged], kinds_of(self._newest))
+        kinds = {**kinds_of(self._unmerged), **self._kinds}
+        return pack([*self._saved, *map(to_entry, self._unmerged)], kinds)
 
-    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Restore one or several results of `state_dict`, also as `lm.checkpoint.load` returns them."""
-        self._unmerged, self._newest = [], None
+    def load_state_dict(self, *states: Mapping[str, Any], on_all_ranks: bool = True) -> None:
+        """Restore one or several results of `state_dict`, also as `lm.checkpoint.load` returns them.
+
+        `on_all_ranks` says whether each rank restores metrics of the same names.
+        """
+        self._unmerged, self._without_epoch = [], 0
         self._saved = [entry for state in states for entry in unpack(state)]
-        self._saved_kinds = next((dict(state["kinds"]) for state in states if state.get("kinds")), {})
+        self._kinds = next((dict(state["kinds"]) for state in states if state.get("kinds")), {})
+        self._publishes_saved = on_all_ranks
+
+    def _restore(self, metrics: Any) -> None:
+        """Restore what a checkpoint has of the names of `metrics`, whose structure is known only now."""
+        restored, self._saved = zip_lists(split_known(entry, metrics) for entry in self._saved)
+        self._put_first(restored)
+
+    def restore(self) -> None:
+        """Restore the metrics of a checkpoint that no step has returned since, as far as their kinds are known."""
+        if not (self._saved and self._publishes_saved):
+            return
+        first = tree.first_tensor(self._unmerged)
+        device = None if first is None else first.device
+        restored, self._saved = zip_lists(by_kind(entry, self._kinds, device) for entry in self._saved)
+        self._put_first(restored)
+
+    def drop_saved(self) -> list[str]:
+        """Forget the metrics of a checkpoint that could not be restored; returns their names."""
+        names = sorted({name for entry in self._saved for name in entry})
+        self._saved = []
+        return names
+
+    def _put_first(self, restored: list[Any]) -> None:
+        self._saved = [entry for entry in self._saved if entry]
+        self._unmerged = [metrics for metrics in restored if type(metrics) is not dict or metrics] + self._unmerged
+        self._without_epoch = 0
+
+
+class EpochMetrics:
+    """The `lm.PerEpoch` metrics of the epoch so far, and the names of all of them in this run."""
+
+    def __init__(self) -> None:
+        self.accumulator = MetricAccumulator()
+        self.names: set[str] = set()
+
+    def add(self, metrics: dict[str, Any], prefix: str) -> None:
+        """Add the values of a logging window, or of a step."""
+        if metrics:
+            self.accumulator.add(metrics)
+            self.names.update(f"{prefix}{name}" for name in metrics)
+
+
+def zip_lists(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """The first and the second entries of pairs."""
+    both = list(pairs)
+    return [first for first, _ in both], [second for _, second in both]
+
+
+def split_epoch(metrics: Any) -> tuple[Any, dict[str, Any]]:
+    """Metrics without the `lm.PerEpoch` ones in their dicts, and the values of those by name.
+
+    >>> import lumen as lm, torch
+    >>> split_epoch({"loss": 1.0, "epoch_loss": lm.PerEpoch(lm.Last(torch.tensor(2)))})
+    ({'loss': 1.0}, {'epoch_loss': Last(value=tensor(2))})
+    """
+    if type(metrics) is not dict or not any(isinstance(value, PerEpoch | dict) for value in metrics.values()):
+        return metrics, {}
+    rest, per_epoch = {}, {}
+    for name, value in metrics.items():
+        if isinstance(value, PerEpoch):
+            per_epoch[name] = value.value
+            continue
+        rest[name], below = split_epoch(value)
+        per_epoch |= {f"{name}/{key}": item for key, item in below.items()}
+    return rest, per_epoch
+
+
+def to_numbers(metrics: Any, prefix: str, merger: MetricMerger | None, key: str = "") -> dict[str, float]:
+    """The numbers of merged metrics by name; with a `merger` those of all ranks, None where this one has no metrics."""
+
+    def compute(metrics: Any) -> dict[str, float]:
+        return to_floats(compute_metrics(metrics), prefix)
+
+    if merger is not None:
+        return merger.merge(key or prefix, metrics, compute)
+    return {} if metrics is None else compute(metrics)
 
 
 _REDUCE = "Reduce it in the step, to a mean or its quantiles, say."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,19 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.checkpoint import listed
-from lumen.core.metrics import GlobalMean, Mean, as_value, is_value
+from lumen.core.metrics import GlobalMean, Last, Max, Mean, Min, PerEpoch, Sum, as_value, is_value
+from lumen.errors import MetricError
 from lumen.metrics.torchmetrics import MetricValue
 from lumen.train.byte_layout import Entry
 
-_GLOBAL, _PLAIN = "global", "plain"  # kinds of metrics, in checkpoints
+# Kinds of metrics, in checkpoints. Those of custom metrics are empty: only the metric itself knows how to restore them.
+_GLOBAL, _PLAIN = "global", "plain"
+_EPOCH = "epoch:"  # a prefix of those of an `lm.PerEpoch`
+# Prefixes of those in a dict within the dict, and of metrics that are no dict: only a step shows their structure.
+_NESTED, _FIXED = "nested:", "fixed:"
+_TYPES = {"mean": Mean, _GLOBAL: GlobalMean, "sum": Sum, "max": Max, "min": Min, "last": Last}
+_KINDS = {kind: name for name, kind in _TYPES.items()}
+_ABSENT = object()
 
 
 def to_entry(metrics: Any) -> Entry:
@@ -27,22 +36,86 @@ def from_entry(entry: Entry, like: Any) -> Any:
     names = iter(tree.paths(like, is_leaf=is_value))
 
     def rebuild(value: Any) -> Any:
-        saved = entry[next(names) or "value"]
-        device = next((leaf.device for leaf in tree.tensors(value)), None)
-        tensors = {key: tensor.to(device) for key, tensor in saved.items()}
-        if isinstance(value, MetricValue):
-            return value.metric.unpack(tensors)
-        if not is_value(value) and len(tensors) > 1:  # merged plain numbers
-            return Mean(tensors["0"], tensors["1"])
-        return tree.unflatten(tree.structure(value), [tensors[str(i)] for i in range(len(tensors))])
+        return _rebuild(entry[next(names) or "value"], value)
 
     return tree.map(rebuild, like, is_leaf=is_value)
 
 
-def kinds_of(metrics: Any) -> dict[str, str]:
-    """The kinds of metrics that are not of a rank's own rows, by name: means over all rows, and plain numbers."""
-    kinds = {name: _kind_of(value) for name, value in _named_values(metrics)}
-    return {name: kind for name, kind in kinds.items() if kind}
+def split_known(entry: Entry, like: Any) -> tuple[Any, Entry]:
+    """The metrics of an entry whose names are among those of `like`, in its structure, and the rest of the entry.
+
+    Names come and go in dicts alone. Raises `MetricError` where another structure lacks one.
+    """
+    names = [name or "value" for name in tree.paths(like, is_leaf=is_value)]
+    indices = iter(names)
+    known = _without_absent(tree.map(lambda x: x if next(indices) in entry else _ABSENT, like, is_leaf=is_value))
+    if known is _ABSENT and type(like) is dict:
+        return {}, entry
+    if any(leaf is _ABSENT for leaf in tree.leaves(known, is_leaf=is_value)):
+        raise MetricError(
+            f"the step returns the metrics {', '.join(map(repr, names))}, and those of the checkpoint, which are to be"
+            f" merged with them, are {', '.join(map(repr, entry))}. Return a dict, whose names may come and go."
+        )
+    return from_entry(entry, known), {name: tensors for name, tensors in entry.items() if name not in names}
+
+
+def by_kind(entry: Entry, kinds: Mapping[str, str], device: torch.device | None) -> tuple[dict[str, Any], Entry]:
+    """The metrics of an entry whose `kinds` say how to restore them, by name, and the rest of the entry."""
+    values: dict[str, Any] = {}
+    rest = {}
+    for name, tensors in entry.items():
+        kind = kinds.get(name, "")
+        base = _base(kind)
+        keys = re.findall(r"[^\[\]]+", name) if kind.startswith(_NESTED) else [name]
+        if kind.startswith(_FIXED) or (base not in _TYPES and base != _PLAIN):
+            rest[name] = tensors
+            continue
+        leaves = [tensors[str(i)].to(device) for i in range(len(tensors))]
+        value = _TYPES.get(base, Mean)(*leaves) if base in _TYPES or len(leaves) > 1 else as_value(leaves[0])
+        parent = values
+        for key in keys[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[keys[-1]] = PerEpoch(value) if _EPOCH in kind else value
+    return values, rest
+
+
+def _base(kind: str) -> str:
+    return kind.rpartition(":")[2]
+
+
+def _rebuild(saved: Mapping[str, Tensor], value: Any) -> Any:
+    if isinstance(value, PerEpoch):
+        return PerEpoch(_rebuild(saved, value.value))
+    device = next((leaf.device for leaf in tree.tensors(value)), None)
+    tensors = {key: tensor.to(device) for key, tensor in saved.items()}
+    if isinstance(value, MetricValue):
+        return value.metric.unpack(tensors)
+    if not is_value(value) and len(tensors) > 1:  # merged plain numbers
+        return Mean(tensors["0"], tensors["1"])
+    return tree.unflatten(tree.structure(value), [tensors[str(i)] for i in range(len(tensors))])
+
+
+def _without_absent(node: Any) -> Any:
+    if type(node) is not dict or not node:
+        return node
+    present = {key: child for key, value in node.items() if (child := _without_absent(value)) is not _ABSENT}
+    return present or _ABSENT
+
+
+def kinds_of(steps: Sequence[Any]) -> dict[str, str]:
+    """How to restore the metrics of several steps, by name, and whether they are of a rank's own rows."""
+    kinds: dict[str, str] = {}
+    seen: set[Any] = set()
+    for metrics in steps:
+        names = metrics.keys() if type(metrics) is dict else {None}
+        if not names <= seen:
+            seen |= names
+            top = {str(name) for name in names}
+            for name, value in _named_values(metrics):
+                prefix = _FIXED if None in names else "" if name in top else _NESTED
+                if name not in kinds and (kind := _kind_of(value)):
+                    kinds[name] = prefix + kind
+    return kinds
 
 
 def pack(entries: Sequence[Entry], kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -74,14 +147,14 @@ def reweight(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[
     for rank, state in enumerate(states):
         kinds = state.get("kinds", {})
         entries = [
-            {name: _reweight(tensors, kinds.get(name), rank == 0, share) for name, tensors in entry.items()}
+            {name: _reweight(tensors, _base(kinds.get(name, "")), rank == 0, share) for name, tensors in entry.items()}
             for entry in unpack(state)
         ]
         reweighted.append({"entries": entries, "kinds": kinds})
     return reweighted
 
 
-def _reweight(tensors: Mapping[str, Tensor], kind: str | None, counts: bool, share: float) -> Mapping[str, Tensor]:
+def _reweight(tensors: Mapping[str, Tensor], kind: str, counts: bool, share: float) -> Mapping[str, Tensor]:
     if kind == _GLOBAL and not counts:
         return {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     if kind == _PLAIN:
@@ -96,15 +169,18 @@ def _named_values(metrics: Any) -> list[tuple[str, Any]]:
 
 
 def _tensors_of(value: Any) -> dict[str, Tensor]:
+    if isinstance(value, PerEpoch):
+        return _tensors_of(value.value)
     if isinstance(value, MetricValue):
         return dict(value.metric.pack(value))
     return {str(i): torch.as_tensor(leaf) for i, leaf in enumerate(tree.leaves(value))}
 
 
 def _kind_of(value: Any) -> str:
-    if isinstance(value, GlobalMean):
-        return _GLOBAL
-    return "" if is_value(value) else _PLAIN
+    if isinstance(value, PerEpoch):
+        kind = _kind_of(value.value)
+        return kind and _EPOCH + kind
+    return _KINDS.get(type(value), "") if is_value(value) else _PLAIN
 
 
 def _columns(entries: Sequence[Entry]) -> dict[str, Any]:

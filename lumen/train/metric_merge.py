@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed
-from lumen.core.metrics import GlobalMean, as_value, is_value, merge_metrics
+from lumen.core.metrics import GlobalMean, PerEpoch, as_value, is_value, merge_metrics
 from lumen.errors import MetricError
 from lumen.train.byte_layout import Entry, Layout, from_bytes, layout_of, to_bytes, total_bytes
 from lumen.train.distributed import ProcessGroupContext
@@ -87,6 +87,8 @@ def _without_shared(metrics: Any) -> Any:
     """The metrics of one rank with every `GlobalMean`, which another rank counts, set to zero."""
 
     def zero_shared(value: Any) -> Any:
+        if isinstance(value, PerEpoch):
+            return PerEpoch(zero_shared(value.value))
         return tree.map(torch.zeros_like, value) if isinstance(value, GlobalMean) else value
 
     return tree.map(zero_shared, metrics, is_leaf=is_value)

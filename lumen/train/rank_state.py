@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,14 @@ from lumen.errors import InexactWarning
 from lumen.train.byte_layout import from_bytes, to_bytes
 from lumen.train.distributed import ProcessGroupContext
 from lumen.train.metric_entries import reweight
+
+
+class SavedMetrics(NamedTuple):
+    """The saved metrics that a rank continues from, and whether each rank continues from metrics of the same names."""
+
+    window: Sequence[Any]
+    epoch: Sequence[Any]
+    on_all_ranks: bool
 
 
 def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dic
 
 def own_rank_state(
     group: ProcessGroupContext, extra: Mapping[str, Any], processes: int
-) -> tuple[Mapping[str, Any], list[Any]]:
+) -> tuple[Mapping[str, Any], SavedMetrics]:
     """This rank's state in a checkpoint of `processes` ranks, and the metrics that it continues from.
 
     If the number of processes has changed, `rng` is None and the generators are to be seeded from those of rank 0.
@@ -43,7 +51,7 @@ def own_rank_state(
     copies = extra.get("copies", 1)
     if processes == group.size and copies == distributed.tp_degree():
         own = states[group.rank]
-        return own, [own.get("metrics", {})]
+        return own, SavedMetrics([own.get("metrics", {})], [own.get("epoch_metrics", {})], on_all_ranks=True)
     if group.is_main:
         warnings.warn(
             f"this run resumes with {group.size} processes, and had {processes}. An lm.Loader keeps its order, but"
@@ -51,8 +59,12 @@ def own_rank_state(
             InexactWarning,
             stacklevel=2,
         )
-    accumulators = [state.get("metrics", {}) for state in states[::copies]] if group.is_main else []
-    return {**extra, "rng": None}, reweight(accumulators, distributed.rows()[1])
+    states = states[::copies] if group.is_main else []
+    window, epoch = (
+        reweight([state.get(name, {}) for state in states], distributed.rows()[1])
+        for name in ("metrics", "epoch_metrics")
+    )
+    return {**extra, "rng": None}, SavedMetrics(window, epoch, on_all_ranks=group.size == 1)
 
 
 def bundle(values: Sequence[Any]) -> dict[str, Any]:

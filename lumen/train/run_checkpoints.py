@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +26,9 @@ from lumen.train.step_batches import StepBatches
 
 
 class Restored(NamedTuple):
-    """The contents of a checkpoint: the `state`, other tensors (`extra`) and plain data (`meta`)."""
+    """The contents of the checkpoint at `path`: the `state`, other tensors (`extra`) and plain data (`meta`)."""
 
+    path: Path
     state: Any
     extra: Any
     meta: Any
@@ -74,6 +76,17 @@ class RunCheckpoints:
         if self._checkpointer is not None and self._run.group.is_main:
             self._checkpointer.mark_interrupted(self._run.stop.reason, self._run.clock.step)
 
+    def report_interrupted(self) -> None:
+        """Say on stderr where a run that a signal ended was saved, and how to resume it."""
+        run, newest = self._run, None if self._checkpointer is None else self._checkpointer.latest()
+        if not run.group.is_main:
+            return
+        if newest is None:
+            advice = '; nothing was saved. To save, write lm.Runner(step, checkpoint=lm.Checkpointer("runs/a")).'
+        else:
+            advice = f', saved at {newest}. To go on, write fit(..., resume="auto").'
+        sys.stderr.write(f"{run.stop.reason}: stopped after step {run.clock.step}{advice}\n")
+
     # ---------------------------------------------------------------------------------------- saving
 
     def is_best(self) -> bool:
@@ -111,12 +124,14 @@ class RunCheckpoints:
         return {
             "rng": rng.capture(),
             "metrics": self._run.logger.accumulator.state_dict(),
+            "epoch_metrics": self._run.logger.epoch_metrics.accumulator.state_dict(),
             "feed": self._batches.state_dict(),
         }
 
     def _meta(self) -> dict[str, Any]:
         """The plain data of a checkpoint."""
-        run, fingerprint = self._run, self._frozen_fingerprint
+        run, fingerprint, saver = self._run, self._frozen_fingerprint, self._checkpointer
+        monitor = {} if saver is None or saver.monitor is None else {"metric": saver.monitor, "mode": saver.mode}
         return {
             "clock": run.clock.state_dict(),
             "timers": run.schedule.state_dict(),
@@ -125,6 +140,7 @@ class RunCheckpoints:
             "stopped": run.stop.stopped,
             "processes": run.group.size,
             **run.settings.description,
+            **({"monitor": monitor} if monitor else {}),
             **({} if fingerprint is None else {"frozen": fingerprint}),
         }
 
@@ -148,19 +164,20 @@ class RunCheckpoints:
 
     def _apply(self, restored: Restored, same_run: bool) -> None:
         run = self._run
-        run.state, extra, meta = restored
-        own, meters = own_rank_state(run.group, extra, meta.get("processes", 1))
+        path, run.state, extra, meta = restored
+        own, metrics = own_rank_state(run.group, extra, meta.get("processes", 1))
         run.clock.load_state_dict(meta["clock"])
         run.clock_updater.resume()
         run.schedule.load_state_dict(meta["timers"])
         run.logger.load_state_dict(meta["run_log"])
-        run.logger.accumulator.load_state_dict(*meters)
+        run.logger.load_metrics(metrics)
         run.settings.callbacks.load_state_dict(meta["callbacks"])
         self._batches.load_state_dict(own.get("feed", {}))
         if same_run:  # a run that a callback ended stays ended
             run.stop.reason = run.stop.stopped = meta["stopped"]
         self._saved_at = run.position()
         restore_rng(own["rng"], extra["rng"])
+        run.logger.progress.note(f"resumed from {path}: step {run.clock.step}, epoch {run.clock.epoch}")
 
     def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
         """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
@@ -202,4 +219,4 @@ class RunCheckpoints:
         meta, initial = checkpoint.metadata(path)["meta"], self._run.state
         like = initial if "frozen" not in meta else frozen_params.without(initial, meta["frozen"], path)
         state = checkpoint.restore(path, like, step=self._run.settings.step)
-        return Restored(frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)
+        return Restored(path, frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)

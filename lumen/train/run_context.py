@@ -60,7 +60,15 @@ class RunContext:
 
     def callback_context(self, metrics: Any, batch: Any = None) -> CallbackContext:
         """The argument of a callback."""
-        return CallbackContext(self.clock, self.state, metrics, batch, stop=self.stop.request, log=self.publish)
+        return CallbackContext(
+            self.clock,
+            self.state,
+            metrics,
+            batch,
+            stop=self.stop.request,
+            log=self.publish,
+            per_epoch=self.logger.epoch_metrics.names,
+        )
 
     def position(self) -> tuple[Any, ...]:
         """The position of the run, which identifies a checkpoint."""

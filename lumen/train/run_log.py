@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lumen.checkpoint import json_tree
+from lumen.errors import InexactWarning
 from lumen.optim import learning_rate
 from lumen.optim._combine import group_rates
 from lumen.train.clock import Clock
 from lumen.train.history import History
-from lumen.train.metric_buffer import MetricAccumulator, to_floats
+from lumen.train.metric_buffer import EpochMetrics, MetricAccumulator, split_epoch, to_floats, to_numbers
 from lumen.train.metric_merge import MetricMerger
 from lumen.train.progress import Progress
+from lumen.train.rank_state import SavedMetrics
 from lumen.train.sink_group import SinkGroup
 
+_TRAIN = "train/"
 _TOO_MANY = "lm.optim.learning_rate(result.state.opt_state) has them all."
 
 
@@ -48,7 +52,8 @@ class RunLogger:
     """Accumulates the metrics of steps until they are logged, and stores the newest number of each name.
 
     `newest` has all numbers by name, `current` those that were published at the clock's step, and `history` those of
-    this call of `fit`.
+    this call of `fit`. `accumulator` has the metrics since the last logging point, `epoch_metrics` the
+    `lm.PerEpoch` ones before it, of this epoch.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class RunLogger:
         history: History,
     ) -> None:
         self.accumulator = MetricAccumulator()
+        self.epoch_metrics = EpochMetrics()
         self.newest: dict[str, float] = {}
         self.flops_per_step: float | None = None
         self.sinks = sinks
@@ -87,7 +93,9 @@ class RunLogger:
         """The merged metrics of the steps since the last call, with throughput and learning rates."""
         if not self.accumulator:
             return {}
-        values = self.accumulator.read("train/", self._merger)
+        metrics, per_epoch = split_epoch(self.accumulator.take())
+        self.epoch_metrics.add(per_epoch, _TRAIN)
+        values = to_numbers(metrics, _TRAIN, self._merger)
         values.update(self._throughput())
         self.restart_throughput()
         opt_state = getattr(state, "opt_state", None)
@@ -95,6 +103,21 @@ class RunLogger:
             self._has_groups = bool(group_rates(opt_state))
         values.update(learning_rates(opt_state, self._has_groups))
         return values
+
+    def epoch(self, complete: bool = True) -> dict[str, float]:
+        """The `lm.PerEpoch` metrics of the epoch, which they forget if it is `complete`; all ranks call this."""
+        self.accumulator.restore()
+        for per_epoch in self.accumulator.take_epoch():
+            self.epoch_metrics.add(per_epoch, _TRAIN)
+        accumulator = self.epoch_metrics.accumulator
+        accumulator.restore()
+        if not self._merger.group.any(bool(accumulator)):
+            return {}
+        metrics = accumulator.merged()
+        if complete:
+            accumulator.take()
+            _warn_of_lost(accumulator.drop_saved())
+        return to_numbers(metrics, _TRAIN, self._merger, key="epoch/")
 
     def publish(self, values: Mapping[str, Any]) -> None:
         """Send values to the sinks and the display, and store the numbers by name."""
@@ -118,6 +141,11 @@ class RunLogger:
         self.sinks.rewind(state["sinks"])
         self.restart_throughput()
 
+    def load_metrics(self, saved: SavedMetrics) -> None:
+        """Continue from the metrics of a checkpoint."""
+        self.accumulator.load_state_dict(*saved.window, on_all_ranks=saved.on_all_ranks)
+        self.epoch_metrics.accumulator.load_state_dict(*saved.epoch, on_all_ranks=saved.on_all_ranks)
+
     def _now(self) -> tuple[int, int, int, float]:
         return self._clock.step, self._clock.rows, self._clock.tokens, self._clock.seconds
 
@@ -133,3 +161,13 @@ class RunLogger:
         if self.flops_per_step and self._peak:
             rates["mfu"] = self.flops_per_step * steps / seconds / self._peak
         return rates
+
+
+def _warn_of_lost(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the epoch's {', '.join(map(repr, names))} leave out the steps before this run resumed: no step since"
+            " has returned them, and only the metric itself knows how to restore its values.",
+            InexactWarning,
+            stacklevel=2,
+        )

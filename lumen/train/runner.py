@@ -41,11 +41,11 @@ class Runner:
         step: the training step, `(state, batch) -> (state, metrics)`.
         transforms: the transforms around the step, outermost first.
         checkpoint: where and when to save; see `lm.Checkpointer`.
-        sinks: where the merged numbers go every `log_every` steps: metrics as `train/…`, those of a validation under
+        sinks: where the merged numbers go at each logging point: metrics as `train/…`, those of a validation under
             its name, the learning rate, and the throughput.
         callbacks: observe the run; see `lm.Callback`.
         config: the configuration of the run, a mapping or a dataclass; it is logged, and saved in checkpoints.
-        log_every: the number of steps between two logging points.
+        log_every: when to log: a number of steps, or an `lm.Every`, such as `lm.Every(epochs=1)`.
         tokens: counts the tokens of a batch, for `lm.Tokens` and the throughput.
         mfu: log the model FLOPs utilization: True takes the published peak of the GPU, a number is the peak in FLOP/s.
         progress: True (a bar on a terminal or in a notebook, lines elsewhere), "bar", "lines" or False.
@@ -74,7 +74,7 @@ class Runner:
         sinks: Sequence[Sink] = (),
         callbacks: Sequence[Callback] = (),
         config: Any = None,
-        log_every: int = 50,
+        log_every: int | Every = 50,
         tokens: TokenCount | None = None,
         mfu: bool | float = False,
         progress: bool | str = True,
@@ -86,7 +86,7 @@ class Runner:
         self.checkpoint = checkpoint
         self.sinks = tuple(sinks)
         self.callbacks = Callbacks(callbacks)
-        self.log_every = Every(steps=log_every)
+        self.log_every = log_every if isinstance(log_every, Every) else Every(steps=log_every)
         self.tokens = tokens
         self.progress = progress
         self._time_fn = time_fn
@@ -107,8 +107,8 @@ class Runner:
 
         `data` is an `lm.Loader`, or any iterable of batches. It is iterated again for each epoch, and `limit` bounds
         the batches of an epoch. Samplers and data sets with a `set_epoch`, however deep inside a DataLoader, get the
-        number of the epoch. A one-shot iterator is one epoch. Numpy batches become tensors, and batches are moved to
-        the state's device.
+        number of the epoch. A one-shot iterator is one epoch. Numpy batches become tensors, the numbers of a `range`
+        0-d int64 tensors, and batches are moved to the state's device.
 
         `resume="auto"` resumes from the newest undamaged checkpoint of the run's directory, if there is one. A path
         resumes from that checkpoint, and "never" starts a new run, in a directory without checkpoints. With an

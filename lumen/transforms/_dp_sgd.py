@@ -16,6 +16,7 @@ from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, Update
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, field_of, slot, with_slot, without_slot
 from lumen.core.undeclared_buffers import Undeclared
+from lumen.core.versions import install_extra
 from lumen.errors import BatchError, HyperparameterError, PurityError, StateError
 
 _SALT = 0x6470  # separates the noise from random numbers that a step draws from state.key
@@ -86,7 +87,7 @@ class dp_sgd(Transform):
         try:
             from dp_accounting import dp_event, rdp
         except ImportError as error:
-            raise ImportError("epsilon needs an accountant: pip install 'lumen-torch[dp-sgd]'") from error
+            raise ImportError(f"epsilon needs an accountant: {install_extra('dp-sgd')}") from error
         steps = int(slot(state, self.name))
         if steps == 0:
             return 0.0

@@ -14,14 +14,16 @@ from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
 from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import PatternError, StateError
+from lumen.transforms._support.same_program import alike_states
 
 
 class ensemble(Transform):
     """Train `n` runs (lanes) at once: each leaf of the state gets a leading lane dim, over which `vmap` maps the step.
 
     `init` takes one state, whose seed gives each lane a different `seed`; a list of `n` states; or a function from a
-    seed (an int) to a state, called with 0 … n-1. All lanes get the same batch, or one each with `batch_dim=0`.
-    `lm.pmean(x, "lanes")` averages over the lanes. `export` returns the list of plain states.
+    seed (an int) to a state, called with 0 … n-1, which may make a new module and optimizer each time. All lanes get
+    the same batch, or one each with `batch_dim=0`. `lm.pmean(x, "lanes")` averages over the lanes. `export` returns the
+    list of plain states.
 
     Law: each lane equals a separate run, up to the order of floating sums. Dropout masks differ from a single run's.
 
@@ -116,14 +118,20 @@ class sweep(ensemble):
 
 
 def stack_states(states: Sequence[Any]) -> Any:
-    """States with the same structure as one state, with each leaf stacked along a new first dim."""
+    """States with the same structure as one state, with each leaf stacked along a new first dim.
+
+    Raises `StateError` for states of another structure, or whose static fields compute something else.
+    """
     specs = [tree.structure(state) for state in states]
+    if any(spec != specs[0] for spec in specs):  # lanes with modules and optimizers of their own, say
+        states = alike_states(states)
+        specs = [tree.structure(state) for state in states]
     for i, spec in enumerate(specs):
         if spec != specs[0]:
             raise StateError(
                 f"the state of lane {i} has a different structure from the state of lane 0:"
-                f" {'; '.join(tree.differences(states[0], states[i])[:6])}. All lanes share one model and optimizer:"
-                " create them once, and vary params, seed and opt_state with state.replace(...)."
+                f" {'; '.join(tree.differences(states[0], states[i])[:6])}. All lanes run one"
+                " program: give them the same kind of model and optimizer, and the same slots."
             )
     return tree.map(lambda *leaves: torch.stack(leaves), *states)
 

@@ -50,6 +50,59 @@ def test_each_lane_is_its_own_run(stack: str, large: bool, job: Job) -> None:
         assert_same(lane, train(job.step, state, job.batches(3))[0])
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
+def fresh(lane: int, **changes: Any) -> lm.TrainState:
+    """A state with a module and an optimizer of its own."""
+    torch.manual_seed(lane)
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "dropout": 0.0, "schedule": 10, **changes}
+    layers = [torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(options["dropout"])]
+    torch.nn.utils.parametrize.register_parametrization(layers[0], "weight", Doubled())  # makes a class on the fly
+    first = lm.optim.adamw(options["lr"], options["betas"])
+    later = lm.optim.sgd(lm.optim.cosine(0.1, options["schedule"]))
+    tx = lm.optim.partition({"3.*": first}, default=later)
+    return lm.TrainState.create(torch.nn.Sequential(*layers, torch.nn.Linear(4, 1)).double(), tx, seed=lane)
+
+
+def fresh_step(state: Any, batch: Any) -> Any:
+    def loss_fn(params: Any, batch: Any) -> Any:
+        out, buffers = state.apply(params, batch)
+        return out.square().mean(), lm.Aux(buffers=buffers)
+
+    (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss}
+
+
+def test_lanes_with_modules_and_optimizers_of_their_own() -> None:
+    members = lm.ensemble(3)
+    wrapped = members(fresh_step)
+    state = wrapped.init(lambda lane: fresh(lane, lr=0.1 * (lane + 1)))
+    singles = [fresh(lane, lr=0.1 * (lane + 1)) for lane in range(3)]
+    for index in range(3):
+        batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+        state, _ = wrapped(state, batch)
+        singles = [fresh_step(single, batch)[0] for single in singles]
+    for lane, single in zip(wrapped.export(state), singles, strict=True):
+        found, wanted = lm.tree.leaves((lane.params, lane.buffers)), lm.tree.leaves((single.params, single.buffers))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dropout": 0.5}, r"lanes 0 and 1 differ in apply_fn\.module\.2\.p \(0\.0 and 0\.5\)"),
+        ({"betas": (0.8, 0.99)}, r"differ in tx\..*beta1 \(0\.9 and 0\.8\)"),
+        ({"schedule": 20}, r"differ in tx\..*10 and 20"),
+    ],
+)
+def test_lanes_that_would_compute_something_else_are_refused(changes: Any, says: str) -> None:
+    with pytest.raises(lm.LumenError, match=says):
+        lm.ensemble(2).init(lambda lane: fresh(lane, **(changes if lane else {})))
+
+
 def test_lanes_from_a_function_of_the_seed() -> None:
     job = Job()
     template = job.state()

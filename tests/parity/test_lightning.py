@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import lumen as lm
@@ -124,6 +125,39 @@ def one_cycle(module: Any) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def cycling_momentum(module: Any) -> Any:
+    optimizer = torch.optim.SGD(groups(module), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=EPOCHS * BATCHES)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def cycling_betas(module: Any) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05, eps=1e-3)
+    total = module.trainer.estimated_stepping_batches
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def cycling_every_epoch(module: Any) -> Any:
+    optimizer = torch.optim.Adamax(module.parameters(), lr=0.05, eps=1e-3)  # an optimizer that stays torch's own
+    return [optimizer], [torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.05, step_size_up=2)]
+
+
+class DecayingWeights(torch.optim.lr_scheduler.LambdaLR):
+    """Changes the weight decay with the learning rate, as papers on decoupled decay do."""
+
+    def step(self, epoch: Any = None) -> None:
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = 0.1 * group["lr"]
+
+
+def decaying_weights(module: Any) -> Any:
+    optimizer = torch.optim.RMSprop(module.parameters(), lr=0.05, eps=1e-3, weight_decay=0.1)
+    scheduler = DecayingWeights(optimizer, lambda step: 0.9**step)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def plateau(module: Any) -> Any:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=0.3)
@@ -134,7 +168,10 @@ def head_alone(module: Any) -> Any:
     return torch.optim.Adamax(module.head.parameters(), lr=0.05)
 
 
-@pytest.mark.parametrize("configure", [sgd, adamw, warmed, one_cycle, plateau, head_alone])
+CYCLING = [cycling_momentum, cycling_betas, cycling_every_epoch, decaying_weights]
+
+
+@pytest.mark.parametrize("configure", [sgd, adamw, warmed, one_cycle, plateau, head_alone, *CYCLING])
 def test_a_run_is_that_of_the_trainer(configure: Any) -> None:
     module = Classifier(configure)
     start = copy.deepcopy(module.state_dict())
@@ -151,6 +188,57 @@ def test_a_run_is_that_of_the_trainer(configure: Any) -> None:
     assert found["val/val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-6)  # Lightning's means are float32
     assert found["val/val_accuracy"] == pytest.approx(wanted["val_accuracy"])
     assert found["val/val_rows"] == wanted["val_rows"] == ROWS
+
+
+class Measured(Classifier):
+    """A collection of metrics, logged in each of the usual ways, and values of some steps only."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
+        accuracies = {"micro": MulticlassAccuracy(3, average="micro"), "macro": MulticlassAccuracy(3)}
+        self.train_metrics = MetricCollection(accuracies, prefix="train_")
+        self.val_metrics = self.train_metrics.clone(prefix="val_", postfix="_all")
+        self.steps = nn.ModuleDict({"validation": self.val_metrics})  # the same object under another name
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y)
+        self.log("loss", loss, on_epoch=True)
+        self.log("window", loss, on_step=True)
+        of_batch = self.train_metrics(logits, y)
+        self.log("micro_of_batch", of_batch["train_micro"], on_step=False, on_epoch=True)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
+        if int(batch_idx) % 2 == 0:
+            self.log("even", float(len(y)), on_step=False, on_epoch=True, reduce_fx="sum")
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.steps["validation"].update(self(x), target=y)
+        for name, metric in self.val_metrics.items():
+            self.log(name, metric)
+        self.log("macro_by_name", self.val_metrics["val_macro_all"])
+        self.log("macro_by_attribute", self.val_metrics.macro)
+
+
+def test_metrics_of_an_epoch_and_collections_are_those_of_the_trainer() -> None:
+    module = Measured()
+    bridged = lm.bridges.lightning(module)
+    sink = lm.sinks.Memory()
+    runner = lm.Runner(bridged.step, sinks=[sink], progress=False, log_every=4)  # an epoch has six steps
+    validate = lm.Validate(bridged.validation_step, loader(2))
+    result = runner.fit(bridged.state, loader(1), until=lm.Epochs(EPOCHS), validate=validate)
+    wanted = by_lightning(module)
+    for name in ("loss", "micro_of_batch", "train_micro", "train_macro", "even"):
+        steps, values = sink[f"train/{name}"]
+        assert steps == [BATCHES * epoch for epoch in range(1, EPOCHS + 1)], name
+        assert values[-1] == pytest.approx(wanted[name], rel=1e-6), name
+    assert sink["train/loss_step"] == sink["train/window"]
+    assert sink["train/window"][0] == [4, *range(6, 7), 8, 12, 16, 18]
+    for name in ("val_micro_all", "val_macro_all", "macro_by_name", "macro_by_attribute"):
+        assert result.metrics[f"val/{name}"] == pytest.approx(wanted[name]), name
+    assert wanted["loss"] == wanted["loss_epoch"] != wanted["loss_step"]
 
 
 def test_it_runs_under_transforms() -> None:
@@ -265,9 +353,15 @@ def several(module: Any) -> Any:
     return [torch.optim.SGD(module.head.parameters(), 0.1), torch.optim.SGD(module.body.parameters(), 0.1)]
 
 
-def cycling(module: Any) -> Any:
+class Relabeling(torch.optim.lr_scheduler.LambdaLR):
+    def step(self, epoch: Any = None) -> None:
+        super().step(epoch)
+        self.optimizer.param_groups[0]["nesterov"] = self.last_epoch > 2
+
+
+def relabeling(module: Any) -> Any:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=EPOCHS * BATCHES)
+    scheduler = Relabeling(optimizer, lambda step: 1.0)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -275,7 +369,7 @@ def cycling(module: Any) -> Any:
     ("configure", "message"),
     [
         (several, "one optimizer"),
-        (cycling, r"changes more than learning rates \(momentum\)"),
+        (relabeling, "Relabeling changes nesterov, from False, which is not a number"),
         (lambda module: 3, "int"),
     ],
 )

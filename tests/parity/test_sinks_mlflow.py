@@ -197,7 +197,7 @@ def test_making_and_closing_begins_no_run(uri, tmp_path):
 
 def test_a_missing_mlflow_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ImportError, match=r"pip install 'lumen-torch\[mlflow\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[mlflow\]'"):
         MLflow()
 
 

@@ -186,7 +186,7 @@ def test_a_directory_that_cannot_be_is_an_error(tmp_path, make):
 
 def test_a_missing_wandb_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"pip install 'lumen-torch\[wandb\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[wandb\]'"):
         WandB("project")
 
 

@@ -413,13 +413,59 @@ def test_demo_without_its_data_or_epochs(tmp_path: Path, capsys: Capture, monkey
     monkeypatch.setitem(sys.modules, "sklearn", None)
     code, _, err = said(capsys, "demo", "--rundir", tmp_path)
     assert code == 1
-    assert "pip install 'lumen-torch[examples]'" in err
+    assert "pip install '.[examples]' in the clone of Lumen" in err
+
+
+# ------------------------------------------------------------------------------------------ the best one
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A run whose best checkpoint by its monitored metric, step 2, is not the newest."""
+    losses = iter([3.0, 1.0, 2.0])
+    runner = lm.Runner(
+        lambda state, x: ({"w": state["w"] + 1}, {}),
+        checkpoint=lm.Checkpointer(tmp_path / "best", keep=None, monitor="val/score", mode="min"),
+        progress=False,
+    )
+    validate = lm.Validate(lambda state, x: {"score": next(losses), "accuracy": state["w"], "gap": -state["w"]}, [1])
+    runner.fit({"w": torch.zeros(())}, [1], until=lm.Epochs(3), validate=validate)
+    return tmp_path / "best"
+
+
+def test_the_best_checkpoint_by_the_metric_that_the_run_monitors(measured: Path, capsys: Capture) -> None:
+    code, out, _ = said(capsys, "inspect", measured, "--best", "--json")
+    assert (code, Path(json.loads(out)["path"]).name) == (0, "2")
+    code, out, _ = said(capsys, "inspect", measured, "--best", "--values", "w")
+    assert (code, "tensor(2.)" in out) == (0, True)
+    target = measured / "state.pt"
+    assert said(capsys, "export", measured, "--best", "--to", "torch", "--what", "state", "-o", target)[0] == 0
+    assert torch.load(target, weights_only=True) == {"w": torch.tensor(2.0)}
+
+
+def test_the_best_checkpoint_by_another_metric(measured: Path, capsys: Capture) -> None:
+    def best(*options: str) -> str:
+        code, out, err = said(capsys, "inspect", measured, "--json", *options)
+        return Path(json.loads(out)["path"]).name if code == 0 else err
+
+    assert best("--monitor", "val/accuracy") == "3"
+    assert best("--monitor", "val/gap", "--mode", "max") == "1"
+    assert "write --mode min or --mode max" in best("--monitor", "val/gap")
+    error = best("--monitor", "val/los")
+    assert "none was saved with 'val/los'. Write --monitor NAME, with one of " in error
+    assert "val/accuracy, val/gap, val/score." in error
 
 
 # ------------------------------------------------------------------------------------------ command line
 
 
-@pytest.mark.parametrize("argv", [[], ["inspct"], ["inspect"], ["export", "x"], ["export", "x", "--to", "gguf"]])
+def test_the_command_alone_lists_the_commands(capsys: Capture) -> None:
+    code, out, _ = said(capsys)
+    assert code == 0
+    assert all(f"  {name} " in out for name in ("demo", "doctor", "plan", "plot", "inspect", "export", "replay"))
+
+
+@pytest.mark.parametrize("argv", [["inspct"], ["inspect"], ["export", "x"], ["export", "x", "--to", "gguf"]])
 def test_a_wrong_command_line_is_2(argv: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)

@@ -27,6 +27,48 @@ def test_create_starts_at_zero() -> None:
     assert state.step.dtype == state.seed.dtype == torch.int64
 
 
+def test_a_state_is_shown_in_a_line() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 50), nn.BatchNorm1d(50))
+    state = lm.TrainState.create(net, lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adamw(1e-3)))
+    where = "params: 4 tensors, 550 numbers, float32 on cpu; buffers: 3 tensors, 101 numbers"
+    assert repr(state) == f"TrainState(Sequential; step 0; {where}; AdamState lr 0.001)"
+    assert repr(lm.ema(0.9).init(state)).endswith("AdamState lr 0.001; slots: ema)")
+    swept = lm.sweep(lr=[0.5, 0.25]).init(make_state())
+    assert repr(swept) == (
+        "TrainState(Linear; step [0, 0]; params: 2 tensors, 6 numbers, float32 on cpu; SGDState lr [0.5, 0.25])"
+    )
+
+    @lm.dataclass
+    class Gan:
+        players: tuple[Any, Any]
+        noise: torch.Tensor
+        count: int
+
+    shown = repr(Gan((make_state(), {"w": torch.zeros(100)}), torch.zeros(3, 50), 2))
+    assert shown == "Gan(players=<7 tensors, 107 numbers>, noise=float32[3, 50], count=2)"
+
+
+def test_a_state_is_shown_where_its_numbers_cannot_be_read() -> None:
+    shown = []
+
+    def showing(state: Any, batch: Any) -> Any:
+        shown.append(repr(state))
+        return state.replace(step=state.step + 1), {}
+
+    lm.ensemble(2)(showing)(lm.ensemble(2).init(make_state()), torch.ones(1))
+    lm.compile(backend="eager")(showing)(make_state(), torch.ones(1))
+    assert all("step ?; params: 2 tensors, 3 numbers" in text for text in shown), shown
+    donated = lm.donate()(plain_update)
+    old = donated.init(make_state())
+    donated(old, torch.ones(1))
+    assert repr(old).startswith("<a donated state")
+
+
+def plain_update(state: Any, batch: Any) -> Any:
+    return state.apply_gradients({k: torch.zeros_like(p) for k, p in state.params.items()}), {}
+
+
 def test_apply_gradients_counts_and_takes_further_changes() -> None:
     state = make_state()
     new = state.apply_gradients({k: torch.zeros_like(p) for k, p in state.params.items()}, seed=torch.tensor(5))

@@ -67,7 +67,7 @@ def test_a_package_that_works_and_four_that_do_not(shelf: Path) -> None:
     assert look("torn>=1", "extra", quick=True)[0] == "ok"
     assert look("deadly>=1")[:2] == ("broken", "2.0, but the import fails: was killed by SIGSEGV")
     assert look("absent>=1") == ("broken", "not installed", "pip install 'absent>=1'")
-    assert look("absent>=1", "extra") == ("missing", "not installed", "pip install 'lumen-torch[extra]'")
+    assert look("absent>=1", "extra") == ("missing", "not installed", "pip install '.[extra]' in the clone of Lumen")
 
 
 def test_all_that_is_installed_here_is_found() -> None:

@@ -260,7 +260,7 @@ def test_files_that_cannot_be_written(tmp_path: Path, capsys: Capture, monkeypat
     assert "use curves.png, .svg, .pdf or .html" in said(capsys, run, "-o", tmp_path / "curves.gif")[2]
     assert "cannot be written: " in said(capsys, run, "-o", tmp_path / "metrics.jsonl" / "a.html")[2]
     monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'lumen-torch[examples]'" in said(capsys, run, "-o", tmp_path / "curves.png")[2]
+    assert "pip install '.[examples]' in the clone of Lumen" in said(capsys, run, "-o", tmp_path / "curves.png")[2]
     assert said(capsys, run, "-o", tmp_path / "curves.html")[0] == 0
 
 

@@ -167,3 +167,32 @@ def test_a_run_with_very_many_metrics_is_cut(tmp_path: Path) -> None:
     assert "and 460 more in <code>result.metrics</code>" in result._repr_html_()
     assert len(result._repr_html_()) < 60_000
     assert repr(result).endswith("… 494 more)")
+
+
+def test_the_best_state_with_its_average_is_one_line_away(tmp_path: Path) -> None:
+    def step(state: Any, x: Any) -> tuple[Any, Any]:
+        loss, grads = lm.value_and_grad(lambda params, x: state.apply(params, x)[0].square().mean())(state.params, x)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    def make_state() -> Any:
+        torch.manual_seed(0)
+        return lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.adam(0.1))
+
+    scores, averages = iter([3.0, 1.0, 2.0]), []
+
+    def evaluate(state: Any, x: Any) -> dict[str, Any]:
+        averages.append({name: p.clone() for name, p in state.params.items()})
+        return {"score": next(scores)}
+
+    checkpointer = lm.Checkpointer(tmp_path, monitor="val/score")
+    runner = lm.Runner(step, transforms=[lm.ema(0.5), lm.donate()], checkpoint=checkpointer, progress=False)
+    validate = lm.Validate(evaluate, [torch.ones(1)], use="ema")
+    result = runner.fit(make_state(), [torch.ones(4, 2)] * 2, until=lm.Epochs(3), validate=validate)
+    path = checkpointer.best()
+    assert path is not None
+    for like in (result.state, runner.step.init(make_state())):
+        best = lm.checkpoint.restore(path, like)
+        assert int(best.step) == 4
+        assert all(torch.equal(p, averages[1][name]) for name, p in lm.ema.params(best).items())
+    with pytest.raises(lm.LumenError, match=r"the slots of transforms are in result.state, and in runner.step.init"):
+        lm.checkpoint.restore(path, make_state())

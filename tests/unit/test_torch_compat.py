@@ -30,8 +30,15 @@ OTHERS = {
         "_param_fields_",
     ),  # of a named tuple; of Lumen's own dataclasses
     *("_exit", "_getframe", "_register_atexit"),  # CPython
-    *("_defaults", "_enable_compute_groups", "_groups_checked", "_reductions", "_to_sync"),  # torchmetrics
-    *("_wrap_compute", "_wrap_update"),  # torchmetrics
+    *(
+        "_defaults",
+        "_enable_compute_groups",
+        "_filter_kwargs",
+        "_groups_checked",
+        "_reductions",
+        "_to_sync",
+    ),  # torchmetrics
+    *("_filter_kwargs", "_wrap_compute", "_wrap_update"),  # torchmetrics
     *("_hp_mapping", "_index_in_param_group"),  # DeepSpeed
     *("_batch_fn", "_batch_size", "_max_index", "_num_records", "_parent", "_parents", "_shard_options"),  # Grain
     "_window_size",  # Grain

@@ -57,10 +57,11 @@ def lightning(
     the Runner replace Trainer options: `lm.precision` for `precision=`, `lm.clip` for `gradient_clip_val=`, and so on.
 
     Law: with the same batches, the params equal those of `lightning.Trainer`, up to the order of floating-point sums.
-    Declared differences: all values logged under one name merge into one, without `_step` and `_epoch`; the
+    Declared differences: a value is logged for each logging window of the Runner, not for each step. With
+    `on_epoch=True` it is the epoch's, under its name, and the window's is `NAME_step`, unless `on_step=False`. The
     `batch_idx` of a training step is the step of the run, a tensor, and a metric's `forward` covers one batch only.
     Torch's own SGD, Adam, AdamW, RMSprop and Adagrad become those of `lm.optim`, others `lm.optim.from_torch`;
-    a scheduler becomes a table of learning rates.
+    a scheduler becomes a table of learning rates, and of momentum or betas if it cycles them.
 
     The state's params are the module's own tensors. `module.load_state_dict({**state.params, **state.buffers})`
     copies the trained params back (with strict=False if params are tied).
@@ -76,7 +77,7 @@ def lightning(
 
     Raises:
         StepError: manual optimization, or overridden hooks that are never called; the message names replacements.
-        HyperparameterError: several optimizers, or a scheduler that changes more than learning rates.
+        HyperparameterError: several optimizers, or a scheduler that changes what is not a number.
         MetricError: at the first step, if a logged value cannot be merged.
 
     >>> import lumen as lm, torch
@@ -154,7 +155,7 @@ def _evaluation(name: str) -> EvalStep:
 
 
 def _training(module: Any, batch: Any, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
-    with recording(batch, index) as record:
+    with recording(batch, index, trains=True) as record:
         output = _call(module.training_step, batch, index)
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
@@ -200,12 +201,22 @@ def _class_without_trainer(kind: type[nn.Module], base: type, length: Length) ->
         return property(get)
 
     class Alone(kind):  # type: ignore[valid-type, misc]
-        def log(self, name: str, value: Any, *_args: Any, reduce_fx: Any = "mean", **options: Any) -> None:
-            current("self.log").log(name, value, reduce_fx, options.get("batch_size"))
+        def log(
+            self,
+            name: str,
+            value: Any,
+            prog_bar: bool = False,
+            logger: Any = None,
+            on_step: bool | None = None,
+            on_epoch: bool | None = None,
+            reduce_fx: Any = "mean",
+            **options: Any,
+        ) -> None:
+            current("self.log").log(name, value, reduce_fx, options.get("batch_size"), on_step, on_epoch)
 
-        def log_dict(self, dictionary: Any, *_args: Any, **options: Any) -> None:
+        def log_dict(self, dictionary: Any, *args: Any, **options: Any) -> None:
             for name, value in dictionary.items():
-                self.log(name, value, **options)
+                self.log(name, value, *args, **options)
 
         def print(self, *args: Any, **options: Any) -> None:
             print(*args, **options)  # noqa: T201

@@ -13,7 +13,7 @@ import torch
 from lumen.cli.doctor.report import Finding
 from lumen.cli.subprocesses import run_program
 from lumen.core._torch_compat import TRIED
-from lumen.core.versions import own_version, version_of
+from lumen.core.versions import install_extra, own_version, version_of
 
 # As in pyproject.toml: the dependencies of Lumen, and those of its extras.
 CORE = (
@@ -70,13 +70,13 @@ def check_package(requirement: str, extra: str | None, *, quick: bool) -> Findin
     """Check that one package is installed, recent enough, and importable. `extra` is None if it is required.
 
     >>> check_package("no-such-package>=1.0", "wandb", quick=True).fix
-    "pip install 'lumen-torch[wandb]'"
+    "pip install '.[wandb]' in the clone of Lumen"
     >>> check_package("torch>=2.11", None, quick=True).status
     'ok'
     """
     name, _, minimum = requirement.partition(">=")
     version, label = version_of(name), name if extra is None else f"{name} [{extra}]"
-    fix = f"pip install '{requirement}'" if extra is None else f"pip install 'lumen-torch[{extra}]'"
+    fix = f"pip install '{requirement}'" if extra is None else install_extra(extra)
     if version is None:
         return Finding(_SECTION, label, "broken" if extra is None else "missing", "not installed", fix)
     if _version_numbers(version) < _version_numbers(minimum):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen.cli.tables import escape
+from lumen.core.versions import install_extra
 from lumen.errors import LumenError
 from lumen.train.curves import COLORS, DASHES, Line, Panel
 from lumen.train.curves_svg import svg
@@ -57,8 +58,8 @@ def figure(panels: Sequence[Panel]) -> Any:
     """The panels as a matplotlib figure; raises `LumenError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise LumenError(
-            "PNG, SVG and PDF need matplotlib: pip install 'lumen-torch[examples]'. Without it, write -o curves.html,"
-            " or omit -o to plot on the terminal."
+            f"PNG, SVG and PDF need matplotlib: {install_extra('examples')}. Without it, write -o curves.html, or"
+            " omit -o to plot on the terminal."
         )
     from matplotlib.figure import Figure
 

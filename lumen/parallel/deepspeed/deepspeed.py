@@ -55,7 +55,7 @@ class deepspeed(Transform):
     ones, up to the order of floating-point sums (params are float32). Losses and `lm.Aux` are as under `lm.ddp`. A
     param that is used in some steps only must be used by some rank in the first one.
 
-    Raises `ImportError` without DeepSpeed (`pip install 'lumen-torch[deepspeed]'`), `OrderError` for transforms that
+    Raises `ImportError` without DeepSpeed (the extra `[deepspeed]`), `OrderError` for transforms that
     cannot be combined with an engine, `HyperparameterError` for a configuration that contradicts them or the optimizer,
     `WorldError` where ranks differ.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lumen.core import _torch_compat
 from lumen.core.module import Apply, param_slots, skeleton_of
-from lumen.core.versions import version_of
+from lumen.core.versions import install_extra, version_of
 from lumen.errors import OrderError
 from lumen.parallel.comm.init import leave_at_exit
 from lumen.parallel.comm.process_groups import close_on_leave
@@ -36,7 +36,7 @@ _BUILD = 20 * 60.0  # seconds that no build of one extension takes
 def library(device: torch.device) -> Any:
     """The package, imported for this kind of device, without its log messages below warnings."""
     if version_of("deepspeed") is None:
-        raise ImportError("lm.deepspeed needs DeepSpeed: pip install 'lumen-torch[deepspeed]'")
+        raise ImportError(f"lm.deepspeed needs DeepSpeed: {install_extra('deepspeed')}")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     with quiet(), _without("mlflow"):
         package = importlib.import_module("deepspeed")

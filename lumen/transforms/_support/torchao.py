@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lumen.core import _torch_compat
 from lumen.core.module import param_slots
+from lumen.core.versions import install_extra
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._param_names import Pattern, matching
 
@@ -37,7 +38,7 @@ def torchao(module: str) -> Any:
         return importlib.import_module(f"torchao.{module}")
     except ModuleNotFoundError as error:
         if error.name == "torchao":
-            raise ImportError("quantizing needs torchao: pip install 'lumen-torch[quant]'") from error
+            raise ImportError(f"quantizing needs torchao: {install_extra('quant')}") from error
         if error.name is not None and error.name.startswith("torchao."):
             raise ImportError(
                 f"this torchao has no {error.name}, which Lumen uses: pip install 'torchao==0.18.0'"
