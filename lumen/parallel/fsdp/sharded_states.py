@@ -99,7 +99,7 @@ class ShardedStates:
             return True
         leaves = tree.leaves(opt_state)
         for leaf, name in zip(leaves, names_in_optimizer_state(opt_state, shapes), strict=True):
-            if name in shapes and isinstance(leaf, Tensor) and shapes[name][:1] > (1,):
+            if name is not None and name in shapes and isinstance(leaf, Tensor) and shapes[name][:1] > (1,):
                 # Of two rows and more no rank has all.
                 if leaf.shape == shapes[name]:
                     return False
