@@ -100,8 +100,10 @@ def augment(images: Tensor, rows: Tensor, key: Tensor) -> Tensor:
 def contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """For each of these 2 B views, the cross-entropy of finding its partner among the views of all processes."""
     own = F.normalize(torch.cat([one, other]), dim=-1)
-    everyone = torch.cat([lm.all_gather(views, "data") for views in own.chunk(2)])
-    rows = lm.axis_index("data") * len(one) + torch.arange(len(one))
+    # lm.ddp() spreads rows along the axis data, lm.fsdp() along shard; the other axis has one process.
+    everyone = torch.cat([lm.all_gather(lm.all_gather(views, "shard"), "data") for views in own.chunk(2)])
+    process = lm.axis_index("data") + lm.axis_index("shard")
+    rows = process * len(one) + torch.arange(len(one))
     places = torch.cat([rows, rows + len(everyone) // 2])  # of this rank's views among all
     itself = F.one_hot(places, len(everyone)).bool()
     similarity = (own @ everyone.T / temperature).masked_fill(itself, -torch.inf)
@@ -149,13 +151,14 @@ def main(config: Config) -> lm.Result:
         progress=config.progress,
     )
     result = runner.fit(state, loader, until=lm.Epochs(config.epochs), resume="auto")
+    final = result.export()  # on every process: under lm.fsdp() it gathers their shards
     if lm.rank() == 0:
-        report(state, result, train_set, val_set, config)
+        report({"untrained": state, "trained": final}, result, train_set, val_set, config)
     return result
 
 
 def report(
-    untrained: lm.TrainState,
+    states: dict[str, lm.TrainState],
     result: lm.Result,
     train_set: dict[str, Tensor],
     val_set: dict[str, Tensor],
@@ -167,8 +170,8 @@ def report(
     print(f"contrastive loss {result.metrics['train/loss']:.3f}; a probe with {config.labels} labels finds of")
     ways = {
         "pixels": lambda data: data["image"].flatten(1),
-        "untrained features": lambda data: features_of(untrained, data),
-        "trained features": lambda data: features_of(result.export(), data),
+        "untrained features": lambda data: features_of(states["untrained"], data),
+        "trained features": lambda data: features_of(states["trained"], data),
     }
     for name, way in ways.items():
         with torch.no_grad():

@@ -153,19 +153,29 @@ def main(config: Config) -> lm.Result:
         progress=config.progress,
     )
     validate = lm.Validate(
-        eval_step, lm.Loader(val_set, batch_size=512, shuffle=False), every=lm.Every(epochs=10), use="ema"
+        eval_step,
+        lm.Loader(val_set, batch_size=512, shuffle=False),
+        every=lm.Every(epochs=min(10, config.epochs)),
+        use="ema",
     )
     state = lm.TrainState.create(Denoiser(config.width, config.times), tx, seed=config.seed)
     result = runner.fit(state, loader, until=lm.Epochs(config.epochs), validate=validate, resume="auto")
+    # On every process: under lm.fsdp() it gathers their shards.
+    averaged = runner.step.export(result.state.replace(params=lm.ema.params(result.state)))
     if lm.rank() == 0:
-        report(result, train_set, val_set, config)
+        report(result, averaged, train_set, val_set, config)
     return result
 
 
-def report(result: lm.Result, train_set: dict[str, Tensor], val_set: dict[str, Tensor], config: Config) -> None:
+def report(
+    result: lm.Result,
+    averaged: lm.TrainState,
+    train_set: dict[str, Tensor],
+    val_set: dict[str, Tensor],
+    config: Config,
+) -> None:
     """Print how samples compare with held-out images and with noise, and one sample of each digit."""
     labels = torch.arange(config.samples) % 10
-    averaged = result.export().replace(params=lm.ema.params(result.state))
     images = sample(averaged.eval(), labels, lm.random.key(config.seed))
     noise = lm.random.normal(lm.random.key(config.seed + 1), images.shape).clamp(-1, 1)
     judge = LogisticRegression(max_iter=500).fit(train_set["image"].numpy(), train_set["label"].numpy())

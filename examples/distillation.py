@@ -146,7 +146,10 @@ def train(name: str, consistency: float, config: Config) -> lm.Result:
         loader,
         until=lm.Epochs(config.epochs),
         validate=lm.Validate(
-            eval_step, lm.Loader(val_set, batch_size=512, shuffle=False), every=lm.Every(epochs=5), use="ema"
+            eval_step,
+            lm.Loader(val_set, batch_size=512, shuffle=False),
+            every=lm.Every(epochs=min(5, config.epochs)),
+            use="ema",
         ),
         resume="auto",
     )

@@ -129,13 +129,13 @@ def main(config: Config) -> lm.Result:
         log_every=250,
         progress=config.progress,
     )
-    probe = [torch.arange(2000)]
-    before = runner.evaluate(eval_step, state, probe)
+    probe = lm.Loader(torch.arange(2000), batch_size=2000, shuffle=False)
+    before = runner.evaluate(eval_step, runner.step.init(state), probe)
     result = runner.fit(
         state,
         lm.Loader({"point": points, "row": torch.arange(len(points))}, batch_size=config.batch_size, seed=config.seed),
         until=lm.Steps(config.steps),
-        validate=lm.Validate(eval_step, probe, every=lm.Every(steps=500)),
+        validate=lm.Validate(eval_step, probe, every=lm.Every(steps=min(500, config.steps))),
         resume="auto",
     )
     if lm.rank() == 0:

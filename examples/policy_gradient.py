@@ -154,12 +154,12 @@ def main(config: Config) -> lm.Result:
         log_every=10,
         progress=config.progress,
     )
-    before = runner.evaluate(eval_step, state, carts)["return"]
+    before = runner.evaluate(eval_step, runner.step.init(state), carts)["return"]
     result = runner.fit(
         state,
         loader,
         until=lm.Steps(steps),
-        validate=lm.Validate(eval_step, carts, every=lm.Every(steps=10)),
+        validate=lm.Validate(eval_step, carts, every=lm.Every(steps=min(10, steps))),
         resume="auto",
     )
     if lm.rank() == 0:

@@ -132,19 +132,19 @@ def main(config: Config) -> lm.Result:
         validate=lm.Validate(eval_step, lm.Loader(val_set, batch_size=256, shuffle=False)),
         resume="auto",
     )
+    final = result.export()  # on every process: under lm.fsdp() it gathers their shards
     if lm.rank() == 0:
-        report(result, train_set["image"].mean(0), val_set["image"], config)
+        report(result, final, train_set["image"].mean(0), val_set["image"], config)
     return result
 
 
-def report(result: lm.Result, mean_image: Tensor, images: Tensor, config: Config) -> None:
+def report(result: lm.Result, state: lm.TrainState, mean_image: Tensor, images: Tensor, config: Config) -> None:
     """Print the numbers beside those of the mean image, and four digits drawn from the prior."""
     found = {name: result.metrics[f"val/{name}"] for name in ("elbo_per_pixel", "kl", "error")}
     baseline = float(log_likelihood(mean_image.clamp(1e-3, 1 - 1e-3).logit(), images).mean()) / PIXELS
     print(f"ELBO per pixel {found['elbo_per_pixel']:.3f} nats (mean image: {baseline:.3f}), KL {found['kl']:.1f}")
     error = float((mean_image - images).square().mean())
     print(f"squared error of a reconstruction {found['error']:.4f} (mean image: {error:.4f})")
-    state = result.export()
     decoder = {name.removeprefix("decoder."): p for name, p in state.params.items() if name.startswith("decoder.")}
     latents = lm.random.normal(lm.random.key(config.seed), (4, config.latent))
     logits, _ = lm.pure(VAE(config.latent, config.width).decoder).apply(decoder, {}, latents)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lumen.core import rules
+from lumen.core.nested_states import all_slots, map_train_states
 from lumen.core.sharding import ShardingSlot, ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, without_slot
 from lumen.errors import CheckpointError
@@ -29,8 +30,13 @@ def strip_sharding(step: StepFn | None, state: Any) -> Any:
     for transform in as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
             state = _export(step, transform, state) if transform.opaque_state else without_slot(state, transform.name)
-    for name in _sharding_slots(state):
-        state = without_slot(state, name)
+    return map_train_states(_without_sharding, _without_sharding((), state))
+
+
+def _without_sharding(_path: Any, state: Any) -> Any:
+    for name, slot in (getattr(state, "slots", None) or {}).items():
+        if isinstance(slot, ShardingSlot):
+            state = without_slot(state, name)
     return state
 
 
@@ -40,8 +46,7 @@ def is_sharded(state: Any) -> bool:
 
 
 def _sharding_slots(state: Any) -> list[str]:
-    slots = getattr(state, "slots", None) or {}
-    return [name for name, slot in slots.items() if isinstance(slot, ShardingSlot)]
+    return [name for name, slot in all_slots(state) if isinstance(slot, ShardingSlot)]
 
 
 def export_opaque(step: StepFn | None, state: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,15 +43,29 @@ def count(batch: Any) -> int:
 
 
 def split(batch: Any, n: int) -> list[Any]:
-    """`batch` in `n` microbatches along the first dim, as even as possible and in order (`torch.tensor_split`)."""
+    """`batch` in `n` microbatches along the first dim, as even as possible and in order (`torch.tensor_split`).
+
+    Raises `BatchError` for a sparse tensor whose rows cannot be taken apart; those of torch.sparse_coo can.
+    """
     leaves, spec = tree.flatten(batch)
     columns = [
-        torch.tensor_split(leaf, n)
+        (torch.tensor_split(leaf, n) if leaf.layout is torch.strided else _split_sparse(leaf, n))
         if isinstance(leaf, Tensor)
         else (np.array_split(leaf, n) if isinstance(leaf, np.ndarray) else [leaf] * n)
         for leaf in leaves
     ]
     return [tree.unflatten(spec, chunk) for chunk in zip(*columns, strict=True)]
+
+
+def _split_sparse(leaf: Tensor, n: int) -> list[Tensor]:
+    if leaf.layout is not torch.sparse_coo:
+        raise BatchError(
+            f"the batch has a {leaf.layout} tensor of shape {tuple(leaf.shape)}, whose rows cannot be split into"
+            " microbatches. Write x.to_sparse_coo() or x.to_dense(), or leave out the transform that splits batches."
+        )
+    bounds = [*torch.tensor_split(torch.arange(leaf.shape[0], device="cpu"), n)]
+    starts = itertools.accumulate(map(len, bounds), initial=0)
+    return [torch.narrow_copy(leaf, 0, start, len(rows)) for start, rows in zip(starts, bounds, strict=False)]
 
 
 def add_gradients(results: Sequence[Gradient], origins: Sequence[Origin] | None = None) -> Gradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +15,28 @@ Addresses = list[set[int]]
 _CACHE = "_addresses"
 
 
+_OVERWRITTEN = ("params", "opt_state")  # by an update in place
+_CHANGING = ("replace", "apply_gradients")  # methods whose result would have what was overwritten
+_ORIGIN = "_origin"
+
+
 class Retired:
-    """What becomes of a state object whose memory was handed over: every use of it raises `DonatedError`."""
+    """What becomes of a state object whose memory was handed over: every use of it raises `DonatedError`.
+
+    Until its step has returned it still has the fields that were not overwritten, and the methods that read them.
+    """
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             return object.__getattribute__(self, name)
-        raise _refusal(name)
+        kept = object.__getattribute__(self, "__dict__")
+        if name in kept:
+            return kept[name]
+        origin = kept.get(_ORIGIN)
+        if origin is None or name in origin._fields_ or name in _CHANGING or not hasattr(origin, name):
+            raise _refusal(name)
+        attribute = inspect.getattr_static(origin, name)
+        return attribute.__get__(self, origin) if hasattr(attribute, "__get__") else attribute
 
     def __repr__(self) -> str:
         return "<a donated state: its memory belongs to its successor>"
@@ -36,14 +52,31 @@ def _refusal(name: str) -> DonatedError:
 
 def retire(state: Any) -> None:
     """Make every further use of this state object raise `DonatedError`, and let go of its tensors."""
-    if hasattr(type(state), "_fields_"):
+    if is_retired(state):
+        object.__getattribute__(state, "__dict__").clear()
+    elif hasattr(type(state), "_fields_"):
         state.__dict__.clear()
         object.__setattr__(state, "__class__", Retired)
+
+
+def retire_updated(state: Any) -> None:
+    """Make every further use of what an update in place has overwritten raise `DonatedError`, and let go of it."""
+    fields, origin = state.__dict__, type(state)
+    for name in (*_OVERWRITTEN, _CACHE):
+        fields.pop(name, None)
+    fields[_ORIGIN] = origin
+    object.__setattr__(state, "__class__", Retired)
 
 
 def is_retired(state: Any) -> bool:
     """Whether this state object was handed over."""
     return type(state) is Retired
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor is in, or a part of."""
+    address: int = _torch_compat.storage_id(tensor.untyped_storage())
+    return address
 
 
 def copy_into(old: list[Tensor], new: list[Tensor]) -> None:

@@ -124,6 +124,7 @@ class Apply:
         self.merges = merges_of(skeleton, None) if merges is None else merges
         self._slots = param_slots(skeleton)
         self._names = {name for _, _, name in self._slots}
+        self.origin: Apply = self  # of which this is another mode or a variant
         self._modes: dict[bool, Apply] = {}
         self._variants: dict[Any, Apply] = {}
 
@@ -154,7 +155,9 @@ class Apply:
         if key not in self._variants:
             module = skeleton_of(self.module)
             change(module)
-            self._variants[key] = Apply(module, self.frozen if frozen is None else frozen, self.merges)
+            variant = Apply(module, self.frozen if frozen is None else frozen, self.merges)
+            variant.origin = self.origin
+            self._variants[key] = variant
         return self._variants[key]
 
     def forms(self) -> list[Apply]:
@@ -233,7 +236,7 @@ class Apply:
             self._modes[training] = self
         if training not in self._modes:
             other = Apply(skeleton_of(self.module).train(training), self.frozen, self.merges)
-            other._modes = self._modes
+            other._modes, other.origin = self._modes, self.origin
             self._modes.setdefault(self.module.training, self)
             self._modes[training] = other
         return self._modes[training]

@@ -62,7 +62,7 @@ def _names_in_field(state: Any, field: str, value: Any, names: Collection[str]) 
         frozen: Collection[str] = getattr(getattr(state, "apply_fn", None), "frozen", ())
         return [name if name in frozen else None for name in _keyed(value)]
     if field == "opt_state":
-        return _names_in_optimizer_state(value, names)
+        return names_in_optimizer_state(value, names)
     return _keyed(value) if field in _declared(state) else _in_declared_fields(value)
 
 
@@ -80,7 +80,7 @@ def _in_declared_fields(node: Any) -> list[str | None]:
     return names
 
 
-def _names_in_optimizer_state(node: Any, names: Collection[str]) -> list[str | None]:
+def names_in_optimizer_state(node: Any, names: Collection[str]) -> list[str | None]:
     """The param of each leaf of an optimizer's state.
 
     What an optimizer keeps for params it keeps by their names: in a dict with a tensor, or a subtree of tensors, for
@@ -89,7 +89,7 @@ def _names_in_optimizer_state(node: Any, names: Collection[str]) -> list[str | N
     if _is_leaf(node):
         return [None]
     children = list(_children(node))
-    below = [name for _, child in children for name in _names_in_optimizer_state(child, names)]
+    below = [name for _, child in children for name in names_in_optimizer_state(child, names)]
     by_param = type(node) is dict and all(entry in names for entry, _ in children)
     return _keyed(node) if by_param and not any(name is not None for name in below) else below
 

@@ -6,6 +6,7 @@ Both registrations are generated from the dataclass fields, so that a field cann
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, TypeVar, dataclass_transform
@@ -97,7 +98,7 @@ def dataclass(cls: C) -> C:
     The class gains `replace(**changes)`, and works in `torch.func` transforms and `lumen.tree`. Fields marked
     `lm.static()` stay out of the tree; those marked `lm.row_field()` have an entry for each row of the batch. A
     subclass must be decorated too: an undecorated one would silently be one opaque leaf, so making an instance of it
-    raises `StateError`.
+    raises `StateError`, and so does a field without a default after one with a default.
 
     >>> import lumen as lm
     >>> @lm.dataclass
@@ -107,7 +108,10 @@ def dataclass(cls: C) -> C:
     >>> lm.tree.map(lambda x: x + 1, Pair(1, 2)).replace(left=0)
     Pair(left=0, right=3)
     """
-    new: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    try:
+        new: Any = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    except TypeError as error:
+        raise _explained(cls, error) from error
     if new.__repr__ is object.__repr__:  # a class or a base of it may have its own
         new.__repr__ = brief_fields
     fields = dataclasses.fields(new)
@@ -122,6 +126,19 @@ def dataclass(cls: C) -> C:
     new.__new__ = _new
     _register(new, dynamic, fixed)
     return new  # type: ignore[no-any-return]
+
+
+def _explained(cls: type, error: TypeError) -> Exception:
+    """The error with the line to write, where a field without a default comes after one that has one."""
+    field = re.search(r"non-default argument '(\w+)' follows default", str(error))
+    if field is None:
+        return error
+    kind = getattr(cls, "__annotations__", {}).get(field[1], "Any")
+    kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "Any")
+    return StateError(
+        f"{cls.__name__}.{field[1]} has no default and follows a field that has one. Make it keyword-only:"
+        f" {field[1]}: {kind} = dataclasses.field(kw_only=True)"
+    )
 
 
 def _new(cls: type, *_args: Any, **_kwargs: Any) -> Any:

@@ -145,6 +145,15 @@ class ShardingSlot:
     specs: SpecTree | None = None
 
 
+def locate_all(state: Any, specs: Mapping[Path, SpecTree]) -> list[tuple[int, tuple[int, ...]]]:
+    """The sharded leaves of a state by the specs of the training states in it, each at its path.
+
+    They are given by their indices among `tree.leaves`, with the shape of the full leaf.
+    """
+    shapes = {(*path, *leaf): s.params[name].shape for path, s in specs.items() for leaf, name in s.leaves.items()}
+    return [(index, shapes[path]) for index, path in enumerate(key_paths(state)) if path in shapes]
+
+
 def extend_specs(state: Any, slot: str) -> Any:
     """`state` with specs for a slot that was added after the state was sharded: what is like params is sharded, too."""
     records = _records(state)
@@ -192,6 +201,17 @@ def bound(shards: Shards, gatherer: ParamGatherer | None = None) -> AbstractCont
     """A context in which trees of params and grads are shards, and `shards` reduces values over the ranks."""
     free = next(key for key in _SHARDS if rules.axis(key) is None)
     return rules.bound_axes({free: shards} if gatherer is None else {free: shards, _GATHERER: gatherer})
+
+
+class unbound:  # noqa: N801
+    """A context in which trees of params and grads are full tensors again."""
+
+    def __enter__(self) -> None:
+        axes = rules.stack.axes
+        self._hidden = {key: axes.pop(key) for key in (*_SHARDS, _GATHERER) if key in axes}
+
+    def __exit__(self, *_exc: object) -> None:
+        rules.stack.axes.update(self._hidden)
 
 
 def _bound() -> list[Shards]:

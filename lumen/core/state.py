@@ -13,7 +13,7 @@ from lumen import random, tree
 from lumen.core import rules
 from lumen.core.brief_repr import brief, count, number, opt_state_text
 from lumen.core.buffer_rules import Merges, check_statistics
-from lumen.core.donation import retire
+from lumen.core.donation import retire_updated
 from lumen.core.module import Apply, Pure, pure
 from lumen.core.primitives import Optimizer, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -127,7 +127,7 @@ class TrainState:
             changes["buffers"] = buffers
         new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
         if params is self.params:  # updated in place: what self holds is no longer what it was
-            retire(self)
+            retire_updated(self)
         return new
 
     def eval(self) -> Self:

@@ -19,7 +19,8 @@ import torch
 
 from lumen import tree
 from lumen.core import _torch_compat, order, rules, stale_reads
-from lumen.core.donation import is_retired
+from lumen.core.donation import is_retired, storage_of
+from lumen.core.nested_states import all_slots
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardingSlot, ShardSpec, composed, extend_specs
@@ -188,7 +189,7 @@ class Step:
     def _check_shards(self, state: State) -> None:
         """Raise `StateError` for one rank's shard of a state, unless its transform is here."""
         names = {transform.name for transform in self.transforms}
-        for name, value in (getattr(state, "slots", None) or {}).items():
+        for name, value in all_slots(state):
             owner = getattr(value, "owner", name)
             if isinstance(value, ShardingSlot) and owner not in names:
                 raise StateError(
@@ -356,7 +357,7 @@ class _Checked:
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)
         for path, tensor, version in before:
-            if _torch_compat.version_of(tensor) != version and id(tensor) not in donated and not is_retired(state):
+            if _torch_compat.version_of(tensor) != version and not (is_retired(state) or storage_of(tensor) in donated):
                 raise PurityError(
                     f"the step {self.__name__} changed state.{printable(path)} in place. A step must leave its input as"
                     " it is and return a new state: state.replace(...), state.apply_gradients(grads). For updates in"
@@ -384,11 +385,11 @@ class _Checked:
 
 
 def _noting_donated(donated: set[int]) -> Rule:
-    """A rule that notes the tensors of donated updates; a state with several optimizers has several."""
+    """A rule that notes the memory of donated updates; a state with several optimizers has several."""
 
     def rule(next: Next, call: UpdateCall) -> Any:
         if call.donate:
-            donated.update(map(id, tree.tensors((call.params, call.opt_state))))
+            donated.update(map(storage_of, tree.tensors((call.params, call.opt_state))))
         return next(call)
 
     return rule

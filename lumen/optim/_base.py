@@ -66,6 +66,12 @@ class GradientTransformation:
     def init(self, params: Params) -> State:
         """The optimizer's state for `params`, a pytree of floating tensors."""
         for path, leaf in tree.named_tensors(params):
+            if leaf.is_complex():
+                raise ParamsError(
+                    f"params[{path!r}] is {leaf.dtype}, and the rules of lm.optim train real tensors. Keep it as"
+                    " torch.nn.Parameter(torch.view_as_real(w)), with real and imaginary parts along the last dim, and"
+                    " write torch.view_as_complex(self.w) in forward."
+                )
             if not leaf.is_floating_point():
                 raise ParamsError(
                     f"params[{path!r}] is {leaf.dtype}; only floating tensors can be trained."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +14,23 @@ from lumen import tree
 from lumen.core import distributed, rules
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
-from lumen.errors import HyperparameterError, PurityError
+from lumen.errors import HyperparameterError, InexactWarning, PurityError
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, clone
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
-
-Memory = dict[str, Any]
+from lumen.optim._torch_memory import (
+    TRIALS,
+    Memory,
+    as_tensor,
+    attributes,
+    changes,
+    is_number,
+    is_value,
+    not_carried,
+    options_of,
+    own_rule,
+    unshared,
+)
 
 _ELEMENTWISE = (  # torch's elementwise rules
     *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
@@ -26,15 +39,16 @@ _ELEMENTWISE = (  # torch's elementwise rules
 
 @pytree_dataclass
 class TorchState:
-    """A torch optimizer's state: for each leaf a dict of its tensors.
+    """A torch optimizer's state: for each leaf a dict of its tensors, and for each param group one of what it counts.
 
-    `count` and `hparams` are on the CPU, where the optimizer reads them. `numbers` names the entries that it keeps as
-    Python numbers.
+    `count` and `hparams` are on the CPU, where the optimizer reads them, and so are the numbers of `groups`. `numbers`
+    names the entries that it keeps as Python numbers.
     """
 
     count: Tensor
     memory: Any
     hparams: HParams
+    groups: Any
     numbers: tuple[str, ...] = static()
 
 
@@ -45,15 +59,18 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Gradien
     tensors in place: not under `vmap`, `lm.compile` or differentiation. The learning rate is in
     `opt_state.hparams["lr"]` and may be a schedule. Gradients get the memory layout of their params, as autograd
     gives `.grad`. The optimizer chooses the dtype of its state: torch's optimizers keep the moments of 16-bit
-    params in 16 bits, where small changes are rounded away; `lm.optim.adamw` keeps them in float32.
+    params in 16 bits, where small changes are rounded away; `lm.optim.adamw` keeps them in float32. What an optimizer
+    of another library counts in its param groups is in `opt_state.groups`. One with a training mode runs in it, with an
+    `InexactWarning` if it has an evaluation mode with other params.
 
     Args:
         optimizer: the class, of torch or of another library.
         **kwargs: its arguments, without the params.
 
     Raises:
-        HyperparameterError: the class rejects the arguments, needs a closure, or keeps memory outside its
-            state; or, at init, its fused kernel in this version of torch is wrong for the dtype of a param.
+        HyperparameterError: the class rejects the arguments, or needs a closure; or, at init, it keeps memory outside
+            of its state and its param groups, or its fused kernel in this version of torch is wrong for the dtype of
+            a param.
         PurityError: at an update under tracing, vmap or differentiation.
 
     >>> import torch, lumen as lm
@@ -71,7 +88,9 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Gradien
         )
     lr: ScalarOrSchedule | None = kwargs.pop("lr", None)
     defaults = _build(optimizer, [torch.zeros(1, 1)], kwargs, None).defaults
-    lr = defaults.get("lr") if lr is None else lr
+    if lr is None:  # the constructor's argument, of which some make another rate
+        argument = inspect.signature(optimizer).parameters.get("lr")
+        lr = argument.default if argument is not None and is_number(argument.default) else defaults.get("lr")
     hyper = Hyper(lr)
     rule = _TorchRule(optimizer, kwargs, hyper)
     reason = f"from_torch({optimizer.__name__}) is not known to be elementwise"
@@ -89,22 +108,93 @@ class _TorchRule:
         self.optimizer = optimizer
         self.kwargs = kwargs
         self.hyper = hyper
+        self.of_torch = optimizer.__module__.startswith("torch.optim.")
 
     def init(self, params: Any) -> TorchState:
-        """The initial state. Torch creates it at the first step, so this runs one step on copies."""
+        """The initial state. Torch creates it at the first step, so this runs steps on copies."""
         self._check_kernel(params)
+        if callable(getattr(self.optimizer, "eval", None)):
+            warnings.warn(
+                f"{self.optimizer.__name__} has other params for evaluation, for which a loop calls its eval() and a"
+                " state has no call: validation sees the params of training. Write lm.optim.schedule_free(...), and"
+                " evaluate with lm.optim.schedule_free_eval_params(state.opt_state, state.params).",
+                InexactWarning,
+                stacklevel=3,
+            )
         count, hparams = self.hyper.init({"cpu": torch.zeros(())})
         leaves, spec = tree.flatten(clone(params))
         _, lr = self._lr(count, hparams)
-        memories = self._step(leaves, [torch.zeros_like(leaf) for leaf in leaves], None, lr)
-        numbers = {key for memory in memories for key, value in memory.items() if isinstance(value, int | float)}
-        unknown = {key: value for memory in memories for key, value in memory.items() if not _is_value(value)}
+        memories, groups = self._tried(leaves, lr)
+        unknown = {key: value for memory in memories for key, value in memory.items() if not is_value(value)}
         if unknown:
-            raise HyperparameterError(
-                f"{self.optimizer.__name__} keeps values in its state that are neither tensors nor numbers: {unknown!r}"
-            )
-        blank = [{key: torch.zeros_like(_as_tensor(value)) for key, value in memory.items()} for memory in memories]
-        return TorchState(count, tree.unflatten(spec, blank), hparams, tuple(sorted(numbers)))
+            raise self._refusal(f"keeps values in its state that are neither tensors nor numbers: {unknown!r}")
+        numbers = {key for memory in (*memories, *groups) for key, value in memory.items() if is_number(value)}
+        blank = [{key: torch.zeros_like(as_tensor(value)) for key, value in memory.items()} for memory in memories]
+        blank_groups = [{k: torch.zeros_like(as_tensor(v)) for k, v in group.items()} for group in groups]
+        counted = blank_groups if any(blank_groups) else ()
+        return TorchState(count, tree.unflatten(spec, blank), hparams, counted, tuple(sorted(numbers)))
+
+    def _tried(self, leaves: list[Tensor], lr: float | None) -> tuple[list[Memory], list[Memory]]:
+        """What the optimizer keeps for each leaf and in each param group, from steps on `leaves`, which may change.
+
+        Torch's own optimizers keep nothing in groups. Of others several steps are watched: some count later.
+        """
+        if self.of_torch:
+            return self._step(leaves, [torch.zeros_like(leaf) for leaf in leaves], None, None, lr)[0], []
+        optimizer = self._built([_walkable(leaf) for leaf in leaves], lr)
+        params = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        numbers = attributes(optimizer)
+        changed, keys = self._watched(optimizer, params)
+        reason = not_carried(optimizer, numbers, len(params), changed, keys)
+        if reason:
+            raise self._refusal(reason)
+        return [dict(optimizer.state[leaf]) for leaf in params], changed
+
+    def _watched(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Memory], list[set[str]]]:
+        """The options of each param group that steps change or may change, and after each step the keys of the state.
+
+        A number that is no argument of the class is one that it counts, even where the first steps leave it alone.
+        """
+        options = [options_of(group) for group in optimizer.param_groups]
+        arguments = inspect.signature(self.optimizer).parameters
+        changed: list[Memory] = [
+            {key: value for key, value in group.items() if key not in arguments and type(value) in (int, float)}
+            for group in options
+        ]
+        keys: list[set[str]] = []
+        for _ in range(TRIALS):
+            for leaf in params:
+                leaf.grad = torch.full_like(leaf, 0.5)
+            try:
+                optimizer.step()
+            except Exception as error:
+                raise self._refusal(f"cannot make a step by itself ({type(error).__name__}: {error})") from error
+            keys.append({key for leaf in params for key in optimizer.state[leaf]})
+            for known, before, group in zip(changed, options, optimizer.param_groups, strict=True):
+                known.update(changes(before, options_of(group), {**known}))
+        return changed, keys
+
+    def _built(self, leaves: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
+        """A new optimizer of these leaves, in its training mode if it has one."""
+        optimizer = _build(self.optimizer, leaves, self.kwargs, lr)
+        train = getattr(optimizer, "train", None)
+        if callable(train):
+            train()
+        return optimizer
+
+    def _like(self, key: str, value: Any, old: Tensor) -> Tensor:
+        """What an option of a param group has become, in the dtype that it has in the state."""
+        new = as_tensor(value)
+        if new.is_floating_point() and not old.is_floating_point():
+            raise self._refusal(f"makes {key!r} of its param_groups a float after its first {TRIALS} steps")
+        return new.to(old.dtype)
+
+    def _refusal(self, text: str) -> HyperparameterError:
+        own = own_rule(self.optimizer.__name__)
+        return HyperparameterError(
+            f"{self.optimizer.__name__} {text}, which cannot be carried in a state that is a pytree. Write"
+            f" lm.optim.{own}(...){'' if own != 'adamw' else ' or another rule of lm.optim'}."
+        )
 
     def update(self, grads: Any, state: TorchState, params: Any) -> tuple[Any, TorchState]:
         leaves = tree.leaves(params) + tree.leaves(grads)
@@ -125,14 +215,19 @@ class _TorchRule:
         hparams, lr = self._lr(state.count, state.hparams)
         memory_leaves: list[Any] = spec.flatten_up_to(state.memory)
         grad_leaves: list[Any] = spec.flatten_up_to(grads)
-        memories = None
+        memories = groups = None
         if int(state.count) > 0:
-            memories = [
-                {k: v.item() if k in state.numbers else v for k, v in memory.items()} for memory in memory_leaves
-            ]
-        memories = self._step(leaves, grad_leaves, memories, lr)
-        new_memories = [{key: _as_tensor(value) for key, value in memory.items()} for memory in memories]
-        return TorchState(state.count + 1, tree.unflatten(spec, new_memories), hparams, state.numbers)
+            memories, groups = (
+                [{k: v.item() if k in state.numbers else v for k, v in memory.items()} for memory in kept]
+                for kept in (memory_leaves, state.groups)
+            )
+        memories, groups = self._step(leaves, grad_leaves, memories, groups, lr, state.groups)
+        new_memories = unshared([{key: as_tensor(value) for key, value in memory.items()} for memory in memories])
+        new_groups = [
+            {key: self._like(key, group[key], old) for key, old in olds.items()}
+            for group, olds in zip(groups, state.groups, strict=False)
+        ]
+        return TorchState(state.count + 1, tree.unflatten(spec, new_memories), hparams, new_groups or (), state.numbers)
 
     def _check_kernel(self, params: Any) -> None:
         """Raise `HyperparameterError` for a fused kernel that computes wrong updates for these params."""
@@ -158,29 +253,43 @@ class _TorchRule:
         return hparams, lr.item()
 
     def _step(
-        self, params: list[Tensor], grads: list[Tensor], memories: list[Memory] | None, lr: float | None
-    ) -> list[Memory]:
-        """One step of a new optimizer that starts from `memories`; params change in place."""
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        memories: list[Memory] | None,
+        groups: list[Memory] | None,
+        lr: float | None,
+        counted: Sequence[Memory] = (),
+    ) -> tuple[list[Memory], list[Memory]]:
+        """One step of a new optimizer that starts from `memories` and `groups`; params change in place.
+
+        `counted` has the options of each param group that may change.
+        """
         aliases = [_walkable(p.detach()) for p in params]  # the user's own tensors get no `.grad`
         for alias, grad in zip(aliases, grads, strict=True):
-            alias.grad = _with_strides_of(grad, alias, alias.dtype)
-        optimizer = _build(self.optimizer, aliases, self.kwargs, lr)
+            laid_out = _with_strides_of(grad, alias, alias.dtype)
+            # Torch's own leave gradients as they are; others may compute in their memory.
+            alias.grad = laid_out.clone() if laid_out is grad and not self.of_torch else laid_out
+        optimizer = self._built(aliases, lr)
         if memories is not None:
             for alias, memory in zip(aliases, memories, strict=True):
                 optimizer.state[alias] = {
                     k: _with_strides_of(v, alias, v.dtype) if isinstance(v, Tensor) and v.shape == alias.shape else v
                     for k, v in memory.items()
                 }
-        before = [_options(group) for group in optimizer.param_groups]
+        for group, kept in zip(optimizer.param_groups, groups or (), strict=False):
+            group.update(kept)
+        before = [options_of(group) for group in optimizer.param_groups]
         optimizer.step()
-        if [_options(group) for group in optimizer.param_groups] != before:
-            raise HyperparameterError(
-                f"{self.optimizer.__name__} keeps memory in its param_groups, which cannot be carried in a pytree."
-            )
+        after = [options_of(group) for group in optimizer.param_groups]
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            late = sorted(changes(old, new, {}).keys() - (counted[i].keys() if counted else ()))
+            if late:
+                raise self._refusal(f"changes {late[0]!r} of its param_groups after its first {TRIALS} steps")
         for alias, param in zip(aliases, params, strict=True):
             if alias.data_ptr() != param.data_ptr():
                 param.copy_(alias)
-        return [dict(optimizer.state[alias]) for alias in aliases]
+        return [dict(optimizer.state[alias]) for alias in aliases], after
 
 
 _works: dict[tuple[Any, torch.dtype, str], bool] = {}  # whether the fused kernel is right, by optimizer, dtype, device
@@ -219,19 +328,8 @@ def _build(
         kwargs = {**kwargs, "lr": lr}
     try:
         return optimizer(params, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise HyperparameterError(f"{optimizer.__name__} rejects its arguments: {error}") from error
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
-
-
-def _is_value(value: Any) -> bool:
-    return isinstance(value, Tensor | int | float)
-
-
-def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    except Exception as error:
+        text = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise HyperparameterError(
+            f"{optimizer.__name__} rejects its arguments, a list of params and {kwargs}: {text}"
+        ) from error

@@ -93,6 +93,8 @@ def muon(
         scalars = Coefficients(momentum, 1 - momentum, -rate, rate * decay)
 
         def leaf(p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+            if not p.numel():
+                return torch.zeros_like(widened(p)[0]), m
             g, wide_p, wide_m = widened(g, p, m)
             keep, new, minus_rate, shrink = scalars.like(g)
             wide_m = torch.lerp(wide_m, g, new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lumen.core import rules
-from lumen.core.donation import check_successor, check_unaliased, is_retired, release, retire
+from lumen.core.donation import check_successor, check_unaliased, release, retire
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform
@@ -17,8 +17,8 @@ class donate(Transform):
 
     In eager mode the optimizer's fused kernel updates the state's tensors in place; under `lm.compile` new values are
     written back into them. The state passed to the step becomes invalid: any further use raises `DonatedError`, and so
-    does a use inside the step after `apply_gradients`. The grads of the last update stay alive until the next step
-    begins, as in a plain PyTorch loop.
+    does a use of its params or optimizer state inside the step after `apply_gradients`. The grads of the last update
+    stay alive until the next step begins, as in a plain PyTorch loop.
 
     Law: `donate()(step) == step`, bitwise in eager mode for optimizers with a fused kernel.
 
@@ -70,7 +70,7 @@ class donate(Transform):
                 checked = True
             new, metrics = step(state, batch)
             metrics = release(metrics, check_successor(new) if hasattr(new, "_fields_") else check_unaliased(new))
-            if new is not state and not is_retired(state):
+            if new is not state:
                 retire(state)
             return new, metrics
 

@@ -53,7 +53,7 @@ class ema(Transform):
     def __init__(self, decay: float | None, *, warmup: bool = False, start: int = 0) -> None:
         if decay is not None and not 0.0 <= decay < 1.0:
             raise HyperparameterError(f"ema takes a decay from 0 up to (not including) 1, or None; got {decay!r}.")
-        self.decay = decay
+        self.decay = None if decay is None else float(decay)  # of NumPy or torch: the weight is a float64
         self.warmup = warmup
         self.start = start
 

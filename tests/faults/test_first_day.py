@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.utils import prune
 
 import lumen as lm
 from lumen import errors
+from lumen.core.batching import split
 
 BATCH = torch.ones(2, 3)
 
@@ -129,3 +131,91 @@ def test_sparse_gradients_train_as_dense_ones(stack: tuple[lm.Transform, ...]) -
 
 def test_the_version_is_there() -> None:
     assert lm.__version__.count(".") >= 2
+
+
+@lm.dataclass
+class WithDefault(lm.TrainState):
+    """A state with a field that has a default."""
+
+    memory: torch.Tensor | None = None
+
+
+def test_a_field_without_a_default_after_one_with_it() -> None:
+    with pytest.raises(lm.LumenError, match=r"hidden: torch.Tensor = dataclasses.field\(kw_only=True\)"):
+
+        @lm.dataclass
+        class Later(WithDefault):
+            hidden: torch.Tensor
+
+
+def test_complex_params_are_refused_with_the_way_to_write_them() -> None:
+    net = torch.nn.Linear(2, 2, dtype=torch.complex64)
+    for make in (lm.optim.sgd, lm.optim.adamw, lm.optim.muon, lm.optim.lamb):
+        with pytest.raises(lm.LumenError, match=r"torch.view_as_real\(w\)"):
+            lm.TrainState.create(net, make(0.1))
+
+
+class Rotation(torch.nn.Module):
+    """A complex matrix, as the message says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.view_as_real(torch.randn(3, 3, dtype=torch.complex128)).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.view_as_complex(self.w)
+
+
+@pytest.mark.parametrize("stack", [(), (lm.accumulate(2), lm.donate())], ids=len)
+def test_complex_params_kept_as_real_ones_train_as_in_torch(stack: tuple[lm.Transform, ...]) -> None:
+    torch.manual_seed(0)
+    net, x = Rotation(), torch.randn(4, 3, dtype=torch.complex128)
+    raw = torch.nn.Parameter(torch.view_as_complex(net.w.detach()).clone())
+    optimizer = torch.optim.AdamW([raw], lr=1e-2)
+
+    def step(state: lm.TrainState, batch: torch.Tensor) -> tuple[lm.TrainState, dict[str, torch.Tensor]]:
+        loss_fn = lambda p, x: state.apply(p, x)[0].abs().square().mean()  # noqa: E731
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    wrapped = lm.compose(*stack)(step)
+    state = wrapped.init(lm.TrainState.create(net, lm.optim.adamw(1e-2)))
+    for _ in range(3):
+        state, _ = wrapped(state, x)
+        optimizer.zero_grad()
+        (x @ raw).abs().square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.view_as_complex(state.params["w"]), raw.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stack", [(), (lm.accumulate(2),), (lm.donate(),), (lm.accumulate(3), lm.donate())], ids=str)
+def test_sparse_batches_train_as_dense_ones(stack: tuple[lm.Transform, ...]) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(5, 4) * (torch.rand(5, 4) > 0.5)
+    net = torch.nn.Linear(4, 2)
+
+    def step(state: lm.TrainState, batch: dict[str, torch.Tensor]) -> tuple[lm.TrainState, dict[str, torch.Tensor]]:
+        def loss_fn(p: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> lm.Mean:
+            out = torch.sparse.mm(batch["x"], p["weight"].T) if batch["x"].is_sparse else batch["x"] @ p["weight"].T
+            return lm.Mean.of((out + p["bias"] - batch["y"]).square().mean(1))
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    wrapped = lm.compose(*stack)(step)
+    found = []
+    for x in (dense, dense.to_sparse_coo()):
+        state = wrapped.init(lm.TrainState.create(net, lm.optim.adamw(1e-2)))
+        for _ in range(2):
+            state, _ = wrapped(state, {"x": x, "y": dense[:, :2]})
+        found.append(state.params)
+    for name, p in found[0].items():
+        torch.testing.assert_close(found[1][name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_batches_of_other_layouts_are_refused_where_they_are_split() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch: the layout is in beta
+        x = torch.eye(4).to_sparse_csr()
+    with pytest.raises(lm.LumenError, match=r"sparse_csr tensor .*to_sparse_coo\(\)"):
+        split({"x": x}, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,6 +213,20 @@ def test_ema_is_the_recurrence(job: Job, decay: float) -> None:
         average = {k: decay * average[k] + (1 - decay) * p for k, p in state.params.items()}
     # The decay is rounded to float32 in the slot's weight.
     assert_same(dict(lm.ema.params(state)), average, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.9999999, np.float32(0.999), torch.tensor(0.999)])
+def test_ema_weighs_in_float64(decay: Any) -> None:
+    """The weight is rounded once, to the dtype of a leaf: a decay near 1 keeps its digits."""
+    step = lm.ema(decay)(lambda state, batch: (state.replace(params={"w": state.params["w"] + 1}), {}))
+    net = torch.nn.Module()
+    net.w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    state = step.init(lm.TrainState.create(net, lm.optim.sgd(0.1)))
+    average = 0.0
+    for number in range(1, 6):
+        state, _ = step(state, None)
+        average += (1 - float(decay)) * (number - average)
+    assert float(lm.ema.params(state)["w"]) == pytest.approx(average, rel=1e-13)
 
 
 def test_ema_without_decay_is_the_mean_of_all_params() -> None:

@@ -52,27 +52,101 @@ class IntegerSteps(torch.optim.Optimizer):
                 p.sub_(p.grad, alpha=group["lr"] * memory["step"] * memory["factor"])
 
 
-class GroupMemory(IntegerSteps):
-    """Keeps its count where `from_torch` cannot see it."""
+class GroupCounts(IntegerSteps):
+    """As most optimizers of other libraries: the number of steps, and what adapts to gradients, is in the group."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            group["d"] = max(group.get("d", 0), sum(float(p.grad.norm()) for p in group["params"]))
+            group["sums"] = group.get("sums", torch.zeros(2)) + group["step"]
+            for p in group["params"]:
+                self.state[p]["sum"] = self.state[p].get("sum", 0) + p.grad
+                p.grad.zero_()
+                p.sub_(self.state[p]["sum"], alpha=group["lr"] * group["d"] / (group["step"] + float(group["sums"][0])))
+
+
+class TwoModes(GroupCounts):
+    """As schedule-free optimizers: no step without `train()`."""
+
+    def eval(self):
+        self.param_groups[0]["train_mode"] = False
+
+    def train(self):
+        self.param_groups[0]["train_mode"] = True
 
     def step(self):
-        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        if not self.param_groups[0].get("train_mode"):
+            raise RuntimeError("not in train mode")
+        super().step()
 
 
-@pytest.mark.parametrize("case", [*CASES, "third party"])
+class SharedConstant(IntegerSteps):
+    """As quantized optimizers: a table that the states of all params share."""
+
+    @torch.no_grad()
+    def step(self):
+        table = torch.full((3,), 0.5)
+        for p in self.param_groups[0]["params"]:
+            known = self.state[p].setdefault("table", table)
+            p.sub_(p.grad * known[0], alpha=self.param_groups[0]["lr"])
+
+
+class LateCount(IntegerSteps):
+    """Changes an option when several steps are done: one that is no argument, or, if `named`, one that is."""
+
+    def __init__(self, params, lr=0.1, phase=1, named=False):
+        super().__init__(params, lr)
+        self.param_groups[0].update({"phase" if named else "stage": phase})
+
+    def step(self):
+        super().step()
+        if self.state[self.param_groups[0]["params"][0]]["step"] == 5:
+            self.param_groups[0]["phase" if "phase" in self.param_groups[0] else "stage"] += 1
+
+
+class AttributeCount(IntegerSteps):
+    calls = 0
+
+    def step(self):
+        super().step()
+        self.calls = self.calls + 1
+
+
+class NamesNoParam(IntegerSteps):
+    def step(self):
+        super().step()
+        self.state["all"]["step"] = 1
+
+
+class OwnSchedule(IntegerSteps):
+    def step(self):
+        super().step()
+        self.param_groups[0]["lr"] *= 0.5
+
+
+THIRD_PARTY = {each.__name__: (each, {}) for each in (IntegerSteps, GroupCounts, TwoModes, SharedConstant, LateCount)}
+
+
+@pytest.mark.filterwarnings("ignore:TwoModes has other params")
+@pytest.mark.parametrize("case", [*CASES, *THIRD_PARTY])
 def test_from_torch_is_bitwise_torch(case):
-    cls, kwargs = CASES.get(case, (IntegerSteps, {}))
+    cls, kwargs = {**CASES, **THIRD_PARTY}[case]
     tx = optim.from_torch(cls, **kwargs)
     params = tensors(0)
     theirs = {name: p.clone().requires_grad_() for name, p in params.items()}
     optimizer = cls(list(theirs.values()), **kwargs)
+    if case == "TwoModes":
+        optimizer.train()
     opt_state = tx.init(params)
     spec = lm.tree.structure(opt_state)
     for step in range(50):
         grads = tensors(step + 1)
         before = lm.tree.map(torch.clone, (params, opt_state))
+        kept = lm.tree.map(torch.clone, grads)
         new_params, new_state = tx.apply(grads, opt_state, params)
-        assert_same((params, opt_state), before)  # without donation nothing changes
+        assert_same((params, opt_state, grads), (*before, kept))  # without donation nothing changes
         params, opt_state = new_params, new_state
         assert lm.tree.structure(opt_state) == spec
         for name, p in theirs.items():
@@ -151,9 +225,61 @@ def test_bad_arguments_are_refused(cls, kwargs, message):
         optim.from_torch(cls, **kwargs)
 
 
-def test_memory_in_param_groups_is_refused():
-    with pytest.raises(HyperparameterError, match="param_groups"):
-        optim.from_torch(GroupMemory).init({"w": torch.zeros(2)})
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (AttributeCount, "AttributeCount counts in its attribute 'calls', .* Write lm.optim.adamw"),
+        (NamesNoParam, "state that belongs to no param"),
+        (OwnSchedule, "changes its learning rate"),
+        (type("LionSchedule", (OwnSchedule,), {}), r"Write lm.optim.lion\(...\)"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_before_the_first_step(cls, message):
+    with pytest.raises(HyperparameterError, match=message):
+        optim.from_torch(cls).init({"w": torch.zeros(2)})
+
+
+def test_other_params_for_evaluation_are_warned_of():
+    with pytest.warns(lm.InexactWarning, match=r"TwoModes .*lm.optim.schedule_free_eval_params"):
+        optim.from_torch(TwoModes).init({"w": torch.zeros(2)})
+
+
+def test_what_is_counted_late_is_refused():
+    tx = optim.from_torch(LateCount, named=True)
+    params, opt_state = tensors(0), tx.init(tensors(0))
+    with pytest.raises(HyperparameterError, match="LateCount changes 'phase' of its param_groups after its first"):
+        for step in range(5):
+            params, opt_state = tx.apply(tensors(step), opt_state, params)
+
+
+@pytest.mark.parametrize("around", [[], [lm.accumulate(2)], [lm.donate()], [lm.guard(), lm.donate()]], ids=str)
+@pytest.mark.parametrize("cls", [GroupCounts, SharedConstant])
+def test_counts_of_param_groups_are_part_of_the_state(cls, around, tmp_path):
+    torch.manual_seed(0)
+    net, batch = torch.nn.Linear(3, 2), torch.randn(6, 3)
+
+    def step(state, batch):
+        loss_fn = lambda params, batch: state.apply(params, batch)[0].square().mean()  # noqa: E731
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    wrapped = lm.compose(*around)(step)
+    start = lm.TrainState.create(net, optim.from_torch(cls, lr=0.01))
+    state = wrapped.init(start)
+    for number in range(4):
+        state, _ = wrapped(state, batch)
+        if number == 1:  # through a checkpoint
+            lm.checkpoint.save(tmp_path / "here", wrapped.export(state))
+            state = wrapped.init(lm.checkpoint.restore(tmp_path / "here", start))
+    optimizer = cls(net.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(batch).square().mean().backward()
+        optimizer.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(wrapped.export(state).params[name], p.detach(), rtol=1e-6, atol=1e-7)
+    if cls is GroupCounts:
+        assert int(state.opt_state.groups[0]["step"]) == 4
 
 
 LAYOUTS = {

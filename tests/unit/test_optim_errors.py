@@ -95,6 +95,16 @@ def test_muon_is_for_matrices():
         optim.muon(0.1).init({"w": torch.ones(2, 2), "conv": torch.ones(2, 3, 3, 3)})
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_muon_leaves_empty_matrices_empty(shape):
+    tx = optim.muon(0.02)
+    params = {"w": torch.zeros(shape), "v": torch.ones(2, 3)}
+    for donate in (False, True):
+        new, _ = tx.apply(lm.tree.map(torch.ones_like, params), tx.init(params), params, donate=donate)
+        assert new["w"].shape == shape
+        assert new["v"].isfinite().all()
+
+
 def test_no_params_are_refused():
     with pytest.raises(ParamsError, match="nothing to train"):
         optim.adamw(0.1).init({})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lumen.core.primitives import ApplyCall
@@ -14,24 +13,25 @@ from lumen.errors import ParamsError
 from lumen.parallel.ddp.grad_reduction import DataParallelRule
 from lumen.parallel.fsdp.grad_reduction import unit_reducer
 from lumen.parallel.fsdp.runtime import FSDPRuntime
-from lumen.parallel.fsdp.shard import ShardLayout
-from lumen.parallel.fsdp.unit_plan import UnitPlans
+from lumen.parallel.fsdp.shard import Shapes, ShardLayout
+from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
 from lumen.parallel.lazy_param import LazyParam, unsharded
 
-Shapes = Mapping[str, torch.Size]
 
-
-def apply_sharded(runtime: FSDPRuntime, plans: UnitPlans, rule: DataParallelRule, next: Next, call: ApplyCall) -> Any:
+def apply_sharded(
+    runtime: FSDPRuntime, states: ShardedStates, rule: DataParallelRule, next: Next, call: ApplyCall
+) -> Any:
     """Run the model through `rule`, which tracks its buffers, on shards of its params."""
-    return rule.apply(lambda inner: _run_units(runtime, plans, next, inner), call)
+    return rule.apply(lambda inner: _run_units(runtime, states, next, inner), call)
 
 
-def _run_units(runtime: FSDPRuntime, plans: UnitPlans, next: Next, call: ApplyCall) -> Any:
+def _run_units(runtime: FSDPRuntime, states: ShardedStates, next: Next, call: ApplyCall) -> Any:
     """Put the params' shards into the model, and gather them where they are used."""
-    shapes, layout = plans.shapes, plans.layout
-    if call.params.keys() != shapes.keys():  # another model than the one that is sharded
+    plans = states.of_model(call.target, call.params)
+    if plans is None:  # another model than those that are sharded
         return next(call.replace(params={name: unsharded(p) for name, p in call.params.items()}))
+    shapes, layout = plans.shapes, plans.layout
     context, shards, proxies = _shards_of(call.params)
     full: frozenset[str] = frozenset()
     if len(proxies) < len(shards):
@@ -39,7 +39,7 @@ def _run_units(runtime: FSDPRuntime, plans: UnitPlans, next: Next, call: ApplyCa
     units = runtime.units(call.target, shapes)
     target = call.target.variant(("fsdp", runtime), register_unit_hooks(runtime.passes, units))
     if context is None:
-        context = runtime.context(plans, unit_reducer(layout))
+        context = runtime.context_beside(plans, unit_reducer(layout))
     runtime.passes.append(ForwardPass(context, units, full, proxies))
     try:
         return next(call.replace(target=target, params=shards))

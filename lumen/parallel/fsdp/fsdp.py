@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules, sharding
+from lumen.core.nested_states import map_train_states, train_states
+from lumen.core.param_leaves import Path
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Primitive, Rule
@@ -34,13 +36,14 @@ from lumen.parallel.fsdp.meta_init import (
 )
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import (
-    ShardedParamGatherer,
+    Sharded,
     ShardLayout,
     flat_params,
     gather_tree,
     shard_specs,
     shard_tree,
 )
+from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.sharded_update import update_shards
 from lumen.parallel.optimizer_check import check_optimizer
 
@@ -149,8 +152,10 @@ class fsdp(Transform):
     def init(self, state: Any) -> Any:
         """This rank's shards of the first rank's state, after a check that all ranks have the same."""
         layout = self.layout
-        if self.name in getattr(state, "slots", ()):
-            return self._prepared(state)
+        states = train_states(state)
+        if any(self.name in inner.slots for _, inner in states):
+            _check_prepared(self, state)
+            return state
         row_shards.check(state)
         params = getattr(state, "params", None)
         if layout is None:  # the checks that apply to several ranks apply here too
@@ -158,34 +163,31 @@ class fsdp(Transform):
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
             return self._init_meta(state, None) if begins_on_meta(state) else state
-        params = flat_params(state, "lm.fsdp shards")
-        check_optimizer(state.tx)
+        for _, inner in _states(state):
+            flat_params(inner, "lm.fsdp shards")
+            check_optimizer(inner.tx)
         self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
         consistency.assert_same_on_all_ranks(lines, layout.row_group, self.mesh.device, "the processes of lm.fsdp")
-        specs = _specs(state, self.stage)
-        self._memory.units(state.apply_fn, [*params])  # raises for patterns that match nothing
-        if begins_on_meta(state):
+        specs = {path: _specs(inner, self.stage) for path, inner in states}
+        sharded = sharding.locate_all(state, specs)
+        for _, inner in states:
+            self._memory.units(inner.apply_fn, [*inner.params])  # raises for patterns that match nothing
+        if any(begins_on_meta(inner) for _, inner in states):
+            _check_only_state(states)
             state = self._init_meta(state, layout)
         elif self.offload:
-            state = offload.shard_to_host(state, layout, specs, self.mesh.device)
+            state = offload.shard_to_host(state, layout, sharded, self.mesh.device)
         else:
-            state = shard_tree(layout, consistency.broadcast(state, layout.row_group), specs)
+            state = shard_tree(layout, consistency.broadcast(state, layout.row_group), sharded)
         if self.offload:
-            state = offload.place_state(state, specs, self.mesh.device)
+            state = offload.place_state(state, sharding.locate_all(state, specs), [*specs], self.mesh.device)
         state = row_shards.shard(state, self.mesh, self.name)
-        return with_slot(state, self.name, Sharding(specs=specs, size=layout.size, stage=self.stage))
 
-    def _prepared(self, state: Any) -> Any:
-        """A state that `init` has returned before, unchanged."""
-        record: Sharding = slot(state, self.name)
-        size = 1 if self.layout is None else self.layout.size
-        if (record.size, record.stage) != (size, self.stage):
-            raise StateError(
-                f"this state was sharded by lm.fsdp(stage={record.stage}) over {record.size} ranks, and {self!r} shards"
-                f" over {size}. Gather it with the step that prepared it: state = step.export(state)"
-            )
-        return state
+        def recorded(path: Path, inner: Any) -> Any:
+            return with_slot(inner, self.name, Sharding(specs=specs[path], size=layout.size, stage=self.stage))
+
+        return map_train_states(recorded, state)
 
     def _init_meta(self, state: Any, layout: ShardLayout | None) -> Any:
         """The state of a model on the meta device, initialized on the ranks that keep the values."""
@@ -204,8 +206,9 @@ class fsdp(Transform):
         layout = self.layout
         if layout is None:
             return state
-        specs = slot(state, self.name).specs
-        full = gather_tree(layout, row_shards.unshard(without_slot(state, self.name), self.mesh), specs)
+        sharded = _sharded(state, self.name)
+        state = map_train_states(lambda _, inner: without_slot(inner, self.name), state)
+        full = gather_tree(layout, row_shards.unshard(state, self.mesh), sharded)
         if self.offload:
             return tree.map(lambda leaf: leaf.to(offload.HOST) if isinstance(leaf, Tensor) else leaf, full)
         return full
@@ -215,7 +218,7 @@ class fsdp(Transform):
         layout = self.layout
         if layout is None:
             return {}
-        return row_shards.specs(state, self.mesh) | shard_specs(layout, state, slot(state, self.name).specs)
+        return row_shards.specs(state, self.mesh) | shard_specs(layout, _sharded(state, self.name))
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with params gathered where they are used, and gradients reduced over ranks."""
@@ -229,18 +232,20 @@ class fsdp(Transform):
             if layout is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
-            plans = runtime.unit_plans(slot(state, self.name))
-            gatherer = ShardedParamGatherer(layout, plans.shapes)
-            rule = FSDPRule(runtime, layout, plans, state, checks)
-            handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
+            plans = [(inner, runtime.unit_plans(path, slot(inner, self.name))) for path, inner in _states(state)]
+            states = ShardedStates(layout, plans)
+            rule = FSDPRule(runtime, layout, states, state, checks)
+            handlers: dict[Primitive, Rule] = {
+                Primitive.GRADIENT: rule,
+                Primitive.APPLY: rule.apply,
+                Primitive.UPDATE: functools.partial(update_shards, states, self.stage),
+            }
             if self.stage == 3:
-                handlers[Primitive.APPLY] = functools.partial(apply_sharded, runtime, plans, rule)
-            else:
-                handlers[Primitive.UPDATE] = functools.partial(update_shards, layout, gatherer, self.stage)
+                handlers[Primitive.APPLY] = functools.partial(apply_sharded, runtime, states, rule)
             with runtime.mesh.bound(), rules.rule_context(handlers):
                 if self.stage == 1:
                     return step(state, batch)
-                with sharding.bound(layout, gatherer):
+                with sharding.bound(layout, states.gatherer):
                     return step(state, batch)
 
         return row_shards.checked(run, lambda: self.mesh)
@@ -290,6 +295,37 @@ def _check_inside(transform: fsdp, transforms: Sequence[Transform]) -> None:
                 " would block the others in the next one. Give a number, lm.accumulate(2), or use"
                 " lm.fsdp(stage=2), which communicates only after each rank has computed its gradient."
             )
+
+
+def _check_prepared(transform: fsdp, state: Any) -> None:
+    """Raise `StateError` for a state that `init` has returned for another number of ranks or another stage."""
+    size = 1 if transform.layout is None else transform.layout.size
+    for _, inner in train_states(state):
+        record: Sharding = slot(inner, transform.name)
+        if (record.size, record.stage) != (size, transform.stage):
+            raise StateError(
+                f"this state was sharded by lm.fsdp(stage={record.stage}) over {record.size} ranks, and {transform!r}"
+                f" shards over {size}. Gather it with the step that prepared it: state = step.export(state)"
+            )
+
+
+def _sharded(state: Any, name: str) -> Sharded:
+    """The sharded leaves of a state that `init` has returned."""
+    return sharding.locate_all(state, {path: slot(inner, name).specs for path, inner in _states(state)})
+
+
+def _states(state: Any) -> list[tuple[Path, Any]]:
+    """The training states in a state, or the state itself, which then lacks what it should have."""
+    return train_states(state) or [((), state)]
+
+
+def _check_only_state(states: Sequence[tuple[Path, Any]]) -> None:
+    if len(states) > 1 or states[0][0]:
+        path = ".".join(map(str, next(path for path, inner in states if begins_on_meta(inner))))
+        raise StateError(
+            f"the params of state{'.' * bool(path)}{path} are on the meta device, and lm.fsdp initializes those of a"
+            " single lm.TrainState only. Create the models of a state with several outside torch.device('meta')."
+        )
 
 
 def _specs(state: Any, stage: int) -> SpecTree:

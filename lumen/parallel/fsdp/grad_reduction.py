@@ -6,10 +6,9 @@ loss function sees `LazyParam`s, and each unit's gradients are reduce-scattered 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat, batching, gradient, rules
@@ -25,6 +24,7 @@ from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReduction, z
 from lumen.parallel.fsdp.chunks import byte_chunks
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import ShardLayout, reduce_scatter
+from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
 from lumen.parallel.lazy_param import LazyParam
@@ -95,10 +95,10 @@ class FSDPRule(DataParallelRule):
     """What fsdp does with each gradient of one step."""
 
     def __init__(
-        self, runtime: FSDPRuntime, layout: ShardLayout, plans: UnitPlans, state: Any, checks: BufferChecks
+        self, runtime: FSDPRuntime, layout: ShardLayout, states: ShardedStates, state: Any, checks: BufferChecks
     ) -> None:
         super().__init__(runtime.comm, "merge", state, checks)
-        self._runtime, self._layout, self._plans = runtime, layout, plans
+        self._runtime, self._layout, self._states = runtime, layout, states
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of the global batch."""
@@ -119,13 +119,20 @@ class FSDPRule(DataParallelRule):
         reducer = self._reducer(rows)
         if not isinstance(reducer, UnitReducer):
             return call.replace(reduction=GradReduction(self._comm, reducer, rows, self, self._device))
-        _check_params(call.params, self._plans.shapes)
-        loss_fn, has_aux = call.loss_fn, call.has_aux
-        zero_weight = self._unsharding(zero_weight_loss(loss_fn, has_aux), has_aux, reducer, zero_weight=True)
+        plans, loss_fn, has_aux = self._plans_of(call.params), call.loss_fn, call.has_aux
+        zero_weight = self._unsharding(plans, zero_weight_loss(loss_fn, has_aux), has_aux, reducer, zero_weight=True)
         reduction = GradReduction(self._comm, reducer, rows, self, self._device, zero_weight)
-        return call.replace(
-            loss_fn=self._unsharding(loss_fn, has_aux, reducer, zero_weight=not rows), reduction=reduction
-        )
+        loss_fn = self._unsharding(plans, loss_fn, has_aux, reducer, zero_weight=not rows)
+        return call.replace(loss_fn=loss_fn, reduction=reduction)
+
+    def _plans_of(self, params: Any) -> UnitPlans:
+        plans = self._states.of_params(params)
+        if plans is None:
+            raise ParamsError(
+                "under lm.fsdp(stage=3) a loss is differentiated in the state's own params, whose shards and shapes are"
+                " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(stage=2)."
+            )
+        return plans
 
     def _reducer(self, rows: int) -> GradReducer:
         runtime = self._runtime
@@ -134,37 +141,31 @@ class FSDPRule(DataParallelRule):
         return ShardReducer(self._layout) if runtime.stage == 2 else unit_reducer(self._layout)
 
     def _unsharding(
-        self, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, zero_weight: bool
+        self, plans: UnitPlans, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, zero_weight: bool
     ) -> Callable[..., Any]:
         """`loss` as a function of shards."""
 
         def loss_fn(params: Any, *args: Any) -> Any:
-            context = self._runtime.context(self._plans, reducer)
+            context = self._runtime.context(plans, reducer)
             context.zero_weight = zero_weight
             proxies = {}
             for name, shard in params.items():
                 proxies[name] = (_nested_proxy if isinstance(shard, LazyParam) else LazyParam.of)(context, name, shard)
+            self._runtime.contexts.append(context)
             try:
                 with context.saving():
                     result = loss(proxies, *args)
                 return _tied(context, result, has_aux)
             finally:
+                self._runtime.contexts.pop()
                 context.close()
 
-        return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(other, has_aux, reducer, zero_weight))
+        return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(plans, other, has_aux, reducer, zero_weight))
 
 
 def _nested_proxy(context: UnshardContext, name: str, shard: LazyParam) -> LazyParam:
     """The param `name`, of which `lm.tensor_parallel` inside has a shard: that is gathered last."""
     return LazyParam.of(shard.source, name, LazyParam.of(context, name, shard.shard))
-
-
-def _check_params(params: Any, shapes: Mapping[str, torch.Size]) -> None:
-    if not isinstance(params, Mapping) or params.keys() != shapes.keys():
-        raise ParamsError(
-            "under lm.fsdp(stage=3) a loss is differentiated in the state's own params, whose shards and shapes are"
-            " known: lm.value_and_grad(loss_fn)(state.params, batch). For other trees use lm.fsdp(stage=2)."
-        )
 
 
 def _tied(context: UnshardContext, result: Any, has_aux: bool) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from lumen.core import rules
 from lumen.core.module import Apply
+from lumen.core.param_leaves import Path
 from lumen.errors import WorldError
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
@@ -34,9 +35,10 @@ class FSDPRuntime(StepMesh):
         self._transform = transform
         self._patterns = [transform.patterns] if isinstance(transform.patterns, str) else transform.patterns
         self._units: dict[Apply, FSDPUnits] = {}
-        self._unit_plans: tuple[Sharding, UnitPlans] | None = None
+        self._unit_plans: dict[Path, tuple[Sharding, UnitPlans]] = {}
         self.stage = transform.stage
         self.passes: list[ForwardPass] = []  # of the model, the innermost last
+        self.contexts: list[UnshardContext] = []  # of the gradients that are being computed, the innermost last
 
     def __deepcopy__(self, _memo: object) -> FSDPRuntime:
         return self  # copies of a model run in the same step
@@ -66,14 +68,14 @@ class FSDPRuntime(StepMesh):
         """The buckets that gradients travel in at stage 1."""
         return BucketPlanCache(self.comm, _BUCKET)
 
-    def unit_plans(self, sharding: Sharding) -> UnitPlans:
-        """The shapes in the slot of a state, and the plans for its units, which are kept for the next step."""
-        known = self._unit_plans
+    def unit_plans(self, path: Path, sharding: Sharding) -> UnitPlans:
+        """The shapes in the slot of the state at `path`, and plans for its units, which are kept for the next step."""
+        known = self._unit_plans.get(path)
         if known is None or (known[0] is not sharding and known[0] != sharding):
             assert self.layout is not None
             shapes = {name: torch.Size(spec.shape) for name, spec in sharding.specs.params.items()}
             param_dtype = torch.bfloat16 if self._transform.param_dtype else None
-            self._unit_plans = known = sharding, UnitPlans(self.layout, shapes, param_dtype)
+            self._unit_plans[path] = known = sharding, UnitPlans(self.layout, shapes, param_dtype)
         return known[1]
 
     def units(self, apply: Apply, params: Iterable[str]) -> FSDPUnits:
@@ -89,3 +91,10 @@ class FSDPRuntime(StepMesh):
             transform.check_offload()
         kind = TracedUnshardContext if rules.is_tracing() else UnshardContext
         return kind(plans, transform.prefetch, reducer)
+
+    def context_beside(self, plans: UnitPlans, reducer: UnitReducer) -> UnshardContext:
+        """All-gathers of params that no gradient is taken in, on the chain of the gradient that is being computed."""
+        context = self.context(plans, reducer)
+        if self.contexts:
+            self.contexts[-1].attach(context)
+        return context

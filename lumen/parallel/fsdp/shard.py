@@ -17,7 +17,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.dtypes import NARROW
-from lumen.core.sharding import ShardSpec, SpecTree, rows_spec
+from lumen.core.sharding import ShardSpec, rows_spec
 from lumen.errors import ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
@@ -59,10 +59,10 @@ class ShardLayout:
         """Both together: the ranks that have other rows of a batch."""
         return self._row_group()
 
-    def rows(self, full: Sequence[int]) -> tuple[int, int]:
-        """The first row of this rank's shard of a tensor of shape `full`, and the row after its last."""
-        count = -(-full[0] // self.size)
-        return min(self.index * count, full[0]), min((self.index + 1) * count, full[0])
+    def rows(self, full: Sequence[int], index: int | None = None) -> tuple[int, int]:
+        """The first row of a shard (by default this rank's) of a tensor of shape `full`, and the row after its last."""
+        count, index = -(-full[0] // self.size), self.index if index is None else index
+        return min(index * count, full[0]), min((index + 1) * count, full[0])
 
     def shape(self, full: torch.Size) -> torch.Size:
         """The shape of this rank's shard."""
@@ -310,32 +310,34 @@ class ShardedParamGatherer:
         return self._layout.shard(full)
 
 
-def shard_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
-    """`state` with this rank's shard, in memory of its own, of each leaf that `specs` names."""
+Shapes = Mapping[str, torch.Size]
+Sharded = Sequence[tuple[int, Sequence[int]]]  # indices of leaves with the shapes of the full tensors
+
+
+def shard_tree(layout: ShardLayout, state: Any, sharded: Sharded) -> Any:
+    """`state` with this rank's shard, in memory of its own, of each leaf that is `sharded`."""
     leaves, structure = tree.flatten(state)
-    for index, _ in specs.locate(state):
+    for index, _ in sharded:
         leaves[index] = layout.shard(leaves[index]).clone()
     return structure.unflatten(leaves)
 
 
-def gather_tree(layout: ShardLayout, state: Any, specs: SpecTree) -> Any:
+def gather_tree(layout: ShardLayout, state: Any, sharded: Sharded) -> Any:
     """The inverse of `shard_tree`, on every rank."""
     leaves, structure = tree.flatten(state)
-    sharded = [(index, torch.Size(specs.params[name].shape)) for index, name in specs.locate(state)]
     if layout.device is not None:  # one after the other: what lies on the host may be more than fits on the device
         for index, shape in sharded:
-            (leaves[index],) = gather(layout, [leaves[index]], [shape])
+            (leaves[index],) = gather(layout, [leaves[index]], [torch.Size(shape)])
         return structure.unflatten(leaves)
-    full = gather(layout, [leaves[index] for index, _ in sharded], [shape for _, shape in sharded])
+    full = gather(layout, [leaves[index] for index, _ in sharded], [torch.Size(shape) for _, shape in sharded])
     for (index, _), leaf in zip(sharded, full, strict=True):
         leaves[index] = leaf
     return structure.unflatten(leaves)
 
 
-def shard_specs(layout: ShardLayout, state: Any, specs: SpecTree) -> dict[int, ShardSpec]:
+def shard_specs(layout: ShardLayout, sharded: Sharded) -> dict[int, ShardSpec]:
     """Which rows this rank holds of each sharded leaf, by its index; leaves without dims are on every rank."""
-    shapes = ((index, torch.Size(specs.params[name].shape)) for index, name in specs.locate(state))
-    return {index: layout.spec(shape) for index, shape in shapes if shape}
+    return {index: layout.spec(torch.Size(shape)) for index, shape in sharded if shape}
 
 
 def flat_params(state: Any, verb: str) -> dict[str, Tensor]:
@@ -344,6 +346,7 @@ def flat_params(state: Any, verb: str) -> dict[str, Tensor]:
     if type(params) is not dict or not all(isinstance(p, Tensor) for p in params.values()):
         raise ParamsError(
             f"{verb} state.params, a flat dict of tensors by name, as lm.TrainState has it;"
-            f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState."
+            f" {type(state).__name__} has {type(params).__name__}. Derive the state from lm.TrainState, or let it"
+            " hold an lm.TrainState for each set of params that is trained."
         )
     return params

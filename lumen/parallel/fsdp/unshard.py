@@ -35,17 +35,34 @@ _dtype_of = attrgetter("dtype")
 _NO_SAVING: AbstractContextManager[Any] = nullcontext()
 
 
+class Chain:
+    """The token of the all-gather before, which contexts that run within one another share."""
+
+    def __init__(self) -> None:
+        self.token = torch.zeros(())
+
+
 class UnshardContext:
     """The all-gathers of one gradient, or of one application of a model outside of any."""
 
     def __init__(self, plans: UnitPlans, prefetch: int, reducer: UnitReducer) -> None:
         self.plans, self.prefetch, self.reducer = plans, prefetch, reducer
         self.empty_meta: Callable[[str, torch.dtype], Tensor] = plans.empty_meta
-        self.zero_weight = False  # whether the loss weighs nothing, whatever its gradients
-        self.token = torch.zeros(())
+        self.zero_weight = False  # whether what is computed weighs nothing, whatever its gradients
+        self.chain = Chain()
+        self._beside: list[UnshardContext] = []
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
         self._gathered: set[str] = set()
         self._repeated = False  # whether a param was gathered more than once
+
+    @property
+    def token(self) -> Tensor:
+        """The token of the all-gather before."""
+        return self.chain.token
+
+    @token.setter
+    def token(self, token: Tensor) -> None:
+        self.chain.token = token
 
     def launch(self, names: tuple[str, ...], shards: Sequence[Tensor]) -> UnshardedUnit:
         """Start the all-gather of the params `names`, of which this rank has `shards`."""
@@ -87,13 +104,15 @@ class UnshardContext:
 
     def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, whose params are gathered again before the backward pass goes through the unit."""
-        if not self.token.requires_grad or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return output
         if type(output) is Tensor and output.requires_grad:
             self.token, tied = _Tie.apply(unit, self.token, output)  # type: ignore[no-untyped-call]
             return tied
         leaves, spec = _torch_compat.torch_pytree.tree_flatten(output)
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not live and not self.token.requires_grad:
+            return output
         self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
         for i, leaf in zip(live, outs, strict=True):
             leaves[i] = leaf
@@ -111,6 +130,17 @@ class UnshardContext:
         """Drop the graph, which refers to this context: without this the cycle would last until the next gc."""
         self.token = torch.zeros(())
         self._direct.clear()
+        for context in self._beside:
+            context.close()
+        self._beside.clear()
+
+    def attach(self, context: UnshardContext) -> None:
+        """Let the all-gathers of other params, in which no gradient is taken, continue this chain until it is closed.
+
+        What is computed from those params may still be differentiated in its inputs.
+        """
+        context.chain = self.chain
+        self._beside.append(context)
 
 
 class UnshardedUnit:
@@ -170,13 +200,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: UnshardedUnit, token: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.unit = unit
-        return (token.clone(), *unit.fetch())
+        params = unit.fetch()
+        if True not in ctx.needs_input_grad[2:]:  # of a model through which the gradient of another one goes
+            ctx.mark_non_differentiable(*params)
+        return (token.clone(), *params)
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         unit: UnshardedUnit = ctx.unit
         context = unit.context
         unit.free()
+        if True not in ctx.needs_input_grad[2:]:
+            return (None, token, *(None for _ in grads))
         if context.zero_weight:  # zeros, and not 0 times a gradient, which may be infinite
             grads = tuple(torch.zeros_like(grad) for grad in grads)
         shards = context.reducer.reduce(unit, grads)
