@@ -15,36 +15,19 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.primitives import GradientCall
-from lumen.core.wrapped_loss import user_loss
 from lumen.errors import InexactWarning, LossError
 
-_examined: set[CodeType] = set()
-_nested: set[CodeType] = set()
-_marking: set[CodeType] = set()
+examined: set[CodeType] = set()
+"""The code of loss functions of which `examine` is not needed again, unless the closure holds a live tensor."""
+
+nested: set[CodeType] = set()
+"""Of these the gradient must stay differentiable in tensors outside of params."""
+
+marking: set[CodeType] = set()
+"""These make tensors of their further arguments require grad."""
 
 
-def found(call: GradientCall, objective: Tensor, live: Sequence[Tensor], may_matter: bool) -> bool:
-    """Whether the gradient must stay differentiable in such tensors, found once for each loss function.
-
-    Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
-    closure holds a tensor that requires grad. Tensors that the loss has made itself, to take derivatives in them, do
-    not count. Where it has made further arguments require grad, this is undone.
-    """
-    loss_fn = user_loss(call.loss_fn)
-    code = getattr(loss_fn, "__code__", None)
-    if code is None:
-        return False
-    if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
-        _examined.add(code)
-        _examine(call, code, loss_fn, objective, live, may_matter)
-    if code in _marking:
-        for leaf in tree.tensors(call.extras):
-            if leaf.requires_grad and leaf.is_leaf:
-                leaf.requires_grad_(False)
-    return may_matter and code in _nested
-
-
-def _examine(
+def examine(
     call: GradientCall,
     code: CodeType,
     loss_fn: Callable[..., Any],
@@ -52,13 +35,18 @@ def _examine(
     live: Sequence[Tensor],
     may_matter: bool,
 ) -> None:
+    """Find such tensors in the graph of a loss, and sort its `code` into the sets above.
+
+    Tensors that the loss has made itself, to take derivatives in them, do not count.
+    """
+    examined.add(code)
     own = {id(leaf) for leaf in live}
     extras = {id(leaf) for leaf in tree.tensors(call.extras)}
     inputs = extras | {id(leaf) for leaf in tree.tensors(call.batch)}
     reached = graph_leaves(objective)
     others = [leaf for leaf in reached if id(leaf) not in own]
     if others and len(others) == len(reached):
-        _examined.discard(code)
+        examined.discard(code)
         raise LossError(
             f"the loss of {loss_fn.__qualname__} does not depend on params, but on {len(others)} other tensors"
             f" that require grad (the first of shape {tuple(others[0].shape)}). Did it call the module itself?"
@@ -66,23 +54,30 @@ def _examine(
         )
     del reached
     if any(id(leaf) in extras for leaf in others):
-        _marking.add(code)
+        marking.add(code)
     others = [leaf for leaf in others if id(leaf) not in inputs]
     outside = _referenced(others)
     if not outside:
         return
     if not may_matter:
-        _examined.discard(code)
+        examined.discard(code)
         return
-    _nested.add(code)
+    nested.add(code)
     warnings.warn(
         f"the loss of {loss_fn.__qualname__} depends on {len(outside)} tensors that require grad and are not"
         f" among params (the first of shape {tuple(outside[0].shape)}). Gradients stay differentiable in"
         " them, at about twice the cost, and so do the params that they update. If that is not wanted, detach them or"
         " make them params. A loss that takes a derivative in x itself writes: x = x.detach().requires_grad_()",
         InexactWarning,
-        stacklevel=5,
+        stacklevel=4,
     )
+
+
+def unmark(extras: Any) -> None:
+    """Have further arguments of a loss require grad no longer."""
+    for leaf in tree.tensors(extras):
+        if leaf.requires_grad and leaf.is_leaf:
+            leaf.requires_grad_(False)
 
 
 def _referenced(leaves: list[Tensor]) -> list[Tensor]:
@@ -91,17 +86,6 @@ def _referenced(leaves: list[Tensor]) -> list[Tensor]:
     counts = [*map(sys.getrefcount, leaves)]
     (unreferenced,) = map(sys.getrefcount, graph_leaves(probe))
     return [leaf for leaf, count in zip(leaves, counts, strict=True) if count > unreferenced]
-
-
-def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
-    for cell in getattr(loss_fn, "__closure__", None) or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-        if isinstance(value, Tensor) and value.requires_grad:
-            return True
-    return False
 
 
 def graph_leaves(root: Tensor) -> list[Tensor]:

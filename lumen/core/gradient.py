@@ -137,7 +137,7 @@ def _by_autograd(
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
             if not keeps_graph and call.engine == "auto" and not rules.stack.tracing:
-                keeps_graph = external_grads.found(call, objective, live, may_keep_graph)
+                keeps_graph = _depends_on_others(call, objective, live, may_keep_graph)
             grads = _backward(call, objective, live, keeps_graph)
     finally:
         rules.stack.in_loss -= 1
@@ -325,6 +325,39 @@ def _may_be_differentiated(call: GradientCall, leaves: list[Tensor]) -> bool:
     if rules.stack.in_loss:
         return True
     return any(map(_requires_grad, (*leaves, *tree.tensors(call.extras)) if call.extras else leaves))
+
+
+def _depends_on_others(call: GradientCall, objective: Tensor, live: list[Tensor], may_matter: bool) -> bool:
+    """Whether the loss depends on tensors outside params that require grad, found once for each loss function.
+
+    Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
+    closure holds a tensor that requires grad.
+    """
+    loss_fn: Any = call.loss_fn
+    while hasattr(loss_fn, "__wrapped__"):  # a transform's wrapper serves every loss function
+        loss_fn = loss_fn.__wrapped__
+    code = getattr(loss_fn, "__code__", None)
+    if code is None:
+        return False
+    if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
+        external_grads.examine(call, code, loss_fn, objective, live, may_matter)
+    if code in _marking:
+        external_grads.unmark(call.extras)
+    return may_matter and code in _nested
+
+
+def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
+    for cell in getattr(loss_fn, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
+
+
+_examined, _nested, _marking = external_grads.examined, external_grads.nested, external_grads.marking
 
 
 def detached(values: Any) -> Any:
