@@ -69,6 +69,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
     # Which transform of torch.func, which mode, which tracer a call runs under
     Use(
         "torch._C._functorch.peek_interpreter_stack"
+        " torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack"
         " torch._C._functorch.is_functorch_wrapped_tensor"
         " torch._C._functorch.TransformType",
         "whether a call runs inside of a transform of torch.func, which kernels, hooks and reads of values must not",
@@ -177,6 +178,10 @@ _ATTRIBUTES = (  # what its functions reach into
     Use(
         "torch.nn.Module._forward_hooks torch.nn.Module._forward_pre_hooks torch.nn.Module._backward_hooks",
         "whether a block has hooks, which a compiled copy of it would leave out",
+    ),
+    Use(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        "to put a model's tensors back when a checkpoint inside of it recomputes",
     ),
     Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
     Use(
@@ -302,6 +307,7 @@ def _sets(cls: type, attribute: str) -> bool:
 # ---------------------------------------------------------------------------------------- attributes of objects
 
 RESET_PARAMETERS = "_reset_parameters"
+CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
 MODULE_TABLES = PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 own_params, own_buffers, own_modules = map(attrgetter, MODULE_TABLES)
 """The tables in which a module keeps the params, buffers and modules that are its own and not its children's."""

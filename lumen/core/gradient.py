@@ -1,28 +1,26 @@
 """`lm.value_and_grad` (primitive GRADIENT) and its engine.
 
-The engine differentiates by `torch.autograd.grad` on detached leaves, and by `torch.func.grad_and_value` where the
-result may be differentiated again: the first is twice as fast, but its gradients are constants to an enclosing
-derivative.
+The engine differentiates by `torch.autograd.grad`: on detached leaves, or, at about twice the cost, with a graph of the
+gradient where the result may be differentiated again. Inside of transforms of `torch.func` it is
+`torch.func.grad_and_value`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from types import CodeType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import _torch_compat, batching, rules
+from lumen.core import _torch_compat, batching, external_grads, rules
 from lumen.core.dtypes import NARROW
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Primitive
-from lumen.errors import BatchError, InexactWarning, LossError, ParamsError
+from lumen.errors import BatchError, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
 _MISSING = object()
@@ -42,8 +40,10 @@ def value_and_grad(
     The second argument is the batch: what `accumulate`, `ddp` and `dp_sgd` split along its first dim. Further
     arguments are not split. `aux` is an `lm.Aux` or any tree of tensors and typed values.
 
-    `engine="func"` uses `torch.func`, whose gradients can be differentiated again; "auto" detects when that is
-    needed.
+    A gradient can be differentiated again inside of another, and where params or further arguments require grad;
+    "autograd" makes it a constant everywhere. `engine="func"` uses `torch.func`. A loss may take derivatives in its
+    inputs itself, as gradient penalties and physics-informed losses do: by `torch.func.grad`, or by
+    `torch.autograd.grad(..., create_graph=True)`, which `lm.dp_sgd` and `lm.ensemble` refuse.
 
     Raises `LossError`, `BatchError` or `ParamsError` for what cannot be differentiated.
 
@@ -84,13 +84,14 @@ def differentiate(call: GradientCall) -> Gradient:
         # Any operation unshards a param that an outer transform shows as a proxy.
         leaves = [leaf.view_as(leaf) if hasattr(leaf, "shard") else leaf for leaf in leaves]
         call = call.replace(params=rebuild(leaves))
-    if _must_stay_differentiable(call, leaves):
+    if _needs_func(call):
         _check_params(leaves, call.params)
         return _by_func(call)
     if torch.is_grad_enabled():
-        return _by_autograd(call, leaves, rebuild)
+        # What is reduced over processes is a constant: no derivative goes through collectives.
+        return _by_autograd(call, leaves, rebuild, call.engine == "auto" and call.reduction is None)
     with torch.enable_grad():
-        return _by_autograd(call, leaves, rebuild)
+        return _by_autograd(call, leaves, rebuild, False)
 
 
 def normalized(total: Gradient, *, own: bool = False) -> Gradient:
@@ -116,9 +117,16 @@ def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return leaves, spec.unflatten
 
 
-def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any]) -> Gradient:
+def _by_autograd(
+    call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any], may_keep_graph: bool
+) -> Gradient:
+    """The gradient, with a graph of its own if it `may_keep_graph` and an enclosing derivative may go through it."""
+    keeps_graph = may_keep_graph and _may_be_differentiated(call, leaves)
     try:
-        live = [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
+        if keeps_graph:
+            live = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in leaves]
+        else:
+            live = [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
     except RuntimeError:  # torch's own words for an integer leaf
         _check_params(leaves, call.params)
         raise
@@ -128,16 +136,15 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         objective, loss, aux, scalar = objective_of(call, rebuild(live), size)
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
-            if call.engine == "auto" and _depends_on_external_grad(call.loss_fn, objective, live):
-                return _by_func(call)
-            if call.grad_buffers is not None:
-                _add_into(call.grad_buffers, objective, live)
-                return Gradient(detached(loss), None, detached(aux), scalar, size)
-            if call.reduction is not None:
-                call.reduction.register_hooks(live)
-            grads = _backward(objective, live)
+            if not keeps_graph and call.engine == "auto" and not rules.stack.tracing:
+                keeps_graph = _depends_on_others(call, objective, live, may_keep_graph)
+            grads = _backward(call, objective, live, keeps_graph)
     finally:
         rules.stack.in_loss -= 1
+    if not keeps_graph:
+        loss, aux = detached(loss), detached(aux)
+    if not grads:
+        return Gradient(loss, None, aux, scalar, size)
     independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
@@ -145,11 +152,29 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Se
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
     if any(map(_is_sparse, grads)):  # of nn.Embedding(sparse=True): optimizers and collectives take dense ones
         grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)  # type: ignore[union-attr]
-    result = Gradient(detached(loss), rebuild(grads), None if aux is None else detached(aux), scalar, size)
+    result = Gradient(loss, rebuild(grads), aux, scalar, size)
     return result if call.reduction is None and independent is None else _finished(call, result, independent)
 
 
-def _backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _backward(
+    call: GradientCall, objective: Tensor, live: list[Tensor], keeps_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients in `live`; none of them where they have been added to the call's sums."""
+    if keeps_graph:
+        grads = torch.autograd.grad(objective, live, create_graph=True, allow_unused=True)
+        if call.grad_buffers is None:
+            return grads
+        _add_new(call.grad_buffers, [torch.zeros_like(p) if g is None else g for g, p in zip(grads, live, strict=True)])
+        return ()
+    if call.grad_buffers is not None:
+        _add_into(call.grad_buffers, objective, live)
+        return ()
+    if call.reduction is not None:
+        call.reduction.register_hooks(live)
+    return _run_backward(objective, live)
+
+
+def _run_backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, in plain eager mode straight to its engine: what it looks for costs 3% of a small step."""
     if type(objective) is not Tensor or rules.stack.tracing or _torch_compat.len_torch_function_stack():
         return torch.autograd.grad(objective, live, allow_unused=True)
@@ -168,6 +193,11 @@ def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) 
         (objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True
     )
     sums[:] = [g.to_dense() if g is not None and g.is_sparse else g for g in (leaf.grad for leaf in live)]
+
+
+def _add_new(sums: list[Tensor | None], grads: Sequence[Any]) -> None:
+    """Add gradients to sums out of place; a sum is in memory of its own, as autograd may hand out one tensor twice."""
+    sums[:] = [g.clone() if total is None else total + g for g, total in zip(grads, sums, strict=True)]
 
 
 def _one(objective: Tensor) -> Tensor:
@@ -201,17 +231,13 @@ def _by_func(call: GradientCall) -> Gradient:
         recorded["leaves"] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return objective, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    with torch.enable_grad():
+    with torch.enable_grad(), external_grads.explained(call.loss_fn):
         grads, (_, aux_tensors) = torch.func.grad_and_value(objective_fn, has_aux=True)(call.params)
     tensors = iter(aux_tensors)
     leaves = [next(tensors) if leaf is None else leaf for leaf in recorded["leaves"]]
     loss, aux = tree.unflatten(recorded["spec"], leaves)
     if call.grad_buffers is not None:
-        new_grads, _ = flat(grads)
-        # Autograd may hand out one tensor twice; a sum is in memory of its own.
-        call.grad_buffers[:] = [
-            g.clone() if total is None else total + g for g, total in zip(new_grads, call.grad_buffers, strict=True)
-        ]
+        _add_new(call.grad_buffers, flat(grads)[0])
         grads = None
     return _finished(call, Gradient(loss, grads, aux, recorded["scalar"], size))
 
@@ -283,61 +309,41 @@ def independent_of(call: GradientCall) -> LossError:
     )
 
 
-def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
-    """Whether an enclosing derivative differentiates through this gradient, or a functorch transform is active."""
-    if call.engine != "auto":
-        return call.engine == "func"
-    if rules.stack.in_loss or _torch_compat.peek_interpreter_stack() is not None:
+def _needs_func(call: GradientCall) -> bool:
+    """Whether only torch.func can differentiate here: it is active, or asked for."""
+    if call.engine == "auto":
+        return _torch_compat.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
+    return call.engine == "func"
+
+
+def _may_be_differentiated(call: GradientCall, leaves: list[Tensor]) -> bool:
+    """Whether an enclosing derivative may differentiate through this gradient: it is inside a loss, or params are live.
+
+    A batch that requires grad is for derivatives that the loss takes itself. Kept in the graph of the new params, it
+    would have those of the next step depend on the step before.
+    """
+    if rules.stack.in_loss:
         return True
-    if torch.compiler.is_compiling():
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    inputs: Any = (call.batch, call.extras) if call.extras else call.batch
-    kind = type(inputs)
-    tensors = inputs.values() if kind is dict else inputs if kind is tuple or kind is list else ()
-    if {*map(type, tensors)} != {Tensor}:  # not one of the usual batches
-        tensors = tree.tensors(inputs)
-    return any(map(_requires_grad, (*leaves, *tensors)))
+    return any(map(_requires_grad, (*leaves, *tree.tensors(call.extras)) if call.extras else leaves))
 
 
-_examined: set[CodeType] = set()
-_nested: set[CodeType] = set()
-
-
-def _depends_on_external_grad(loss_fn: Callable[..., Any], objective: Tensor, live: list[Tensor]) -> bool:
+def _depends_on_others(call: GradientCall, objective: Tensor, live: list[Tensor], may_matter: bool) -> bool:
     """Whether the loss depends on tensors outside params that require grad, found once for each loss function.
 
     Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
     closure holds a tensor that requires grad.
     """
+    loss_fn: Any = call.loss_fn
     while hasattr(loss_fn, "__wrapped__"):  # a transform's wrapper serves every loss function
         loss_fn = loss_fn.__wrapped__
     code = getattr(loss_fn, "__code__", None)
-    if code is None or rules.stack.tracing:
+    if code is None:
         return False
     if code not in _examined or (code not in _nested and _closes_over_live(loss_fn)):
-        _examined.add(code)
-        own = {id(leaf) for leaf in live}
-        reached = graph_leaves(objective)
-        foreign = [leaf for leaf in reached if id(leaf) not in own]
-        if len(foreign) == len(reached):
-            _examined.discard(code)
-            raise LossError(
-                f"the loss of {loss_fn.__qualname__} does not depend on params, but on {len(foreign)} other tensors"
-                f" that require grad (the first of shape {tuple(foreign[0].shape)}). Did it call the module itself?"
-                " Write: out, buffers = state.apply(params, x)"
-            )
-        if foreign:
-            _nested.add(code)
-            warnings.warn(
-                f"the loss of {loss_fn.__qualname__} depends on {len(foreign)} tensors that require grad and are not"
-                f" among params (the first of shape {tuple(foreign[0].shape)}). Gradients stay differentiable in"
-                " them, at about twice the cost. If that is not wanted, detach them or make them params.",
-                InexactWarning,
-                stacklevel=2,
-            )
-    return code in _nested
+        external_grads.examine(call, code, loss_fn, objective, live, may_matter)
+    if code in _marking:
+        external_grads.unmark(call.extras)
+    return may_matter and code in _nested
 
 
 def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
@@ -351,20 +357,7 @@ def _closes_over_live(loss_fn: Callable[..., Any]) -> bool:
     return False
 
 
-def graph_leaves(root: Tensor) -> list[Tensor]:
-    """The tensors at the ends of the graph behind `root`."""
-    visited: set[Any] = set()
-    todo = [root.grad_fn]
-    leaves = []
-    while todo:
-        node = todo.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        todo.extend(parent for parent, _ in node.next_functions)
-    return leaves
+_examined, _nested, _marking = external_grads.examined, external_grads.nested, external_grads.marking
 
 
 def detached(values: Any) -> Any:

@@ -15,6 +15,7 @@ from lumen.core import _torch_compat, rules
 from lumen.core.buffer_rules import Merge, Merges, merges_of
 from lumen.core.buffer_writes import is_marking, mark_unwritten, touched
 from lumen.core.primitives import ApplyCall
+from lumen.core.recompute import TensorPlacement
 from lumen.core.rules import Primitive
 from lumen.errors import ParamsError, printable
 
@@ -198,6 +199,8 @@ class Apply:
         if tensors.keys() != self._names:
             raise self._mismatch(tensors)
         before = [table[key] for table, key, _ in self._slots]
+        forwards = rules.stack.forwards
+        forwards.append((TensorPlacement, self._slots, tensors, buffers))
         try:
             for table, key, name in self._slots:
                 table[key] = tensors[name]
@@ -211,6 +214,7 @@ class Apply:
             _explain(error, self.module)
             raise
         finally:
+            forwards.pop()
             for (table, key, _), tensor in zip(self._slots, before, strict=True):
                 table[key] = tensor
 

@@ -49,6 +49,8 @@ class RuleStack(threading.local):
         self.loss_contexts: list[LossContext] = []
         self.step: Any = None  # the outermost step that is being called, prepared or exported
         self.splitters: list[str | None] = []
+        # The models that are running: what captures each of them for a recomputation, and its arguments.
+        self.forwards: list[tuple[Any, ...]] = []
 
 
 stack = RuleStack()
@@ -212,6 +214,28 @@ def splitter() -> str | None:
 def intercepts_updates() -> bool:
     """Whether a transform must see updates that are made now."""
     return bool(stack.rules[Primitive.UPDATE]) and not stack.in_update and not stack.in_loss
+
+
+def snapshot() -> dict[str, Any]:
+    """All that is installed in this thread now, for `restored`."""
+    copies = {name: [*value] if isinstance(value, list) else value for name, value in vars(stack).items()}
+    return {**copies, "rules": tuple([*installed] for installed in stack.rules), "axes": {**stack.axes}}
+
+
+class restored:  # noqa: N801
+    """`with restored(snapshot()):` installs what was there at an earlier time, maybe in another thread."""
+
+    __slots__ = ("_before", "_values")
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        self._before = {**vars(stack)}
+        vars(stack).update(self._values)
+
+    def __exit__(self, *_exc: object) -> None:
+        vars(stack).update(self._before)
 
 
 class running:  # noqa: N801

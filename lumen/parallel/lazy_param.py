@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat, distributed
+from lumen.errors import ParamsError
 
 
 def empty_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -72,6 +73,11 @@ class LazyParam(TensorProxy):
     @classmethod
     def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the function of full params."""
+        if func is torch.autograd.grad:
+            raise ParamsError(
+                "torch.autograd.grad was given params of which a rank has a shard only. Differentiate params by"
+                " lm.value_and_grad(loss_fn)(params, batch), which gathers them, or use lm.fsdp(stage=2)."
+            )
         args, kwargs = _torch_compat.torch_pytree.tree_map(unsharded, (args, kwargs))
         return func(*args, **kwargs)
 

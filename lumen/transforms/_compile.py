@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lumen.core import _torch_compat
+from lumen.core import _torch_compat, rules
+from lumen.core.rules import Primitive
 from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
 from lumen.transforms._compile_blocks import Blocks
@@ -105,7 +106,8 @@ class compile(Transform):
             return inner.with_host_hooks(_CompiledStep(inner, self))
         self._check_inside(inner.transforms)
         pattern = None if self.blocks is True else self.blocks
-        return with_apply_rule(self, inner, Blocks(pattern, repr(self), self._compile_block, _graph_breaks).rule)
+        blocks = Blocks(pattern, repr(self), self._compile_block, _graph_breaks)
+        return rules.with_rules({Primitive.GRADIENT: blocks.gradient}, with_apply_rule(self, inner, blocks.rule))
 
     def _compile_block(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
         """A compiled function of tensors, with its derivative."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lumen.core import _torch_compat, distributed, rules
 from lumen.core.module import param_slots
-from lumen.core.primitives import ApplyCall
+from lumen.core.primitives import ApplyCall, GradientCall, user_loss
 from lumen.core.rules import Next
 from lumen.errors import GraphBreakWarning
 from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache, select_modules
@@ -44,18 +44,38 @@ class Blocks:
         self._by_call: dict[Hashable, CompiledBlock | None] = {}
         self._by_graph: dict[Hashable, CompiledBlock] = {}
         self._warned: set[str] = set()
+        self._uncompiled_losses: set[Any] = set()
+        self._is_paused = False
 
     def __deepcopy__(self, _memo: Any) -> Blocks:
         return self  # copies of a model share its compiled blocks
 
     def rule(self, next: Next, call: ApplyCall) -> Any:
         """APPLY: apply the model with its blocks compiled."""
-        if distributed.is_dry_run():
+        if distributed.is_dry_run() or self._is_paused:
             return next(call)
         if _torch_compat.peek_interpreter_stack() is not None:
             self.warn("it was called under vmap or torch.func.grad, which cannot transform a compiled block.")
             return next(call)
         return next(call.replace(target=call.target.variant(("compiled", self), self._patch)))
+
+    def gradient(self, next: Next, call: GradientCall) -> Any:
+        """GRADIENT: compute a loss that differentiates a block twice, which AOTAutograd cannot, with none compiled."""
+        loss_fn = user_loss(call.loss_fn)
+        key = getattr(loss_fn, "__code__", loss_fn)
+        if key not in self._uncompiled_losses:
+            try:
+                return next(call)
+            except RuntimeError as error:
+                if "does not currently support double backward" not in str(error):
+                    raise
+            self._uncompiled_losses.add(key)
+            self.warn("its loss differentiates a block twice, as a gradient penalty does. Write lm.compile()")
+        before, self._is_paused = self._is_paused, True
+        try:
+            return next(call)
+        finally:
+            self._is_paused = before
 
     def _patch(self, module: nn.Module) -> None:
         for block in select_modules(module, self._pattern, self._requested_by):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lumen.core import _torch_compat
-from lumen.core._torch_compat import in_make_fx
-from lumen.core.draws import keeping_draws, repeating_draws
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
@@ -64,45 +61,10 @@ class remat(Transform):
 
 
 class _Checkpointed:
-    """Replaces a module's `forward`, and recomputes it in the backward pass with the same params and buffers.
-
-    By then `Apply.run` has removed them from the skeleton. Buffers are copied before the call, so that the
-    recomputation neither reads nor repeats its changes to them.
-    """
+    """Replaces a module's `forward`, and recomputes it in the backward pass."""
 
     def __init__(self, module: nn.Module) -> None:
         self._forward = module.forward
-        self._slots: list[tuple[dict[str, Any], str, bool]] = [
-            (table, key, table is _torch_compat.own_buffers(sub))
-            for sub in module.modules()
-            for table in (_torch_compat.own_params(sub), _torch_compat.own_buffers(sub))
-            for key in table
-            if table[key] is not None
-        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        originals = [table[key].clone() if buffer else table[key] for table, key, buffer in self._slots]
-        called = False
-        # A graph would draw new random numbers in the recomputation, whatever the states of the generators.
-        draws: list[Any] | None = [] if in_make_fx() else None
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal called
-            if not called:
-                called = True
-                with nullcontext() if draws is None else keeping_draws(draws):
-                    return self._forward(*args, **kwargs)
-            with nullcontext() if draws is None else repeating_draws(draws):
-                return self._recompute(originals, args, kwargs)
-
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    def _recompute(self, originals: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        current = [table[key] for table, key, _ in self._slots]
-        try:
-            for (table, key, buffer), tensor in zip(self._slots, originals, strict=True):
-                table[key] = tensor.clone() if buffer else tensor
-            return self._forward(*args, **kwargs)
-        finally:
-            for (table, key, _), tensor in zip(self._slots, current, strict=True):
-                table[key] = tensor
+        return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)

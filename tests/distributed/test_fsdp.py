@@ -13,7 +13,7 @@ import lumen as lm
 from lumen.core import distributed
 from lumen.errors import AxisError, HyperparameterError, OrderError, ParamsError, PatternError, WorldError
 from lumen.parallel.comm.mesh import mesh
-from lumen.parallel.fsdp import chunks, grad_reduction, sharded_update, unshard
+from lumen.parallel.fsdp import chunks, forward_pass, grad_reduction, sharded_update, unshard
 from lumen.parallel.fsdp.fsdp import fsdp
 from lumen.parallel.fsdp.wrap import find
 from lumen.parallel.optimizer_check import check_optimizer
@@ -216,7 +216,7 @@ def left_over():
     gc.disable()
     try:
         wrapped(state, part(batches(1, 8)[0], UNEVEN, distributed.rank()))
-        kinds = (unshard.EagerUnit, unshard.UnshardContext, unshard.ForwardPass)
+        kinds = (unshard.EagerUnit, unshard.UnshardContext, forward_pass.ForwardPass)
         return sum(type(each) in kinds for each in gc.get_objects())
     finally:
         gc.enable()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import _torch_compat, batching, gradient, rules
+from lumen.core import _torch_compat, batching, external_grads, gradient, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next
@@ -113,7 +113,7 @@ class EngineRule(DataParallelRule):
     def _unreached_on_any_rank(self, objective: Tensor) -> list[str]:
         """The params that the loss does not reach on some rank. They need gradients of zeros there."""
         engine = self._engine
-        reached = {id(leaf) for leaf in gradient.graph_leaves(objective)}
+        reached = {id(leaf) for leaf in external_grads.graph_leaves(objective)}
         names = list(engine.params)
         missing = torch.tensor([float(id(engine.params[name]) not in reached) for name in names], device=self._device)
         missing = self._comm.launch(missing, "max", exact=True)()

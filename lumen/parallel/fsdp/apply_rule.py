@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from lumen.core import _torch_compat, rules
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.errors import ParamsError
 from lumen.parallel.ddp.grad_reduction import DataParallelRule
+from lumen.parallel.fsdp.forward_pass import ForwardPass, RecomputedPass, register_unit_hooks
 from lumen.parallel.fsdp.grad_reduction import unit_reducer
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import Shapes, ShardLayout
 from lumen.parallel.fsdp.sharded_states import ShardedStates
-from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext, register_unit_hooks
+from lumen.parallel.fsdp.unshard import UnshardContext
 from lumen.parallel.lazy_param import LazyParam, unsharded
 
 
@@ -36,15 +38,37 @@ def _run_units(runtime: FSDPRuntime, states: ShardedStates, next: Next, call: Ap
     full: frozenset[str] = frozenset()
     if len(proxies) < len(shards):
         full = _full_names({name: p for name, p in shards.items() if name not in proxies}, shapes, layout)
+    if _torch_compat.peek_interpreter_stack() is not None:
+        _check_unwrapped(shards)
+        context = context or runtime.context(plans, unit_reducer(layout))
+        gathered = context.unshard_all({name: p for name, p in shards.items() if name not in full})
+        return next(call.replace(params={**shards, **gathered}))
     units = runtime.units(call.target, shapes)
     target = call.target.variant(("fsdp", runtime), register_unit_hooks(runtime.passes, units))
     if context is None:
         context = runtime.context_beside(plans, unit_reducer(layout))
-    runtime.passes.append(ForwardPass(context, units, full, proxies))
+    forward = ForwardPass(context, units, full, proxies)
+    runtime.passes.append(forward)
+    rules.stack.forwards.append((RecomputedPass, runtime.passes, forward))
     try:
         return next(call.replace(target=target, params=shards))
     finally:
+        rules.stack.forwards.pop()
         runtime.passes.pop()
+
+
+def _check_unwrapped(params: Mapping[str, Tensor]) -> None:
+    """Raise `ParamsError` for a param that torch.func.grad, say, was given as it is in the loss function."""
+    for name, param in params.items():
+        inner = param
+        while _torch_compat.is_functorch_wrapped_tensor(inner):
+            inner = _torch_compat.get_unwrapped(inner)
+        if isinstance(inner, LazyParam):
+            raise ParamsError(
+                f"a transform of torch.func, such as torch.func.grad, was given the param {name!r}, of which a rank"
+                " has a shard only under lm.fsdp(stage=3). Differentiate params by lm.value_and_grad(loss_fn)(params,"
+                " batch), which gathers them, or use lm.fsdp(stage=2)."
+            )
 
 
 def _shards_of(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.metrics import Mean
-from lumen.core.primitives import Gradient, GradientCall, WrappedLoss
+from lumen.core.primitives import Gradient, GradientCall, WrappedLoss, user_loss
 from lumen.core.rules import Next
-from lumen.errors import AxisError, ParamsError
+from lumen.errors import AxisError, LossError, ParamsError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.buckets import Buckets
 from lumen.parallel.comm.grad_reducer import GradReducer
@@ -109,7 +109,12 @@ class FSDPRule(DataParallelRule):
             )
         rows = batching.count(call.batch)
         call = self._prepared_call(call, rows)
-        result: Gradient = next(self._reduced(call.replace(summed=True), rows))
+        try:
+            result: Gradient = next(self._reduced(call.replace(summed=True), rows))
+        except RuntimeError as error:
+            if self._runtime.stage == 3 and "backward through the graph a second time" in str(error):
+                raise _freed(call) from error
+            raise
         if not rows:
             result = result.replace(aux=self._neutral_aux(result.aux))
         return result if call.summed else gradient.normalized(result)
@@ -145,8 +150,7 @@ class FSDPRule(DataParallelRule):
     ) -> Callable[..., Any]:
         """`loss` as a function of shards."""
 
-        def loss_fn(params: Any, *args: Any) -> Any:
-            context = self._runtime.context(plans, reducer)
+        def run(context: UnshardContext, params: Any, args: tuple[Any, ...]) -> Any:
             context.zero_weight = zero_weight
             proxies = {}
             for name, shard in params.items():
@@ -160,7 +164,27 @@ class FSDPRule(DataParallelRule):
                 self._runtime.contexts.pop()
                 context.close()
 
+        def loss_fn(params: Any, *args: Any) -> Any:
+            context = self._runtime.context(plans, reducer)
+            try:
+                return run(context, params, args)
+            except RuntimeError as error:
+                if not context.saves_references or "saved tensor hooks" not in str(error):
+                    raise
+            # Transforms of torch.func refuse such hooks: the graph keeps the params of this loss full.
+            context = self._runtime.context(plans, reducer)
+            context.saves_references = False
+            return run(context, params, args)
+
         return WrappedLoss(loss, loss_fn, lambda other: self._unsharding(plans, other, has_aux, reducer, zero_weight))
+
+
+def _freed(call: GradientCall) -> LossError:
+    name = getattr(user_loss(call.loss_fn), "__qualname__", "")
+    return LossError(
+        f"the loss of {name} takes a derivative and frees its graph, through which the backward pass of"
+        " lm.fsdp(stage=3) goes again. Write torch.autograd.grad(..., retain_graph=True), or lm.fsdp(stage=2)."
+    )
 
 
 def _nested_proxy(context: UnshardContext, name: str, shard: LazyParam) -> LazyParam:

@@ -14,9 +14,10 @@ from lumen.core.param_leaves import Path
 from lumen.errors import WorldError
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
+from lumen.parallel.fsdp.forward_pass import Pass
 from lumen.parallel.fsdp.shard import ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
-from lumen.parallel.fsdp.unshard import ForwardPass, UnshardContext
+from lumen.parallel.fsdp.unshard import UnshardContext
 from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
 from lumen.parallel.fsdp.wrap import FSDPUnits, find
 
@@ -37,7 +38,7 @@ class FSDPRuntime(StepMesh):
         self._units: dict[Apply, FSDPUnits] = {}
         self._unit_plans: dict[Path, tuple[Sharding, UnitPlans]] = {}
         self.stage = transform.stage
-        self.passes: list[ForwardPass] = []  # of the model, the innermost last
+        self.passes: list[Pass] = []  # of the model, the innermost last
         self.contexts: list[UnshardContext] = []  # of the gradients that are being computed, the innermost last
 
     def __deepcopy__(self, _memo: object) -> FSDPRuntime:

@@ -101,8 +101,12 @@ class UnitPlan:
                     buffers[index].view(size, -1).copy_(column)
                 else:
                     buffers[index].copy_(column[0])
+        return self.aliases(buffers)
+
+    def aliases(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """The full params in `buffers`."""
         params = []
-        for buffer, (shape, stride) in zip(buffers, full, strict=True):
+        for buffer, (shape, stride) in zip(buffers, self._full, strict=True):
             params.append(buffer.new_empty(0).set_(buffer.untyped_storage(), 0, shape, stride))
         return params
 

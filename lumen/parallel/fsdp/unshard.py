@@ -6,6 +6,10 @@ did not use. This is what keeps the collectives of all ranks in step.
 
     forward    gather root -> gather 1, run 1, free 1 -> gather 2, run 2, free 2 -> …
     backward   … gather 2 again, back through 2, reduce 2 -> gather 1 again, back through 1, reduce 1 -> reduce root
+
+A loss may take gradients itself, in its inputs: then the backward pass of these runs while the chain is still open. It
+gathers units again as the other does, and reduces nothing. With `create_graph=True` the units that it has passed stay
+full, because its own graph goes through them before the chain comes back to them.
 """
 
 from __future__ import annotations
@@ -16,20 +20,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumen.core import _torch_compat
-from lumen.core.module import param_slots
-from lumen.errors import OrderError
 from lumen.parallel.fsdp import cpu_offload
 from lumen.parallel.fsdp.unit_plan import InFlight, UnitPlans
-from lumen.parallel.fsdp.wrap import FSDPUnits
-from lumen.parallel.lazy_param import LazyParam
 
 if TYPE_CHECKING:
     from lumen.parallel.fsdp.grad_reduction import UnitReducer
-
-ParamSlot = tuple[dict[str, Any], str, str]  # a module's table, the key in it, and the name of the param
 
 _dtype_of = attrgetter("dtype")
 _NO_SAVING: AbstractContextManager[Any] = nullcontext()
@@ -51,6 +49,8 @@ class UnshardContext:
         self.zero_weight = False  # whether what is computed weighs nothing, whatever its gradients
         self.chain = Chain()
         self._beside: list[UnshardContext] = []
+        self.is_open = True  # until the loss function has returned
+        self.saves_references = False  # in place of full params
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
         self._gathered: set[str] = set()
         self._repeated = False  # whether a param was gathered more than once
@@ -87,11 +87,23 @@ class UnshardContext:
 
     def unshard(self, name: str, shard: Tensor) -> Tensor:
         """The full param `name`, gathered by itself, once."""
+        if not self.is_open:  # in a recomputation, whose graph nothing goes back through
+            return self.launch((name,), (shard,)).recall()[0]
         known = self._direct.get(name)
-        if known is None or known[0] is not shard:
-            (full,) = self.gather(self.launch((name,), (shard,)), (shard,))
-            self._direct[name] = known = shard, full
-        return known[1]
+        return known[1] if known is not None and known[0] is shard else self.unshard_all({name: shard})[name]
+
+    def unshard_all(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The full params of these `shards`, by their names, which stay full until the backward pass has used them.
+
+        Inside of a transform of torch.func they are gathered outside of it, of which they are constants.
+        """
+        missing = {name: shard for name, shard in shards.items() if self._direct.get(name, (None,))[0] is not shard}
+        if missing:
+            in_func = _torch_compat.peek_interpreter_stack() is not None
+            with _torch_compat.temporarily_clear_interpreter_stack() if in_func else nullcontext():
+                full = self.gather(self.launch((*missing,), (*missing.values(),)), (*missing.values(),))
+            self._direct.update((name, (missing[name], p)) for name, p in zip(missing, full, strict=True))
+        return {name: self._direct[name][1] for name in shards}
 
     def gather(self, unit: UnshardedUnit, shards: Sequence[Tensor]) -> Sequence[Tensor]:
         """The full params of `shards`, on the chain."""
@@ -128,6 +140,7 @@ class UnshardContext:
 
     def close(self) -> None:
         """Drop the graph, which refers to this context: without this the cycle would last until the next gc."""
+        self.is_open = False
         self.token = torch.zeros(())
         self._direct.clear()
         for context in self._beside:
@@ -155,13 +168,23 @@ class UnshardedUnit:
         self.first = False  # whether it was gathered before all others, and so is reduced after them
         self.shards = [*map(Tensor.detach, shards)]
         self.previous: UnshardedUnit | None = None
+        self.has_left = False  # whether its modules have run, and it was freed after that
+        self.stays_full = False  # for a graph that a gradient inside of the loss has made
 
     def launch(self) -> None:
         """Start the all-gather, unless it has been started."""
         raise NotImplementedError
 
-    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The full params; in the backward pass once it has `reached` these gradients."""
+    def fetch(self) -> list[Tensor]:
+        """The full params."""
+        raise NotImplementedError
+
+    def refetch(self, reached: Sequence[Tensor]) -> None:
+        """Have the params full again, in the backward pass, which has `reached` these gradients."""
+        raise NotImplementedError
+
+    def recall(self) -> list[Tensor]:
+        """The full params for a recomputation, which are all-gathered again unless they are there."""
         raise NotImplementedError
 
     def free(self) -> None:
@@ -177,21 +200,34 @@ class EagerUnit(UnshardedUnit):
         self._plan = context.plans.plan(names, (*map(_dtype_of, shards),))
         self.reduce_scatter = self._plan.reduce_scatter
         self._buffers: list[Tensor] = []
+        self._is_full = False
         self._in_flight: InFlight | None = self._plan.all_gather(self.shards)
 
     def launch(self) -> None:
         """Start the all-gather, unless it has been started."""
-        if self._in_flight is None:
+        if self._in_flight is None and not self._is_full:
             self._in_flight = self._plan.all_gather(self.shards)
 
-    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def fetch(self) -> list[Tensor]:
         """The full params."""
         in_flight = self._in_flight or self._plan.all_gather(self.shards)
         self._in_flight = None
+        self._is_full = True
         return self._plan.receive(in_flight, self._buffers)
+
+    def refetch(self, reached: Sequence[Tensor]) -> None:
+        """Have the full params where they were, in the backward pass."""
+        if not self._is_full:
+            self.fetch()
+
+    def recall(self) -> list[Tensor]:
+        """The full params for a recomputation."""
+        params = self._plan.aliases(self._buffers) if self._is_full else self.fetch()
+        return [param.requires_grad_() for param in params]
 
     def free(self) -> None:
         """Free the memory."""
+        self._is_full = False
         for buffer in self._buffers:
             buffer.untyped_storage().resize_(0)
 
@@ -209,6 +245,10 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         unit: UnshardedUnit = ctx.unit
         context = unit.context
+        if context.is_open:  # a gradient that the loss takes itself, in something else than params
+            if unit.has_left and not unit.stays_full:
+                unit.free()
+            return (None, token, *(None for _ in grads))
         unit.free()
         if True not in ctx.needs_input_grad[2:]:
             return (None, token, *(None for _ in grads))
@@ -230,139 +270,10 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
         unit: UnshardedUnit | None = ctx.unit
         if unit is not None:
-            unit.fetch(grads)
-            if unit.previous is not None and unit.context.prefetch:
-                unit.previous.launch()
+            # Where the gradient itself will be differentiated, its graph needs the params later than this.
+            unit.stays_full |= torch.is_grad_enabled()
+            with torch.no_grad():
+                unit.refetch(grads)
+                if unit.previous is not None and unit.context.prefetch:
+                    unit.previous.launch()
         return (None, token, *grads)
-
-
-class ForwardPass:
-    """One application of a model: which units have been gathered, and which one is next.
-
-    `full` are the names of params that are not sharded; `proxies` are what the loss function sees of the others.
-    """
-
-    def __init__(
-        self, context: UnshardContext, units: FSDPUnits, full: frozenset[str], proxies: Mapping[str, LazyParam]
-    ) -> None:
-        self.context, self.units, self.full = context, units, full
-        self._proxies = dict(proxies)
-        self._next = 0
-        self._slots: dict[int, list[ParamSlot]] = {}
-        self._shards: dict[int, dict[str, Tensor]] = {}
-        self._ahead: dict[int, UnshardedUnit] = {}
-        self._running: dict[int, UnshardedUnit] = {}
-        self._last: UnshardedUnit | None = None
-
-    def begin(self, slots: Sequence[ParamSlot]) -> None:
-        """Take the shards out of the module, and gather the root's params."""
-        owner, full, proxies = self.units.owner, self.full, self._proxies
-        for slot in slots:
-            table, key, name = slot
-            if name not in owner or name in full:
-                continue
-            shard = table[key]
-            unit = owner[name]
-            self._slots.setdefault(unit, []).append(slot)
-            self._shards.setdefault(unit, {})[name] = shard
-            proxy = proxies.get(name)
-            # The loss function's own, unless a rule inside has changed the shard: cast it, say.
-            if proxy is None or proxy.shard is not shard or proxy.source is not self.context:
-                proxies[name] = proxy = LazyParam.of(self.context, name, shard)
-            table[key] = proxy
-        self.enter(0)
-
-    def enter(self, unit: int) -> None:
-        """Gather the params of a unit into its modules, after those of the units that were skipped."""
-        if self._next < unit:
-            self._skip_to(unit)
-        if self._next <= unit:
-            self._next = unit + 1
-        if unit in self._slots:
-            params = self._gather(unit)
-            for table, key, name in self._slots[unit]:
-                table[key] = params[name]
-
-    def leave(self, unit: int, output: Any) -> Any:
-        """Free the params of a unit; its output gathers them again in the backward pass."""
-        unsharded = self._running.pop(unit, None)
-        if unsharded is None:
-            return output
-        for table, key, name in self._slots[unit]:
-            table[key] = self._proxies[name]
-        if not unit:
-            return output
-        output = self.context.tie(output, unsharded)
-        unsharded.previous, self._last = self._last, unsharded
-        unsharded.free()
-        return output
-
-    def end(self, output: Any) -> Any:
-        """Gather and free the units that did not run, so that all ranks have gathered the same."""
-        if self._next < len(self.units.names):
-            self._skip_to(len(self.units.names))
-        return self.leave(0, output)
-
-    def _skip_to(self, unit: int) -> None:
-        while self._next < unit:
-            skipped = self._next
-            self._next += 1
-            if skipped in self._slots:
-                self._gather(skipped)
-                self.leave(skipped, None)
-
-    def _gather(self, unit: int) -> dict[str, Tensor]:
-        shards = self._shards[unit]
-        names = (*shards,)
-        unsharded = self._ahead.pop(unit, None)
-        if unsharded is None:
-            unsharded = self.context.launch(names, (*shards.values(),))
-        self._launch_ahead(unit)
-        params = self.context.gather(unsharded, (*shards.values(),))
-        self._running[unit] = unsharded
-        return dict(zip(names, params, strict=True))
-
-    def _launch_ahead(self, unit: int) -> None:
-        for other in range(self._next, min(self._next + self.context.prefetch, len(self.units.names))):
-            if other in self._shards and other not in self._ahead and other > unit:
-                shards = self._shards[other]
-                self._ahead[other] = self.context.launch((*shards,), (*shards.values(),))
-
-
-def register_unit_hooks(passes: Sequence[ForwardPass], units: FSDPUnits) -> Callable[[nn.Module], None]:
-    """A change of a module after which its units are gathered by the innermost of the `passes` that are running."""
-
-    def change(module: nn.Module) -> None:
-        for unit, name in enumerate(units.names[1:], 1):
-            submodule = module.get_submodule(name)
-            submodule.register_forward_pre_hook(_entering(passes, unit))
-            submodule.register_forward_hook(_leaving(passes, unit))
-        module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
-        module.register_forward_hook(lambda root, args, output: _current(passes).end(output))
-
-    return change
-
-
-# Closures and not objects: the copies of a module must share the list of passes.
-def _entering(passes: Sequence[ForwardPass], unit: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        (passes[-1] if passes else _current(passes)).enter(unit)
-
-    return hook
-
-
-def _leaving(passes: Sequence[ForwardPass], unit: int) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (passes[-1] if passes else _current(passes)).leave(unit, output)
-
-    return hook
-
-
-def _current(passes: Sequence[ForwardPass]) -> ForwardPass:
-    if not passes:
-        raise OrderError(
-            "a module that contains units of lm.fsdp ran again in the backward pass, where none of them can be"
-            " gathered. Recompute the units themselves, lm.remat('blocks.*'), or make that module the unit:"
-            " lm.fsdp(wrap='body')."
-        )
-    return passes[-1]

@@ -27,6 +27,7 @@ class TracedUnshardContext(UnshardContext):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.saves_references = True
         self.empty_meta = partial(_untraced_meta, self.plans)
         self.reached: list[Tensor] = []  # the activations or gradients that the pass computed last
         self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each full param, by its memory
@@ -48,6 +49,8 @@ class TracedUnshardContext(UnshardContext):
 
     def saving(self) -> AbstractContextManager[Any]:
         """Save references to full params in place of these."""
+        if not self.saves_references:
+            return super().saving()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor | _SavedView:
@@ -83,16 +86,23 @@ class TracedUnit(UnshardedUnit):
                 plans.layout, self.shards, shapes, plans.param_dtype, self.context.reached
             )
 
-    def fetch(self, reached: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The full params, as new nodes; in the backward pass once it has `reached` these gradients."""
-        if reached is not None:
-            self.context.reached = list(reached)
+    def fetch(self) -> list[Tensor]:
+        """The full params, as new nodes."""
         self.launch()
         assert self._in_flight is not None
         self.params = self._in_flight.new_tensors()
         self._in_flight = None
         self.context.record(self, self.params)
         return list(self.params)
+
+    def refetch(self, reached: Sequence[Tensor]) -> None:
+        """Gather the params again, once the graph has `reached` these gradients."""
+        self.context.reached = [grad.detach() for grad in reached]
+        self.fetch()
+
+    def recall(self) -> list[Tensor]:
+        """The full params for a recomputation."""
+        return [param.detach().requires_grad_() for param in self.params or self.fetch()]
 
     def free(self) -> None:
         """Use them no more: the graph frees them after their last use."""
