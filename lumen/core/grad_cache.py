@@ -9,11 +9,13 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import batching, rules
+from lumen.core.arguments import checked
 from lumen.core.primitives import Aux
 from lumen.core.wrapped_loss import LossFn, unwrapped
 from lumen.errors import LossError
 
 
+@checked
 def grad_cache(encode: Callable[..., Any], loss: Callable[..., Any]) -> LossFn:
     """The loss function `loss(params, encode(params, batch), batch)`, exact under `lm.accumulate` for any `loss`.
 

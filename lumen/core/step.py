@@ -19,6 +19,7 @@ import torch
 
 from lumen import tree
 from lumen.core import _torch_compat, order, rules, stale_reads
+from lumen.core.arguments import checked
 from lumen.core.donation import is_retired
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -234,6 +235,7 @@ def as_step(step: StepFn) -> Step:
     return Step(step, (), None)
 
 
+@checked
 def compose(*transforms: Transform) -> Callable[[StepFn], Step]:
     """Several transforms as one, outermost first: `compose(a, b)(step)` is `a(b(step))`.
 
