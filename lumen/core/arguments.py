@@ -145,7 +145,7 @@ def _is_about(message: str, shown: Any, wrong: Mismatch) -> bool:
 
 
 def _message(shown: Any, name: str, value: Any, hint: Any) -> str:
-    line = _line(hint, name, value) or _example(shown)
+    line = _line(hint, name, value) or _default(shown, name) or _example(shown)
     text = f"{public_name(shown)}: {name} is {describe(value)}; it takes {words(hint)}."
     return f"{text} Write: {line}" if line else text
 
@@ -179,6 +179,13 @@ def _line(hint: Any, name: str, value: Any) -> str | None:
         if line is not None and not typing.get_args(choice):
             return f"{name}={line}"
     return None
+
+
+def _default(shown: Any, name: str) -> str | None:
+    """An argument with its default, where that is written in one word."""
+    parameter = inspect.signature(shown).parameters.get(name)
+    is_short = parameter is not None and isinstance(parameter.default, bool | int | float | str)
+    return f"{name}={parameter.default!r}" if parameter is not None and is_short else None
 
 
 def _example(shown: Any) -> str | None:
