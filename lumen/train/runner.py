@@ -137,7 +137,7 @@ class Runner:
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
-        check_fit(state, validate, resume, Runner.fit, data=data, until=until, limit=limit)
+        check_fit(state, validate, resume, Runner.fit, until=until, limit=limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         settings = self._settings(plateau_monitors(state, names_of(validations)))
         Monitors(settings, names_of(validations)).check_before()
