@@ -50,6 +50,7 @@ from lumen.transforms._guard import guard
 from lumen.transforms._precision import Policy, precision
 from lumen.transforms._quantized_matmul import quantized_matmul
 from lumen.transforms._remat import remat
+from lumen.transforms._sam import sam
 from lumen.transforms._seeded import seeded
 from lumen.transforms._unroll import stack, unroll
 
@@ -148,6 +149,7 @@ __all__ = [
     "remat",
     "replay",
     "row_field",
+    "sam",
     "seeded",
     "sinks",
     "stack",

@@ -28,6 +28,10 @@ class LumenError(_Printable):
     """The base of all errors raised by Lumen: `except lm.LumenError` catches every one of them."""
 
 
+class ArgumentError(LumenError, TypeError):
+    """An argument of a type that a function does not take; the message says what it takes, and the line to write."""
+
+
 class BatchError(LumenError, ValueError):
     """A batch that cannot be split or counted: its leaves disagree in rows, or it is too small or empty."""
 

@@ -15,12 +15,14 @@ from lumen.checkpoint._save import TEMPORARY
 from lumen.checkpoint.fsync import sync_directory, sync_file
 from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.snapshot import LeafRecord
+from lumen.core.arguments import checked_first
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, printable
 
 _PREFIXES = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}
 _FORMATS = ("safetensors", "torch")
 
 
+@checked_first
 def export(
     path: str | os.PathLike[str],
     to: str | os.PathLike[str],

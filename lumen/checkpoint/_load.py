@@ -25,6 +25,7 @@ from lumen.checkpoint.chunk_grid import Array, Block, Index
 from lumen.checkpoint.leaves import ARRAYS, LeafPath, decode, name_of
 from lumen.checkpoint.packing import unpack
 from lumen.checkpoint.snapshot import LeafRecord
+from lumen.core.arguments import checked_first
 from lumen.core.sharding import Slice
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, printable
 
@@ -186,6 +187,7 @@ class Reader:
             raise CorruptCheckpointError(f"{self.path / name}{leaf} is damaged: {error}. {_ADVICE}") from error
 
 
+@checked_first
 def load(path: str | os.PathLike[str], *, item: str = "state", under: str = "") -> Any:
     """The tree in the checkpoint at `path` as nested dicts of CPU tensors, numpy arrays and Python scalars.
 
@@ -214,6 +216,7 @@ def load(path: str | os.PathLike[str], *, item: str = "state", under: str = "") 
     return result
 
 
+@checked_first
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a checkpoint; its arrays are not read.
 

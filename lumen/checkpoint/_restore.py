@@ -16,6 +16,7 @@ from lumen.checkpoint import dtypes, shard_specs
 from lumen.checkpoint._load import Reader, ReadRequest, as_kind
 from lumen.checkpoint.leaves import ARRAYS, LeafPath, kind_of, name_of, named
 from lumen.checkpoint.snapshot import LeafRecord
+from lumen.core.arguments import checked_first
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn
 from lumen.errors import CheckpointError, CheckpointMismatchError, InexactWarning, printable
@@ -25,6 +26,7 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 _SHOWN = 20
 
 
+@checked_first
 def restore(
     path: str | os.PathLike[str],
     like: Any,

@@ -22,6 +22,7 @@ from lumen.checkpoint.fsync import sync, sync_directory
 from lumen.checkpoint.packing import packed
 from lumen.checkpoint.snapshot import LeafRecord, Snapshot, take_snapshot
 from lumen.core import distributed
+from lumen.core.arguments import checked_first
 from lumen.core.step import StepFn
 from lumen.core.versions import own_version, version_of
 from lumen.errors import CheckpointError, CheckpointExistsError
@@ -34,6 +35,7 @@ _COMMITTED = "commit_success.txt"
 Written = tuple[list[LeafRecord], header.Files, header.Files]  # records, all files, and those already synced
 
 
+@checked_first
 def save(
     path: str | os.PathLike[str],
     tree: Any,

@@ -23,6 +23,7 @@ from lumen.transforms._guard import guard
 from lumen.transforms._precision import precision
 from lumen.transforms._quantized_matmul import quantized_matmul
 from lumen.transforms._remat import remat
+from lumen.transforms._sam import sam
 from lumen.transforms._seeded import seeded
 from lumen.transforms._unroll import unroll
 
@@ -40,6 +41,7 @@ _TRANSFORMS: dict[str, type[Transform]] = {
         precision,
         quantized_matmul,
         remat,
+        sam,
         seeded,
         sweep,
         unroll,

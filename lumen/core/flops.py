@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, rules
+from lumen.core.arguments import checked, checked_first
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, as_step
@@ -19,6 +20,7 @@ from lumen.errors import PurityError
 _LONGEST = 200  # of a reason
 
 
+@checked_first
 def flops_of(step: StepFn, state: Any, batch: Any) -> int | None:
     """The floating point operations of one step, forward, backward and update; None where it cannot be traced.
 
@@ -103,6 +105,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:_LONGEST]}{'…' * (len(text) > _LONGEST)}"
 
 
+@checked
 def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float | None:
     """The floating point operations per second that the vendor states for `device` at `dtype`, without sparsity.
 

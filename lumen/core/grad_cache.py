@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import batching, rules
+from lumen.core.arguments import checked
 from lumen.core.primitives import Aux, LossFn, unwrapped
 from lumen.errors import LossError
 
 
+@checked
 def grad_cache(encode: Callable[..., Any], loss: Callable[..., Any]) -> LossFn:
     """The loss function `loss(params, encode(params, batch), batch)`, exact under `lm.accumulate` for any `loss`.
 

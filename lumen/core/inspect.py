@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, rules
+from lumen.core.arguments import checked_first
 from lumen.core.batching import add_gradients, count
 from lumen.core.cached_gradient import CachedGradient
 from lumen.core.device import forked_rng, module_of
@@ -23,6 +24,7 @@ from lumen.core.step import StepFn, as_step, device_of
 from lumen.errors import PurityError, printable
 
 
+@checked_first
 def inspect(step: StepFn, state: Any, batch: Any = None) -> str:
     """Print, and return, the rule stack of `step` and the leaves of `state` and `batch`.
 
@@ -46,6 +48,7 @@ def inspect(step: StepFn, state: Any, batch: Any = None) -> str:
     return text
 
 
+@checked_first
 def check_purity(step: StepFn, state: Any, batch: Any, *, rows: bool = False) -> None:
     """Run `step` twice on the same input, and raise `PurityError` unless it behaves as a function.
 

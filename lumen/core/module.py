@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import _torch_compat, rules
+from lumen.core.arguments import checked
 from lumen.core.buffer_rules import Merge, Merges, merges_of
 from lumen.core.buffer_writes import is_marking, mark_unwritten, touched
 from lumen.core.primitives import ApplyCall
@@ -34,6 +35,7 @@ class Pure(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+@checked
 def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     """Take `module` apart into a pure function, its params and its buffers.
 

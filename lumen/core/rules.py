@@ -225,14 +225,14 @@ def snapshot() -> dict[str, Any]:
 class restored:  # noqa: N801
     """`with restored(snapshot()):` installs what was there at an earlier time, maybe in another thread."""
 
-    __slots__ = ("_before", "_values")
+    __slots__ = ("_before", "_installed")
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
+        self._installed = values
 
     def __enter__(self) -> None:
         self._before = {**vars(stack)}
-        vars(stack).update(self._values)
+        vars(stack).update(self._installed)
 
     def __exit__(self, *_exc: object) -> None:
         vars(stack).update(self._before)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core import rules
+from lumen.core.arguments import checked
 from lumen.core.brief_repr import brief, count, number, opt_state_text
 from lumen.core.buffer_rules import Merges, check_statistics
 from lumen.core.donation import retire_updated
@@ -53,6 +54,7 @@ class TrainState:
             """A changed copy; `lm.dataclass` gives it to every state class."""
 
     @classmethod
+    @checked
     def create(
         cls,
         model: Pure | nn.Module,
@@ -153,7 +155,12 @@ def apply_gradients(tx: Optimizer, grads: Any, opt_state: Any, params: Any) -> t
     tensor([0.5000, 0.5000])
     """
     if not rules.stack.rules[Primitive.UPDATE]:
-        return tx.apply(grads, opt_state, params)
+        try:
+            update = tx.apply
+        except AttributeError:
+            _check_optimizer(tx)
+            raise
+        return update(grads, opt_state, params)
     return rules.bind(Primitive.UPDATE, _update, UpdateCall(tx, grads, opt_state, params))  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ import torch
 
 from lumen import tree
 from lumen.core import _torch_compat, order, rules, stale_reads
+from lumen.core.arguments import checked
 from lumen.core.donation import is_retired, storage_of
 from lumen.core.nested_states import all_slots
 from lumen.core.primitives import UpdateCall
@@ -85,10 +86,7 @@ class Transform(ValueObject):
 
     @property
     def within(self) -> Step | None:
-        """The outermost step that is being called, prepared or exported, if it has this transform.
-
-        It is not stored on the transform, which several steps may share.
-        """
+        """The outermost step that is being called, prepared or exported, if it has this transform; stored nowhere."""
         step: Step | None = rules.stack.step
         return step if step is not None and id(self) in map(id, step.transforms) else None
 
@@ -235,6 +233,7 @@ def as_step(step: StepFn) -> Step:
     return Step(step, (), None)
 
 
+@checked
 def compose(*transforms: Transform) -> Callable[[StepFn], Step]:
     """Several transforms as one, outermost first: `compose(a, b)(step)` is `a(b(step))`.
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn, Self, TypeVar
 import torch
 from torch import Tensor
 
+from lumen.core import arguments
 from lumen.errors import StepError
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class ValueType(ABCMeta):
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         """A new object, frozen."""
+        _check(cls, args, kwargs)
         new: Any = type.__call__(cls, *args, **kwargs)
         bound = inspect.signature(cls).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -42,6 +44,15 @@ class ValueType(ABCMeta):
             return inspect.Signature()
         signature = inspect.signature(getattr(own[0], "__func__", own[0]))
         return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
+def _check(cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise for arguments of a class of Lumen's that its annotations do not allow; others' annotations are theirs."""
+    if not cls.__module__.startswith("lumen.") or "__init__" not in vars(cls):
+        return
+    wrong = arguments.mismatch(cls.__init__, (None, *args), kwargs)
+    if wrong is not None:
+        arguments.refuse(cls, wrong, lambda: type.__call__(cls, *args, **kwargs))
 
 
 class ValueObject(metaclass=ValueType):

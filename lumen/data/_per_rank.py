@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lumen.core.arguments import checked
 from lumen.data.loader import Loader
 from lumen.errors import BatchError
 
@@ -22,6 +23,7 @@ class PerRank:
         return iter(self.data)
 
 
+@checked
 def per_rank(data: Iterable[Any]) -> PerRank:
     """Mark `data` as this process's own: no other process gets the same rows.
 

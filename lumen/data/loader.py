@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed as processes
+from lumen.core.arguments import checked
 from lumen.data.arguments import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
 from lumen.data.nested import listeners
@@ -35,6 +36,7 @@ class Cursor(NamedTuple):
     position: int = 0
 
 
+@checked
 class Loader:
     """Batches of a data set, in a new order each epoch, and a cursor that is plain data.
 

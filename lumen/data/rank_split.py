@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lumen.core import distributed
+from lumen.core.arguments import describe
 from lumen.data import grain
 from lumen.data._per_rank import PerRank
 from lumen.data.epoch_order import SETTINGS
@@ -30,7 +31,7 @@ def refusal(data: Any) -> str:
     source = data.data if isinstance(data, PerRank) else data
     if isinstance(source, str | bytes | Mapping) or not hasattr(source, "__iter__"):
         return (
-            f"the data must be an lm.Loader or an iterable of batches, not {type(source).__name__}."
+            f"the data must be an lm.Loader or an iterable of batches, not {describe(source)}."
             " For tensors in memory write lm.Loader(data, batch_size=64)."
         )
     flaw = grain.flaw(source)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
+from lumen.core.arguments import checked
 from lumen.core.collectives import psum
 from lumen.core.metrics import Metric as LumenMetric
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -255,6 +256,7 @@ class TorchMetric:
         )
 
 
+@checked
 def from_torchmetrics(metric: Metric | MetricCollection, *, logits: bool = False) -> TorchMetric:
     """Convert `metric` to pure functions on metric values, equal to torchmetrics on all the data together.
 

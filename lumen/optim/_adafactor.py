@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation
@@ -25,6 +26,7 @@ class AdafactorState:
     hparams: HParams
 
 
+@checked
 def adafactor(
     lr: ScalarOrSchedule = 1e-2,
     beta2_decay: float = -0.8,

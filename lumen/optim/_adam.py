@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, plain_in_place
@@ -29,6 +30,7 @@ class AdamState:
     hparams: HParams
 
 
+@checked
 def adamw(
     lr: ScalarOrSchedule,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -73,6 +75,7 @@ def adamw(
     return _Adam(hyper, decay_mask, decoupled=True, amsgrad=amsgrad, moment_dtype=moment_dtype).transform()
 
 
+@checked
 def adam(
     lr: ScalarOrSchedule,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -102,6 +105,7 @@ def adam(
     return _Adam(hyper, decay_mask, decoupled=False, amsgrad=amsgrad, moment_dtype=moment_dtype).transform()
 
 
+@checked
 def scale_by_adam(
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
     eps: Scalar = 1e-8,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat
+from lumen.core.arguments import checked
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
@@ -37,6 +38,7 @@ class AdagradState:
     hparams: HParams
 
 
+@checked
 def rmsprop(
     lr: ScalarOrSchedule,
     alpha: Scalar = 0.99,
@@ -157,6 +159,7 @@ class _RMSprop:
         return RMSpropState(state.count, state.nu, state.mu, state.trace, hparams)
 
 
+@checked
 def adagrad(
     lr: ScalarOrSchedule,
     eps: Scalar = 1e-10,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import sharding
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation, needs
 from lumen.optim._hyperparams import check_count, device_of
@@ -24,6 +25,7 @@ class FiniteState:
     inner: Any
 
 
+@checked
 def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int) -> GradientTransformation:
     """`inner`, except that an update with a NaN or infinite gradient changes nothing but the counters.
 

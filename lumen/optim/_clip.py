@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, sharding
+from lumen.core.arguments import checked
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation
 from lumen.optim._hyperparams import Hyper
@@ -45,6 +46,7 @@ def _global_norm(grads: Any, norms: Tensor | None, unused: Sequence[bool] | None
     return sharding.norm(norms, grads)
 
 
+@checked
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     """Scale all grads by `min(1, max_norm / (global_norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
 
@@ -65,6 +67,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     return GradientTransformation(hyper.pack, update)
 
 
+@checked
 def clip_by_value(max_value: Scalar) -> GradientTransformation:
     """Clamp every entry of the grads to [−max_value, max_value], as `torch.nn.utils.clip_grad_value_` does.
 

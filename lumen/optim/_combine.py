@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import PatternError
 from lumen.optim._base import GradientTransformation, clone, needs, plain_in_place
@@ -21,6 +22,7 @@ from lumen.optim._numerics import is_narrow
 from lumen.optim._param_names import Pattern, dotted_names, matching
 
 
+@checked
 def chain(*transforms: GradientTransformation) -> GradientTransformation:
     """Apply each transform to the updates of the one before it. The state is the tuple of their states.
 
@@ -86,6 +88,7 @@ def _lerp_params(start: Any, params: Any, scale: Tensor) -> None:
     tree.map(lambda p, s: p.copy_(torch.lerp(s, p, scale.to(p.dtype))), params, start)
 
 
+@checked
 def freeze(pattern: Pattern | None = None, inner: GradientTransformation | None = None) -> GradientTransformation:
     """Zero updates for the leaves that `pattern` matches; other updates go through `inner`, or stay unchanged.
 
@@ -122,6 +125,7 @@ class PartitionState:
     groups: tuple[Any, ...]
 
 
+@checked
 def partition(
     rules: Mapping[Any, GradientTransformation],
     default: GradientTransformation | None = None,

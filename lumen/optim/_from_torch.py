@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, rules
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.errors import HyperparameterError, InexactWarning, PurityError
@@ -52,6 +53,7 @@ class TorchState:
     numbers: tuple[str, ...] = static()
 
 
+@checked
 def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> GradientTransformation:
     """The optimizer class `optimizer`, built with `kwargs`, as a transform.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.optim._adam import scale_by_adam
 from lumen.optim._base import GradientTransformation
 from lumen.optim._combine import chain
@@ -40,6 +41,7 @@ def scale_by_trust_ratio() -> GradientTransformation:
     return GradientTransformation(lambda _params: (), update, needs_full_tensors=reason, can_gather=True)
 
 
+@checked
 def lamb(
     lr: ScalarOrSchedule,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, plain_in_place
@@ -25,6 +26,7 @@ class LionState:
     hparams: HParams
 
 
+@checked
 def lion(
     lr: ScalarOrSchedule,
     betas: tuple[Scalar, Scalar] = (0.9, 0.99),

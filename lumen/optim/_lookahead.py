@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import StateError
@@ -26,6 +27,7 @@ class LookaheadState:
     hparams: HParams
 
 
+@checked
 def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar = 0.5) -> GradientTransformation:
     """Every `period` updates `slow <- slow + slow_step · (fast − slow)`, `fast <- slow` (Zhang et al., 2019).
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._base import GradientTransformation
@@ -29,6 +30,7 @@ class MuonState:
     hparams: HParams
 
 
+@checked
 def muon(
     lr: ScalarOrSchedule,
     momentum: Scalar = 0.95,

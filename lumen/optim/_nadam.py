@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
@@ -43,6 +44,7 @@ class RAdamState:
     hparams: HParams
 
 
+@checked
 def nadam(
     lr: ScalarOrSchedule = 2e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -129,6 +131,7 @@ def nadam(
     return GradientTransformation(init, update)
 
 
+@checked
 def radam(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

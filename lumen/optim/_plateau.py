@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.errors import HyperparameterError, StateError
@@ -45,6 +46,7 @@ class PlateauState:
     rule: PlateauRule = static()
 
 
+@checked
 def reduce_on_plateau(
     factor: float = 0.1,
     patience: int = 10,

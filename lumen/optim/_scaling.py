@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.optim._base import GradientTransformation
 from lumen.optim._clip import scaled
@@ -48,6 +49,7 @@ def identity() -> GradientTransformation:
     return GradientTransformation(lambda _params: (), lambda grads, state, _params: (grads, state))
 
 
+@checked
 def scale(factor: float | Tensor) -> GradientTransformation:
     """Multiply updates by `factor`, which may be negative.
 
@@ -70,6 +72,7 @@ def scale(factor: float | Tensor) -> GradientTransformation:
     return GradientTransformation(hyper.pack, update)
 
 
+@checked
 def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     """Multiply updates by `schedule(count)`; the sign does not change.
 
@@ -86,6 +89,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
+@checked
 def scale_by_learning_rate(lr: ScalarOrSchedule) -> GradientTransformation:
     """Multiply updates by minus the learning rate: the last member of a chain that minimizes.
 
@@ -107,6 +111,7 @@ def scale_by_learning_rate(lr: ScalarOrSchedule) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
+@checked
 def add_decayed_weights(weight_decay: Scalar, mask: Selector | None = None) -> GradientTransformation:
     """Add `weight_decay · p` to updates: L2 regularization in front of an optimizer, decoupled decay behind it.
 
@@ -145,6 +150,7 @@ def add_decayed_weights(weight_decay: Scalar, mask: Selector | None = None) -> G
     return GradientTransformation(init, update)
 
 
+@checked
 def trace(decay: Scalar, *, nesterov: bool = False) -> GradientTransformation:
     """Momentum: `t <- decay · t + g`; the updates are `t`, or `decay · t + g` with `nesterov`.
 

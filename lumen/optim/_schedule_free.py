@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, StateError
 from lumen.optim._base import GradientTransformation, needs, wide_clone
@@ -30,6 +31,7 @@ class ScheduleFreeState:
     hparams: HParams
 
 
+@checked
 def schedule_free(
     inner: GradientTransformation, beta: Scalar = 0.9, weight_power: Scalar = 2.0
 ) -> GradientTransformation:

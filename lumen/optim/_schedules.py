@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError
 from lumen.optim._hyperparams import Schedule, check_count, check_scalar
 from lumen.optim._numerics import Scalar, scalar_dtype, time
@@ -83,6 +84,7 @@ def _tensor(value: Scalar, like: Tensor) -> Tensor:
     return torch.full_like(like, value, dtype=scalar_dtype(like.device))
 
 
+@checked
 def constant(value: Scalar) -> Schedule:
     """The same value at every step.
 
@@ -94,6 +96,7 @@ def constant(value: Scalar) -> Schedule:
     return Curve(lambda t, m: value)
 
 
+@checked
 def linear(start: Scalar, steps: int, stop: Scalar) -> Schedule:
     """A line from `start` to `stop` over `steps` steps. Torch: `LinearLR`.
 
@@ -107,6 +110,7 @@ def linear(start: Scalar, steps: int, stop: Scalar) -> Schedule:
     return Curve(lambda t, m: _line(start, stop, _progress(t, 0, steps, m), m))
 
 
+@checked
 def polynomial(start: Scalar, steps: int, stop: Scalar, power: Scalar = 1.0) -> Schedule:
     """`stop + (start − stop) · (1 − step/steps)^power`. Torch: `PolynomialLR` (with `stop=0`).
 
@@ -121,6 +125,7 @@ def polynomial(start: Scalar, steps: int, stop: Scalar, power: Scalar = 1.0) -> 
     return Curve(lambda t, m: stop + (start - stop) * (1 - _progress(t, 0, steps, m)) ** power)
 
 
+@checked
 def cosine(start: Scalar, steps: int, stop: Scalar = 0.0) -> Schedule:
     """Half a cosine wave from `start` to `stop` over `steps` steps (Loshchilov & Hutter, 2017, SGDR).
 
@@ -136,6 +141,7 @@ def cosine(start: Scalar, steps: int, stop: Scalar = 0.0) -> Schedule:
     return Curve(lambda t, m: _half_wave(start, stop, _progress(t, 0, steps, m), m))
 
 
+@checked
 def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0, stop: Scalar = 0.0) -> Schedule:
     """A line from `start` to `peak` over `warmup` steps, then half a cosine wave down to `stop` at `steps`.
 
@@ -152,6 +158,7 @@ def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0,
     return join([linear(start, warmup, peak), cosine(peak, steps - warmup, stop)], [warmup])
 
 
+@checked
 def exponential(
     start: Scalar, rate: Scalar, every: int = 1, *, staircase: bool = False, stop: Scalar = 0.0
 ) -> Schedule:
@@ -173,6 +180,7 @@ def exponential(
     return Curve(formula)
 
 
+@checked
 def step_decay(start: Scalar, factor: Scalar, every: int) -> Schedule:
     """`start · factor^⌊step/every⌋`. Torch: `StepLR`.
 
@@ -183,6 +191,7 @@ def step_decay(start: Scalar, factor: Scalar, every: int) -> Schedule:
     return exponential(start, factor, every, staircase=True)
 
 
+@checked
 def piecewise(start: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
     """`start`, multiplied by each factor from its step on. Torch: `MultiStepLR`.
 
@@ -204,6 +213,7 @@ def piecewise(start: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
     return Curve(formula)
 
 
+@checked
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     """One schedule after another; each counts its steps from its own boundary. Torch: `SequentialLR`.
 
@@ -235,6 +245,7 @@ def _joined(
     return value
 
 
+@checked
 def one_cycle(
     peak: Scalar,
     steps: int,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError
 from lumen.optim import _fused_kernels
@@ -26,6 +27,7 @@ class SGDState:
     hparams: HParams
 
 
+@checked
 def sgd(
     lr: ScalarOrSchedule,
     momentum: Scalar = 0.0,

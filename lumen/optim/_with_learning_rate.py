@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError
 
 
+@checked
 def with_learning_rate(state: Any, lr: float | Tensor) -> Any:
     """An optimizer's state, or a training state, with `lr` as its learning rate.
 

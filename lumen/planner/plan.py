@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lumen.core import distributed as processes
+from lumen.core.arguments import checked_first
 from lumen.core.step import StepFn
 from lumen.planner.dry_run import MakeRun, trace_dry_run, trace_real_run
 from lumen.planner.report import Plan
 from lumen.planner.roofline import device as device_of
 
 
+@checked_first
 def plan(
     step: StepFn,
     state: Any,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from lumen.core.arguments import checked
 from lumen.errors import printable
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
@@ -16,6 +17,7 @@ _WIDTH = 6  # minimum width of a number
 _CONFIG = 200  # maximum number of characters of the configuration
 
 
+@checked
 class Console:
     """Prints one line for each `log`, in aligned columns: in color on a terminal, plain elsewhere.
 

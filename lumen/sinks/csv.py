@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
+from lumen.core.arguments import checked
 from lumen.errors import SinkError, printable
 from lumen.sinks.jsonl import make_record
 from lumen.sinks.lines import RowFile, open_lines
@@ -16,6 +17,7 @@ from lumen.sinks.media import split
 _INDEX_COLUMNS = ["step", "time"]
 
 
+@checked
 class CSV(RowFile):
     """Appends one row for each `log`: `step`, `time` (seconds since the epoch) and a column for each name.
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from lumen.core.arguments import checked
 from lumen.errors import SinkError
 from lumen.sinks.base import Number
 from lumen.sinks.config import plain_number
@@ -13,6 +14,7 @@ from lumen.sinks.lines import RowFile, open_lines
 from lumen.sinks.media import Histogram, Media, Text, split
 
 
+@checked
 class JSONL(RowFile):
     """Appends one line for each `log`: an object of `step`, `time` (seconds since the epoch) and the values.
 

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lumen.core.arguments import checked
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
 from lumen.sinks.extras import load, require
@@ -23,6 +24,7 @@ _PARAM_LENGTH, _TAG_LENGTH = 6000, 5000
 _INVALID = re.compile(r"[^\w\-. /]")
 
 
+@checked
 class MLflow:
     """Logs to an MLflow run, which starts at the first `log`; needs the extra `[mlflow]`.
 

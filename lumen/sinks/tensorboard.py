@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.errors import ValueKindError
 from lumen.sinks import projector
 from lumen.sinks.base import OnError, check_on_error
@@ -24,6 +25,7 @@ _numbers = itertools.count()
 _INVALID = re.compile(r"[^-/\w.]")
 
 
+@checked
 class TensorBoard:
     """Writes to a new event file in `logdir`; `a/b` groups `b` under `a`.
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lumen.core.arguments import checked
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json
 from lumen.sinks.extras import load, require
 from lumen.sinks.media import Histogram, Image, Media, split
 
 
+@checked
 class WandB:
     """Logs to a Weights & Biases run, which starts at the first `log`; needs the extra `[wandb]`.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
+from lumen.core.arguments import check
 from lumen.core.step import Transform
 from lumen.errors import StepError
 from lumen.train.callbacks import Callback
@@ -37,14 +38,16 @@ def check_runner(transforms: Any, sinks: Any, callbacks: Any, checkpoint: Any) -
         _refuse("checkpoint", checkpoint, 'an lm.Checkpointer: checkpoint=lm.Checkpointer("runs/a")')
 
 
-def check_fit(state: Any, validate: Any, resume: Any) -> None:
-    """Raise `StepError` for arguments of `Runner.fit` that are not what they must be."""
+def check_fit(state: Any, validate: Any, resume: Any, fit: Callable[..., Any] | None = None, **others: Any) -> None:
+    """Raise `StepError` or `ArgumentError` for arguments of `Runner.fit` that are not what they must be."""
     check_state(state)
     for validation in [] if validate is None else [validate] if isinstance(validate, Validate) else _list(validate):
         if not isinstance(validation, Validate):
             _refuse("validate", validation, "an lm.Validate, or several: validate=lm.Validate(eval_step, val_loader)")
     if resume is None or isinstance(resume, bool):
         _refuse("resume", resume, '"never", "auto" or the path of a checkpoint: resume="auto"')
+    if fit is not None:
+        check(fit, resume=resume, **others)
 
 
 def check_state(state: Any) -> None:

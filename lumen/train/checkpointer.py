@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumen.checkpoint import Store
+from lumen.core.arguments import checked
 from lumen.errors import CheckpointError, CorruptCheckpointError, StepError
 from lumen.train.clock import Every
 from lumen.train.sink_group import Positions
 
 
+@checked
 class Checkpointer:
     """Saves a run in `directory/checkpoints`, so that it can resume after any interruption.
 

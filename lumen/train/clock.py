@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError
 
 NEVER = 2**62
@@ -63,6 +65,7 @@ class Until:
         return False
 
 
+@checked
 @dataclass(frozen=True)
 class Steps(Until):
     """End after `n` optimizer steps.
@@ -93,6 +96,7 @@ class Steps(Until):
         return True
 
 
+@checked
 @dataclass(frozen=True)
 class Epochs(Until):
     """End after `n` passes over the data.
@@ -123,6 +127,7 @@ class Epochs(Until):
         return True
 
 
+@checked
 @dataclass(frozen=True)
 class Tokens(Until):
     """End at the first step that is complete after `n` tokens.
@@ -151,6 +156,7 @@ class Tokens(Until):
         return True
 
 
+@checked
 @dataclass(frozen=True)
 class Seconds(Until):
     """End at the first step that is complete after `n` seconds of running time.
@@ -196,6 +202,7 @@ class _First(Until):
         return any(member.needs_tokens() for member in self.members)
 
 
+@checked
 @dataclass(frozen=True)
 class Every:
     """An interval of `steps` steps, `epochs` epochs or `seconds` seconds; of several, whichever is over first.
@@ -267,5 +274,5 @@ def _members(until: Until) -> tuple[Until, ...]:
 
 
 def _check_positive(what: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
         raise HyperparameterError(f"{what} takes a positive number, got {value!r}.")

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lumen.checkpoint import json_tree
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError, InexactWarning, StepError
 from lumen.optim._hyperparams import check_count, check_scalar
 from lumen.train.callbacks import Callback, CallbackContext
 
 
+@checked
 class EarlyStop(Callback):
     """Ends the run once the metric `monitor` has not improved for `patience` reports.
 

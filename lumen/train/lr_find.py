@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lumen.core.arguments import checked_first
 from lumen.core.device import forked_rng
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import StepFn, device_of
@@ -62,6 +63,7 @@ class LRFinderResult:
         figure.savefig(path)
 
 
+@checked_first
 def lr_find(
     step: StepFn,
     state: Any,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core.arguments import checked_first
 from lumen.core.step import Transform, compose
 from lumen.errors import BatchError
 from lumen.train.device_feed import open_batches
@@ -17,6 +18,7 @@ from lumen.train.distributed import ProcessGroupContext, join_world
 from lumen.train.validate import evaluated, needed
 
 
+@checked_first
 def predict(
     step: Callable[[Any, Any], Any],
     state: Any,

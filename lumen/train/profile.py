@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError
 from lumen.optim._hyperparams import check_count
 from lumen.train.callbacks import Callback, CallbackContext
@@ -17,6 +18,7 @@ from lumen.train.callbacks import Callback, CallbackContext
 _ROWS = 30  # of the table
 
 
+@checked
 class Profile(Callback):
     """Profiles a few steps of a run on the CPU and the accelerator.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import checkpoint, tree
 from lumen.checkpoint import json_tree, listed, rng
+from lumen.core.arguments import checked_first
 from lumen.core.step import Step, StepFn, as_step, compose, device_of
 from lumen.errors import CheckpointError, CheckpointMismatchError, CorruptCheckpointError, StepError
 from lumen.transforms._guard import guard
@@ -17,6 +18,7 @@ from lumen.transforms._support.snapshot_dump import KIND
 from lumen.transforms._unroll import unroll
 
 
+@checked_first
 def replay(path: str | os.PathLike[str], step: StepFn, state: Any, *, batch: Any = None) -> tuple[Any, Any]:
     """Run the step in the dump at `path` again, with the same state, batch and random numbers, so it fails again.
 

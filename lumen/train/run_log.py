@@ -17,6 +17,7 @@ from lumen.train.metric_merge import MetricMerger
 from lumen.train.progress import Progress
 from lumen.train.rank_state import SavedMetrics
 from lumen.train.sink_group import SinkGroup
+from lumen.train.throughput import Throughput
 
 _TRAIN = "train/"
 _TOO_MANY = "lm.optim.learning_rate(result.state.opt_state) has them all."
@@ -68,26 +69,20 @@ class RunLogger:
         self.accumulator = MetricAccumulator()
         self.epoch_metrics = EpochMetrics()
         self.newest: dict[str, float] = {}
-        self.flops_per_step: float | None = None
         self.sinks = sinks
         self.progress = progress
         self._clock = clock
-        self._peak = peak
         self._merger = merger
         self.history = history
         self._current: tuple[int, dict[str, float]] = (-1, {})
         self._has_groups: bool | None = None  # of the optimizer, whose state keeps its tree from step to step
-        self.restart_throughput()
+        self.throughput = Throughput(clock, peak)
 
     @property
     def current(self) -> dict[str, float]:
         """The numbers that were published at this step. Only these decide whether a checkpoint is the best."""
         step, values = self._current
         return values if step == self._clock.step else {}
-
-    def restart_throughput(self) -> None:
-        """Measure throughput from here on, without the validation or setup before."""
-        self._since = self._now()
 
     def training(self, state: Any) -> dict[str, float]:
         """The merged metrics of the steps since the last call, with throughput and learning rates."""
@@ -96,8 +91,8 @@ class RunLogger:
         metrics, per_epoch = split_epoch(self.accumulator.take())
         self.epoch_metrics.add(per_epoch, _TRAIN)
         values = to_numbers(metrics, _TRAIN, self._merger)
-        values.update(self._throughput())
-        self.restart_throughput()
+        values.update(self.throughput.rates())
+        self.throughput.restart()
         opt_state = getattr(state, "opt_state", None)
         if self._has_groups is None:
             self._has_groups = bool(group_rates(opt_state))
@@ -139,28 +134,12 @@ class RunLogger:
         """Restore what `state_dict` returned, and remove what the sinks wrote after it."""
         self.newest = {name: float(value) for name, value in state["metrics"].items()}
         self.sinks.rewind(state["sinks"])
-        self.restart_throughput()
+        self.throughput.restart()
 
     def load_metrics(self, saved: SavedMetrics) -> None:
         """Continue from the metrics of a checkpoint."""
         self.accumulator.load_state_dict(*saved.window, on_all_ranks=saved.on_all_ranks)
         self.epoch_metrics.accumulator.load_state_dict(*saved.epoch, on_all_ranks=saved.on_all_ranks)
-
-    def _now(self) -> tuple[int, int, int, float]:
-        return self._clock.step, self._clock.rows, self._clock.tokens, self._clock.seconds
-
-    def _throughput(self) -> dict[str, float]:
-        steps, rows, tokens, seconds = (now - then for now, then in zip(self._now(), self._since, strict=True))
-        if not steps or seconds <= 0:
-            return {}
-        rates = {"steps_per_second": steps / seconds}
-        if rows:
-            rates["rows_per_second"] = rows / seconds
-        if tokens:
-            rates["tokens_per_second"] = tokens / seconds
-        if self.flops_per_step and self._peak:
-            rates["mfu"] = self.flops_per_step * steps / seconds / self._peak
-        return rates
 
 
 def _warn_of_lost(names: list[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from lumen.checkpoint import json_tree
+from lumen.core.arguments import checked, checked_first
 from lumen.core.step import Transform, as_step, compose
 from lumen.data._per_rank import per_rank
 from lumen.errors import StepError
@@ -34,6 +35,7 @@ from lumen.train.step_batches import without_unroll
 from lumen.train.validate import Validate, check_limit, evaluate
 
 
+@checked
 class Runner:
     """Runs `step` under `transforms` (outermost first) over data, with validation, checkpoints, logging and progress.
 
@@ -135,7 +137,7 @@ class Runner:
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
-        check_fit(state, validate, resume)
+        check_fit(state, validate, resume, Runner.fit, until=until, limit=limit)
         validations = [validate] if isinstance(validate, Validate) else list(validate or ())
         settings = self._settings(plateau_monitors(state, names_of(validations)))
         Monitors(settings, names_of(validations)).check_before()
@@ -170,6 +172,7 @@ class Runner:
         check_limit(limit)
         return join_outputs(predict_batches(step, state, data, self.step.transforms, limit=limit))
 
+    @checked_first
     def smoke(
         self, state: Any, data: Iterable[Any], *, validate: Validate | Sequence[Validate] | None = None
     ) -> Result:
@@ -186,6 +189,7 @@ class Runner:
             trial.fit(state, data, until=Steps(1), validate=brief, limit=1)
             return trial.fit(state, data, until=Steps(1), validate=brief, limit=1, resume="auto")
 
+    @checked_first
     def overfit(self, state: Any, data: Iterable[Any], *, batches: int = 1, until: Until | None = None) -> Result:
         """Train on the first few batches again and again: a working model brings their loss to almost zero.
 
@@ -199,6 +203,7 @@ class Runner:
         runner = self._with(progress=self.progress, log_every=10)
         return runner.fit(state, per_rank(first_batches), until=until or Steps(100))
 
+    @checked_first
     def lr_find(self, state: Any, data: Iterable[Any], **options: Any) -> LRFinderResult:
         """Smith's learning-rate range test with this Runner's step: see `lm.lr_find` for the options.
 

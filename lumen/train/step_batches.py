@@ -75,12 +75,12 @@ class StepBatches:
         return itertools.islice(batches, max(0, self._limit - self._clock.batch))
 
     def _must_count_flops(self) -> bool:
-        return self._mfu and self._logger.flops_per_step is None
+        return self._mfu and self._logger.throughput.flops_per_step is None
 
     def _count_flops(self, state: Any, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, after counting the FLOPs of a step on the first one."""
         for batch in batches:
-            self._logger.flops_per_step = flops_of(self._step, state, batch)
+            self._logger.throughput.flops_per_step = flops_of(self._step, state, batch)
             return itertools.chain([batch], batches)
         return iter(())
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lumen import tree
+from lumen.core.arguments import checked, checked_first
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
 from lumen.train.clock import Every
@@ -25,6 +26,7 @@ EvalStep = Callable[[Any, Any], Any]
 _NEEDED = ("ensemble", "parallel", "tensor", "precision")
 
 
+@checked
 @dataclass
 class Validate:
     """Run `step(state, batch) -> metrics` over all of `data` every so often, and merge its metrics.
@@ -64,6 +66,7 @@ class Validate:
         return [(self.name, self.data)]
 
 
+@checked_first
 def evaluate(
     step: EvalStep,
     state: Any,

@@ -45,7 +45,7 @@ class Validator:
         run.monitors.check(run.logger.newest)
         run.stop.sync_requests()
         run.clock_updater.read()
-        run.logger.restart_throughput()  # throughput measures training only
+        run.logger.throughput.restart()  # throughput measures training only
         run.schedule.validations[number].restart(run.clock)
         return True
 

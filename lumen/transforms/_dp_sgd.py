@@ -18,6 +18,7 @@ from lumen.core.step import StepFn, Transform, add_slot, as_step, device_of, fie
 from lumen.core.undeclared_buffers import Undeclared
 from lumen.core.versions import install_extra
 from lumen.errors import BatchError, HyperparameterError, PurityError, StateError
+from lumen.transforms._support.frozen import frozen_params, without_frozen
 
 _SALT = 0x6470  # separates the noise from random numbers that a step draws from state.key
 
@@ -110,7 +111,7 @@ class dp_sgd(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             update_count = slot(state, self.name)
             key = random.fold_in(random.fold_in(random.key(field_of(state, "seed", self.name)), state.step), _SALT)
-            unused = _unused(getattr(state, "tx", None), getattr(state, "params", None))
+            unused = frozen_params(getattr(state, "tx", None), getattr(state, "params", None))
             update = _PrivateGradients(self, key, undeclared, unused, getattr(state, "buffers", None))
             handlers: dict[Primitive, Rule] = {
                 Primitive.APPLY: update.apply,
@@ -166,7 +167,7 @@ class _PrivateGradients:
             row_batch = tree.map(lambda x: x.unsqueeze(0), row)
             result: Gradient = next(call.replace(batch=row_batch, summed=True, engine="func"))
             row_result["first"] = result.replace(loss=None, grads=None, aux=None)
-            grads = _clipped(self._without_unused(result.grads), self.settings.clip)
+            grads = _clipped(without_frozen(result.grads, self.unused), self.settings.clip)
             return grads, result.loss, () if result.aux is None else result.aux
 
         row_result: dict[str, Gradient] = {}
@@ -193,20 +194,11 @@ class _PrivateGradients:
             size,
         )
 
-    def _without_unused(self, grads: Any) -> Any:
-        """The gradients of one row, with zeros for params that the update ignores, which must not add to its norm."""
-        names = tree.paths(grads)
-        if not any(self.unused.values()) or names != list(self.unused):
-            return grads
-        leaves, spec = tree.flatten(grads)
-        leaves = [torch.zeros_like(g) if self.unused[name] else g for name, g in zip(names, leaves, strict=True)]
-        return tree.unflatten(spec, leaves)
-
     def _check_unused(self, call: UpdateCall) -> None:
         """Raise `StateError` if the update uses gradients that were left out."""
         if not any(self.unused.values()):
             return
-        unused_by_tx = dict.fromkeys(tree.paths(call.params), False) | _unused(call.tx, call.params)
+        unused_by_tx = dict.fromkeys(tree.paths(call.params), False) | frozen_params(call.tx, call.params)
         used = [name for name, unused in unused_by_tx.items() if self.unused.get(name) and not unused]
         if used:
             raise StateError(
@@ -255,14 +247,6 @@ def _clipped(grads: Any, bound: float) -> Any:
     norm = torch.stack([g.square().sum() for g in tree.leaves(grads)]).sum().sqrt()
     factor = (bound / norm.clamp(min=1e-12)).clamp(max=1.0)
     return tree.map(lambda g: g * factor.to(g.dtype), grads)
-
-
-def _unused(tx: Any, params: Any) -> dict[str, bool]:
-    """Whether an optimizer freezes each param, by path; {} if it cannot freeze any."""
-    unused_fn = getattr(tx, "unused_fn", None)
-    if unused_fn is None or params is None:
-        return {}
-    return dict(zip(tree.paths(params), unused_fn(params), strict=True))
 
 
 def _merged(row_aux: Any, size: int) -> Any:

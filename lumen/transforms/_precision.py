@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import _torch_compat, rules, sharding
+from lumen.core.arguments import checked
 from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.core.metrics import Mean
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
@@ -31,6 +32,7 @@ Cast = Literal["autocast", "model"]
 _NORMS = (_torch_compat.BatchNorm, _torch_compat.InstanceNorm)
 
 
+@checked
 @dataclass(frozen=True)
 class Policy:
     """The dtypes of a step: of stored params (`param`; None keeps theirs), inside the model, and of its outputs.

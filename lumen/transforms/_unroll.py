@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lumen import tree
+from lumen.core.arguments import checked
 from lumen.core.metrics import merge_metrics
 from lumen.core.step import StepFn, Transform
 from lumen.errors import BatchError
@@ -63,6 +64,7 @@ class unroll(Transform):
         return [tree.unflatten(spec, [leaf[i] for leaf in leaves]) for i in range(self.k)]
 
 
+@checked
 def stack(batches: Sequence[Any]) -> Any:
     """Stack batches of equal shapes into one tree with a new leading dim, for `unroll`.
 

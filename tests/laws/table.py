@@ -42,6 +42,7 @@ LAWS = {
     "accumulate": Law(lambda: lm.accumulate(3), suits=lambda job: _one_by_one(job) and job.rows >= 3),
     "accumulate(microbatch)": Law(lambda: lm.accumulate(microbatch=2), suits=_one_by_one),
     "dp_sgd": Law(lambda: lm.dp_sgd(clip=1e9, noise=0.0), suits=lambda job: _one_by_one(job) and job.loss != "masked"),
+    "sam": Law(lambda: lm.sam(0.0), exact=True),
     "precision": Law(lambda: lm.precision("fp64")),
     "quantized_matmul": Law(lambda: lm.quantized_matmul("qat", layers=lambda name, module: False), exact=True),
     "remat": Law(

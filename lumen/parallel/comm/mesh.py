@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import _torch_compat, distributed, rules
+from lumen.core.arguments import checked
 from lumen.errors import WorldError
 from lumen.parallel.comm import collectives, process_groups
 from lumen.parallel.comm.init import TIMEOUT, join
@@ -147,6 +148,7 @@ class _Reduce(torch.autograd.Function):
         return total * winners / _Reduce.apply(winners, "sum", ctx.group), None, None  # type: ignore[no-untyped-call]
 
 
+@checked
 def mesh(
     *,
     data: int | None = None,
