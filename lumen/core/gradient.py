@@ -289,7 +289,7 @@ def _must_stay_differentiable(call: GradientCall, leaves: list[Tensor]) -> bool:
         return call.engine == "func"
     if rules.stack.in_loss or _torch_compat.peek_interpreter_stack() is not None:
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not rules.stack.tracing:  # by Dynamo, not by lm.compile
         return True
     if not torch.is_grad_enabled():
         return False

@@ -79,7 +79,8 @@ def draw(
     Inductor would compile each draw for most of a minute, fuse its products and sums, and so round otherwise.
     """
     if _torch_compat.in_graph_capture():
-        return draw_op(key, as_shape(shape), kind, dtype, low, high)
+        drawn: Tensor = draw_op(key, as_shape(shape), kind, dtype, low, high)
+        return drawn
     return _DRAWS[kind](key, shape, dtype, low, high)
 
 
