@@ -169,7 +169,7 @@ _ATTRIBUTES = (  # what its functions reach into
     Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),
     Use(
         "torch._ops.OpOverload._opname torch._ops.OpOverload._overloadname torch._ops.OpOverload._schema",
-        "which operation a plan sees",
+        "which operation a plan sees, and which arguments an operation of a recorded step writes to",
     ),
     Use(
         "torch.nn.Module._parameters torch.nn.Module._buffers torch.nn.Module._modules",
@@ -183,6 +183,7 @@ _ATTRIBUTES = (  # what its functions reach into
         "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
         "to put a model's tensors back when a checkpoint inside of it recomputes",
     ),
+    Use("torch.compiler._is_compiling_flag", "what a library learns that asks whether its code is compiled"),
     Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
     Use(
         "torch.utils.data.DataLoader._iterator"
@@ -308,6 +309,7 @@ def _sets(cls: type, attribute: str) -> bool:
 
 RESET_PARAMETERS = "_reset_parameters"
 CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
+IS_COMPILING = "_is_compiling_flag"
 MODULE_TABLES = PARAMETERS, BUFFERS, MODULES = "_parameters", "_buffers", "_modules"
 own_params, own_buffers, own_modules = map(attrgetter, MODULE_TABLES)
 """The tables in which a module keeps the params, buffers and modules that are its own and not its children's."""
@@ -319,7 +321,8 @@ version_of = attrgetter("_version")
 storage_id = attrgetter("_cdata")
 """The address of a storage object, which tensors that share memory have in common."""
 
-schema_of, operation_name, overload_name = map(attrgetter, ("_schema", "_opname", "_overloadname"))
+SCHEMA = "_schema"
+schema_of, operation_name, overload_name = map(attrgetter, (SCHEMA, "_opname", "_overloadname"))
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

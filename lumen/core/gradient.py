@@ -312,7 +312,8 @@ def independent_of(call: GradientCall) -> LossError:
 def _needs_func(call: GradientCall) -> bool:
     """Whether only torch.func can differentiate here: it is active, or asked for."""
     if call.engine == "auto":
-        return _torch_compat.peek_interpreter_stack() is not None or torch.compiler.is_compiling()
+        by_dynamo = torch.compiler.is_compiling() and not rules.stack.tracing
+        return by_dynamo or _torch_compat.peek_interpreter_stack() is not None
     return call.engine == "func"
 
 

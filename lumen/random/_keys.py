@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lumen.core import _torch_compat
 from lumen.random._arguments import as_integer, as_size, check_key
-from lumen.random._threefry import MASK, hash_counters, is_concrete, random_words, threefry
+from lumen.random._draws import draw
+from lumen.random._threefry import MASK, hash_counters, is_concrete, threefry
 
 _Sample = TypeVar("_Sample")  # the result of a sampler: a tensor or several
 
@@ -54,7 +55,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     if is_concrete(key) and n <= _MAX_CONCRETE_KEYS:
         k0, k1 = key.tolist()
         return torch.tensor([threefry(k0, k1, 0, i) for i in range(n)], dtype=torch.int64).reshape(n, 2)
-    return torch.stack(random_words(key, (n,)), dim=-1)
+    return draw("words", key, (n,))
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lumen.random._arguments import (
-    MANTISSA_BITS,
     as_integer,
     as_size,
     check_bounds,
@@ -17,18 +16,9 @@ from lumen.random._arguments import (
     check_key,
     check_number,
 )
+from lumen.random._draws import draw
 from lumen.random._keys import split
-from lumen.random._threefry import MASK, random_bits, random_words
-
-# M. Giles, "Approximating the erfinv function", GPU Computing Gems, Jade edition, 2011, table 5.
-_CENTER = (
-    *(2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087),
-    *(-0.00125372503, -0.00417768164, 0.246640727, 1.50140941),
-)
-_TAIL = (
-    *(-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773),
-    *(-0.0076224613, 0.00943887047, 1.00167406, 2.83297682),
-)
+from lumen.random._threefry import MASK
 
 
 def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -43,8 +33,7 @@ def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     tensor([2895194379, 4185947648, 1300703658])
     """
     check_key(key)
-    high, low = random_words(key, shape)
-    return high ^ low
+    return draw("bits", key, shape)
 
 
 def uniform(
@@ -71,12 +60,7 @@ def uniform(
     check_key(key)
     check_float(dtype, "dtype")
     check_bounds(low, high, dtype)
-    count = MANTISSA_BITS[dtype]
-    draws = random_bits(key, shape, count).to(dtype).mul_(2.0**-count)
-    if (low, high) == (0.0, 1.0):
-        return draws
-    draws = draws.mul_(high - low).add_(low)
-    return torch.where(draws < high, draws, low)  # the sum may round up to `high`
+    return draw("uniform", key, shape, dtype, low, high)
 
 
 def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,12 +80,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
     """
     check_key(key)
     check_float(dtype, "dtype")
-    work, count = (torch.float64, 53) if dtype == torch.float64 else (torch.float32, 23)
-    # No operation rounds: in units of eps / 2 every value is an integer below 2**24 (2**53), and the last one is odd.
-    # So no point is 0 or ±1, where erfinv is infinite.
-    points = random_bits(key, shape, count).to(work).mul_(2.0 ** (1 - count)).add_(torch.finfo(work).eps / 2 - 1)
-    roots = torch.erfinv(points) if work == torch.float64 else erfinv(points)
-    return roots.mul_(math.sqrt(2.0)).to(dtype)
+    return draw("normal", key, shape, dtype)
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
@@ -154,7 +133,7 @@ def randint(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
         raise TypeError("low or high is a tensor; both must be ints: use int(low), int(high).")
     if not 0 < last - first < 2**63:
         raise ValueError(f"low is {low}, high is {high}; 0 < high - low < 2**63 must hold: swap or change them.")
-    return random_bits(key, shape, 63) % (last - first) + first
+    return draw("long_bits", key, shape) % (last - first) + first
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
@@ -176,19 +155,3 @@ def permutation(key: Tensor, n: int) -> Tensor:
         key, sort_key = split(key)
         order = order[torch.argsort(bits(sort_key, (n,)), stable=True)]
     return order
-
-
-def erfinv(x: Tensor) -> Tensor:
-    """The inverse error function for float32 strictly inside (-1, 1), to an absolute error of 2e-5.
-
-    `torch.erfinv` returns different numbers in each of its kernels (MKL, Inductor, CUDA); this returns JAX's in all.
-    """
-    w = -torch.log1p(-x * x)
-    return torch.where(w < 5, _polynomial(_CENTER, w - 2.5), _polynomial(_TAIL, w.sqrt() - 3)).mul_(x)
-
-
-def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    total = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        total = total.mul_(x).add_(coefficient)
-    return total

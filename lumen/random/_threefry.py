@@ -40,7 +40,10 @@ def threefry(k0: _Word, k1: _Word, x0: _Word, x1: _Word) -> tuple[_Word, _Word]:
 
 @torch.library.custom_op("lumen::threefry2x32", mutates_args=())
 def threefry_op(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-    """`threefry` on tensors as one operation that compilers do not look into; returns both words, stacked."""
+    """`threefry` on tensors as one operation that compilers do not look into; returns both words, stacked.
+
+    Inductor would inline each round twice into the next, 20 rounds deep, and compile for most of a minute.
+    """
     return torch.stack(threefry(k0, k1, x0, x1))
 
 
@@ -63,17 +66,18 @@ def _(info: object, dims: Sequence[int | None], *words: Tensor) -> tuple[Tensor,
 
 def hash_counters(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """The hashes of tensors of counters, eager and compiled."""
-    # Inductor would inline each round twice into the next, 20 rounds deep, and compile for minutes.
-    if torch.compiler.is_compiling():
+    if _torch_compat.in_graph_capture():
         words = threefry_op(k0, k1, x0, x1)
         return words[0], words[1]
     return threefry(k0, k1, x0, x1)
 
 
 def random_words(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Two independent words for each element of `shape`: the hash of its flat index."""
+    """Two independent words for each element of `shape`: the hash of its flat index. Keys [*lanes, 2] add `lanes`."""
     shape = as_shape(shape)
     index = torch.arange(math.prod(shape), device=key.device).reshape(shape)
+    if key.ndim > 1:
+        key = key.movedim(-1, 0).reshape(2, *key.shape[:-1], *[1] * len(shape))
     return hash_counters(key[0], key[1], index >> 32, index & MASK)
 
 

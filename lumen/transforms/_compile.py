@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lumen.core import _torch_compat, rules
 from lumen.core.rules import Primitive
 from lumen.core.step import Step, StepFn, Transform, as_step
-from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, OrderError
+from lumen.errors import DonatedError, GraphBreakWarning, HyperparameterError, InexactWarning, LumenError, OrderError
 from lumen.transforms._compile_blocks import Blocks
-from lumen.transforms._support.compiled_graph import CompiledGraph, cacheable
+from lumen.transforms._support.compiled_graph import CompiledGraph, cacheable, summary_of
 from lumen.transforms._support.input_signature import GraphKey, describe_changes, sign_batch, sign_state
 from lumen.transforms._support.module_patterns import Pattern
 from lumen.transforms._support.python_reads import key_readers, value_readers
@@ -159,12 +159,18 @@ class _CompiledStep:
         key = (signature, batch_signature, tuple([read() for read in self._readers]))
         graph = self._graphs.get(key)
         if graph is None:
+            failure: Exception
             try:
                 graph = self._settings._compile_step(self._step, state, batch, self._donates)
-            except _graph_breaks() as error:
+            except (LumenError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever a tracer or a compiler cannot do
+                failure = error
+            if graph is None:
+                answer = self._uncompiled(state, batch)  # raises what is an error of the step itself
                 self._broken = True
-                _warn_break(self._step, error)
-                return self._uncompiled(state, batch)
+                _warn_break(self._step, failure)
+                return answer
             self._graphs[key] = graph
             self._warn_many(key)
         if not self._donates:
@@ -200,16 +206,19 @@ def _graph_breaks() -> tuple[type[BaseException], ...]:
     )
 
 
-def _warn_break(step: Step, error: BaseException) -> None:
+def _warn_break(step: Step, error: Exception) -> None:
     line = _user_line(error)
-    warnings.warn(
-        f"{step.__name__} cannot be compiled: {line} needs the value of a tensor in Python"
-        f" ({type(error).__name__}). The step runs uncompiled. Keep the value on the device: use torch.where instead of"
-        " `if`, and tensor arithmetic instead of .item(); or report the tensor as a metric and read it outside the"
-        " step.",
-        GraphBreakWarning,
-        stacklevel=5,
-    )
+    if isinstance(error, _graph_breaks()):
+        why = f"{line} needs the value of a tensor in Python ({type(error).__name__})"
+        fix = (
+            "Keep the value on the device: use torch.where instead of `if`, and tensor arithmetic instead of .item();"
+            " or report the tensor as a metric and read it outside the step."
+        )
+    else:
+        why = f"{line} led to {summary_of(error)}"
+        fix = "To compile the blocks of the model alone, write lm.compile(blocks=True)."
+    message = f"{step.__name__} cannot be compiled: {why}. The step runs uncompiled. {fix}"
+    warnings.warn(message, GraphBreakWarning, stacklevel=5)
 
 
 def _user_line(error: BaseException) -> str:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumen.core import _torch_compat, distributed, rules
+from lumen.core import _torch_compat, distributed
 from lumen.core.module import param_slots
 from lumen.core.primitives import ApplyCall, GradientCall, user_loss
 from lumen.core.rules import Next
-from lumen.errors import GraphBreakWarning
+from lumen.errors import GraphBreakWarning, LumenError
+from lumen.transforms._support.compiled_graph import as_compiling, summary_of
 from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache, select_modules
 
 CompileFn = Callable[[nn.Module, list[Tensor]], Callable[..., Any]]
@@ -94,19 +95,27 @@ class Blocks:
         try:
             with _no_saved_tensor_hooks():
                 graph = (function.graph(), call.signature, function.outputs)
+            self._compile_graph(graph, function, call.example())
         except self._graph_breaks() as error:
             self.warn(f"it needs the value of a tensor in Python ({type(error).__name__}). Use torch.where", block)
             return None
         except _UncompiledError as error:
             self.warn(str(error), block)
             return None
+        except (LumenError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of torch or the model: whatever a tracer or a compiler cannot do
+            self.warn(f"its compilation failed: {summary_of(error)}.", block)
+            return None
+        return self._by_graph[graph]
+
+    def _compile_graph(self, graph: Hashable, function: _BlockFunction, example: list[Tensor]) -> None:
         if graph not in self._by_graph:
             # A step's backward pass runs outside the autocast context of its loss.
             config: Any = _torch_compat.functorch_config
             with _no_saved_tensor_hooks(), config.patch(backward_pass_autocast="off"):
-                run = self._compile_fn(function, call.example())
+                run = self._compile_fn(function, example)
             self._by_graph[graph] = CompiledBlock(run, function.outputs)
-        return self._by_graph[graph]
 
     def warn(self, why: str, block: _BlockForward | None = None) -> None:
         """Warn once for each reason why blocks run uncompiled."""
@@ -238,7 +247,7 @@ class _BlockFunction(nn.Module):
         try:
             for (table, key), tensor in replacements:
                 table[key] = tensor
-            with rules.tracing:
+            with as_compiling():
                 returned = block.forward(*args, **kwargs)
             for (table, key), tensor in replacements:
                 if table[key] is not tensor:

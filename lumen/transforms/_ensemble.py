@@ -13,7 +13,7 @@ from lumen.core import rules
 from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
 from lumen.core.step import Step, StepFn, Transform, as_step
-from lumen.errors import PatternError, StateError
+from lumen.errors import ParamsError, PatternError, StateError
 from lumen.transforms._support.same_program import alike_states
 
 
@@ -26,6 +26,8 @@ class ensemble(Transform):
     list of plain states.
 
     Law: each lane equals a separate run, up to the order of floating sums. Dropout masks differ from a single run's.
+
+    Raises `ParamsError` if the model uses a `torch.autograd.Function` without `setup_context`, as Bloom does.
 
     >>> import lumen as lm, torch
     >>> members = lm.ensemble(3)
@@ -150,9 +152,23 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
                 f"this state does not have {n} lanes: each of its leaves needs a first dim of size {n}. Prepare the"
                 " state once, with the step: state = step.init(state)"
             )
-        return mapped(state, batch, torch.arange(n, device=leaves[0].device))
+        try:
+            return mapped(state, batch, torch.arange(n, device=leaves[0].device))
+        except RuntimeError as error:
+            if not _is_old_function(error):
+                raise
+            raise ParamsError(
+                "the model uses a torch.autograd.Function that vmap cannot map over lanes, because it has no"
+                " setup_context. Train each lane by itself, or write the function with torch's own operations or with"
+                " setup_context and generate_vmap_rule = True."
+            ) from error
 
     return run
+
+
+def _is_old_function(error: RuntimeError) -> bool:
+    """Whether vmap met an `autograd.Function` of a model or library whose forward takes `ctx`."""
+    return "override the setup_context staticmethod" in str(error)
 
 
 def _into_old_memory(step: StepFn) -> StepFn:

@@ -10,6 +10,7 @@ import lumen as lm
 from lumen.core import distributed
 from lumen.parallel.tensor import plans
 from tests.distributed.models import furthest, part, train
+from tests.tiers import pick
 
 pytest.importorskip("transformers")
 
@@ -116,6 +117,20 @@ def refused():
     except lm.LumenError as error:
         return str(error)
     return ""
+
+
+def families(names):
+    """What fsdp makes of each family beside a raw loop that adds up the gradients of both processes' rows."""
+    from tests.parity.hf_families import cell
+
+    return [cell(name, "fsdp") for name in names]
+
+
+def test_families_train_under_fsdp_as_in_a_raw_loop(world2):
+    from tests.parity.hf_families import FAMILIES
+
+    names = pick(["t5", "mixtral", "whisper", "resnet"], list(FAMILIES))
+    assert all(set(answers) == {"equal"} for answers in world2.run(families, names))
 
 
 def test_adapters_in_cut_layers_are_refused(world2):

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from torch import nn
 
 import lumen as lm
+from lumen.transforms._support.recorded_views import relax_views
 
 from .models import STEADY, Job, assert_same, jobs, train
 
 SCALE = 1.0
+aten = torch.ops.aten
 
 
 def traced(*inner: lm.Transform) -> Any:
@@ -289,3 +291,93 @@ def test_python_numbers_in_the_state_are_part_of_the_signature() -> None:
         state, _ = fast({"x": torch.tensor(5.0), "power": power}, torch.zeros(1))
         assert float(state["x"]) == 5.0 * power
         assert state["power"] == power
+
+
+class EmptyCache(nn.Module):
+    """Attention that joins its keys to an empty cache, as models of transformers do by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = (layer(x).view(3, 5, 2, 2).transpose(1, 2) for layer in (self.query, self.key))
+        key = torch.cat([torch.tensor([], dtype=x.dtype), key], dim=-2)
+        return torch.softmax(query @ key.transpose(2, 3), -1)
+
+
+def attention_step(state: Any, x: Any) -> tuple[Any, Any]:
+    loss, grads = lm.value_and_grad(lambda params, x: state.apply(params, x)[0].square().mean())(state.params, x)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def test_a_cat_with_an_empty_tensor_compiles() -> None:
+    """The compiler's own rule for it gives other strides than those that the recorder saw."""
+    x, net = torch.randn(3, 5, 4, dtype=torch.float64), EmptyCache().double()
+    fast = lm.compose(lm.compile(), lm.donate())(attention_step)
+    state = fast.init(lm.TrainState.create(net, lm.optim.sgd(0.1)))
+    assert_same(fast(state, x), attention_step(lm.TrainState.create(net, lm.optim.sgd(0.1)), x))
+
+
+def test_a_view_that_is_written_to_stays_a_view() -> None:
+    """Of a copy in its place the write would be lost."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y.view(6)[1:3].add_(1.0)
+        torch._foreach_mul_([y.view(3, 2)], 3.0)
+        return y.view(1, 6) + (x + 1).view(1, 6)
+
+    graph = make_fx(function)(torch.ones(2, 3))
+    relax_views(graph)
+    views = [n.target for n in graph.graph.nodes if n.target in (aten.view.default, aten.reshape.default)]
+    assert views == [*3 * [aten.view.default], aten.reshape.default]
+    assert_same(graph(torch.ones(2, 3)), function(torch.ones(2, 3)), exact=True)
+
+
+@pytest.mark.parametrize("blocks", [None, "1.*"])
+def test_a_model_that_asks_whether_it_is_compiled_hears_yes(blocks: Any) -> None:
+    """As under torch.compile; its answer decides which operations a library dares to use."""
+    heard: list[bool] = []
+
+    class Asks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heard.append(torch.compiler.is_compiling())
+            return super().forward(x)
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Asks(4, 4))).double()
+    state, x = lm.TrainState.create(net, lm.optim.sgd(0.1)), torch.ones(3, 4, dtype=torch.float64)
+    fast = lm.compile(backend="eager", blocks=blocks)(attention_step)
+    assert_same(fast(state, x), attention_step(state, x))
+    assert heard.pop() is False  # the step as it is
+    assert heard
+    assert all(heard)
+    assert not torch.compiler.is_compiling()
+
+
+@pytest.mark.parametrize("inner", [(), (lm.donate(),)])
+def test_whatever_else_cannot_be_traced_runs_uncompiled_with_one_warning(inner: tuple[lm.Transform, ...]) -> None:
+    job = Job()
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        new, metrics = job.step(state, batch)
+        metrics["aligned"] = float(metrics["loss"].compute().data_ptr() % 2)
+        return new, metrics
+
+    fast = traced(*inner)(step)
+    with pytest.warns(lm.GraphBreakWarning, match=r"cannot be compiled: .*, in step, led to RuntimeError: ") as caught:
+        state, _ = fast(fast.init(job.state()), job.batch())
+    assert len(caught) == 1
+    assert_same(fast.export(state), step(job.state(), job.batch())[0])
+    fast(state, job.batch())  # a second warning would be an error here
+
+
+def test_an_error_of_the_step_itself_is_raised_as_it_is() -> None:
+    job = Job()
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match="no such column"):
+        traced()(step)(job.state(), job.batch())

@@ -242,3 +242,31 @@ def test_a_mean_over_lanes_couples_them() -> None:
     mean = lm.tree.map(lambda *ps: torch.stack(ps).mean(0), *own)
     for lane in step_of_all.export(state):
         assert_same(lane.params, mean)
+
+
+class _OldGelu(torch.autograd.Function):
+    """A function in the form that vmap cannot map: its forward takes `ctx`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.cos()
+
+
+def test_a_function_that_cannot_be_mapped_is_refused_by_name() -> None:
+    def step(state: Any, batch: Any) -> Any:
+        def loss_fn(params: Any, batch: Any) -> Any:
+            return _OldGelu.apply(state.apply(params, batch)[0]).sum()  # type: ignore[no-untyped-call]
+
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    wrapped = lm.ensemble(2)(step)
+    state = wrapped.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
+    with pytest.raises(lm.errors.ParamsError, match="no setup_context"):
+        wrapped(state, torch.ones(3, 2))

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lumen as lm
 from lumen import random as lrandom
-from lumen.random._samplers import erfinv
+from lumen.random._draws import erfinv
 from lumen.random._threefry import threefry
 
 KEY = lrandom.key(1729)
@@ -175,13 +175,41 @@ def test_one_graph_serves_all_shapes():
 
 @pytest.mark.slow
 def test_inductor_gives_the_same_bits():
-    def draw(key):
-        return lrandom.split(key), lrandom.bits(key, (37,)), lrandom.normal(key, (37,))
+    """Of all samplers together, and of each lane: rounding included, which fused products and sums would change."""
 
-    keys, words, numbers = torch.compile(draw, fullgraph=True)(KEY)
-    assert torch.equal(keys, lrandom.split(KEY))
-    assert torch.equal(words, lrandom.bits(KEY, (37,)))
-    torch.testing.assert_close(numbers, lrandom.normal(KEY, (37,)), rtol=1e-6, atol=1e-6)
+    def draw(key):
+        keys = lrandom.split(key, 2)
+        return [[sample(key) for sample in SAMPLERS.values()], vmap(SAMPLERS["normal"])(keys)]
+
+    found = torch.compile(make_fx(draw)(KEY), fullgraph=True)(KEY)
+    for ours, expected in zip(lm.tree.leaves(found), lm.tree.leaves(draw(KEY)), strict=True):
+        assert torch.equal(ours, expected)
+
+
+ROUNDS = {torch.ops.aten.bitwise_xor.Tensor, torch.ops.aten.__lshift__.Scalar, torch.ops.aten.__ilshift__.Scalar}
+
+
+@sampler
+def test_a_recorded_draw_is_one_operation(draw):
+    """Inductor would take most of a minute to compile the 20 rounds of each hash."""
+
+    def lanes(keys):
+        return vmap(draw)(keys), grad(lambda x: (x * draw(keys[0])).sum())(torch.tensor(1.0))
+
+    for graph in (make_fx(draw)(KEY), make_fx(draw, tracing_mode="fake")(KEY), make_fx(lanes)(lrandom.split(KEY, 3))):
+        targets = [node.target for node in graph.graph.nodes]
+        assert any(str(target).startswith("lumen.") for target in targets)
+        assert not [node for node in targets if node in ROUNDS]
+
+
+@sampler
+def test_a_recorded_draw_is_that_of_eager_mode_in_each_lane(draw):
+    def lanes(keys):
+        return vmap(draw)(keys), vmap(draw, in_dims=1)(keys.T), vmap(vmap(draw))(keys[None])[0]
+
+    keys = lrandom.split(KEY, 5)
+    for found in make_fx(lanes)(lrandom.split(lrandom.key(5), 5))(keys):
+        assert torch.equal(found, torch.stack([draw(key) for key in keys]))
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,28 @@ from lumen.core.donation import check_unmoved, copy_into
 from lumen.core.pytree_dataclass import SIGNATURE, copy_of
 from lumen.core.step import StepFn
 from lumen.transforms._support.input_signature import StateSignature
+from lumen.transforms._support.recorded_views import relax_views
+
+
+@contextmanager
+def as_compiling() -> Iterator[None]:
+    """`with as_compiling():` while Python is traced: `torch.compiler.is_compiling()` answers yes, as it does to Dynamo.
+
+    Libraries ask it before they choose what a compiler cannot take, such as transformers' grouped products of experts.
+
+    >>> with as_compiling():
+    ...     torch.compiler.is_compiling()
+    True
+    >>> torch.compiler.is_compiling()
+    False
+    """
+    before = torch.compiler.is_compiling()
+    setattr(torch.compiler, _torch_compat.IS_COMPILING, True)
+    try:
+        with rules.tracing:
+            yield
+    finally:
+        setattr(torch.compiler, _torch_compat.IS_COMPILING, before)
 
 
 class CompiledGraph:
@@ -38,7 +61,7 @@ class CompiledGraph:
                 filled[i] = tensor
             old = filled[: len(state_leaves)]
             state = tree.unflatten(self._input_state_spec, old)
-            with rules.tracing:
+            with as_compiling():
                 result = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
             return self._plan_outputs(old, filled, result)
 
@@ -98,6 +121,7 @@ def _compile(
 ) -> Callable[[list[Tensor]], Any]:
     with torch.no_grad():
         graph = _torch_compat.record(flat, example)
+        relax_views(graph)
         if options is None:
             return lambda tensors: graph(*tensors)
         compiled = _torch_compat.inductor_compile(graph, cacheable(example), options=dict(options))
@@ -126,3 +150,13 @@ def cacheable(example: list[Tensor]) -> list[Any]:
 def _uses_cuda_graphs(options: Mapping[str, Any], example: list[Tensor]) -> bool:
     """Whether Inductor may record the graph as a CUDA graph."""
     return bool(options.get("triton.cudagraphs")) and any(tensor.is_cuda for tensor in example)
+
+
+def summary_of(error: BaseException) -> str:
+    """The kind of an error, and the first line of its message.
+
+    >>> summary_of(RuntimeError("no such kernel\\nat …"))
+    'RuntimeError: no such kernel'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip().rstrip('.:')}" if lines else type(error).__name__
