@@ -167,10 +167,10 @@ class _CompiledStep:
             except Exception as error:  # whatever a tracer or a compiler cannot do
                 failure = error
             if graph is None:
-                answer = self._uncompiled(state, batch)  # raises what is an error of the step itself
+                result = self._uncompiled(state, batch)  # raises what is an error of the step itself
                 self._broken = True
                 _warn_break(self._step, failure)
-                return answer
+                return result
             self._graphs[key] = graph
             self._warn_many(key)
         if not self._donates:
