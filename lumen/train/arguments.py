@@ -38,16 +38,23 @@ def check_runner(transforms: Any, sinks: Any, callbacks: Any, checkpoint: Any) -
         _refuse("checkpoint", checkpoint, 'an lm.Checkpointer: checkpoint=lm.Checkpointer("runs/a")')
 
 
-def check_fit(state: Any, validate: Any, resume: Any, fit: Callable[..., Any] | None = None, **others: Any) -> None:
-    """Raise `StepError` or `ArgumentError` for arguments of `Runner.fit` that are not what they must be."""
+def check_fit(
+    state: Any, validate: Any, resume: Any, fit: Callable[..., Any] | None = None, **others: Any
+) -> list[Validate]:
+    """The validations; raises `StepError` or `ArgumentError` for arguments of `Runner.fit` that are not right.
+
+    `others` are arguments of `fit` that have no message of their own.
+    """
     check_state(state)
-    for validation in [] if validate is None else [validate] if isinstance(validate, Validate) else _list(validate):
+    validations = [] if validate is None else [validate] if isinstance(validate, Validate) else _list(validate)
+    for validation in validations:
         if not isinstance(validation, Validate):
             _refuse("validate", validation, "an lm.Validate, or several: validate=lm.Validate(eval_step, val_loader)")
     if resume is None or isinstance(resume, bool):
         _refuse("resume", resume, '"never", "auto" or the path of a checkpoint: resume="auto"')
     if fit is not None:
         check(fit, resume=resume, **others)
+    return validations
 
 
 def check_state(state: Any) -> None:

@@ -137,8 +137,7 @@ class Runner:
         if not isinstance(until, Until):
             raise StepError(f"until={until!r} is not a limit; write until=lm.Steps(1000) or lm.Epochs(10).")
         check_limit(limit)
-        check_fit(state, validate, resume, Runner.fit, until=until, limit=limit)
-        validations = [validate] if isinstance(validate, Validate) else list(validate or ())
+        validations = check_fit(state, validate, resume, Runner.fit, until=until, limit=limit)
         settings = self._settings(plateau_monitors(state, names_of(validations)))
         Monitors(settings, names_of(validations)).check_before()
         state = self.step.init(state)  # a parallel transform joins the processes here
@@ -180,8 +179,7 @@ class Runner:
 
         Nothing is logged, no callback is called, and the run's own directory is not touched. `state` does not change.
         """
-        check_fit(state, validate, "never")
-        validations = [validate] if isinstance(validate, Validate) else list(validate or ())
+        validations = check_fit(state, validate, "never")
         brief = [dataclasses.replace(validate, limit=1, every=Every(steps=1)) for validate in validations]
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = Checkpointer(directory, every=Every(steps=1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumen.core.dtypes import NARROW
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.process_groups import GroupRef
-from lumen.parallel.fsdp.shard import ShardLayout
+from lumen.parallel.fsdp.shard import ShardLayout, copy_rows
 from lumen.parallel.lazy_param import empty_meta
 
 
@@ -134,22 +134,8 @@ class UnitPlan:
             if self._is_even[index]:
                 column.copy_(grads[index].reshape(size, -1))
             else:
-                _fill_uneven(column, grads[index])
+                copy_rows(column, grads[index])
         return flat.view(-1)
-
-
-def _fill_uneven(column: Tensor, grad: Tensor) -> None:
-    """Write `grad` into the rows of `column`, one for each rank, with zeros after its last entry."""
-    if not grad.dim():
-        column.copy_(grad)
-        return
-    flat, width = grad.reshape(-1), column.shape[1]
-    full_rows = flat.numel() // width if width else 0
-    column[:full_rows].copy_(flat[: full_rows * width].view(full_rows, width))
-    if full_rows < column.shape[0]:
-        remainder = flat[full_rows * width :]
-        column[full_rows:].zero_()
-        column[full_rows, : remainder.numel()].copy_(remainder)
 
 
 class UnitPlans:
