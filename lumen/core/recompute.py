@@ -154,7 +154,8 @@ def _only_call() -> Generator[None]:
 def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Generator[None]:
     """In place of the function that `checkpoint` runs before and after the first run of `function`."""
     if not _is_ours():
-        return _torch_generator(function, *args, **kwargs)
+        own: Generator[None] = _torch_generator(function, *args, **kwargs)
+        return own
     if _torch_compat.peek_interpreter_stack() is not None or not torch.is_grad_enabled():
         return _only_call()
     region = _Region(function)

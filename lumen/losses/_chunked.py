@@ -120,11 +120,12 @@ class _Scaled(torch.autograd.Function):
 
         def gradients(scale: Tensor, *own: Tensor) -> Any:
             def loss(*own: Tensor) -> Tensor:
-                return scale * dense_loss(*_filled(inputs, numbers, own), targets, ctx.settings)
+                hidden, weight, bias, weights = _filled(inputs, numbers, own)
+                return scale * dense_loss(hidden, weight, bias, weights, targets, ctx.settings)
 
             return torch.func.grad(loss, tuple(range(len(own))))(*own)
 
-        _, pull = torch.func.vjp(gradients, scale, *[inputs[i] for i in numbers])
+        pull = torch.func.vjp(gradients, scale, *[inputs[i] for i in numbers])[1]
         own_scale, *own = pull(tuple(cotangents[i] for i in numbers))
         return own_scale, *_filled([None] * 4, numbers, own), *[None] * 7
 
