@@ -193,17 +193,14 @@ def test_a_missing_wandb_says_how_to_install_it(monkeypatch):
 def test_a_directory_of_old_runs_is_not_the_library(tmp_path):
     (tmp_path / "wandb").mkdir()
     code = (
-        "import sys; sys.path = [sys.argv[1]] + [p for p in sys.path if 'site-packages' not in p]\n"
+        "import sys; from lumen.sinks.extras import require\n"
+        "sys.path = [sys.argv[1]] + [p for p in sys.path if 'site-packages' not in p]\n"
         "from importlib.util import find_spec; assert find_spec('wandb').origin is None\n"
-        "import importlib.util as u; s = u.spec_from_file_location('extras', sys.argv[2])\n"
-        "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
-        "try: m.require('wandb', 'WandB')\n"
+        "try: require('wandb', 'WandB')\n"
         "except ImportError as error: assert 'pip install' in str(error)\n"
         "else: raise SystemExit('no error')"
     )
-    import lumen.sinks.extras as extras
-
-    subprocess.run([sys.executable, "-S", "-c", code, str(tmp_path), extras.__file__], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
 def test_it_loads_on_first_use():
