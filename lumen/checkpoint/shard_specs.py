@@ -30,6 +30,11 @@ def strip_sharding(step: StepFn | None, state: Any) -> Any:
     for transform in as_step(step).transforms:
         if transform.shards and transform.name in getattr(state, "slots", ()):
             state = _export(step, transform, state) if transform.opaque_state else without_slot(state, transform.name)
+    return without_sharding_slots(state)
+
+
+def without_sharding_slots(state: Any) -> Any:
+    """`state` without the slots that say how it is sharded: the rank's own shards, as they are."""
     return map_train_states(_without_sharding, _without_sharding((), state))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumen import checkpoint, tree
 from lumen.checkpoint import json_tree, rng
+from lumen.checkpoint.shard_specs import without_sharding_slots
 from lumen.core import distributed
 from lumen.core.step import Step
 from lumen.errors import CheckpointError
@@ -100,7 +101,7 @@ class PreStepSnapshot:
         try:
             checkpoint.save(
                 path,
-                {"state": tree.unflatten(self.spec, self.leaves), "batch": tensors},
+                {"state": without_sharding_slots(tree.unflatten(self.spec, self.leaves)), "batch": tensors},
                 extra={"rng": self.generators},
                 meta=meta,
             )
