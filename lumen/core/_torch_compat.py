@@ -253,12 +253,17 @@ make_fx_mode: Callable[[], Any] = functools.partial(torch._C._get_dispatch_mode,
 
 
 def in_make_fx() -> bool:
-    """Whether `make_fx` records the operations of the caller, as it does under `lm.compile`.
+    """Whether `make_fx` records the operations of the caller, as it does under `lm.compile`."""
+    return make_fx_mode() is not None
 
-    >>> in_make_fx()
+
+def in_graph_capture() -> bool:
+    """Whether `torch.compile` or `make_fx` records the operations of the caller.
+
+    >>> in_graph_capture()
     False
     """
-    return make_fx_mode() is not None
+    return torch.compiler.is_compiling() or make_fx_mode() is not None
 
 
 clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_one_by_one)

@@ -24,6 +24,7 @@ OTHER_LIBRARIES = ("lumen/data/grain.py",)  # an attribute of Grain that is call
 OTHERS = {
     *(
         "_asdict",
+        "_is_protocol",
         "_fields_",
         "_dynamic_fields_",
         "_row_fields_",
