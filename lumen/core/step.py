@@ -351,7 +351,9 @@ class _Checked:
         spec = tree.structure(state)
         donated: set[int] = set()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        with rules.rule_context({Primitive.UPDATE: _noting_donated(donated)} if rules.intercepts_updates() else {}):
+        with rules.rule_context(
+            {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
+        ):
             out = self._user(state, batch)
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)
