@@ -214,7 +214,7 @@ class TestChain:
         assert optim.chain(optim.chain(optim.identity(), fused)).fused_fn is not None
 
     def test_takes_transforms(self):
-        with pytest.raises(TypeError, match=re.escape("not chain([a, b])")):
+        with pytest.raises(TypeError, match="transforms is a list with an object of type GradientTransformation"):
             optim.chain([optim.sgd(0.1), optim.sgd(0.1)])
 
 
