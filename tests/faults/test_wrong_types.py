@@ -109,7 +109,9 @@ RETURNED = "made by Lumen, and met as an answer"
 ANY = "takes any value or any tree"
 OWN = "has its own checks, tested where it is"
 UNCHECKED = {
-    **dict.fromkeys(("value_and_grad", "apply_gradients", "Mean", "Sum", "Max", "Min", "Last", "Metric"), HOT),
+    **dict.fromkeys(
+        ("value_and_grad", "apply_gradients", "Mean", "Sum", "Max", "Min", "Last", "Metric", "PerEpoch"), HOT
+    ),
     **dict.fromkeys(("all_gather", "axis_index", "pmax", "pmean", "pmin", "psum", "apply_updates"), HOT),
     **dict.fromkeys(("global_norm", "matrices", "learning_rate", "plateau_step", "with_learning_rate"), HOT),
     **dict.fromkeys(("Apply", "Pure", "Result", "Step", "Summary", "CallbackContext", "LRFinderResult"), RETURNED),
