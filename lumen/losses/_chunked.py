@@ -83,8 +83,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
-        *inputs, a, b, c, d = ctx.saved_tensors
-        grads = (a, b, c, d)
+        inputs, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         if torch.is_grad_enabled():  # the gradients may be differentiated in turn
             scaled = _Scaled.apply(scale, *inputs, *grads, ctx.settings, ctx.needs)  # type: ignore[no-untyped-call]
         else:
