@@ -162,8 +162,12 @@ def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[n
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(_entering(passes, unit))
             submodule.register_forward_hook(_leaving(passes, unit))
-        module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
-        module.register_forward_hook(lambda root, args, output: _current(passes).end(output))
+        module.register_forward_pre_hook(
+            lambda root, args: (passes[-1] if passes else _current(passes)).begin(param_slots(root))
+        )
+        module.register_forward_hook(
+            lambda root, args, output: (passes[-1] if passes else _current(passes)).end(output)
+        )
 
     return change
 

@@ -71,9 +71,11 @@ class ShardedStates:
         """
         if not isinstance(params, Mapping):
             return None
+        if len(self._plans) == 1:
+            return self._plans[0] if self._plans[0].shapes.keys() == params.keys() else None
         candidates = [plans for plans in self._plans if plans.shapes.keys() == params.keys()]
-        if len(self._plans) == 1 or not candidates:
-            return candidates[0] if candidates else None
+        if not candidates:
+            return None
         known = self._params.get(_shards_in(params))
         if known is not None and known.shapes.keys() == params.keys():
             return known  # type: ignore[no-any-return]

@@ -55,15 +55,6 @@ class UnshardContext:
         self._gathered: set[str] = set()
         self._repeated = False  # whether a param was gathered more than once
 
-    @property
-    def token(self) -> Tensor:
-        """The token of the all-gather before."""
-        return self.chain.token
-
-    @token.setter
-    def token(self, token: Tensor) -> None:
-        self.chain.token = token
-
     def launch(self, names: tuple[str, ...], shards: Sequence[Tensor]) -> UnshardedUnit:
         """Start the all-gather of the params `names`, of which this rank has `shards`."""
         return EagerUnit(self, names, shards)
@@ -111,7 +102,7 @@ class UnshardContext:
         self._repeated |= not self._gathered.isdisjoint(unit.names)
         self._gathered.update(unit.names)
         full: list[Tensor]
-        self.token, *full = _Gather.apply(unit, self.token, *shards)  # type: ignore[no-untyped-call]
+        self.chain.token, *full = _Gather.apply(unit, self.chain.token, *shards)  # type: ignore[no-untyped-call]
         return full
 
     def tie(self, output: Any, unit: UnshardedUnit) -> Any:
@@ -119,29 +110,31 @@ class UnshardContext:
         if not torch.is_grad_enabled():
             return output
         if type(output) is Tensor and output.requires_grad:
-            self.token, tied = _Tie.apply(unit, self.token, output)  # type: ignore[no-untyped-call]
+            self.chain.token, tied = _Tie.apply(unit, self.chain.token, output)  # type: ignore[no-untyped-call]
             return tied
         leaves, spec = _torch_compat.torch_pytree.tree_flatten(output)
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not live and not self.token.requires_grad:
+        if not live and not self.chain.token.requires_grad:
             return output
-        self.token, *outs = _Tie.apply(unit, self.token, *(leaves[i] for i in live))  # type: ignore[no-untyped-call]
+        self.chain.token, *outs = _Tie.apply(  # type: ignore[no-untyped-call]
+            unit, self.chain.token, *(leaves[i] for i in live)
+        )
         for i, leaf in zip(live, outs, strict=True):
             leaves[i] = leaf
         return _torch_compat.torch_pytree.tree_unflatten(leaves, spec)
 
     def finish(self, loss: Tensor) -> Tensor:
         """`loss` tied to the end of the chain, so that its gradient goes back through every all-gather."""
-        if not self.token.requires_grad:
+        if not self.chain.token.requires_grad:
             return loss
         tied: Tensor
-        _, tied = _Tie.apply(None, self.token, loss)  # type: ignore[no-untyped-call]
+        _, tied = _Tie.apply(None, self.chain.token, loss)  # type: ignore[no-untyped-call]
         return tied
 
     def close(self) -> None:
         """Drop the graph, which refers to this context: without this the cycle would last until the next gc."""
         self.is_open = False
-        self.token = torch.zeros(())
+        self.chain.token = torch.zeros(())
         self._direct.clear()
         for context in self._beside:
             context.close()
