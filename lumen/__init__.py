@@ -40,6 +40,7 @@ from lumen.train.signals import Interrupted
 from lumen.train.summary import Summary, summary
 from lumen.train.validate import Validate, evaluate
 from lumen.transforms._accumulate import accumulate
+from lumen.transforms._chunked_logits import chunked_logits
 from lumen.transforms._clip import clip
 from lumen.transforms._compile import compile  # noqa: A004
 from lumen.transforms._donate import donate
@@ -106,6 +107,7 @@ __all__ = [
     "bridges",
     "check_purity",
     "checkpoint",
+    "chunked_logits",
     "clip",
     "compile",
     "compose",

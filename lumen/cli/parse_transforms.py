@@ -13,6 +13,7 @@ from typing import Any
 from lumen.core.step import Transform
 from lumen.errors import LumenError, StepError
 from lumen.transforms._accumulate import accumulate
+from lumen.transforms._chunked_logits import chunked_logits
 from lumen.transforms._clip import clip
 from lumen.transforms._compile import compile as compiled
 from lumen.transforms._donate import donate
@@ -31,6 +32,7 @@ _TRANSFORMS: dict[str, type[Transform]] = {
     kind.__name__: kind
     for kind in (
         accumulate,
+        chunked_logits,
         clip,
         compiled,
         donate,

@@ -7,10 +7,28 @@ place. The backward pass scales them. Where derivatives of them are asked for, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class VocabularyShard(Protocol):
+    """The classes whose rows of the head's weight this rank has, of all classes, which ranks share."""
+
+    @property
+    def first(self) -> int:
+        """The first class of this rank."""
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of all ranks."""
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """The "sum" or the "max" over the ranks."""
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """The logits of all classes, `[rows, classes]`, of those of this rank; differentiable."""
 
 
 class Settings(NamedTuple):
@@ -21,6 +39,8 @@ class Settings(NamedTuple):
     z_loss: float
     soft_cap: float | None
     chunk: int
+    scale: float = 1.0  # of the logits
+    shard: VocabularyShard | None = None
 
 
 def total_loss(
@@ -32,13 +52,25 @@ def total_loss(
     return total
 
 
+def token_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings, dtype: torch.dtype
+) -> Tensor:
+    """The loss of each row of `hidden`, `[rows]`, of `dtype`, zero where it is ignored.
+
+    How much each counts is known in the backward pass only, which computes the logits again.
+    """
+    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, targets, settings, dtype)  # type: ignore[no-untyped-call]
+    return losses
+
+
 def dense_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, targets: Tensor, settings: Settings
 ) -> Tensor:
     """The same from all logits at once, by operations that may be differentiated any number of times."""
-    logits = _logits(hidden, weight, bias, weights.dtype)
-    if settings.soft_cap is not None:
-        logits = settings.soft_cap * torch.tanh(logits / settings.soft_cap)
+    logits = linear(hidden, weight, bias, weights.dtype)
+    if settings.shard is not None:
+        logits = settings.shard.gather(logits)
+    logits = capped(logits * settings.scale, settings.soft_cap)
     denominator = logits.logsumexp(1)
     picked = logits.gather(1, _classes(targets, settings)[:, None])[:, 0]
     losses = denominator - (1 - settings.label_smoothing) * picked - settings.label_smoothing * logits.mean(1)
@@ -46,13 +78,28 @@ def dense_loss(
     return torch.where(weights == 0, 0, losses * weights).sum()
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The outputs of a linear layer in `dtype`, from a product in the dtype of `hidden`."""
     logits = (hidden @ weight.to(hidden.dtype).t()).to(dtype)
     return logits if bias is None else logits + bias.to(dtype)
 
 
+def capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """Soft-capped logits."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
 def _classes(targets: Tensor, settings: Settings) -> Tensor:
     return torch.where(targets == settings.ignore_index, 0, targets).long()
+
+
+def _local(classes: Tensor, settings: Settings, rows: int) -> tuple[Tensor, Tensor | None]:
+    """The index of each class among this rank's, `[rows, 1]`, and which of them are there; None for all."""
+    if settings.shard is None:
+        return classes[:, None], None
+    index = classes - settings.shard.first
+    is_here = (index >= 0) & (index < rows)
+    return torch.where(is_here, index, 0)[:, None], is_here
 
 
 class _Total(torch.autograd.Function):
@@ -133,6 +180,46 @@ class _Scaled(torch.autograd.Function):
         return _lane_by_lane(_Scaled.apply, info, in_dims, inputs)
 
 
+class _TokenLosses(torch.autograd.Function):
+    """The losses of the rows; the gradient is that of their sum, each times its cotangent."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings, dtype: torch.dtype
+    ) -> Tensor:
+        counted = (targets != settings.ignore_index).to(dtype)
+        inputs = hidden, weight, bias, counted, targets, settings, [False, False, False, True]
+        losses: Tensor = _Total.apply(*inputs)[4]  # type: ignore[no-untyped-call]
+        return losses
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.settings, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:
+        *tensors, targets = ctx.saved_tensors
+        cotangents = torch.where(targets == ctx.settings.ignore_index, 0, cotangents)
+        needed = ctx.needs_input_grad[:3]
+
+        def total(*own: Tensor) -> Tensor:
+            hidden, weight, bias = _filled(tensors, numbers, own)
+            return total_loss(hidden, weight, bias, targets, cotangents, ctx.settings)
+
+        numbers = [i for i, is_needed in enumerate(needed) if is_needed]
+        grads = torch.func.grad(total, tuple(range(len(numbers))))(*[tensors[i] for i in numbers])
+        return *_filled([None] * 3, numbers, grads), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        def lane(*own: Any) -> tuple[Tensor]:
+            return (_TokenLosses.apply(*own),)  # type: ignore[no-untyped-call]
+
+        (losses,), (dim,) = _lane_by_lane(lane, info, in_dims, inputs)
+        return losses, dim
+
+
 def _needs(inputs: Sequence[Tensor | None]) -> list[bool]:
     return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
 
@@ -188,10 +275,12 @@ class _Sums:
         settings: Settings,
     ) -> None:
         """Add the losses and gradients of `rows`, which the tensors are those of."""
-        z = _logits(hidden, weight, bias, weights.dtype)
+        z = linear(hidden, weight, bias, weights.dtype)
+        if settings.scale != 1:
+            z.mul_(settings.scale)
         slope = _cap(z, settings.soft_cap, any(self._needs[:3]))
-        classes = _classes(targets, settings)[:, None]
-        losses, sizes, denominators = _softmax(z, classes, settings)
+        classes, is_here = _local(_classes(targets, settings), settings, z.shape[1])
+        losses, sizes, denominators = _softmax(z, classes, is_here, settings)
         is_counted = weights != 0
         losses = torch.where(is_counted, losses, 0)
         self._total += (losses * weights).sum()
@@ -199,11 +288,14 @@ class _Sums:
             self._losses[rows] = losses
         if any(self._needs[:3]):
             z.mul_((weights * (1 + 2 * settings.z_loss * denominators) / sizes)[:, None])
-            z.scatter_add_(1, classes, (weights * (settings.label_smoothing - 1))[:, None])
+            at_target = weights * (settings.label_smoothing - 1)
+            z.scatter_add_(1, classes, (at_target if is_here is None else at_target * is_here)[:, None])
             if settings.label_smoothing:
-                z.sub_((weights * (settings.label_smoothing / z.shape[1]))[:, None])
+                z.sub_((weights * (settings.label_smoothing / _count(z, settings)))[:, None])
             if slope is not None:
                 z.mul_(slope)
+            if settings.scale != 1:
+                z.mul_(settings.scale)
             z.masked_fill_(~is_counted[:, None], 0)
             self._add_gradients(rows, z, hidden, weight)
 
@@ -229,17 +321,30 @@ def _cap(z: Tensor, cap: float | None, needs_slope: bool) -> Tensor | None:
     return slope
 
 
-def _softmax(z: Tensor, classes: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def _count(z: Tensor, settings: Settings) -> int:
+    return z.shape[1] if settings.shard is None else settings.shard.classes
+
+
+def _softmax(z: Tensor, classes: Tensor, is_here: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The losses of the rows, and the sums and logarithms of their softmax's denominators.
 
     Leaves in `z` the softmax's numerators, relative to the largest.
     """
-    losses = z.gather(1, classes)[:, 0].mul_(settings.label_smoothing - 1)
-    if settings.label_smoothing:
-        losses -= settings.label_smoothing * z.mean(1)
+    picked = z.gather(1, classes)[:, 0]
+    if is_here is not None:
+        picked = torch.where(is_here, picked, 0)
+    means = z.sum(1) / _count(z, settings) if settings.label_smoothing else None
     top = z.amax(1, keepdim=True)
-    z.sub_(top).exp_()
-    sizes = z.sum(1)
+    if settings.shard is not None:
+        top = settings.shard.reduce(top, "max")
+    sizes = z.sub_(top).exp_().sum(1)
+    if settings.shard is not None:
+        terms = [picked, sizes] if means is None else [picked, sizes, means]
+        picked, sizes, *rest = settings.shard.reduce(torch.stack(terms), "sum")
+        means = rest[0] if rest else None
+    losses = picked * (settings.label_smoothing - 1)
+    if means is not None:
+        losses -= settings.label_smoothing * means
     denominators = sizes.log().add_(top[:, 0])
     losses += denominators
     if settings.z_loss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lumen.core.metrics import Mean
 from lumen.errors import LossError
-from lumen.losses._chunked import Settings, total_loss
+from lumen.losses._chunked import Settings, VocabularyShard, total_loss
 
 
 def linear_cross_entropy(
@@ -66,10 +67,35 @@ def linear_cross_entropy(
     """
     _check_tensors(hidden, weight, targets, bias)
     _check_numbers(label_smoothing, z_loss, soft_cap, chunk)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    options |= {"soft_cap": soft_cap, "chunk": chunk}
+    return mean_loss(hidden, weight, targets, weights, bias, options)
+
+
+def mean_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    options: Mapping[str, Any],
+    shard: VocabularyShard | None = None,
+) -> Mean:
+    """`linear_cross_entropy` of arguments that were checked; a weight that is a proxy says itself what it is."""
+    if torch.overrides.has_torch_function((weight, bias)):
+        arguments = hidden, weight, targets, weights, bias, options
+        result: Mean = torch.overrides.handle_torch_function(mean_loss, (weight, bias), *arguments)
+        return result
+    ignore_index, chunk = options["ignore_index"], options["chunk"]
     tokens, features = targets.numel(), hidden.shape[-1]
     counted = _counted(targets, weights, ignore_index, torch.promote_types(hidden.dtype, torch.float32))
     settings = Settings(
-        ignore_index, label_smoothing, z_loss, soft_cap, chunk or _default_chunk(tokens, features, len(weight))
+        ignore_index,
+        options["label_smoothing"],
+        options["z_loss"],
+        options["soft_cap"],
+        chunk or default_chunk(tokens, features, len(weight)),
+        shard=shard,
     )
     total = total_loss(hidden.reshape(tokens, features), weight, bias, targets.reshape(-1), counted, settings)
     return Mean(total, counted.sum())
@@ -89,7 +115,8 @@ def _counted(targets: Tensor, weights: Tensor | None, ignore_index: int, dtype: 
     return torch.where(is_counted, expanded.reshape(-1), 0)
 
 
-def _default_chunk(tokens: int, features: int, vocabulary: int) -> int:
+def default_chunk(tokens: int, features: int, vocabulary: int) -> int:
+    """As many tokens as make a chunk of logits about as large as the hidden states, at least 128."""
     size = max(128, tokens * features // max(vocabulary, 1))
     return 1 << (size - 1).bit_length()
 

@@ -1,48 +1,16 @@
-"""Proxies for tensors that are not here: shape and dtype are known, any other function is answered elsewhere."""
+"""Params of which this rank has a shard, gathered by the first function that takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lumen.core import _torch_compat, distributed
+from lumen.core import _torch_compat
+from lumen.core.tensor_proxy import TensorProxy
 from lumen.errors import ParamsError
-
-
-def empty_meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
-    with distributed.real_tensors():
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-
-class TensorProxy(Tensor):
-    """A tensor of which only the `form` is known; `answered` computes any other torch function of it."""
-
-    form: frozenset[Any] = frozenset({
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.ndim.__get__,  # type: ignore[attr-defined]
-        Tensor.size,
-        Tensor.dim,
-        Tensor.numel,
-    })  # fmt: skip
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in cls.form:
-            with _torch_compat.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return cls.answered(func, args, kwargs or {})
-
-    @classmethod
-    def answered(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a torch function of such tensors."""
-        raise NotImplementedError
 
 
 class GatherSource(Protocol):
@@ -78,6 +46,11 @@ class LazyParam(TensorProxy):
                 "torch.autograd.grad was given params of which a rank has a shard only. Differentiate params by"
                 " lm.value_and_grad(loss_fn)(params, batch), which gathers them, or use lm.fsdp(stage=2)."
             )
+        for lazy in args:
+            answer = getattr(lazy.source, "answer", None) if isinstance(lazy, LazyParam) else None
+            result = NotImplemented if answer is None else answer(func, args)
+            if result is not NotImplemented:
+                return result
         args, kwargs = _torch_compat.torch_pytree.tree_map(unsharded, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -20,6 +20,7 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.sharding import FLAT, LeafSpec, ShardingSlot, SpecTree
 from lumen.core.step import Transform
+from lumen.core.tensor_proxy import empty_meta
 from lumen.errors import StateError
 from lumen.parallel.comm.buckets import GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
@@ -27,7 +28,6 @@ from lumen.parallel.comm.process_groups import close_on_leave
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.deepspeed.config import Setup
 from lumen.parallel.deepspeed.engine import Engine, init_single_process_group
-from lumen.parallel.lazy_param import empty_meta
 
 _numbers = itertools.count(1)
 

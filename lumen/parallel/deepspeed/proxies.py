@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.tensor_proxy import TensorProxy, empty_meta
 from lumen.errors import LossError
-from lumen.parallel.lazy_param import LazyParam, TensorProxy, empty_meta
+from lumen.parallel.lazy_param import LazyParam
 
 _METADATA = {
     _torch_compat.tensor_version.__get__,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lumen.core.dtypes import NARROW
+from lumen.core.tensor_proxy import empty_meta
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.process_groups import GroupRef
 from lumen.parallel.fsdp.shard import ShardLayout, copy_rows
-from lumen.parallel.lazy_param import empty_meta
 
 
 class Message(NamedTuple):

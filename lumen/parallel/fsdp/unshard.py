@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.tensor_proxy import TensorProxy
+from lumen.errors import OrderError
 from lumen.parallel.fsdp import cpu_offload
 from lumen.parallel.fsdp.unit_plan import InFlight, UnitPlans
 
@@ -113,6 +115,12 @@ class UnshardContext:
             self.chain.token, tied = _Tie.apply(unit, self.chain.token, output)  # type: ignore[no-untyped-call]
             return tied
         leaves, spec = _torch_compat.torch_pytree.tree_flatten(output)
+        if any(isinstance(leaf, TensorProxy) for leaf in leaves):
+            raise OrderError(
+                f"a unit of lm.fsdp, which has the params {', '.join(unit.names)}, is the head whose logits"
+                " lm.chunked_logits computes after the unit has been freed. Name other modules for units:"
+                ' lm.fsdp(wrap=["*.blocks.*"])'
+            )
         live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not live and not self.chain.token.requires_grad:
             return output

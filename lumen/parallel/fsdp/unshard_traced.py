@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.tensor_proxy import empty_meta
 from lumen.parallel.fsdp.shard import AllGatherHandle, reduce_scatter
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
-from lumen.parallel.lazy_param import empty_meta
 
 
 class TracedUnshardContext(UnshardContext):

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lumen.core import _torch_compat
 from lumen.core.sharding import REPLICATED, LeafSpec
-from lumen.parallel.lazy_param import LazyParam, empty_meta
+from lumen.core.tensor_proxy import empty_meta
+from lumen.parallel.lazy_param import LazyParam
+from lumen.parallel.tensor import vocabulary
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.layout import is_transposed
 from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
@@ -75,6 +77,10 @@ class FullParamView:
             shard = shard.source.unshard(shard.key, shard.shard)
         return self.tp_group.gather(shard, self.layouts[name].dim, self.layouts[name].groups)
 
+    def answer(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """The result of a function that knows how to compute on shards; NotImplemented for all others."""
+        return vocabulary.answer(self.tp_group, self.layouts, func, args)
+
 
 def shard_modules(
     context: TPForwardContext, view: FullParamView, styles: Mapping[str, Style]
@@ -86,6 +92,8 @@ def shard_modules(
         for name, style in styles.items():
             child = module.get_submodule(name)
             forward = functools.partial(_forward(child, style), child, child.forward, context, style)
+            if isinstance(style, Colwise) and style.output == "replicate":
+                vars(forward)["full_input"] = functools.partial(_full_input, context, style)
             child.forward = forward
             if isinstance(style, Region):
                 for attribute in style.divided:
@@ -136,6 +144,12 @@ def _colwise(module: nn.Module, _own: Any, context: TPForwardContext, style: Col
         return y
     context.leave()
     return context.tp_group.gather(y, -1, style.groups)
+
+
+def _full_input(context: TPForwardContext, style: Colwise, x: Tensor) -> Tensor:
+    """The full input of a layer with full outputs, for `lm.chunked_logits`, which computes them later."""
+    context.leave()
+    return x if style.input == "replicate" else context.tp_group.collective("gather", x, SEQUENCE)
 
 
 def _rowwise(module: nn.Module, _own: Any, context: TPForwardContext, style: Rowwise, x: Tensor) -> Tensor:
