@@ -17,6 +17,7 @@ PARTS = (
     "loading",
     "checkpoint",
     "memory",
+    "vocabulary",
     "parallel",
     "parallel_memory",
     "ranks",

@@ -149,7 +149,9 @@ def test_no_rank_has_the_logits_of_all_classes(world2):
 
 
 def unit_of_its_own():
-    wrapped = lm.compose(lm.fsdp(mesh(shard=-1, device="cpu"), wrap=["blocks.*", "lm_head"]), lm.chunked_logits())(step_of("summed"))
+    wrapped = lm.compose(lm.fsdp(mesh(shard=-1, device="cpu"), wrap=["blocks.*", "lm_head"]), lm.chunked_logits())(
+        step_of("summed")
+    )
     wrapped(wrapped.init(lm.TrainState.create(Model(), lm.optim.adam(0.05))), torch.randint(VOCABULARY, (4, 5)))
 
 
