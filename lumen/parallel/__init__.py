@@ -5,12 +5,13 @@ from lumen.parallel.comm.consistency import check_equal
 from lumen.parallel.comm.logging import setup_logging
 from lumen.parallel.comm.mesh import Mesh, mesh
 from lumen.parallel.tensor import plans
-from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, SequenceParallel, Style
+from lumen.parallel.tensor.styles import Colwise, Region, ReplicatedParams, Rowwise, SequenceParallel, Style
 
 __all__ = [
     "Colwise",
     "Mesh",
     "Region",
+    "ReplicatedParams",
     "Rowwise",
     "SequenceParallel",
     "Style",

@@ -20,7 +20,7 @@ from lumen.parallel.lazy_param import LazyParam
 from lumen.parallel.tensor import vocabulary
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.layout import is_transposed
-from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, Rowwise, SequenceParallel, Style
+from lumen.parallel.tensor.styles import SEQUENCE, Colwise, Region, ReplicatedParams, Rowwise, SequenceParallel, Style
 
 
 class TPForwardContext:
@@ -131,6 +131,8 @@ def _narrow(module: nn.Module, style: Style, size: int) -> None:
 def _forward(module: nn.Module, style: Style) -> Callable[..., Any]:
     if isinstance(style, Region):
         return _region
+    if isinstance(style, ReplicatedParams):
+        return _replicated_params
     if isinstance(style, SequenceParallel):
         return _sequence_parallel
     if isinstance(module, nn.Embedding):
@@ -200,6 +202,20 @@ def _rows(module: nn.Embedding, _own: Any, context: TPForwardContext, style: Row
     return _summed(context, style, torch.where(is_here.unsqueeze(-1), vectors, 0.0))
 
 
+def _replicated_params(
+    module: nn.Module, own: Callable[..., Any], context: TPForwardContext, _style: Style, *args: Any, **kwargs: Any
+) -> Any:
+    """The module's own forward, whose params' gradients are summed over the ranks."""
+    before = dict(_torch_compat.own_params(module))
+    try:
+        for key, param in before.items():
+            if param is not None:
+                _torch_compat.own_params(module)[key] = context.tp_group.collective("copy", param)
+        return own(*args, **kwargs)
+    finally:
+        _torch_compat.own_params(module).update(before)
+
+
 def _sequence_parallel(
     module: nn.Module,
     own: Callable[..., Any],
@@ -210,14 +226,7 @@ def _sequence_parallel(
 ) -> Any:
     if style.input == "replicate":
         args, kwargs = _with_first(lambda x: context.tp_group.collective("slice", x, SEQUENCE), args, kwargs)
-    before = dict(_torch_compat.own_params(module))
-    try:
-        for key, param in before.items():
-            if param is not None:
-                _torch_compat.own_params(module)[key] = context.tp_group.collective("copy", param)
-        y = own(*args, **kwargs)
-    finally:
-        _torch_compat.own_params(module).update(before)
+    y = _replicated_params(module, own, context, style, *args, **kwargs)
     if style.output == "sequence":
         return y
     (y,), _ = _with_first(lambda x: context.tp_group.collective("gather", x, SEQUENCE), (y,), {})

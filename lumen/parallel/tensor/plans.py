@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lumen.parallel.tensor.huggingface_plan import huggingface
 from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, SequenceParallel, Style
+
+__all__ = ["gpt", "hf_gpt2", "hf_llama", "huggingface"]
 
 Layout = Literal["replicate", "sequence"]
 

@@ -84,6 +84,18 @@ class SequenceParallel(Style):
 
 
 @dataclass(frozen=True, repr=False)
+class ReplicatedParams(Style):
+    """A module inside a region with params of its own, such as a norm of each head's queries.
+
+    It computes on this rank's shard of heads or features. Its params are replicated, and their gradients summed over
+    the ranks.
+
+    >>> ReplicatedParams()
+    ReplicatedParams()
+    """
+
+
+@dataclass(frozen=True, repr=False)
 class Region(Style):
     """A module, such as attention, that reads sizes around its `Colwise` and `Rowwise` layers.
 
