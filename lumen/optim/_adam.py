@@ -246,14 +246,18 @@ class _Adam:
         )
         if cached is None or any(map(attrgetter("requires_grad"), state.hparams.values())):
             return plain_in_place(self.update, grads, state, params, skip)
-        noises = self.storage.noises(state.hparams, state.count, params)
+        noises = self.storage.noises(state.hparams, state.count, params) if self.storage.is_rounding else []
         if noises and _low_bit_kernels.is_skipped(skip):
             return state
         ps, *moments = cached.lists
         lists = [ps, _fused_kernels.aligned(params, grads), *moments]
         (beta1, beta2, eps, decay, _), lr, hparams = _fused_kernels.scalar_arguments(hyper, state)
         count = _fused_kernels.advance(state.count, skip)
-        for decays, (ps, gs, mus, nus, maxima) in _low_bit_kernels.batches(lists, self._decays(params), noises, skip):
+        decaying = self._decays(params)
+        batches = _fused_kernels.batches(lists, decaying)
+        if noises:
+            batches = _low_bit_kernels.batches(lists, decaying, noises, skip)
+        for decays, (ps, gs, mus, nus, maxima) in batches:
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)
             self.kernel(
                 ps,

@@ -109,9 +109,13 @@ class _Lion:
             return state
         (beta1, beta2, decay), lr, hparams = _fused_kernels.scalar_arguments(self.hyper, state)
         rate = lr.item()
-        noises = self.storage.noises(state.hparams, state.count, params)
-        lists[1] = _fused_kernels.contiguous(lists[1])
-        for decays, (ps, gs, mus) in _low_bit_kernels.batches(lists, self._decays(params), noises, None):
+        decaying = self._decays(params)
+        batches = _fused_kernels.batches(lists, decaying)
+        if self.storage.is_rounding:
+            lists[1] = _fused_kernels.contiguous(lists[1])
+            noises = self.storage.noises(state.hparams, state.count, params)
+            batches = _low_bit_kernels.batches(lists, decaying, noises, None)
+        for decays, (ps, gs, mus) in batches:
             directions = _torch_compat.foreach_lerp(mus, gs, 1 - beta1)
             _torch_compat.foreach_sign_(directions)
             if decays:

@@ -46,6 +46,7 @@ class Storage:
         self.dtype: torch.dtype | None = _DTYPES[state_dtype]
         self.is_low_bit = self.dtype in (torch.int8, torch.bfloat16)
         self.rounds_params = stochastic_rounding
+        self.is_rounding = self.is_low_bit or stochastic_rounding
         self.reason = ""
         if self.is_low_bit:
             self.reason = f"{rule}(state_dtype={state_dtype!r}) rounds each row by random bits for its place"
@@ -60,7 +61,7 @@ class Storage:
         """The hyperparameters, with the key of the rounding if there is one; checks the params' dtypes."""
         if self.rounds_params:
             _check_dtypes(params)
-        if not self.reason:
+        if not self.is_rounding:
             return hparams
         return {**hparams, KEY: random.key(0).to(device_of(params))}
 
@@ -79,7 +80,7 @@ class Storage:
 
     def noises(self, hparams: HParams, count: Tensor, params: Any) -> list[LeafNoise]:
         """The source of random bits for each leaf of `params` in the update after `count`; [] if none is needed."""
-        if not self.reason:
+        if not self.is_rounding:
             return []
         key = hparams[KEY]
         leaves = tree.leaves(params)

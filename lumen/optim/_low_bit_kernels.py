@@ -25,16 +25,10 @@ Lists = Sequence[list[Any]]
 
 
 def batches(lists: Lists, labels: Any, noises: Sequence[LeafNoise], skip: Tensor | None) -> Iterator[tuple[Any, Lists]]:
-    """`_fused_kernels.batches` for lists of which some leaves are rounded by the random bits of their `noises`, if any.
+    """`_fused_kernels.batches` for lists of which some leaves are rounded by the random bits of their `noises`.
 
     Where `skip` is true, nothing is written back.
     """
-    return _low_bit_batches(lists, labels, noises, skip) if noises else _fused_kernels.batches(lists, labels)
-
-
-def _low_bit_batches(
-    lists: Lists, labels: Any, noises: Sequence[LeafNoise], skip: Tensor | None
-) -> Iterator[tuple[Any, Lists]]:
     rounded = [_is_rounded(row, noise) for row, noise in zip(_rows(lists), noises, strict=True)]
     if not all(rounded):
         others = [i for i, is_low_bit in enumerate(rounded) if not is_low_bit]

@@ -78,16 +78,18 @@ def quantize(x: Tensor, noise: Tensor, signed: bool) -> Quantized:
 def _signed_codes(ratios: Tensor, share: Tensor) -> Tensor:
     exact = ratios.abs().mul_(_SIGNED**2)
     low = exact.sqrt().floor_()
-    codes = low + (exact - low * low > share * (low * 2 + 1))
+    above = exact.sub_(low * low).div_(low * 2 + 1)  # where between the two levels: in [0, 1), up to rounding
+    codes = (above + share).floor_() + low
     return torch.copysign(codes.clamp(max=_SIGNED), ratios).to(torch.int8)
 
 
 def _unsigned_codes(ratios: Tensor, share: Tensor) -> Tensor:
     low = ratios.sqrt().sqrt_().mul_(_UNSIGNED).floor_()
     level = _fourth_power(low)
-    codes = low + (ratios * float(_UNSIGNED**4) - level > share * (_fourth_power(low + 1) - level))
+    above = (ratios * float(_UNSIGNED**4)).sub_(level).div_(_fourth_power(low + 1).sub_(level))
+    codes = (above + share).floor_() + low
     # An entry that has never had a gradient stays zero.
-    return (codes.clamp(_LEAST, _UNSIGNED) * (ratios > 0)).to(torch.uint8)
+    return (codes.clamp(_LEAST, _UNSIGNED) * ratios.sign()).to(torch.uint8)
 
 
 def _fourth_power(x: Tensor) -> Tensor:

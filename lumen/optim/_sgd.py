@@ -140,14 +140,18 @@ class _SGD:
         low_bit = self.storage.is_low_bit
         if syncs or not _fused_kernels.usable(hyper, state.hparams, lists[0], lists[2], trial=_TRIAL, low_bit=low_bit):
             return plain_in_place(self.update, grads, state, params, skip)
-        noises = self.storage.noises(state.hparams, state.count, params)
+        noises = self.storage.noises(state.hparams, state.count, params) if self.storage.is_rounding else []
         if noises and _low_bit_kernels.is_skipped(skip):
             return state
         (momentum, dampening, decay), lr, hparams = _fused_kernels.scalar_arguments(hyper, state)
         is_first_step = self.dampened and int(state.count) == 0
         _fused_kernels.advance(state.count, skip)
         lists[1] = _fused_kernels.contiguous(lists[1])
-        for decays, (ps, gs, traces) in _low_bit_kernels.batches(lists, self._decays(params), noises, skip):
+        decaying = self._decays(params)
+        batches = _fused_kernels.batches(lists, decaying)
+        if noises:
+            batches = _low_bit_kernels.batches(lists, decaying, noises, skip)
+        for decays, (ps, gs, traces) in batches:
             kernel_lr, found_inf = _fused_kernels.scalars(ps[0], lr, skip)
             _torch_compat.fused_sgd_(
                 ps,
