@@ -359,8 +359,6 @@ def test_500_small_steps_reach_the_loss_of_float32() -> None:
     assert first - wanted > 0.3 * first
     for state_dtype in ("int8", "bf16"):
         assert abs(trained(optim.adamw(1e-4, state_dtype=state_dtype), torch.float32) - wanted) < 0.01 * wanted
-    rounded = optim.adamw(1e-4, stochastic_rounding=True)
-    assert trained(rounded, torch.bfloat16) - wanted < 0.02 * (first - wanted)
     both = optim.adamw(1e-4, state_dtype="int8", stochastic_rounding=True)
     assert trained(both, torch.bfloat16) - wanted < 0.02 * (first - wanted)
     assert trained(optim.adamw(1e-4), torch.bfloat16) - wanted > 0.5 * (first - wanted)
