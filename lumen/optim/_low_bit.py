@@ -188,8 +188,8 @@ def _starts(params: Any) -> list[int]:
 def _check_dtypes(params: Any) -> None:
     dtypes = {leaf.dtype for leaf in tree.leaves(params)}
     if torch.float16 in dtypes or torch.bfloat16 not in dtypes:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ParamsError(
-            f"stochastic_rounding=True rounds bfloat16 params, and these are {found}. Cast the model, net.bfloat16(),"
+            f"stochastic_rounding=True rounds bfloat16 params, and these are {names}. Cast the model, net.bfloat16(),"
             " or leave stochastic_rounding out."
         )

@@ -18,7 +18,7 @@ from lumen.optim import _fused_kernels
 from lumen.optim._low_bit import LeafNoise, is_rounded, loaded, stored
 from lumen.optim._quantized import Quantized
 
-_CHUNK_SIZE = {"cpu": 2**16}  # entries; elsewhere _ACCELERATOR_CHUNK
+_CHUNK_SIZE = {"cpu": 2**17}  # entries; elsewhere _ACCELERATOR_CHUNK
 _ACCELERATOR_CHUNK = 2**24
 
 Lists = Sequence[list[Any]]
