@@ -11,6 +11,7 @@ from benchmarks.rows import Row
 PARTS = (
     "overhead",
     "leaves",
+    "low_bit",
     "scaling",
     "runner",
     "sweep",

@@ -33,7 +33,8 @@ def param_leaves(state: Any, shapes: Shapes) -> dict[Path, str]:
     """The param that a leaf of `state` is laid out like, by the leaf's path.
 
     `shapes` has the shapes of the params that count. A leaf that belongs to a param and has another shape, such as a
-    row of Adafactor's moments, is not laid out like it.
+    row of Adafactor's moments, is not laid out like it; one that is declared to have the param's rows is, along the
+    first dim.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1, bias=False), lm.optim.adam(1e-3))
@@ -44,12 +45,28 @@ def param_leaves(state: Any, shapes: Shapes) -> dict[Path, str]:
     ('opt_state', 'nu', 'weight') weight
     """
     names = [name for entry, child in _children(state) for name in _names_in_field(state, entry, child, shapes)]
-    leaves = zip(key_paths(state), tree.leaves(state), names, strict=True)
+    leaves = zip(key_paths(state), tree.leaves(state), names, _has_rows(state), strict=True)
     return {
         path: name
-        for path, leaf, name in leaves
-        if name is not None and name in shapes and isinstance(leaf, Tensor) and tuple(leaf.shape) == tuple(shapes[name])
+        for path, leaf, name, has_rows in leaves
+        if name is not None and name in shapes and isinstance(leaf, Tensor) and _is_like(leaf, shapes[name], has_rows)
     }
+
+
+def _is_like(leaf: Tensor, shape: Sequence[int], has_rows: bool) -> bool:
+    dims = 1 if has_rows else None
+    return tuple(leaf.shape)[:dims] == tuple(shape)[:dims]
+
+
+def _has_rows(node: Any) -> list[bool]:
+    """Whether each leaf is in a field that is declared to have the rows of a param."""
+    if _is_leaf(node):
+        return [False]
+    declared: frozenset[str] = getattr(type(node), "_param_row_fields_", frozenset())
+    flags: list[bool] = []
+    for entry, child in _children(node):
+        flags += [True] * len(tree.leaves(child)) if entry in declared else _has_rows(child)
+    return flags
 
 
 def _names_in_field(state: Any, field: str, value: Any, names: Collection[str]) -> list[str | None]:

@@ -19,7 +19,7 @@ from lumen.core.brief_repr import brief_fields
 from lumen.errors import StateError
 
 C = TypeVar("C", bound=type)
-_STATIC, _ROWS, _PARAMS = "lumen_static", "lumen_rows", "lumen_params"
+_STATIC, _ROWS, _PARAMS, _PARAM_ROWS = "lumen_static", "lumen_rows", "lumen_params", "lumen_param_rows"
 SIGNATURE = "_signature"  # what `lm.compile` notes on a state that it made; it does not outlive a change
 
 
@@ -89,8 +89,25 @@ def param_field(**kwargs: Any) -> Any:
     return dataclasses.field(metadata=metadata, **kwargs)
 
 
+def row_of_param_field(**kwargs: Any) -> Any:
+    """A field with one row for each row of the param that its node belongs to, such as the scales of quantized rows.
+
+    For nodes in an optimizer's state. Transforms that shard the rows of params shard the field's rows alike.
+
+    >>> import lumen as lm, torch
+    >>> @lm.dataclass
+    ... class Scaled:
+    ...     codes: torch.Tensor
+    ...     scales: torch.Tensor = row_of_param_field()
+    """
+    metadata = {**kwargs.pop("metadata", {}), _PARAM_ROWS: True}
+    return dataclasses.field(metadata=metadata, **kwargs)
+
+
 @dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(static, row_field, param_field, dataclasses.field)
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(static, row_field, param_field, row_of_param_field, dataclasses.field),
 )
 def dataclass(cls: C) -> C:
     """Make `cls` a frozen dataclass whose fields are the children of a pytree node.
@@ -121,6 +138,7 @@ def dataclass(cls: C) -> C:
     new._dynamic_fields_ = dynamic
     new._row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_ROWS))
     new._param_fields_ = frozenset(f.name for f in fields if f.metadata.get(_PARAMS))
+    new._param_row_fields_ = frozenset(f.name for f in fields if f.metadata.get(_PARAM_ROWS))
     new.replace = _replace
     new.__setattr__ = _refuse_assignment
     new.__new__ = _new

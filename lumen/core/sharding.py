@@ -148,10 +148,12 @@ class ShardingSlot:
 def locate_all(state: Any, specs: Mapping[Path, SpecTree]) -> list[tuple[int, tuple[int, ...]]]:
     """The sharded leaves of a state by the specs of the training states in it, each at its path.
 
-    They are given by their indices among `tree.leaves`, with the shape of the full leaf.
+    They are given by their indices among `tree.leaves`, with the shape of the full leaf: the param's rows, and the
+    leaf's own other dims, which are not sharded.
     """
-    shapes = {(*path, *leaf): s.params[name].shape for path, s in specs.items() for leaf, name in s.leaves.items()}
-    return [(index, shapes[path]) for index, path in enumerate(key_paths(state)) if path in shapes]
+    rows = {(*path, *leaf): s.params[name].shape[:1] for path, s in specs.items() for leaf, name in s.leaves.items()}
+    leaves = zip(key_paths(state), tree.leaves(state), strict=True)
+    return [(index, (*rows[path], *leaf.shape[1:])) for index, (path, leaf) in enumerate(leaves) if path in rows]
 
 
 def extend_specs(state: Any, slot: str) -> Any:
@@ -189,6 +191,9 @@ class ParamGatherer(Protocol):
 
     def shape(self, name: str) -> torch.Size:
         """The full shape of the param `name`."""
+
+    def first_row(self, name: str) -> int:
+        """The row of the full param `name` with which this rank's shard begins."""
 
     def gather(self, shards: Sequence[Tensor], shape: torch.Size) -> Sequence[Tensor]:
         """Full tensors of this shape from their shards; new tensors."""

@@ -14,7 +14,7 @@ from lumen import tree
 from lumen.core import rules
 from lumen.core._torch_compat import clone_all
 from lumen.core.dtypes import NARROW, wide_dtype
-from lumen.errors import ParamsError, UpdateInterceptedError
+from lumen.errors import HyperparameterError, ParamsError, UpdateInterceptedError
 from lumen.optim import _vmap_fused
 from lumen.optim._fused_kernels import alike, allowed, columns, eager
 from lumen.optim._hyperparams import check_scalar as check_scalar
@@ -42,6 +42,10 @@ class GradientTransformation:
     empty for elementwise rules, which run on shards unchanged. A rule that `can_gather` all-gathers what it needs, with
     `lumen.optim._full_tensors`; `lm.fsdp` rejects other rules that need full tensors.
 
+    `needs_rows` says in words why a rule needs full rows of each tensor, and where they lie in it, as those that round
+    by the place of a row; `lm.tensor_parallel` and `lm.deepspeed` reject them. A rule that `rounds_params` gives
+    updates that must be added as they are, so it is the last of a chain.
+
     `unused_fn(params) -> [bool, ...]`, if set, says for each leaf whether its gradient has no effect: `lm.clip`
     leaves those out of the norm.
 
@@ -61,6 +65,8 @@ class GradientTransformation:
     scale_fn: Callable[[State], Tensor] | None = None
     needs_full_tensors: str = ""
     can_gather: bool = False
+    needs_rows: str = ""
+    rounds_params: bool = False
     unused_fn: Callable[[Params], Sequence[bool]] | None = None
 
     def init(self, params: Params) -> State:
@@ -126,17 +132,30 @@ class GradientTransformation:
 
 
 def needs(*transforms: GradientTransformation) -> dict[str, Any]:
-    """Fields of a transform that wraps these: `needs_full_tensors`, `can_gather` and `unused_fn`."""
+    """Fields of a transform that wraps these: what they need of the tensors, whether they round, and `unused_fn`."""
     candidates = sorted((t for t in transforms if t.needs_full_tensors), key=lambda t: t.can_gather)
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {
+        "needs_rows": next((t.needs_rows for t in transforms if t.needs_rows), ""),
+        "rounds_params": any(t.rounds_params for t in transforms),
+    }
     if candidates:
-        fields = {"needs_full_tensors": candidates[0].needs_full_tensors, "can_gather": candidates[0].can_gather}
+        fields |= {"needs_full_tensors": candidates[0].needs_full_tensors, "can_gather": candidates[0].can_gather}
     unused_fns = [t.unused_fn for t in transforms if t.unused_fn is not None]
     if unused_fns:
         fields["unused_fn"] = lambda params: [
             any(flags) for flags in zip(*(fn(params) for fn in unused_fns), strict=True)
         ]
     return fields
+
+
+def check_rounds_nothing(wrapper: str, *transforms: GradientTransformation) -> None:
+    """Raise `HyperparameterError` if one of these rounds params: `wrapper` changes their updates afterwards."""
+    if any(t.rounds_params for t in transforms):
+        raise HyperparameterError(
+            f"{wrapper} changes the updates of an optimizer with stochastic_rounding=True after they were rounded, so"
+            " that params would be rounded to nearest. Put that optimizer last, chain(…, adamw(lr,"
+            " stochastic_rounding=True)), or leave stochastic_rounding out."
+        )
 
 
 def plain_in_place(update_fn: Update, grads: Any, state: State, params: Params, skip: Tensor | None) -> State:

@@ -15,7 +15,7 @@ from lumen import tree
 from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import PatternError
-from lumen.optim._base import GradientTransformation, clone, needs, plain_in_place
+from lumen.optim._base import GradientTransformation, check_rounds_nothing, clone, needs, plain_in_place
 from lumen.optim._fused_kernels import columns
 from lumen.optim._hyperparams import children, learning_rate
 from lumen.optim._numerics import is_narrow
@@ -39,6 +39,7 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     for transform in transforms:
         if not isinstance(transform, GradientTransformation):
             raise TypeError(f"chain takes transforms, got {transform!r}: write chain(a, b), not chain([a, b]).")
+    check_rounds_nothing("chain", *transforms[:-1])
     main = len(transforms) - 1
     while main > 0 and transforms[main].scale_fn is not None:
         main -= 1

@@ -28,6 +28,7 @@ from lumen.core.dtypes import NARROW, wide_dtype
 from lumen.errors import ParamsError
 from lumen.optim._hyperparams import HParams, Hyper
 from lumen.optim._numerics import absent
+from lumen.optim._quantized import Quantized
 
 _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 _CHUNK_SIZE = 2**22  # entries that are widened together
@@ -97,9 +98,17 @@ def alike(params: Any, grads: Any) -> bool:
 
 
 def usable(
-    hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor], trial: Trial | None = None
+    hyper: Hyper,
+    hparams: HParams,
+    params: list[Tensor],
+    *moments: list[Any],
+    trial: Trial | None = None,
+    low_bit: bool = False,
 ) -> bool:
-    """Whether a kernel may run on these lists; if not, the caller uses its plain lowering."""
+    """Whether a kernel may run on these lists; if not, the caller uses its plain lowering.
+
+    With `low_bit` the caller reads moments of fewer bits into float32 for it.
+    """
     if not params:
         return False
     first = params[0]
@@ -111,19 +120,22 @@ def usable(
         return False
     dtypes, sizes = [*map(_dtype, params)], [*map(Tensor.numel, params)]
     for column in moments:
+        if Quantized in {*map(type, column)}:
+            column = [leaf.codes if isinstance(leaf, Quantized) else leaf for leaf in column]
         if column and not (
             all(map(Tensor.is_contiguous, column))
-            and ((kinds := [*map(_dtype, column)]) == dtypes or _compute_in_float32(dtypes, kinds))
+            and ((kinds := [*map(_dtype, column)]) == dtypes or _compute_in_float32(dtypes, kinds, low_bit))
             and [*map(Tensor.numel, column)] == sizes
         ):
             return False
     return trial is None or trial.passed({*dtypes}, first.device)
 
 
-def _compute_in_float32(params: list[torch.dtype], moments: list[torch.dtype]) -> bool:
+def _compute_in_float32(params: list[torch.dtype], moments: list[torch.dtype], low_bit: bool) -> bool:
     """Whether each moment has its param's dtype, or both are computed with in float32."""
     pairs = zip(params, moments, strict=True)
-    return all(p == m or (p in NARROW and wide_dtype(m) == torch.float32) for p, m in pairs)
+    copied = (*NARROW, torch.float32) if low_bit else NARROW
+    return all(p == m or (p in copied and wide_dtype(m) == torch.float32) for p, m in pairs)
 
 
 class Trial:
@@ -176,12 +188,14 @@ def _works(rule: Any, dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def foreach_usable(hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Tensor]) -> bool:
+def foreach_usable(
+    hyper: Hyper, hparams: HParams, params: list[Tensor], *moments: list[Any], low_bit: bool = False
+) -> bool:
     """Whether an in-place foreach lowering may run and is worthwhile: on the CPU.
 
     Its scalars are Python numbers, and reading them would synchronize with an accelerator.
     """
-    return usable(hyper, hparams, params, *moments) and params[0].is_cpu
+    return usable(hyper, hparams, params, *moments, low_bit=low_bit) and params[0].is_cpu
 
 
 class FusedArgsCache:
@@ -199,13 +213,15 @@ class FusedArgsCache:
         self._flat = [*chain.from_iterable(lists)]
 
     @classmethod
-    def of(cls, trial: Trial, hyper: Hyper, state: Any, params: Any, *moments: Any) -> FusedArgsCache | None:
+    def of(
+        cls, trial: Trial, hyper: Hyper, state: Any, params: Any, *moments: Any, low_bit: bool = False
+    ) -> FusedArgsCache | None:
         """The cache of `state` if it is still valid, or a new one; None if no kernel may run."""
         cached: FusedArgsCache | None = state.__dict__.get(cls._KEY)
         if cached is not None and cached._matches(params, *moments):
             return cached
         lists = columns(params, *moments)
-        if not usable(hyper, state.hparams, *lists, trial=trial):
+        if not usable(hyper, state.hparams, *lists, trial=trial, low_bit=low_bit):
             return None
         cache = state.__dict__[cls._KEY] = cls(lists)
         return cache

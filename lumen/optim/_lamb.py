@@ -13,6 +13,7 @@ from lumen.optim._base import GradientTransformation
 from lumen.optim._combine import chain
 from lumen.optim._full_tensors import map_full_tensors
 from lumen.optim._hyperparams import ScalarOrSchedule
+from lumen.optim._low_bit import StateDtype
 from lumen.optim._numerics import Scalar, widened
 from lumen.optim._param_names import Selector
 from lumen.optim._scaling import add_decayed_weights, scale_by_learning_rate
@@ -50,6 +51,7 @@ def lamb(
     *,
     decay_mask: Selector | None = None,
     eps_root: Scalar = 0.0,
+    state_dtype: StateDtype = None,
 ) -> GradientTransformation:
     """LAMB (You et al., 2020, "Large Batch Optimization for Deep Learning"), as in optax.
 
@@ -62,6 +64,7 @@ def lamb(
         weight_decay: the decay, added to the direction before its norm is computed.
         decay_mask: which leaves decay, as in `adamw`.
         eps_root: added under the root.
+        state_dtype: how the moments are stored, as in `adamw`.
 
     Raises:
         HyperparameterError: a value outside its range.
@@ -74,7 +77,7 @@ def lamb(
     tensor([2.6464, 3.6464])
     """
     return chain(
-        scale_by_adam(betas, eps, eps_root=eps_root),
+        scale_by_adam(betas, eps, eps_root=eps_root, state_dtype=state_dtype),
         add_decayed_weights(weight_decay, decay_mask),
         scale_by_trust_ratio(),
         scale_by_learning_rate(lr),

@@ -12,7 +12,7 @@ from lumen.core.arguments import checked
 from lumen.core.dtypes import wide_dtype
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import StateError
-from lumen.optim._base import GradientTransformation, needs, plain_in_place, wide_clone
+from lumen.optim._base import GradientTransformation, check_rounds_nothing, needs, plain_in_place, wide_clone
 from lumen.optim._hyperparams import HParams, Hyper, check_count
 from lumen.optim._numerics import Coefficients, Scalar, is_narrow, widen, zip_map
 
@@ -52,6 +52,7 @@ def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar 
     tensor([-1.])
     """
     check_count("period", period, low=1)
+    check_rounds_nothing("lookahead", inner)
     hyper = Hyper(None, at_most_one=("slow_step",), slow_step=slow_step)
 
     def init(params: Any) -> LookaheadState:

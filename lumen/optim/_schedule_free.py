@@ -11,7 +11,7 @@ from lumen import tree
 from lumen.core.arguments import checked
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, StateError
-from lumen.optim._base import GradientTransformation, needs, wide_clone
+from lumen.optim._base import GradientTransformation, check_rounds_nothing, needs, wide_clone
 from lumen.optim._hyperparams import HParams, Hyper, learning_rate
 from lumen.optim._numerics import Coefficients, Scalar, is_narrow, scalar_dtype, widen, zip_map
 
@@ -61,6 +61,7 @@ def schedule_free(
     >>> params["w"], lm.optim.schedule_free_eval_params(opt_state, params)["w"]
     (tensor([0.1250]), tensor([0.2500]))
     """
+    check_rounds_nothing("schedule_free", inner)
     hyper = Hyper(None, below_one=("beta",), beta=beta, weight_power=weight_power)
     if hyper.is_zero("beta"):
         raise HyperparameterError(

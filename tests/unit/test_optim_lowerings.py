@@ -31,7 +31,7 @@ def make(lr=0.01):
         "adamw schedule": optim.adamw(rates),
         "adamw tensors": optim.adamw(lr, (tensor + 0.8, tensor + 0.8), tensor / 10, tensor),
         "adamw eps_root": optim.adamw(lr, eps_root=1e-4),
-        "adamw wide moments": optim.adamw(lr, moment_dtype=torch.float64),
+        "adamw wide moments": optim.adamw(lr, state_dtype=torch.float64),
         "adam": optim.adam(lr, weight_decay=0.1),
         "sgd": optim.sgd(lr),
         "sgd dampening": optim.sgd(lr, 0.9, dampening=0.3, weight_decay=0.1, decay_mask=optim.matrices),
@@ -406,7 +406,7 @@ def test_moments_in_another_dtype():
     params = {key: p.bfloat16() for key, p in tensors(0).items()}
     grads = {key: g.bfloat16() for key, g in tensors(1).items()}
     for dtype in (torch.bfloat16, torch.float64):
-        tx = optim.adamw(0.01, moment_dtype=dtype)
+        tx = optim.adamw(0.01, state_dtype=dtype)
         for lowering in (tx, plain(tx)):
             new, opt_state = lowering.apply(grads, lowering.init(params), params)
             assert {leaf.dtype for leaf in lm.tree.leaves((opt_state.mu, opt_state.nu))} == {dtype}

@@ -301,6 +301,10 @@ class ShardedParamGatherer:
         """The shape of the full param."""
         return self.shapes[name]
 
+    def first_row(self, name: str) -> int:
+        """The first row of this rank's shard of the param `name`."""
+        return self._layout.rows(self.shapes[name])[0] if self.shapes[name] else 0
+
     def gather(self, shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Full tensors of this shape."""
         return gather(self._layout, shards, [shape] * len(shards))
