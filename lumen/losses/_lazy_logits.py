@@ -41,7 +41,7 @@ class Head(NamedTuple):
         """The number of classes."""
         return len(self.weight) if self.shard is None else self.shard.classes
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         """All logits, `[..., vocabulary]`."""
         flat = self.hidden.reshape(-1, self.hidden.shape[-1])
         logits = linear(flat, self.weight, self.bias, torch.promote_types(self.hidden.dtype, dtype))
@@ -79,7 +79,7 @@ class LazyLogits(TensorProxy):
     form = TensorProxy.form | {Tensor.is_floating_point, Tensor.is_complex}
     head: Head
     transposed: bool
-    _whole: Tensor | None
+    _dense: Tensor | None
     _has_views: bool
     _grad_mode: bool
 
@@ -90,7 +90,7 @@ class LazyLogits(TensorProxy):
         if transposed:
             shape[-2:] = shape[:-3:-1]
         lazy: LazyLogits = _torch_compat.make_subclass(cls, empty_meta(shape, dtype), False)
-        lazy.head, lazy.transposed, lazy._whole, lazy._has_views = head, transposed, None, False
+        lazy.head, lazy.transposed, lazy._dense, lazy._has_views = head, transposed, None, False
         lazy._grad_mode = torch.is_grad_enabled()
         return lazy
 
@@ -101,7 +101,7 @@ class LazyLogits(TensorProxy):
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
         first = args[0] if args else None
-        if isinstance(first, LazyLogits) and first._whole is None and name in _HANDLERS:
+        if isinstance(first, LazyLogits) and first._dense is None and name in _HANDLERS:
             result = _HANDLERS[name](first, *args[1:], **kwargs)
             if result is not NotImplemented:
                 first._has_views |= isinstance(result, LazyLogits) and result is not first
@@ -123,7 +123,7 @@ def _computed(value: Any, name: str, writes: bool) -> Any:
             f"torch's {name} would change logits of which lm.chunked_logits has recorded a slice or a cast before."
             f" Write the function that returns a new tensor, {name.strip('_')}, or leave lm.chunked_logits out."
         )
-    if value._whole is None:
+    if value._dense is None:
         warnings.warn(
             f"lm.chunked_logits computed all logits at once, {list(value.shape)}, because torch's {name} needs them."
             " Their memory is saved where only cross_entropy and argmax read them.",
@@ -131,9 +131,9 @@ def _computed(value: Any, name: str, writes: bool) -> Any:
             stacklevel=4,
         )
         with torch.set_grad_enabled(value._grad_mode):
-            whole = value.head.whole(value.dtype)
-            value._whole = whole.transpose(-1, -2) if value.transposed else whole
-    return value._whole
+            logits = value.head.dense(value.dtype)
+            value._dense = logits.transpose(-1, -2) if value.transposed else logits
+    return value._dense
 
 
 # ---------------------------------------------------------------------------------------------------- recorded
@@ -142,8 +142,7 @@ def _computed(value: Any, name: str, writes: bool) -> Any:
 def _cast(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """A wider dtype, on the same device."""
     dtype = lazy.dtype
-    for each in (*args, *kwargs.items()):
-        key, value = each if isinstance(each, tuple) else ("", each)
+    for key, value in (*(("", value) for value in args), *kwargs.items()):
         if isinstance(value, torch.dtype):
             dtype = value
         elif key not in {"non_blocking", "copy"} and not isinstance(value, bool) and _device(value) != _device_of(lazy):
@@ -222,10 +221,10 @@ def _swapped(lazy: LazyLogits, *dims: Any) -> Any:
     wanted = dims[0] if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
     if not all(isinstance(dim, int) for dim in wanted):
         return NotImplemented
-    places = tuple(dim % lazy.dim() for dim in wanted)
+    order = tuple(dim % lazy.dim() for dim in wanted)
     last = lazy.dim() - 1
     swap = (last - 1, last)
-    if lazy.dim() < 3 or (sorted(places) != [*swap] and places != (*range(last - 1), last, last - 1)):
+    if lazy.dim() < 3 or (sorted(order) != [*swap] and order != (*range(last - 1), last, last - 1)):
         return NotImplemented
     return LazyLogits.of(lazy.head, lazy.dtype, not lazy.transposed)
 
@@ -293,8 +292,8 @@ def _argmax(lazy: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
         return NotImplemented
     with torch.no_grad():
         chunks = flat.split(head.settings().chunk)
-        found = torch.cat([head._replace(hidden=rows).whole(lazy.dtype).argmax(-1) for rows in chunks])
-    return found.view(*hidden.shape[:-1], *([1] if keepdim else []))
+        best = torch.cat([head._replace(hidden=rows).dense(lazy.dtype).argmax(-1) for rows in chunks])
+    return best.view(*hidden.shape[:-1], *([1] if keepdim else []))
 
 
 _HANDLERS: dict[str, Callable[..., Any]] = {

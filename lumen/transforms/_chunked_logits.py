@@ -68,10 +68,10 @@ class chunked_logits(Transform):
         if self.pattern is not None:
             return select_modules(module, self.pattern, f"chunked_logits({self.pattern!r})")
         find: Callable[[], nn.Module | None] = getattr(module, "get_output_embeddings", lambda: None)
-        found = find() or next((m for name, m in module.named_modules() if name in _NAMES), None)
-        if found is None:
+        head = find() or next((m for name, m in module.named_modules() if name in _NAMES), None)
+        if head is None:
             return select_modules(module, lambda _name, _module: False, "chunked_logits()")
-        return [found]
+        return [head]
 
 
 _NAMES = ("lm_head", "head")

@@ -60,11 +60,11 @@ def huggingface(model: nn.Module, *, vocabulary: bool = True) -> dict[str, Style
     plan: dict[str, Style] = {}
     unknown: list[str] = []
     for pattern, style in published.items():
-        found, params = _named(model, pattern)
+        modules, params = _named(model, pattern)
         if style in _REPLICATED:
             continue
         unknown += [f"{name} ({style})" for name in params]
-        for name in found:
+        for name in modules:
             if _suits(model.get_submodule(name), _STYLES.get(style)):
                 plan[name] = _STYLES[style]
             elif isinstance(model.get_submodule(name), nn.Embedding):
