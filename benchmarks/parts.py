@@ -20,6 +20,7 @@ PARTS = (
     "vocabulary",
     "parallel",
     "parallel_memory",
+    "lora_memory",
     "ranks",
     "start",
 )
