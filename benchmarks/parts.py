@@ -21,6 +21,7 @@ PARTS = (
     "vocabulary",
     "parallel",
     "parallel_memory",
+    "lora_memory",
     "ranks",
     "start",
 )

@@ -2,12 +2,14 @@
 
     python examples/finetune_lora.py                    # a few minutes on 2 cores
     python examples/finetune_lora.py --rank 16 --targets "*.q_proj" "*.k_proj" "*.v_proj" "*.o_proj"
+    python examples/finetune_lora.py --qlora            # on a base in four bits; needs ".[quant]"
+    torchrun --nproc-per-node=2 examples/finetune_lora.py --fsdp --qlora    # whose codes are sharded
 
 Nothing is downloaded. A Llama built from its configuration first learns the sources of some Python modules, and is
 saved as a directory that transformers reads, in place of a pretrained model from the hub. Then its weights are frozen,
 and adapters of a few percent of their size learn English: the Zen of Python, and the topics of `help()`. The newest
-checkpoint in --logdir contains only the adapters; --logdir/tuned is a directory for
-`AutoModelForCausalLM.from_pretrained`, with the adapters merged into the weights. Needs
+checkpoint in --logdir contains only the adapters; --logdir/adapters has them in peft's files, and --logdir/tuned is a
+directory for `AutoModelForCausalLM.from_pretrained`, with the adapters merged into the weights. Needs
 `pip install ".[hf,examples]"`.
 
 Expected: on the second text, the held-out loss decreases from about 2.45 to 2.20 nats per byte, with the adapters
@@ -51,6 +53,10 @@ class Config:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("*.q_proj", "*.v_proj", "*.up_proj", "*.down_proj")
     """Name patterns of the layers that get adapters."""
+    fsdp: bool = False
+    """Shard adapters and frozen weights over the processes that torchrun started."""
+    qlora: bool = False
+    """Keep the frozen weights of the blocks in NF4."""
     lr: float = 1e-2
     seed: int = 0
     logdir: Path = Path("runs/finetune_lora")
@@ -106,6 +112,11 @@ def optimizer(lr: float, steps: int) -> lm.optim.GradientTransformation:
     return lm.optim.chain(lm.optim.clip_by_global_norm(1.0), lm.optim.adamw(schedule, weight_decay=0.0))
 
 
+def transforms(config: Config) -> list[lm.Transform]:
+    """Those around the step."""
+    return [*([lm.fsdp()] if config.fsdp else []), lm.donate()]
+
+
 def pretrained(config: Config, path: Path) -> Path:
     """A model directory as on the hub, created locally."""
     sizes = {"hidden_size": config.width, "intermediate_size": 2 * config.width, "num_hidden_layers": config.layers}
@@ -118,8 +129,13 @@ def pretrained(config: Config, path: Path) -> Path:
     data = lm.Loader(
         windows(sources(), config.context), batch_size=config.batch_size, seed=config.seed, collate=collate
     )
-    result = lm.Runner(step, transforms=[lm.donate()]).fit(state, data, until=lm.Steps(config.pretrain_steps))
-    return huggingface.save_pretrained(result.state, path)
+    runner = lm.Runner(step, transforms=transforms(config))
+    state = runner.fit(state, data, until=lm.Steps(config.pretrain_steps)).export()
+    if lm.rank() == 0:
+        huggingface.save_pretrained(state, path)
+    if lm.world_size() > 1:
+        torch.distributed.barrier()
+    return path
 
 
 def main(config: Config) -> lm.Result:
@@ -134,10 +150,12 @@ def main(config: Config) -> lm.Result:
     state = lm.TrainState.create(adapted, optimizer(config.lr, config.steps), seed=config.seed)
     trainable, frozen = (sum(t.numel() for t in tensors.values()) for tensors in (state.params, state.buffers))
     print(f"{trainable:,} numbers are trained beside {frozen:,} that stay")
+    if config.qlora:
+        state = lm.quantize(state, "nf4", layers="*.layers.*")
     held_out = lm.Loader(rows.select(range(cut, len(rows))), batch_size=64, shuffle=False, collate=collate)
     runner = lm.Runner(
         step,
-        transforms=[lm.donate()],
+        transforms=transforms(config),
         checkpoint=lm.Checkpointer(config.logdir, every=lm.Every(steps=config.steps), frozen=False),
         sinks=[lm.sinks.TensorBoard(config.logdir), lm.sinks.JSONL(config.logdir / "metrics.jsonl")],
     )
@@ -150,9 +168,13 @@ def main(config: Config) -> lm.Result:
         resume="auto",
     )
     print(f"held-out loss {before:.3f} before, {result.metrics['val/loss']:.3f} nats per byte after")
-    tuned = config.logdir / "tuned"
+    state = result.export()
+    if lm.rank() > 0:
+        return result
+    tuned, adapters = config.logdir / "tuned", config.logdir / "adapters"
     if not tuned.exists():
-        huggingface.save_pretrained(result.state, tuned)
+        huggingface.save_pretrained(state, tuned)
+        huggingface.save_adapters(state, adapters, base=str(base))
     prompt = TOKENIZER("The ", add_special_tokens=False, return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(tuned)
     said = model.generate(**prompt, max_new_tokens=config.context - 8, do_sample=True, top_k=10, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Save a state for `from_pretrained`, and load the files that `save_pretrained` wrote.
+"""Save a state for `from_pretrained` or peft, and load the files that `save_pretrained` wrote.
 
 Models need no bridge: `lm.pure` accepts those of transformers (and of peft) unchanged. transformers itself reads and
 writes the files, because it handles the hub's names, tied weights, shards and renamed weights.
@@ -7,19 +7,22 @@ writes the files, because it handles the hub's names, tied weights, shards and r
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumen.bridges import lora
 from lumen.checkpoint._save import TEMPORARY
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
 
 _SHOWN = 6  # maximum number of names in a message
+_PEFT = (("lora_a", "lora_A.weight"), ("lora_b", "lora_B.weight"))
 
 
 def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB") -> Path:
@@ -34,19 +37,96 @@ def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_
     Raises `CheckpointExistsError` if `directory` exists, `ParamsError` if the model is not a transformers model, and
     `CheckpointError` if the directory cannot be written.
     """
-    final = Path(directory)
-    if os.path.lexists(final):
-        raise CheckpointExistsError(f"{final} already exists. Remove it, or save under another name.")
+    final = _new_directory(directory)
     module: Any = lora.merged(state)
     if not hasattr(module, "save_pretrained"):
         raise ParamsError(
             f"{type(module).__name__} is not a transformers model, so it has no config.json and cannot be saved for the"
             " hub. To save its tensors only: safetensors.torch.save_file(dict(state.params), path)"
         )
+    return _write(final, lambda path: module.save_pretrained(path, max_shard_size=max_shard_size))
+
+
+def save_adapters(state: Any, directory: str | os.PathLike[str], *, base: str | None = None) -> Path:
+    """Write the adapters of `lm.bridges.lora` to a directory of peft's files; returns its path.
+
+    `peft.PeftModel.from_pretrained(net, directory)` reads `adapter_config.json` and `adapter_model.safetensors` for the
+    model that was adapted, also where its weights were quantized afterwards. `base` is the name or path of that model,
+    which peft records. The directory appears only when it is complete. Of a sharded state it takes the full adapters:
+    `save_adapters(step.export(state.replace(buffers={})), directory)` gathers no frozen weight. With several processes,
+    call `export` on all of them and this function on one.
+
+    Raises `CheckpointExistsError` if `directory` exists, `CheckpointError` if it cannot be written, and `ParamsError`
+    if the state has no adapters or trains other params, or if its params are sharded.
+    """
+    final = _new_directory(directory)
+    layers = {name: x for name, x in state.apply_fn.module.named_modules() if isinstance(x, lora.Lora)}
+    tensors = _peft_tensors(state, layers)
+    config = _peft_config(state.apply_fn.module, layers, base)
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+    return _write(final, write)
+
+
+def _peft_tensors(state: Any, layers: Mapping[str, lora.Lora]) -> dict[str, Tensor]:
+    """The adapters by peft's names."""
+    names = {f"{name}.{key}": f"base_model.model.{name}.{peft_key}" for name in layers for key, peft_key in _PEFT}
+    others = [name for name in state.params if name not in names]
+    if others or not layers:
+        problem = f"trains {', '.join(map(printable, others[:_SHOWN]))} beside them" if layers else "has none"
+        raise ParamsError(
+            f"save_adapters writes the adapters of lora.adapt(...), and this state {problem}. Save the merged model:"
+            " huggingface.save_pretrained(state, directory)"
+        )
+    shapes = {f"{name}.{key}": getattr(layer, key).shape for name, layer in layers.items() for key, _ in _PEFT}
+    for name, shape in shapes.items():
+        actual = state.params[name].shape
+        if actual != shape:
+            raise ParamsError(
+                f"the adapter {name!r} has the shape {tuple(shape)}, and the state has {tuple(actual)} for it. Gather"
+                " them on every process: state = step.export(state.replace(buffers={}))"
+            )
+    return {peft_name: state.params[name].detach().contiguous() for name, peft_name in names.items()}
+
+
+def _peft_config(module: nn.Module, layers: Mapping[str, lora.Lora], base: str | None) -> dict[str, Any]:
+    """The entries of `adapter_config.json`."""
+    first = next(iter(layers.values()))
+    rank = first.lora_a.shape[0]
+    ends = tuple(f".{name}" for name in layers)  # peft matches names in a list by their ends
+    is_plain = all(name in layers or not name.endswith(ends) for name, _ in module.named_modules())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": first.scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(layers) if is_plain else "|".join(map(re.escape, sorted(layers))),
+        "fan_in_fan_out": not any(isinstance(layer, nn.Linear) for layer in layers.values()),
+        "inference_mode": True,
+    }
+
+
+def _new_directory(directory: str | os.PathLike[str]) -> Path:
+    final = Path(directory)
+    if os.path.lexists(final):
+        raise CheckpointExistsError(f"{final} already exists. Remove it, or save under another name.")
+    return final
+
+
+def _write(final: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a directory, which is named `final` when it is complete."""
     temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     try:
         temporary.mkdir(parents=True)
-        module.save_pretrained(temporary, max_shard_size=max_shard_size)
+        write(temporary)
         os.rename(temporary, final)
     except OSError as error:
         raise CheckpointError(f"{final} could not be written: {error}") from error

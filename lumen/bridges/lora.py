@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen.bridges.bound import module as bound
+from lumen.bridges.quantized_layer import Quantized, restore
 from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
@@ -104,7 +105,7 @@ def merged(state: Any) -> nn.Module:
     """The model of `state` with its adapters merged into the weights: a module of the original class.
 
     It is in evaluation mode and for reading, like that of `lm.bridges.module`; weights without an adapter share the
-    state's memory. A model without adapters is returned unchanged.
+    state's memory. Weights that `lm.quantize` rounded are rebuilt. A model without adapters is returned unchanged.
 
     >>> import lumen as lm, torch
     >>> net = lm.bridges.lora.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), targets="0", rank=2)
@@ -113,13 +114,23 @@ def merged(state: Any) -> nn.Module:
     ['0.bias', '0.weight']
     """
     module = bound(state)
-    for layer in module.modules():
-        if isinstance(layer, Lora):
+    layers = [*module.modules()]
+    if any(isinstance(layer, Lora) for layer in layers):
+        for layer in layers:
             _merge(layer)
     return module
 
 
-def _merge(layer: Lora) -> None:
+def _merge(layer: nn.Module) -> None:
+    kind: Any = type(layer)
+    if isinstance(layer, Quantized):
+        restore(layer)
+    if isinstance(layer, Lora):
+        _add_delta(layer)
+    layer.__class__ = plain_class(kind)
+
+
+def _add_delta(layer: Lora) -> None:
     weight = _torch_compat.own_params(layer)["weight"]
     assert weight is not None
     merged_weight = (weight + layer.delta().to(torch.promote_types(weight.dtype, layer.lora_a.dtype))).to(weight.dtype)
@@ -127,7 +138,6 @@ def _merge(layer: Lora) -> None:
     for name in _NAMES:
         del _torch_compat.own_params(layer)[name]
     del layer.scale
-    layer.__class__ = type(layer).__mro__[2]
 
 
 def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
@@ -139,12 +149,18 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
     kind: Any = type(layer)
-    layer.__class__ = _lora_class(kind)
+    layer.__class__ = lora_class(kind)
 
 
 @functools.cache
-def _lora_class(kind: Any) -> type[nn.Module]:
+def lora_class(kind: Any) -> type[nn.Module]:
+    """The class `kind` of a layer, with an adapter."""
     return type(f"Lora{kind.__name__}", (Lora, kind), {"__doc__": f"An adapted {kind.__name__}."})
+
+
+def plain_class(kind: Any) -> Any:
+    """The class of a layer before it was adapted or quantized."""
+    return next(base for base in kind.__mro__ if not issubclass(base, Lora | Quantized))
 
 
 def _copy_frozen(module: nn.Module) -> nn.Module:
@@ -166,6 +182,11 @@ def _check(module: nn.Module, layers: dict[str, nn.Module]) -> None:
     owners = {id(_torch_compat.own_params(sub)): prefix for prefix, sub in module.named_modules()}
     tied = {owners[id(table)] for table, _, name in slots if name in shared and id(table) in owners}
     for name, layer in layers.items():
+        if isinstance(layer, Quantized):
+            raise ParamsError(
+                f"the weight of {name!r} is quantized already. Adapt the model first, and quantize its state:"
+                " state = lm.quantize(lm.TrainState.create(lora.adapt(net, targets=...), tx), 'nf4')"
+            )
         if isinstance(layer, Lora) or not (isinstance(layer, nn.Linear) or is_transposed(layer)):
             raise ParamsError(
                 f"{name!r} is a {type(layer).__name__}; adapters support nn.Linear and transformers' Conv1D,"

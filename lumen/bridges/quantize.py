@@ -1,42 +1,53 @@
-"""`lm.quantize`: quantize the linear layers of a trained state to eight bits with torchao."""
+"""`lm.quantize`: quantize the linear layers of a state to eight or four bits with torchao."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumen.bridges import lora, nf4
+from lumen.bridges.quantized_layer import Form, quantized_class
 from lumen.core import _torch_compat
 from lumen.core.module import param_slots
 from lumen.core.step import field_of
 from lumen.errors import HyperparameterError, ParamsError, StateError
 from lumen.transforms._support.torchao import Layers, check_kind, quantizable_layers, row_scales, torchao
 
-KINDS = ("int8", "fp8")
+KINDS = ("int8", "fp8", "nf4")
+_FORWARDS = (nn.Linear.forward, lora.Lora.forward)
 _CONFIGS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 
 S = TypeVar("S")
 
 
 def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S:
-    """`state` for inference, with linear weights quantized to eight bits: about a quarter of float32's memory.
+    """`state` with linear weights quantized to eight bits, about a quarter of float32's memory, or to four, an eighth.
 
     The result is a normal state: `state.apply(state.params, x)`, `Runner.validate`, `Runner.predict`, `lm.compile`,
     `lm.precision("bf16")` and checkpoints accept it. Instead of `layer.weight` among its params, it has
     `layer.weight_qdata` (int8 or float8, [outputs, inputs]) and `layer.weight_scale` (float32, [outputs, 1]) among its
     buffers (for int8 also a `layer.weight_zero_point` of 0), which torchao multiplies with as in its own modules;
-    inputs, outputs and all other tensors are unchanged. Optimizer state and slots are dropped. The argument is not
-    changed; tensors that are not quantized share its memory, which further training under `lm.donate` overwrites.
+    inputs, outputs and all other tensors are unchanged. The codes and scales of "nf4" are below; each use rebuilds the
+    layer's weight from them. The argument is not changed; tensors that are not quantized share its memory, which
+    further training under `lm.donate` overwrites.
+
+    Quantized weights are frozen, and gradients go through them. Where all of them were frozen before, such as those of
+    a model with adapters (`lm.bridges.lora.adapt`), the state can be trained further: that is QLoRA. `lm.fsdp()` shards
+    codes and scales. Where params are quantized, the state is for inference: optimizer state and slots are dropped.
 
     Args:
         state: a plain state, such as the result of `step.export(state)`, that `donate` has not consumed.
         kind: "int8" scales each row to its largest entry: the error of a weight is at most 1/254 of that. "fp8" is
             float8_e4m3 with the same scaling, on devices that support it: the error is at most 1/16 of the weight, or
-            1/450,000 of the row's largest entry if that is more. Rows of zeros stay zeros.
+            1/450,000 of the row's largest entry if that is more. Rows of zeros stay zeros. "nf4" rounds blocks of 64
+            consecutive entries to 16 levels, relative to the block's largest entry: the error is at most 0.16 of that,
+            plus the rounding of the scales, which are quantized to int8 themselves. The tensors are those of torchao's
+            `NF4Tensor` of the weight in float32: `layer.weight_quantized_data` (uint8, [N / 2] for N entries),
+            `weight_quantized_scalers` (int8, [N / 64]), `weight_quantization_factor`, `weight_scaler_mean` and
+            `weight_nf4` (the levels). Blocks of zeros stay zeros.
         layers: the `nn.Linear` layers: globs or regular expressions for their names, one or several, or a predicate
             `(name, module) -> bool`. Default: all whose weight is not shared, for example with an embedding.
 
@@ -46,7 +57,8 @@ def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
         PatternError: a pattern matches no linear layer.
         ImportError: torchao is missing.
 
-    Law: `quantize(state)` equals the model with each selected weight rounded as above.
+    Law: `quantize(state)` equals the model with each selected weight rounded as above. Algorithm of "nf4": Dettmers et
+    al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", with its double quantization.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(64, 32), lm.optim.adam(1e-3))
@@ -63,9 +75,10 @@ def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
     names = {id(table): name for table, key, name in param_slots(apply.module) if key == "weight"}
     packed: dict[str, _Packed] = {}  # by the name of the layer
     replaced = set()
-    for layer, module in quantizable_layers(apply.module, layers, untied=True).items():
+    for layer, module in quantizable_layers(apply.module, layers, untied=True, forwards=_FORWARDS).items():
         name = names[id(_torch_compat.own_params(module))]
-        packed[layer] = _Packed.of(_full_weight(name, module, tensors), kind)
+        weight = _full_weight(name, module, tensors)
+        packed[layer] = _Packed.nf4(name, weight) if kind == "nf4" else _Packed.of(weight, kind)
         replaced.add(name)
     new_buffers = {f"{layer}.{key}".lstrip("."): x for layer, p in packed.items() for key, x in p.tensors.items()}
     forms = {layer: p.form for layer, p in packed.items()}
@@ -78,10 +91,9 @@ def quantize(state: S, kind: str = "int8", *, layers: Layers | None = None) -> S
         "params": {name: p for name, p in params.items() if name not in replaced},
         "buffers": {name: b for name, b in buffers.items() if name not in replaced} | new_buffers,
         "apply_fn": apply.variant(("quantize", repr(forms)), change, (apply.frozen - replaced) | new_buffers.keys()),
-        "tx": _Untrained(),
-        "opt_state": (),
-        "slots": {},
     }
+    if not replaced.isdisjoint(params):
+        changes |= {"tx": _Untrained(), "opt_state": (), "slots": {}}
     result: Any = state
     return result.replace(**{name: value for name, value in changes.items() if hasattr(state, name)})  # type: ignore[no-any-return]
 
@@ -91,7 +103,7 @@ class _Packed:
 
     def __init__(self, kind: Any, tensors: dict[str, Tensor], attributes: Any) -> None:
         self.tensors = tensors
-        self.form = (kind, tuple(tensors), attributes)
+        self.form = Form(kind, tuple(tensors), attributes)
 
     @classmethod
     def of(cls, weight: Tensor, kind: str) -> _Packed:
@@ -119,44 +131,22 @@ class _Packed:
         dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype  # torchao has no float64
         return cls(type(packed), tensors, attributes | {"dtype": dtype})
 
+    @classmethod
+    def nf4(cls, name: str, weight: Tensor) -> _Packed:
+        """`weight` [outputs, inputs] in NF4."""
+        tensors = {f"weight_{key}": x for key, x in nf4.pack(name, weight).items()}
+        return cls(None, tensors, {"shape": tuple(weight.shape), "dtype": weight.dtype})
+
     def install(self, layer: nn.Module) -> None:
         """Replace the weight of a skeleton's layer with these tensors."""
         del _torch_compat.own_params(layer)["weight"]
         for name, tensor in self.tensors.items():
             layer.register_buffer(name, torch.empty_like(tensor, device="meta"))
         kind: Any = type(layer)
-        layer.__class__ = _quantized_class(kind)
+        adapted = issubclass(kind, lora.Lora)
+        quantized: Any = quantized_class(lora.plain_class(kind))
+        layer.__class__ = lora.lora_class(quantized) if adapted else quantized
         layer._form = self.form  # type: ignore[assignment]
-
-
-class Quantized(nn.Module):
-    """The forward of a layer with a quantized weight, which is rebuilt on each access."""
-
-    _form: tuple[Any, tuple[str, ...], dict[str, Any]]
-    bias: Tensor | None
-
-    @property
-    def weight(self) -> Tensor:
-        """[outputs, inputs], a torchao tensor."""
-        return self._build_weight({})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] to [..., outputs]."""
-        weight: Any = self._build_weight({"dtype": x.dtype})
-        if x.dtype == torch.float16:  # torchao's int8 product would overflow, and its scales underflow
-            weight = weight.dequantize(torch.float32).to(x.dtype)
-        return F.linear(x, weight, self.bias)
-
-    def _build_weight(self, overrides: dict[str, Any]) -> Tensor:
-        kind, names, attributes = self._form
-        tensors = {name.removeprefix("weight_"): getattr(self, name) for name in names}
-        weight: Tensor = kind.__tensor_unflatten__(tensors, attributes | overrides, None, None)
-        return weight
-
-
-@functools.cache
-def _quantized_class(kind: Any) -> type[nn.Module]:
-    return type(f"Quantized{kind.__name__}", (Quantized, kind), {"__doc__": f"A quantized {kind.__name__}."})
 
 
 class _Untrained:

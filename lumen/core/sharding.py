@@ -7,7 +7,7 @@ full state (checkpoints) asks for a `ShardSpec` of each leaf.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from lumen.core.param_leaves import Path, key_paths, param_leaves
 
 _SHARDS = ("<shards>", "<shards within>")
 _GATHERER = "<param gatherer>"
+STATE_VIEW = "<state view>"
 
 
 class Slice(NamedTuple):
@@ -206,6 +207,24 @@ def bound(shards: Shards, gatherer: ParamGatherer | None = None) -> AbstractCont
     """A context in which trees of params and grads are shards, and `shards` reduces values over the ranks."""
     free = next(key for key in _SHARDS if rules.axis(key) is None)
     return rules.bound_axes({free: shards} if gatherer is None else {free: shards, _GATHERER: gatherer})
+
+
+class StateView(Protocol):
+    """How the user's own step sees a sharded state, where that is not how the transforms around it see it."""
+
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` as a function of the state that the transforms see."""
+
+
+def bound_view(view: StateView) -> AbstractContextManager[None]:
+    """A context in which the user's step sees the state through `view`."""
+    return rules.bound_axes({STATE_VIEW: view})
+
+
+def viewed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's `step` as a function of the state that the transforms around it see."""
+    view: StateView | None = rules.axis(STATE_VIEW)
+    return step if view is None else view.around(step)
 
 
 class unbound:  # noqa: N801

@@ -24,7 +24,7 @@ from lumen.core.donation import is_retired, storage_of
 from lumen.core.nested_states import all_slots
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import ShardingSlot, ShardSpec, composed, extend_specs
+from lumen.core.sharding import STATE_VIEW, ShardingSlot, ShardSpec, composed, extend_specs, viewed
 from lumen.core.value_object import ValueObject
 from lumen.errors import PurityError, SlotError, StateError, StepError, printable
 
@@ -342,19 +342,19 @@ class _Checked:
         self.__name__ = getattr(user, "__name__", type(user).__name__)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, Metrics]:
+        user = viewed(self._user) if STATE_VIEW in rules.stack.axes else self._user
         if self._is_checked:
-            out = self._user(state, batch)
+            out = user(state, batch)
             if type(out) is tuple and len(out) == 2:
                 return out
             raise self._not_a_pair(out)
         before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
-        spec = tree.structure(state)
-        donated: set[int] = set()
+        spec, donated = tree.structure(state), set[int]()
         applies = stale_reads.applies_of(state)  # before it may be retired
         with rules.rule_context(
             {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
         ):
-            out = self._user(state, batch)
+            out = user(state, batch)
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)
         for path, tensor, version in before:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumen import tree
 from lumen.core import _torch_compat, rules
 from lumen.core.flops import cpu_attention
+from lumen.core.nested_states import train_states
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn
@@ -140,10 +141,13 @@ class Tracker(_torch_compat.TorchDispatchMode):
         return step
 
     def claim_state(self, state: Any) -> None:
-        """Claim the leaves of a state by its fields."""
+        """Claim the leaves of a state by its fields; frozen params, which are buffers, with the params."""
+        states = [inner for _, inner in train_states(state)]
+        frozen = {id(b) for s in states for name, b in s.buffers.items() if name in s.apply_fn.frozen}
         for path, tensor in tree.named_tensors(state):
             field = path.partition("[")[0].partition(".")[0]
-            self.memory.claim([tensor], _FIELDS.get(field, "other state"), [path])
+            category = "params" if id(tensor) in frozen else _FIELDS.get(field, "other state")
+            self.memory.claim([tensor], category, [path])
 
     def _enter_phase(self, phase: str, module: str = "") -> None:
         self.memory.now = Moment(self.memory.now.stage, phase, module)

@@ -50,8 +50,10 @@ class RunCheckpoints:
         self._checkpointer = checkpointer
         saves = checkpointer is not None and (self.is_sharded or group.is_main)
         self._store = checkpointer.store if checkpointer is not None and saves else None
-        omits_frozen = checkpointer is not None and not checkpointer.frozen
-        self._frozen_fingerprint = frozen_params.fingerprint(run.state) if omits_frozen else None
+        self._omits_frozen = checkpointer is not None and not checkpointer.frozen
+        self._fingerprint: str | None = None
+        if self._omits_frozen:
+            self._own_fingerprint()
         self._saved_at: tuple[Any, ...] = ()
         self._compared_ranks = False
 
@@ -130,7 +132,7 @@ class RunCheckpoints:
 
     def _meta(self) -> dict[str, Any]:
         """The plain data of a checkpoint."""
-        run, fingerprint, saver = self._run, self._frozen_fingerprint, self._checkpointer
+        run, saver = self._run, self._checkpointer
         monitor = {} if saver is None or saver.monitor is None else {"metric": saver.monitor, "mode": saver.mode}
         return {
             "clock": run.clock.state_dict(),
@@ -141,12 +143,19 @@ class RunCheckpoints:
             "processes": run.group.size,
             **run.settings.description,
             **({"monitor": monitor} if monitor else {}),
-            **({} if fingerprint is None else {"frozen": fingerprint}),
+            **({"frozen": self._own_fingerprint()} if self._omits_frozen else {}),
         }
 
     def _without_frozen(self, state: Any) -> Any:
         """The state to save: without frozen params, if the checkpointer omits them."""
-        return state if self._frozen_fingerprint is None else frozen_params.without(state)
+        return frozen_params.without(state) if self._omits_frozen else state
+
+    def _own_fingerprint(self) -> str:
+        """The fingerprint of the run's frozen params, which never change; all ranks ask for it first together."""
+        if self._fingerprint is None:
+            state = self._run.state
+            self._fingerprint = frozen_params.fingerprint(state, self._run.settings.step.shard_specs(state))
+        return self._fingerprint
 
     # ---------------------------------------------------------------------------------------- resuming
 
@@ -181,8 +190,11 @@ class RunCheckpoints:
 
     def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
         """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
-        choices = [(str(path), optional) for path, optional in self._candidates(resume)]
-        paths = ((Path(path), optional) for path, optional in self._run.group.broadcast_object(choices))
+        own_choices = [(str(path), optional) for path, optional in self._candidates(resume)]
+        choices = self._run.group.broadcast_object(own_choices)
+        if choices and self.shards_params and getattr(getattr(self._run.state, "apply_fn", None), "frozen", ()):
+            self._own_fingerprint()  # all ranks together, before one that cannot read a file leaves the others
+        paths = ((Path(path), optional) for path, optional in choices)
         restored: Restored | None = first_undamaged(paths, self._read_on_all_ranks, self._quarantine)
         return restored
 
@@ -217,6 +229,9 @@ class RunCheckpoints:
 
     def _read(self, path: Path) -> Restored:
         meta, initial = checkpoint.metadata(path)["meta"], self._run.state
-        like = initial if "frozen" not in meta else frozen_params.without(initial, meta["frozen"], path)
+        like = initial
+        if "frozen" in meta:
+            frozen_params.check(self._own_fingerprint(), meta["frozen"], path)
+            like = frozen_params.without(initial)
         state = checkpoint.restore(path, like, step=self._run.settings.step)
         return Restored(path, frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)

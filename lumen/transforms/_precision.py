@@ -97,8 +97,8 @@ class precision(Transform):
 
     In both modes, outputs are cast to the policy's `output` dtype, in any pytree, dataclass or
     `torch.distributions.Distribution`. Gradients arrive in the params' dtype, and the update runs in it. Under
-    `lm.fsdp()` at stage 3, matrices outside of embeddings are cast to 16 bits before they are all-gathered, as with
-    FSDP's `MixedPrecisionPolicy(param_dtype=...)`.
+    `lm.fsdp()` at stage 3, matrices outside of embeddings, and frozen weights of linear layers, are cast to 16 bits
+    before they are all-gathered, as with FSDP's `MixedPrecisionPolicy(param_dtype=...)`.
 
     "fp16" multiplies the loss by a dynamic scale (Micikevicius et al. 2018), stored in `state.slots["precision"]`. A
     non-finite gradient halves the scale, and its update is skipped; 2,000 good steps double it. "tf32" is "fp32" with
@@ -288,14 +288,16 @@ class _Autocasting:
         autocast: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not self._loss_depth:
             autocast = self._autocast.context(*inputs)
+        inner = call
         if self._casts_before_gather and (not self._loss_depth or is_autocast_on(*inputs)):
-            call = call.replace(params=_cast_matrices(call, self._policy.compute))
+            compute = self._policy.compute
+            inner = call.replace(params=_cast_matrices(call, compute), buffers=_cast_frozen(call, compute))
         advice = (
             f"torch.autocast does not handle one of its operations. Write lm.precision({self._transform._name!r},"
             " cast='model'), or x.to(self.weight.dtype) there."
         )
         with explain_dtype_mismatch(self._transform, advice), autocast:
-            outputs, buffers = next(call)
+            outputs, buffers = next(inner)
         return map_tensors(self._widened, outputs), _restore_buffer_dtypes(buffers, call, call.target.frozen)
 
     def _widened(self, x: Tensor) -> Tensor:
@@ -391,3 +393,11 @@ def _cast_matrices(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:
     """The params, with those cast that only matrix products read, judging by their modules and dims."""
     tables = _names_of(call.target, (nn.Embedding, nn.EmbeddingBag), "_tables")
     return {k: cast(p, compute) if p.dim() > 1 and k not in tables else p for k, p in call.params.items()}
+
+
+def _cast_frozen(call: ApplyCall, compute: torch.dtype) -> Mapping[str, Tensor]:
+    """The buffers, with the frozen weights of linear layers cast, as autocast does it where they are used."""
+    if not call.target.frozen:
+        return call.buffers
+    names = call.target.frozen & _names_of(call.target, (nn.Linear,), "_linear_params")
+    return {k: cast(b, compute) if k in names and b.dim() > 1 else b for k, b in call.buffers.items()}

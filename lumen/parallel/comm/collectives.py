@@ -29,6 +29,10 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _flatten: Callable[[list[Tensor]], Tensor] = _torch_compat.flatten_dense_tensors
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_GATHERED = frozenset({  # as they are, by every backend; others are sent as bytes
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int8, torch.uint8, torch.int32, torch.int64),
+})  # fmt: skip
 _UNSUMMED = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # by Gloo
 _WIDE = (torch.int64, torch.uint32)  # integers that need all of int64
 
@@ -98,6 +102,9 @@ def _from_ordered_ints(order: Tensor, dtype: torch.dtype) -> Tensor:
 
 def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
     """The tensors of all ranks in rank order, as a new flat tensor."""
+    if flat.dtype not in _GATHERED:
+        wait = all_gather(flat.view(torch.uint8), group)
+        return lambda: wait().view(flat.dtype)
     size = dist.get_world_size(group)
     if rules.is_tracing():
         return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
@@ -108,7 +115,9 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
 def start_all_gather(flat: Tensor, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     """The same outside a trace: the tensor that receives the data, and the `Work` to wait for."""
     gathered = flat.new_empty(size * flat.numel())
-    return gathered, _all_gather(gathered, flat, group=group, async_op=True)
+    if flat.dtype in _GATHERED:
+        return gathered, _all_gather(gathered, flat, group=group, async_op=True)
+    return gathered, _all_gather(gathered.view(torch.uint8), flat.view(torch.uint8), group=group, async_op=True)
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> WaitFn:

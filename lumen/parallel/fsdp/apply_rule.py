@@ -13,6 +13,7 @@ from lumen.core.rules import Next
 from lumen.errors import ParamsError
 from lumen.parallel.ddp.grad_reduction import DataParallelRule
 from lumen.parallel.fsdp.forward_pass import ForwardPass, RecomputedPass, register_unit_hooks
+from lumen.parallel.fsdp.frozen_params import shards_of
 from lumen.parallel.fsdp.grad_reduction import unit_reducer
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import Shapes, ShardLayout
@@ -24,8 +25,17 @@ from lumen.parallel.lazy_param import LazyParam, unsharded
 def apply_sharded(
     runtime: FSDPRuntime, states: ShardedStates, rule: DataParallelRule, next: Next, call: ApplyCall
 ) -> Any:
-    """Run the model through `rule`, which tracks its buffers, on shards of its params."""
-    return rule.apply(lambda inner: _run_units(runtime, states, next, inner), call)
+    """Run the model through `rule`, which tracks its buffers, on shards of its params.
+
+    In a loss function the shards of frozen params are returned as the buffers that they are to the rules inside. The
+    step gets their proxies.
+    """
+    frozen = states.frozen
+    if frozen is None:
+        return rule.apply(lambda inner: _run_units(runtime, states, next, inner), call)
+    call = call.replace(buffers=shards_of(call.buffers))
+    out, buffers = rule.apply(lambda inner: _run_units(runtime, states, next, inner), call)
+    return out, buffers if runtime.contexts else frozen.proxies_of(buffers)
 
 
 def _run_units(runtime: FSDPRuntime, states: ShardedStates, next: Next, call: ApplyCall) -> Any:
@@ -38,12 +48,19 @@ def _run_units(runtime: FSDPRuntime, states: ShardedStates, next: Next, call: Ap
     full: frozenset[str] = frozenset()
     if len(proxies) < len(shards):
         full = _full_names({name: p for name, p in shards.items() if name not in proxies}, shapes, layout)
+    frozen: dict[str, Tensor] = {}
+    if plans.frozen:
+        frozen = {name: b for name, b in call.buffers.items() if name in plans.frozen}
+        proxies |= {} if states.frozen is None else states.frozen.known(frozen)
+        full |= _full_names({n: b for n, b in frozen.items() if n not in proxies}, plans.frozen, layout)
     if _torch_compat.peek_interpreter_stack() is not None:
         _check_unwrapped(shards)
         context = context or runtime.context(plans, unit_reducer(layout))
-        gathered = context.unshard_all({name: p for name, p in shards.items() if name not in full})
-        return next(call.replace(params={**shards, **gathered}))
+        gathered = context.unshard_all({name: p for name, p in (shards | frozen).items() if name not in full})
+        return _run_full(next, call, shards, gathered)
     units = runtime.units(call.target, shapes)
+    if call.target.frozen:
+        full |= call.target.frozen - plans.frozen.keys()
     target = call.target.variant(("fsdp", runtime), register_unit_hooks(runtime.passes, units))
     if context is None:
         context = runtime.context_beside(plans, unit_reducer(layout))
@@ -55,6 +72,13 @@ def _run_units(runtime: FSDPRuntime, states: ShardedStates, next: Next, call: Ap
     finally:
         rules.stack.forwards.pop()
         runtime.passes.pop()
+
+
+def _run_full(next: Next, call: ApplyCall, shards: Mapping[str, Tensor], gathered: Mapping[str, Tensor]) -> Any:
+    """Run the model on the full tensors `gathered` in place of their `shards`; it returns the shards of frozen ones."""
+    params = {name: gathered.get(name, p) for name, p in shards.items()}
+    out, new = next(call.replace(params=params, buffers={k: gathered.get(k, b) for k, b in call.buffers.items()}))
+    return out, {name: call.buffers[name] if name in gathered else b for name, b in new.items()}
 
 
 def _check_unwrapped(params: Mapping[str, Tensor]) -> None:

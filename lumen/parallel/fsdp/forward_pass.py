@@ -21,6 +21,7 @@ class ForwardPass:
     """One application of a model: which units have been gathered, and which one is next.
 
     `full` are the names of params that are not sharded; `proxies` are what the loss function sees of the others.
+    Frozen params, too, are gathered here; the model returns their shards, as it does other buffers.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class ForwardPass:
         self._running: dict[int, UnshardedUnit] = {}
         self._last: UnshardedUnit | None = None
         self._gathered: dict[int, UnshardedUnit] = {}
+        self._frozen: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def begin(self, slots: Sequence[ParamSlot]) -> None:
         """Take the shards out of the module, and gather the root's params."""
         owner, full, proxies = self.units.owner, self.full, self._proxies
-        for slot in slots:
+        frozen = self.context.plans.frozen
+        for slot in sorted(slots, key=lambda slot: slot[2] in frozen) if frozen else slots:
             table, key, name = slot
             if name not in owner or name in full:
                 continue
@@ -48,8 +51,10 @@ class ForwardPass:
             self._slots.setdefault(unit, []).append(slot)
             self._shards.setdefault(unit, {})[name] = shard
             proxy = proxies.get(name)
+            if name in frozen:
+                self._frozen.append((table, key, shard))
             # The loss function's own, unless a rule inside has changed the shard: cast it, say.
-            if proxy is None or proxy.shard is not shard or proxy.source is not self.context:
+            if proxy is None or proxy.shard is not shard or (proxy.source is not self.context and name not in frozen):
                 proxies[name] = proxy = LazyParam.of(self.context, name, shard)
             table[key] = proxy
         self.enter(0)
@@ -83,7 +88,7 @@ class ForwardPass:
         if not unit:
             return output
         output = self.context.tie(output, unsharded)
-        unsharded.previous, self._last = self._last, unsharded
+        unsharded.previous, self._last = self._last, unsharded if unsharded.in_backward else None
         unsharded.has_left = True
         unsharded.free()
         return output
@@ -92,7 +97,10 @@ class ForwardPass:
         """Gather and free the units that did not run, so that all ranks have gathered the same."""
         if self._next < len(self.units.names):
             self._skip_to(len(self.units.names))
-        return self.leave(0, output)
+        output = self.leave(0, output)
+        for table, key, shard in self._frozen:
+            table[key] = shard
+        return output
 
     def _skip_to(self, unit: int) -> None:
         while self._next < unit:

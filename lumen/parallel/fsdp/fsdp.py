@@ -24,7 +24,8 @@ from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.fsdp import cpu_offload as offload
 from lumen.parallel.fsdp.apply_rule import apply_sharded
-from lumen.parallel.fsdp.grad_reduction import FSDPRule
+from lumen.parallel.fsdp.frozen_params import FrozenParams, plain_frozen
+from lumen.parallel.fsdp.grad_reduction import FSDPRule, unit_reducer
 from lumen.parallel.fsdp.meta_init import (
     Initialize,
     Keep,
@@ -52,7 +53,8 @@ from lumen.parallel.optimizer_check import check_optimizer
 class Sharding(ShardingSlot):
     """The slot of `fsdp`, all static: the specs of the state's leaves, over how many ranks they are sharded, the stage.
 
-    At stages 1 and 2 only leaves of the optimizer's state are sharded.
+    At stages 1 and 2 only leaves of the optimizer's state are sharded. At stage 3 the specs of frozen params are among
+    those of the params, and their leaves among the buffers.
     """
 
     specs: SpecTree = static()
@@ -63,19 +65,21 @@ class Sharding(ShardingSlot):
 class fsdp(Transform):
     """Shard params, gradients and optimizer state over ranks (ZeRO); each rank computes its own rows.
 
-    `stage` is that of ZeRO: 1 shards the optimizer state alone, 2 the gradients too, 3 the params as well. `init`
-    shards each tensor of the first rank's state along its first dim, in the layout of DTensor's `Shard(0)`: the last
-    shards may be shorter, or empty. Tensors without dims stay full. Of an `lm.row_field()` each rank keeps the rows
-    that it receives of a batch. Inside the step, params and grads of stage 3 are this rank's shards, plain tensors, on
-    which the optimizer runs. `export` gathers the full state on every rank.
+    `stage` is that of ZeRO: 1 shards the optimizer state alone, 2 the gradients too, 3 the params as well, also frozen
+    ones (`requires_grad=False`), which are among the state's buffers. `init` shards each tensor of the first rank's
+    state along its first dim, in the layout of DTensor's `Shard(0)`: the last shards may be shorter, or empty. Tensors
+    without dims stay full. Of an `lm.row_field()` each rank keeps the rows that it receives of a batch. Inside the
+    step, params and grads of stage 3 are this rank's shards, plain tensors, on which the optimizer runs. `export`
+    gathers the full state on every rank.
 
     Modules see full params. Those of a unit are all-gathered when the unit runs, freed afterwards, and all-gathered
-    again for its backward pass, which reduce-scatters their gradients. `wrap` is one or more patterns of module names,
-    by default the repeated blocks of the model's lists and sequences. All other modules form the root unit, which is
-    full from the start of the forward pass to the end of the backward pass. `prefetch` is the number of units that are
-    all-gathered ahead of time. A param that is read by the loss function, or by a module outside its unit, is gathered
-    at that moment. `param_dtype="bf16"` sends float32 params in half the bytes. Declared change: params are rounded;
-    gradients are summed in float32.
+    again for its backward pass, which reduce-scatters the gradients of those that are trained. `wrap` is one or more
+    patterns of module names, by default the repeated blocks of the model's lists and sequences. All other modules form
+    the root unit, which is full from the start of the forward pass to the end of the backward pass. `prefetch` is the
+    number of units that are all-gathered ahead of time. A param that is read by the loss function, or by a module
+    outside its unit, is gathered at that moment, and so is a frozen one that is read from `state.buffers`.
+    `param_dtype="bf16"` sends float32 params in half the bytes, and frozen ones as they are. Declared change: params
+    are rounded; gradients are summed in float32.
 
     With `offload`, shards of params, gradients and optimizer state are kept on the host (pinned for a GPU), where the
     optimizer runs. A unit's shards are copied to the device before they are gathered, and its gradients' shards are
@@ -91,11 +95,12 @@ class fsdp(Transform):
     The mesh's `shard` axis shards. A `data` axis beside it (HSDP) replicates, and gradients are summed over it too.
 
     Law: for any shares of the batch, also empty ones, params and loss are those of one process on the global batch, up
-    to the order of floating-point sums, for losses that are means over rows, as under `lm.ddp`. Under bf16 compute, a
-    gradient is summed in float32 and rounded to bfloat16. Losses and `lm.Aux` are as under `lm.ddp`. At stage 3 all
-    ranks must run the same units in the same order, and apply the model equally often. A unit that some ranks skip
-    counts as run if the order is that of the module. With `lm.accumulate` inside, gradients are reduced once for an
-    update; at stage 3 once for a microbatch, and a rank with fewer microbatches repeats its last one with weight zero.
+    to the order of floating-point sums, for losses that are means over rows, as under `lm.ddp`. Sharding frozen params
+    changes no bit. Under bf16 compute, a gradient is summed in float32 and rounded to bfloat16. Losses and `lm.Aux` are
+    as under `lm.ddp`. At stage 3 all ranks must run the same units in the same order, and apply the model equally
+    often. A unit that some ranks skip counts as run if the order is that of the module. With `lm.accumulate` inside,
+    gradients are reduced once for an update; at stage 3 once for a microbatch, and a rank with fewer microbatches
+    repeats its last one with weight zero.
 
     Muon, adafactor and lamb need full tensors. They gather them leaf by leaf, and every rank computes the full update:
     use muon for the matrices alone. Adafactor's row and column statistics are not sharded.
@@ -192,7 +197,7 @@ class fsdp(Transform):
     def _init_meta(self, state: Any, layout: ShardLayout | None) -> Any:
         """The state of a model on the meta device, initialized on the ranks that keep the values."""
         units = self._memory.units(state.apply_fn, [*state.params])
-        keep_fn = make_keep_fn(layout, state.params if self.stage == 3 else ())
+        keep_fn = make_keep_fn(layout, {*state.params, *state.apply_fn.frozen} if self.stage == 3 else ())
         on_host = self.offload and layout is not None
         keep: Keep = (lambda name, full: offload.to_host(keep_fn(name, full))) if on_host else keep_fn
         module = state.apply_fn.module
@@ -232,8 +237,12 @@ class fsdp(Transform):
             if layout is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
-            plans = [(inner, runtime.unit_plans(path, slot(inner, self.name))) for path, inner in _states(state)]
-            states = ShardedStates(layout, plans)
+            plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
+            sources = {
+                path: runtime.frozen_source(path, each, unit_reducer) for path, each in plans.items() if each.frozen
+            }
+            frozen = FrozenParams(layout, sources) if sources else None
+            states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)
             rule = FSDPRule(runtime, layout, states, state, checks)
             handlers: dict[Primitive, Rule] = {
                 Primitive.GRADIENT: rule,
@@ -246,7 +255,10 @@ class fsdp(Transform):
                 if self.stage == 1:
                     return step(state, batch)
                 with sharding.bound(layout, states.gatherer):
-                    return step(state, batch)
+                    if frozen is None:
+                        return step(state, batch)
+                    with sharding.bound_view(frozen):
+                        return step(state, batch)
 
         return row_shards.checked(run, lambda: self.mesh)
 
@@ -329,6 +341,11 @@ def _check_only_state(states: Sequence[tuple[Path, Any]]) -> None:
 
 
 def _specs(state: Any, stage: int) -> SpecTree:
-    """The specs of a state that is about to be sharded."""
-    params = {name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in state.params.items()}
-    return SpecTree.of(state, params, field=None if stage == 3 else "opt_state")
+    """The specs of a state that is about to be sharded: at stage 3 of its frozen params, too."""
+    frozen = plain_frozen(state) if stage == 3 else {}
+    params = {
+        name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in (state.params | frozen).items()
+    }
+    specs = SpecTree.of(state, params, field=None if stage == 3 else "opt_state")
+    unsharded = {name for name in frozen if ("buffers", name) not in specs.leaves}
+    return SpecTree({name: spec for name, spec in params.items() if name not in unsharded}, specs.leaves)

@@ -22,6 +22,7 @@ from lumen.parallel.comm.grad_reducer import GradReducer
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReduction, zero_weight_loss
 from lumen.parallel.fsdp.chunks import byte_chunks
+from lumen.parallel.fsdp.frozen_params import returning_shards
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import ShardLayout, reduce_scatter
 from lumen.parallel.fsdp.sharded_states import ShardedStates
@@ -108,6 +109,9 @@ class FSDPRule(DataParallelRule):
                 ' torch.func.grad. Leave out lm.ensemble and engine="func".'
             )
         rows = batching.count(call.batch)
+        frozen = self._states.frozen
+        if frozen is not None and call.has_aux:
+            call = call.replace(loss_fn=returning_shards(call.loss_fn))
         call = self._prepared_call(call, rows)
         try:
             result: Gradient = next(self._reduced(call.replace(summed=True), rows))
@@ -117,6 +121,8 @@ class FSDPRule(DataParallelRule):
             raise
         if not rows:
             result = result.replace(aux=self._neutral_aux(result.aux))
+        if frozen is not None:
+            result = result.replace(aux=frozen.in_aux(result.aux))
         return result if call.summed else gradient.normalized(result)
 
     def _reduced(self, call: GradientCall, rows: int) -> GradientCall:

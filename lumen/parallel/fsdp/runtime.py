@@ -15,6 +15,7 @@ from lumen.errors import WorldError
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.fsdp.forward_pass import Pass
+from lumen.parallel.fsdp.frozen_params import FrozenSource
 from lumen.parallel.fsdp.shard import ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext
@@ -22,6 +23,7 @@ from lumen.parallel.fsdp.unshard_traced import TracedUnshardContext
 from lumen.parallel.fsdp.wrap import FSDPUnits, find
 
 if TYPE_CHECKING:
+    from lumen.parallel.fsdp.frozen_params import MakeReducer
     from lumen.parallel.fsdp.fsdp import Sharding, fsdp
     from lumen.parallel.fsdp.grad_reduction import UnitReducer
 
@@ -37,6 +39,7 @@ class FSDPRuntime(StepMesh):
         self._patterns = [transform.patterns] if isinstance(transform.patterns, str) else transform.patterns
         self._units: dict[Apply, FSDPUnits] = {}
         self._unit_plans: dict[Path, tuple[Sharding, UnitPlans]] = {}
+        self._frozen: dict[Path, FrozenSource] = {}
         self.stage = transform.stage
         self.passes: list[Pass] = []  # of the model, the innermost last
         self.contexts: list[UnshardContext] = []  # of the gradients that are being computed, the innermost last
@@ -75,14 +78,22 @@ class FSDPRuntime(StepMesh):
         if known is None or (known[0] is not sharding and known[0] != sharding):
             assert self.layout is not None
             shapes = {name: torch.Size(spec.shape) for name, spec in sharding.specs.params.items()}
+            frozen = {name: shapes.pop(name) for name in [*shapes] if ("buffers", name) in sharding.specs.leaves}
             param_dtype = torch.bfloat16 if self._transform.param_dtype else None
-            self._unit_plans[path] = known = sharding, UnitPlans(self.layout, shapes, param_dtype)
+            self._unit_plans[path] = known = sharding, UnitPlans(self.layout, shapes, param_dtype, frozen)
         return known[1]
 
+    def frozen_source(self, path: Path, plans: UnitPlans, make_reducer: MakeReducer) -> FrozenSource:
+        """What gathers the frozen params of the state at `path`, kept for the next step."""
+        known = self._frozen.get(path)
+        if known is None or known.plans is not plans:
+            self._frozen[path] = known = FrozenSource(self, plans, make_reducer)
+        return known
+
     def units(self, apply: Apply, params: Iterable[str]) -> FSDPUnits:
-        """The units of a model; `PatternError` where a pattern matches nothing."""
+        """The units of a model, of its params and frozen ones; `PatternError` where a pattern matches nothing."""
         if apply not in self._units:
-            self._units[apply] = find(apply.module, self._patterns, params)
+            self._units[apply] = find(apply.module, self._patterns, [*params, *apply.frozen])
         return self._units[apply]
 
     def context(self, plans: UnitPlans, reducer: UnitReducer) -> UnshardContext:

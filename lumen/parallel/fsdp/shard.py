@@ -100,7 +100,8 @@ class ShardLayout:
 class AllGatherHandle:
     """An all-gather that is in flight: one message for each dtype, in `wire_dtype` of float32 where that is given.
 
-    In a graph it does not start before the tensors `after` have been computed.
+    In a graph it does not start before the tensors `after` have been computed. Only the first `trained` shards, by
+    default all, are sent in `wire_dtype`.
     """
 
     def __init__(
@@ -110,13 +111,17 @@ class AllGatherHandle:
         shapes: Sequence[torch.Size],
         wire_dtype: torch.dtype | None,
         after: Sequence[Tensor] = (),
+        trained: int | None = None,
     ) -> None:
         self._layout, self._shapes = layout, shapes
         self._dtypes = [shard.dtype for shard in shards]
         self._messages: list[tuple[list[int], Tensor, WaitFn]] = []
         self._gathered: list[tuple[list[int], Tensor]] = []
-        for dtype, indices in _by_dtype(shards).items():
-            narrow = wire_dtype if wire_dtype is not None and dtype == torch.float32 else dtype
+        count = len(shards) if trained is None or wire_dtype is None else trained
+        groups = [(pair, wire_dtype) for pair in _by_dtype(shards[:count]).items()]
+        frozen = {dtype: [count + i for i in indices] for dtype, indices in _by_dtype(shards[count:]).items()}
+        for (dtype, indices), wire in [*groups, *((pair, None) for pair in frozen.items())]:
+            narrow = wire if wire is not None and dtype == torch.float32 else dtype
             sizes = [layout.padded_size(shapes[index]) for index in indices]
             sent = [shards[index].detach() for index in indices]
             if rules.is_tracing():

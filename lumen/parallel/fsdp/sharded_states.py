@@ -18,6 +18,7 @@ from lumen import tree
 from lumen.core.module import Apply
 from lumen.core.param_leaves import names_in_optimizer_state
 from lumen.errors import ParamsError
+from lumen.parallel.fsdp.frozen_params import FrozenParams
 from lumen.parallel.fsdp.shard import Shapes, ShardedParamGatherer, ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.lazy_param import LazyParam
@@ -43,13 +44,15 @@ class _ByTensor:
 class ShardedStates:
     """The training states of one call of a step, and how each one's params are sharded."""
 
-    def __init__(self, layout: ShardLayout, states: Sequence[tuple[Any, UnitPlans]]) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: ShardLayout, states: Sequence[tuple[Any, UnitPlans]], frozen: FrozenParams | None = None
+    ) -> None:
+        self.layout, self.frozen = layout, frozen
         self._plans: list[UnitPlans] = []  # those that differ
         self._by_model: dict[Apply, UnitPlans] = {}
         self._params, self._opt_states = _ByTensor(), _ByTensor()
         for state, plans in states:
-            if all(plans.shapes != known.shapes for known in self._plans):
+            if all((plans.shapes, plans.frozen) != (known.shapes, known.frozen) for known in self._plans):
                 self._plans.append(plans)
             self._opt_states.add(state.opt_state, True)
             if len(states) > 1:

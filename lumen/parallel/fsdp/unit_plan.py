@@ -20,21 +20,23 @@ from lumen.parallel.fsdp.shard import ShardLayout, copy_rows
 
 
 class Message(NamedTuple):
-    """The params of one dtype: their indices in the unit, and how many entries each rank sends of each of them."""
+    """Params of one `dtype`, sent in `wire_dtype`: their indices, and how many entries each rank sends of each."""
 
     indices: tuple[int, ...]
     sizes: list[int]
     numel: int
     dtype: torch.dtype
-    gather_dtype: torch.dtype
-    reduce_dtype: torch.dtype
+    wire_dtype: torch.dtype
 
 
 InFlight = list[tuple[Message, Tensor, Tensor, Any]]  # what is sent, what arrives, and what waits for that
 
 
 class UnitPlan:
-    """The messages of the params of full shapes `shapes`, whose shards have these `dtypes`."""
+    """The messages of the params of full shapes `shapes`, whose shards have these `dtypes`.
+
+    The first `trained` of them have gradients, by default all. The others are frozen, and are sent as they are.
+    """
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class UnitPlan:
         shapes: Sequence[torch.Size],
         dtypes: Sequence[torch.dtype],
         param_dtype: torch.dtype | None,
+        trained: int | None = None,
     ) -> None:
         self._device, self._size = layout.device, layout.size
         self._group = GroupRef(layout.group)
@@ -51,23 +54,27 @@ class UnitPlan:
         self._full = [(shape, torch.empty(shape, device="meta").stride()) for shape in shapes]
         self._is_even = [bool(shape) and shape[0] % self._size == 0 and math.prod(shape) > 0 for shape in shapes]
         self._shards = [(shape, math.prod(shape)) for shape in map(layout.shape, shapes)]
-        self._messages = [
-            self._message(dtype, [i for i, other in enumerate(dtypes) if other is dtype], param_dtype)
-            for dtype in dict.fromkeys(dtypes)
-        ]
+        live = dtypes[:trained]
+        narrow = [param_dtype if param_dtype is not None and dtype == torch.float32 else dtype for dtype in live]
+        self._gathers = self._messages([*narrow, *dtypes[len(live) :]])
+        self._reductions = self._messages([torch.float32 if dtype in NARROW else dtype for dtype in live])
 
-    def _message(self, dtype: torch.dtype, indices: Sequence[int], param_dtype: torch.dtype | None) -> Message:
-        sizes = [self._padded[i] for i in indices]
-        gather_dtype = param_dtype if param_dtype is not None and dtype == torch.float32 else dtype
-        reduce_dtype = torch.float32 if dtype in NARROW else dtype
-        return Message(tuple(indices), sizes, sum(sizes), dtype, gather_dtype, reduce_dtype)
+    def _messages(self, wire_dtypes: Sequence[torch.dtype]) -> list[Message]:
+        """A message for the params of each dtype, of those that come first."""
+        kinds = list(zip(self._dtypes, wire_dtypes, strict=False))
+        messages = []
+        for kind in dict.fromkeys(kinds):
+            indices = tuple(index for index, other in enumerate(kinds) if other == kind)
+            sizes = [self._padded[index] for index in indices]
+            messages.append(Message(indices, sizes, sum(sizes), *kind))
+        return messages
 
     def all_gather(self, shards: Sequence[Tensor]) -> InFlight:
         """Start the all-gather of a unit's params; `receive` waits for it."""
         in_flight = []
-        for message in self._messages:
+        for message in self._gathers:
             device = self._device or shards[message.indices[0]].device
-            flat = torch.zeros(message.numel, dtype=message.gather_dtype, device=device)
+            flat = torch.zeros(message.numel, dtype=message.wire_dtype, device=device)
             for index, block in zip(message.indices, flat.split(message.sizes), strict=True):
                 shard = shards[index].reshape(-1)
                 if shard.device != device and shard.dtype != flat.dtype:  # else the host would round, and wait
@@ -117,7 +124,7 @@ class UnitPlan:
     def reduce_scatter(self, grads: Sequence[Tensor], after: Sequence[Tensor] = ()) -> list[Tensor]:
         """This rank's shards of the sums of `grads` over all ranks; 16-bit gradients are summed in float32."""
         shards = list(grads)
-        for message in self._messages:
+        for message in self._reductions:
             summed = collectives.reduce_scatter_eager(self._packed(message, grads), self._size, self._group())
             if self._replicas is not None:
                 summed = collectives.all_reduce(summed, "sum", self._replicas())()
@@ -129,7 +136,7 @@ class UnitPlan:
     def _packed(self, message: Message, grads: Sequence[Tensor]) -> Tensor:
         """One flat tensor: for each rank, in order, its padded shards of `grads`."""
         size = self._size
-        flat = grads[message.indices[0]].new_empty((size, message.numel), dtype=message.reduce_dtype)
+        flat = grads[message.indices[0]].new_empty((size, message.numel), dtype=message.wire_dtype)
         for index, column in zip(message.indices, flat.split(message.sizes, 1), strict=True):
             if self._is_even[index]:
                 column.copy_(grads[index].reshape(size, -1))
@@ -139,10 +146,22 @@ class UnitPlan:
 
 
 class UnitPlans:
-    """The full `shapes` of the params of a sharded state, and the plans that were made for its units."""
+    """The full `shapes` of the params of a sharded state, and the plans that were made for its units.
 
-    def __init__(self, layout: ShardLayout, shapes: Mapping[str, torch.Size], param_dtype: torch.dtype | None) -> None:
+    `frozen` are the shapes of its sharded frozen params, which are among the state's buffers. In a unit they follow the
+    others.
+    """
+
+    def __init__(
+        self,
+        layout: ShardLayout,
+        shapes: Mapping[str, torch.Size],
+        param_dtype: torch.dtype | None,
+        frozen: Mapping[str, torch.Size] | None = None,
+    ) -> None:
         self.layout, self.shapes, self.param_dtype = layout, shapes, param_dtype
+        self.frozen: Mapping[str, torch.Size] = frozen or {}
+        self.full_shapes = {**shapes, **self.frozen}
         self._plans: dict[tuple[tuple[str, ...], tuple[torch.dtype, ...]], UnitPlan] = {}
         self._metas: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -150,13 +169,17 @@ class UnitPlans:
         """The plan for these params, whose shards have these dtypes."""
         key = names, dtypes
         if key not in self._plans:
-            shapes = [self.shapes[name] for name in names]
-            self._plans[key] = UnitPlan(self.layout, shapes, dtypes, self.param_dtype)
+            shapes = [self.full_shapes[name] for name in names]
+            self._plans[key] = UnitPlan(self.layout, shapes, dtypes, self.param_dtype, self.trained(names))
         return self._plans[key]
+
+    def trained(self, names: Sequence[str]) -> int:
+        """How many of these params, of which the frozen ones are the last, have gradients."""
+        return sum(name not in self.frozen for name in names) if self.frozen else len(names)
 
     def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory, the same tensor at every call."""
         meta = self._metas.get((name, dtype))
         if meta is None:
-            meta = self._metas[name, dtype] = empty_meta(self.shapes[name], dtype)
+            meta = self._metas[name, dtype] = empty_meta(self.full_shapes[name], dtype)
         return meta

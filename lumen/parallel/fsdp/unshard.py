@@ -10,6 +10,9 @@ did not use. This is what keeps the collectives of all ranks in step.
 A loss may take gradients itself, in its inputs: then the backward pass of these runs while the chain is still open. It
 gathers units again as the other does, and reduces nothing. With `create_graph=True` the units that it has passed stay
 full, because its own graph goes through them before the chain comes back to them.
+
+Frozen params are gathered and freed with the others of their unit, and have no gradient. The backward pass ends at the
+first all-gather of a trained param: frozen units before it are not gathered again.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class UnshardContext:
         self.empty_meta: Callable[[str, torch.dtype], Tensor] = plans.empty_meta
         self.zero_weight = False  # whether what is computed weighs nothing, whatever its gradients
         self.chain = Chain()
-        self._beside: list[UnshardContext] = []
+        self.beside: list[UnshardContext] = []  # those that continue this chain
         self.is_open = True  # until the loss function has returned
         self.saves_references = False  # in place of full params
         self._direct: dict[str, tuple[Tensor, Tensor]] = {}
@@ -100,12 +103,15 @@ class UnshardContext:
 
     def gather(self, unit: UnshardedUnit, shards: Sequence[Tensor]) -> Sequence[Tensor]:
         """The full params of `shards`, on the chain."""
+        count = unit.trained
         unit.first = not self._gathered
-        self._repeated |= not self._gathered.isdisjoint(unit.names)
-        self._gathered.update(unit.names)
+        self._repeated |= not self._gathered.isdisjoint(unit.names[:count])
+        self._gathered.update(unit.names[:count])
         full: list[Tensor]
-        self.chain.token, *full = _Gather.apply(unit, self.chain.token, *shards)  # type: ignore[no-untyped-call]
-        return full
+        self.chain.token, *full = _Gather.apply(unit, self.chain.token, *shards[:count])  # type: ignore[no-untyped-call]
+        unit.in_backward = self.chain.token.requires_grad
+        frozen, unit.frozen = unit.frozen, []
+        return [*full, *frozen]
 
     def tie(self, output: Any, unit: UnshardedUnit) -> Any:
         """The output of a unit, whose params are gathered again before the backward pass goes through the unit."""
@@ -144,9 +150,9 @@ class UnshardContext:
         self.is_open = False
         self.chain.token = torch.zeros(())
         self._direct.clear()
-        for context in self._beside:
+        for context in self.beside:
             context.close()
-        self._beside.clear()
+        self.beside.clear()
 
     def attach(self, context: UnshardContext) -> None:
         """Let the all-gathers of other params, in which no gradient is taken, continue this chain until it is closed.
@@ -154,7 +160,7 @@ class UnshardContext:
         What is computed from those params may still be differentiated in its inputs.
         """
         context.chain = self.chain
-        self._beside.append(context)
+        self.beside.append(context)
 
 
 class UnshardedUnit:
@@ -166,9 +172,12 @@ class UnshardedUnit:
     def __init__(self, context: UnshardContext, names: tuple[str, ...], shards: Sequence[Tensor]) -> None:
         self.context = context
         self.names = names
-        self.first = False  # whether it was gathered before all others, and so is reduced after them
+        self.first = False  # whether no gradient is reduced after its own
+        self.trained = context.plans.trained(names)  # how many of its params have gradients; the others are frozen
+        self.frozen: list[Tensor] = []  # the full ones, until they are handed out
         self.shards = [*map(Tensor.detach, shards)]
         self.previous: UnshardedUnit | None = None
+        self.in_backward = False  # whether the backward pass comes back to it
         self.has_left = False  # whether its modules have run, and it was freed after that
         self.stays_full = False  # for a graph that a gradient inside of the loss has made
 
@@ -224,7 +233,9 @@ class EagerUnit(UnshardedUnit):
     def recall(self) -> list[Tensor]:
         """The full params for a recomputation."""
         params = self._plan.aliases(self._buffers) if self._is_full else self.fetch()
-        return [param.requires_grad_() for param in params]
+        for param in params[: self.trained]:
+            param.requires_grad_()
+        return params
 
     def free(self) -> None:
         """Free the memory."""
@@ -238,6 +249,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, unit: UnshardedUnit, token: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.unit = unit
         params = unit.fetch()
+        if unit.trained < len(params):  # constants to autograd, so no outputs of this function
+            params, unit.frozen = params[: unit.trained], params[unit.trained :]
         if True not in ctx.needs_input_grad[2:]:  # of a model through which the gradient of another one goes
             ctx.mark_non_differentiable(*params)
         return (token.clone(), *params)

@@ -28,7 +28,7 @@ class TracedUnshardContext(UnshardContext):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.saves_references = True
-        self.empty_meta = partial(_untraced_meta, self.plans)
+        self.empty_meta = partial(untraced_meta, self.plans)
         self.reached: list[Tensor] = []  # the activations or gradients that the pass computed last
         self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each full param, by its memory
 
@@ -81,9 +81,9 @@ class TracedUnit(UnshardedUnit):
         """Start the all-gather, not before the pass has come as far as it has now."""
         if self._in_flight is None:
             plans = self.context.plans
-            shapes = [plans.shapes[name] for name in self.names]
+            shapes = [plans.full_shapes[name] for name in self.names]
             self._in_flight = AllGatherHandle(
-                plans.layout, self.shards, shapes, plans.param_dtype, self.context.reached
+                plans.layout, self.shards, shapes, plans.param_dtype, self.context.reached, self.trained
             )
 
     def fetch(self) -> list[Tensor]:
@@ -102,7 +102,8 @@ class TracedUnit(UnshardedUnit):
 
     def recall(self) -> list[Tensor]:
         """The full params for a recomputation."""
-        return [param.detach().requires_grad_() for param in self.params or self.fetch()]
+        params = [param.detach() for param in self.params or self.fetch()]
+        return [*map(Tensor.requires_grad_, params[: self.trained]), *params[self.trained :]]
 
     def free(self) -> None:
         """Use them no more: the graph frees them after their last use."""
@@ -123,10 +124,10 @@ class _SavedView(NamedTuple):
     offset: int
 
 
-def _untraced_meta(plans: UnitPlans, name: str, dtype: torch.dtype) -> Tensor:
+def untraced_meta(plans: UnitPlans, name: str, dtype: torch.dtype) -> Tensor:
     """The param `name` without memory, outside of the graph."""
     with _torch_compat.disable_proxy_modes_tracing(), _torch_compat.unset_fake_temporarily():
-        return empty_meta(plans.shapes[name], dtype)
+        return empty_meta(plans.full_shapes[name], dtype)
 
 
 def _unpack(saved: Tensor | _SavedView) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,14 +72,19 @@ def check_kind(function: str, kind: object, kinds: Sequence[str]) -> None:
 
 
 def quantizable_layers(
-    module: nn.Module, layers: Layers | None, *, multiple: int = 1, untied: bool = False
+    module: nn.Module,
+    layers: Layers | None,
+    *,
+    multiple: int = 1,
+    untied: bool = False,
+    forwards: Collection[Any] = (nn.Linear.forward,),
 ) -> dict[str, nn.Linear]:
     """The linear layers of `module` that `layers` selects, by name; by default, all that can be quantized.
 
     Globs and regular expressions are matched against the names of linear layers, and each must match at least one; a
     predicate may select none. Selecting a layer that cannot be quantized is an error; by default such layers are
     skipped. Among other things, sizes that are not multiples of `multiple` rule a layer out, as does a shared weight
-    with `untied`.
+    with `untied`, and a class whose forward is none of `forwards`.
     """
     linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if not linear and not callable(layers):
@@ -89,7 +94,7 @@ def quantizable_layers(
         )
     selected = _select(linear, layers)
     tied = _tied(module) if untied else set()
-    obstacles = {name: _obstacle(layer, id(layer) in tied, multiple) for name, layer in selected.items()}
+    obstacles = {name: _obstacle(layer, id(layer) in tied, multiple, forwards) for name, layer in selected.items()}
     quantizable = {name: layer for name, layer in selected.items() if obstacles[name] is None}
     reasons = [f"{_layer_text(name)} {why}" for name, why in obstacles.items() if why is not None]
     if reasons and layers is not None:
@@ -109,14 +114,14 @@ def _select(linear: dict[str, nn.Linear], layers: Layers | None) -> dict[str, nn
     return {name: layer for (name, layer), *hits in zip(linear.items(), *matches, strict=True) if any(hits)}
 
 
-def _obstacle(layer: nn.Linear, tied: bool, multiple: int) -> str | None:
+def _obstacle(layer: nn.Linear, tied: bool, multiple: int, forwards: Collection[Any]) -> str | None:
     """Why a layer cannot be quantized; None if it can."""
     kind = type(layer)
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "belongs to an nn.MultiheadAttention, which uses its weight without calling it"
     if _torch_compat.own_params(layer).get("weight") is None:
         return "has no param named 'weight'"
-    if kind.forward is not nn.Linear.forward:
+    if kind.forward not in forwards:
         return f"is a {kind.__name__}, which overrides forward"
     if "forward" in layer.__dict__:
         return "has its forward replaced by another transform (such as tensor_parallel)"
