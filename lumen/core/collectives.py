@@ -97,9 +97,12 @@ def all_gather(values: Any, axis: str) -> Any:
 def _bound(axis: str) -> Axis | None:
     """What is bound to an axis; `AxisError` for a name that no mesh has, in a step on one."""
     bound: Axis | None = rules.axis(axis)
-    if bound is None and axis not in _NAMES and any(other.process for other in rules.stack.axes.values()):
+    if bound is not None or axis in _NAMES:
+        return bound
+    others = [name for name, other in rules.stack.axes.items() if getattr(other, "process", False)]
+    if others:
         raise AxisError(
-            f"the axis {axis!r} is bound nowhere; here there are {', '.join(map(repr, rules.stack.axes))}. The rows of"
+            f"the axis {axis!r} is bound nowhere; here there are {', '.join(map(repr, others))}. The rows of"
             ' a batch are along "data" under lm.ddp, and along "shard" under lm.fsdp.'
         )
     return bound
