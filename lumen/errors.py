@@ -76,7 +76,7 @@ class PatternError(LumenError, ValueError):
 
 
 class HyperparameterError(LumenError, ValueError):
-    """A hyperparameter outside its range, NaN included."""
+    """A hyperparameter, or another number or shape, outside its range, NaN included."""
 
 
 class MergeError(LumenError, ValueError):

@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from lumen.errors import printable
+from lumen.errors import ArgumentError, printable
 
 Spec = optree.PyTreeSpec
 
@@ -43,7 +43,17 @@ def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
     >>> unflatten(structure({"a": 0, "b": 0}), [1, 2])
     {'a': 1, 'b': 2}
     """
-    return spec.unflatten(leaves)
+    if not isinstance(spec, Spec):
+        raise ArgumentError(
+            f"spec is of type {type(spec).__name__}; it is what lm.tree.flatten and lm.tree.structure return, and comes"
+            " first: lm.tree.unflatten(spec, leaves)"
+        )
+    try:
+        return spec.unflatten(leaves)
+    except TypeError:
+        if isinstance(leaves, Iterable):
+            raise
+        raise ArgumentError(f"leaves is {leaves!r:.40} of type {type(leaves).__name__}; it is a list.") from None
 
 
 def leaves(tree: Any, is_leaf: IsLeaf | None = None) -> list[Any]:
@@ -70,6 +80,10 @@ def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf | None = 
     >>> map(lambda x, y: x + y, {"a": 1}, {"a": 10})
     {'a': 11}
     """
+    if not callable(fn):
+        raise ArgumentError(
+            f"fn is of type {type(fn).__name__}; it is a function of leaves, and comes first: lm.tree.map(fn, tree)"
+        )
     return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf, namespace=NAMESPACE)
 
 
@@ -174,6 +188,11 @@ def select(where: Tensor, yes: Any, no: Any) -> Any:
     >>> select(torch.tensor(False), {"x": torch.tensor(1)}, {"x": torch.tensor(2)})
     {'x': tensor(2)}
     """
+    if not isinstance(where, Tensor):
+        raise ArgumentError(
+            f"where is {where!r:.40} of type {type(where).__name__}; it is a boolean scalar tensor, and a Python bool"
+            " chooses itself: yes if where else no"
+        )
     return map(lambda a, b: a if a is b or not isinstance(a, Tensor) else torch.where(where, a, b), yes, no)
 
 

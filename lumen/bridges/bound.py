@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lumen.core.module import param_slots, skeleton_of
-from lumen.errors import ParamsError
+from lumen.core.arguments import describe
+from lumen.core.module import Apply, param_slots, skeleton_of
+from lumen.errors import ArgumentError, ParamsError
 
 
 def module(state: Any) -> nn.Module:
@@ -16,7 +17,8 @@ def module(state: Any) -> nn.Module:
     The module shares its tensors with the state, so in-place changes affect both. Its parameters have
     `requires_grad=False` and are for reading, for `generate()` and for saving. Tied weights stay tied.
 
-    Raises `ParamsError` if the state's params are sharded, as under `lm.fsdp`: export it first.
+    Raises `ParamsError` if the state's params are sharded, as under `lm.fsdp`: export it first; and `ArgumentError` for
+    what is no state of a model.
 
     >>> import lumen as lm, torch
     >>> state = lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1))
@@ -24,7 +26,7 @@ def module(state: Any) -> nn.Module:
     >>> net(torch.ones(3, 2)).shape, net.weight.data_ptr() == state.params["weight"].data_ptr()
     (torch.Size([3, 1]), True)
     """
-    model = skeleton_of(state.apply_fn.module).eval()
+    model = skeleton_of(model_of(state)).eval()
     tensors = {**state.params, **state.buffers}
     parameters: dict[str, nn.Parameter] = {}
     slots: list[tuple[dict[str, Any], str, Any]] = []
@@ -38,6 +40,15 @@ def module(state: Any) -> nn.Module:
     for table, key, tensor in slots:
         table[key] = tensor
     return model
+
+
+def model_of(state: Any) -> nn.Module:
+    """The module that `state` was made of; `ArgumentError` for what is no state of a model."""
+    apply = getattr(state, "apply_fn", None)
+    if isinstance(apply, Apply):
+        return apply.module
+    line = "state=result.export()" if hasattr(state, "export") else "state=lm.TrainState.create(net, tx)"
+    raise ArgumentError(f"state is {describe(state)}; it takes an lm.TrainState. Write: {line}")
 
 
 def _shape_error(name: str, expected: Tensor, actual: Tensor | None) -> ParamsError:

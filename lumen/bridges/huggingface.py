@@ -18,13 +18,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lumen.bridges import lora
+from lumen.bridges.bound import model_of
 from lumen.checkpoint._save import TEMPORARY
+from lumen.core.arguments import checked_first
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
 
 _SHOWN = 6  # maximum number of names in a message
 _PEFT = (("lora_a", "lora_A.weight"), ("lora_b", "lora_B.weight"))
 
 
+@checked_first
 def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB") -> Path:
     """Write the model of `state` to a directory for `from_pretrained` or the hub; returns its path.
 
@@ -135,6 +138,7 @@ def _write(final: Path, write: Callable[[Path], object]) -> Path:
     return final
 
 
+@checked_first
 def load_pretrained(state: Any, directory: str | os.PathLike[str], *, strict: bool = True) -> Any:
     """`state` with the weights of `directory` (or a name on the hub), in the state's own dtypes and devices.
 
@@ -149,7 +153,7 @@ def load_pretrained(state: Any, directory: str | os.PathLike[str], *, strict: bo
     """
     import transformers
 
-    module = state.apply_fn.module
+    module = model_of(state)
     if not isinstance(module, transformers.PreTrainedModel):
         raise ParamsError(
             f"{type(module).__name__} is not a transformers model. Load its tensors by name:"

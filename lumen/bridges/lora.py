@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lumen.bridges.bound import module as bound
 from lumen.bridges.quantized_layer import Quantized, restore
 from lumen.core import _torch_compat
+from lumen.core.arguments import checked
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._param_names import Pattern, matching
@@ -49,6 +50,7 @@ class Lora(nn.Module):
         return product if isinstance(self, nn.Linear) else product.T
 
 
+@checked
 def adapt(
     module: nn.Module,
     *,

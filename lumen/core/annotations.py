@@ -6,6 +6,7 @@ import collections.abc
 import functools
 import inspect
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -16,6 +17,11 @@ import torch
 from torch import Tensor, nn
 
 UNKNOWN: Any = object()  # the type of an annotation that only a type checker can read
+# The packages in which a reader finds names, by what stands before a name there.
+_NAMESPACES = (
+    *("", "optim.", "random.", "tree.", "data.", "metrics.", "losses.", "sinks.", "checkpoint.", "parallel."),
+    *("parallel.plans.", "bridges.", "bridges.huggingface.", "bridges.lora.", "planner.", "extend."),
+)
 _LISTS = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
 _SEVERAL = (
     *(collections.abc.Sequence, collections.abc.Set, collections.abc.ValuesView, collections.abc.Iterator),
@@ -177,12 +183,27 @@ def public_name(thing: Any) -> str:
     """The name by which a reader has a function or class.
 
     >>> import lumen as lm
-    >>> public_name(lm.Every), public_name(lm.optim.adamw), public_name(torch.dtype)
-    ('lm.Every', 'lm.optim.adamw', 'torch.dtype')
+    >>> public_name(lm.Every), public_name(lm.optim.adamw), public_name(lm.bridges.lora.adapt), public_name(torch.dtype)
+    ('lm.Every', 'lm.optim.adamw', 'lm.bridges.lora.adapt', 'torch.dtype')
     """
     module, name = getattr(thing, "__module__", ""), str(getattr(thing, "__qualname__", thing))
     if module.startswith("lumen."):
-        package = module.split(".")[1]
-        inner = package in ("optim", "sinks", "checkpoint", "metrics") or name == "per_rank"
-        return f"lm.{package}.{name}" if inner else f"lm.{name}"
+        return f"lm.{_namespace(thing, name)}{name}"
     return f"torch.{name}" if module == "torch" else name
+
+
+def _namespace(thing: Any, name: str) -> str:
+    """Where below `lm` a reader finds a function or class of Lumen: "" or such as "optim."."""
+    first = name.partition(".")[0]
+    for namespace in _NAMESPACES:
+        package: Any = sys.modules["lumen"]
+        for part in namespace.split(".")[:-1]:
+            package = vars(package).get(part, package)  # not imported yet, as long as nothing of it has been used
+        if first in vars(package) and _owner(vars(package)[first]) == _owner(thing):
+            return namespace
+    return ""
+
+
+def _owner(thing: Any) -> tuple[str, str]:
+    """The module that defines a function, or the class of a method, and its name there."""
+    return getattr(thing, "__module__", ""), str(getattr(thing, "__qualname__", "")).partition(".")[0]

@@ -33,6 +33,18 @@ _LINES = {
     "Mesh": "lm.mesh(data=-1)",
     "Module": "net",
 }
+# What other libraries call an argument, and what to write for it here.
+_PEERS = {
+    **dict.fromkeys(("epochs", "max_epochs", "num_epochs", "num_train_epochs"), "until=lm.Epochs(10)"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps"), "until=lm.Steps(1000)"),
+    **dict.fromkeys(("validation_data", "val_dataloaders", "eval_dataset"), "validate=lm.Validate(eval_step, loader)"),
+    **dict.fromkeys(("train_dataloaders", "train_dataset"), "data=loader"),
+    **dict.fromkeys(("learning_rate", "init_lr"), "lr=1e-3"),
+    **dict.fromkeys(("b1", "b2", "beta_1", "beta_2", "beta1", "beta2"), "betas=(0.9, 0.999)"),
+    **dict.fromkeys(("save_total_limit", "max_to_keep"), "keep=3"),
+    **dict.fromkeys(("save_top_k",), "keep_best=3"),
+    **dict.fromkeys(("max_norm", "gradient_clip_val"), "norm=1.0"),
+}
 
 
 class Mismatch(NamedTuple):
@@ -75,12 +87,26 @@ def _checked(target: Any, *, has_effects: bool) -> Any:
 def _wrapped(function: Callable[..., Any], shown: Any, has_effects: bool) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        wrong = mismatch(function, args, kwargs)
+        wrong = mismatch(function, args, kwargs, shown)
         if wrong is not None:
             refuse(shown, wrong, None if has_effects else lambda: function(*args, **kwargs))
         return function(*args, **kwargs)
 
     return run
+
+
+def named_arguments(function: T) -> T:
+    """A function that raises `ArgumentError` for arguments that it does not have; the others are its own business."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            mismatch(function, args, kwargs, function, names_only=True)
+            raise
+
+    return cast("T", run)
 
 
 def check(function: Callable[..., Any], **values: Any) -> None:
@@ -91,15 +117,19 @@ def check(function: Callable[..., Any], **values: Any) -> None:
             refuse(function, Mismatch(name, value, hints[name]), None)
 
 
-def mismatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mismatch | None:
+def mismatch(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], shown: Any, names_only: bool = False
+) -> Mismatch | None:
     """The first argument whose type the annotation does not allow; None if all may be right.
 
-    Missing and unknown arguments are Python's own business.
+    Raises `ArgumentError` for missing and unknown arguments of `shown`, the function or class that the message names.
     """
     signature, hints = signature_of(function)
     try:
         bound = signature.bind(*args, **kwargs)
-    except TypeError:
+    except TypeError as error:
+        raise ArgumentError(_unbound(shown, signature, args, kwargs, str(error))) from None
+    if names_only:
         return None
     for name, value in bound.arguments.items():
         parameter, hint = signature.parameters[name], hints[name]
@@ -124,6 +154,8 @@ def refuse(shown: Any, wrong: Mismatch, call: Callable[[], Any] | None) -> NoRet
 
     `shown` is the function or class that the message names.
     """
+    if _are_params(wrong.value) and public_name(shown).startswith("lm.optim."):
+        raise ArgumentError(_without_params(shown)) from None
     try:
         if call is not None:
             call()
@@ -144,8 +176,40 @@ def _is_about(message: str, shown: Any, wrong: Mismatch) -> bool:
     return bool(re.search(names, message)) and any(text in message for text in texts)
 
 
+def _unbound(
+    shown: Any, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], problem: str
+) -> str:
+    """What is wrong with the arguments of a call that does not fit the signature, and what to write."""
+    names = [name for name in signature.parameters if name not in ("self", "cls")]
+    own = args[1:] if "self" in signature.parameters else args
+    if own and _are_params(own[0]):
+        return _without_params(shown)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    unknown = [] if takes_any else [name for name in kwargs if name not in names]
+    if unknown:
+        problem = f"there is no argument {unknown[0]!r}"
+    peers = [line for name, line in _PEERS.items() if name in kwargs and line.partition("=")[0] in names]
+    line = ", ".join(peers) or _example(shown)
+    text = f"{public_name(shown)}: {problem}; it takes {', '.join(names) or 'no arguments'}."
+    return f"{text} Write: {line}" if line else text
+
+
+def _are_params(value: Any) -> bool:
+    """Whether a value is what torch's optimizers take first: the parameters of a module."""
+    first = next(iter(value), None) if isinstance(value, list | tuple) else None
+    return inspect.isgenerator(value) or isinstance(first, nn.Parameter)
+
+
+def _without_params(shown: Any) -> str:
+    name = public_name(shown)
+    return (
+        f"{name} takes no params, as torch's optimizers do: it gets them with the state."
+        f" Write: state = lm.TrainState.create(net, {name}(1e-3))"
+    )
+
+
 def _message(shown: Any, name: str, value: Any, hint: Any) -> str:
-    line = _line(hint, name, value) or _default(shown, name) or _example(shown)
+    line = _unpacked(shown, name, value) or _line(hint, name, value) or _default(shown, name) or _example(shown)
     text = f"{public_name(shown)}: {name} is {describe(value)}; it takes {words(hint)}."
     return f"{text} Write: {line}" if line else text
 
@@ -171,6 +235,8 @@ def describe(value: Any) -> str:
 
 def _line(hint: Any, name: str, value: Any) -> str | None:
     """What to write for this argument, where its type tells."""
+    if int in choices(hint) and hasattr(value, "__len__") and not isinstance(value, str):
+        return f"{name}=len({type(value).__name__.lower()})"
     kind = value if inspect.isclass(value) else type(value)
     if issubclass(kind, torch.optim.Optimizer):
         return f"lm.optim.from_torch(torch.optim.{kind.__name__}, lr=1e-3)"
@@ -179,6 +245,13 @@ def _line(hint: Any, name: str, value: Any) -> str | None:
         if line is not None and not typing.get_args(choice):
             return f"{name}={line}"
     return None
+
+
+def _unpacked(shown: Any, name: str, value: Any) -> str | None:
+    """The call with the list unpacked, where a function takes one argument after another and was given a list."""
+    parameter = inspect.signature(shown).parameters.get(name)
+    is_rest = parameter is not None and parameter.kind is parameter.VAR_POSITIONAL
+    return f"{public_name(shown)}(*{name})" if is_rest and isinstance(value, list | tuple) else None
 
 
 def _default(shown: Any, name: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,12 @@ def _merge_leaf(path: str, leaves: Sequence[Any], sizes: Sequence[int]) -> Any:
         return torch.cat(list(leaves))
     if isinstance(first, int | float | str | bool) and all(leaf == first for leaf in leaves):
         return first
+    if isinstance(first, Mapping):  # no pytree, such as an output of transformers
+        raise LossError(
+            f"{f'aux[{path!r}]' if path else 'the aux'} is an object of type {type(first).__name__}, which is no"
+            " pytree, so Lumen cannot merge those of the microbatches. Return a dict of what is needed:"
+            " return loss, {'logits': out.logits}"
+        )
     shape = f"tensor of shape {tuple(first.shape)} and {first.dtype}" if isinstance(first, Tensor) else repr(first)
     raise LossError(
         f"aux[{path!r}] is a {shape}, and Lumen does not know how to merge those of the microbatches."

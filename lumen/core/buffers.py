@@ -105,6 +105,7 @@ class BufferTracker:
         for name, tensor in new.items():
             origin, before = origins[name], self._returned.get(id(call.buffers[name]))
             same = tensor is inputs[name] or (unwritten is not None and id(tensor) in unwritten)
+            origin.frozen = origin.frozen and same  # a frozen parameter that the forward pass replaces is like a buffer
             origin.changed = False if same and (before is None or before[1].changed is False) else None
             self._returned[id(tensor)] = tensor, origin
             first = self._read.setdefault(name, (tensor, origin))

@@ -14,6 +14,8 @@ from lumen import tree
 from lumen.core import _torch_compat, distributed, rules
 from lumen.errors import AxisError
 
+_NAMES = ("data", "shard", "tensor", "lanes")  # which a step may name where they are not bound
+
 
 class Axis(Protocol):
     """What can be bound to an axis name."""
@@ -67,7 +69,7 @@ def pmean(values: Any, axis: str) -> Any:
     >>> lm.pmean({"x": torch.tensor(2.0)}, "data")
     {'x': tensor(2.)}
     """
-    bound = rules.axis(axis)
+    bound = _bound(axis)
     if bound is None:
         return values
     return tree.map(lambda x: x / bound.size, psum(values, axis))
@@ -86,10 +88,24 @@ def all_gather(values: Any, axis: str) -> Any:
     >>> lm.all_gather(torch.tensor([1.0, 2.0]), "data")
     tensor([1., 2.])
     """
-    bound: Axis | None = rules.axis(axis)
+    bound = _bound(axis)
     if bound is None:
         return values
     return tree.map(lambda x: _gathered(x, bound, axis), values)
+
+
+def _bound(axis: str) -> Axis | None:
+    """What is bound to an axis; `AxisError` for a name that no mesh has, in a step on one."""
+    bound: Axis | None = rules.axis(axis)
+    if bound is not None or axis in _NAMES:
+        return bound
+    others = [name for name, other in rules.stack.axes.items() if getattr(other, "process", False)]
+    if others:
+        raise AxisError(
+            f"the axis {axis!r} is bound nowhere; here there are {', '.join(map(repr, others))}. The rows of"
+            ' a batch are along "data" under lm.ddp, and along "shard" under lm.fsdp.'
+        )
+    return bound
 
 
 def _gathered(x: Tensor, bound: Axis, axis: str) -> Tensor:
@@ -116,12 +132,12 @@ def axis_index(axis: str) -> Tensor:
     >>> lm.axis_index("data")
     tensor(0)
     """
-    bound = rules.axis(axis)
+    bound = _bound(axis)
     return torch.zeros((), dtype=torch.int64) if bound is None else bound.index()
 
 
 def _reduce(values: Any, axis: str, op: str) -> Any:
-    bound: Axis | None = rules.axis(axis)
+    bound = _bound(axis)
     if bound is None:
         return values
     if bound.process and _torch_compat.peek_interpreter_stack() is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import rules
 from lumen.core.primitives import GradientCall
-from lumen.errors import InexactWarning, LossError
+from lumen.errors import InexactWarning, LossError, ParamsError
 
 examined: set[CodeType] = set()
 """The code of loss functions of which `examine` is not needed again, unless the closure holds a live tensor."""
@@ -104,17 +104,35 @@ def graph_leaves(root: Tensor) -> list[Tensor]:
     return leaves
 
 
+def is_old_function(error: RuntimeError) -> bool:
+    """Whether torch.func met an `autograd.Function` of a model or library whose forward takes `ctx`."""
+    return "override the setup_context staticmethod" in str(error)
+
+
+def old_function(why: str) -> ParamsError:
+    """What is raised for such a function where `why` runs the model inside of torch.func."""
+    return ParamsError(
+        "the model uses a torch.autograd.Function without setup_context, which torch refuses inside of torch.func, by"
+        f" which {why} runs the model. Leave that out, or write the function with torch's own operations or with"
+        " setup_context and generate_vmap_rule = True."
+    )
+
+
 @contextmanager
 def explained(loss_fn: Callable[..., Any]) -> Iterator[None]:
-    """Raise `LossError` for a loss that takes a derivative by autograd, which fails inside of torch.func."""
+    """Raise `LossError` for a loss that takes a derivative by autograd, which fails inside of torch.func.
+
+    An `autograd.Function` of the model that fails there raises `ParamsError`.
+    """
     try:
         yield
     except RuntimeError as error:
         text = str(error)
-        is_refusal = "functorch" in text and "setup_context" not in text  # a Function of the model has its own error
-        if not is_refusal and "not have been used in the graph" not in text:
-            raise
         why = rules.splitter() or 'lm.ensemble, torch.func or engine="func"'
+        if is_old_function(error):
+            raise old_function(why) from error
+        if "functorch" not in text and "not have been used in the graph" not in text:
+            raise
         raise LossError(
             f"the loss of {getattr(loss_fn, '__qualname__', repr(loss_fn))} calls requires_grad_() or"
             f" torch.autograd.grad, which torch refuses inside of torch.func, by which {why} computes gradients."

@@ -282,6 +282,10 @@ def _not_a_scalar(loss: Any, call: GradientCall) -> LossError:
         hint = "It returned several values: write lm.value_and_grad(loss_fn, has_aux=True)."
     elif isinstance(loss, Tensor) and loss.dim() > 0:
         hint = "For one loss per row write: lm.Mean.of(losses), or losses.mean()."
+    elif loss is None:
+        hint = "Is a return missing? A model of transformers computes a loss only for a batch with 'labels'."
+    elif isinstance(getattr(loss, "loss", None), Tensor):
+        hint = "Write: return out.loss"
     else:
         hint = "Return a floating scalar tensor, or lm.Mean.of(losses)."
     return LossError(f"the loss must be a scalar tensor or an lm.Mean, not {_describe(loss)}. {hint}")
@@ -375,4 +379,6 @@ def detached(values: Any) -> Any:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    return f"{type(value).__name__} {value!r:.60}" if not isinstance(value, tuple) else f"a tuple of {len(value)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"an object of type {type(value).__name__}" if hasattr(value, "loss") else f"{value!r:.60}"

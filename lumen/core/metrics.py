@@ -360,9 +360,12 @@ def as_value(leaf: Any) -> Metric:
     if isinstance(leaf, Metric):
         return leaf
     if not isinstance(leaf, Tensor | int | float | complex | np.ndarray | np.generic):
+        fix = "Log text by a sink or a callback instead."
+        if hasattr(leaf, "update") and hasattr(leaf, "compute"):
+            fix = "Before the step write metric = lm.metrics.from_torchmetrics(m), and in it metric.of(preds, target)."
         raise MetricError(
             f"a metric is {leaf!r:.60}, of type {type(leaf).__name__}; it must be a number, a tensor or an lm.Metric."
-            " Log text by a sink or a callback instead."
+            f" {fix}"
         )
     tensor = torch.as_tensor(leaf)
     tensor = _wide(tensor)

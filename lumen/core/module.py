@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lumen.core import _torch_compat, rules
+from lumen.core.apply_failure import explain_failure
 from lumen.core.arguments import checked
 from lumen.core.buffer_rules import Merge, Merges, merges_of
 from lumen.core.buffer_writes import is_marking, mark_unwritten, touched
@@ -206,19 +207,30 @@ class Apply:
         try:
             for table, key, name in self._slots:
                 table[key] = tensors[name]
-            if not buffers:
-                return self.module(*args, **kwargs), {}
-            if is_marking():
+            if buffers and is_marking():
                 return self._traced(tensors, buffers, args, kwargs)
             out = self.module(*args, **kwargs)
-            return out, self._after(buffers)
-        except RuntimeError as error:
-            _explain(error, self.module)
+            self._check_replaced(tensors)
+            return out, self._after(buffers) if buffers else {}
+        except (RuntimeError, TypeError, AttributeError) as error:
+            explain_failure(error, self.module, tensors, args, kwargs)
             raise
         finally:
             forwards.pop()
             for (table, key, _), tensor in zip(self._slots, before, strict=True):
                 table[key] = tensor
+
+    def _check_replaced(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `ParamsError` for a parameter that the forward pass has replaced, which would be lost."""
+        for table, key, name in self._slots:
+            tensor = table[key]
+            if type(tensor) is nn.Parameter and tensor.requires_grad and tensor is not tensors[name]:
+                raise ParamsError(
+                    f"the forward pass of {type(self.module).__name__} replaced its parameter {printable(name)!r},"
+                    " which only the optimizer changes. What the model updates itself, such as a codebook, is a"
+                    f" buffer: self.register_buffer({printable(key)!r}, ...) in its module, and in its forward pass"
+                    f" self.{printable(key)} = ... of a tensor."
+                )
 
     def _after(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The current tensors in the slots of `buffers`, in the same order."""
@@ -282,16 +294,6 @@ def _calling(kind: type[nn.Module], function: Callable[..., Any]) -> type[nn.Mod
 
 def _apply(call: ApplyCall) -> tuple[Any, dict[str, Tensor]]:
     return call.target.run(call.params, call.buffers, call.args, call.kwargs)  # type: ignore[no-any-return]
-
-
-def _explain(error: RuntimeError, module: nn.Module) -> None:
-    """Say what helps where a model of transformers looks at its attention mask's values under vmap."""
-    if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
-        error.add_note(
-            "lm.dp_sgd and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
-            " mask masks anything. Write net.set_attn_implementation('eager') before lm.pure(net); an encoder, as BERT,"
-            " also needs its mask ready made: attention_mask[:, None, None, :].expand(-1, 1, T, -1).bool()"
-        )
 
 
 def skeleton_of(module: nn.Module) -> nn.Module:

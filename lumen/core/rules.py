@@ -18,6 +18,9 @@ from enum import IntEnum
 from functools import partial
 from typing import Any
 
+from lumen.core.arguments import checked
+from lumen.errors import ArgumentError, HyperparameterError
+
 Next = Callable[[Any], Any]
 Rule = Callable[[Next, Any], Any]
 LossContext = Callable[[Any], AbstractContextManager[Any]]
@@ -88,14 +91,31 @@ class rule_context:  # noqa: N801
         self._rules = rules
 
     def __enter__(self) -> None:
-        for primitive, rule in self._rules.items():
-            stack.rules[primitive].append(rule)
+        installed = 0
+        try:
+            for primitive, rule in self._rules.items():
+                stack.rules[primitive].append(rule)
+                installed += 1
+        except (AttributeError, TypeError, IndexError):
+            for primitive in [*self._rules][:installed] if isinstance(self._rules, Mapping) else ():
+                stack.rules[primitive].pop()
+            raise _not_rules(self._rules) from None
 
     def __exit__(self, *_exc: object) -> None:
         for primitive in self._rules:
             stack.rules[primitive].pop()
 
 
+def _not_rules(handlers: Any) -> ArgumentError:
+    keys = list(handlers)[:1] if isinstance(handlers, Mapping) else ()
+    found = f"a dict with the key {keys[0]!r:.40}" if keys else f"{handlers!r:.60} of type {type(handlers).__name__}"
+    return ArgumentError(
+        f"handlers, the rules, are {found}; they are a dict from a primitive to a function rule(next, call):"
+        " {lm.extend.Primitive.UPDATE: rule}"
+    )
+
+
+@checked
 def with_rules(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """`step` with `handlers` installed for as long as it runs: all that a transform without memory does.
 
@@ -109,6 +129,9 @@ def with_rules(handlers: Mapping[Primitive, Rule], step: Callable[[Any, Any], An
     >>> round(float(state.params["weight"] - new.params["weight"]), 4)
     2.0
     """
+
+    with rule_context(handlers):  # raises for what are no rules
+        pass
 
     def run(state: Any, batch: Any) -> Any:
         with rule_context(handlers):
@@ -272,7 +295,7 @@ class bound_axes:  # noqa: N801
         bound = stack.axes
         for name in self._axes:
             if name in bound:
-                raise ValueError(
+                raise HyperparameterError(
                     f"axis {name!r} is already bound by an enclosing transform; give this one another name."
                 )
         bound.update(self._axes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lumen import random, tree
 from lumen.core import rules
-from lumen.core.arguments import checked
+from lumen.core.arguments import checked, describe
 from lumen.core.brief_repr import brief, count, number, opt_state_text
 from lumen.core.buffer_rules import Merges, check_statistics
 from lumen.core.donation import retire_updated
@@ -20,7 +20,7 @@ from lumen.core.primitives import Optimizer, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import static
 from lumen.core.rules import Primitive
-from lumen.errors import ParamsError, StateError
+from lumen.errors import ArgumentError, ParamsError, StateError
 
 
 @pytree_dataclass
@@ -115,10 +115,20 @@ class TrainState:
 
     def apply(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """APPLY: the model on `args` with these params and the state's buffers: `(out, new_buffers)`."""
+        if not hasattr(params, "keys"):
+            raise ArgumentError(
+                f"state.apply: params is {describe(params)}; it takes the params first, and then what the model takes."
+                " Write: out, buffers = state.apply(state.params, x)"
+            )
         return self.apply_fn(params, self.buffers, *args, **kwargs)
 
     def apply_gradients(self, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **changes: Any) -> Self:
         """UPDATE: the state one update later, with new `buffers` and any other `changes`."""
+        if not hasattr(grads, "keys"):
+            raise ArgumentError(
+                f"state.apply_gradients: grads is {describe(grads)}; it takes gradients by the names of the params."
+                " Write: loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)"
+            )
         if grads.keys() != self.params.keys():
             raise StateError(
                 f"grads and params differ: {'; '.join(tree.differences(self.params, grads))}."

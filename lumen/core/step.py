@@ -19,12 +19,13 @@ import torch
 
 from lumen import tree
 from lumen.core import _torch_compat, order, rules, stale_reads
-from lumen.core.arguments import checked
+from lumen.core.arguments import checked, checked_first
 from lumen.core.donation import is_retired, storage_of
 from lumen.core.nested_states import all_slots
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import STATE_VIEW, ShardingSlot, ShardSpec, composed, extend_specs, viewed
+from lumen.core.step_function import check_takes_state_and_batch, explained, not_a_pair
 from lumen.core.value_object import ValueObject
 from lumen.errors import PurityError, SlotError, StateError, StepError, printable
 
@@ -305,6 +306,7 @@ def with_slot(state: State, name: str, value: Any) -> State:
     return state.replace(slots={**state.slots, name: value})
 
 
+@checked_first
 def add_slot(state: State, name: str, make: Callable[[], Any]) -> State:
     """`state` with a slot for the transform `name`, made by `make` unless it has one already.
 
@@ -337,6 +339,7 @@ class _Checked:
     """The user's function with its result checked, and on its first call also that its input is unchanged."""
 
     def __init__(self, user: StepFn) -> None:
+        check_takes_state_and_batch(user)
         self._user = user
         self._is_checked = False
         self.__name__ = getattr(user, "__name__", type(user).__name__)
@@ -347,12 +350,15 @@ class _Checked:
             out = user(state, batch)
             if type(out) is tuple and len(out) == 2:
                 return out
-            raise self._not_a_pair(out)
+            raise not_a_pair(self.__name__, out)
         before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
         spec, donated = tree.structure(state), set[int]()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        with rules.rule_context(
-            {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
+        with (
+            rules.rule_context(
+                {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
+            ),
+            explained(),
         ):
             out = user(state, batch)
         if not _wrapped():
@@ -365,7 +371,7 @@ class _Checked:
                     " place without copies, use lm.donate()(step)."
                 )
         if type(out) is not tuple or len(out) != 2:
-            raise self._not_a_pair(out)
+            raise not_a_pair(self.__name__, out)
         new, metrics = out
         new_spec = tree.structure(new)
         if new_spec != spec:
@@ -376,13 +382,6 @@ class _Checked:
             )
         self._is_checked = not rules.is_tracing()
         return new, metrics
-
-    def _not_a_pair(self, out: Any) -> StepError:
-        got = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"one value, {type(out).__name__}"
-        return StepError(
-            f"the step {self.__name__} must return (state, metrics), but returned {got}."
-            " Write: return state, {} where there is nothing to report."
-        )
 
 
 def _noting_donated(donated: set[int]) -> Rule:

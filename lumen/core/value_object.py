@@ -50,7 +50,7 @@ def _check(cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise for arguments of a class of Lumen's that its annotations do not allow; others' annotations are theirs."""
     if not cls.__module__.startswith("lumen.") or "__init__" not in vars(cls):
         return
-    wrong = arguments.mismatch(cls.__init__, (None, *args), kwargs)
+    wrong = arguments.mismatch(cls.__init__, (None, *args), kwargs, cls)
     if wrong is not None:
         arguments.refuse(cls, wrong, lambda: type.__call__(cls, *args, **kwargs))
 

@@ -176,6 +176,7 @@ def source(dataset: Any, collate: Collate | None) -> Source:
         columns = Columns(dataset)
         reader = columns if collate is None else Samples(columns, collate)
     elif _is_map(dataset):
+        _check_samples(dataset)
         reader = Samples(dataset, collate)
     else:
         raise BatchError(
@@ -186,6 +187,21 @@ def source(dataset: Any, collate: Collate | None) -> Source:
     if len(reader) == 0:
         raise BatchError("Loader got a data set without rows; it needs at least one. Check where they were lost.")
     return reader
+
+
+def _check_samples(dataset: Any) -> None:
+    """Raise BatchError for a list that is surely one of columns: two arrays of equally many rows, of other shapes."""
+    if type(dataset) is not list or not 1 < len(dataset) <= 8:
+        return
+    if not all(isinstance(column, Tensor | np.ndarray) and column.ndim for column in dataset):
+        return
+    shapes, lengths = {tuple(column.shape) for column in dataset}, {len(column) for column in dataset}
+    if len(shapes) > 1 and len(lengths) == 1:
+        raise BatchError(
+            f"Loader got a list of {len(dataset)} arrays, which is a list of samples, and samples of the shapes"
+            f" {', '.join(str(tuple(column.shape)) for column in dataset)} do not make a batch. Columns go in a tuple:"
+            " lm.Loader((x, y), batch_size=32)"
+        )
 
 
 def _note(error: Exception, what: str) -> None:
@@ -212,9 +228,9 @@ def _is_map(dataset: Any) -> bool:
 def _column(leaf: Any, name: str) -> Column:
     where = f"Column {printable(name)} of the data set" if name else "The data set"
     if not isinstance(leaf, Tensor | np.ndarray):
+        fix = "x.to_numpy()" if hasattr(leaf, "to_numpy") else "torch.tensor(...), or pass a list of samples"
         raise BatchError(
-            f"{where} is a {type(leaf).__name__}; columns are tensors or numpy arrays: convert it with"
-            " torch.tensor(...), or pass a list of samples."
+            f"{where} is a {type(leaf).__name__}; columns are tensors or numpy arrays: convert it with {fix}."
         )
     if leaf.ndim == 0:
         raise BatchError(f"{where} is 0-d and has no rows; expand it to one value a row, or leave it out.")
@@ -237,7 +253,14 @@ def _stack(samples: Sequence[Any]) -> Any:
     """Torch's collation leaf by leaf, so that samples may be any trees, and tuples stay tuples."""
     if _are_flat(samples):  # the common case, in half the time; zip raises for samples of different lengths
         return tuple(map(_collate_leaves, zip(*samples, strict=True)))
-    return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
+    try:
+        return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
+    except (ValueError, RuntimeError) as error:
+        raise BatchError(
+            f"the samples of a batch do not stack: {str(error).splitlines()[0].rstrip('.')}. Texts and other rows of"
+            " different lengths are padded by a function of the samples: lm.Loader(rows, batch_size=32,"
+            " collate=transformers.DataCollatorWithPadding(tokenizer))"
+        ) from error
 
 
 def _collate_leaves(leaves: tuple[Any, ...]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.arguments import check, describe
 from lumen.core.metrics import Mean
 from lumen.errors import LossError
 from lumen.losses._chunked import Settings, VocabularyShard, total_loss
@@ -51,7 +52,7 @@ def linear_cross_entropy(
     Returns:
         An `lm.Mean` over the tokens, in float32 at least: what a loss function may return as it is.
 
-    Raises `LossError` for arguments of other shapes or dtypes.
+    Raises `LossError` for tensors of other shapes or dtypes, and `ArgumentError` for arguments of other types.
 
     The gradients equal those of `torch.nn.functional.cross_entropy(hidden @ weight.T, targets)` up to the order of
     sums. They may be differentiated again, in reverse mode, and taken by `torch.func` and in lanes; second derivatives
@@ -65,6 +66,8 @@ def linear_cross_entropy(
     >>> torch.allclose(loss.compute(), whole), int(loss.weight)
     (True, 4)
     """
+    check(linear_cross_entropy, weights=weights, bias=bias, ignore_index=ignore_index, chunk=chunk)
+    check(linear_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss, soft_cap=soft_cap)
     _check_tensors(hidden, weight, targets, bias)
     _check_numbers(label_smoothing, z_loss, soft_cap, chunk)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -124,7 +127,7 @@ def default_chunk(tokens: int, features: int, vocabulary: int) -> int:
 def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any) -> None:
     for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         if not isinstance(x, Tensor):
-            raise LossError(f"linear_cross_entropy takes {name} as a tensor, not {type(x).__name__}.")
+            raise LossError(f"linear_cross_entropy takes {name} as a tensor, not {describe(x)}.")
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise LossError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: give hidden as [..., features]"

@@ -36,9 +36,6 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     >>> params["w"]
     tensor([-0.6000, -0.8000])
     """
-    for transform in transforms:
-        if not isinstance(transform, GradientTransformation):
-            raise TypeError(f"chain takes transforms, got {transform!r}: write chain(a, b), not chain([a, b]).")
     check_rounds_nothing("chain", *transforms[:-1])
     main = len(transforms) - 1
     while main > 0 and transforms[main].scale_fn is not None:

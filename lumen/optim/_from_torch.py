@@ -86,7 +86,8 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Gradien
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise HyperparameterError(
             f"{optimizer.__name__}.step needs a closure that evaluates the loss again, which is not"
-            " possible in an update from computed gradients."
+            " possible in an update from computed gradients. Train with another optimizer, such as lm.optim.adam(1e-3),"
+            " and finish on the module with torch alone: see 'Physics-informed networks' in the recipes."
         )
     lr: ScalarOrSchedule | None = kwargs.pop("lr", None)
     defaults = _build(optimizer, [torch.zeros(1, 1)], kwargs, None).defaults

@@ -175,7 +175,12 @@ def check_scalar(
         float(number), low, high, open_high
     ):
         bracket = ")" if open_high or high == math.inf else "]"
-        raise HyperparameterError(f"{name}={value!r} is not allowed: give a number in [{low:g}, {high:g}{bracket}.")
+        fix = f"give a number in [{low:g}, {high:g}{bracket}"
+        if schedule and not isinstance(value, int | float | Tensor):
+            fix += " or a function of the step, such as lm.optim.warmup_cosine(1e-3, steps=1000, warmup=100)"
+        if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+            fix += "; a scheduler of torch changes an optimizer of torch, and nothing of lm.optim"
+        raise HyperparameterError(f"{name}={value!r:.80} is not allowed: {fix}.")
 
 
 def check_count(name: str, value: Any, low: int) -> None:

@@ -75,6 +75,7 @@ def plan_loaded(
     return Plan(trace_dry_run(load, world_size, mesh, rank, gloo=device == "cpu"), target)
 
 
+@checked_first
 def measure(step: StepFn, state: Any, batch: Any, *, device: str = "cpu", **figures: float) -> Plan:
     """The same numbers for a real run: two steps on real tensors, in the current world.
 

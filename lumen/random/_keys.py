@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
+from lumen.core.arguments import describe
+from lumen.errors import ArgumentError, HyperparameterError
 from lumen.random._arguments import as_integer, as_size, check_key
 from lumen.random._draws import draw
 from lumen.random._threefry import MASK, hash_counters, is_concrete, threefry
@@ -25,8 +27,8 @@ def key(seed: int | Tensor) -> Tensor:
     `jax.random.key(seed)` for seeds in [0, 2**32), and for all seeds if `jax_enable_x64` is set.
 
     Raises:
-        TypeError: `seed` is not an integer, or a tensor of a dtype that is not an integer one.
-        ValueError: `seed` is out of range, or a tensor that is not 0-d.
+        ArgumentError: `seed` is not an integer, or a tensor of a dtype that is not an integer one.
+        HyperparameterError: `seed` is out of range, or a tensor that is not 0-d.
 
     >>> import lumen as lm
     >>> lm.random.key(7)
@@ -42,8 +44,8 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     """`n` new keys, int64 of shape [n, 2]; key `i` does not depend on `n`. Equal to `jax.random.split`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor, or `n` is not an integer.
-        ValueError: `key` is not of shape [2], or `n` is negative.
+        ArgumentError: `key` is not an int64 tensor, or `n` is not an integer.
+        HyperparameterError: `key` is not of shape [2], or `n` is negative.
 
     >>> import lumen as lm
     >>> lm.random.split(lm.random.key(7))
@@ -65,8 +67,8 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     to `jax.random.fold_in(key, data)` for data in [0, 2**32).
 
     Raises:
-        TypeError: `key` is not an int64 tensor, or `data` is not an integer.
-        ValueError: `key` is not of shape [2], or `data` is out of range or not 0-d.
+        ArgumentError: `key` is not an int64 tensor, or `data` is not an integer.
+        HyperparameterError: `key` is not of shape [2], or `data` is out of range or not 0-d.
 
     >>> import lumen as lm
     >>> lm.random.fold_in(lm.random.key(7), 3)
@@ -91,8 +93,8 @@ def by_row(key: Tensor, rows: Tensor, sample: Callable[[Tensor], _Sample]) -> _S
     a tensor or several.
 
     Raises:
-        TypeError: `key` is not an int64 tensor, or `rows` is not a tensor of integers.
-        ValueError: `key` is not of shape [2], or `rows` is not of shape [B].
+        ArgumentError: `key` is not an int64 tensor, or `rows` is not a tensor of integers.
+        HyperparameterError: `key` is not of shape [2], or `rows` is not of shape [B].
 
     >>> import lumen as lm, torch
     >>> rows = torch.tensor([7, 3, 5])
@@ -103,10 +105,15 @@ def by_row(key: Tensor, rows: Tensor, sample: Callable[[Tensor], _Sample]) -> _S
     """
     check_key(key)
     if not isinstance(rows, Tensor) or rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
-        actual = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be a tensor of integers, not {actual}.")
+        actual = rows.dtype if isinstance(rows, Tensor) else describe(rows)
+        raise ArgumentError(f"rows must be a tensor of integers, not {actual}.")
     if rows.ndim != 1:
-        raise ValueError(f"rows must be of shape [B], a number for each row, not {list(rows.shape)}.")
+        raise HyperparameterError(f"rows must be of shape [B], a number for each row, not {list(rows.shape)}.")
+    if not callable(sample):
+        raise ArgumentError(
+            f"sample is {sample!r:.60} of type {type(sample).__name__}; it must be a function of a row's key:"
+            " lm.random.by_row(key, rows, lambda key: lm.random.normal(key, (3,)))"
+        )
     if not len(rows):  # a process may have no rows, and `vmap` rejects a size of 0: one row gives the shapes
         samples = by_row(key, rows.new_zeros(1), sample)
         return cast(_Sample, _torch_compat.torch_pytree.tree_map(lambda leaf: leaf[:0], samples))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lumen.errors import ArgumentError, HyperparameterError
 from lumen.random._arguments import (
     as_integer,
     as_size,
@@ -25,8 +26,8 @@ def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """Uniform 32-bit words in [0, 2**32), int64 of the given shape. Equal to `jax.random.bits`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor, or `shape` is not a sequence of integers.
-        ValueError: `key` is not of shape [2], or a size is negative.
+        ArgumentError: `key` is not an int64 tensor, or `shape` is not a sequence of integers.
+        HyperparameterError: `key` is not of shape [2], or a size is negative.
 
     >>> import lumen as lm
     >>> lm.random.bits(lm.random.key(7), (3,))
@@ -50,8 +51,8 @@ def uniform(
     and float64 in [0, 1), and to within rounding for other bounds.
 
     Raises:
-        TypeError: `key` is not an int64 tensor; `shape`, `dtype`, `low` or `high` has the wrong type.
-        ValueError: `key` is not of shape [2]; a size is negative; not low < high; or they overflow the dtype.
+        ArgumentError: `key` is not an int64 tensor; `shape`, `dtype`, `low` or `high` has the wrong type.
+        HyperparameterError: `key` is not of shape [2]; a size is negative; not low < high; or they overflow the dtype.
 
     >>> import lumen as lm
     >>> lm.random.uniform(lm.random.key(7), (3,))
@@ -71,8 +72,8 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
     1e-6 for float32; for other dtypes JAX uses other bits.
 
     Raises:
-        TypeError: `key` is not an int64 tensor; `shape` or `dtype` has the wrong type.
-        ValueError: `key` is not of shape [2], or a size is negative.
+        ArgumentError: `key` is not an int64 tensor; `shape` or `dtype` has the wrong type.
+        HyperparameterError: `key` is not of shape [2], or a size is negative.
 
     >>> import lumen as lm
     >>> lm.random.normal(lm.random.key(7), (3,))
@@ -90,8 +91,8 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
     A probability is exact to 2**-23, for a float64 tensor to 2**-52. Equal to `jax.random.bernoulli` for a float32 `p`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor; `p` or `shape` has the wrong type.
-        ValueError: `key` is not of shape [2]; a size is negative; `p` is out of range or does not broadcast.
+        ArgumentError: `key` is not an int64 tensor; `p` or `shape` has the wrong type.
+        HyperparameterError: `key` is not of shape [2]; a size is negative; `p` is out of range or does not broadcast.
 
     >>> import lumen as lm
     >>> lm.random.bernoulli(lm.random.key(7), 0.7, (4,))
@@ -102,14 +103,16 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
     else:
         check_number(p, "p")
         if not 0 <= p <= 1:
-            raise ValueError(f"p is {p}; a probability lies in [0, 1]: rescale or clamp it.")
+            raise HyperparameterError(f"p is {p}; a probability lies in [0, 1]: rescale or clamp it.")
     p_shape = tuple(p.shape) if isinstance(p, Tensor) else ()
     is_double = isinstance(p, Tensor) and p.dtype == torch.float64
     draws = uniform(key, p_shape if shape is None else shape, torch.float64 if is_double else torch.float32)
     if len(p_shape) > draws.ndim or any(
         a not in (1, b) for a, b in zip(p_shape[::-1], draws.shape[::-1], strict=False)
     ):
-        raise ValueError(f"p has shape {list(p_shape)}; it must broadcast to shape {list(draws.shape)}: expand it.")
+        raise HyperparameterError(
+            f"p has shape {list(p_shape)}; it must broadcast to shape {list(draws.shape)}: expand it."
+        )
     return draws < p
 
 
@@ -120,8 +123,8 @@ def randint(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
     Therefore the numbers differ from those of `jax.random.randint`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor; `shape`, `low` or `high` has the wrong type.
-        ValueError: `key` is not of shape [2]; a size is negative; or not 0 < high - low < 2**63.
+        ArgumentError: `key` is not an int64 tensor; `shape`, `low` or `high` has the wrong type.
+        HyperparameterError: `key` is not of shape [2]; a size is negative; or not 0 < high - low < 2**63.
 
     >>> import lumen as lm
     >>> lm.random.randint(lm.random.key(7), (5,), -3, 3)
@@ -130,9 +133,11 @@ def randint(key: Tensor, shape: Sequence[int], low: int, high: int) -> Tensor:
     check_key(key)
     first, last = as_integer(low, "low"), as_integer(high, "high")
     if isinstance(first, Tensor) or isinstance(last, Tensor):
-        raise TypeError("low or high is a tensor; both must be ints: use int(low), int(high).")
+        raise ArgumentError("low or high is a tensor; both must be ints: use int(low), int(high).")
     if not 0 < last - first < 2**63:
-        raise ValueError(f"low is {low}, high is {high}; 0 < high - low < 2**63 must hold: swap or change them.")
+        raise HyperparameterError(
+            f"low is {low}, high is {high}; 0 < high - low < 2**63 must hold: swap or change them."
+        )
     return draw("long_bits", key, shape) % (last - first) + first
 
 
@@ -140,8 +145,8 @@ def permutation(key: Tensor, n: int) -> Tensor:
     """The numbers 0 … n-1 in random order, int64 of shape [n]. Equal to `jax.random.permutation(key, n)`.
 
     Raises:
-        TypeError: `key` is not an int64 tensor, or `n` is not an integer.
-        ValueError: `key` is not of shape [2], or `n` is negative.
+        ArgumentError: `key` is not an int64 tensor, or `n` is not an integer.
+        HyperparameterError: `key` is not of shape [2], or `n` is negative.
 
     >>> import lumen as lm
     >>> lm.random.permutation(lm.random.key(7), 5)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
+from lumen.core import _torch_compat
 from lumen.core.arguments import check
+from lumen.core.nested_states import train_states
 from lumen.core.step import Transform
-from lumen.errors import StepError
+from lumen.errors import InexactWarning, StepError
 from lumen.train.callbacks import Callback
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.validate import Validate
@@ -46,6 +49,7 @@ def check_fit(
     `others` are arguments of `fit` that have no message of their own.
     """
     check_state(state)
+    _warn_evaluating(state)
     validations = [] if validate is None else [validate] if isinstance(validate, Validate) else _list(validate)
     for validation in validations:
         if not isinstance(validation, Validate):
@@ -64,6 +68,21 @@ def check_state(state: Any) -> None:
             f"the state is a module, {type(state).__name__}. Make a state of it, with an optimizer:"
             " state = lm.TrainState.create(net, lm.optim.adamw(1e-3))"
         )
+
+
+def _warn_evaluating(state: Any) -> None:
+    """Warn of a model that would train in evaluation mode, as `from_pretrained` returns it."""
+    for _, inner in train_states(state):
+        module = inner.apply_fn.module
+        other = [m for m in module.modules() if isinstance(m, _torch_compat.BatchNorm) or getattr(m, "p", 0)]
+        if other and not module.training:
+            warnings.warn(
+                f"the model {type(module).__name__} trains in evaluation mode, as from_pretrained returns it:"
+                f" {type(other[0]).__name__} does what it does in evaluation. Write net.train() before"
+                " lm.TrainState.create(net, tx). If it is meant, call eval() on its submodules, not on itself.",
+                InexactWarning,
+                stacklevel=4,
+            )
 
 
 def _objects(name: str, values: Any, kind: type | None, example: str) -> list[Any]:

@@ -79,11 +79,25 @@ class Callback:
 POINTS = ("on_start", "on_step", "on_log", "on_validate", "on_checkpoint", "on_exception", "on_end")
 
 
+def _warn_unknown(callbacks: Sequence[Callback]) -> None:
+    """Warn of methods that are named like a point of a run, and are never called."""
+    for kind in {type(callback) for callback in callbacks}:
+        unknown = [name for name in dir(kind) if name.startswith("on_") and name not in POINTS]
+        if unknown:
+            warnings.warn(
+                f"{kind.__name__}.{unknown[0]} is never called: the methods of an lm.Callback that a run calls are"
+                f" {', '.join(POINTS)}. After an epoch: Validate(every=lm.Every(epochs=1)) and on_validate.",
+                InexactWarning,
+                stacklevel=4,
+            )
+
+
 class Callbacks:
     """The callbacks of a run, listed for each point that they override."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._all = tuple(callbacks)
+        _warn_unknown(self._all)
         self._at = {point: [getattr(c, point) for c in callbacks if _overrides(c, point)] for point in POINTS}
 
     def listens(self, point: str) -> bool:

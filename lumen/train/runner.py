@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from lumen.checkpoint import json_tree
-from lumen.core.arguments import checked, checked_first
+from lumen.core.arguments import checked, checked_first, named_arguments
 from lumen.core.step import Transform, as_step, compose
 from lumen.data._per_rank import per_rank
 from lumen.errors import StepError
@@ -95,6 +95,7 @@ class Runner:
         self.mfu = mfu
         self._config = _mapping(config)
 
+    @named_arguments
     def fit(
         self,
         state: Any,
@@ -144,6 +145,7 @@ class Runner:
         check_world(self.step.transforms)
         return Fit(settings, state, data, until, validations, limit).run(resume)
 
+    @named_arguments
     def evaluate(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
     ) -> dict[str, float]:
@@ -151,6 +153,7 @@ class Runner:
         check_limit(limit)
         return evaluate(step, state, data, self.step.transforms, limit=limit)
 
+    @named_arguments
     def predict(
         self, step: Callable[[Any, Any], Any], state: Any, data: Iterable[Any], *, limit: int | None = None
     ) -> Any:

@@ -155,7 +155,15 @@ def _is_empty(batch: Any) -> bool:
 
 def _as_step(step: EvalStep, transforms: tuple[Transform, ...]) -> StepFn:
     def adapted(state: Any, batch: Any) -> tuple[Any, Any]:
-        metrics = step(state, batch)
+        try:
+            metrics = step(state, batch)
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                error.add_note(
+                    "an evaluation runs without gradients. For a derivative in an input write torch.func.grad(...), or"
+                    " with torch.enable_grad(): ... around torch.autograd.grad"
+                )
+            raise
         if isinstance(metrics, tuple) or not hasattr(metrics, "keys"):
             raise StepError(
                 f"an evaluation step returns a dict of metrics, but {getattr(step, '__name__', step)!r} returned"

@@ -214,6 +214,9 @@ def _warn_break(step: Step, error: Exception) -> None:
             "Keep the value on the device: use torch.where instead of `if`, and tensor arithmetic instead of .item();"
             " or report the tensor as a metric and read it outside the step."
         )
+    elif "meta" in str(error) and type(error).__name__ == "FakeTensorDeviceMismatchError":
+        why = f"{line} takes a derivative in forward mode, which torch cannot trace"
+        fix = "For torch.func.hessian(f) and jacfwd write torch.func.jacrev(torch.func.jacrev(f)) and jacrev."
     else:
         why = f"{line} led to {summary_of(error)}"
         fix = "To compile the blocks of the model alone, write lm.compile(blocks=True)."

@@ -44,8 +44,9 @@ class dp_sgd(Transform):
     A buffer that the model changes row by row needs a merge rule, `lm.pure(net, merge=...)`; otherwise `MergeError` is
     raised. Buffers are not private: the statistics that they collect are neither clipped nor noised.
 
-    Raises `PurityError` if the model has BatchNorm in training mode, which mixes rows; `HyperparameterError` for
-    settings out of range; and `StateError` if another optimizer updates params that the state's optimizer freezes.
+    Raises `PurityError` if the model has BatchNorm in training mode, which mixes rows; `ParamsError` if it uses a
+    `torch.autograd.Function` without `setup_context`, as Bloom does; `HyperparameterError` for settings out of range;
+    and `StateError` if another optimizer updates params that the state's optimizer freezes.
     Algorithm: Abadi et al. 2016, "Deep Learning with Differential Privacy".
 
     >>> import lumen as lm

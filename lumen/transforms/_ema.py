@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core.dtypes import wide_dtype
+from lumen.core.nested_states import map_train_states, train_states
+from lumen.core.param_leaves import Path
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import param_field
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
@@ -35,6 +37,9 @@ class ema(Transform):
 
     The average of 16-bit params is kept in float32. In 16 bits it would never change, because changes smaller than
     1/256 of an entry are rounded away. `lm.ema.params` casts it to the params' dtypes.
+
+    In a state that holds several training states, such as the two players of a GAN, each has an average of its own:
+    `lm.ema.params(state["generator"])`.
 
     Law: params, optimizer state and metrics equal those of the step without it. Evaluate with
     `state.replace(params=lm.ema.params(state))`.
@@ -65,6 +70,9 @@ class ema(Transform):
 
     def init(self, state: Any) -> Any:
         """Add the slot: a copy of the params, with 16-bit ones in float32."""
+        return _each(self._with_average, state)
+
+    def _with_average(self, _: Path, state: Any) -> Any:
         params = field_of(state, "params", self.name)
 
         def make_slot() -> Averaged:
@@ -75,15 +83,18 @@ class ema(Transform):
 
     def export(self, state: Any) -> Any:
         """Drop the slot."""
-        return without_slot(state, self.name)
+        return _each(lambda _, inner: without_slot(inner, self.name), state)
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step, followed by an update of the average."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            old: Averaged = slot(state, self.name)
+            old: dict[Path, Averaged] = {}
+            _each(lambda path, inner: old.setdefault(path, slot(inner, self.name)) and inner, state)
             new, metrics = step(state, batch)
-            return with_slot(new, self.name, self._update(old, new.params)), metrics
+            return _each(
+                lambda path, inner: with_slot(inner, self.name, self._update(old[path], inner.params)), new
+            ), metrics
 
         return run
 
@@ -101,6 +112,13 @@ class ema(Transform):
         else:
             weight = torch.full_like(n, 1.0 - self.decay)
         return torch.where(count >= 1, weight, torch.ones_like(weight))
+
+
+def _each(change: Callable[[Path, Any], Any], state: Any) -> Any:
+    """`state` with `change(path, inner)` in place of itself, or of each training state in a state without params."""
+    if hasattr(state, "params") or not train_states(state):
+        return change((), state)
+    return map_train_states(change, state)
 
 
 def _lerp(old: Any, new: Any, weight: Tensor) -> Any:

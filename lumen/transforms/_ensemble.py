@@ -12,8 +12,10 @@ from lumen import random, tree
 from lumen.core import rules
 from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
+from lumen.core.external_grads import is_old_function, old_function
+from lumen.core.nested_states import map_train_states
 from lumen.core.step import Step, StepFn, Transform, as_step
-from lumen.errors import ParamsError, PatternError, StateError
+from lumen.errors import PatternError, StateError
 from lumen.transforms._support.same_program import alike_states
 
 
@@ -77,12 +79,19 @@ class ensemble(Transform):
         elif callable(state):
             lanes = [state(i) for i in range(self.n)]
         else:
-            key = random.key(state.seed)
-            seeds = [random.fold_in(key, i)[1].to(state.seed.dtype) for i in range(self.n)]
-            lanes = [state.replace(seed=seed) for seed in seeds]
+            lanes = [_with_seed_of_lane(state, i) for i in range(self.n)]
         if len(lanes) != self.n:
             raise StateError(f"ensemble({self.n}).init got {len(lanes)} states; give one for each lane.")
         return lanes
+
+
+def _with_seed_of_lane(state: Any, lane: int) -> Any:
+    """The state of a lane, with a seed of its own in each training state in it."""
+
+    def change(_: Any, inner: Any) -> Any:
+        return inner.replace(seed=random.fold_in(random.key(inner.seed), lane)[1].to(inner.seed.dtype))
+
+    return change((), state) if hasattr(state, "seed") else map_train_states(change, state)
 
 
 class sweep(ensemble):
@@ -106,6 +115,12 @@ class sweep(ensemble):
     def __init__(self, *, axis: str = "lanes", batch_dim: int | None = None, **values: Any) -> None:
         if not values:
             raise PatternError("sweep takes at least one hyperparameter: lm.sweep(lr=[1e-3, 1e-2])")
+        for name, value in values.items():
+            if not hasattr(value, "__len__") or isinstance(value, str | dict):
+                raise PatternError(
+                    f"{name}={value!r:.60} is of type {type(value).__name__}; sweep takes a list with a value for each"
+                    f" lane. Write: lm.sweep({name}=[1e-3, 1e-2])"
+                )
         sizes = {name: len(value) for name, value in values.items()}
         if len(set(sizes.values())) != 1:
             raise PatternError(f"sweep takes the same number of values for each name, got {sizes}.")
@@ -155,20 +170,11 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
         try:
             return mapped(state, batch, torch.arange(n, device=leaves[0].device))
         except RuntimeError as error:
-            if not _is_old_function(error):
+            if not is_old_function(error):
                 raise
-            raise ParamsError(
-                "the model uses a torch.autograd.Function that vmap cannot map over lanes, because it has no"
-                " setup_context. Train each lane by itself, or write the function with torch's own operations or with"
-                " setup_context and generate_vmap_rule = True."
-            ) from error
+            raise old_function("lm.ensemble") from error
 
     return run
-
-
-def _is_old_function(error: RuntimeError) -> bool:
-    """Whether vmap met an `autograd.Function` of a model or library whose forward takes `ctx`."""
-    return "override the setup_context staticmethod" in str(error)
 
 
 def _into_old_memory(step: StepFn) -> StepFn:

@@ -9,6 +9,7 @@ import torch
 from lumen import random
 from lumen.core import distributed
 from lumen.core.device import forked_rng
+from lumen.core.nested_states import train_states
 from lumen.core.step import StepFn, Transform, device_of, field_of
 
 
@@ -48,6 +49,9 @@ class seeded(Transform):
 
 
 def _seed_of(state: Any) -> int:
+    inner = train_states(state)
+    if not hasattr(state, "seed") and inner:  # of several states, each has its own: the first one's serves for all
+        state = inner[0][1]
     # The lanes of an ensemble share one stream, from which torch draws different numbers for each lane.
     seed, step = (int(t.flatten()[0]) for t in (field_of(state, "seed", "seeded"), field_of(state, "step", "seeded")))
     key = random.fold_in(random.fold_in(random.key(seed), step), distributed.rows()[0])

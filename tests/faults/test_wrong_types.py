@@ -104,6 +104,33 @@ RIGHT: dict[str, Callable[[], Any]] = {  # by the text of an annotation: what it
     "Mapping[Any, GradientTransformation]": lambda: {"*": lm.optim.sgd(0.1)},
 }
 RIGHT["Metric | MetricCollection"] = lambda: BinaryAccuracy()
+OF |= {
+    "Tensor": (TEXT, NUMBER, HALF, None, MODULE, OBJECT, CLASS, LIST, FUNCTION),
+    "int | Tensor": (TEXT, HALF, None, MODULE, OBJECT, CLASS, LIST, FUNCTION),
+    "Tensor | None": (TEXT, NUMBER, MODULE, OBJECT, CLASS, FUNCTION),
+    "torch.dtype": (TEXT, NUMBER, None, MODULE, OBJECT, CLASS),
+    "Sequence[int]": (TEXT, NUMBER, HALF, None, MODULE, OBJECT, CLASS, LIST, FUNCTION, [0.5]),
+    "Sequence[int] | None": (TEXT, NUMBER, HALF, MODULE, OBJECT, CLASS, LIST, FUNCTION),
+    "Callable[[Tensor], _Sample]": (NUMBER, None, TEXT, LIST, OBJECT),
+    "Callable[[], Any]": (NUMBER, None, TEXT, LIST, OBJECT, MODULE),
+    "Spec": (NUMBER, None, TEXT, LIST, OBJECT, {"a": 1}),
+    "Mapping[Primitive, Rule]": (NUMBER, None, TEXT, LIST, OBJECT, FUNCTION, {"gradient": step}),
+    "Pattern | Sequence[Pattern]": (NUMBER, HALF, None, MODULE, OBJECT, [NUMBER]),
+    "Collection[str]": (NUMBER, None, MODULE, OBJECT),
+    "Merges | None": (NUMBER, TEXT, MODULE, OBJECT, LIST),
+    "str | Sequence[str]": (NUMBER, None, MODULE, OBJECT, LIST),
+    "int | str": (HALF, None, MODULE, OBJECT, LIST),
+    'Literal["replicate", "sequence"]': (NUMBER, None, TEXT, LIST),
+    'Literal["shard", "replicate"]': (NUMBER, None, TEXT, LIST),
+    'Literal["sequence", "replicate"]': (NUMBER, None, TEXT, LIST),
+}
+RIGHT |= {
+    "torch.device | str": lambda: "cpu",
+    "str | Policy": lambda: "bf16",
+    "Mapping[Primitive, Rule]": dict,
+    "Spec": lambda: lm.tree.structure({"a": 0}),
+    "Pattern | Sequence[Pattern]": lambda: "*",
+}
 HOT = "called in each step, and stumbles over a wrong type at once"
 RETURNED = "made by Lumen, and met as an answer"
 ANY = "takes any value or any tree"
@@ -123,6 +150,28 @@ UNCHECKED = {
     **dict.fromkeys(("configure", "position", "rewind", "run_info", "scalars", "show_params", "split"), ANY),
     **dict.fromkeys(("quantize", "permute", "Sink", "Configurable", "Resumable", "ShowsParams", "Store"), OWN),
     **dict.fromkeys(("deepspeed", "tensor_parallel", "sweep", "listed", "Callback", "Transform"), OWN),
+    **dict.fromkeys([f"tree.{name}" for name in ("flatten", "leaves", "structure", "paths", "differences")], ANY),
+    **dict.fromkeys([f"tree.{name}" for name in ("tensors", "first_tensor", "named_tensors", "nbytes")], ANY),
+    **dict.fromkeys([f"extend.{name}" for name in ("slot", "with_slot", "without_slot", "rule_context")], HOT),
+    **dict.fromkeys([f"extend.{name}" for name in ("ApplyCall", "Gradient", "GradientCall", "UpdateCall")], RETURNED),
+    **dict.fromkeys(("extend.Primitive", "planner.Plan", "bridges.Bridged", "parallel.Mesh"), RETURNED),
+    **dict.fromkeys(("extend.param_field", "parallel.rows", "parallel.Style"), ANY),
+    **dict.fromkeys(("bridges.module", "lora.merged", "lora.Lora", "tree.map", "tree.unflatten"), OWN),
+    **dict.fromkeys(("parallel.Rowwise", "parallel.SequenceParallel"), OWN),
+}
+
+
+QUALIFIED = {  # packages with names that others have too, and their prefix in this table
+    "random": lm.random,
+    "tree": lm.tree,
+    "losses": lm.losses,
+    "parallel": lm.parallel,
+    "plans": lm.parallel.plans,
+    "extend": lm.extend,
+    "bridges": lm.bridges,
+    "huggingface": lm.bridges.huggingface,
+    "lora": lm.bridges.lora,
+    "planner": lm.planner,
 }
 
 
@@ -137,6 +186,12 @@ def public() -> dict[str, Callable[..., Any]]:
             is_error = isinstance(value, type) and issubclass(value, BaseException)
             if callable(value) and not isinstance(value, types.ModuleType) and not is_error:
                 found.setdefault(name, value)
+    for prefix, module in QUALIFIED.items():
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", [name for name in own if name[0] != "_"]):
+            value = getattr(module, name)
+            if callable(value) and not isinstance(value, types.ModuleType) and value not in found.values():
+                found[f"{prefix}.{name}"] = value
     return found
 
 
@@ -171,6 +226,12 @@ def right(parameter: inspect.Parameter) -> Any:
     """A value that a parameter allows."""
     if parameter.name == "state":
         return lm.TrainState.create(nn.Linear(3, 2), lm.optim.sgd(0.1))
+    if parameter.name == "key":
+        return lm.random.key(0)
+    if parameter.name == "rows":
+        return torch.arange(2)
+    if parameter.name == "low":
+        return 0
     text = str(parameter.annotation).strip("'\"")
     if text in RIGHT:
         return RIGHT[text]()
@@ -219,3 +280,49 @@ def test_right_types_of_other_libraries_pass() -> None:
     lm.Loader({"x": torch.ones(4)}, np.int32(2), shuffle=np.bool_(False), workers=0)  # type: ignore[arg-type]
     lm.Runner(step, transforms=(t for t in [lm.donate()]), sinks=(), progress=False)  # type: ignore[arg-type]
     lm.Checkpointer(Path("runs"), every=lm.Every(steps=5), keep=None)
+
+
+def test_trees_and_states_of_other_types_are_refused_by_name() -> None:
+    spec = lm.tree.structure({"a": 0})
+    result = lm.Runner(lambda state, batch: (state, {}), progress=False).fit({}, [torch.ones(1)], until=lm.Steps(1))
+    calls: dict[str, Callable[[], Any]] = {
+        "lm.tree.map(fn, tree)": lambda: lm.tree.map({"a": 1}, abs),  # type: ignore[arg-type]
+        "lm.tree.unflatten(spec, leaves)": lambda: lm.tree.unflatten([1], spec),  # type: ignore[arg-type]
+        "leaves is 5": lambda: lm.tree.unflatten(spec, 5),  # type: ignore[arg-type]
+        "state=result.export()": lambda: lm.bridges.module(result),
+        "state=lm.TrainState.create(net, tx)": lambda: lm.bridges.lora.merged(NET),
+        "lm.extend.Primitive.UPDATE": lambda: lm.extend.rule_context({"update": step}).__enter__(),  # type: ignore[dict-item]
+    }
+    for line, call in calls.items():
+        with pytest.raises(lm.errors.ArgumentError, match=re.escape(line)):
+            call()
+
+
+def test_arguments_that_are_not_there_are_refused_with_the_line_to_write() -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "lm.Runner.fit: there is no argument 'max_epochs'.* until=lm.Epochs": lambda: lm.Runner(
+            step, progress=False
+        ).fit({}, [], max_epochs=3),  # type: ignore[call-arg]
+        "lm.optim.adamw: there is no argument 'learning_rate'.* lr=1e-3": lambda: lm.optim.adamw(learning_rate=1e-3),  # type: ignore[call-arg]
+        "takes no params.* create\\(net, lm.optim.sgd": lambda: lm.optim.sgd(NET.parameters(), lr=0.1),  # type: ignore[misc,arg-type]
+        "takes no params.* create\\(net, lm.optim.adam": lambda: lm.optim.adam(NET.parameters()),  # type: ignore[arg-type]
+        "lm.accumulate: there is no argument 'steps'": lambda: lm.accumulate(steps=2),  # type: ignore[call-arg]
+        r"batches=len\(loader\)": lambda: lm.bridges.lightning(NET, batches=LOADER),  # type: ignore[arg-type]
+        r"lm.sweep\(lr=\[": lambda: lm.sweep(lr=0.1),
+        "scheduler of torch": lambda: lm.optim.adamw(torch.optim.lr_scheduler.StepLR(OPTIMIZER, 1)),  # type: ignore[arg-type]
+    }
+    for line, call in calls.items():
+        with pytest.raises(lm.LumenError, match=line):
+            call()
+
+
+def test_a_step_that_takes_other_arguments_is_refused_before_it_runs() -> None:
+    def lightnings(state: Any, batch: Any, batch_idx: int) -> Any:
+        return state, {}
+
+    def swapped(batch: Any, state: Any) -> Any:
+        return state, {}
+
+    for user in (lightnings, swapped):
+        with pytest.raises(lm.errors.StepError, match=rf"def {user.__name__}\(state, batch\)"):
+            lm.Runner(user, progress=False)  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_an_axis_is_bound_once() -> None:
     lane = LaneAxis(1, torch.tensor(0))
     with (
         rules.bound_axis("a", lane),
-        pytest.raises(ValueError, match="already bound"),
+        pytest.raises(lm.errors.HyperparameterError, match="already bound"),
         rules.bound_axis("a", lane),
     ):
         pass

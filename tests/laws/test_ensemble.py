@@ -258,15 +258,33 @@ class _OldGelu(torch.autograd.Function):
         return grad * x.cos()
 
 
-def test_a_function_that_cannot_be_mapped_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("transform", "engine", "name"),
+    [
+        (lm.ensemble(2), "auto", r"lm\.ensemble"),
+        (lm.dp_sgd(1.0, 0.0), "auto", r"lm\.dp_sgd\(clip=1\.0, noise=0\.0\) runs"),
+        (lm.donate(), "func", 'engine="func"'),
+    ],
+)
+def test_a_function_that_cannot_be_mapped_is_refused_by_name(transform: Any, engine: Any, name: str) -> None:
     def step(state: Any, batch: Any) -> Any:
         def loss_fn(params: Any, batch: Any) -> Any:
-            return _OldGelu.apply(state.apply(params, batch)[0]).sum()  # type: ignore[no-untyped-call]
+            return _OldGelu.apply(state.apply(params, batch)[0]).mean()  # type: ignore[no-untyped-call]
 
-        loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+        loss, grads = lm.value_and_grad(loss_fn, engine=engine)(state.params, batch)
         return state.apply_gradients(grads), {"loss": loss}
+
+    wrapped = transform(step)
+    state = wrapped.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
+    with pytest.raises(lm.errors.ParamsError, match=f"without setup_context.*{name}"):
+        wrapped(state, torch.ones(3, 2))
+
+
+def test_such_a_function_outside_of_a_loss_is_refused_by_name() -> None:
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"out": _OldGelu.apply(state.apply(state.params, batch)[0]).mean()}  # type: ignore[no-untyped-call]
 
     wrapped = lm.ensemble(2)(step)
     state = wrapped.init(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
-    with pytest.raises(lm.errors.ParamsError, match="no setup_context"):
+    with pytest.raises(lm.errors.ParamsError, match=r"without setup_context.*lm\.ensemble"):
         wrapped(state, torch.ones(3, 2))

@@ -69,6 +69,38 @@ def test_each_step_is_that_of_a_raw_loop(name, transforms):
         assert int(state.buffers["resnet.embedder.embedder.normalization.num_batches_tracked"]) == STEPS
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "reentrant", "transforms"),
+    [
+        ("gpt2", True, [lm.donate()]),
+        ("llama", False, [lm.accumulate(2)]),
+        ("bert", False, [lm.donate()]),
+        ("vit", False, [lm.compile(backend="eager")]),
+    ],
+)
+def test_gradient_checkpointing_changes_no_number(name, reentrant, transforms):
+    make, rows = MODELS[name]
+    net, data, calls = make(), batches(rows, 2), []
+    net.config.use_cache = False  # as checkpointing has it
+    block = next(m for m in net.modules() if isinstance(m, hf.modeling_layers.GradientCheckpointingLayer))
+    block.register_forward_pre_hook(lambda *_: calls.append(name))  # which copies of the module keep
+    found, counts = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        wrapped = lm.compose(*transforms)(step)
+        state = wrapped.init(lm.TrainState.create(copy.deepcopy(net), lm.optim.sgd(0.1)))
+        calls.clear()
+        for number, batch in enumerate(data):
+            torch.manual_seed(number)
+            state, _ = wrapped(state, batch)
+        found.append(state)
+        counts.append(len(calls))
+    assert counts[1] > counts[0]  # recomputed
+    assert furthest(found[1], {**found[0].params, **found[0].buffers}) < TOLERANCE
+
+
 class Counted(lm.compile):
     """`lm.compile(blocks=True)` that counts what it compiles."""
 

@@ -413,7 +413,7 @@ def test_an_exception_of_a_whole_batch_names_its_rows():
     with pytest.raises(KeyError) as caught:
         list(Loader(Subset(Failing(), range(8)), 4, shuffle=False))
     assert "rows [4, 5, 6, 7]" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="stack") as caught:
+    with pytest.raises(BatchError, match="stack") as caught:
         list(Loader([torch.zeros(2), torch.zeros(3)], 2, shuffle=False))
     assert "the batch of rows [0, 1]" in caught.value.__notes__[0]
 

@@ -8,7 +8,7 @@ import torch
 import lumen as lm
 from lumen import optim
 from lumen.core import _torch_compat
-from lumen.errors import PatternError, StateError
+from lumen.errors import ArgumentError, PatternError, StateError
 from lumen.optim._param_names import selected
 
 SHAPES = {"encoder.fc.weight": (4, 3), "encoder.fc.bias": (4,), "norm.weight": (4,), "head.weight": (2, 4)}
@@ -214,7 +214,7 @@ class TestChain:
         assert optim.chain(optim.chain(optim.identity(), fused)).fused_fn is not None
 
     def test_takes_transforms(self):
-        with pytest.raises(TypeError, match="transforms is a list with an object of type GradientTransformation"):
+        with pytest.raises(ArgumentError, match=r"transforms is a list .* Write: lm\.optim\.chain\(\*transforms\)$"):
             optim.chain([optim.sgd(0.1), optim.sgd(0.1)])
 
 

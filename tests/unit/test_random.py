@@ -387,7 +387,7 @@ def test_permutations_are_evenly_likely():
         (lambda: lrandom.key(2**63), ValueError, r"seed is 9223372036854775808.*% 2\*\*63"),
         (lambda: lrandom.key(torch.ones(())), TypeError, r"seed is a tensor of torch.float32.*long"),
         (lambda: lrandom.key(torch.arange(3)), ValueError, r"seed has shape \[3\].*0-d.*vmap"),
-        (lambda: lrandom.split(7), TypeError, r"key is of type int.*lumen.random.key"),
+        (lambda: lrandom.split(7), TypeError, r"key is 7, of type int.*lumen.random.key"),
         (lambda: lrandom.bits(KEY.int(), ()), TypeError, r"key is a tensor of torch.int32.*int64"),
         (lambda: lrandom.normal(lrandom.split(KEY), ()), ValueError, r"key has shape \[2, 2\].*vmap"),
         (lambda: lrandom.split(KEY, -1), ValueError, "n is -1; it must be at least 0"),
@@ -489,7 +489,7 @@ def test_noise_by_row_is_the_same_in_microbatches_and_by_key_it_is_not():
 @pytest.mark.parametrize(
     ("rows", "error", "says"),
     [
-        ([1, 2], TypeError, "tensor of integers, not list"),
+        ([1, 2], TypeError, "tensor of integers, not a list"),
         (torch.ones(2), TypeError, "tensor of integers, not torch.float32"),
         (torch.tensor(1), ValueError, r"shape \[B\]"),
         (torch.ones(2, 1, dtype=torch.int64), ValueError, r"shape \[B\]"),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lumen.bridges._lightning.hooks import check_hooks, lightning_class, overrides
 from lumen.bridges._lightning.log import current, record_metrics, recording
 from lumen.bridges.torch_optim import Length, convert_optimizer
+from lumen.core.arguments import checked_first
 from lumen.core.buffer_rules import Merges
 from lumen.core.gradient import value_and_grad
 from lumen.core.metrics import Metric
@@ -40,6 +41,7 @@ class Bridged(NamedTuple):
     predict_step: Callable[[Any, Any], Any]
 
 
+@checked_first
 def lightning(
     module: Any,
     *,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import distributed, row_fields
+from lumen.core.arguments import checked_first
 from lumen.core.dtypes import as_bytes
 from lumen.core.state import TrainState
 from lumen.core.step import device_of
@@ -120,6 +121,7 @@ def broadcast(state: Any, group: dist.ProcessGroup) -> Any:
     return spec.unflatten(leaves)
 
 
+@checked_first
 def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     """Raise `WorldError`, on every rank, unless all have bitwise equal params and equal fields added by a subclass.
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from lumen.core import distributed
+from lumen.core.arguments import checked_first
+from lumen.errors import HyperparameterError
 
 _FORM = "%(asctime)s {who}%(name)s %(levelname)s: %(message)s"
 _OURS = "lumen"  # the name of the handlers that a call installs
@@ -23,6 +25,7 @@ class _Stderr:
         sys.stderr.flush()
 
 
+@checked_first
 def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | str = logging.INFO) -> None:
     """Send `logging` records and warnings to stderr: on rank 0 from `level` up.
 
@@ -36,6 +39,9 @@ def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | 
     >>> (Path(directory) / "rank-0.log").read_text().endswith("[rank 0] train INFO: begins\\n")
     True
     """
+    names = logging.getLevelNamesMapping()
+    if isinstance(level, str) and level not in names:
+        raise HyperparameterError(f"level={level!r} is unknown; give one of {', '.join(names)}, or a number.")
     rank = distributed.rank()
     root = logging.getLogger()
     for handler in [h for h in root.handlers if h.name == _OURS]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lumen.core.arguments import checked
 from lumen.parallel.tensor.huggingface_plan import huggingface
 from lumen.parallel.tensor.styles import Colwise, Region, Rowwise, SequenceParallel, Style
 
@@ -19,6 +20,7 @@ __all__ = ["gpt", "hf_gpt2", "hf_llama", "huggingface"]
 Layout = Literal["replicate", "sequence"]
 
 
+@checked
 def gpt(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]:
     """A GPT with blocks `blocks.N` of `norm_attention`, `qkv`, `project`, `norm_mlp` and `mlp` (`0` and `2`).
 
@@ -44,6 +46,7 @@ def gpt(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]
     return plan
 
 
+@checked
 def hf_llama(*, vocabulary: bool = True, sequence: bool = False) -> dict[str, Style]:
     """`transformers.LlamaForCausalLM`, and the models that share its module names (Mistral, Qwen2 …).
 
@@ -72,6 +75,7 @@ def hf_llama(*, vocabulary: bool = True, sequence: bool = False) -> dict[str, St
     return plan
 
 
+@checked
 def hf_gpt2(*, vocabulary: bool = False, sequence: bool = False) -> dict[str, Style]:
     """`transformers.GPT2LMHeadModel`; no axis divides its vocabulary of 50,257.
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lumen.errors import HyperparameterError
+from lumen.core.arguments import describe
+from lumen.errors import ArgumentError, HyperparameterError
 
 SEQUENCE = 1  # the dim of [batch, time, width] that sequence parallelism shards
 
@@ -112,12 +113,22 @@ class Region(Style):
     input: Literal["replicate", "sequence"] = "replicate"
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.divided) or not isinstance(self.unit, str | None):
+            raise _not_names(self)
         _check(self, input=("replicate", "sequence"))
 
     @property
     def divided(self) -> tuple[str, ...]:
         """The names in `divide`."""
-        return (self.divide,) if isinstance(self.divide, str) else tuple(self.divide)
+        names: Any = self.divide
+        return tuple(names) if isinstance(names, list | tuple) else (names,)
+
+
+def _not_names(region: Region) -> ArgumentError:
+    return ArgumentError(
+        f"lm.parallel.Region: divide is {describe(region.divide)}, and unit is {describe(region.unit)}; they name"
+        ' attributes. Write: lm.parallel.Region(divide=("n_head", "n_embd"), unit="head_dim")'
+    )
 
 
 def _check(style: Style, **allowed: Sequence[Any]) -> None:

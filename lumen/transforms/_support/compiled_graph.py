@@ -81,7 +81,7 @@ class CompiledGraph:
                 leaf.clone() if isinstance(leaf, Tensor) and id(leaf) in input_index else leaf for leaf in metric_leaves
             ]
             copy_into([o for o in old if isinstance(o, Tensor)], [n for n in new if isinstance(n, Tensor)])
-            new = old
+            new = [o if isinstance(o, Tensor) else n for o, n in zip(old, new, strict=True)]
         outputs: list[Tensor] = []
 
         def source(leaf: Any) -> tuple[str, Any]:

@@ -1,0 +1,62 @@
+"""Notes on errors of a model's forward pass: what about its params and arguments may be the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lumen import tree
+
+
+def explain_failure(
+    error: Exception, module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Add notes to an error that `module(*args, **kwargs)` raised with these params and buffers."""
+    if any(note in _ALL for note in getattr(error, "__notes__", ())):
+        return
+    for note in _notes(error, module, tensors, args, kwargs):
+        error.add_note(note)
+
+
+def _notes(
+    error: Exception, module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[str]:
+    leaves = tree.leaves((args, dict(kwargs)))
+    own = next((t for t in tensors.values() if t.is_floating_point()), None)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
+        yield _ATTENTION
+    if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
+        yield _NUMPY
+    if own is not None and "dtype" in str(error):
+        others = {t.dtype for t in given if t.is_floating_point() and t.dtype != own.dtype}
+        if others and not torch.is_autocast_enabled(own.device.type):
+            yield (
+                f"the params are {own.dtype} and the model was given {', '.join(map(str, others))}, as NumPy makes"
+                f" numbers: write x.to({own.dtype}), in the data set or in the step"
+            )
+    if own is not None and any(t.device != own.device for t in given):
+        devices = ", ".join({str(t.device) for t in given})
+        yield (
+            f"the params are on {own.device} and the model was given tensors on {devices}: write"
+            f" x.to({str(own.device)!r}), or net.to({devices!r}) before lm.TrainState.create. A Runner moves"
+            " its batches"
+        )
+    if len(args) == 1 and not kwargs and isinstance(args[0], dict) and isinstance(error, AttributeError | TypeError):
+        yield _DICT
+
+
+_ATTENTION = (
+    "lm.dp_sgd and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
+    " mask masks anything. Write net.set_attn_implementation('eager') before lm.pure(net); an encoder, as BERT,"
+    " also needs its mask ready made: attention_mask[:, None, None, :].expand(-1, 1, T, -1).bool()"
+)
+_NUMPY = (
+    "the model was given a NumPy array: write torch.from_numpy(x). An lm.Loader makes tensors of the arrays in its data"
+)
+_DICT = "the model was given a dict as one argument. To pass its entries by name: state.apply(params, **batch)"
+_ALL = (_ATTENTION, _NUMPY, _DICT)
