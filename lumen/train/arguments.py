@@ -74,7 +74,7 @@ def _warn_evaluating(state: Any) -> None:
     """Warn of a model that would train in evaluation mode, as `from_pretrained` returns it."""
     for _, inner in train_states(state):
         module = inner.apply_fn.module
-        other = [m for m in module.modules() if isinstance(m, _torch_compat.BatchNorm) or getattr(m, "p", 0)]
+        other = [m for m in module.modules() if isinstance(m, _torch_compat.BatchNorm) or bool(getattr(m, "p", False))]
         if other and not module.training:
             warnings.warn(
                 f"the model {type(module).__name__} trains in evaluation mode, as from_pretrained returns it:"

@@ -90,7 +90,12 @@ class ema(Transform):
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             old: dict[Path, Averaged] = {}
-            _each(lambda path, inner: old.setdefault(path, slot(inner, self.name)) and inner, state)
+
+            def note(path: Path, inner: Any) -> Any:
+                old[path] = slot(inner, self.name)
+                return inner
+
+            _each(note, state)
             new, metrics = step(state, batch)
             return _each(
                 lambda path, inner: with_slot(inner, self.name, self._update(old[path], inner.params)), new
