@@ -13,6 +13,8 @@ from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
 from lumen.transforms._support.module_patterns import Pattern, disable_kv_cache, select_modules
+from lumen.transforms._support.saved_operations import Save, chooser
+from lumen.transforms._support.selective_checkpoint import Application, SelectiveBlocks
 from lumen.transforms._support.unapplied import with_apply_rule
 
 
@@ -23,41 +25,65 @@ class remat(Transform):
     `(name, module) -> bool`. By default they are the children of the first `nn.ModuleList` or `nn.Sequential`, usually
     the model's repeated blocks. Of nested matches, the outermost is used.
 
+    `save` names operations whose results are kept, and not computed again: "matmuls" (matrix products, convolutions and
+    fused attention), "attention" (fused attention alone), a collection of operators such as `[torch.ops.aten.mm]`, or a
+    function of an operator. Everything else is recomputed.
+
     Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are stored,
     because the graph would draw new ones in the recomputation. Under `vmap` and other `torch.func` transforms it
     changes nothing, because these record the computation themselves.
 
     It disables the key-value cache of Hugging Face models, as `use_cache=False` does; training does not use it.
 
-    Raises `PatternError` if no module matches. Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-    Cost", implemented with `torch.utils.checkpoint`.
+    Raises `PatternError` if no module matches, or if the modules of the first step run none of the operations in
+    `save`; `HyperparameterError` for a `save` that names no operator. Algorithm: Chen et al. 2016, "Training Deep Nets
+    with Sublinear Memory Cost", implemented with `torch.utils.checkpoint`; `save`: Korthikanti et al. 2022, "Reducing
+    Activation Recomputation in Large Transformer Models".
 
     >>> import lumen as lm
-    >>> lm.remat("blocks.*")
-    lm.remat('blocks.*')
+    >>> lm.remat("blocks.*", save="matmuls")
+    lm.remat('blocks.*', save='matmuls')
     """
 
     name = "remat"
     level = "remat"
     reason = "remat changes the forward of modules"
 
-    def __init__(self, pattern: Pattern | None = None) -> None:
+    def __init__(self, pattern: Pattern | None = None, *, save: Save | None = None) -> None:
         self.pattern = pattern
+        self.save = save
+        self._names = None if save is None else chooser(save)
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with matching modules recomputed."""
-        return with_apply_rule(self, step, self._rule)
+        names = self._names
+        if names is None:
+            return with_apply_rule(self, step, self._rule)
+        blocks = SelectiveBlocks(lambda: Application(names, repr(self)))
+
+        def change(module: nn.Module) -> None:
+            self._patch(module, blocks)
+
+        def rule(next: Next, call: ApplyCall) -> Any:
+            return blocks.rule(next, call, change) if _is_recorded_by_autograd() else next(call)
+
+        return with_apply_rule(self, step, rule)
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
-        if not torch.is_grad_enabled() or _torch_compat.peek_interpreter_stack() is not None:
+        if not _is_recorded_by_autograd():
             return next(call)
         target = call.target.variant(("remat", self.pattern), self._patch)
         return next(call.replace(target=target))
 
-    def _patch(self, module: nn.Module) -> None:
+    def _patch(self, module: nn.Module, selective: SelectiveBlocks | None = None) -> None:
         for block in select_modules(module, self.pattern, f"remat({self.pattern!r})"):
-            block.forward = _Checkpointed(block)
+            block.forward = _Checkpointed(block) if selective is None else _SelectivelyCheckpointed(block, selective)
         disable_kv_cache(module)
+
+
+def _is_recorded_by_autograd() -> bool:
+    """Whether activations are stored for a backward pass, by autograd and by no transform of `torch.func`."""
+    return torch.is_grad_enabled() and _torch_compat.peek_interpreter_stack() is None
 
 
 class _Checkpointed:
@@ -68,3 +94,13 @@ class _Checkpointed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+
+
+class _SelectivelyCheckpointed:
+    """The same, as the settings of `blocks` say."""
+
+    def __init__(self, module: nn.Module, blocks: SelectiveBlocks) -> None:
+        self._forward, self._blocks = module.forward, blocks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._blocks.run(self._forward, args, kwargs)

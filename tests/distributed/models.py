@@ -145,6 +145,7 @@ def transforms(names):
         "guard": lambda: lm.guard(),
         "donate": lambda: lm.donate(),
         "remat": lambda: lm.remat(),
+        "remat save": lambda: lm.remat(save="matmuls"),
     }
     return [made[name]() for name in names]
 
