@@ -29,6 +29,10 @@ class remat(Transform):
     fused attention), "attention" (fused attention alone), a collection of operators such as `[torch.ops.aten.mm]`, or a
     function of an operator. Everything else is recomputed.
 
+    `offload` moves what waits for the backward pass to the host: the inputs of the modules, and what `save` keeps. On a
+    GPU the copies run beside the computation, into pinned memory. Params, buffers and inputs without a gradient stay.
+    A model on the CPU is on the host already, and `offload` does nothing.
+
     Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are stored,
     because the graph would draw new ones in the recomputation. Under `vmap` and other `torch.func` transforms it
     changes nothing, because these record the computation themselves.
@@ -36,7 +40,8 @@ class remat(Transform):
     It disables the key-value cache of Hugging Face models, as `use_cache=False` does; training does not use it.
 
     Raises `PatternError` if no module matches, or if the modules of the first step run none of the operations in
-    `save`; `HyperparameterError` for a `save` that names no operator. Algorithm: Chen et al. 2016, "Training Deep Nets
+    `save`; `HyperparameterError` for a `save` that names no operator; `StepError` for `offload` on a device in a graph
+    of `lm.compile`. Algorithm: Chen et al. 2016, "Training Deep Nets
     with Sublinear Memory Cost", implemented with `torch.utils.checkpoint`; `save`: Korthikanti et al. 2022, "Reducing
     Activation Recomputation in Large Transformer Models".
 
@@ -49,17 +54,17 @@ class remat(Transform):
     level = "remat"
     reason = "remat changes the forward of modules"
 
-    def __init__(self, pattern: Pattern | None = None, *, save: Save | None = None) -> None:
+    def __init__(self, pattern: Pattern | None = None, *, save: Save | None = None, offload: bool = False) -> None:
         self.pattern = pattern
         self.save = save
+        self.offload = offload
         self._names = None if save is None else chooser(save)
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with matching modules recomputed."""
-        names = self._names
-        if names is None:
+        if self._names is None and not self.offload:
             return with_apply_rule(self, step, self._rule)
-        blocks = SelectiveBlocks(lambda: Application(names, repr(self)))
+        blocks = SelectiveBlocks(lambda: Application(self._names, self.offload, repr(self)))
 
         def change(module: nn.Module) -> None:
             self._patch(module, blocks)

@@ -1,4 +1,4 @@
-"""Blocks that are recomputed in part, and a check that they keep something."""
+"""Blocks that are recomputed in part, or from inputs on the host, and a check that they keep what was asked for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lumen.core import _torch_compat, rules
 from lumen.core.primitives import ApplyCall
+from lumen.core.recompute import TensorPlacement
 from lumen.core.rules import Next
 from lumen.errors import PatternError
+from lumen.transforms._support.host_offload import HostOffload
 from lumen.transforms._support.saved_operations import Operator, operator_name
-from lumen.transforms._support.saved_results import OnDevice, SavedResults
+from lumen.transforms._support.saved_results import OnDevice, SavedResults, memory_of
 
 
 class SelectiveBlocks:
@@ -52,18 +56,35 @@ class SelectiveBlocks:
 
 
 class Application:
-    """One application of a model, whose blocks keep the results of the operations that `names` names."""
+    """One application of a model, whose blocks keep the results of the operations that `names` names.
 
-    def __init__(self, names: Callable[[Operator], bool], requested_by: str) -> None:
-        self._names, self._requested_by = names, requested_by
+    With `offload`, these and the inputs of blocks wait on the host.
+    """
+
+    def __init__(self, names: Callable[[Operator], bool] | None, offload: bool, requested_by: str) -> None:
+        self._names, self._offloads, self._requested_by = names, offload, requested_by
         self._operations: dict[Operator, bool] = {}
+
+    @functools.cached_property
+    def _host(self) -> HostOffload | None:
+        return HostOffload(_model_memory()) if self._offloads else None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block."""
-        results = SavedResults(self._keeps, OnDevice())
-        return checkpoint(functools.partial(results.run, forward), *args, use_reentrant=False, **kwargs)
+        host = self._host
+        results = SavedResults(self._keeps, host or OnDevice())
+        run = functools.partial(_run, results, forward, len(args), tuple(kwargs))
+        inputs = (*args, *kwargs.values())  # all by position: others are saved past all hooks
+        if host is None:
+            return checkpoint(run, *inputs, use_reentrant=False)
+        with torch.autograd.graph.saved_tensors_hooks(host.pack_input, host.unpack_input):
+            out = checkpoint(run, *inputs, use_reentrant=False)
+        host.wait()
+        return out
 
     def _keeps(self, operator: Operator, index: int) -> bool:
+        if self._names is None:
+            return False
         if operator not in self._operations:
             self._operations[operator] = self._names(operator)
         return self._operations[operator]
@@ -76,3 +97,14 @@ class Application:
                 f"{self._requested_by} names none of the operations that its modules ran: {ran}. Name one of them in"
                 " save, or leave save out to recompute everything."
             )
+
+
+def _run(results: SavedResults, forward: Callable[..., Any], count: int, names: tuple[str, ...], *values: Any) -> Any:
+    return results.run(forward, *values[:count], **dict(zip(names, values[count:], strict=True)))
+
+
+def _model_memory() -> frozenset[int]:
+    """The memory of the params and buffers of the models that are running."""
+    slots = [slot for capture, *args in rules.stack.forwards if capture is TensorPlacement for slot in args[0]]
+    kinds = (Tensor, nn.Parameter, _torch_compat.FakeTensor)  # proxies for params that are elsewhere have no memory
+    return frozenset(memory_of(table[key]) for table, key, _ in slots if type(table[key]) in kinds)
