@@ -138,10 +138,10 @@ class compile(Transform):
                     f"{transform!r} runs the model under vmap, where {self!r} cannot compile blocks."
                     " Write lm.compile() to compile the whole step."
                 )
-            if getattr(transform, "save", None) is not None:
+            if any(getattr(transform, name, None) is not None for name in ("save", "budget")):
                 raise OrderError(
                     f"{transform!r} cannot see the operations of blocks that {self!r} has compiled. Write lm.compile()"
-                    " to compile the whole step, or leave save out."
+                    " to compile the whole step, or leave it out."
                 )
 
 

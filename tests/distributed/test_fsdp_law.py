@@ -31,7 +31,7 @@ SPREAD = {
     "hsdp": lambda: fsdp(mesh(data=2, shard=2, device="cpu")),
 }
 MODELS = ["mlp", "stack", "deep", "outside"]  # plain; convolutions and BatchNorms; a tied GPT; unused, and used outside
-AROUND = ["", "accumulate", "clip", "ema", "guard", "remat", "remat save"]
+AROUND = ["", "accumulate", "clip", "ema", "guard", "remat", "remat save", "remat budget"]
 SIZES = {2: [[5, 3], [8, 0]], 4: [[4, 0, 3, 3]]}
 STEPS = pick(4, 20)
 

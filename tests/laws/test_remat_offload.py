@@ -135,7 +135,7 @@ def test_an_input_by_keyword_is_moved(copied: list[Tensor]) -> None:
 
 
 def test_on_the_host_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_offload, "_OnHost", None)  # making one would raise
+    monkeypatch.setattr(HostOffload, "_beside", None)  # a copy would raise
     assert_same(trained(lm.remat(save="matmuls", offload=True)), trained(), exact=True)
     compiled = lm.compile(backend="eager")
     assert_same(trained(compiled, lm.remat(offload=True)), trained(compiled), exact=True)

@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lumen.core import _torch_compat, rules
+from lumen.core.inspect import human_bytes
 from lumen.core.primitives import ApplyCall
 from lumen.core.recompute import TensorPlacement
 from lumen.core.rules import Next
-from lumen.errors import PatternError
+from lumen.errors import HyperparameterError, PatternError
+from lumen.transforms._support.activation_budget import BudgetMemory, MeasuredBlock
 from lumen.transforms._support.host_offload import HostOffload
 from lumen.transforms._support.saved_operations import Operator, operator_name
-from lumen.transforms._support.saved_results import OnDevice, SavedResults, memory_of
+from lumen.transforms._support.saved_results import OnDevice, SavedResults, memory_of, tensors_of
 
 
 class SelectiveBlocks:
-    """The recomputed blocks of one step; `begin` makes what one application of a model needs."""
+    """The recomputed blocks of one step; `begin(model)` makes what one application of a model needs."""
 
-    def __init__(self, begin: Callable[[], Application]) -> None:
+    def __init__(self, begin: Callable[[Any], Application | BudgetedApplication]) -> None:
         self._begin = begin
         self._running = threading.local()
 
@@ -34,7 +36,7 @@ class SelectiveBlocks:
     def rule(self, next: Next, call: ApplyCall, change: Callable[[nn.Module], None]) -> Any:
         """APPLY: apply the model with the blocks that `change` wraps."""
         target = call.target.variant(("remat", self), change)
-        application = self._begin()
+        application = self._begin(call.target.origin)
         before, self._running.application = self._application(), application
         try:
             result = next(call.replace(target=target))
@@ -50,7 +52,7 @@ class SelectiveBlocks:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return application.run(forward, args, kwargs)
 
-    def _application(self) -> Application | None:
+    def _application(self) -> Application | BudgetedApplication | None:
         """The application of a model that is running in this thread."""
         return getattr(self._running, "application", None)
 
@@ -96,6 +98,45 @@ class Application:
             raise PatternError(
                 f"{self._requested_by} names none of the operations that its modules ran: {ran}. Name one of them in"
                 " save, or leave save out to recompute everything."
+            )
+
+
+class BudgetedApplication:
+    """One application of a model, whose blocks keep what fits into `nbytes`, or measure it if nothing is chosen yet."""
+
+    def __init__(self, memory: BudgetMemory, nbytes: int, model: Any, requested_by: str) -> None:
+        self._memory, self._nbytes, self._requested_by = memory, nbytes, requested_by
+        self._model = memory.number_of(model)
+        self._blocks = 0
+        self._inputs: dict[int, int] = {}  # bytes by memory
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block."""
+        block, self._blocks = self._blocks, self._blocks + 1
+        runs: MeasuredBlock | SavedResults
+        if self._memory.chosen is None:
+            self._note_inputs((args, kwargs))
+            runs = MeasuredBlock(self._memory, self._model, block)
+        else:
+            runs = SavedResults(self._memory.keeps(self._model, block), OnDevice())
+        return checkpoint(functools.partial(runs.run, forward), *args, use_reentrant=False, **kwargs)
+
+    def _note_inputs(self, inputs: Any) -> None:
+        tensors = {memory_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors_of(inputs)}
+        exempt = _model_memory()
+        self._inputs |= {memory: nbytes for memory, nbytes in tensors.items() if memory not in exempt}
+
+    def check(self) -> None:
+        """Raise `HyperparameterError` if the inputs of blocks, which are kept in any case, exceed the budget."""
+        if self._memory.chosen is not None:
+            return
+        nbytes = sum(self._inputs.values())
+        self._memory.inputs[self._model] = max(nbytes, self._memory.inputs.get(self._model, 0))
+        if nbytes > self._nbytes:
+            raise HyperparameterError(
+                f"{self._requested_by} is less than the {human_bytes(nbytes)} that the inputs of its {self._blocks}"
+                " modules take, from which everything else is recomputed. Give more, split the batch with"
+                " lm.accumulate(k), or move the inputs to the host with lm.remat(offload=True) in place of a budget."
             )
 
 
