@@ -30,12 +30,12 @@ _FLOPS_PER_BYTE_OF_A_GPU = 100
 
 
 class Call(NamedTuple):
-    """One call of an operation in the block that a model runs as its `block`-th; `count` such calls were before it."""
+    """One call of an operation in the block that a model runs as its `block`-th; `number` such calls were before it."""
 
     model: int
     block: int
     operation: str
-    count: int
+    number: int
 
 
 class Cost(NamedTuple):
@@ -111,7 +111,7 @@ class BudgetMemory:
             self.chosen = _largest(sum(cost.nbytes for cost in self.costs.values()), self.chosen)
         by_block = defaultdict(set)
         for call in self.chosen:
-            by_block[call.model, call.block].add((call.operation, call.count))
+            by_block[call.model, call.block].add((call.operation, call.number))
         self._by_block = {block: frozenset(calls) for block, calls in by_block.items()}
         self.costs.clear()
 
