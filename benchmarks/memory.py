@@ -57,8 +57,8 @@ class Variant:
 
 WIDTHS, ROWS = (1024, 2560, 2560, 10), 512
 VOCAB, TOKENS, WIDTH, LAYERS, TEXTS = 128, 128, 256, 4, 16
-LONG = {"vocab": VOCAB, "tokens": 512, "width": 128, "layers": 8}
-LONG_TEXTS, ROUNDS = 4, 7
+LONG = {"vocab": VOCAB, "tokens": 256, "width": 256, "layers": 8}
+LONG_TEXTS, ROUNDS = 8, 7
 
 
 def _images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +98,7 @@ VARIANTS = {
     "Lumen: donate, remat": Variant(("remat", "donate"), {"remat": True}),
     "Lumen: donate, remat, keep matmuls": Variant(("remat", "donate"), {}, {"save": "matmuls"}),
     "Lumen: donate, remat, keep attention": Variant(("remat", "donate"), {}, {"save": "attention"}),
-    "Lumen: donate, remat, 50 MB": Variant(("remat", "donate"), {}, {"budget": "50MB"}),
+    "Lumen: donate, remat, 90 MB": Variant(("remat", "donate"), {}, {"budget": "90MB"}),
     "Lumen: donate, fsdp, 2 processes": Variant(("fsdp", "donate"), _SHARDED),
     "Lumen: compile": Variant(("compile",), _OLD),
     "Lumen: compile, donate": Variant(("compile", "donate")),
