@@ -1,7 +1,8 @@
 """Peak memory of one optimizer step, as a ratio to a raw loop with fused AdamW, beside an analytic lower bound.
 
-There are two models: an MLP with a large state (110 MB of params and moments, batch 512), and a GPT with large
-activations (38 MB of state, 140 MB of activations). Every variant runs in fresh processes. See peak.py for the two
+There are three models: an MLP with a large state (110 MB of params and moments, batch 512), a GPT with large
+activations (38 MB of state, 140 MB of activations), and a deeper GPT with longer texts for what `lm.remat` keeps, whose
+steps are timed as well, in interleaved rounds. Every variant runs in fresh processes. See peak.py for the two
 ways of measuring, and bound.py for the bound. Expected of "allocated": donate at most 1.05 of the raw loop; the plain
 step and compile alone about 1.6 for the MLP (they hold the old state and the new one).
 """
@@ -9,6 +10,7 @@ step and compile alone about 1.6 for the MLP (they hold the old state and the ne
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from benchmarks import bound, peak, spread, tasks, timing
 from benchmarks.apart import ApartError, apart
 from benchmarks.options import Options
 from benchmarks.rows import Row
+from benchmarks.rows import timed as rows_of_times
 
 PROCESSES = 2  # under fsdp
 PARTS = 4  # microbatches
@@ -35,6 +38,7 @@ class Model:
     batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     units: list[bound.Unit]
     blocks: str | None = None  # recomputed by remat
+    is_for_remat: bool = False  # measured with variants of remat alone, and timed
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Variant:
 
     transforms: tuple[str, ...] | None = None
     least: dict[str, Any] = field(default_factory=dict)
+    remat: dict[str, Any] = field(default_factory=dict)  # options of lm.remat
 
     @property
     def processes(self) -> int:
@@ -52,14 +57,16 @@ class Variant:
 
 WIDTHS, ROWS = (1024, 2560, 2560, 10), 512
 VOCAB, TOKENS, WIDTH, LAYERS, TEXTS = 128, 128, 256, 4, 16
+LONG = {"vocab": VOCAB, "tokens": 256, "width": 256, "layers": 8}
+LONG_TEXTS, ROUNDS = 8, 7
 
 
 def _images() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(ROWS, WIDTHS[0]), torch.randint(0, WIDTHS[-1], (ROWS,))
 
 
-def _texts() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randint(0, VOCAB, (TEXTS, TOKENS)), torch.randint(0, VOCAB, (TEXTS, TOKENS))
+def _texts(texts: int = TEXTS, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(0, VOCAB, (texts, tokens)), torch.randint(0, VOCAB, (texts, tokens))
 
 
 MODELS = {
@@ -69,6 +76,13 @@ MODELS = {
         _texts,
         bound.gpt(VOCAB, TOKENS, WIDTH, LAYERS, TEXTS),
         "blocks.*",
+    ),
+    "gpt-long": Model(
+        lambda: tasks.GPT(**LONG),
+        lambda: _texts(LONG_TEXTS, LONG["tokens"]),
+        bound.gpt(**LONG, rows=LONG_TEXTS),
+        "blocks.*",
+        is_for_remat=True,
     ),
 }
 BASE = "raw loop"
@@ -82,6 +96,9 @@ VARIANTS = {
     "Lumen: donate": Variant(("donate",)),
     "Lumen: donate, accumulate(4)": Variant(("accumulate", "donate"), _SPLIT),
     "Lumen: donate, remat": Variant(("remat", "donate"), {"remat": True}),
+    "Lumen: donate, remat, keep matmuls": Variant(("remat", "donate"), {}, {"save": "matmuls"}),
+    "Lumen: donate, remat, keep attention": Variant(("remat", "donate"), {}, {"save": "attention"}),
+    "Lumen: donate, remat, 90 MB": Variant(("remat", "donate"), {}, {"budget": "90MB"}),
     "Lumen: donate, fsdp, 2 processes": Variant(("fsdp", "donate"), _SHARDED),
     "Lumen: compile": Variant(("compile",), _OLD),
     "Lumen: compile, donate": Variant(("compile", "donate")),
@@ -96,6 +113,8 @@ def measure(options: Options) -> list[Row]:
         for case, model in MODELS.items():
             if not options.wants(case) or (options.quick and case == "mlp"):
                 continue
+            if model.is_for_remat and method == "allocated":
+                rows += _timed(case, options)
             base = None
             for label, variant in options.chosen(VARIANTS, BASE).items():
                 if _left_out(model, variant, options.quick):
@@ -107,7 +126,12 @@ def measure(options: Options) -> list[Row]:
 
 
 def _left_out(model: Model, variant: Variant, quick: bool) -> bool:
-    long = "compile" in (variant.transforms or ()) or variant.processes > 1
+    transforms = variant.transforms or ()
+    if model.is_for_remat:
+        return not (variant.transforms == ("donate",) or "remat" in transforms or variant == VARIANTS[BASE])
+    if variant.remat:
+        return True
+    long = "compile" in transforms or variant.processes > 1
     return (model.blocks is None and "remat" in variant.least) or (quick and long)
 
 
@@ -122,6 +146,32 @@ def _row(case: str, label: str, method: str, threads: int, base: float | None) -
         return Row("memory", case, label, method, "MB", bound=least, note=str(error))
     value = found / 1e6
     return Row("memory", case, label, method, "MB", value, value / (base or value), bound=least)
+
+
+def _timed(case: str, options: Options) -> list[Row]:
+    """The time of a step of each variant, and its ratio to the raw loop's in the same round."""
+    labels = [label for label in options.chosen(VARIANTS, BASE) if not _left_out(MODELS[case], VARIANTS[label], False)]
+    try:
+        times = apart(rounds_of, case, labels, options.rounds or ROUNDS, options.threads)
+    except ApartError as error:
+        return [Row("memory", case, label, "step", "ms", note=str(error)) for label in labels]
+    return rows_of_times("memory", case, times, BASE, unit="ms")
+
+
+def rounds_of(case: str, labels: list[str], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Seconds of a step, in interleaved rounds, in this process."""
+    timing.prepare(threads)
+    torch.manual_seed(0)
+    batch = MODELS[case].batch()
+    steps = {label: trainer(case, VARIANTS[label])() for label in labels}
+    times: dict[str, list[float]] = {label: [] for label in labels}
+    for number in range(-2, rounds):  # two to warm up: a budget is spent from the second step on
+        for label, step in steps.items():
+            start = time.perf_counter()
+            step(batch)
+            if number >= 0:
+                times[label].append(time.perf_counter() - start)
+    return times
 
 
 def alone(case: str, label: str, method: str, threads: int) -> int:
@@ -145,15 +195,17 @@ def trainer(case: str, variant: Variant) -> Start:
     """The training function of a variant."""
     if variant.transforms is None:
         return lambda: raw(MODELS[case], **variant.least)
-    return _lumen(MODELS[case], variant.transforms)
+    return _lumen(MODELS[case], variant.transforms, variant.remat)
 
 
-def _lumen(model: Model, names: tuple[str, ...]) -> Start:
+def _lumen(model: Model, names: tuple[str, ...], remat: dict[str, Any]) -> Start:
     import lumen as lm
     from benchmarks.ours import step
 
     arguments = {"accumulate": (PARTS,), "remat": (model.blocks,)}
-    fast = lm.compose(*[getattr(lm, name)(*arguments.get(name, ())) for name in names])(step)
+    options = {"remat": remat}
+    stack = [getattr(lm, name)(*arguments.get(name, ()), **options.get(name, {})) for name in names]
+    fast = lm.compose(*stack)(step)
     apply, tx = lm.pure(model.net().to("meta")).apply, lm.optim.adamw(1e-3)  # one function: compiled once
 
     def start() -> Callable[[Any], None]:

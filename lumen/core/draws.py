@@ -5,6 +5,8 @@ Setting a generator back does nothing for a graph, in which each draw is an oper
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +16,22 @@ from lumen.core import _torch_compat
 from lumen.errors import OrderError
 
 
-def _is_draw(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+def is_draw(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operation may draw from a generator; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    index, default = _dropout_argument(func)
+    rate = args[index] if -1 < index < len(args) else kwargs.get("dropout_p", default)
+    return rate != 0.0  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _dropout_argument(func: Any) -> tuple[int, Any]:
+    """The position and the default of an operation's dropout rate; -1 if it has none."""
+    for index, argument in enumerate(_torch_compat.schema_of(func).arguments):
+        if argument.name == "dropout_p":
+            return index, argument.default_value
+    return -1, None
 
 
 def _copied(drawn: Any) -> Any:
@@ -40,7 +56,7 @@ class refusing_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Let everything else through."""
-        if _is_draw(func):
+        if is_draw(func, args, kwargs or {}):
             raise OrderError(self._message)
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +82,7 @@ class keeping_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
     ) -> Any:
         """Save the result of a draw."""
         out = func(*args, **(kwargs or {}))
-        if _is_draw(func):
+        if is_draw(func, args, kwargs or {}):
             self._draws.append(_copied(out))
         return out
 
@@ -82,7 +98,7 @@ class repeating_draws(_torch_compat.TorchDispatchMode):  # noqa: N801
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Return the saved draw."""
-        if not _is_draw(func):
+        if not is_draw(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         drawn = next(self._draws)
         if _torch_compat.schema_of(func).is_mutable:

@@ -114,9 +114,9 @@ def trace_dry_run(
             nonlocal compiled
             step, state, batch = make()
             compiled = any(t.level == "compile" for t in as_step(step).transforms)
-            local_step = copy_for_dry_run(step, fake_mesh)
+            local_step = copy_for_dry_run(step, fake_mesh, on_host=gloo)
             state, batch = tree.map(lambda leaf: _fake(mode, leaf), (state, batch))
-            if any(getattr(t, "offload", False) for t in local_step.transforms):
+            if any(t.level == "parallel" and getattr(t, "offload", False) for t in local_step.transforms):
                 if any(t.level == "remat" for t in local_step.transforms):
                     raise StepError(
                         "lm.remat inside lm.fsdp(offload=True) cannot be planned: torch aborts the process when it"

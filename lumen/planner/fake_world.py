@@ -49,10 +49,15 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         process_groups.release()
 
 
-def copy_for_dry_run(step: StepFn, mesh: Mesh | None) -> Step:
-    """`step` without `lm.compile`, with its parallel transforms on `mesh` unless that is None."""
+def copy_for_dry_run(step: StepFn, mesh: Mesh | None, *, on_host: bool = False) -> Step:
+    """`step` without `lm.compile`, with its parallel transforms on `mesh` unless that is None.
+
+    If it is planned `on_host`, `lm.remat(offload=True)` has nowhere to move activations to.
+    """
     composed = as_step(step)
     transforms = [_on_mesh(transform, mesh) for transform in composed.transforms if transform.level != "compile"]
+    if on_host:
+        transforms = [t.replace(offload=False) if t.level == "remat" else t for t in transforms]
     return compose(*transforms)(composed.user)
 
 

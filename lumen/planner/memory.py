@@ -101,8 +101,8 @@ class MemoryTracker:
         if self.blocks:
             self.changes.append(Change(0, 0, moment))
 
-    def record(self, tensor: Tensor, operation: str) -> None:
-        """Record the storage of `tensor`, unless it already is."""
+    def record(self, tensor: Tensor, operation: str, *, host: bool = False) -> None:
+        """Record the storage of `tensor`, unless it already is; `host` if it is on the host wherever the run is."""
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
@@ -111,7 +111,7 @@ class MemoryTracker:
             return
         block, nbytes = len(self.blocks), storage.nbytes()
         self.blocks.append(MemoryBlock(nbytes, tuple(tensor.shape), tensor.dtype, operation, self.now))
-        self.blocks[-1].host = tensor.device.type != self.device
+        self.blocks[-1].host = host or tensor.device.type != self.device
         self._live[address] = _LiveStorage(block, nbytes, weakref.ref(storage, lambda _: self._record_free(address)))
         self.changes.append(Change(block, nbytes, self.now))
 

@@ -66,7 +66,10 @@ def _reduce_activations(step: Step, peak: Peak, limit: float) -> Iterator[str]:
     if nbytes < peak.nbytes / 3:
         return
     if not any(t.level == "remat" for t in step.transforms):
-        yield f"activations take {human_bytes(nbytes)}: lm.remat() recomputes them in the backward pass."
+        yield (
+            f"activations take {human_bytes(nbytes)}: lm.remat() recomputes them in the backward pass, and"
+            ' lm.remat(save="matmuls") all but products.'
+        )
     fixed = peak.nbytes - nbytes
     if fixed < limit:
         factor = math.ceil(nbytes / (limit - fixed))

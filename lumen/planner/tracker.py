@@ -71,8 +71,9 @@ class Tracker(_torch_compat.TorchDispatchMode):
         except _torch_compat.DataDependentOutputException:
             return self._substitute(func, args)
         name = func.name().partition(".")[0]
+        pinned = kwargs.get("pin_memory") is True
         for tensor in _tensors(result):
-            self.memory.record(tensor, name)
+            self.memory.record(tensor, name, host=pinned)
         payload = comm_trace.payload(name, args, result)
         if payload is None:
             self._record_work(func, args, kwargs, result)

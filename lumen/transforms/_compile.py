@@ -138,6 +138,11 @@ class compile(Transform):
                     f"{transform!r} runs the model under vmap, where {self!r} cannot compile blocks."
                     " Write lm.compile() to compile the whole step."
                 )
+            if any(getattr(transform, name, None) is not None for name in ("save", "budget")):
+                raise OrderError(
+                    f"{transform!r} cannot see the operations of blocks that {self!r} has compiled. Write lm.compile()"
+                    " to compile the whole step, or leave it out."
+                )
 
 
 class _CompiledStep:

@@ -145,6 +145,8 @@ def transforms(names):
         "guard": lambda: lm.guard(),
         "donate": lambda: lm.donate(),
         "remat": lambda: lm.remat(),
+        "remat save": lambda: lm.remat(save="matmuls"),
+        "remat budget": lambda: lm.remat(budget="32KiB"),
     }
     return [made[name]() for name in names]
 

@@ -203,16 +203,17 @@ def test_sums_by_the_name_of_an_axis(strategy, world2):
     assert world2.run(summed, strategy) == [8.0] * 2
 
 
-def recomputed():
+def recomputed(save):
     whole = batches(3, 8)
-    wrapped = lm.compose(lm.compile(backend="eager"), fsdp(), lm.remat())(step)
+    wrapped = lm.compose(lm.compile(backend="eager"), fsdp(), lm.remat(save=save))(step)
     losses, state = train(wrapped, make_state("deep"), [part(batch, UNEVEN, world.rank()) for batch in whole])
     wanted, other = train(lm.compose()(step), make_state("deep"), whole)
     return float((losses - wanted).abs().max()), furthest(bare(wrapped.transforms[1].export(state)), bare(other))[0]
 
 
-def test_recomputed_units(world2):
-    assert max(worst for found in world2.run(recomputed) for worst in found) < 1e-10
+@pytest.mark.parametrize("save", [None, "matmuls"])
+def test_recomputed_units(save, world2):
+    assert max(worst for found in world2.run(recomputed, save) for worst in found) < 1e-10
 
 
 def split_unequally(inside):

@@ -31,7 +31,7 @@ SPREAD = {
     "hsdp": lambda: fsdp(mesh(data=2, shard=2, device="cpu")),
 }
 MODELS = ["mlp", "stack", "deep", "outside"]  # plain; convolutions and BatchNorms; a tied GPT; unused, and used outside
-AROUND = ["", "accumulate", "clip", "ema", "guard", "remat"]
+AROUND = ["", "accumulate", "clip", "ema", "guard", "remat", "remat save", "remat budget"]
 SIZES = {2: [[5, 3], [8, 0]], 4: [[4, 0, 3, 3]]}
 STEPS = pick(4, 20)
 
@@ -67,7 +67,7 @@ def cases_of(size, around):
     made = itertools.product(enumerate(MODELS), enumerate(around))
     made = [pair for pair in made if size == 2 or LONG or (pair[0][0] + pair[1][0]) % 2 == 0]
     cases = [(model, each, SIZES[size][(i + j) % len(SIZES[size])]) for (i, model), (j, each) in made]
-    return [(model, each, sizes) for model, each, sizes in cases if each != "remat" or model in ("stack", "deep")]
+    return [(model, each, sizes) for model, each, sizes in cases if "remat" not in each or model in ("stack", "deep")]
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp1", "fsdp2", "fsdp3"])
@@ -108,12 +108,13 @@ def gathers(prefetch, *around):
 def test_recomputed_units_are_gathered_no_oftener(prefetch, world2):
     # The root once, each of three blocks before its forward pass and before its backward pass.
     assert world2.run(gathers, prefetch) == world2.run(gathers, prefetch, "remat") == [7, 7]
+    assert world2.run(gathers, prefetch, "remat save") == [7, 7]
 
 
-def recomputed(stage, prefetch, pattern):
+def recomputed(stage, prefetch, pattern, save=None):
     options = {"stage": stage, "prefetch": prefetch}
     whole = batches(3, 8)
-    wrapped = lm.compose(fsdp(**options), lm.remat(pattern))(step)
+    wrapped = lm.compose(fsdp(**options), lm.remat(pattern, save=save))(step)
     losses, state = train(wrapped, make_state("deep"), [part(batch, [5, 3], world.rank()) for batch in whole])
     wanted, other = train(lm.compose()(step), make_state("deep"), whole)
     state = wrapped.export(state)
@@ -123,12 +124,14 @@ def recomputed(stage, prefetch, pattern):
 @pytest.mark.parametrize(("stage", "prefetch"), [(1, 1), (2, 1), (3, 0), (3, 1), (3, 2)])
 def test_recomputation_at_every_level(stage, prefetch, world2):
     for pattern in (None, "blocks.*.up", "blocks.1"):
-        assert max(worst for found in world2.run(recomputed, stage, prefetch, pattern) for worst in found) < 1e-10
+        for save in (None, "matmuls"):
+            found = world2.run(recomputed, stage, prefetch, pattern, save)
+            assert max(worst for each in found for worst in each) < 1e-10
 
 
-def recomputed_around(**options):
+def recomputed_around(save=None, **options):
     """The params after a step that recomputes a module with both units in it."""
-    wrapped = lm.compose(fsdp(**options), lm.remat("body"))(step)
+    wrapped = lm.compose(fsdp(**options), lm.remat("body", save=save))(step)
     state, _ = wrapped(wrapped.init(make_state("stack")), part(batches(1, 8)[0], [5, 3], world.rank()))
     return {name: p.clone() for name, p in wrapped.export(state).params.items()}
 
@@ -138,9 +141,11 @@ def recomputed_as_a_unit():
 
 
 def test_what_contains_units_is_recomputed_with_them(world2):
-    for around, unit in zip(world2.run(recomputed_around), world2.run(recomputed_as_a_unit), strict=True):
-        for name, p in unit.items():
-            assert torch.equal(around[name], p), name
+    units = world2.run(recomputed_as_a_unit)
+    for save in (None, "matmuls"):
+        for around, unit in zip(world2.run(recomputed_around, save), units, strict=True):
+            for name, p in unit.items():
+                assert torch.equal(around[name], p), name
 
 
 def own_statistics(sizes):

@@ -50,6 +50,11 @@ LAWS = {
         exact=True,
         suits=lambda job: job.model != "linear",  # which has no parts
     ),
+    "remat(save)": Law(
+        lambda: lm.remat(lambda name, module: not list(module.children()), save=lambda operator: True),
+        exact=True,
+        suits=lambda job: job.model != "linear",
+    ),
     "guard": Law(lm.guard, exact=True),
     "guard(raise)": Law(lambda: lm.guard("raise"), exact=True),
     "clip": Law(lambda: lm.clip(1e9)),

@@ -41,6 +41,8 @@ SAID = [
     (lm.precision("bf16"), "lm.precision('bf16')"),
     (lm.dp_sgd(1.0, 0.5), "lm.dp_sgd(clip=1.0, noise=0.5)"),
     (lm.remat("blocks.*"), "lm.remat('blocks.*')"),
+    (lm.remat(save="matmuls", offload=True), "lm.remat(save='matmuls', offload=True)"),
+    (lm.remat(budget="1.5GiB"), "lm.remat(budget='1.5GiB')"),
     (lm.seeded(), "lm.seeded()"),
     (lm.unroll(2), "lm.unroll(2)"),
 ]

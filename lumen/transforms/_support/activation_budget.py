@@ -1,0 +1,188 @@
+"""`remat(budget=...)`: which results to keep in so many bytes, from what one step recomputed.
+
+The first step recomputes everything, and counts for each operation what it costs to compute again and the bytes of its
+result. Before the second step the results with the highest cost for each byte are chosen, as many as fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from lumen.core import _torch_compat, distributed
+from lumen.core.flops import cpu_attention
+from lumen.errors import HyperparameterError
+from lumen.transforms._support.saved_results import is_keepable, memory_of, tensors_of
+
+_UNITS = {"b": 1, **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+# How many floating-point operations take the time of moving one byte: a rough figure, as the operations that it must
+# tell apart, products and all others, differ by far more.
+_FLOPS_PER_BYTE = {"cpu": 10}
+_FLOPS_PER_BYTE_OF_A_GPU = 100
+
+
+class Call(NamedTuple):
+    """One call of an operation in the block that a model runs as its `block`-th; `number` such calls were before it."""
+
+    model: int
+    block: int
+    operation: str
+    number: int
+
+
+class Cost(NamedTuple):
+    """What it takes to keep the result of a call, and what it saves: the time of moving so many bytes."""
+
+    nbytes: int
+    saved: float
+
+
+def parse_bytes(budget: int | str) -> int:
+    """A number of bytes, written as such or as "1.5GiB".
+
+    Raises `HyperparameterError` for anything else.
+
+    >>> parse_bytes("1.5 GiB"), parse_bytes("200MB"), parse_bytes(4096)
+    (1610612736, 200000000, 4096)
+    """
+    text = str(budget).strip().lower()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text)
+    unit = _UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise HyperparameterError(
+            f'remat(budget={budget!r}) is not a positive number of bytes. Write budget="1.5GiB", "200MB" or 4096.'
+        )
+    return int(float(match[1]) * unit)
+
+
+def choose(costs: Mapping[Call, Cost], nbytes: int) -> frozenset[Call]:
+    """The calls whose results to keep in `nbytes`: those that save most for each byte first.
+
+    >>> costs = {Call(0, 0, "mm", 0): Cost(8, 800.0), Call(0, 0, "gelu", 0): Cost(4, 12.0)}
+    >>> [call.operation for call in choose(costs, 9)]
+    ['mm']
+    """
+    chosen = set()
+    for call, cost in sorted(costs.items(), key=lambda item: (-item[1].saved / item[1].nbytes, item[0])):
+        if cost.nbytes <= nbytes:
+            nbytes -= cost.nbytes
+            chosen.add(call)
+    return frozenset(chosen)
+
+
+class BudgetMemory:
+    """What one step recomputed, and the choice that follows; one for each step, beside its state."""
+
+    def __init__(self) -> None:
+        self.has_run = False  # whether a step has been measured
+        self.chosen: frozenset[Call] | None = None  # None before the choice
+        self.costs: dict[Call, Cost] = {}
+        self.inputs: dict[int, int] = {}  # bytes of the blocks' inputs, by model
+        self._models: list[weakref.ref[Any]] = []
+        self._by_block: dict[tuple[int, int], frozenset[tuple[str, int]]] = {}
+
+    def number_of(self, origin: Any) -> int:
+        """The number of a model: the first that is applied is 0."""
+        models = [ref() for ref in self._models]
+        if origin not in models:
+            self._models.append(weakref.ref(origin))
+            models.append(origin)
+        return models.index(origin)
+
+    def decide(self, nbytes: int, *, is_shared: bool) -> None:
+        """Choose what to keep in `nbytes`.
+
+        In a step that ranks share, all take the choice of the one with the largest results.
+        """
+        chosen: set[Call] = set()
+        for model, inputs in self.inputs.items():
+            costs = {call: cost for call, cost in self.costs.items() if call.model == model}
+            chosen |= choose(costs, nbytes - inputs)
+        self.chosen = frozenset(chosen)
+        if is_shared and not distributed.is_dry_run() and distributed.world_size() > 1:
+            self.chosen = _largest(sum(cost.nbytes for cost in self.costs.values()), self.chosen)
+        by_block = defaultdict(set)
+        for call in self.chosen:
+            by_block[call.model, call.block].add((call.operation, call.number))
+        self._by_block = {block: frozenset(calls) for block, calls in by_block.items()}
+        self.costs.clear()
+
+    def keeps(self, model: int, block: int) -> Any:
+        """Which results a block keeps."""
+        calls = self._by_block.get((model, block), frozenset())
+        return lambda func, index: (_name(func), index) in calls
+
+
+def _largest(nbytes: int, chosen: frozenset[Call]) -> frozenset[Call]:
+    """The choice of the rank with the largest results."""
+    choices: list[Any] = [None] * distributed.world_size()
+    dist.all_gather_object(choices, (nbytes, sorted(chosen)))
+    return frozenset(Call(*call) for call in max(choices)[1])
+
+
+class MeasuredBlock:
+    """A block that keeps nothing, and counts the costs of its recomputation."""
+
+    def __init__(self, memory: BudgetMemory, model: int, block: int) -> None:
+        self._counted = memory, model, block
+        self._has_run = False
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the block, for the first time or again."""
+        is_first, self._has_run = not self._has_run, True
+        with nullcontext() if is_first else _Counting(*self._counted):
+            return forward(*args, **kwargs)
+
+
+class _Counting(_torch_compat.TorchDispatchMode):
+    """Counts what each operation of a recomputation costs."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, memory: BudgetMemory, model: int, block: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory, self._position = memory, (model, block)
+        self._calls: Counter[Any] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if is_keepable(func, args, kwargs):
+            call = Call(*self._position, _name(func), self._calls[func])
+            self._calls[func] += 1
+            cost = _cost(func, args, kwargs, out)
+            if cost.nbytes:
+                self._memory.costs[call] = cost
+        return out
+
+
+_name = functools.cache(str)
+
+
+@functools.cache
+def _flop_formulas() -> Mapping[Any, Any]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    formulas: Mapping[Any, Any] = FlopCounterMode(display=False, custom_mapping=cpu_attention()).flop_registry
+    return formulas
+
+
+def _cost(func: Any, args: Any, kwargs: Any, out: Any) -> Cost:
+    results = {memory_of(tensor): tensor for tensor in tensors_of(out)}
+    nbytes = sum(tensor.untyped_storage().nbytes() for tensor in results.values())
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of((args, kwargs, out)))
+    formula = _flop_formulas().get(getattr(func, "overloadpacket", func))
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+    device = next((tensor.device.type for tensor in results.values()), "cpu")
+    return Cost(nbytes, moved + flops / _FLOPS_PER_BYTE.get(device, _FLOPS_PER_BYTE_OF_A_GPU))
