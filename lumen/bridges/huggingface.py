@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lumen.bridges import lora
 from lumen.bridges.bound import model_of
 from lumen.checkpoint._save import TEMPORARY
-from lumen.core.arguments import checked_first
+from lumen.core.arguments import checked, checked_first
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
 
 _SHOWN = 6  # maximum number of names in a message
@@ -50,6 +50,7 @@ def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_
     return _write(final, lambda path: module.save_pretrained(path, max_shard_size=max_shard_size))
 
 
+@checked
 def save_adapters(state: Any, directory: str | os.PathLike[str], *, base: str | None = None) -> Path:
     """Write the adapters of `lm.bridges.lora` to a directory of peft's files; returns its path.
 

@@ -197,8 +197,10 @@ def _namespace(thing: Any, name: str) -> str:
     first = name.partition(".")[0]
     for namespace in _NAMESPACES:
         package: Any = sys.modules["lumen"]
-        for part in namespace.split(".")[:-1]:
-            package = vars(package).get(part, package)  # not imported yet, as long as nothing of it has been used
+        for name_inside in namespace.split(".")[:-1]:
+            package = vars(package).get(
+                name_inside, package
+            )  # not imported yet, as long as nothing of it has been used
         if first in vars(package) and _owner(vars(package)[first]) == _owner(thing):
             return namespace
     return ""

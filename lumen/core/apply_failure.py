@@ -27,20 +27,20 @@ def _notes(
 ) -> Iterator[str]:
     leaves = tree.leaves((args, dict(kwargs)))
     own = next((t for t in tensors.values() if t.is_floating_point()), None)
-    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
         yield _ATTENTION
     if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
         yield _NUMPY
     if own is not None and "dtype" in str(error):
-        others = {t.dtype for t in given if t.is_floating_point() and t.dtype != own.dtype}
+        others = {t.dtype for t in inputs if t.is_floating_point() and t.dtype != own.dtype}
         if others and not torch.is_autocast_enabled(own.device.type):
             yield (
                 f"the params are {own.dtype} and the model was given {', '.join(map(str, others))}, as NumPy makes"
                 f" numbers: write x.to({own.dtype}), in the data set or in the step"
             )
-    if own is not None and any(t.device != own.device for t in given):
-        devices = ", ".join({str(t.device) for t in given})
+    if own is not None and any(t.device != own.device for t in inputs):
+        devices = ", ".join({str(t.device) for t in inputs})
         yield (
             f"the params are on {own.device} and the model was given tensors on {devices}: write"
             f" x.to({str(own.device)!r}), or net.to({devices!r}) before lm.TrainState.create. A Runner moves"

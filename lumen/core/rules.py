@@ -108,9 +108,9 @@ class rule_context:  # noqa: N801
 
 def _not_rules(handlers: Any) -> ArgumentError:
     keys = list(handlers)[:1] if isinstance(handlers, Mapping) else ()
-    found = f"a dict with the key {keys[0]!r:.40}" if keys else f"{handlers!r:.60} of type {type(handlers).__name__}"
+    shown = f"a dict with the key {keys[0]!r:.40}" if keys else f"{handlers!r:.60} of type {type(handlers).__name__}"
     return ArgumentError(
-        f"handlers, the rules, are {found}; they are a dict from a primitive to a function rule(next, call):"
+        f"handlers, the rules, are {shown}; they are a dict from a primitive to a function rule(next, call):"
         " {lm.extend.Primitive.UPDATE: rule}"
     )
 

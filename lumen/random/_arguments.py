@@ -10,7 +10,6 @@ from typing import SupportsIndex, cast
 import torch
 from torch import Tensor
 
-from lumen.core.arguments import describe
 from lumen.errors import ArgumentError, HyperparameterError
 
 MANTISSA_BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
@@ -20,7 +19,7 @@ def check_key(key: object) -> None:
     """Raise unless `key` is an int64 tensor of shape [2]."""
     fix = "a key is an int64 tensor of shape [2]: make one with lumen.random.key(seed)"
     if not isinstance(key, Tensor):
-        raise ArgumentError(f"key is {describe(key)}; {fix}.")
+        raise ArgumentError(f"key is {key!r:.40} of type {type(key).__name__}; {fix}.")
     if key.dtype != torch.int64:
         raise ArgumentError(f"key is a tensor of {key.dtype}; {fix}.")
     if key.shape != (2,):

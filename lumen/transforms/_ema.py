@@ -70,7 +70,7 @@ class ema(Transform):
 
     def init(self, state: Any) -> Any:
         """Add the slot: a copy of the params, with 16-bit ones in float32."""
-        return _each(self._with_average, state)
+        return _map_states(self._with_average, state)
 
     def _with_average(self, _: Path, state: Any) -> Any:
         params = field_of(state, "params", self.name)
@@ -83,7 +83,7 @@ class ema(Transform):
 
     def export(self, state: Any) -> Any:
         """Drop the slot."""
-        return _each(lambda _, inner: without_slot(inner, self.name), state)
+        return _map_states(lambda _, inner: without_slot(inner, self.name), state)
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step, followed by an update of the average."""
@@ -95,9 +95,9 @@ class ema(Transform):
                 old[path] = slot(inner, self.name)
                 return inner
 
-            _each(note, state)
+            _map_states(note, state)
             new, metrics = step(state, batch)
-            return _each(
+            return _map_states(
                 lambda path, inner: with_slot(inner, self.name, self._update(old[path], inner.params)), new
             ), metrics
 
@@ -119,7 +119,7 @@ class ema(Transform):
         return torch.where(count >= 1, weight, torch.ones_like(weight))
 
 
-def _each(change: Callable[[Path, Any], Any], state: Any) -> Any:
+def _map_states(change: Callable[[Path, Any], Any], state: Any) -> Any:
     """`state` with `change(path, inner)` in place of itself, or of each training state in a state without params."""
     if hasattr(state, "params") or not train_states(state):
         return change((), state)

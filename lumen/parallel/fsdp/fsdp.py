@@ -239,7 +239,7 @@ class fsdp(Transform):
                     return step(state, batch)
             plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
             sources = {
-                path: runtime.frozen_source(path, each, unit_reducer) for path, each in plans.items() if each.frozen
+                path: runtime.frozen_source(path, plan, unit_reducer) for path, plan in plans.items() if plan.frozen
             }
             frozen = FrozenParams(layout, sources) if sources else None
             states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lumen.core.arguments import checked
 from lumen.errors import HyperparameterError, ParamsError, PatternError, printable
 from lumen.parallel.tensor.styles import Colwise, Region, ReplicatedParams, Rowwise, Style
 
@@ -28,6 +29,7 @@ _ACTIVATIONS = {"act", "act_fn", "activation_fn"}  # transformers' names, of mod
 _SHOWN = 6  # of the names in a message
 
 
+@checked
 def huggingface(model: nn.Module, *, vocabulary: bool = True) -> dict[str, Style]:
     """The plan of a transformers model, from its own (`base_model_tp_plan` of its config, `_tp_plan` of its class).
 
