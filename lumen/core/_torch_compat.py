@@ -86,10 +86,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
     ),
     Use("torch._C._ExcludeDispatchKeyGuard", "autocast on the device that a plan is made on"),
     Use("torch._C._SetExcludeDispatchKeyGuard", "a kept result that notices writes to the tensor that it is"),
-    Use(
-        "torch._ops.OperatorBase torch._ops.OpOverloadPacket",
-        "whether a value names an operation whose results are kept",
-    ),
+    Use("torch._ops.OperatorBase torch._ops.OpOverloadPacket", "whether a value names an operation"),
     Use(
         "functorch_config=torch._functorch.config",
         "a compiled block whose backward pass runs outside of the autocast of its forward",

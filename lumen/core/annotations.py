@@ -197,10 +197,8 @@ def _namespace(thing: Any, name: str) -> str:
     first = name.partition(".")[0]
     for namespace in _NAMESPACES:
         package: Any = sys.modules["lumen"]
-        for name_inside in namespace.split(".")[:-1]:
-            package = vars(package).get(
-                name_inside, package
-            )  # not imported yet, as long as nothing of it has been used
+        for inner in namespace.split(".")[:-1]:  # not imported yet, as long as nothing of it has been used
+            package = vars(package).get(inner, package)
         if first in vars(package) and _owner(vars(package)[first]) == _owner(thing):
             return namespace
     return ""

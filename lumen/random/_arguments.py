@@ -19,7 +19,7 @@ def check_key(key: object) -> None:
     """Raise unless `key` is an int64 tensor of shape [2]."""
     fix = "a key is an int64 tensor of shape [2]: make one with lumen.random.key(seed)"
     if not isinstance(key, Tensor):
-        raise ArgumentError(f"key is {key!r:.40} of type {type(key).__name__}; {fix}.")
+        raise ArgumentError(f"key is {key!r:.40}, of type {type(key).__name__}; {fix}.")
     if key.dtype != torch.int64:
         raise ArgumentError(f"key is a tensor of {key.dtype}; {fix}.")
     if key.shape != (2,):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
-from lumen.core.arguments import describe
 from lumen.errors import ArgumentError, HyperparameterError
 from lumen.random._arguments import as_integer, as_size, check_key
 from lumen.random._draws import draw
@@ -105,7 +104,7 @@ def by_row(key: Tensor, rows: Tensor, sample: Callable[[Tensor], _Sample]) -> _S
     """
     check_key(key)
     if not isinstance(rows, Tensor) or rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
-        actual = rows.dtype if isinstance(rows, Tensor) else describe(rows)
+        actual = rows.dtype if isinstance(rows, Tensor) else f"{rows!r:.60}, of type {type(rows).__name__}"
         raise ArgumentError(f"rows must be a tensor of integers, not {actual}.")
     if rows.ndim != 1:
         raise HyperparameterError(f"rows must be of shape [B], a number for each row, not {list(rows.shape)}.")

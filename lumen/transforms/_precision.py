@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, rules, sharding
@@ -22,6 +22,7 @@ from lumen.core.step import StepFn, Transform, add_slot, device_of, slot, with_s
 from lumen.errors import HyperparameterError
 from lumen.optim._norms import leaf_norms
 from lumen.optim._numerics import widen
+from lumen.transforms._support import early_casts
 from lumen.transforms._support.autocast import Autocast, explain_dtype_mismatch, is_autocast_on
 from lumen.transforms._support.casts import cast, cast_all, cast_inputs, map_tensors
 from lumen.transforms._support.matmul_precision import PRECISIONS, float32_products
@@ -291,7 +292,7 @@ class _Autocasting:
         inner = call
         if self._casts_before_gather and (not self._loss_depth or is_autocast_on(*inputs)):
             compute = self._policy.compute
-            inner = call.replace(params=_cast_matrices(call, compute), buffers=_cast_frozen(call, compute))
+            inner = call.replace(params=early_casts.matrices(call, compute), buffers=early_casts.frozen(call, compute))
         advice = (
             f"torch.autocast does not handle one of its operations. Write lm.precision({self._transform._name!r},"
             " cast='model'), or x.to(self.weight.dtype) there."
@@ -363,19 +364,7 @@ class _Scaling:
 
 def _norm_params(target: Any) -> frozenset[str]:
     """The names of params of batch and instance norms, whose statistics need the wider dtype."""
-    return _names_of(target, _NORMS, "_norm_params")
-
-
-def _names_of(target: Any, kinds: tuple[type[nn.Module], ...], key: str) -> frozenset[str]:
-    """The names of params of modules of these kinds, cached on `target` under `key`."""
-    if key not in target.__dict__:
-        target.__dict__[key] = frozenset(
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in target.module.named_modules()
-            if isinstance(module, kinds)
-            for name in _torch_compat.own_params(module)
-        )
-    return target.__dict__[key]  # type: ignore[no-any-return]
+    return early_casts.params_of(target, _NORMS, "_norm_params")
 
 
 def _restore_buffer_dtypes(buffers: Any, call: ApplyCall, frozen: frozenset[str]) -> Any:
@@ -387,17 +376,3 @@ def _params_are_sharded(inner: precision) -> bool:
     """Whether params are sharded outside: autocast's copies of unsharded params would stay alive until the backward."""
     outside = () if inner.within is None else inner.within.transforms
     return any(getattr(transform, "stage", 0) == 3 for transform in outside)
-
-
-def _cast_matrices(call: ApplyCall, compute: torch.dtype) -> dict[str, Tensor]:
-    """The params, with those cast that only matrix products read, judging by their modules and dims."""
-    tables = _names_of(call.target, (nn.Embedding, nn.EmbeddingBag), "_tables")
-    return {k: cast(p, compute) if p.dim() > 1 and k not in tables else p for k, p in call.params.items()}
-
-
-def _cast_frozen(call: ApplyCall, compute: torch.dtype) -> Mapping[str, Tensor]:
-    """The buffers, with the frozen weights of linear layers cast, as autocast does it where they are used."""
-    if not call.target.frozen:
-        return call.buffers
-    names = call.target.frozen & _names_of(call.target, (nn.Linear,), "_linear_params")
-    return {k: cast(b, compute) if k in names and b.dim() > 1 else b for k, b in call.buffers.items()}

@@ -306,10 +306,8 @@ def test_arguments_that_are_not_there_are_refused_with_the_line_to_write() -> No
             step, progress=False
         ).fit({}, [], max_epochs=3),  # type: ignore[call-arg]
         "lm.optim.adamw: there is no argument 'learning_rate'.* lr=1e-3": lambda: lm.optim.adamw(learning_rate=1e-3),  # type: ignore[call-arg]
-        r"takes no params[\s\S]* lm.TrainState.create\(net, lm.optim.sgd": lambda: lm.optim.sgd(
-            NET.parameters(), lr=0.1
-        ),  # type: ignore[misc,arg-type]
-        r"takes no params[\s\S]* lm.TrainState.create\(net, lm.optim.adam": lambda: lm.optim.adam(NET.parameters()),  # type: ignore[arg-type]
+        r"takes no params[\s\S]*create\(net, lm.optim.sgd": lambda: lm.optim.sgd(NET.parameters(), lr=0.1),  # type: ignore[misc,arg-type]
+        r"takes no params[\s\S]*create\(net, lm.optim.adam": lambda: lm.optim.adam(NET.parameters()),  # type: ignore[arg-type]
         "lm.accumulate: there is no argument 'steps'": lambda: lm.accumulate(steps=2),  # type: ignore[call-arg]
         r"batches=len\(loader\)": lambda: lm.bridges.lightning(NET, batches=LOADER),  # type: ignore[arg-type]
         r"lm.sweep\(lr=\[": lambda: lm.sweep(lr=0.1),

@@ -410,7 +410,7 @@ def test_permutations_are_evenly_likely():
             ValueError,
             r"6.55e\+04 for torch.float16",
         ),
-        (lambda: lrandom.uniform(KEY, (), low="0"), TypeError, "low is of type str"),
+        (lambda: lrandom.uniform(KEY, (), low="0"), TypeError, "low is '0' of type str"),
         (lambda: lrandom.bernoulli(KEY, 1.5), ValueError, "p is 1.5; a probability lies in"),
         (lambda: lrandom.bernoulli(KEY, torch.tensor(1)), TypeError, "p is of torch.int64"),
         (lambda: lrandom.bernoulli(KEY, torch.ones(3), (2,)), ValueError, r"p has shape \[3\].*\[2\]"),
@@ -489,7 +489,7 @@ def test_noise_by_row_is_the_same_in_microbatches_and_by_key_it_is_not():
 @pytest.mark.parametrize(
     ("rows", "error", "says"),
     [
-        ([1, 2], TypeError, "tensor of integers, not a list"),
+        ([1, 2], TypeError, r"tensor of integers, not \[1, 2\], of type list"),
         (torch.ones(2), TypeError, "tensor of integers, not torch.float32"),
         (torch.tensor(1), ValueError, r"shape \[B\]"),
         (torch.ones(2, 1, dtype=torch.int64), ValueError, r"shape \[B\]"),

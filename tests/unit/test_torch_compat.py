@@ -29,6 +29,7 @@ OTHERS = {
         "_dynamic_fields_",
         "_row_fields_",
         "_param_fields_",
+        "_param_row_fields_",
     ),  # of a named tuple; of Lumen's own dataclasses
     *("_exit", "_getframe", "_register_atexit"),  # CPython
     *(
@@ -43,6 +44,7 @@ OTHERS = {
     *("_hp_mapping", "_index_in_param_group"),  # DeepSpeed
     *("_batch_fn", "_batch_size", "_max_index", "_num_records", "_parent", "_parents", "_shard_options"),  # Grain
     "_window_size",  # Grain
+    "_tp_plan",  # transformers
     *("_distributed", "_ex_iterable"),  # datasets
 }
 # What objects of torch have: on anything but `self` these are torch's, whoever else has one of that name.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules
+from lumen.core import _torch_compat, rules
 from lumen.core.donation import is_retired, retire_updated
 from lumen.core.nested_states import map_train_states
 from lumen.core.param_leaves import Path
@@ -32,7 +32,7 @@ class FrozenParam(LazyParam):
     """A frozen param in the buffers of a step's state; the first torch function that takes it gathers it."""
 
     form = LazyParam.form | {
-        Tensor._version.__get__,  # type: ignore[attr-defined]
+        _torch_compat.tensor_version.__get__,
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     }
 

@@ -45,8 +45,8 @@ def chooser(save: Save) -> Callable[[Operator], bool]:
 def _collection(operators: list[Any]) -> Callable[[Operator], bool]:
     wrong = [operator for operator in operators if not is_operator(operator)]
     if wrong or not operators:
-        found = repr(wrong[0]) if wrong else "nothing"
-        raise HyperparameterError(f"remat(save=[...]) takes operators of torch, and got {found}. {_HELP}")
+        shown = repr(wrong[0]) if wrong else "nothing"
+        raise HyperparameterError(f"remat(save=[...]) takes operators of torch, and got {shown}. {_HELP}")
     chosen = frozenset(operators)
     return lambda operator: operator in chosen or getattr(operator, "overloadpacket", None) in chosen
 
