@@ -91,7 +91,11 @@ def trained(model: Any, loss: Any, *transforms: Any, rows: int = 6, dtype: torch
     return {f"{name}{i}": p for i, each in enumerate(states) for name, p in each.params.items()}, losses
 
 
-@pytest.mark.parametrize("form", [{}, {"bias": True}, {"tied": True}, {"after": soft_capped, "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"bias": True}, {"tied": True}, {"after": soft_capped, "bias": True}],
+    ids=["plain", "bias", "tied", "soft-capped"],
+)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_losses_of_tokens_are_computed_in_chunks(loss: Any, form: dict[str, Any]) -> None:
     model = lambda: Model(**form)  # noqa: E731

@@ -46,7 +46,9 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         yield copies
 
 
-@pytest.mark.parametrize("save", [None, "matmuls", "attention", lambda operator: True], ids=str)
+@pytest.mark.parametrize(
+    "save", [None, "matmuls", "attention", lambda operator: True], ids=["no", "matmuls", "attention", "all"]
+)
 def test_training_is_bitwise_the_same(save: Any, copied: list[Tensor]) -> None:
     assert_same(trained(lm.remat(save=save, offload=True)), trained(), exact=True)
     assert copied
