@@ -190,8 +190,7 @@ class RunCheckpoints:
 
     def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
         """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
-        own_choices = [(str(path), optional) for path, optional in self._candidates(resume)]
-        choices = self._run.group.broadcast_object(own_choices)
+        choices = self._run.group.broadcast_object([(str(path), last) for path, last in self._candidates(resume)])
         if choices and self.shards_params and getattr(getattr(self._run.state, "apply_fn", None), "frozen", ()):
             self._own_fingerprint()  # all ranks together, before one that cannot read a file leaves the others
         paths = ((Path(path), optional) for path, optional in choices)

@@ -210,8 +210,7 @@ class Runner:
 
         `state` does not change.
         """
-        single, _ = without_unroll(self.step)
-        initial = self.step.init(state)
+        single, initial = without_unroll(self.step)[0], self.step.init(state)
         return lr_find(single, initial, open_batches(data, state, ProcessGroupContext(state)), **options)
 
     def description(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,6 +47,7 @@ from lumen.parallel.fsdp.shard import (
 )
 from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.sharded_update import update_shards
+from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.optimizer_check import check_optimizer
 
 
@@ -238,27 +240,15 @@ class fsdp(Transform):
                 with runtime.mesh.bound():
                     return step(state, batch)
             plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
-            sources = {
-                path: runtime.frozen_source(path, plan, unit_reducer) for path, plan in plans.items() if plan.frozen
-            }
-            frozen = FrozenParams(layout, sources) if sources else None
+            frozen = _frozen_params(runtime, layout, plans)
             states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)
             rule = FSDPRule(runtime, layout, states, state, checks)
-            handlers: dict[Primitive, Rule] = {
-                Primitive.GRADIENT: rule,
-                Primitive.APPLY: rule.apply,
-                Primitive.UPDATE: functools.partial(update_shards, states, self.stage),
-            }
-            if self.stage == 3:
-                handlers[Primitive.APPLY] = functools.partial(apply_sharded, runtime, states, rule)
-            with runtime.mesh.bound(), rules.rule_context(handlers):
+            with runtime.mesh.bound(), rules.rule_context(_handlers(self.stage, runtime, states, rule)):
                 if self.stage == 1:
                     return step(state, batch)
-                with sharding.bound(layout, states.gatherer):
-                    if frozen is None:
-                        return step(state, batch)
-                    with sharding.bound_view(frozen):
-                        return step(state, batch)
+                view = nullcontext() if frozen is None else sharding.bound_view(frozen)
+                with sharding.bound(layout, states.gatherer), view:
+                    return step(state, batch)
 
         return row_shards.checked(run, lambda: self.mesh)
 
@@ -270,6 +260,21 @@ class fsdp(Transform):
                 "lm.compile cannot trace lm.fsdp(offload=True), whose params come from the host in the middle of the"
                 " step. Leave out lm.compile(), or write lm.fsdp()."
             )
+
+
+def _handlers(stage: int, runtime: FSDPRuntime, states: ShardedStates, rule: FSDPRule) -> dict[Primitive, Rule]:
+    """The rules of one step."""
+    return {
+        Primitive.GRADIENT: rule,
+        Primitive.APPLY: functools.partial(apply_sharded, runtime, states, rule) if stage == 3 else rule.apply,
+        Primitive.UPDATE: functools.partial(update_shards, states, stage),
+    }
+
+
+def _frozen_params(runtime: FSDPRuntime, layout: ShardLayout, plans: Mapping[Path, UnitPlans]) -> FrozenParams | None:
+    """What a step sees of its states' frozen params; None where none are sharded."""
+    sources = {path: runtime.frozen_source(path, plan, unit_reducer) for path, plan in plans.items() if plan.frozen}
+    return FrozenParams(layout, sources) if sources else None
 
 
 def _check_arguments(stage: Any, wrap: Any, param_dtype: Any, prefetch: Any, offload: Any) -> None:
