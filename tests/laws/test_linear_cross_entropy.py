@@ -208,7 +208,7 @@ def test_steps_are_those_with_whole_logits(stack: str, tied: bool) -> None:
         ({"targets": torch.zeros(3)}, "indices of classes, integers, not torch.float32"),
         ({"weights": torch.ones(2)}, r"weights of shape \[2\] do not broadcast"),
         ({"bias": torch.ones(3)}, r"\[7\], not \[3\]"),
-        ({"hidden": [1.0]}, "hidden as a tensor, not list"),
+        ({"hidden": [1.0]}, "hidden as a tensor, not a list"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"z_loss": -1.0}, "z_loss=-1.0"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),

@@ -182,7 +182,7 @@ def test_fsdp_shards_what_is_like_params(shapes, optimizer, stage, size, outside
     plain = make_state(shapes, optimizer)
     full = stack([], outside).init(plain)
     names = like_params(full, optimizer, None if stage == 3 else "opt_state")
-    sharded = paths_of(full, {leaf for leaf, name in names.items() if name in plain.params})
+    sharded = paths_of(full, {leaf for leaf, name in names.items() if name in sharded_by_fsdp(plain, stage)})
     rows = {path for path in key_paths(full) if path[0] == "rows"}
     check(lambda: stack([lm.fsdp(stage=stage)], outside), plain, full, sharded | rows, size)
 
@@ -207,9 +207,14 @@ def test_tensor_parallel_shards_what_is_like_params_and_fsdp_outside_does_once_m
     sharded = {leaf for leaf, name in like_params(full, optimizer).items() if name in in_plan}
     if stage is not None:
         rows = like_params(full, optimizer, None if stage == 3 else "opt_state")
-        sharded |= {leaf for leaf, name in rows.items() if name in plain.params}
+        sharded |= {leaf for leaf, name in rows.items() if name in sharded_by_fsdp(plain, stage)}
     paths = paths_of(full, sharded) | {path for path in key_paths(full) if stage and path[0] == "rows"}
     check(build, plain, full, paths, 2 if stage is None else 4)
+
+
+def sharded_by_fsdp(state, stage):
+    """The names of the params that are sharded: at stage 3 also the frozen ones."""
+    return {*state.params, *(state.apply_fn.frozen if stage == 3 else ())}
 
 
 def paths_of(state, leaves):
