@@ -129,7 +129,7 @@ def _merge(layer: nn.Module) -> None:
         restore(layer)
     if isinstance(layer, Lora):
         _add_delta(layer)
-    layer.__class__ = plain_class(kind)
+    layer.__class__ = _plain_class(kind)
 
 
 def _add_delta(layer: Lora) -> None:
@@ -151,16 +151,16 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
     kind: Any = type(layer)
-    layer.__class__ = lora_class(kind)
+    layer.__class__ = _lora_class(kind)
 
 
 @functools.cache
-def lora_class(kind: Any) -> type[nn.Module]:
+def _lora_class(kind: Any) -> type[nn.Module]:
     """The class `kind` of a layer, with an adapter."""
     return type(f"Lora{kind.__name__}", (Lora, kind), {"__doc__": f"An adapted {kind.__name__}."})
 
 
-def plain_class(kind: Any) -> Any:
+def _plain_class(kind: Any) -> Any:
     """The class of a layer before it was adapted or quantized."""
     return next(base for base in kind.__mro__ if not issubclass(base, Lora | Quantized))
 

@@ -144,8 +144,8 @@ class _Packed:
             layer.register_buffer(name, torch.empty_like(tensor, device="meta"))
         kind: Any = type(layer)
         adapted = issubclass(kind, lora.Lora)
-        quantized: Any = quantized_class(lora.plain_class(kind))
-        layer.__class__ = lora.lora_class(quantized) if adapted else quantized
+        quantized: Any = quantized_class(lora._plain_class(kind))
+        layer.__class__ = lora._lora_class(quantized) if adapted else quantized
         layer._form = self.form  # type: ignore[assignment]
 
 

@@ -135,7 +135,6 @@ HOT = "called in each step, and stumbles over a wrong type at once"
 RETURNED = "made by Lumen, and met as an answer"
 ANY = "takes any value or any tree"
 OWN = "has its own checks, tested where it is"
-INSIDE = "for other bridges, and not for users"
 UNCHECKED = {
     **dict.fromkeys(
         ("value_and_grad", "apply_gradients", "Mean", "Sum", "Max", "Min", "Last", "Metric", "PerEpoch"), HOT
@@ -159,7 +158,6 @@ UNCHECKED = {
     **dict.fromkeys(("extend.param_field", "parallel.rows", "parallel.Style"), ANY),
     **dict.fromkeys(("bridges.module", "lora.merged", "lora.Lora", "tree.map", "tree.unflatten"), OWN),
     **dict.fromkeys(("parallel.Rowwise", "parallel.SequenceParallel", "parallel.ReplicatedParams"), OWN),
-    **dict.fromkeys(("lora.lora_class", "lora.plain_class"), INSIDE),
 }
 
 
