@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lumen.bridges import lora
 from lumen.bridges.bound import model_of
+from lumen.bridges.lora_layer import Lora
 from lumen.checkpoint._save import TEMPORARY
 from lumen.core.arguments import checked, checked_first
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
@@ -64,9 +65,10 @@ def save_adapters(state: Any, directory: str | os.PathLike[str], *, base: str | 
     if the state has no adapters or trains other params, or if its params are sharded.
     """
     final = _new_directory(directory)
-    layers = {name: x for name, x in state.apply_fn.module.named_modules() if isinstance(x, lora.Lora)}
+    module = model_of(state)
+    layers = {name: x for name, x in module.named_modules() if isinstance(x, Lora)}
     tensors = _peft_tensors(state, layers)
-    config = _peft_config(state.apply_fn.module, layers, base)
+    config = _peft_config(module, layers, base)
 
     def write(path: Path) -> None:
         from safetensors.torch import save_file
@@ -77,7 +79,7 @@ def save_adapters(state: Any, directory: str | os.PathLike[str], *, base: str | 
     return _write(final, write)
 
 
-def _peft_tensors(state: Any, layers: Mapping[str, lora.Lora]) -> dict[str, Tensor]:
+def _peft_tensors(state: Any, layers: Mapping[str, Lora]) -> dict[str, Tensor]:
     """The adapters by peft's names."""
     names = {f"{name}.{key}": f"base_model.model.{name}.{peft_key}" for name in layers for key, peft_key in _PEFT}
     others = [name for name in state.params if name not in names]
@@ -98,7 +100,7 @@ def _peft_tensors(state: Any, layers: Mapping[str, lora.Lora]) -> dict[str, Tens
     return {peft_name: state.params[name].detach().contiguous() for name, peft_name in names.items()}
 
 
-def _peft_config(module: nn.Module, layers: Mapping[str, lora.Lora], base: str | None) -> dict[str, Any]:
+def _peft_config(module: nn.Module, layers: Mapping[str, Lora], base: str | None) -> dict[str, Any]:
     """The entries of `adapter_config.json`."""
     first = next(iter(layers.values()))
     rank = first.lora_a.shape[0]

@@ -6,17 +6,16 @@ Shapes: I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lumen.bridges.bound import module as bound
+from lumen.bridges.lora_layer import Lora, lora_class, plain_class
 from lumen.bridges.quantized_layer import Quantized, restore
 from lumen.core import _torch_compat
 from lumen.core.arguments import checked
@@ -26,28 +25,6 @@ from lumen.optim._param_names import Pattern, matching
 from lumen.parallel.tensor.layout import is_transposed
 
 _NAMES = ("lora_a", "lora_b")
-
-
-class Lora(nn.Module):
-    """The forward of an adapted layer: it adds `scale * B A x` to the output of the layer.
-
-    The layer keeps its name, params and attributes, and gains `lora_a` [R, I] and `lora_b` [O, R].
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O]."""
-        output: Tensor = super().forward(x)
-        update = F.linear(F.linear(x.to(self.lora_a.dtype), self.lora_a), self.lora_b)
-        return output + (self.scale * update).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """The update that merging adds to the weight, in the weight's own layout."""
-        product = self.scale * (self.lora_b @ self.lora_a)
-        return product if isinstance(self, nn.Linear) else product.T
 
 
 @checked
@@ -129,7 +106,7 @@ def _merge(layer: nn.Module) -> None:
         restore(layer)
     if isinstance(layer, Lora):
         _add_delta(layer)
-    layer.__class__ = _plain_class(kind)
+    layer.__class__ = plain_class(kind)
 
 
 def _add_delta(layer: Lora) -> None:
@@ -151,18 +128,7 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     layer.scale = alpha / rank  # type: ignore[assignment]
     kind: Any = type(layer)
-    layer.__class__ = _lora_class(kind)
-
-
-@functools.cache
-def _lora_class(kind: Any) -> type[nn.Module]:
-    """The class `kind` of a layer, with an adapter."""
-    return type(f"Lora{kind.__name__}", (Lora, kind), {"__doc__": f"An adapted {kind.__name__}."})
-
-
-def _plain_class(kind: Any) -> Any:
-    """The class of a layer before it was adapted or quantized."""
-    return next(base for base in kind.__mro__ if not issubclass(base, Lora | Quantized))
+    layer.__class__ = lora_class(kind)
 
 
 def _copy_frozen(module: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lumen.bridges import lora, nf4
+from lumen.bridges import nf4
+from lumen.bridges.lora_layer import Lora, lora_class, plain_class
 from lumen.bridges.quantized_layer import Form, quantized_class
 from lumen.core import _torch_compat
 from lumen.core.module import param_slots
@@ -17,7 +18,7 @@ from lumen.errors import HyperparameterError, ParamsError, StateError
 from lumen.transforms._support.torchao import Layers, check_kind, quantizable_layers, row_scales, torchao
 
 KINDS = ("int8", "fp8", "nf4")
-_FORWARDS = (nn.Linear.forward, lora.Lora.forward)
+_FORWARDS = (nn.Linear.forward, Lora.forward)
 _CONFIGS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 
 S = TypeVar("S")
@@ -143,9 +144,9 @@ class _Packed:
         for name, tensor in self.tensors.items():
             layer.register_buffer(name, torch.empty_like(tensor, device="meta"))
         kind: Any = type(layer)
-        adapted = issubclass(kind, lora.Lora)
-        quantized: Any = quantized_class(lora._plain_class(kind))
-        layer.__class__ = lora._lora_class(quantized) if adapted else quantized
+        adapted = issubclass(kind, Lora)
+        quantized: Any = quantized_class(plain_class(kind))
+        layer.__class__ = lora_class(quantized) if adapted else quantized
         layer._form = self.form  # type: ignore[assignment]
 
 

@@ -156,7 +156,7 @@ UNCHECKED = {
     **dict.fromkeys([f"extend.{name}" for name in ("ApplyCall", "Gradient", "GradientCall", "UpdateCall")], RETURNED),
     **dict.fromkeys(("extend.Primitive", "planner.Plan", "bridges.Bridged", "parallel.Mesh"), RETURNED),
     **dict.fromkeys(("extend.param_field", "parallel.rows", "parallel.Style"), ANY),
-    **dict.fromkeys(("bridges.module", "lora.merged", "lora.Lora", "tree.map", "tree.unflatten"), OWN),
+    **dict.fromkeys(("bridges.module", "lora.merged", "tree.map", "tree.unflatten"), OWN),
     **dict.fromkeys(("parallel.Rowwise", "parallel.SequenceParallel", "parallel.ReplicatedParams"), OWN),
 }
 

@@ -170,12 +170,8 @@ def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[n
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(_entering(passes, unit))
             submodule.register_forward_hook(_leaving(passes, unit))
-        module.register_forward_pre_hook(
-            lambda root, args: (passes[-1] if passes else _current(passes)).begin(param_slots(root))
-        )
-        module.register_forward_hook(
-            lambda root, args, output: (passes[-1] if passes else _current(passes)).end(output)
-        )
+        module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
+        module.register_forward_hook(lambda root, args, output: _current(passes).end(output))
 
     return change
 
@@ -183,14 +179,14 @@ def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[n
 # Closures and not objects: the copies of a module must share the list of passes.
 def _entering(passes: Sequence[Pass], unit: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
-        (passes[-1] if passes else _current(passes)).enter(unit)
+        _current(passes).enter(unit)
 
     return hook
 
 
 def _leaving(passes: Sequence[Pass], unit: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (passes[-1] if passes else _current(passes)).leave(unit, output)
+        return _current(passes).leave(unit, output)
 
     return hook
 

@@ -18,7 +18,6 @@ from lumen.errors import ParamsError, StateError
 from lumen.parallel.fsdp.shard import ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext
-from lumen.parallel.fsdp.unshard_traced import untraced_meta
 from lumen.parallel.lazy_param import LazyParam
 
 if TYPE_CHECKING:
@@ -59,8 +58,6 @@ class FrozenSource:
 
     def empty_meta(self, name: str, dtype: torch.dtype) -> Tensor:
         """The param `name` without memory."""
-        if rules.is_tracing():
-            return untraced_meta(self.plans, name, dtype)
         return self.plans.empty_meta(name, dtype)
 
     def unshard(self, name: str, shard: Tensor) -> Tensor:
@@ -149,15 +146,12 @@ class FrozenParams:
 
     def in_aux(self, aux: Any) -> Any:
         """What a loss function has returned beside its loss, with proxies in its buffers."""
-        if not isinstance(aux, Aux) or not aux.buffers:
-            return aux
-        changed: Any = aux
-        return changed.replace(buffers=tree.map(lambda leaf: self._proxies.get(id(leaf), leaf), aux.buffers))
+        return _map_buffers(lambda leaf: self._proxies.get(id(leaf), leaf), aux)
 
 
 def shards_of(buffers: Mapping[str, Any]) -> Mapping[str, Any]:
     """`buffers` with this rank's shards in place of proxies."""
-    return {name: b.shard if isinstance(b, FrozenParam) else b for name, b in buffers.items()}
+    return {name: _shard_of(b) for name, b in buffers.items()}
 
 
 def returning_shards(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,14 +159,23 @@ def returning_shards(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         result = loss_fn(*args)
-        aux = result[1] if type(result) is tuple and len(result) == 2 else None
-        if not isinstance(aux, Aux) or not aux.buffers:
+        if type(result) is not tuple or len(result) != 2:
             return result
-        changed: Any = aux
-        buffers = tree.map(lambda leaf: leaf.shard if isinstance(leaf, FrozenParam) else leaf, aux.buffers)
-        return result[0], changed.replace(buffers=buffers)
+        return result[0], _map_buffers(_shard_of, result[1])
 
     return WrappedLoss(loss_fn, run, returning_shards)
+
+
+def _shard_of(leaf: Any) -> Any:
+    return leaf.shard if isinstance(leaf, FrozenParam) else leaf
+
+
+def _map_buffers(change: Callable[[Any], Any], aux: Any) -> Any:
+    """What a loss function returns beside its loss, with its buffers changed."""
+    if not isinstance(aux, Aux) or not aux.buffers:
+        return aux
+    changed: Any = aux
+    return changed.replace(buffers=tree.map(change, aux.buffers))
 
 
 def plain_frozen(state: Any) -> dict[str, Tensor]:

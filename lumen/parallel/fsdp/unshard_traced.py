@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lumen.core import _torch_compat
-from lumen.core.tensor_proxy import empty_meta
 from lumen.parallel.fsdp.shard import AllGatherHandle, reduce_scatter
-from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
 
 
@@ -28,7 +25,6 @@ class TracedUnshardContext(UnshardContext):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.saves_references = True
-        self.empty_meta = partial(untraced_meta, self.plans)
         self.reached: list[Tensor] = []  # the activations or gradients that the pass computed last
         self._owners: dict[int, tuple[TracedUnit, int, Tensor]] = {}  # of each full param, by its memory
 
@@ -122,12 +118,6 @@ class _SavedView(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-
-
-def untraced_meta(plans: UnitPlans, name: str, dtype: torch.dtype) -> Tensor:
-    """The param `name` without memory, outside of the graph."""
-    with _torch_compat.disable_proxy_modes_tracing(), _torch_compat.unset_fake_temporarily():
-        return empty_meta(plans.full_shapes[name], dtype)
 
 
 def _unpack(saved: Tensor | _SavedView) -> Tensor:

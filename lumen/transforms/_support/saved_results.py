@@ -142,40 +142,14 @@ class _SavedResult:
         return tensor.clone() if self._is_written else tensor
 
 
-class _Keeping(_torch_compat.TorchDispatchMode):
-    """Keeps results during the first run of a block."""
+class _Mode(_torch_compat.TorchDispatchMode):
+    """Numbers the calls of each operation in a block; `answer` gives the results that are kept."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, results: SavedResults) -> None:
+    def __init__(self, results: SavedResults, answer: Callable[[Any, int, Any, Any], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._results = results
-        self._calls: Counter[Any] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation."""
-        kwargs = kwargs or {}
-        for tensor in _written(func, args, kwargs):
-            self._results.before_write(tensor)
-        if not is_keepable(func, args, kwargs):
-            return func(*args, **kwargs)
-        index = self._calls[func]
-        self._calls[func] += 1
-        if not self._results.keeps(func, index):
-            return func(*args, **kwargs)
-        return self._results.keep(func, index, args, kwargs)
-
-
-class _Reusing(_torch_compat.TorchDispatchMode):
-    """Returns what was kept during a recomputation."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, results: SavedResults) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._results = results
+        self._results, self._answer = results, answer
         self._calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(
@@ -189,7 +163,29 @@ class _Reusing(_torch_compat.TorchDispatchMode):
         self._calls[func] += 1
         if not self._results.keeps(func, index):
             return func(*args, **kwargs)
-        return self._results.reuse(func, index, args, kwargs)
+        return self._answer(func, index, args, kwargs)
+
+
+class _Keeping(_Mode):
+    """Keeps results during the first run of a block."""
+
+    def __init__(self, results: SavedResults) -> None:
+        super().__init__(results, results.keep)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, before which what was kept may need memory of its own."""
+        for tensor in _written(func, args, kwargs or {}):
+            self._results.before_write(tensor)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Reusing(_Mode):
+    """Returns what was kept during a recomputation."""
+
+    def __init__(self, results: SavedResults) -> None:
+        super().__init__(results, results.reuse)
 
 
 def is_keepable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
