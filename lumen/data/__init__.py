@@ -2,11 +2,14 @@
 
 from lumen.data._per_rank import per_rank
 from lumen.data.loader import Cursor, Loader
+from lumen.data.packed import Packed, document_mask
 from lumen.data.permutation import permute
 
 __all__ = [
     "Cursor",
     "Loader",
+    "Packed",
+    "document_mask",
     "per_rank",
     "permute",
 ]

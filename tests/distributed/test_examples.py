@@ -34,6 +34,7 @@ SCRIPTS = {
 ELSEWHERE = {
     "char_lm": "tests/examples/test_scripts.py runs it under every strategy",
     "hydra": "tests/examples/test_scripts.py runs it under fsdp on two processes",
+    "pretrain": "tests/examples/test_pretrain.py runs it under each of its strategies",
     "zero": "its strategy is lm.deepspeed",
 }
 ALONE = {
