@@ -22,6 +22,7 @@ from lumen.core.nested_states import train_states
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn
+from lumen.core.tensor_proxy import TensorProxy
 from lumen.planner import comm_trace
 from lumen.planner.comm_trace import CollectiveCall
 from lumen.planner.memory import MemoryTracker, Moment
@@ -203,7 +204,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
         now = self.memory.now
         self.memory.now = now._replace(module=name.rpartition(".")[0])
         for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
+            if not isinstance(tensor, TensorProxy) and tensor.grad_fn is not None:  # to ask a proxy would compute it
                 tensor.grad_fn.register_prehook(functools.partial(self._enter_backward, name))
 
     def _enter_backward(self, name: str, _grads: Any) -> None:

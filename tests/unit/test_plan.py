@@ -150,6 +150,21 @@ def test_a_measurement_has_the_numbers_of_a_plan(monkeypatch):
     assert real.trace.seconds > 0
 
 
+def test_a_plan_computes_no_logits_that_are_computed_in_chunks():
+    def made(*transforms):
+        return make([lm.donate(), *transforms], vocab=4096, rows=16)
+
+    wrapped, _, batch = made(lm.chunked_logits("head", chunk=16))
+    found = lm.plan(wrapped, lambda: made()[1], batch, world_size=1)
+    real = lm.planner.measure(wrapped, lambda: made()[1], batch)
+    assert found.peak.nbytes == pytest.approx(real.peak.nbytes, rel=0.01)
+    logits = 16 * 16 * 4096 * 4
+    whole = lm.plan(made()[0], lambda: made()[1], batch, world_size=1)
+    assert any(block.nbytes == logits for block in whole.peak.blocks)
+    assert not any(block.nbytes == logits for block in found.peak.blocks)
+    assert found.peak.nbytes < whole.peak.nbytes - logits
+
+
 # ------------------------------------------------------------------------------------------- costs
 
 
