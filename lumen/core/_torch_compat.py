@@ -34,8 +34,7 @@ if TYPE_CHECKING:  # classes that are inherited from or named in annotations; `_
     BatchNorm = _BatchNorm
     DummyPrivateUse1Hook = _DummyPrivateUse1Hook
 
-TRIED = ("2.11", "2.12", "2.13", "2.14")
-"""The minor versions of torch in which all of `PRIVATE` was looked up."""
+TRIED = ("2.11", "2.12", "2.13", "2.14")  # the minor versions of torch in which all of `PRIVATE` was looked up
 
 
 class Use(NamedTuple):
@@ -125,8 +124,10 @@ _USES = (  # what this module offers by name, through `__getattr__`
     Use("aten_local_scalar_dense=torch.ops.aten._local_scalar_dense", "to see where a step reads a tensor's value"),
     Use(
         "aten_attention_cpu=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
-        " aten_attention_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
-        "the operations of the CPU's attention, which torch's own counter leaves out",
+        " aten_attention_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
+        " aten_cudnn_rnn=torch.ops.aten._cudnn_rnn aten_cudnn_rnn_backward=torch.ops.aten._cudnn_rnn_backward"
+        " aten_grouped_mm=torch.ops.aten._grouped_mm",
+        "operations that torch's own counter of products leaves out",
     ),
     Use(
         "torch.utils.backend_registration._DummyPrivateUse1Hook"
@@ -334,8 +335,7 @@ schema_of, operation_name, overload_name = map(attrgetter, (SCHEMA, "_opname", "
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that was given to `torch.compile`, or `module` itself."""
-    original: nn.Module = getattr(module, "_orig_mod", module)
-    return original
+    return getattr(module, "_orig_mod", module)
 
 
 def has_hooks(module: nn.Module) -> bool:

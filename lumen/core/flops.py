@@ -12,6 +12,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import _torch_compat, rules
 from lumen.core.arguments import checked, checked_first
+from lumen.core.flop_formulas import formulas
 from lumen.core.primitives import UpdateCall
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, as_step
@@ -24,9 +25,12 @@ _LONGEST = 200  # of a reason
 def flops_of(step: StepFn, state: Any, batch: Any) -> int | None:
     """The floating point operations of one step, forward, backward and update; None where it cannot be traced.
 
-    Counted are matrix products, convolutions and attention, by torch's own counter: a product of `[B, D]` and
-    `[D, F]` is `2·B·D·F`. Attention counts in full under a causal mask too. The step runs on fake tensors: nothing is
-    computed, kept in memory or drawn from a random generator; what a step does beside its arguments, it does.
+    Counted are products of matrices and vectors, convolutions, attention and recurrent layers: a product of `[B, D]`
+    and `[D, F]` is `2·B·D·F`. The formulas are those of torch's own counter, and of this module for what that lacks
+    (products in place and with vectors, grouped products, fused recurrent layers); products of sparse tensors,
+    `nn.Bilinear` and `torch.cdist` count nothing. Attention counts in full under a causal mask too. The step runs on
+    fake tensors: nothing is computed, kept in memory or drawn from a random generator; what a step does beside its
+    arguments, it does.
 
     Of a step with transforms it is the plain function that is counted, so recomputation (`lm.remat`) adds nothing.
     Give the state and the batch of that function.
@@ -72,26 +76,10 @@ def _counted(user: StepFn, state: Any, batch: Any) -> int:
             return leaf
 
         arguments = tree.map(fake, (state, batch))
-        with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
+        with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
             user(*arguments)
     total: int = counter.get_total_flops()
     return total
-
-
-def cpu_attention() -> dict[Any, Any]:
-    """The formulas of the CPU's own attention, which torch's table lacks: those of the other kernels."""
-    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
-
-    def forward(q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))
-
-    return {
-        _torch_compat.aten_attention_cpu: forward,
-        _torch_compat.aten_attention_cpu_backward: backward,
-    }
 
 
 def _standing_still(next: Next, call: UpdateCall) -> tuple[Any, Any]:

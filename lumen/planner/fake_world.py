@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,13 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     if type(rank) is not int or not 0 <= rank < size:
         raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
 
+    hook = sys.excepthook  # torch wraps it in each world, and leaves it wrapped
     dist.init_process_group("fake", store=_torch_compat.FakeStore(), rank=rank, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
         process_groups.release()
 
 

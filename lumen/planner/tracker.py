@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lumen import tree
 from lumen.core import _torch_compat, rules
-from lumen.core.flops import cpu_attention
+from lumen.core.flop_formulas import formulas
 from lumen.core.nested_states import train_states
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, UpdateCall
 from lumen.core.rules import Next, Primitive, Rule
@@ -57,7 +57,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
         self.work: list[Work] = []
         self.collectives: list[CollectiveCall] = []
         self.reads: list[str] = []  # the lines that read a value of a fake tensor
-        counter = FlopCounterMode(display=False, custom_mapping=cpu_attention())
+        counter = FlopCounterMode(display=False, custom_mapping=formulas())
         self._formulas: Mapping[Any, Any] = counter.flop_registry
 
     def __torch_dispatch__(

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lumen as lm
 from lumen import errors
-from lumen.core.flops import cpu_attention
+from lumen.core.flop_formulas import formulas
 
 from .models import MODELS, Job, assert_same, jobs, train
 from .table import STEPS
@@ -156,7 +156,7 @@ def flops(*stack: lm.Transform) -> int:
     """Floating-point operations of a step's products and attentions."""
     wrapped, state = lm.compose(*stack)(step), state_of(Net(dropout=0.0, depth=1))
     wrapped(state, batch_of())  # a compiled step is traced
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
         wrapped(state, batch_of())
     return counter.get_total_flops()
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 import lumen as lm
+from lumen.core.flop_formulas import formulas
 from lumen.core.flops import count, flops_of, peak_flops, peak_of
 
 
@@ -69,6 +70,60 @@ def test_convolution_by_hand():
     # 2·B·out·in·kernel²·positions for the output and for the kernel's gradient
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
     assert flops_of(make_step(), state_of(net), torch.ones(2, 3, 8, 8)) == 2 * (2 * 2 * 5 * 3 * 9 * 36)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, D, F):
+        super().__init__()
+        self.layer = kind(D, F, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers(kind, gates):
+    B, T, D, F = 2, 3, 8, 5
+    forward = 2 * B * T * gates * F * (D + F)
+    count = flops_of(make_step(), state_of(Recurrent(kind, D, F)), torch.ones(B, T, D))
+    # Gradients of the layer's input and of the first hidden state are computed by some kernels and not by others.
+    assert 3 * forward - 2 * B * T * gates * F * D - 4 * B * gates * F * F <= count <= 3 * forward
+
+
+a, b, v = torch.ones(8, 16), torch.ones(16, 4), torch.ones(16)
+many_a, many_b = torch.ones(3, 8, 16), torch.ones(3, 16, 4)
+PRODUCTS = {
+    "in place": (lambda: torch.zeros(8, 4).addmm_(a, b), 2 * 8 * 16 * 4),
+    "batches": (lambda: torch.zeros(3, 8, 4).baddbmm_(many_a, many_b), 3 * 2 * 8 * 16 * 4),
+    "summed batches": (lambda: torch.addbmm(torch.zeros(8, 4), many_a, many_b), 3 * 2 * 8 * 16 * 4),
+    "matrix and vector": (lambda: a @ v, 2 * 8 * 16),
+    "added": (lambda: torch.addmv(torch.zeros(8), a, v), 2 * 8 * 16),
+    "vectors": (lambda: v @ v, 2 * 16),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_torchs_counter_leaves_out(name):
+    product, expected = PRODUCTS[name]
+
+    def step(state, batch):
+        return state, {"x": product().sum()}
+
+    assert flops_of(step, {}, torch.ones(1)) == expected
+
+
+def test_groups_and_the_kernels_of_accelerators():
+    """By their formulas: these operations do not run here."""
+    table = formulas()
+    grouped = table[torch.ops.aten._grouped_mm]
+    assert grouped(torch.Size((10, 4)), torch.Size((3, 4, 5))) == 2 * 10 * 4 * 5  # rows in groups
+    assert grouped(torch.Size((3, 6, 4)), torch.Size((4, 10))) == 2 * 6 * 4 * 10  # columns in groups
+    assert grouped(torch.Size((6, 10)), torch.Size((10, 5))) == 2 * 6 * 10 * 5  # gradients of weights
+    assert grouped(torch.Size((3, 6, 4)), torch.Size((3, 4, 5))) == 3 * 2 * 6 * 4 * 5
+    weights = [torch.Size((20, 8)), torch.Size((20, 5)), torch.Size((20,)), torch.Size((20,))]
+    for name, passes in (("_cudnn_rnn", 1), ("_cudnn_rnn_backward", 2), ("miopen_rnn", 1)):
+        formula = table[getattr(torch.ops.aten, name)]
+        assert formula(torch.Size((3, 2, 8)), weights) == passes * 2 * 3 * 2 * 20 * (8 + 5)
 
 
 def test_the_update_counts_where_it_multiplies_matrices():

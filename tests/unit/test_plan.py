@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -115,8 +116,9 @@ def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():
 
 
 def test_a_plan_leaves_nothing_behind():
-    resize = torch.UntypedStorage.resize_
+    resize, hook = torch.UntypedStorage.resize_, sys.excepthook
     planned(lm.ddp(), world_size=8)
+    assert sys.excepthook is hook, "torch's names the rank in each traceback, once more for each world"
     assert not distributed.is_distributed()
     assert not distributed.is_dry_run()
     assert torch.UntypedStorage.resize_ is resize

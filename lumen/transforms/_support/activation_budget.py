@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from lumen.core import _torch_compat, distributed
-from lumen.core.flops import cpu_attention
+from lumen.core.flop_formulas import formulas
 from lumen.errors import HyperparameterError
 from lumen.transforms._support.saved_results import is_keepable, memory_of, tensors_of
 
@@ -174,8 +174,7 @@ _name = functools.cache(str)
 def _flop_formulas() -> Mapping[Any, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    formulas: Mapping[Any, Any] = FlopCounterMode(display=False, custom_mapping=cpu_attention()).flop_registry
-    return formulas
+    return FlopCounterMode(display=False, custom_mapping=formulas()).flop_registry
 
 
 def _cost(func: Any, args: Any, kwargs: Any, out: Any) -> Cost:

@@ -15,7 +15,7 @@ Save = Literal["matmuls", "attention"] | Collection[Operator] | Callable[[Operat
 _MATMULS = frozenset(
     (
         *("mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "convolution", "cudnn_convolution"),
-        *("_grouped_mm", "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_int_mm"),
+        *("grouped_mm", "scaled_mm", "scaled_mm_v2", "scaled_grouped_mm", "int_mm"),  # some of them private
     )
 )
 _HELP = 'Write save="matmuls", save=[torch.ops.aten.mm, torch.ops.aten.addmm], or a function of an operator.'
@@ -69,7 +69,7 @@ def _is_attention(operator: Any) -> bool:
 
 
 def _is_matmul(operator: Any) -> bool:
-    return operator_name(operator) in _MATMULS or _is_attention(operator)
+    return operator_name(operator).lstrip("_") in _MATMULS or _is_attention(operator)
 
 
 _NAMED: dict[str, Callable[[Any], bool]] = {"matmuls": _is_matmul, "attention": _is_attention}
