@@ -46,10 +46,10 @@ def best_fit(lengths: Ints, counts: Ints, size: int) -> list[Group]:
                 group = room[space].pop()
                 if not room[space]:
                     del room[space], spaces[index]
-            for rows, each in _shares(left, group.rows, space // length):
-                left -= rows * each
-                contents = (*group.contents, (length, each)) if each else group.contents
-                add(space - each * length, Group(contents, rows))
+            for rows, copies in _shares(left, group.rows, space // length):
+                left -= rows * copies
+                contents = (*group.contents, (length, copies)) if copies else group.contents
+                add(space - copies * length, Group(contents, rows))
     return [group for space in spaces for group in room[space]]
 
 
@@ -58,7 +58,7 @@ def _shares(documents: int, rows: int, fit: int) -> list[tuple[int, int]]:
     full = min(documents // fit, rows)
     rest = documents - full * fit if full < rows else 0
     shares = [(full, fit), (1 if rest else 0, rest), (rows - full - (1 if rest else 0), 0)]
-    return [(count, each) for count, each in shares if count]
+    return [(count, copies) for count, copies in shares if count]
 
 
 class RowPlan(NamedTuple):
@@ -72,15 +72,15 @@ def assign(groups: list[Group], lengths: Ints, order: Ints) -> RowPlan:
     """Deal the documents with these `lengths` to the rows, those of equal length in `order`, a permutation of them."""
     ordered = order[np.argsort(lengths[order], kind="stable")]  # by length, then in the order
     distinct, starts = np.unique(lengths[ordered], return_index=True)
-    heap = dict(zip(distinct.tolist(), starts.tolist(), strict=True))  # the next document of each length
+    next_of = dict(zip(distinct.tolist(), starts.tolist(), strict=True))  # in `ordered`, for each length
     rows: list[Ints] = []
     sizes: list[Ints] = []
     for contents, count in groups:
         columns = []
-        for length, each in contents:
-            start = heap[length]
-            heap[length] = start + count * each
-            columns.append(ordered[start : start + count * each].reshape(count, each))
+        for length, copies in contents:
+            start = next_of[length]
+            next_of[length] = start + count * copies
+            columns.append(ordered[start : start + count * copies].reshape(count, copies))
         block = np.concatenate(columns, 1)
         rows.append(block.reshape(-1))
         sizes.append(np.full(count, block.shape[1]))

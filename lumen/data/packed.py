@@ -87,7 +87,7 @@ class Packed:
             )
         self._documents, self._tokens, self._labels = documents, tokens, labels
         self._counts = self._count() if lengths is None else _checked_lengths(lengths, len(documents))
-        self._parts, self._starts, sizes = self._cut(overflow)
+        self._owners, self._starts, sizes = self._segments(overflow)
         if not len(sizes):
             raise BatchError(f"Packed got {len(documents)} documents, and none has two tokens: a token and its target.")
         self._sizes = sizes
@@ -117,19 +117,20 @@ class Packed:
         first, last = self._plan.offsets[row : row + 2]
         out = np.zeros((4, self._length), np.int64)
         out[0], out[1] = self._padding, IGNORED
-        place = 0
-        for number, part in enumerate(self._plan.documents[first:last], 1):
-            size = self._sizes[part]
-            end = place + size
-            out[0, place:end], out[1, place:end] = self._pairs(int(self._parts[part]), int(self._starts[part]), size)
-            out[2, place:end] = np.arange(size)
-            out[3, place:end] = number
-            place = end
+        start = 0
+        for number, segment in enumerate(self._plan.documents[first:last], 1):
+            size = self._sizes[segment]
+            end = start + size
+            out[0, start:end], out[1, start:end] = self._pairs(segment)
+            out[2, start:end] = np.arange(size)
+            out[3, start:end] = number
+            start = end
         tokens, targets, positions, documents = torch.from_numpy(out)
         return {"tokens": tokens, "targets": targets, "positions": positions, "documents": documents}
 
-    def _pairs(self, document: int, start: int, size: int) -> tuple[Ints, Ints]:
-        """`size` tokens of a document from `start` on, and their targets."""
+    def _pairs(self, segment: int) -> tuple[Ints, Ints]:
+        """The tokens of a segment of a document, and their targets."""
+        document, start, size = int(self._owners[segment]), int(self._starts[segment]), int(self._sizes[segment])
         tokens = self._read(document, self._tokens)
         if len(tokens) != self._counts[document]:
             raise BatchError(
@@ -161,10 +162,10 @@ class Packed:
     def _count(self) -> Ints:
         return np.array([_size(self._entry(i, self._tokens), i) for i in range(len(self._documents))], np.int64)
 
-    def _cut(self, overflow: Overflow) -> tuple[Ints, Ints, Ints]:
-        """The parts to place: of which document, from which token on, and how many places each takes."""
-        places = self._counts - 1
-        too_long = np.flatnonzero(places > self._length)
+    def _segments(self, overflow: Overflow) -> tuple[Ints, Ints, Ints]:
+        """What the rows hold: segments of which document, from which token on, and how many tokens of it."""
+        sizes = self._counts - 1
+        too_long = np.flatnonzero(sizes > self._length)
         if len(too_long) and overflow == "raise":
             raise BatchError(
                 f"{len(too_long)} documents are longer than a row: document {too_long[0]} has"
@@ -172,12 +173,11 @@ class Packed:
                 f' {self._length + 1}. Write Packed(..., overflow="split") or "truncate", or a greater length.'
             )
         if overflow == "truncate":
-            places = np.minimum(places, self._length)
-        pieces = -(-np.maximum(places, 0) // self._length)  # a document of one token has none
-        documents = np.repeat(np.arange(len(places)), pieces)
-        number = np.arange(len(documents)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = number * self._length
-        return documents, starts, np.minimum(places[documents] - starts, self._length)
+            sizes = np.minimum(sizes, self._length)
+        counts = -(-np.maximum(sizes, 0) // self._length)  # a document of one token has none
+        owners = np.repeat(np.arange(len(sizes)), counts)
+        starts = (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)) * self._length
+        return owners, starts, np.minimum(sizes[owners] - starts, self._length)
 
 
 def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
@@ -196,8 +196,8 @@ def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
             [0, 0, 1]], dtype=torch.int32)
     """
     if not isinstance(documents, Tensor) or documents.dim() != 2:
-        found = tuple(documents.shape) if isinstance(documents, Tensor) else type(documents).__name__
-        raise BatchError(f"document_mask takes the numbers of documents [B, T]; got {found}.")
+        actual = tuple(documents.shape) if isinstance(documents, Tensor) else type(documents).__name__
+        raise BatchError(f"document_mask takes the numbers of documents [B, T]; got {actual}.")
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return (same.tril() if causal else same).unsqueeze(1)
 
