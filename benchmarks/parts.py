@@ -16,6 +16,7 @@ PARTS = (
     "runner",
     "sweep",
     "loading",
+    "packing",
     "checkpoint",
     "memory",
     "vocabulary",
