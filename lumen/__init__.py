@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lumen import bridges, planner
     from lumen.bridges.quantize import quantize
     from lumen.parallel.deepspeed.deepspeed import deepspeed
+    from lumen.parallel.pipeline.pipeline import pipeline
     from lumen.planner.plan import plan
 
     __version__: str
@@ -135,6 +136,7 @@ __all__ = [
     "optim",
     "parallel",
     "peak_flops",
+    "pipeline",
     "plan",
     "planner",
     "pmax",
@@ -170,6 +172,7 @@ __all__ = [
 _LAZY_MODULES = {
     "bridges": "lumen.bridges",
     "deepspeed": "lumen.parallel.deepspeed.deepspeed",
+    "pipeline": "lumen.parallel.pipeline.pipeline",
     "plan": "lumen.planner.plan",
     "planner": "lumen.planner",
     "quantize": "lumen.bridges.quantize",

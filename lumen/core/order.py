@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CHAINS: tuple[tuple[str, ...], ...] = (
     (
         *("compile", "unroll", "seeded", "ensemble", "sam", "parallel", "tensor"),
-        *("accumulate", "dp_sgd", "precision", "quantized_matmul", "remat", "chunked_logits"),
+        *("accumulate", "pipeline", "dp_sgd", "precision", "quantized_matmul", "remat", "chunked_logits"),
     ),
     ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),
     ("guard", "dp_sgd"),

@@ -93,7 +93,7 @@ def specs(state: Any, mesh: Mesh) -> dict[int, ShardSpec]:
     for index, (path, leaf) in zip(row_fields.indices(state), row_fields.named(state), strict=True):
         start, stop = distributed.shard_bounds(totals[path], rank, size)
         shape = (totals[path], *leaf.shape[1:])
-        row_specs[index] = rows_spec(shape, start, stop, owner=mesh.index("tensor") == 0)
+        row_specs[index] = rows_spec(shape, start, stop, owner=not mesh.index("tensor") and not mesh.index("pipeline"))
     return row_specs
 
 

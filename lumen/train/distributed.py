@@ -25,6 +25,7 @@ from lumen.parallel.comm.init import check_launcher, launched
 from lumen.parallel.comm.rank_monitor import RankMonitor
 
 _runs = itertools.count()  # the same in each process, as all start the same runs
+_JOINING = ("parallel", "tensor", "pipeline")  # levels of transforms that join processes
 
 
 class ProcessGroupContext:
@@ -157,7 +158,7 @@ def check_world(transforms: Sequence[Transform]) -> None:
     Call it after the transforms have joined the processes.
     """
     if distributed.world_size() > 1:
-        if not any(transform.level in ("parallel", "tensor") for transform in transforms) and distributed.rank() == 0:
+        if not any(transform.level in _JOINING for transform in transforms) and distributed.rank() == 0:
             warnings.warn(
                 f"{distributed.world_size()} processes do this run, and no transform reduces their gradients: each"
                 " trains on its own rows, and only the state of rank 0 is saved. Write lm.Runner(step,"
@@ -172,7 +173,7 @@ def check_world(transforms: Sequence[Transform]) -> None:
 def join_world(transforms: Sequence[Transform]) -> None:
     """Join the processes by the parallel transforms, as `init` does; raise `WorldError` if several stay unjoined."""
     for transform in transforms:
-        if transform.level in ("parallel", "tensor"):
+        if transform.level in _JOINING:
             getattr(transform, "mesh", None)  # the first access creates the mesh, and joins the processes
     if distributed.world_size() == 1:
         _check_joined()

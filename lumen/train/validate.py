@@ -23,7 +23,7 @@ from lumen.transforms._ema import ema
 EvalStep = Callable[[Any, Any], Any]
 
 # A step cannot read the state without these transforms: they decide its sharding, dtype and number of lanes.
-_NEEDED = ("ensemble", "parallel", "tensor", "precision")
+_NEEDED = ("ensemble", "parallel", "tensor", "pipeline", "precision")
 
 
 @checked

@@ -115,7 +115,7 @@ class remat(Transform):
             memory: BudgetMemory = self._memory
             if memory.has_run and memory.chosen is None:
                 transforms = () if self.within is None else self.within.transforms
-                memory.decide(nbytes, is_shared=any(t.level in ("parallel", "tensor") for t in transforms))
+                memory.decide(nbytes, is_shared=any(t.level in ("parallel", "tensor", "pipeline") for t in transforms))
             result = step(state, batch)
             memory.has_run = True
             return result

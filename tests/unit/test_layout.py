@@ -46,7 +46,7 @@ HEAVY = (
 )
 
 
-OPTIONAL = ("lumen.bridges.", "lumen.cli.", "lumen.parallel.deepspeed.", "lumen.planner.")
+OPTIONAL = ("lumen.bridges.", "lumen.cli.", "lumen.parallel.deepspeed.", "lumen.parallel.pipeline.", "lumen.planner.")
 
 
 def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -20,15 +20,16 @@ from lumen.parallel.comm import collectives, process_groups
 from lumen.parallel.comm.init import TIMEOUT, join
 from lumen.parallel.comm.process_groups import GroupRef
 
-AXES = ("data", "shard", "tensor")
+AXES = ("data", "shard", "pipeline", "tensor")
 _Device: TypeAlias = torch.device  # a mesh has a property of the module's name
 
 
 class Mesh:
     """A grid of ranks: `data` replicates, `shard` shards params and state, `tensor` shards single matrices.
 
-    The rows of a batch are split over `data` and `shard` together. Ranks along `tensor` receive the same rows. Every
-    axis exists, with size 1 by default. `device` is where this rank computes.
+    Along `pipeline` ranks have different stages of a model. The rows of a batch are split over `data` and `shard`
+    together. Ranks along `pipeline` and `tensor` receive the same rows. Every axis exists, with size 1 by default.
+    `device` is where this rank computes.
 
     A mesh is valid as long as the world in which it was made. After that, whatever needs its ranks raises `WorldError`.
     """
@@ -68,7 +69,7 @@ class Mesh:
     def index(self, axis: str) -> int:
         """This rank's index along `axis`."""
         grid = self.torch
-        return 0 if grid is None else grid.get_local_rank(axis)
+        return 0 if grid is None or self.sizes[axis] == 1 else grid.get_local_rank(axis)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """The group of ranks that differ from this one in their index along `axes` only; None for a group of one.
@@ -153,11 +154,12 @@ def mesh(
     *,
     data: int | None = None,
     shard: int | None = None,
+    pipeline: int | None = None,
     tensor: int | None = None,
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The ranks that torchrun started, as a grid of `data` × `shard` × `tensor`; without torchrun, a grid of one.
+    """The ranks that torchrun started, as a grid `data` × `shard` × `pipeline` × `tensor`; without it, a grid of one.
 
     An axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world
     size divided by the others. The first call joins the world; `timeout` is how many seconds a collective waits.
@@ -170,17 +172,21 @@ def mesh(
     1
     """
     chosen = join(device, timeout)
-    sizes = _sizes({"data": data, "shard": shard, "tensor": tensor}, distributed.world_size())
-    distributed.set_tp_degree(sizes["tensor"])
+    axes = {"data": data, "shard": shard, "pipeline": pipeline, "tensor": tensor}
+    sizes = _sizes(axes, distributed.world_size())
+    distributed.set_tp_degree(sizes["pipeline"] * sizes["tensor"])
     if not distributed.is_distributed():
         return Mesh(sizes, chosen, None)
     return Mesh(sizes, chosen, _grid(chosen.type, sizes))
 
 
 def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
+    # Each axis of torch's mesh has process groups, with threads of their own.
+    used = {name: size for name, size in sizes.items() if size > 1 or name != "pipeline"}
+
     def make() -> DeviceMesh:
         with distributed.real_tensors():
-            return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            return init_device_mesh(device, tuple(used.values()), mesh_dim_names=tuple(used))
 
     return process_groups.mesh_of((device, *sizes.items()), make)
 
