@@ -62,7 +62,7 @@ class Checkout:
     def __exit__(self, *_exc: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait(600)  # valgrind writes its file at the end
         self._folder.cleanup()
 
     def ask(self, case: str, steps: int) -> None:

@@ -180,6 +180,7 @@ class Packed:
         return owners, starts, np.minimum(sizes[owners] - starts, self._length)
 
 
+@checked
 def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
     """The attention mask of packed rows: bool [B, 1, T, T] for document numbers [B, T]; True where query sees key.
 
@@ -195,9 +196,8 @@ def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
             [1, 1, 0],
             [0, 0, 1]], dtype=torch.int32)
     """
-    if not isinstance(documents, Tensor) or documents.dim() != 2:
-        actual = tuple(documents.shape) if isinstance(documents, Tensor) else type(documents).__name__
-        raise BatchError(f"document_mask takes the numbers of documents [B, T]; got {actual}.")
+    if documents.dim() != 2:
+        raise BatchError(f"document_mask takes the numbers of documents [B, T]; got {tuple(documents.shape)}.")
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return (same.tril() if causal else same).unsqueeze(1)
 
