@@ -14,7 +14,7 @@ from lumen import tree
 from lumen.core import _torch_compat, distributed, rules
 from lumen.errors import AxisError
 
-_NAMES = ("data", "shard", "tensor", "lanes")  # which a step may name where they are not bound
+_NAMES = ("data", "shard", "context", "tensor", "lanes")  # which a step may name where they are not bound
 
 
 class Axis(Protocol):

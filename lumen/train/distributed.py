@@ -112,7 +112,7 @@ class ProcessGroupContext:
 
         Of ranks with the same rows only one counts.
         """
-        own_counts = counts if self.rank % distributed.tp_degree() == 0 else [0] * len(counts)
+        own_counts = counts if self.rank % distributed.row_replicas() == 0 else [0] * len(counts)
         own = [seconds if self.is_main else 0.0, *own_counts]
         sums = torch.tensor(own, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
@@ -157,7 +157,7 @@ def check_world(transforms: Sequence[Transform]) -> None:
     Call it after the transforms have joined the processes.
     """
     if distributed.world_size() > 1:
-        if not any(transform.level in ("parallel", "tensor") for transform in transforms) and distributed.rank() == 0:
+        if not any(transform.level in ("parallel", "context", "tensor") for transform in transforms) and distributed.rank() == 0:
             warnings.warn(
                 f"{distributed.world_size()} processes do this run, and no transform reduces their gradients: each"
                 " trains on its own rows, and only the state of rank 0 is saved. Write lm.Runner(step,"
@@ -172,7 +172,7 @@ def check_world(transforms: Sequence[Transform]) -> None:
 def join_world(transforms: Sequence[Transform]) -> None:
     """Join the processes by the parallel transforms, as `init` does; raise `WorldError` if several stay unjoined."""
     for transform in transforms:
-        if transform.level in ("parallel", "tensor"):
+        if transform.level in ("parallel", "context", "tensor"):
             getattr(transform, "mesh", None)  # the first access creates the mesh, and joins the processes
     if distributed.world_size() == 1:
         _check_joined()

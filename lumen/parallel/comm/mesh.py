@@ -20,15 +20,15 @@ from lumen.parallel.comm import collectives, process_groups
 from lumen.parallel.comm.init import TIMEOUT, join
 from lumen.parallel.comm.process_groups import GroupRef
 
-AXES = ("data", "shard", "tensor")
+AXES = ("data", "shard", "context", "tensor")
 _Device: TypeAlias = torch.device  # a mesh has a property of the module's name
 
 
 class Mesh:
-    """A grid of ranks: `data` replicates, `shard` shards params and state, `tensor` shards single matrices.
+    """A grid of ranks: `data` replicates, `shard` shards params and state, `context` sequences, `tensor` matrices.
 
-    The rows of a batch are split over `data` and `shard` together. Ranks along `tensor` receive the same rows. Every
-    axis exists, with size 1 by default. `device` is where this rank computes.
+    The rows of a batch are split over `data` and `shard` together. Ranks along `context` and `tensor` receive the same
+    rows. Every axis exists, with size 1 by default. `device` is where this rank computes.
 
     A mesh is valid as long as the world in which it was made. After that, whatever needs its ranks raises `WorldError`.
     """
@@ -153,11 +153,12 @@ def mesh(
     *,
     data: int | None = None,
     shard: int | None = None,
+    context: int | None = None,
     tensor: int | None = None,
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The ranks that torchrun started, as a grid of `data` × `shard` × `tensor`; without torchrun, a grid of one.
+    """The ranks that torchrun started, as a grid of `data` × `shard` × `context` × `tensor`; without torchrun, a grid of one.
 
     An axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world
     size divided by the others. The first call joins the world; `timeout` is how many seconds a collective waits.
@@ -170,8 +171,9 @@ def mesh(
     1
     """
     chosen = join(device, timeout)
-    sizes = _sizes({"data": data, "shard": shard, "tensor": tensor}, distributed.world_size())
-    distributed.set_tp_degree(sizes["tensor"])
+    axes = {"data": data, "shard": shard, "context": context, "tensor": tensor}
+    sizes = _sizes(axes, distributed.world_size())
+    distributed.set_row_replicas(sizes["context"] * sizes["tensor"])
     if not distributed.is_distributed():
         return Mesh(sizes, chosen, None)
     return Mesh(sizes, chosen, _grid(chosen.type, sizes))
