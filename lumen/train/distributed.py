@@ -157,7 +157,10 @@ def check_world(transforms: Sequence[Transform]) -> None:
     Call it after the transforms have joined the processes.
     """
     if distributed.world_size() > 1:
-        if not any(transform.level in ("parallel", "context", "tensor") for transform in transforms) and distributed.rank() == 0:
+        if (
+            not any(transform.level in ("parallel", "context", "tensor") for transform in transforms)
+            and distributed.rank() == 0
+        ):
             warnings.warn(
                 f"{distributed.world_size()} processes do this run, and no transform reduces their gradients: each"
                 " trains on its own rows, and only the state of rank 0 is saved. Write lm.Runner(step,"

@@ -23,9 +23,7 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # B, H, T, C/H
         k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.size)).permute(2, 0, 3, 1, 4)
         causal = self.causal and mask is None
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != self.kv_heads
-        )
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != self.kv_heads)
         return self.project(out.transpose(1, 2).flatten(2))
 
 
@@ -105,3 +103,78 @@ def train(step, state, data):
         state, metrics = step(state, batch)
         numbers.append({name: float(value) for name, value in lm.compute_metrics(metrics).items()})
     return numbers, step.export(state)
+
+
+def document_step(state, batch):
+    """The step of one process on packed rows: a mask of documents, and positions within each."""
+    same = batch["documents"][:, None, :, None] == batch["documents"][:, None, None, :]
+    return step(state, {**batch, "mask": same.tril()})
+
+
+def positions_within(documents):
+    """The position of each token in its document."""
+    index = torch.arange(documents.shape[1]).expand_as(documents)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return index - (index * starts).cummax(1).values
+
+
+class Mixing(GPT):
+    """A model that does `what` along the sequence."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids, position_ids=None):
+        x = self.tokens(ids)
+        x = x + getattr(self, "by_" + self.what)(x, ids, position_ids)
+        for attention in self.blocks:
+            x = x + attention(x, None)
+        return self.head(x)
+
+    def by_convolution(self, x, ids, position_ids):
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+    def by_recurrence(self, x, ids, position_ids):
+        return self.lstm(x)[0]
+
+    def by_pooling(self, x, ids, position_ids):
+        return x.mean(1, keepdim=True)
+
+    def by_counting(self, x, ids, position_ids):
+        return self.positions(torch.ones_like(ids).cumsum(1))
+
+    def by_range_from_one(self, x, ids, position_ids):
+        return self.positions(torch.arange(1, ids.shape[1] + 1))
+
+    def by_own_attention(self, x, ids, position_ids):
+        allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return torch.softmax((x @ x.transpose(1, 2)).masked_fill(~allowed, -torch.inf), -1) @ x
+
+    def by_module(self, x, ids, position_ids):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+    def by_noise(self, x, ids, position_ids):
+        return torch.randn_like(x)
+
+    def by_local_mask(self, x, ids, position_ids):
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+    def by_mask_of_some(self, x, ids, position_ids):
+        """As transformers do: a mask only where position_ids start anew."""
+        starts = (position_ids.diff(dim=1) != 1).any()
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() if starts else None
+        return F.scaled_dot_product_attention(x, x, x, mask, is_causal=mask is None)
+
+    def by_attention_dropout(self, x, ids, position_ids):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)
+
+    def by_other_keys(self, x, ids, position_ids):
+        return F.scaled_dot_product_attention(x, x[:, :2], x[:, :2])
+
+    def by_fixed_length(self, x, ids, position_ids):
+        return self.table[:, :12]

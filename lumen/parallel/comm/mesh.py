@@ -158,11 +158,12 @@ def mesh(
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The ranks that torchrun started, as a grid of `data` × `shard` × `context` × `tensor`; without torchrun, a grid of one.
+    """The ranks that torchrun started, as a grid of `data` × `shard` × `context` × `tensor`.
 
-    An axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world
-    size divided by the others. The first call joins the world; `timeout` is how many seconds a collective waits.
-    `lm.Loader` splits batches by the last mesh, over as many ranks as there are along data and shard.
+    Without torchrun it is a grid of one. An axis that is left out has size 1. Without any axis, all ranks are along
+    `data`. One axis may be -1: the world size divided by the others. The first call joins the world; `timeout` is how
+    many seconds a collective waits. `lm.Loader` splits batches by the last mesh, over as many ranks as there are along
+    data and shard.
 
     Raises `WorldError` where the product of the axes is not the world size.
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention of queries, keys and values of which each rank has the positions of its shard.
+"""Scaled dot-product attention of queries, keys and values of which each rank has its own positions.
 
 Where the ranks divide the heads, an all-to-all exchanges positions for heads before and after (DeepSpeed-Ulysses,
 https://arxiv.org/abs/2309.14509), so that each rank attends over all positions with its own heads. Otherwise keys and
@@ -29,16 +29,24 @@ class _Heads(NamedTuple):
 
 
 class ShardedAttention:
-    """Attention for one call of a loss function, on `local` positions of each rank of `group`.
+    """Attention for one call of a loss function, on `local` positions of each rank of `group`; None is one process.
 
-    `documents` are the numbers of the documents of all positions, `[rows, positions]`.
+    `documents` are the numbers of the documents of all positions, `[rows, positions]`. A position sees its own document
+    alone. What is wrong with a mask that maybe one rank alone has is added to `failures`, for all to raise after their
+    collectives.
     """
 
-    def __init__(self, group: TPGroup, local: int, documents: Tensor | None) -> None:
-        self._group, self.local, self._documents = group, local, documents
-        self.length = local * group.size
+    def __init__(self, group: TPGroup | None, local: int, documents: Tensor | None, failures: list[LossError]) -> None:
+        self._ranks, self.local, self._documents, self._failures = group, local, documents, failures
+        self.size, self._index = (1, 0) if group is None else (group.size, group.index)
+        self.length = local * self.size
         self._allowed: dict[tuple[bool, bool], Tensor] = {}
-        self._own_masks: list[tuple[Tensor, bool]] = []  # local masks that were seen, and whether they are causal
+        self._own_masks: list[tuple[Tensor, bool]] = []  # masks of own keys that were seen, and whether they are causal
+
+    @property
+    def _group(self) -> TPGroup:
+        assert self._ranks is not None
+        return self._ranks
 
     def __call__(
         self,
@@ -53,13 +61,13 @@ class ShardedAttention:
     ) -> Tensor:
         """What `scaled_dot_product_attention` returns for this rank's queries."""
         lengths = query.shape[-2], key.shape[-2]
-        if self.local not in lengths:  # along another dim than the positions
+        if self.local not in lengths or (self.size == 1 and self._documents is None):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self._check(lengths, dropout_p)
-        if attn_mask is not None:
-            attn_mask, is_causal = self._whole_keys(attn_mask, is_causal)
+        if attn_mask is not None and self.size > 1:
+            attn_mask, is_causal = self._of_all_keys(attn_mask, is_causal)
         if query.dim() == 3:
             attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
             q, k, v = (x.unsqueeze(-3) for x in (query, key, value))
@@ -67,6 +75,8 @@ class ShardedAttention:
         return self._attend(_Heads(query, key, value), attn_mask, is_causal, scale)
 
     def _attend(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        if self.size == 1:
+            return self._with_all_positions(heads, mask, causal, scale)
         if heads.q.shape[-3] % self._group.size:
             return self._with_gathered_keys(heads, mask, causal, scale)
         return self._with_own_heads(heads, mask, causal, scale)
@@ -76,26 +86,34 @@ class ShardedAttention:
         total = heads.q.shape[-3]
         q, k, v = (all_to_all(self._divisible(x, total), self._group, -3, -2) for x in heads)
         mask = None if mask is None else self._own_heads_of(mask, total)
-        mask, causal = self._with_documents(mask, causal, heads.q, own=False)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=k.shape[-3] != q.shape[-3]
-        )
+        out = self._with_all_positions(_Heads(q, k, v), mask, causal, scale)
         return all_to_all(out, self._group, -2, -3)
+
+    def _with_all_positions(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        mask, causal = self._with_documents(mask, causal, heads.q, own=False)
+        grouped = heads.k.shape[-3] != heads.q.shape[-3]
+        return F.scaled_dot_product_attention(*heads, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
     def _with_gathered_keys(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         """This rank's positions of all heads."""
-        k, v = (self._group.collective("all_gather_reduce_grad", x, dim=-2) for x in (heads.k, heads.v))
+        k, v = (
+            self._group.collective("all_gather_reduce_grad", self._divisible(x, heads.q.shape[-3]), dim=-2)
+            for x in (heads.k, heads.v)
+        )
         if causal:
             mask, causal = _both(mask, self._allowed_pairs(causal=True, own=True, documents=False)), False
         mask, causal = self._with_documents(mask, causal, heads.q, own=True)
-        return F.scaled_dot_product_attention(
-            heads.q, k, v, mask, scale=scale, enable_gqa=k.shape[-3] != heads.q.shape[-3]
-        )
+        grouped = k.shape[-3] != heads.q.shape[-3]
+        return F.scaled_dot_product_attention(heads.q, k, v, mask, scale=scale, enable_gqa=grouped)
 
     def _divisible(self, x: Tensor, heads: int) -> Tensor:
-        """Keys or values with as many heads as queries, where the ranks do not divide their own number."""
+        """Keys or values with as many heads as queries, where the ranks do not divide their own number.
+
+        With documents, a model may repeat them itself on those ranks only where it makes a mask.
+        """
         own = x.shape[-3]
-        return x if own % self._group.size == 0 else x.repeat_interleave(heads // own, -3)
+        keep = own % self.size == 0 and self._documents is None
+        return x if keep else x.repeat_interleave(heads // own, -3)
 
     # ------------------------------------------------------------------------------------------------- masks
 
@@ -132,7 +150,7 @@ class ShardedAttention:
             return cached
         device = None if self._documents is None else self._documents.device
         positions = torch.arange(self.length, device=device)
-        queries = positions.narrow(0, self._group.index * self.local, self.local) if own else positions
+        queries = positions.narrow(0, self._index * self.local, self.local) if own else positions
         allowed = positions <= queries[:, None] if causal else positions.new_ones((), dtype=torch.bool)
         if not documents or self._documents is None:
             return allowed
@@ -141,44 +159,50 @@ class ShardedAttention:
         self._allowed[causal, own] = allowed
         return allowed
 
-    def _whole_keys(self, mask: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
+    def _of_all_keys(self, mask: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
         """A mask that has all keys; one of this rank's keys alone must be what `documents` say."""
         if mask.dim() > 1 and mask.shape[-1] == self.length and mask.shape[-2] in (1, self.local):
             return mask, causal
         local = (self.local, self.local)
         if self._documents is not None and mask.shape[-2:] == local:
             return None, self._is_causal_mask(mask)
-        raise LossError(
+        self._fail(
             f"attention has a mask of shape {tuple(mask.shape)}, which says nothing of the keys of other ranks: under"
             f" lm.context_parallel each has {self.local} of {self.length} positions. Leave it out where"
-            ' is_causal=True is enough (of padding, ignore the labels), name the documents of packed rows,'
+            " is_causal=True is enough (of padding, ignore the labels), name the documents of packed rows,"
             ' lm.context_parallel(mesh, documents="document_ids"), or give a mask of shape'
-            f" [..., {self.local}, {self.length}], by sequence_dims={{\"attention_mask\": 2}} from the batch."
+            f' [..., {self.local}, {self.length}], by sequence_dims={{"attention_mask": 2}} from the batch.'
         )
+        return None, causal
 
     def _is_causal_mask(self, mask: Tensor) -> bool:
         """Whether a model's mask of local positions is causal; raises where it is not that of the documents."""
         for known, causal in self._own_masks:
             if known is mask:
                 return causal
-        causal = True if distributed.is_dry_run() else self._agreed_causal(mask)
+        causal = distributed.is_dry_run() or self._fits_causal(mask)
         self._own_masks.append((mask, causal))
         return causal
 
-    def _agreed_causal(self, mask: Tensor) -> bool:
+    def _fits_causal(self, mask: Tensor) -> bool:
+        """Whether a mask of this rank's keys is causal; each rank decides alone, as others may have none."""
         assert self._documents is not None
-        own = self._documents.narrow(1, self._group.index * self.local, self.local)
+        own = self._documents.narrow(1, self._index * self.local, self.local)
         same = (own[:, None, :] == own[:, :, None]).view(len(own), *[1] * (mask.dim() - 3), self.local, self.local)
         seen = mask if mask.dtype == torch.bool else mask == 0
-        fits = [bool((seen == same.tril()).all()), bool((seen == same).all())]
-        fits_all = self._group.reduce(torch.tensor([not fit for fit in fits], device=mask.device).int(), "max").tolist()
-        if all(fits_all):
-            raise LossError(
-                f"the model makes a mask of shape {tuple(mask.shape)} for the positions of one rank, and it is neither"
-                " that of the documents nor that and causal. Leave out attention_mask, let position_ids start at 0 in"
-                ' each document, and check the leaf that lm.context_parallel(documents=...) names.'
-            )
-        return not fits_all[0]
+        if bool((seen == same.tril()).all()):
+            return True
+        if bool((seen == same).all()):
+            return False
+        self._fail(
+            f"the model makes a mask of shape {tuple(mask.shape)} for the positions of one rank, and it is neither that"
+            " of the documents nor that and causal. Leave out attention_mask, let position_ids start at 0 in each"
+            " document, and check the leaf that lm.context_parallel(documents=...) names."
+        )
+        return True
+
+    def _fail(self, message: str) -> None:
+        self._failures.append(LossError(message))
 
     def _check(self, lengths: tuple[int, int], dropout_p: float) -> None:
         if lengths[0] != lengths[1]:

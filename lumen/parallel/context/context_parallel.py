@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lumen.core import _torch_compat, batching, distributed, rules
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, as_step, device_of
-from lumen.errors import AxisError, HyperparameterError, OrderError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, WorldError
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.buckets import Buckets
 from lumen.parallel.comm.mesh import Mesh
@@ -116,7 +116,8 @@ class context_parallel(Transform):
             )
         if documents is not None and not isinstance(documents, str):
             raise HyperparameterError(
-                f'context_parallel(documents={documents!r:.200}) must be the path of a leaf of the batch: "document_ids".'
+                f"context_parallel(documents={documents!r:.200}) must be the path of a leaf of the batch:"
+                ' "document_ids".'
             )
         if type(verify) is not bool:
             raise HyperparameterError(f"context_parallel(verify={verify!r}) must be True or False.")
@@ -137,10 +138,10 @@ class context_parallel(Transform):
     def init(self, state: Any) -> Any:
         """The first rank's state, after a check that all along `context` have the same."""
         runtime: ContextRuntime = self._memory
-        _check_outside(self, runtime.mesh)
         group = runtime.group
         if group is None:
             return state
+        _check_outside(self, runtime.mesh)
         lines = consistency.fingerprint_lines(state, self.within)
         device = device_of(state)
         consistency.assert_same_on_all_ranks(lines, group.group, device, "the processes of lm.context_parallel")
@@ -155,7 +156,8 @@ class context_parallel(Transform):
             runtime: ContextRuntime = self._memory
             group = runtime.group
             if group is None:
-                return step(state, batch)
+                with nullcontext() if self.documents is None else rules.around_losses(self._in_one_process):
+                    return step(state, batch)
             _check_eager()
             rule: Rule = functools.partial(self._gradient, runtime, group)
             if _check_outside(self, runtime.mesh):
@@ -187,23 +189,32 @@ class context_parallel(Transform):
         if not (sites.is_checked or distributed.is_dry_run()):
             check_rows(group, call.batch, runtime.mesh.device, "context")
             self._check_loss(runtime, group, shards, sites, next, call)
-        with self._sharded(group, shards, sites, call):
+        failures: list[LossError] = []
+        with self._sharded(group, shards, sites, failures):
             result: Gradient = next(call.replace(batch=shards.shard(call.batch, group.index)))
+        runtime.raise_together(failures)
         check_aux(result.aux)
         return result.replace(aux=merged_aux(result.aux, group))
 
     def _sharded(
-        self, group: TPGroup, shards: SequenceShards, sites: CallSites, call: GradientCall
+        self, group: TPGroup, shards: SequenceShards, sites: CallSites, failures: list[LossError]
     ) -> AbstractContextManager[None]:
         """What runs each loss, of all rows or of a microbatch, on shards of its sequences."""
 
         def around(arguments: tuple[Any, Any]) -> AbstractContextManager[None]:
             batch = arguments[1]
             documents = None if self.documents is None else leaf_of(batch, self.documents)
-            attention = ShardedAttention(group, shards.local, documents)
+            attention = ShardedAttention(group, shards.local, documents, failures)
             return entered(SequenceMode(attention, group.index, batching.count(batch), sites))
 
         return rules.around_losses(around)
+
+    def _in_one_process(self, arguments: tuple[Any, Any]) -> AbstractContextManager[None]:
+        """What runs a loss on full sequences: attention within documents."""
+        batch, sites = arguments[1], CallSites()
+        shards = SequenceShards.of(batch, self.sequence_dims, self.documents, 1)
+        attention = ShardedAttention(None, shards.length, leaf_of(batch, self.documents or ""), [])
+        return entered(SequenceMode(attention, 0, batching.count(batch), sites))
 
     def _check_loss(
         self,
@@ -218,17 +229,20 @@ class context_parallel(Transform):
         batch, excerpt = shards.excerpt(call.batch, loss_check.local_length(shards.local))
         alone = call.replace(summed=True, reduction=None, grad_buffers=None, batch=batch)
         rewind = loss_check.same_draws(call.params)
-        with _explained(excerpt):
-            whole: Gradient = next(alone)
+        documents = nullcontext() if self.documents is None else rules.around_losses(self._in_one_process)
+        with _explained(excerpt), documents:
+            full: Gradient = next(alone)
         transforms = () if self.within is None else self.within.transforms
         rounded = loss_check.is_rounded(call.params, transforms)
-        comparison = loss_check.Comparison(whole, group, runtime.max_over_all_ranks, rounded)
+        comparison = loss_check.Comparison(full, group, runtime.max_over_all_ranks, rounded)
         comparison.check_form(call.loss_fn)
         rewind()
         sites.is_recording = True
-        with self._sharded(group, excerpt, sites, call):
+        failures: list[LossError] = []
+        with self._sharded(group, excerpt, sites, failures):
             sharded: Gradient = next(alone.replace(batch=excerpt.shard(batch, group.index)))
         sites.is_recording = False
+        runtime.raise_together(failures)
         rewind()
         sharded = sharded.replace(aux=merged_aux(sharded.aux, group))
         sites.is_checked = not self.verify or comparison.check_values(call.loss_fn, sharded, sites)
@@ -240,8 +254,8 @@ def _explained(excerpt: SequenceShards) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(
-            f"This was the check of the loss by lm.context_parallel, on the first {excerpt.length} positions of a row. A"
-            " model that takes sequences of one length only cannot be sharded."
+            f"This was the check of the loss by lm.context_parallel, on the first {excerpt.length} positions of a row."
+            " A model that takes sequences of one length only cannot be sharded."
         )
         raise
 

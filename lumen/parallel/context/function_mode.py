@@ -43,6 +43,8 @@ class CallSites:
     def takes_positions(self, fits: bool, local: int) -> bool:
         """Whether a range read here is one of positions; it `fits` if it starts at 0 and is of `local` numbers."""
         frame = _caller()
+        if frame.f_globals.get("__name__") in _MASKS:
+            return False
         site = frame.f_code, frame.f_lasti
         if self.is_recording:
             (self.positions if fits else self.others).add(site)
@@ -112,6 +114,8 @@ def _caller() -> FrameType:
     return frame
 
 
+# It makes masks from a rank's own keys, counted from 0; `ShardedAttention` makes those of all keys.
+_MASKS = ("transformers.masking_utils",)
 _INTERNAL = (__name__, "torch.overrides", "torch.utils._contextlib")
 
 
@@ -181,22 +185,15 @@ def _is_first(entry: Any, count: int) -> bool:
     return entry.stop == count and entry.start in (None, 0) and entry.step in (None, 1)
 
 
-def _dropout(
-    mode: SequenceMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, p, training, inplace = _dropout_arguments(*args, **kwargs)
-    shape = _shape_of_all(mode, x.shape) if training and p > 0 else None
+def _dropout(mode: SequenceMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+    x, p = given["input"], given.get("p", 0.5)
+    shape = _shape_of_all(mode, x.shape) if given.get("training", True) and p > 0 else None
     if shape is None:
         return func(*args, **kwargs)
     drawn = F.dropout(x.new_ones(shape), p, True)
     mask = drawn.narrow(1, mode.start, mode.local).reshape(x.shape)
-    return x.mul_(mask) if inplace else x * mask
-
-
-def _dropout_arguments(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> tuple[Tensor, float, bool, bool]:
-    return input, p, training, inplace
+    return x.mul_(mask) if given.get("inplace") else x * mask
 
 
 def _shape_of_all(mode: SequenceMode, shape: torch.Size) -> tuple[int, ...] | None:
@@ -218,8 +215,7 @@ _HANDLERS: Mapping[Any, Handler] = {
     Tensor.__getitem__: _getitem,
 }
 _MIXING = frozenset({
-    *("conv1d", "conv2d", "conv3d", "lstm", "gru", "rnn_tanh", "rnn_relu", "avg_pool1d", "max_pool1d", "pad"),
-    *("adaptive_avg_pool1d", "adaptive_max_pool1d", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "mean"),
-    *("softmax", "sum", "amax", "max", "bmm", "baddbmm", "matmul", "einsum", "randn", "rand", "randn_like"),
-    *("rand_like", "diff", "fft", "rfft", "sort", "argsort", "batch_norm"),
+    *("conv1d", "conv2d", "conv3d", "lstm", "gru", "rnn_tanh", "rnn_relu", "avg_pool1d", "max_pool1d", "mean"),
+    *("adaptive_avg_pool1d", "adaptive_max_pool1d", "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "softmax"),
+    *("randn", "rand", "randn_like", "rand_like", "diff", "rfft", "sort", "argsort", "batch_norm"),
 })  # fmt: skip

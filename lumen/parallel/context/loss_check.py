@@ -1,4 +1,4 @@
-"""The check of a loss function before its first gradient: what all positions give at once, their shards must give too.
+"""The check of a loss function before its first gradient: shards of the sequences must give what full ones give.
 
 It computes the loss of the first row, with few positions, twice: on each rank alone, and sharded. Where the results
 differ, the model does something along the sequence that `lm.context_parallel` does not see.
@@ -41,30 +41,30 @@ def local_length(local: int) -> int:
 class Comparison:
     """The results of the two computations, and what their difference says."""
 
-    def __init__(self, whole: Gradient, group: TPGroup, everyone: Callable[[Tensor], Tensor], is_rounded: bool) -> None:
-        self._whole, self._group, self._everyone = whole, group, everyone
+    def __init__(self, full: Gradient, group: TPGroup, everyone: Callable[[Tensor], Tensor], is_rounded: bool) -> None:
+        self._full, self._group, self._everyone = full, group, everyone
         self._tolerance = _ROUNDED if is_rounded else _EXACT
         self._is_rounded = is_rounded
 
     def check_form(self, loss_fn: Any) -> None:
         """Raise `LossError` for a loss or metrics that do not say what they count."""
-        if self._whole.scalar:
+        if self._full.scalar:
             raise LossError(
                 f"the loss of {_name(loss_fn)} is a plain scalar, and under lm.context_parallel it must say over how"
                 " many positions it is a mean, as ranks may have different numbers that count. Return"
                 " lm.Mean.of(losses), one for each position, or lm.Mean(total, count), such as"
                 " lm.Mean(F.cross_entropy(logits, labels, reduction='sum'), (labels != -100).sum())."
             )
-        check_aux(self._whole.aux)
+        check_aux(self._full.aux)
 
     def check_values(self, loss_fn: Any, sharded: Gradient, sites: CallSites) -> bool:
         """Raise `LossError`, on every rank, where the results differ; False where no position counted."""
         own = torch.stack([_double(sharded.loss.total), _double(sharded.loss.weight)])  # type: ignore[union-attr]
         total, weight = self._group.reduce(own, "sum").tolist()
-        loss: Any = self._whole.loss
+        loss: Any = self._full.loss
         pairs = {"loss": (float(loss.total), total), "weight of the loss": (float(loss.weight), weight)}
         if not self._is_rounded:
-            pairs |= _metric_pairs(self._whole.aux, sharded.aux)
+            pairs |= _metric_pairs(self._full.aux, sharded.aux)
         differs = [name for name, (a, b) in pairs.items() if not self._is_close(a, b)]
         flags = torch.tensor([float(bool(differs)), float(weight == 0)], device=own.device, dtype=torch.float64)
         any_differs, any_empty = self._everyone(flags).tolist()
@@ -91,13 +91,13 @@ def same_draws(params: Any) -> Callable[[], None]:
     return functools.partial(generators.set, states)
 
 
-def _metric_pairs(whole: Any, sharded: Any) -> dict[str, tuple[float, float]]:
-    if isinstance(whole, Aux):
-        whole, sharded = whole.metrics, sharded.metrics
-    if whole is None:
+def _metric_pairs(full: Any, sharded: Any) -> dict[str, tuple[float, float]]:
+    if isinstance(full, Aux):
+        full, sharded = full.metrics, sharded.metrics
+    if full is None:
         return {}
-    names = tree.paths(whole, is_value)
-    values = zip(names, tree.leaves(whole, is_value), tree.leaves(sharded, is_value), strict=True)
+    names = tree.paths(full, is_value)
+    values = zip(names, tree.leaves(full, is_value), tree.leaves(sharded, is_value), strict=True)
     pairs = {}
     for name, a, b in values:
         if type(a) is Mean:
@@ -115,13 +115,13 @@ def _name(loss_fn: Any) -> str:
     return getattr(user_loss(loss_fn), "__qualname__", "the loss function")
 
 
-def _message(loss_fn: Any, what: str, whole: float, sharded: float, sites: CallSites) -> str:
-    mixing = f" (it calls {', '.join(sorted(sites.mixing))})" if sites.mixing else ""
+def _message(loss_fn: Any, what: str, full: float, sharded: float, sites: CallSites) -> str:
+    mixing = f" It calls {', '.join(sorted(sites.mixing))}." if sites.mixing else ""
     return (
-        f"the {what} of {_name(loss_fn)} is {whole:.6g} for sequences that are whole, and {sharded:.6g} for the same"
-        f" ones sharded by lm.context_parallel: something along the sequence is not sharded right{mixing}. Labels must"
-        " be shifted before: lm.losses.shift_labels(input_ids), and shift_labels= for a model of transformers."
-        " Positions must be those of the full sequence: pass position_ids from the batch. Convolutions, recurrence,"
-        " pooling, noise, and attention that is not F.scaled_dot_product_attention cannot be sharded. A metric must"
-        " count positions, each once."
+        f"the {what} of {_name(loss_fn)} is {full:.6g} on full sequences, and {sharded:.6g} on the same ones sharded by"
+        f" lm.context_parallel, so the step would not be that of one process.{mixing} Shift labels before the gradient,"
+        " lm.losses.shift_labels(input_ids), and give them to a model of transformers as shift_labels=. Pass"
+        " position_ids in the batch if the model computes positions in its own way. Let a metric count each position"
+        " once. Convolutions, recurrence, pooling, noise, and attention other than F.scaled_dot_product_attention"
+        " cannot be sharded along the sequence."
     )

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lumen.core import distributed
 from lumen.core.primitives import user_loss
-from lumen.errors import WorldError
+from lumen.errors import LossError, WorldError
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import AXES, Mesh, StepMesh
@@ -25,7 +27,6 @@ class ContextRuntime(StepMesh):
     def __init__(self, mesh: Mesh | None) -> None:
         super().__init__(mesh, "context")
         self._sites: dict[Any, CallSites] = {}
-        self.reported: Sequence[Any] = ()
 
     @functools.cached_property
     def group(self) -> TPGroup | None:
@@ -59,3 +60,19 @@ class ContextRuntime(StepMesh):
         group = self.mesh.group(*AXES)
         assert group is not None
         return collectives.all_reduce(x, "max", group)()
+
+    def raise_together(self, failures: Sequence[LossError]) -> None:
+        """Raise the first failure, on every rank of the mesh, if any rank has one."""
+        if distributed.is_dry_run():
+            return
+        flag = torch.tensor([len(failures)], device=self.mesh.device)
+        if not self.max_over_all_ranks(flag).item():
+            return
+        raise (
+            failures[0]
+            if failures
+            else LossError(
+                "attention on another rank along context has a mask of that rank's keys alone; its error says what to"
+                " write."
+            )
+        )

@@ -23,9 +23,9 @@ def check_rows(tp_group: TPGroup, batch: Any, device: torch.device, axis: str = 
     checksums = _all_gather(tp_group, checksum)
     if any(not torch.equal(checksums[0], other) for other in checksums):
         raise BatchError(
-            f"the ranks along {axis} received different rows, and must compute the same ones together. Make batches with"
-            " lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of this"
-            " rank and the number of shares."
+            f"the ranks along {axis} received different rows, and must compute the same ones together. Make batches"
+            " with lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of"
+            " this rank and the number of shares."
         )
 
 
