@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumen.core.arguments import checked
 from lumen.errors import BatchError
 
 
+@checked
 def shift_labels(input_ids: Tensor, documents: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
     """The token after each position, `[rows, positions]` like `input_ids`; `ignore_index` after the last one.
 

@@ -133,6 +133,52 @@ def test_masks(kind, heads, world2):
     check(world2.run(masks, kind, heads))
 
 
+def pooled_step(state, batch):
+    def loss_fn(params, batch):
+        x, _ = state.apply(params, batch["ids"])
+        pooled = lm.psum(x.tanh().sum(1), "context")
+        return lm.Mean.of(F.cross_entropy(pooled, batch["class"], reduction="none"))
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def pooling():
+    grid = mesh(context=-1, device="cpu")
+    data = [{"ids": batch["ids"], "class": batch["ids"][:, 0]} for batch in batches(3)]
+    wrapped = lm.compose(lm.context_parallel(grid), lm.accumulate(2))(pooled_step)
+    return [far(train(wrapped, state_of(), data), train(lm.compose()(pooled_step), state_of(), data))]
+
+
+def test_pooling_by_sums_over_the_axis(world2):
+    check(world2.run(pooling))
+
+
+def runner():
+    """What a Runner logs on shards, and in one process."""
+    columns = {name: x for name, x in batches(1, rows=8)[0].items() if name != "documents"}
+
+    def evaluate(state, batch):
+        return {"loss": losses_of(state.apply(state.params, batch["ids"])[0], batch["labels"])[0]}
+
+    found = []
+    for transforms in ([lm.context_parallel(mesh(context=-1, device="cpu"))], []):
+        held_out = lm.Loader(columns, batch_size=3, shuffle=False)
+        validate = lm.Validate(evaluate, held_out, every=lm.Every(steps=2))
+        data = lm.Loader(columns, batch_size=4, seed=2)
+        logged = lm.Runner(step, transforms=transforms, progress=False)
+        result = logged.fit(state_of(), data, until=lm.Steps(4), validate=validate)
+        names = ("train/loss", "train/accuracy", "train/tokens", "train/largest", "val/loss")
+        found.append({name: result.metrics[name] for name in names})
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:2 processes do this run")
+def test_a_runner_logs_the_numbers_of_one_process(world2):
+    for shards, plain in world2.run(runner):
+        assert shards == pytest.approx(plain, rel=1e-9)
+
+
 def exchange():
     """The all-to-all as a function of the tensors of all ranks, its gradient, and its inverse."""
     group = TPGroup(mesh(context=-1, device="cpu").group("context"))
@@ -194,8 +240,8 @@ MIXING = {
 }
 
 
-def mixed(whats):
-    return {what: mixing(what) for what in whats}
+def mixed(kinds):
+    return {what: mixing(what) for what in kinds}
 
 
 def test_what_cannot_be_sharded_is_refused_on_every_process(world2):

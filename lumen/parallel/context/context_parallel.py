@@ -70,9 +70,10 @@ class context_parallel(Transform):
     over the mesh's other axes by `lm.ddp` or `lm.fsdp` outside, on the same mesh, which then also sum the gradients
     over `context`: `lm.fsdp(mesh)(lm.context_parallel(mesh)(step))`. Alone it sums them itself.
 
-    Convolutions, recurrence, pooling over positions, and attention written by other means are not supported. So that
-    none of them goes unnoticed, `verify` compares each loss function, the first time that it is differentiated, on a
-    few positions of one row: computed by each rank alone, and sharded. Losses that draw noise need `verify=False`,
+    Pooling over positions sums over the axis itself: `lm.psum(x.sum(1), "context")`; the loss of the pooled features is
+    then the same on every rank. Convolutions, recurrence, and attention written by other means are not supported. So
+    that none of them goes unnoticed, `verify` compares each loss function, the first time that it is differentiated, on
+    a few positions of one row: computed by each rank alone, and sharded. Losses that draw noise need `verify=False`,
     under which they differ from those of one process, and so may whatever else is wrong.
 
     Raises, on every rank: `BatchError` for a batch whose sequences cannot be sharded; `LossError` for a loss or metric
@@ -105,22 +106,7 @@ class context_parallel(Transform):
         documents: str | None = None,
         verify: bool = True,
     ) -> None:
-        if sequence_dims is not None and not (
-            isinstance(sequence_dims, Mapping)
-            and sequence_dims
-            and all(isinstance(path, str) and type(dim) is int for path, dim in sequence_dims.items())
-        ):
-            raise HyperparameterError(
-                f"context_parallel(sequence_dims={sequence_dims!r:.200}) must be a dict from paths of leaves of the"
-                ' batch to their dims of positions: {"input_ids": 1, "labels": 1}, or None for dim 1 of all.'
-            )
-        if documents is not None and not isinstance(documents, str):
-            raise HyperparameterError(
-                f"context_parallel(documents={documents!r:.200}) must be the path of a leaf of the batch:"
-                ' "document_ids".'
-            )
-        if type(verify) is not bool:
-            raise HyperparameterError(f"context_parallel(verify={verify!r}) must be True or False.")
+        _check_arguments(sequence_dims, documents, verify)
         self.sequence_dims = None if sequence_dims is None else dict(sequence_dims)
         self.documents = documents
         self.verify = verify
@@ -230,7 +216,7 @@ class context_parallel(Transform):
         alone = call.replace(summed=True, reduction=None, grad_buffers=None, batch=batch)
         rewind = loss_check.same_draws(call.params)
         documents = nullcontext() if self.documents is None else rules.around_losses(self._in_one_process)
-        with _explained(excerpt), documents:
+        with _explained(excerpt), documents, rules.unbound_axis("context"):
             full: Gradient = next(alone)
         transforms = () if self.within is None else self.within.transforms
         rounded = loss_check.is_rounded(call.params, transforms)
@@ -246,6 +232,24 @@ class context_parallel(Transform):
         rewind()
         sharded = sharded.replace(aux=merged_aux(sharded.aux, group))
         sites.is_checked = not self.verify or comparison.check_values(call.loss_fn, sharded, sites)
+
+
+def _check_arguments(sequence_dims: Any, documents: Any, verify: Any) -> None:
+    if sequence_dims is not None and not (
+        isinstance(sequence_dims, Mapping)
+        and sequence_dims
+        and all(isinstance(path, str) and type(dim) is int for path, dim in sequence_dims.items())
+    ):
+        raise HyperparameterError(
+            f"context_parallel(sequence_dims={sequence_dims!r:.200}) must be a dict from paths of leaves of the"
+            ' batch to their dims of positions: {"input_ids": 1, "labels": 1}, or None for dim 1 of all.'
+        )
+    if documents is not None and not isinstance(documents, str):
+        raise HyperparameterError(
+            f'context_parallel(documents={documents!r:.200}) must be the path of a leaf of the batch: "document_ids".'
+        )
+    if type(verify) is not bool:
+        raise HyperparameterError(f"context_parallel(verify={verify!r}) must be True or False.")
 
 
 @contextmanager

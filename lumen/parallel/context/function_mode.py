@@ -134,12 +134,12 @@ def _arange(mode: SequenceMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _getitem(mode: SequenceMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensor, index = args
-    entries = index if isinstance(index, tuple) else (index,)
+    tensor, subscript = args
+    entries = subscript if isinstance(subscript, tuple) else (subscript,)
     dims = _table_dims(tensor, entries, mode.length)
     if not dims:
         return func(*args, **kwargs)
-    fits = any(_is_first(entries[place], mode.local) for place in dims)
+    fits = any(_is_first(entries[index], mode.local) for index in dims)
     if not mode.sites.takes_positions(fits, mode.local):
         return func(*args, **kwargs)
     own = slice(mode.start, mode.start + mode.local)
@@ -161,12 +161,12 @@ def _table_dims(tensor: Tensor, entries: Sequence[Any], length: int) -> list[int
     if not any(isinstance(entry, slice) and entry.stop is not None for entry in entries):
         return []
     dims, dim = [], 0
-    for place, entry in enumerate(entries):
+    for index, entry in enumerate(entries):
         if entry is None or entry is Ellipsis:
-            dim = tensor.dim() - sum(map(_dims_of, entries[place + 1 :])) if entry is Ellipsis else dim
+            dim = tensor.dim() - sum(map(_dims_of, entries[index + 1 :])) if entry is Ellipsis else dim
             continue
         if isinstance(entry, slice) and entry.stop is not None and tensor.shape[dim] >= length:
-            dims.append(place)
+            dims.append(index)
         dim += _dims_of(entry)
     return dims
 
@@ -186,14 +186,14 @@ def _is_first(entry: Any, count: int) -> bool:
 
 
 def _dropout(mode: SequenceMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-    x, p = given["input"], given.get("p", 0.5)
-    shape = _shape_of_all(mode, x.shape) if given.get("training", True) and p > 0 else None
+    arguments = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+    x, p = arguments["input"], arguments.get("p", 0.5)
+    shape = _shape_of_all(mode, x.shape) if arguments.get("training", True) and p > 0 else None
     if shape is None:
         return func(*args, **kwargs)
     drawn = F.dropout(x.new_ones(shape), p, True)
     mask = drawn.narrow(1, mode.start, mode.local).reshape(x.shape)
-    return x.mul_(mask) if given.get("inplace") else x * mask
+    return x.mul_(mask) if arguments.get("inplace") else x * mask
 
 
 def _shape_of_all(mode: SequenceMode, shape: torch.Size) -> tuple[int, ...] | None:

@@ -41,8 +41,10 @@ def local_length(local: int) -> int:
 class Comparison:
     """The results of the two computations, and what their difference says."""
 
-    def __init__(self, full: Gradient, group: TPGroup, everyone: Callable[[Tensor], Tensor], is_rounded: bool) -> None:
-        self._full, self._group, self._everyone = full, group, everyone
+    def __init__(
+        self, full: Gradient, group: TPGroup, max_over_ranks: Callable[[Tensor], Tensor], is_rounded: bool
+    ) -> None:
+        self._full, self._group, self._max_over_ranks = full, group, max_over_ranks
         self._tolerance = _ROUNDED if is_rounded else _EXACT
         self._is_rounded = is_rounded
 
@@ -62,12 +64,15 @@ class Comparison:
         own = torch.stack([_double(sharded.loss.total), _double(sharded.loss.weight)])  # type: ignore[union-attr]
         total, weight = self._group.reduce(own, "sum").tolist()
         loss: Any = self._full.loss
-        pairs = {"loss": (float(loss.total), total), "weight of the loss": (float(loss.weight), weight)}
+        count, size = float(loss.weight), self._group.size
+        if count and self._is_close(weight, size * count):  # of features that were summed over the ranks
+            total, weight = total / size, weight / size
+        pairs = {"loss": (float(loss.total), total), "weight of the loss": (count, weight)}
         if not self._is_rounded:
             pairs |= _metric_pairs(self._full.aux, sharded.aux)
         differs = [name for name, (a, b) in pairs.items() if not self._is_close(a, b)]
         flags = torch.tensor([float(bool(differs)), float(weight == 0)], device=own.device, dtype=torch.float64)
-        any_differs, any_empty = self._everyone(flags).tolist()
+        any_differs, any_empty = self._max_over_ranks(flags).tolist()
         if any_differs:
             name = differs[0] if differs else "loss"
             raise LossError(_message(loss_fn, name, *pairs[name], sites))
