@@ -107,7 +107,7 @@ def test_four_processes_share_heads_that_they_divide_or_not(world4):
 
 
 def masks(kind, heads):
-    """Documents, or a mask of all keys, one for each head or for all."""
+    """Documents, or a mask of all keys, one for each head or for all, also of all queries."""
     grid = mesh(context=-1, device="cpu")
     generator = torch.Generator().manual_seed(1)
     data, plain, options = batches(3), lm.compose()(step), {}
@@ -121,16 +121,41 @@ def masks(kind, heads):
     if kind == "documents":
         options, plain = {"documents": "documents"}, lm.compose()(document_step)
     else:
-        options = {"sequence_dims": {"ids": 1, "labels": 1, "mask": 2}}
+        options = {"sequence_dims": {"ids": 1, "labels": 1} | ({} if kind == "of all queries" else {"mask": 2})}
     settings = {"heads": heads, "kv_heads": heads}
     ours = train(lm.context_parallel(grid, **options)(step), state_of(**settings), data)
     return [far(ours, train(plain, state_of(**settings), data))]
 
 
 @pytest.mark.parametrize("heads", [4, 1])
-@pytest.mark.parametrize("kind", ["documents", "of all heads", "of each head"])
+@pytest.mark.parametrize("kind", ["documents", "of all heads", "of each head", "of all queries"])
 def test_masks(kind, heads, world2):
     check(world2.run(masks, kind, heads))
+
+
+def packed_step(state, batch):
+    def loss_fn(params, batch):
+        mask = lm.data.document_mask(batch["documents"])
+        logits, _ = state.apply(params, batch["tokens"], batch["positions"], mask)
+        return losses_of(logits, batch["targets"])[0]
+
+    loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def packing():
+    """Rows of `lm.data.Packed`, of whose documents a model makes its own mask."""
+    grid = mesh(context=-1, device="cpu")
+    documents = [[(n + i) % 11 for i in range(n % 7 + 2)] for n in range(40)]
+    data = [*lm.Loader(lm.data.Packed(documents, length=12), batch_size=3, shuffle=False)]
+    plain = train(lm.compose()(packed_step), state_of(), data)
+    inside = [lm.accumulate(2), lm.remat("blocks.*")]
+    shards = lm.compose(lm.context_parallel(grid, documents="documents"), *inside)
+    return [far(train(shards(packed_step), state_of(), data), plain)]
+
+
+def test_packed_rows(world2):
+    check(world2.run(packing))
 
 
 def pooled_step(state, batch):

@@ -100,6 +100,8 @@ class ShardedAttention:
             self._group.collective("all_gather_reduce_grad", self._divisible(x, heads.q.shape[-3]), dim=-2)
             for x in (heads.k, heads.v)
         )
+        if mask is not None and mask.shape[-2] == self.length:
+            mask = mask.narrow(-2, self._index * self.local, self.local)
         if causal:
             mask, causal = _both(mask, self._allowed_pairs(causal=True, own=True, documents=False)), False
         mask, causal = self._with_documents(mask, causal, heads.q, own=True)
@@ -118,9 +120,9 @@ class ShardedAttention:
     # ------------------------------------------------------------------------------------------------- masks
 
     def _own_heads_of(self, mask: Tensor, heads: int) -> Tensor:
-        """A mask of this rank's queries and all heads as one of all queries and this rank's heads."""
+        """A mask of all heads, maybe of this rank's queries, as one of all queries and this rank's heads."""
         has_heads = mask.dim() > 2 and mask.shape[-3] != 1
-        if mask.shape[-2] == 1:
+        if mask.shape[-2] != self.local or self.local == 1:
             own = heads // self._group.size
             return mask.narrow(-3, self._group.index * own, own) if has_heads else mask
         if has_heads:
@@ -161,7 +163,7 @@ class ShardedAttention:
 
     def _of_all_keys(self, mask: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
         """A mask that has all keys; one of this rank's keys alone must be what `documents` say."""
-        if mask.dim() > 1 and mask.shape[-1] == self.length and mask.shape[-2] in (1, self.local):
+        if mask.dim() > 1 and mask.shape[-1] == self.length and mask.shape[-2] in (1, self.local, self.length):
             return mask, causal
         local = (self.local, self.local)
         if self._documents is not None and mask.shape[-2:] == local:
@@ -171,7 +173,7 @@ class ShardedAttention:
             f" lm.context_parallel each has {self.local} of {self.length} positions. Leave it out where"
             " is_causal=True is enough (of padding, ignore the labels), name the documents of packed rows,"
             ' lm.context_parallel(mesh, documents="document_ids"), or give a mask of shape'
-            f' [..., {self.local}, {self.length}], by sequence_dims={{"attention_mask": 2}} from the batch.'
+            f" [..., {self.length}, {self.length}], from a leaf of the batch that sequence_dims does not name."
         )
         return None, causal
 

@@ -57,10 +57,10 @@ class context_parallel(Transform):
     with grouped keys and values. Otherwise keys and values are all-gathered (as in Llama 3,
     https://arxiv.org/abs/2407.21783). Causal attention by `is_causal=True` is right as it is. `documents` names a leaf
     `[rows, positions]` with the number of each position's document, which is not sharded: positions see those of their
-    own document alone. A mask of all keys, `[..., positions of a rank, all positions]`, works; one of this rank's keys
-    raises. `torch.arange` of as many numbers as a rank has positions, and slices of as many first entries of a longer
-    table, are those of this rank's positions; so are the `position_ids` in the batch. Dropout outside of attention
-    draws the masks of one process: the ranks share the first one's generator.
+    own document alone. A mask of all keys works, of this rank's queries or of all; one of this rank's keys raises.
+    `torch.arange` of as many numbers as a rank has positions, and slices of as many first entries of a longer table,
+    are those of this rank's positions; so are the `position_ids` in the batch. Dropout outside of attention draws the
+    masks of one process: the ranks share the first one's generator.
 
     The loss must be an `lm.Mean` over positions, as ranks may have different numbers of positions that count. Labels
     must be shifted before: `lm.losses.shift_labels(input_ids)`. Typed values in `lm.Aux` are merged over the axis. They
