@@ -22,6 +22,7 @@ PARTS = (
     "vocabulary",
     "parallel",
     "parallel_memory",
+    "context_memory",
     "lora_memory",
     "ranks",
     "start",

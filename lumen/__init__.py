@@ -23,6 +23,7 @@ from lumen.core.step import Step, Transform, compose
 from lumen.data import Loader
 from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError
 from lumen.parallel.comm.mesh import mesh
+from lumen.parallel.context.context_parallel import context_parallel
 from lumen.parallel.ddp.ddp import ddp
 from lumen.parallel.fsdp.fsdp import fsdp
 from lumen.parallel.tensor.tensor_parallel import tensor_parallel
@@ -113,6 +114,7 @@ __all__ = [
     "compile",
     "compose",
     "compute_metrics",
+    "context_parallel",
     "data",
     "dataclass",
     "ddp",

@@ -14,7 +14,8 @@ from lumen import tree
 from lumen.core import _torch_compat, distributed, rules
 from lumen.errors import AxisError
 
-_NAMES = ("data", "shard", "pipeline", "tensor", "lanes")  # which a step may name where they are not bound
+MESH_AXES = ("data", "shard", "pipeline", "context", "tensor")  # from the outermost to the innermost
+_NAMES = (*MESH_AXES, "lanes")  # which a step may name where they are not bound
 
 
 class Axis(Protocol):

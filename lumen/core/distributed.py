@@ -1,7 +1,7 @@
 """Rank and world size: the one module that asks `torch.distributed` for them.
 
-Processes that work on one model together (along a mesh's `tensor` axis) are handed the same rows. They are next to each
-other by rank, and count once wherever rows are split or results are summed over rows.
+Processes that compute the same rows together (along a mesh's `context` and `tensor` axes) receive the same rows. They
+are next to each other by rank, and count once wherever rows are split or results are summed over rows.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-_tp_degree = 1
+_row_replicas = 1
 _planned: tuple[Callable[[], Any], bool] = (lambda: None, False)  # the world that was looked at last, and the answer
 
 
-def tp_degree() -> int:
+def row_replicas() -> int:
     """How many processes are handed the same rows; 1 where each has rows of its own."""
-    return _tp_degree if is_distributed() else 1
+    return _row_replicas if is_distributed() else 1
 
 
-def set_tp_degree(processes: int) -> None:
+def set_row_replicas(processes: int) -> None:
     """From now on, each `processes` that follow each other by rank are handed the same rows, as a mesh declares."""
-    global _tp_degree
-    _tp_degree = processes
+    global _row_replicas
+    _row_replicas = processes
 
 
 def rows() -> tuple[int, int]:
@@ -64,7 +64,7 @@ def rows() -> tuple[int, int]:
     >>> rows()
     (0, 1)
     """
-    return rank() // tp_degree(), world_size() // tp_degree()
+    return rank() // row_replicas(), world_size() // row_replicas()
 
 
 def shard_bounds(count: int, rank: int, size: int) -> tuple[int, int]:

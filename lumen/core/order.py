@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Outermost first. Each chain is checked by itself: it does not order transforms of another chain.
 CHAINS: tuple[tuple[str, ...], ...] = (
     (
-        *("compile", "unroll", "seeded", "ensemble", "sam", "parallel", "tensor"),
+        *("compile", "unroll", "seeded", "ensemble", "sam", "parallel", "context", "tensor"),
         *("accumulate", "pipeline", "dp_sgd", "precision", "quantized_matmul", "remat", "chunked_logits"),
     ),
     ("compile", "unroll", "ensemble", "guard", "clip", "ema", "donate"),

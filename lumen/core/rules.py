@@ -305,6 +305,21 @@ class bound_axes:  # noqa: N801
             del stack.axes[name]
 
 
+class unbound_axis:  # noqa: N801
+    """`with unbound_axis(name):` while a loss runs on one process alone, for which the axis has no other members."""
+
+    __slots__ = ("_axis", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._axis = stack.axes.pop(self._name)
+
+    def __exit__(self, *_exc: object) -> None:
+        stack.axes[self._name] = self._axis
+
+
 def bound_axis(name: str, axis: Any) -> bound_axes:
     """Bind one axis."""
     return bound_axes({name: axis})

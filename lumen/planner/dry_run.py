@@ -14,9 +14,9 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import _torch_compat
 from lumen.core import distributed as processes
+from lumen.core.collectives import MESH_AXES
 from lumen.core.step import Step, StepFn, as_step, compose
 from lumen.errors import StateError, StepError, WorldError
-from lumen.parallel.comm.mesh import AXES
 from lumen.parallel.comm.mesh import mesh as make_mesh
 from lumen.planner.fake_world import copy_for_dry_run, fake_world, move_to_fake_device, sizes_of
 from lumen.planner.tracker import Tracker
@@ -171,9 +171,9 @@ def _trace_steps(tracker: Tracker, make: MakeRun, world_size: int, rank: int) ->
 
 
 def _axes(mesh: Mapping[str, int]) -> dict[str, Any]:
-    unknown = [name for name in mesh if name not in AXES]
+    unknown = [name for name in mesh if name not in MESH_AXES]
     if unknown:
-        raise WorldError(f"a mesh has no axis {unknown[0]!r}; its axes are {', '.join(AXES)}.")
+        raise WorldError(f"a mesh has no axis {unknown[0]!r}; its axes are {', '.join(MESH_AXES)}.")
     return dict(mesh)
 
 

@@ -25,7 +25,7 @@ from lumen.parallel.comm.init import check_launcher, launched
 from lumen.parallel.comm.rank_monitor import RankMonitor
 
 _runs = itertools.count()  # the same in each process, as all start the same runs
-_JOINING = ("parallel", "tensor", "pipeline")  # levels of transforms that join processes
+_JOINING = ("parallel", "context", "tensor", "pipeline")  # levels of transforms that join processes
 
 
 class ProcessGroupContext:
@@ -113,7 +113,7 @@ class ProcessGroupContext:
 
         Of ranks with the same rows only one counts.
         """
-        own_counts = counts if self.rank % distributed.tp_degree() == 0 else [0] * len(counts)
+        own_counts = counts if self.rank % distributed.row_replicas() == 0 else [0] * len(counts)
         own = [seconds if self.is_main else 0.0, *own_counts]
         sums = torch.tensor(own, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)

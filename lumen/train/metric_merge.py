@@ -42,7 +42,7 @@ class MetricMerger:
         numbers: dict[str, float] = {}
         if metrics is not None:
             _check_names(entries)
-            by_rank = [from_entry(entries[rank], metrics) for rank in holders if rank % distributed.tp_degree() == 0]
+            by_rank = [from_entry(entries[rank], metrics) for rank in holders if rank % distributed.row_replicas() == 0]
             # Rank 0 comes last, so that its `Last` counts.
             numbers = to_numbers(merge_metrics([*map(_without_shared, reversed(by_rank[1:])), by_rank[0]]))
         if len(holders) < self.group.size:  # a rank without metrics does not know their types

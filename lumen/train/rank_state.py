@@ -35,7 +35,7 @@ def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dic
     dist.gather_object(dict(own), states, dst=0)
     if states is None:
         return {}
-    copies = {"copies": distributed.tp_degree()} if distributed.tp_degree() > 1 else {}
+    copies = {"copies": distributed.row_replicas()} if distributed.row_replicas() > 1 else {}
     return {**states[0], **copies, "ranks": bundle(states[1:])}
 
 
@@ -49,7 +49,7 @@ def own_rank_state(
     """
     states: list[Mapping[str, Any]] = [extra, *(unbundle(extra["ranks"]) if "ranks" in extra else [])]
     copies = extra.get("copies", 1)
-    if processes == group.size and copies == distributed.tp_degree():
+    if processes == group.size and copies == distributed.row_replicas():
         own = states[group.rank]
         return own, SavedMetrics([own.get("metrics", {})], [own.get("epoch_metrics", {})], on_all_ranks=True)
     if group.is_main:

@@ -66,7 +66,8 @@ def test_meshes_of_one_form_share_their_groups(world2):
 
 
 def test_axes_together_are_one_group(world4):
-    assert world4.run(both_axes) == [({"data": 2, "shard": 2, "pipeline": 1, "tensor": 1}, 4.0, True, True)] * 4
+    sizes = {"data": 2, "shard": 2, "pipeline": 1, "context": 1, "tensor": 1}
+    assert world4.run(both_axes) == [(sizes, 4.0, True, True)] * 4
 
 
 def test_alone_it_is_the_identity():

@@ -54,7 +54,7 @@ def test_every_transform_has_a_law() -> None:
 
 
 def test_every_level_has_a_law() -> None:
-    apart = {"parallel", "tensor", "pipeline"}  # theirs need worlds of processes: tests/distributed
+    apart = {"parallel", "context", "tensor", "pipeline"}  # theirs need worlds of processes: tests/distributed
     apart |= {kind.level for kind in ELSEWHERE}
     levels = {level for chain in order.CHAINS for level in chain} - apart
     assert {law.make().level for law in LAWS.values()} == levels

@@ -23,6 +23,7 @@ MAKE = {
     "clip": lambda: lm.clip(0.5),
     "clip, value": lambda: lm.clip(value=0.5),
     "compile": lambda: lm.compile(backend="eager"),
+    "context_parallel": lambda: lm.context_parallel(sequence_dims={"ids": 1}, documents="documents"),
     "ddp": lambda: lm.ddp(bucket_mb=2.0),
     "deepspeed": lambda: lm.deepspeed({"zero_optimization": {"stage": 2}}),
     "donate": lambda: lm.donate(),
@@ -43,9 +44,8 @@ MAKE = {
     "tensor_parallel": lambda: lm.tensor_parallel({"0": lm.parallel.Colwise()}),
     "unroll": lambda: lm.unroll(2),
 }
-SHARED = [
-    name for name in MAKE if name not in ("compile", "deepspeed", "quantized_matmul", "tensor_parallel", "unroll")
-]
+NOT_SHARED = ("compile", "context_parallel", "deepspeed", "quantized_matmul", "tensor_parallel", "unroll")
+SHARED = [name for name in MAKE if name not in NOT_SHARED]
 
 
 def state_of(seed: int) -> lm.TrainState:

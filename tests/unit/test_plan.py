@@ -110,7 +110,7 @@ def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
 def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():
     transform = lm.fsdp()
     found = lm.plan(*make([transform]), mesh={"shard": 4, "data": 2})
-    assert found.trace.sizes == {"data": 2, "shard": 4, "pipeline": 1, "tensor": 1}
+    assert found.trace.sizes == {"data": 2, "shard": 4, "pipeline": 1, "context": 1, "tensor": 1}
     assert transform.mesh.size() == 1
     assert {each.axes for each in found.traffic} >= {"shard", "data"}
 

@@ -203,3 +203,13 @@ def _joined_fake(tensors: Sequence[Tensor]) -> Tensor:
 
 
 _JOINED = Operator("joined(Tensor[] parts) -> Tensor", _joined, _joined_fake)
+
+
+def all_to_all_bytes(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Block j of what this rank returns is block `rank` of what rank j gave; the blocks lie along the first dim.
+
+    `blocks` is contiguous, of any dtype; it is sent as bytes.
+    """
+    received = torch.empty_like(blocks)
+    dist.all_to_all_single(received.view(-1).view(torch.uint8), blocks.view(-1).view(torch.uint8), group=group)
+    return received

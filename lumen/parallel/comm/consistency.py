@@ -134,7 +134,7 @@ def check_equal(state: Any, mesh: Mesh | None = None) -> None:
     >>> check_equal(lm.TrainState.create(torch.nn.Linear(2, 1), lm.optim.sgd(0.1)))
     """
     group = (
-        mesh.group("data", "shard")
+        mesh.group("data", "shard", "context")
         if mesh is not None
         else (dist.group.WORLD if distributed.is_distributed() else None)
     )
@@ -169,7 +169,7 @@ def check_fields(state: Any, group: dist.ProcessGroup | None, sharded: Collectio
     different = _different([pair for pair in _added(state) if pair[0] not in skipped], group, device_of(state))
     if different is not None:
         raise WorldError(_undeclared(state, *different[:2], group))
-    copies = distributed.tp_degree() if dist.get_world_size(group) == distributed.world_size() else 1
+    copies = distributed.row_replicas() if dist.get_world_size(group) == distributed.world_size() else 1
     different = _different(rows, group, device_of(state), copies) if copies > 1 else None
     if different is not None:
         name, ranks, _ = different

@@ -15,21 +15,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import _torch_compat, distributed, rules
 from lumen.core.arguments import checked
+from lumen.core.collectives import MESH_AXES
 from lumen.errors import WorldError
 from lumen.parallel.comm import collectives, process_groups
 from lumen.parallel.comm.init import TIMEOUT, join
 from lumen.parallel.comm.process_groups import GroupRef
 
-AXES = ("data", "shard", "pipeline", "tensor")
 _Device: TypeAlias = torch.device  # a mesh has a property of the module's name
 
 
 class Mesh:
-    """A grid of ranks: `data` replicates, `shard` shards params and state, `tensor` shards single matrices.
+    """A grid of ranks: `data` replicates, `shard` shards params and state, `context` sequences, `tensor` matrices.
 
     Along `pipeline` ranks have different stages of a model. The rows of a batch are split over `data` and `shard`
-    together. Ranks along `pipeline` and `tensor` receive the same rows. Every axis exists, with size 1 by default.
-    `device` is where this rank computes.
+    together. Ranks along `pipeline`, `context` and `tensor` receive the same rows. Every axis exists, with size 1 by
+    default. `device` is where this rank computes.
 
     A mesh is valid as long as the world in which it was made. After that, whatever needs its ranks raises `WorldError`.
     """
@@ -39,7 +39,7 @@ class Mesh:
         self.device = device
         self._torch = torch_mesh
         self._world = 0 if torch_mesh is None else process_groups.world_number()
-        self._axes = {name: ProcessAxis(self, name) for name in AXES}
+        self._axes = {name: ProcessAxis(self, name) for name in MESH_AXES}
 
     def __repr__(self) -> str:
         return f"lm.mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items() if size > 1)})"
@@ -64,7 +64,7 @@ class Mesh:
 
     def size(self, *axes: str) -> int:
         """The number of ranks along `axes` together, by default along all axes."""
-        return math.prod(self.sizes[name] for name in axes or AXES)
+        return math.prod(self.sizes[name] for name in axes or MESH_AXES)
 
     def index(self, axis: str) -> int:
         """This rank's index along `axis`."""
@@ -155,15 +155,17 @@ def mesh(
     data: int | None = None,
     shard: int | None = None,
     pipeline: int | None = None,
+    context: int | None = None,
     tensor: int | None = None,
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The ranks that torchrun started, as a grid `data` × `shard` × `pipeline` × `tensor`; without it, a grid of one.
+    """The ranks that torchrun started, as a grid of `data` × `shard` × `pipeline` × `context` × `tensor`.
 
-    An axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world
-    size divided by the others. The first call joins the world; `timeout` is how many seconds a collective waits.
-    `lm.Loader` splits batches by the last mesh, over as many ranks as there are along data and shard.
+    Without torchrun it is a grid of one. An axis that is left out has size 1. Without any axis, all ranks are along
+    `data`. One axis may be -1: the world size divided by the others. The first call joins the world; `timeout` is how
+    many seconds a collective waits. `lm.Loader` splits batches by the last mesh, over as many ranks as there are along
+    data and shard.
 
     Raises `WorldError` where the product of the axes is not the world size.
 
@@ -172,9 +174,9 @@ def mesh(
     1
     """
     chosen = join(device, timeout)
-    axes = {"data": data, "shard": shard, "pipeline": pipeline, "tensor": tensor}
+    axes = {"data": data, "shard": shard, "pipeline": pipeline, "context": context, "tensor": tensor}
     sizes = _sizes(axes, distributed.world_size())
-    distributed.set_tp_degree(sizes["pipeline"] * sizes["tensor"])
+    distributed.set_row_replicas(sizes["pipeline"] * sizes["context"] * sizes["tensor"])
     if not distributed.is_distributed():
         return Mesh(sizes, chosen, None)
     return Mesh(sizes, chosen, _grid(chosen.type, sizes))

@@ -30,8 +30,8 @@ class _Processes(StepMesh):
 
     @functools.cached_property
     def comm(self) -> GradComm | None:
-        """The ranks that have other rows; None in a world of one."""
-        group = self.mesh.group("data", "shard")
+        """The ranks that have other rows, or other positions of the same rows; None for one alone."""
+        group = self.mesh.group("data", "shard", "context")
         return None if group is None else GradComm(group, self._reduce_dtype)
 
     @functools.cached_property

@@ -50,7 +50,7 @@ class FSDPRuntime(StepMesh):
     @functools.cached_property
     def layout(self) -> ShardLayout | None:
         """This rank's shards of the params; None where nothing is sharded."""
-        group, row_group = self.mesh.group("shard"), self.mesh.group("data", "shard")
+        group, row_group = self.mesh.group("shard"), self.mesh.group("data", "shard", "context")
         if group is None or row_group is None:
             if row_group is not None:
                 raise WorldError(
@@ -59,7 +59,7 @@ class FSDPRuntime(StepMesh):
                 )
             return None
         device = self.mesh.device if self._transform.offload else None
-        return ShardLayout(group, self.mesh.group("data"), row_group, device)
+        return ShardLayout(group, self.mesh.group("data", "context"), row_group, device)
 
     @functools.cached_property
     def comm(self) -> GradComm:

@@ -17,7 +17,7 @@ from lumen.core.tensor_proxy import TensorProxy, empty_meta
 from lumen.errors import LossError
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = frozenset(
+_WRITES = frozenset(
     [
         "__setitem__",
         *(f"__i{name}__" for name in _OPERATORS),
@@ -79,7 +79,7 @@ def _listed(stages: Iterable[int]) -> str:
 def _note_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stages: frozenset[int]) -> None:
     """Raise `LossError` for a write of an absent value into a tensor that is here, which would look unchanged."""
     name = _name(func)
-    writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     written = [args[0]] if writes and args else []
     written += [kwargs["out"]] if kwargs.get("out") is not None else []
     for tensor in written:

@@ -73,6 +73,7 @@ class pipeline(Transform):
         "compile": f"lm.compile cannot trace it, as {_EAGER}",
         "ensemble": f"vmap cannot map it, as {_EAGER}",
         "fsdp": "its all-gathers would interleave with the schedule. Write lm.ddp(mesh) around lm.pipeline",
+        "context_parallel": "attention would wait for other ranks in the middle of the schedule. Leave one out",
         "tensor_parallel": "a stage cannot be sharded further yet. Leave one out",
         "deepspeed": "its engine runs the backward pass itself. Leave one out",
         "chunked_logits": "the form of logits that are never computed is not known before. Leave one out",

@@ -63,14 +63,14 @@ class PipelineRule:
             source = stage % self._group.size
             if source == self._group.index:
                 try:
-                    value = self._part(next, call, stage, value)
+                    value = self._run_stage(next, call, stage, value)
                 except Exception as raised:
                     error = raised
             self._group.raise_any(error, f"stage {stage}")
             value = self._group.share(value, source)
         return value
 
-    def _part(self, next: Next, call: ApplyCall, stage: int, received: Any) -> Any:
+    def _run_stage(self, next: Next, call: ApplyCall, stage: int, received: Any) -> Any:
         run = StageRun(stage, self._model.count, received, Generators(call.params))
         try:
             with rules.bound_axis(STAGE, run):
@@ -127,7 +127,7 @@ class PipelineRule:
 
     def _with_buffers(self, call: GradientCall, loss: Any, aux: Any, names: dict[str, str]) -> Any:
         """The aux with the state's buffers, as the rules outside see them in any loss."""
-        found: list[Any] = []
+        results: list[Any] = []
 
         def again(params: Any, *_args: Any) -> Any:
             applied = self._apply_fn(params, self._runtime.buffers, None)[1] if names else {}
@@ -135,12 +135,12 @@ class PipelineRule:
             if names:
                 changed: Any = aux
                 full = changed.replace(buffers={key: applied[name] for key, name in names.items()})
-            found.append(full)
+            results.append(full)
             return loss, full
 
         with rules.inside_loss, rules.bound_axis(STAGE, _Replay()):
             rewrapped(call.loss_fn, again)(call.params, call.batch, *call.extras)
-        return found[0]
+        return results[0]
 
     def _split(self, call: GradientCall) -> list[Any]:
         rows, count = batching.count(call.batch), self._runtime.microbatches

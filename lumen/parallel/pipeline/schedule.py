@@ -105,10 +105,10 @@ class StageSchedule:
             "1f1b": pipelining.Schedule1F1B,
             "interleaved": pipelining.ScheduleInterleaved1F1B,
         }
-        made = [stage_of(stage) for stage in stages]
+        built = [stage_of(stage) for stage in stages]
         loss_fn: Callable[[Tensor, Tensor], Tensor] = _total
         self._schedule = kinds[schedule](
-            made if schedule == "interleaved" else made[0], microbatches, loss_fn=loss_fn, scale_grads=False
+            built if schedule == "interleaved" else built[0], microbatches, loss_fn=loss_fn, scale_grads=False
         )
 
     def run(self, job: Job) -> None:

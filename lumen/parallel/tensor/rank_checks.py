@@ -1,4 +1,4 @@
-"""What all ranks along `tensor` must have in common: the rows of a batch, buffers, and random numbers."""
+"""What all ranks along an axis must have in common: the rows of a batch, buffers, and random numbers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lumen.parallel.comm import consistency
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 
 
-def check_rows(tp_group: TPGroup, batch: Any, device: torch.device) -> None:
+def check_rows(tp_group: TPGroup, batch: Any, device: torch.device, axis: str = "tensor") -> None:
     """Raise `BatchError`, on every rank, unless all have received the same tensors."""
     sums = [consistency.checksum(leaf).cpu() for leaf in tree.tensors(batch)]
     checksum = torch.stack([torch.zeros(2, dtype=torch.int64), *sums]).sum(0).to(device)
     checksums = _all_gather(tp_group, checksum)
     if any(not torch.equal(checksums[0], other) for other in checksums):
         raise BatchError(
-            "the ranks along tensor received different rows, and must compute the same ones together. Make batches with"
-            " lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of this"
-            " rank and the number of shares."
+            f"the ranks along {axis} received different rows, and must compute the same ones together. Make batches"
+            " with lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of"
+            " this rank and the number of shares."
         )
 
 

@@ -1,0 +1,1 @@
+"""Context parallelism: the sequences of a batch sharded over processes."""
