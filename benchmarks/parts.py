@@ -23,6 +23,7 @@ PARTS = (
     "parallel",
     "parallel_memory",
     "lora_memory",
+    "pretrained_memory",
     "ranks",
     "start",
 )
