@@ -110,6 +110,8 @@ def _files(directory: Path, filename: str | None) -> dict[Path, list[str]]:
     """The files of a directory, each with the names of tensors that an index lists in it."""
     if filename is None:
         filename = next((name for name in (SINGLE, INDEX) if (directory / name).is_file()), None)
+    if filename is not None and (Path(filename).is_absolute() or ".." in Path(filename).parts):
+        raise CorruptCheckpointError(f"transformers_weights of the config is {filename!r}, outside of {directory}.")
     if filename is None or not (directory / filename).is_file():
         there = sorted(entry.name for entry in directory.iterdir())[:8] if directory.is_dir() else None
         contents = "does not exist" if there is None else f"contains {', '.join(map(printable, there)) or 'nothing'}"

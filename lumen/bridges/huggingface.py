@@ -201,9 +201,10 @@ def load_pretrained(
     Of a state whose model was created under `torch.device("meta")`, the directory must be local, and only the headers
     of its safetensors files are read here; call it on every process. `step.init(state)`, or a run, then reads the
     values. Under `lm.fsdp` and `lm.tensor_parallel` each process reads its shards from the files, so that none holds
-    more than these and one unit; other processes read all. Names are mapped by transformers' tables; a model that is
-    not of transformers has those of its `state_dict()`. New weights, and adapters, are drawn from the state's seed, the
-    same on any number of processes. Buffers that no file contains are computed by the model's classes.
+    more than these and one unit; under other transforms each reads all. Names are mapped by transformers' tables; a
+    model that is not of transformers has those of its `state_dict()`. New weights, and adapters, are drawn from the
+    state's seed, the same on any number of processes. Buffers that no file contains are computed by the model's
+    classes.
 
     Law: what `step.export(step.init(state))` has of the directory's weights is bitwise
     `from_pretrained(directory, dtype=...)`, in the dtype that the model was created in.
@@ -213,14 +214,16 @@ def load_pretrained(
     `ParamsError` if the model is not a transformers model and not on the meta device. Where one process fails, all do.
 
     >>> import lumen as lm, safetensors.torch, tempfile, torch
-    >>> directory = tempfile.mkdtemp()
-    >>> safetensors.torch.save_file(torch.nn.Linear(4, 2).state_dict(), f"{directory}/model.safetensors")
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> safetensors.torch.save_file(torch.nn.Linear(4, 2).state_dict(), f"{directory.name}/model.safetensors")
     >>> with torch.device("meta"):
     ...     net = torch.nn.Linear(4, 2)
-    >>> state = lm.bridges.huggingface.load_pretrained(lm.TrainState.create(net, lm.optim.sgd(0.1)), directory)
+    >>> state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+    >>> state = lm.bridges.huggingface.load_pretrained(state, directory.name)
     >>> step = lm.fsdp()(lambda state, batch: (state, {}))
-    >>> step.init(state).params["weight"].device
-    device(type='cpu')
+    >>> state.params["weight"].is_meta, step.init(state).params["weight"].is_meta
+    (True, False)
+    >>> directory.cleanup()
     """
     module = model_of(state)
     if state.slots:

@@ -184,6 +184,23 @@ def test_adapters_of_a_frozen_base_are_drawn_alike(world2, tmp_path):
         assert any(x.any() for x in params.values())
 
 
+def quantized(path):
+    net = lora.adapt(hf.LlamaForCausalLM.from_pretrained(path), targets=["*.q_proj", "*.down_proj"], rank=2)
+    state = lm.quantize(state_of(net), "nf4")
+    wrapped = lm.fsdp()(step)
+    state = wrapped.init(state)
+    state = state.replace(params={key: x + 0.5 for key, x in state.params.items()})
+    huggingface.save_pretrained(state, path.parent / "merged", step=wrapped)
+    saved = tensors(hf.LlamaForCausalLM.from_pretrained(path.parent / "merged"))
+    wanted = tensors(lora.merged(wrapped.export(state)))
+    return [key for key, x in saved.items() if not torch.equal(x, wanted[key])]
+
+
+def test_quantized_weights_are_rebuilt_layer_by_layer(world2, tmp_path):
+    pytest.importorskip("torchao")
+    assert world2.run(quantized, published("llama", tmp_path / "published")) == [[], []]
+
+
 def with_new_head(path, labels=4, **options):
     net = on_meta("classifier", labels=labels)
     wrapped = lm.fsdp()(step)
