@@ -24,6 +24,7 @@ PARTS = (
     "parallel_memory",
     "context_memory",
     "lora_memory",
+    "pretrained_memory",
     "ranks",
     "start",
 )

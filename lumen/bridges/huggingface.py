@@ -11,36 +11,58 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lumen.bridges import lora
+from lumen.bridges._pretrained import FailedSource, dtypes_of, is_unjoined, lines, plan
+from lumen.bridges._sharded_save import save_sharded
+from lumen.bridges._weight_files import WeightFiles
 from lumen.bridges.bound import model_of
 from lumen.bridges.lora_layer import Lora
 from lumen.checkpoint._save import TEMPORARY
 from lumen.core.arguments import checked, checked_first
-from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointMismatchError, ParamsError, printable
+from lumen.core.pending_weights import WeightSource, on_all_ranks, with_source
+from lumen.core.step import Step
+from lumen.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    HyperparameterError,
+    ParamsError,
+    printable,
+)
+from lumen.optim._param_names import Pattern
+from lumen.transforms._support.activation_budget import parse_bytes
 
 _SHOWN = 6  # maximum number of names in a message
 _PEFT = (("lora_a", "lora_A.weight"), ("lora_b", "lora_B.weight"))
 
 
 @checked_first
-def save_pretrained(state: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB") -> Path:
+def save_pretrained(
+    state: Any, directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB", step: Step | None = None
+) -> Path:
     """Write the model of `state` to a directory for `from_pretrained` or the hub; returns its path.
 
     It contains `config.json` and `model.safetensors`, or several files of at most `max_shard_size` (bytes, or a text
     such as "5GB") with their index, under the hub's names; tied weights are written once. Adapters of
     `lm.bridges.lora` are merged into the weights, because the hub's classes cannot store them; a peft model writes its
-    adapters. The directory appears only when it is complete. If the step's transforms shard params, pass
-    `step.export(state)`. With several processes, call it on one of them.
+    adapters. The directory appears only when it is complete. With several processes, call it on one of them.
+
+    If transforms shard params, pass `step`, which prepared the state, and call it on every process, for a directory
+    that all of them share. Each process writes files of its own, of at most its share of the bytes, and gathers no more
+    than a few tensors at a time: one, or those of a block where transformers converts them together.
 
     Raises `CheckpointExistsError` if `directory` exists, `ParamsError` if the model is not a transformers model, and
-    `CheckpointError` if the directory cannot be written.
+    `CheckpointError` if the directory cannot be written; with `step`, on every process.
     """
+    if step is not None:
+        max_bytes = _parse_bytes(max_shard_size)
+        return save_sharded(state, step, Path(directory), lambda: _begin(_new_directory(directory)), max_bytes)
     final = _new_directory(directory)
     module: Any = lora.merged(state)
     if not hasattr(module, "save_pretrained"):
@@ -127,9 +149,32 @@ def _new_directory(directory: str | os.PathLike[str]) -> Path:
     return final
 
 
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
+
+
+def _begin(final: Path) -> Path:
+    """A new directory, which is named `final` when it is complete."""
+    temporary = _temporary(final)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{final} could not be written: {error}") from error
+    return temporary
+
+
+def _parse_bytes(size: int | str) -> int:
+    try:
+        return parse_bytes(size)
+    except HyperparameterError as error:
+        raise HyperparameterError(
+            f'save_pretrained(max_shard_size={size!r}) is not a positive number of bytes. Write "5GB" or 5_000_000_000.'
+        ) from error
+
+
 def _write(final: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a directory, which is named `final` when it is complete."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
+    temporary = _temporary(final)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -142,31 +187,83 @@ def _write(final: Path, write: Callable[[Path], object]) -> Path:
 
 
 @checked_first
-def load_pretrained(state: Any, directory: str | os.PathLike[str], *, strict: bool = True) -> Any:
+def load_pretrained(
+    state: Any, directory: str | os.PathLike[str], *, strict: bool = True, new: Pattern | Sequence[Pattern] = ()
+) -> Any:
     """`state` with the weights of `directory` (or a name on the hub), in the state's own dtypes and devices.
 
     `from_pretrained` of the model's class reads them, so the files of a base model load into a model with a head, and
     shards and old names are supported. The optimizer state is reset; tensors without published weights, such as
-    adapters of `lm.bridges.lora`, stay unchanged. With `strict=False`, weights missing from the directory also stay
-    unchanged, and weights unknown to the model are ignored.
+    adapters of `lm.bridges.lora`, stay unchanged, and so do those that match `new` (globs or regular expressions of
+    names), such as a new head. With `strict=False`, weights missing from the directory also stay unchanged, and weights
+    unknown to the model are ignored.
+
+    Of a state whose model was created under `torch.device("meta")`, the directory must be local, and only the headers
+    of its safetensors files are read here; call it on every process. `step.init(state)`, or a run, then reads the
+    values. Under `lm.fsdp` and `lm.tensor_parallel` each process reads its shards from the files, so that none holds
+    more than these and one unit; under other transforms each reads all. Names are mapped by transformers' tables; a
+    model that is not of transformers has those of its `state_dict()`. New weights, and adapters, are drawn from the
+    state's seed, the same on any number of processes. Buffers that no file contains are computed by the model's
+    classes.
+
+    Law: what `step.export(step.init(state))` has of the directory's weights is bitwise
+    `from_pretrained(directory, dtype=...)`, in the dtype that the model was created in.
 
     Raises `CheckpointMismatchError`, which lists missing, unexpected and mismatched weights; `CheckpointError` if
-    nothing can be read, or if transforms have initialized the state; `ParamsError` if the model is not a transformers
-    model.
+    nothing can be read, or if transforms have initialized the state; `PatternError` for `new` that matches nothing;
+    `ParamsError` if the model is not a transformers model and not on the meta device. Where one process fails, all do.
+
+    >>> import lumen as lm, safetensors.torch, tempfile, torch
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> safetensors.torch.save_file(torch.nn.Linear(4, 2).state_dict(), f"{directory.name}/model.safetensors")
+    >>> with torch.device("meta"):
+    ...     net = torch.nn.Linear(4, 2)
+    >>> state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+    >>> state = lm.bridges.huggingface.load_pretrained(state, directory.name)
+    >>> step = lm.fsdp()(lambda state, batch: (state, {}))
+    >>> state.params["weight"].is_meta, step.init(state).params["weight"].is_meta
+    (True, False)
+    >>> directory.cleanup()
     """
+    module = model_of(state)
+    if state.slots:
+        raise CheckpointError(
+            f"the state was initialized by {', '.join(state.slots)}, which depend on its weights. Load first:"
+            " state = step.init(load_pretrained(state, directory))"
+        )
+    tensors = {**state.params, **state.buffers}
+    matched = set(lora._match(new, list(tensors), "tensor")) if new else set()
+    if any(x.is_meta for x in tensors.values()):
+        return _pending(state, module, directory, matched, strict)
+    return _loaded(state, module, directory, matched, strict)
+
+
+def _pending(state: Any, module: nn.Module, directory: str | os.PathLike[str], new: set[str], strict: bool) -> Any:
+    """`state`, on the meta device, with the source of its weights."""
+    dtypes = dtypes_of(module, {**state.params, **state.buffers})
+    tensors = {name: x.to(dtypes[name]) if x.is_meta else x for name, x in {**state.params, **state.buffers}.items()}
+
+    def open_files() -> WeightSource:
+        config = getattr(module, "config", None)
+        filename = getattr(config, "transformers_weights", None)
+        files = WeightFiles(directory, filename, getattr(type(config), "extra_files", ()))
+        return plan(files, module, tensors, new, strict)
+
+    source = FailedSource.instead_of(open_files) if is_unjoined() else on_all_ranks(open_files)
+    params = {name: tensors[name] for name in state.params}
+    buffers = {name: tensors[name] for name in state.buffers}
+    return with_source(state.replace(params=params, buffers=buffers, opt_state=state.tx.init(params)), source)
+
+
+def _loaded(state: Any, module: nn.Module, directory: str | os.PathLike[str], new: set[str], strict: bool) -> Any:
+    """`state` with the weights that `from_pretrained` reads."""
     import transformers
 
-    module = model_of(state)
     if not isinstance(module, transformers.PreTrainedModel):
         raise ParamsError(
             f"{type(module).__name__} is not a transformers model. Load its tensors by name:"
             " state = state.replace(params=safetensors.torch.load_file(path)); load a peft model before creating the"
             " state: PeftModel.from_pretrained(net, path, is_trainable=True)"
-        )
-    if state.slots:
-        raise CheckpointError(
-            f"the state was initialized by {', '.join(state.slots)}, which depend on its weights. Load first:"
-            " state = step.init(load_pretrained(state, directory))"
         )
     try:
         loaded, info = type(module).from_pretrained(
@@ -178,17 +275,21 @@ def load_pretrained(state: Any, directory: str | os.PathLike[str], *, strict: bo
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} could not be read as a {type(module).__name__}: {error}") from error
-    missing = set(info["missing_keys"])
-    mismatched = [f"{name} {tuple(saved)}, not {tuple(expected)}" for name, saved, expected in info["mismatched_keys"]]
-    lines = _lines("missing", () if not strict else missing) + _lines("of another shape", mismatched)
-    lines += _lines("unexpected", () if not strict else info["unexpected_keys"])
-    if lines:
+    kept = {*info["missing_keys"], *new}
+    mismatched = [
+        f"{name} {tuple(saved)}, not {tuple(expected)}"
+        for name, saved, expected in info["mismatched_keys"]
+        if name not in new
+    ]
+    problems = lines("missing", kept - new if strict else ()) + lines("of another shape", mismatched)
+    problems += lines("unexpected", () if not strict else info["unexpected_keys"])
+    if problems:
         raise CheckpointMismatchError(
-            f"the weights in {directory} do not match this {type(module).__name__}: {'; '.join(lines)}. To load the"
+            f"the weights in {directory} do not match this {type(module).__name__}: {'; '.join(problems)}. To load the"
             " matching weights only: load_pretrained(state, directory, strict=False)"
         )
     weights = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
-    weights = {name: tensor for name, tensor in weights.items() if name not in missing}
+    weights = {name: tensor for name, tensor in weights.items() if name not in kept}
     params = _fill(state.params, weights)
     return state.replace(params=params, buffers=_fill(state.buffers, weights), opt_state=state.tx.init(params))
 
@@ -198,9 +299,3 @@ def _fill(tensors: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         name: weights[name].detach().to(tensor.device, tensor.dtype) if name in weights else tensor
         for name, tensor in tensors.items()
     }
-
-
-def _lines(problem: str, names: Iterable[str]) -> list[str]:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return [f"{problem} {', '.join(map(printable, ordered[:_SHOWN]))}{more}"] if ordered else []

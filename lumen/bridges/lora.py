@@ -15,16 +15,14 @@ import torch
 from torch import nn
 
 from lumen.bridges.bound import module as bound
-from lumen.bridges.lora_layer import Lora, lora_class, plain_class
-from lumen.bridges.quantized_layer import Quantized, restore
+from lumen.bridges.lora_layer import Lora, lora_class, merge
+from lumen.bridges.quantized_layer import Quantized
 from lumen.core import _torch_compat
 from lumen.core.arguments import checked
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._param_names import Pattern, matching
 from lumen.parallel.tensor.layout import is_transposed
-
-_NAMES = ("lora_a", "lora_b")
 
 
 @checked
@@ -96,27 +94,8 @@ def merged(state: Any) -> nn.Module:
     layers = [*module.modules()]
     if any(isinstance(layer, Lora) for layer in layers):
         for layer in layers:
-            _merge(layer)
+            merge(layer)
     return module
-
-
-def _merge(layer: nn.Module) -> None:
-    kind: Any = type(layer)
-    if isinstance(layer, Quantized):
-        restore(layer)
-    if isinstance(layer, Lora):
-        _add_delta(layer)
-    layer.__class__ = plain_class(kind)
-
-
-def _add_delta(layer: Lora) -> None:
-    weight = _torch_compat.own_params(layer)["weight"]
-    assert weight is not None
-    merged_weight = (weight + layer.delta().to(torch.promote_types(weight.dtype, layer.lora_a.dtype))).to(weight.dtype)
-    _torch_compat.own_params(layer)["weight"] = nn.Parameter(merged_weight, requires_grad=False)
-    for name in _NAMES:
-        del _torch_compat.own_params(layer)[name]
-    del layer.scale
 
 
 def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
@@ -124,11 +103,11 @@ def _adapt(layer: nn.Module, rank: int, alpha: float) -> None:
     outputs, inputs = reversed(weight.shape) if is_transposed(layer) else weight.shape
     dtype = torch.float32 if weight.dtype.itemsize < torch.float32.itemsize else weight.dtype
     layer.lora_a = nn.Parameter(torch.empty(rank, inputs, dtype=dtype, device=weight.device))
-    layer.lora_b = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=weight.device))
-    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    layer.lora_b = nn.Parameter(torch.empty(outputs, rank, dtype=dtype, device=weight.device))
     layer.scale = alpha / rank  # type: ignore[assignment]
     kind: Any = type(layer)
     layer.__class__ = lora_class(kind)
+    layer.reset_adapter()  # type: ignore[operator]
 
 
 def _copy_frozen(module: nn.Module) -> nn.Module:

@@ -175,6 +175,11 @@ def _full_weight(name: str, layer: nn.Linear, tensors: Mapping[str, Any]) -> Ten
     """The weight of `layer` in the state, which must be full rather than sharded."""
     weight = tensors.get(name)
     expected = (layer.out_features, layer.in_features)
+    if type(weight) is Tensor and weight.is_meta:
+        raise ParamsError(
+            f"{name!r} is on the meta device: its values have not been read yet. Quantize what a plain step has read:"
+            " state = lm.quantize(lm.compose()(step).init(state), 'nf4')"
+        )
     if type(weight) is Tensor and weight.shape == expected and weight.is_floating_point():
         if not weight.float().isfinite().all():
             raise ParamsError(f"{name!r} has NaN or infinite entries, so its rows have no scale.")

@@ -96,8 +96,12 @@ def quantized_class(kind: Any) -> type[nn.Module]:
 def restore(layer: Quantized) -> None:
     """Give a layer its weight back, as its codes have it, in the dtype that it had; its class is left to the caller."""
     form = layer._form
-    weight = form.dequantized(layer._tensors(), form.attributes["dtype"])
-    for name in form.names:
+    replace_weight(layer, form.dequantized(layer._tensors(), form.attributes["dtype"]))
+
+
+def replace_weight(layer: Quantized, weight: Tensor) -> None:
+    """Give a layer a plain weight in place of its codes; its class is left to the caller."""
+    for name in layer._form.names:
         del _torch_compat.own_buffers(layer)[name]
     del layer._form
     _torch_compat.own_params(layer)["weight"] = nn.Parameter(weight, requires_grad=False)

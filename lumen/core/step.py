@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lumen import tree
-from lumen.core import _torch_compat, order, rules, stale_reads
+from lumen.core import _torch_compat, order, pending_weights, rules, stale_reads
 from lumen.core.arguments import checked, checked_first
 from lumen.core.donation import is_retired, storage_of
 from lumen.core.nested_states import all_slots
@@ -62,6 +62,7 @@ class Transform(ValueObject):
     reason: str = ""
     donates: bool = False
     shards: bool = False  # whether each process has a shard of the state only; its slot is then static
+    reads_pending: bool = False  # whether `init` reads a rank's shards of weights that are still in files
     opaque_state: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
     incompatible: Mapping[str, str] = {}  # by the name of a transform that cannot be combined with this one: what to do
 
@@ -164,6 +165,7 @@ class Step:
         self._check_shards(state)
         lanes = self._lanes()
         with rules.running(self):
+            state = pending_weights.load_unsharded(state, self.transforms)
             for index, transform in reversed(list(enumerate(self.transforms))):
                 state = _per_lane(transform.init, state) if index > lanes >= 0 else transform.init(state)
         return state
@@ -351,15 +353,12 @@ class _Checked:
             if type(out) is tuple and len(out) == 2:
                 return out
             raise not_a_pair(self.__name__, out)
+        pending_weights.check_loaded(state)
         before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
         spec, donated = tree.structure(state), set[int]()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        with (
-            rules.rule_context(
-                {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
-            ),
-            explained(),
-        ):
+        noting = {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
+        with rules.rule_context(noting), explained():
             out = user(state, batch)
         if not _wrapped():
             stale_reads.check_reads(self._user, applies)

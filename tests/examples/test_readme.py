@@ -151,6 +151,8 @@ def test_hugging_face_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         p.numel() for p in session["state"].params.values()
     )
     assert (session["merged"] / "model.safetensors").exists()
+    assert all(torch.equal(p, session["state"].params[n]) for n, p in session["loaded"].params.items())
+    assert (session["saved"] / "model.safetensors").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torchao's int8 products would run on the GPU alone")

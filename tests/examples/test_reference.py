@@ -30,7 +30,7 @@ NO_EXAMPLE = {
     **dict.fromkeys(("LumenError", "NonFiniteError", "DonatedError", "Interrupted"), RAISED),
     **dict.fromkeys(("GraphBreakWarning", "InexactWarning"), RAISED),
     **dict.fromkeys(("Style", "Configurable", "Resumable", "ShowsParams"), BASE),
-    **dict.fromkeys(("save_pretrained", "load_pretrained", "save_adapters"), HUB),
+    **dict.fromkeys(("save_pretrained", "save_adapters"), HUB),
     "measure": TORCHRUN,
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lumen as lm
 from lumen import checkpoint, errors
-from lumen.bridges import huggingface
+from lumen.bridges import _pretrained
 from lumen.cli.main import main
 from lumen.core import batching
 from lumen.data.fetch import Columns
@@ -129,7 +129,7 @@ SAID = {
     "summary of a tree": lambda: str(lm.summary({NAME: torch.ones(2)})),
     "differences": lambda: "\n".join(lm.tree.differences({NAME: 1, "b": 2}, {"b": 2, f"{NAME}c": 1})),
     "described": lambda: "\n".join(consistency.fingerprint_lines(state())),
-    "hub": lambda: "\n".join(huggingface._lines("missing", [NAME])),
+    "hub": lambda: "\n".join(_pretrained.lines("missing", [NAME])),
     "numbers": lambda: numbers({NAME: 1.0}),
     "progress": lines,
     "console": console,

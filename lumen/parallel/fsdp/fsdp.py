@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import rules, sharding
+from lumen.core import pending_weights, rules, sharding
 from lumen.core.nested_states import map_train_states, train_states
 from lumen.core.param_leaves import Path
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -34,6 +34,7 @@ from lumen.parallel.fsdp.meta_init import (
     init_from_meta,
     make_keep_fn,
     materialize,
+    read_pending,
     reset,
 )
 from lumen.parallel.fsdp.runtime import FSDPRuntime
@@ -93,6 +94,7 @@ class fsdp(Transform):
     shards, so that no rank ever has the full model. `param_init_fn(module)` is called for each module in order, after
     `torch.manual_seed` with the state's seed, and sets the module's own tensors; by default it calls
     `module.reset_parameters()`. The values are bitwise those of one process that does the same on the mesh's device.
+    After `lm.bridges.huggingface.load_pretrained`, each rank reads its shards of the published weights instead.
 
     The mesh's `shard` axis shards. A `data` axis beside it (HSDP) replicates, and gradients are summed over it too.
 
@@ -119,6 +121,7 @@ class fsdp(Transform):
     name = "fsdp"
     level = "parallel"
     shards = True
+    reads_pending = True
     reason = "transforms inside compute the gradient of this rank's rows; params and grads are reduced around them"
 
     def __init__(
@@ -169,7 +172,7 @@ class fsdp(Transform):
             self.check_offload()
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
-            return self._init_meta(state, None) if begins_on_meta(state) else state
+            return _init_meta(self, state, None) if begins_on_meta(state) else state
         for _, inner in _states(state):
             flat_params(inner, "lm.fsdp shards")
             check_optimizer(inner.tx)
@@ -182,7 +185,7 @@ class fsdp(Transform):
             self._memory.units(inner.apply_fn, [*inner.params])  # raises for patterns that match nothing
         if any(begins_on_meta(inner) for _, inner in states):
             _check_only_state(states)
-            state = self._init_meta(state, layout)
+            state = _init_meta(self, state, layout)
         elif self.offload:
             state = offload.shard_to_host(state, layout, sharded, self.mesh.device)
         else:
@@ -195,18 +198,6 @@ class fsdp(Transform):
             return with_slot(inner, self.name, Sharding(specs=specs[path], size=layout.size, stage=self.stage))
 
         return map_train_states(recorded, state)
-
-    def _init_meta(self, state: Any, layout: ShardLayout | None) -> Any:
-        """The state of a model on the meta device, initialized on the ranks that keep the values."""
-        units = self._memory.units(state.apply_fn, [*state.params])
-        keep_fn = make_keep_fn(layout, {*state.params, *state.apply_fn.frozen} if self.stage == 3 else ())
-        on_host = self.offload and layout is not None
-        keep: Keep = (lambda name, full: offload.to_host(keep_fn(name, full))) if on_host else keep_fn
-        module = state.apply_fn.module
-        values = materialize(module, units.names, self.param_init_fn or reset, int(state.seed), self.mesh.device, keep)
-        within = () if self.within is None else self.within.transforms
-        inside = within[within.index(self) + 1 :] if self in within else ()
-        return init_from_meta(state, values, None if on_host else self.mesh.device, layout, inside)
 
     def export(self, state: Any) -> Any:
         """The full state, on every rank; with `offload`, on the host."""
@@ -260,6 +251,24 @@ class fsdp(Transform):
                 "lm.compile cannot trace lm.fsdp(offload=True), whose params come from the host in the middle of the"
                 " step. Leave out lm.compile(), or write lm.fsdp()."
             )
+
+
+def _init_meta(transform: fsdp, state: Any, layout: ShardLayout | None) -> Any:
+    """The state of a model on the meta device, initialized on the ranks that keep the values."""
+    on_host, device = transform.offload and layout is not None, transform.mesh.device
+    sharded = {*state.params, *state.apply_fn.frozen} if transform.stage == 3 else set()
+    if pending_weights.source_of(state) is not None:
+        place = (lambda shard: offload.to_host(shard.to(device))) if on_host else (lambda shard: shard.to(device))
+        values = read_pending(state, layout, sharded, place)
+    else:
+        units = transform._memory.units(state.apply_fn, [*state.params])
+        keep_fn = make_keep_fn(layout, sharded)
+        keep: Keep = (lambda name, full: offload.to_host(keep_fn(name, full))) if on_host else keep_fn
+        init, seed = transform.param_init_fn or reset, int(state.seed)
+        values = materialize(state.apply_fn.module, units.names, init, seed, device, keep)
+    within = () if transform.within is None else transform.within.transforms
+    inside = within[within.index(transform) + 1 :] if transform in within else ()
+    return init_from_meta(state, values, None if on_host else device, layout, inside)
 
 
 def _handlers(stage: int, runtime: FSDPRuntime, states: ShardedStates, rule: FSDPRule) -> dict[Primitive, Rule]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumen import tree
-from lumen.core import _torch_compat, sharding
+from lumen.core import _torch_compat, pending_weights, sharding
 from lumen.core.device import forked_rng
 from lumen.core.module import param_slots
 from lumen.core.step import Transform
@@ -39,8 +39,10 @@ def reset(module: nn.Module) -> None:
 
 
 def begins_on_meta(state: Any) -> bool:
-    """Whether params of `state` are on the meta device."""
+    """Whether params of `state` are on the meta device, or weights are still in files."""
     params = getattr(state, "params", None)
+    if pending_weights.source_of(state) is not None:
+        return True
     return type(params) is dict and any(isinstance(p, Tensor) and p.is_meta for p in params.values())
 
 
@@ -75,6 +77,16 @@ def init_from_meta(
             " buffers, optimizer state and slots only. Create it outside torch.device('meta')."
         )
     return state if device is None else tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, state)
+
+
+def read_pending(
+    state: Any, layout: ShardLayout | None, sharded: Collection[str], place: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The result of `place` for what this rank keeps of params and buffers that are still in files."""
+    tensors = {**state.params, **state.buffers}
+    names = [] if layout is None else [name for name in sharded if tensors[name].dim()]
+    specs = {name: layout.spec(tensors[name].shape) for name in names if layout is not None}
+    return pending_weights.read(state, specs, place)
 
 
 def make_keep_fn(layout: ShardLayout | None, sharded: Collection[Any]) -> Keep:
@@ -118,7 +130,7 @@ def materialize(
             for submodule in modules:
                 initialize(submodule)
             for table, key, name in slots:
-                if _written(table[key]):
+                if is_written(table[key]):
                     values[name] = keep(name, table[key].detach())
                 table[key] = metas[name]
     missing = [name for _, _, name in param_slots(module) if name not in values]
@@ -151,23 +163,24 @@ def _fill(slots: Sequence[ParamSlot], device: torch.device) -> dict[str, Tensor]
         meta: Tensor = table[key]
         metas[name] = meta
         if name not in filled:
-            filled[name] = torch.full_like(meta, _unlikely(meta.dtype), device=device, requires_grad=False)
+            filled[name] = torch.full_like(meta, unlikely_value(meta.dtype), device=device, requires_grad=False)
             if isinstance(meta, nn.Parameter):
                 filled[name] = nn.Parameter(filled[name], requires_grad=meta.requires_grad)
         table[key] = filled[name]
     return metas
 
 
-def _unlikely(dtype: torch.dtype) -> float | bool:
+def unlikely_value(dtype: torch.dtype) -> float | bool:
+    """A value that no initialization is likely to leave in a tensor of this dtype."""
     if dtype == torch.bool:
         return False
     return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
 
 
-def _written(tensor: Tensor) -> bool:
+def is_written(tensor: Tensor) -> bool:
     """Whether every entry has been written; booleans count as written."""
     if tensor.is_meta:
         return False
     if tensor.dtype == torch.bool:
         return True
-    return not bool((tensor.isnan() if tensor.is_floating_point() else tensor == _unlikely(tensor.dtype)).any())
+    return not bool((tensor.isnan() if tensor.is_floating_point() else tensor == unlikely_value(tensor.dtype)).any())

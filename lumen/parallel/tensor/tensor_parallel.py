@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import _torch_compat, rules, sharding
+from lumen.core import _torch_compat, pending_weights, rules, sharding
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, LossFn, WrappedLoss
 from lumen.core.rules import Next, Primitive, Rule
-from lumen.core.sharding import LeafSpec, ShardSpec, SpecTree
+from lumen.core.sharding import REPLICATED, LeafSpec, ShardSpec, SpecTree
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
 from lumen.errors import (
     AxisError,
@@ -33,6 +33,7 @@ from lumen.parallel.tensor.layout import (
     Plan,
     gather_tree,
     param_layouts,
+    shard_spec,
     shard_specs,
     shard_tree,
 )
@@ -76,6 +77,7 @@ class tensor_parallel(Transform):
     name = "tensor_parallel"
     level = "tensor"
     shards = True
+    reads_pending = True
     reason = "rows are divided over groups of ranks, each of which computes its rows together"
 
     def __init__(self, plan: Plan, mesh: Mesh | None = None) -> None:
@@ -122,11 +124,15 @@ class tensor_parallel(Transform):
             state.apply_fn.module, self._memory.styles(state.apply_fn), 1 if tp_group is None else tp_group.size
         )
         _check_outside(self)
+        is_pending = pending_weights.source_of(state) is not None
         if tp_group is None:
-            return state
+            return _with_weights(self, state, {}) if is_pending and not _is_read_outside(self) else state
         check_optimizer(state.tx, "lm.tensor_parallel", can_gather=False)
         specs = SpecTree.of(state, layouts)
-        state = shard_tree(tp_group, consistency.broadcast(state, tp_group.group), specs)
+        if is_pending:
+            state = _with_weights(self, state, layouts)
+        else:
+            state = shard_tree(tp_group, consistency.broadcast(state, tp_group.group), specs)
         return with_slot(state, self.name, TensorSharding(specs=specs, size=tp_group.size))
 
     def _prepared(self, state: Any) -> Any:
@@ -263,6 +269,25 @@ def _gradient(runtime: TPRuntime, view: FullParamView, next: Next, call: Gradien
         return next(call.replace(loss_fn=with_full_params(call.loss_fn)))  # type: ignore[no-any-return]
     finally:
         runtime.forward_context.leave()  # recomputing a layer in the backward pass enters its region again
+
+
+def _with_weights(transform: tensor_parallel, state: Any, layouts: Mapping[str, LeafSpec]) -> Any:
+    """`state` with this rank's shards of weights that are still in files."""
+    tp_group, device = transform.tp_group, transform.mesh.device
+    specs = {
+        name: shard_spec(spec, tp_group.size, tp_group.index)
+        for name, spec in layouts.items()
+        if tp_group is not None and spec.dim != REPLICATED
+    }
+    values = pending_weights.read(state, specs, lambda shard: shard.to(device))
+    within = () if transform.within is None else transform.within.transforms
+    return pending_weights.filled(state, values, within[within.index(transform) + 1 :] if transform in within else ())
+
+
+def _is_read_outside(transform: tensor_parallel) -> bool:
+    """Whether a transform outside reads weights that are still in files."""
+    around = () if transform.within is None else transform.within.transforms
+    return any(t.reads_pending for t in around[: around.index(transform)]) if transform in around else False
 
 
 def _check_outside(transform: tensor_parallel) -> None:
