@@ -17,7 +17,7 @@ from lumen.bridges.lora_layer import NAMES, Lora
 from lumen.core import _torch_compat, distributed
 from lumen.core.device import forked_rng
 from lumen.core.module import param_slots
-from lumen.core.pending_weights import Place, WeightSource, read_shard
+from lumen.core.pending_weights import Move, WeightSource, read_shard
 from lumen.core.sharding import ShardSpec
 from lumen.errors import CheckpointMismatchError, ParamsError, printable
 from lumen.parallel.comm.init import launched
@@ -38,29 +38,29 @@ class PretrainedWeights:
         files: WeightFiles,
         module: nn.Module,
         tensors: Mapping[str, Tensor],
-        made: Sequence[Recipe],
+        planned: Sequence[Recipe],
         fresh: set[str],
     ) -> None:
         self._files, self._module, self._tensors = files, module, dict(tensors)
-        self._recipes = sorted(made, key=lambda recipe: str(files.tensors[recipe.first].file))
+        self._recipes = sorted(planned, key=lambda recipe: str(files.tensors[recipe.first].file))
         self._fresh = fresh
 
-    def read(self, specs: Mapping[str, ShardSpec], seed: int, place: Place) -> dict[str, Tensor]:
-        """`place(shard)` for each param and buffer by name; those without a spec are read in full."""
+    def read(self, specs: Mapping[str, ShardSpec], seed: int, move: Move) -> dict[str, Tensor]:
+        """`move(shard)` for each param and buffer by name; those without a spec are read in full."""
         names = canonical_names(self._module)
         values: dict[str, Tensor] = {}
         by_path = {path: specs[name] for path, name in names.items() if name in specs}
         for recipe in self._recipes:
             for path, shard in recipe.read(self._reader(recipe, names), by_path):
                 name = names[path]
-                value = place(shard.to(self._tensors[name].dtype))
+                value = move(shard.to(self._tensors[name].dtype))
                 if name in values and not torch.equal(values[name], value):
                     raise _untied(self._files, name, path)
                 values[name] = value
         self._files.close()
         for name, full in (self._kept() | draw(self._module, self._fresh, seed)).items():
             shard = read_shard(specs.get(name), lambda slices, full=full: full[slices or ...])  # type: ignore[misc]
-            values[name] = place(shard.clone())
+            values[name] = move(shard.clone())
         return {name: values[name] for name in self._tensors}
 
     def fingerprint(self) -> str:
@@ -96,18 +96,18 @@ def plan(
     drawn = set(new)
     names = canonical_names(module)
     metas = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in files.tensors.items()}
-    made, unexpected = recipes(module, metas)
-    made = [r._replace(shapes={p: x for p, x in r.shapes.items() if names[p] not in drawn}) for r in made]
-    made = [recipe for recipe in made if recipe.shapes]
-    in_files = {names[path] for recipe in made for path in recipe.shapes}
+    planned, unexpected = recipes(module, metas)
+    planned = [r._replace(shapes={p: x for p, x in r.shapes.items() if names[p] not in drawn}) for r in planned]
+    planned = [recipe for recipe in planned if recipe.shapes]
+    in_files = {names[path] for recipe in planned for path in recipe.shapes}
     without_file = {name for name, x in tensors.items() if x.is_meta and name not in in_files}
     missing = without_file & {names[path] for path in module.state_dict() if path in names} - drawn - _adapters(module)
     missing, unexpected = without_ignored(module, missing, unexpected)
-    _check(files, module, tensors, made, names, missing if strict else (), unexpected if strict else ())
+    _check(files, module, tensors, planned, names, missing if strict else (), unexpected if strict else ())
     if (drawn | missing) and distributed.rank() == 0:
         level = logging.INFO if strict else logging.WARNING
         logging.getLogger(__name__).log(level, "drawn anew: %s", ", ".join(sorted(drawn | missing)))
-    return PretrainedWeights(files, module, tensors, made, without_file | drawn)
+    return PretrainedWeights(files, module, tensors, planned, without_file | drawn)
 
 
 def is_unjoined() -> bool:
@@ -133,7 +133,7 @@ class FailedSource:
         """A text: it has no files."""
         return str(self._error)
 
-    def read(self, specs: Mapping[str, ShardSpec], seed: int, place: Place) -> dict[str, Tensor]:
+    def read(self, specs: Mapping[str, ShardSpec], seed: int, move: Move) -> dict[str, Tensor]:
         """Raise the error."""
         raise self._error
 
@@ -160,12 +160,12 @@ def _check(
     files: WeightFiles,
     module: nn.Module,
     tensors: Mapping[str, Tensor],
-    made: Sequence[Recipe],
+    planned: Sequence[Recipe],
     names: Mapping[str, str],
     missing: Iterable[str],
     unexpected: Iterable[str],
 ) -> None:
-    shapes = {path: shape for recipe in made for path, shape in recipe.shapes.items()}
+    shapes = {path: shape for recipe in planned for path, shape in recipe.shapes.items()}
     other = [
         f"{printable(path)} {tuple(shape)}, not {tuple(tensors[names[path]].shape)}"
         for path, shape in shapes.items()
@@ -173,7 +173,7 @@ def _check(
     ]
     kinds = [
         f"{printable(source)} {_brief(files.tensors[source].dtype)}, not {_brief(tensors[names[recipe.path]].dtype)}"
-        for recipe in made
+        for recipe in planned
         for group in recipe.sources.values()
         for source in group
         if not _holds(tensors[names[recipe.path]].dtype, files.tensors[source].dtype)

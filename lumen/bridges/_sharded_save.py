@@ -123,7 +123,7 @@ def _write_tensors(
 
 def _gathered(state: Any, step: Step, names: Sequence[str]) -> dict[str, Tensor]:
     """The full params and buffers of these names, on every rank."""
-    part = state.replace(
+    selected = state.replace(
         params={name: state.params[name] for name in names if name in state.params},
         buffers={name: state.buffers[name] for name in names if name in state.buffers},
         opt_state=(),
@@ -132,8 +132,8 @@ def _gathered(state: Any, step: Step, names: Sequence[str]) -> dict[str, Tensor]
     with rules.running(step):
         for transform in step.transforms:
             if transform.shards:
-                part = transform.export(part)
-    return {**part.params, **part.buffers}
+                selected = transform.export(selected)
+    return {**selected.params, **selected.buffers}
 
 
 class _OpenFiles:

@@ -84,8 +84,8 @@ class Recipe(NamedTuple):
         return block
 
 
-def recipes(module: nn.Module, found: Mapping[str, Tensor]) -> tuple[list[Recipe], set[str]]:
-    """How tensors `found` in files, given by name on the meta device, become those of `module`; and unexpected names.
+def recipes(module: nn.Module, in_files: Mapping[str, Tensor]) -> tuple[list[Recipe], set[str]]:
+    """How the tensors `in_files`, by name on the meta device, become those of `module`; and unexpected names.
 
     A module that is not of transformers has the names of its `state_dict()`.
 
@@ -93,18 +93,18 @@ def recipes(module: nn.Module, found: Mapping[str, Tensor]) -> tuple[list[Recipe
     """
     expected = {name: x for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     if not is_transformers(module):
-        known = [name for name in found if name in expected]
-        made = [Recipe(name, {name: found[name].shape}, {"": (name,)}, None, module) for name in known]
-        return made, found.keys() - expected.keys()
-    planned, unexpected = _renamed(module, found, expected)
-    made = [recipe for path, entry in planned.items() for recipe in [_recipe(module, path, *entry, found)]]
-    unknown = {path for recipe in made for path in recipe.shapes if path not in expected}
-    made = [r._replace(shapes={p: s for p, s in r.shapes.items() if p in expected}) for r in made]
-    return [recipe for recipe in made if recipe.shapes], unexpected | unknown
+        known = [name for name in in_files if name in expected]
+        entries = [Recipe(name, {name: in_files[name].shape}, {"": (name,)}, None, module) for name in known]
+        return entries, in_files.keys() - expected.keys()
+    planned, unexpected = _renamed(module, in_files, expected)
+    entries = [recipe for path, entry in planned.items() for recipe in [_recipe(module, path, *entry, in_files)]]
+    unknown = {path for recipe in entries for path in recipe.shapes if path not in expected}
+    entries = [r._replace(shapes={p: s for p, s in r.shapes.items() if p in expected}) for r in entries]
+    return [recipe for recipe in entries if recipe.shapes], unexpected | unknown
 
 
 def _renamed(
-    module: Any, found: Iterable[str], expected: Mapping[str, Tensor]
+    module: Any, in_files: Iterable[str], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[Any, dict[str, list[str]]]], set[str]]:
     """By the path of the first result: the converter, and the sources by pattern. And unexpected names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -117,7 +117,7 @@ def _renamed(
     prefix = module.base_model_prefix
     planned: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     unexpected = set()
-    for name in sorted(found, key=dot_natural_key):
+    for name in sorted(in_files, key=dot_natural_key):
         path, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if path not in expected and name in expected:  # saved under the names of this version
             path, pattern = rename_source_key(name, [], [], prefix, expected)
@@ -131,14 +131,14 @@ def _renamed(
 
 
 def _recipe(
-    module: Any, path: str, converter: Any, sources: Mapping[str, list[str]], found: Mapping[str, Tensor]
+    module: Any, path: str, converter: Any, sources: Mapping[str, list[str]], in_files: Mapping[str, Tensor]
 ) -> Recipe:
     by_pattern = {pattern: tuple(names) for pattern, names in sources.items()}
     recipe = Recipe(path, {path: torch.Size()}, by_pattern, converter, module)
     if converter is None:
-        return recipe._replace(shapes={path: found[recipe.first].shape})
+        return recipe._replace(shapes={path: in_files[recipe.first].shape})
     try:
-        results = recipe.convert(found.__getitem__)
+        results = recipe.convert(in_files.__getitem__)
     except Exception as error:
         names = [name for group in by_pattern.values() for name in group]
         raise CheckpointMismatchError(

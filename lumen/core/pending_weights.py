@@ -20,7 +20,7 @@ from lumen.errors import StateError, WorldError
 SLOT = "pending_weights"
 
 T = TypeVar("T")
-Place = Callable[[Tensor], Tensor]  # moves a tensor to where it is kept
+Move = Callable[[Tensor], Tensor]  # a tensor, moved to where it is kept
 
 
 class WeightSource(Protocol):
@@ -29,8 +29,8 @@ class WeightSource(Protocol):
     def fingerprint(self) -> str:
         """A text that is equal on ranks that read the same files."""
 
-    def read(self, specs: Mapping[str, ShardSpec], seed: int, place: Place) -> dict[str, Tensor]:
-        """`place(shard)` for each param and buffer by name; those without a spec are read in full.
+    def read(self, specs: Mapping[str, ShardSpec], seed: int, move: Move) -> dict[str, Tensor]:
+        """`move(shard)` for each param and buffer by name; those without a spec are read in full.
 
         Tensors that no file has are drawn from `seed`. Ranks do not communicate here.
         """
@@ -54,7 +54,7 @@ def with_source(state: Any, source: WeightSource) -> Any:
     return state.replace(slots={**state.slots, SLOT: PendingWeights(source=source)})
 
 
-def read(state: Any, specs: Mapping[str, ShardSpec], place: Place) -> dict[str, Tensor]:
+def read(state: Any, specs: Mapping[str, ShardSpec], move: Move) -> dict[str, Tensor]:
     """This rank's params and buffers by name: the shards that have `specs`, and the full others.
 
     All ranks call it, and where one of them cannot read, all raise.
@@ -63,8 +63,8 @@ def read(state: Any, specs: Mapping[str, ShardSpec], place: Place) -> dict[str, 
     assert source is not None
     if distributed.is_dry_run():
         tensors = {**state.params, **state.buffers}
-        return {name: place(_empty(x, specs.get(name))) for name, x in tensors.items()}
-    values = on_all_ranks(lambda: source.read(specs, int(state.seed), place))
+        return {name: move(_empty(x, specs.get(name))) for name, x in tensors.items()}
+    values = on_all_ranks(lambda: source.read(specs, int(state.seed), move))
     _check_same(source.fingerprint())
     return values
 

@@ -44,7 +44,8 @@ OTHERS = {
     *("_hp_mapping", "_index_in_param_group"),  # DeepSpeed
     *("_batch_fn", "_batch_size", "_max_index", "_num_records", "_parent", "_parents", "_shard_options"),  # Grain
     "_window_size",  # Grain
-    "_tp_plan",  # transformers
+    *("_tp_plan", "_adjust_missing_and_unexpected_keys", "_get_dtype_plan", "_is_hf_initialized"),  # transformers
+    *("_keys_to_ignore_on_save", "_weight_conversions"),  # transformers
     *("_distributed", "_ex_iterable"),  # datasets
 }
 # What objects of torch have: on anything but `self` these are torch's, whoever else has one of that name.

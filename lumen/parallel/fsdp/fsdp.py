@@ -258,8 +258,8 @@ def _init_meta(transform: fsdp, state: Any, layout: ShardLayout | None) -> Any:
     on_host, device = transform.offload and layout is not None, transform.mesh.device
     sharded = {*state.params, *state.apply_fn.frozen} if transform.stage == 3 else set()
     if pending_weights.source_of(state) is not None:
-        place = (lambda shard: offload.to_host(shard.to(device))) if on_host else (lambda shard: shard.to(device))
-        values = read_pending(state, layout, sharded, place)
+        move = (lambda shard: offload.to_host(shard.to(device))) if on_host else (lambda shard: shard.to(device))
+        values = read_pending(state, layout, sharded, move)
     else:
         units = transform._memory.units(state.apply_fn, [*state.params])
         keep_fn = make_keep_fn(layout, sharded)

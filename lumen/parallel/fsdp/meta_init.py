@@ -80,13 +80,13 @@ def init_from_meta(
 
 
 def read_pending(
-    state: Any, layout: ShardLayout | None, sharded: Collection[str], place: Callable[[Tensor], Tensor]
+    state: Any, layout: ShardLayout | None, sharded: Collection[str], move: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """The result of `place` for what this rank keeps of params and buffers that are still in files."""
+    """The result of `move` for what this rank keeps of params and buffers that are still in files."""
     tensors = {**state.params, **state.buffers}
     names = [] if layout is None else [name for name in sharded if tensors[name].dim()]
     specs = {name: layout.spec(tensors[name].shape) for name in names if layout is not None}
-    return pending_weights.read(state, specs, place)
+    return pending_weights.read(state, specs, move)
 
 
 def make_keep_fn(layout: ShardLayout | None, sharded: Collection[Any]) -> Keep:
