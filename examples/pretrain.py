@@ -3,6 +3,7 @@
     python examples/pretrain.py                                       # two minutes on 2 cores
     python examples/pretrain.py --remat "budget=40MB" --bf16
     torchrun --nproc-per-node=2 examples/pretrain.py --strategy fsdp
+    torchrun --nproc-per-node=2 examples/pretrain.py --strategy context     # each process has half of each row
     torchrun --nproc-per-node=4 examples/pretrain.py --strategy fsdp-tensor
 
 The documents are the functions and classes of Python's own standard library, as bytes. `lm.data.Packed` puts several of
@@ -33,7 +34,7 @@ import lumen as lm
 # B batch, T time, C width, H heads, V vocabulary.
 END = 256  # ends a document; the other tokens are bytes
 VOCABULARY = 257
-Strategy = Literal["ddp", "fsdp", "tensor", "ddp-tensor", "fsdp-tensor"]
+Strategy = Literal["ddp", "fsdp", "tensor", "context", "ddp-tensor", "fsdp-tensor", "fsdp-context"]
 
 
 @dataclass
@@ -132,7 +133,9 @@ AXES = {
     "fsdp": {"shard": -1},
     "tensor": {"tensor": -1},
     "ddp-tensor": {"data": -1, "tensor": 2},
+    "context": {"context": -1},
     "fsdp-tensor": {"shard": -1, "tensor": 2},
+    "fsdp-context": {"shard": -1, "context": 2},
 }
 
 
@@ -141,8 +144,12 @@ def make_transforms(config: Config) -> list[lm.Transform]:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     mesh = lm.mesh(**({} if alone else AXES[config.strategy]))
     transforms: list[lm.Transform] = [lm.donate()]
-    if config.strategy != "tensor":
-        transforms.append(lm.ddp(mesh) if config.strategy.startswith("ddp") else lm.fsdp(mesh))
+    if config.strategy.startswith("ddp"):
+        transforms.append(lm.ddp(mesh))
+    if config.strategy.startswith("fsdp"):
+        transforms.append(lm.fsdp(mesh))
+    if "context" in config.strategy:
+        transforms.append(lm.context_parallel(mesh, documents="documents"))
     if "tensor" in config.strategy:
         transforms.append(lm.tensor_parallel(lm.parallel.plans.gpt(), mesh))
     if config.accumulate > 1:

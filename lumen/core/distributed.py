@@ -1,7 +1,7 @@
 """Rank and world size: the one module that asks `torch.distributed` for them.
 
-Processes that compute the same rows together (along a mesh's `context` and `tensor` axes) receive the same rows. They
-are next to each other by rank, and count once wherever rows are split or results are summed over rows.
+Processes that compute the same rows together (along a mesh's axes `pipeline`, `context` and `tensor`) receive the same
+rows. They are next to each other by rank, and count once wherever rows are split or results are summed over rows.
 """
 
 from __future__ import annotations

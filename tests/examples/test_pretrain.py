@@ -15,6 +15,7 @@ WAYS = {
     "budget": (("--remat", "budget=50KB"), 1),
     "fsdp": (("--strategy", "fsdp"), 2),
     "tensor": (("--strategy", "tensor", "--remat", "none"), 2),
+    "context": (("--strategy", "context", "--accumulate", "2"), 2),
     "ddp": (("--strategy", "ddp", "--remat", "attention"), 2),
 }
 

@@ -152,3 +152,18 @@ def test_settings_and_neighbors_are_checked() -> None:
             lm.compose(
                 *sorted((other, lm.context_parallel()), key=lambda t: t.level in ("context", "dp_sgd", "tensor"))
             )
+
+
+@given(st.integers(1, 3), st.integers(4, 30), st.integers(0, 9))
+def test_an_excerpt_is_a_part_of_the_first_row(size: int, local: int, number: int) -> None:
+    """Where no label counts in an excerpt, the next check takes another one."""
+    length = size * local
+    batch = {"ids": torch.arange(2 * length).view(2, length), "mask": torch.ones(2, 1, length, length)}
+    shards = SequenceShards.of(batch, {"ids": 1}, None, size)
+    part, own = shards.excerpt(batch, 3, number)
+    start = int(part["ids"][0, 0])
+    assert part["ids"].tolist() == [[*range(start, start + 3 * size)]]
+    assert start + 3 * size <= length
+    assert part["mask"].shape == (1, 1, 3 * size, 3 * size)
+    assert (own.length, own.local) == (3 * size, 3)
+    assert start == 0 or number > 0

@@ -128,6 +128,27 @@ def test_a_packed_row_is_its_documents_each_alone():
     torch.testing.assert_close(packed_grads, alone_grads, rtol=1e-9, atol=1e-12)
 
 
+def test_a_model_of_transformers_finds_the_documents_by_their_positions():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    net = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=32))
+    state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+    docs = [torch.randint(40, (n,)) for n in (6, 9, 4)]
+    rows = lm.data.Packed(docs, 16)
+    assert len(rows) == 1
+    batch = {name: leaf[None] for name, leaf in rows[0].items()}
+    places = {"input_ids": batch["tokens"], "position_ids": batch["positions"]}
+    out, _ = state.apply(state.params, **places, use_cache=False)
+    loss = F.cross_entropy(out.logits[0], batch["targets"][0], reduction="sum")
+    alone = sum(
+        F.cross_entropy(state.apply(state.params, input_ids=d[None, :-1])[0].logits[0], d[1:], reduction="sum")
+        for d in docs
+    )
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_packs_anew_in_each_epoch(workers):
     docs = [[100 * i + j for j in range(2 + i % 5)] for i in range(40)]

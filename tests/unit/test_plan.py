@@ -25,6 +25,7 @@ from lumen.planner.plan import plan_loaded
 from lumen.planner.render import phases, sampled
 from lumen.planner.roofline import compute_seconds, device, ring_bytes, ring_seconds
 from lumen.planner.tracker import Work
+from tests.distributed import context_models
 
 
 def step(state, batch):
@@ -165,6 +166,14 @@ def test_a_plan_computes_no_logits_that_are_computed_in_chunks():
     assert any(block.nbytes == logits for block in whole.peak.blocks)
     assert not any(block.nbytes == logits for block in found.peak.blocks)
     assert found.peak.nbytes < whole.peak.nbytes - logits
+
+
+def test_sequences_are_planned_on_their_shards():
+    batch = {name: x for name, x in context_models.batches(1, length=64)[0].items() if name != "documents"}
+    step = lm.compose(lm.ddp(), lm.context_parallel())(context_models.step)
+    one, two = (lm.plan(step, context_models.state_of(), batch, mesh={"context": size}) for size in (1, 2))
+    assert two.peak.by_category["activations"] < 0.6 * one.peak.by_category["activations"]
+    assert {(each.kind, each.axes) for each in two.traffic} >= {("all-to-all", "context"), ("all-reduce", "context")}
 
 
 # ------------------------------------------------------------------------------------------- costs

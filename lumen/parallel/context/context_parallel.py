@@ -213,7 +213,8 @@ class context_parallel(Transform):
         call: GradientCall,
     ) -> None:
         """Raise `LossError` where the loss of sharded sequences would be another one."""
-        batch, excerpt = shards.excerpt(call.batch, loss_check.local_length(shards.local))
+        batch, excerpt = shards.excerpt(call.batch, loss_check.local_length(shards.local), sites.checks)
+        sites.checks += 1
         alone = call.replace(summed=True, reduction=None, grad_buffers=None, batch=batch)
         rewind = loss_check.same_draws(call.params)
         documents = nullcontext() if self.documents is None else rules.around_losses(self._in_one_process)
@@ -259,7 +260,7 @@ def _explained(excerpt: SequenceShards) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(
-            f"This was the check of the loss by lm.context_parallel, on the first {excerpt.length} positions of a row."
+            f"This was the check of the loss by lm.context_parallel, on {excerpt.length} positions of a row."
             " A model that takes sequences of one length only cannot be sharded."
         )
         raise

@@ -39,6 +39,7 @@ class CallSites:
         self.mixing: set[str] = set()  # names of functions that may mix positions, for messages
         self.is_recording = True
         self.is_checked = False
+        self.checks = 0
 
     def takes_positions(self, fits: bool, local: int) -> bool:
         """Whether a range read here is one of positions; it `fits` if it starts at 0 and is of `local` numbers."""

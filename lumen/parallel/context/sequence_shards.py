@@ -62,12 +62,13 @@ class SequenceShards(NamedTuple):
         """The batch with the positions of rank `index`; leaves without positions stay as they are."""
         return self._map(batch, lambda x, dim: x.narrow(dim, index * self.local, self.local).contiguous())
 
-    def excerpt(self, batch: Any, local: int) -> tuple[Any, SequenceShards]:
-        """The first row, with `local` positions for each rank, and how that is sharded.
+    def excerpt(self, batch: Any, local: int, number: int = 0) -> tuple[Any, SequenceShards]:
+        """The first row, with `local` positions for each rank, and how that is sharded; other ones for each `number`.
 
         Any dim that is as long as the sequences is shortened, also in leaves that are not sharded.
         """
         length = local * self.size
+        start = number * length % (self.length - length + 1)
 
         def shorten(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -75,7 +76,7 @@ class SequenceShards(NamedTuple):
             row = leaf[:1]
             for dim in range(1, row.dim()):
                 if row.shape[dim] == self.length:
-                    row = row.narrow(dim, 0, length)
+                    row = row.narrow(dim, start, length)
             return row.contiguous()
 
         return tree.map(shorten, batch), self._replace(length=length)
