@@ -79,7 +79,11 @@ def stack(*sizes):
 
 TWO = {"microbatches": 2}
 
-register(stack=lambda: stack(8, 5, 7), blocks=Blocks, scaled=lambda: nn.Sequential(Scale(WIDTH, 4), Scale(4, CLASSES)))
+register(
+    pipeline_stack=lambda: stack(8, 5, 7),
+    pipeline_blocks=Blocks,
+    scaled=lambda: nn.Sequential(Scale(WIDTH, 4), Scale(4, CLASSES)),
+)
 
 
 def law(cases, axes=None, steps=3, ddp=False):

@@ -31,10 +31,10 @@ def test_two_processes_compute_as_one(cut, world2):
     check(
         world2,
         [
-            ("stack", [], [8], cut),
+            ("pipeline_stack", [], [8], cut),
             *([] if "stages" in cut else [("scaled", ["clip"], [8], cut)]),
-            ("blocks", ["guard", "clip", "ema", "donate"], [8], cut),
-            ("blocks", ["accumulate"], [24], cut),
+            ("pipeline_blocks", ["guard", "clip", "ema", "donate"], [8], cut),
+            ("pipeline_blocks", ["accumulate"], [24], cut),
         ],
     )
 
@@ -43,9 +43,9 @@ def test_names_cut_a_model_anywhere(world2):
     check(
         world2,
         [
-            ("blocks", ["clip"], [8], {**GPIPE, "stages": ["blocks.3"]}),
-            ("blocks", [], [8], {**ONE_F_ONE_B, "stages": ["norm"]}),
-            ("blocks", [], [4], {**INTERLEAVED, "stages": ["blocks.0", "blocks.1", "head"]}),
+            ("pipeline_blocks", ["clip"], [8], {**GPIPE, "stages": ["blocks.3"]}),
+            ("pipeline_blocks", [], [8], {**ONE_F_ONE_B, "stages": ["norm"]}),
+            ("pipeline_blocks", [], [4], {**INTERLEAVED, "stages": ["blocks.0", "blocks.1", "head"]}),
             ("mlp", [], [6], {**GPIPE, "stages": ["1"]} | {"stages": ["2"]}),
         ],
     )
@@ -56,9 +56,9 @@ def test_rows_are_divided_over_the_other_axis(world4):
     check(
         world4,
         [
-            ("blocks", ["clip", "ema", "donate"], [8, 4], GPIPE),
-            ("blocks", ["accumulate"], [12, 12], ONE_F_ONE_B),
-            ("stack", [], [4, 0], GPIPE),
+            ("pipeline_blocks", ["clip", "ema", "donate"], [8, 4], GPIPE),
+            ("pipeline_blocks", ["accumulate"], [12, 12], ONE_F_ONE_B),
+            ("pipeline_stack", [], [4, 0], GPIPE),
         ],
         axes,
         2,
@@ -127,7 +127,7 @@ def test_each_param_lives_on_one_stage_and_stages_are_even(widths, stages):
 def at_rest(cut):
     """Bytes here and in all of params, optimizer and averages; whether the state comes back bitwise."""
     wrapped = lm.compose(lm.ema(0.9), lm.pipeline(mesh(pipeline=-1, device="cpu"), **cut))(step)
-    _, plain = train(lm.ema(0.9)(step), make_state("blocks"), batches(1, 8))
+    _, plain = train(lm.ema(0.9)(step), make_state("pipeline_blocks"), batches(1, 8))
     held = wrapped.transforms[1].init(plain)
     seen = []
 
@@ -168,7 +168,7 @@ def save_in_stages(path, one, model):
     return moved, bare(wrapped.export(state)), bare(wrapped.export(of_one))
 
 
-@pytest.mark.parametrize("model", ["blocks", "scaled"])
+@pytest.mark.parametrize("model", ["pipeline_blocks", "scaled"])
 def test_a_checkpoint_is_restored_in_stages_and_by_one_process(model, world2, tmp_path):
     path, of_one = str(tmp_path / "saved"), str(tmp_path / "one")
     one = lm.ema(0.9)(step)
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_restored_in_stages_and_by_one_process(model, world2, tm
 def in_turn(cut):
     """The output and its metrics outside of a gradient, here and in one process."""
     wrapped = lm.pipeline(mesh(pipeline=-1, device="cpu"), **cut)(_evaluate)
-    state, batch = make_state("blocks").eval(), batches(1, 7)[0]
+    state, batch = make_state("pipeline_blocks").eval(), batches(1, 7)[0]
     with torch.no_grad():
         _, found = wrapped(wrapped.init(state), batch)
         _, wanted = _evaluate(state, batch)
@@ -233,7 +233,7 @@ def features():
     """How far the step with some features is from one process with the same."""
     grid, found = mesh(pipeline=-1, device="cpu"), {}
 
-    def compare(name, made, around=(), inside=(), model="blocks", cut=GPIPE, rows=8, dtype=torch.float64):
+    def compare(name, made, around=(), inside=(), model="pipeline_blocks", cut=GPIPE, rows=8, dtype=torch.float64):
         data = batches(2, rows, dtype)
         pipe = lm.pipeline(grid, **cut)
         losses, state = train(lm.compose(*around, pipe, *inside)(made), make_state(model, dtype), data)
@@ -246,7 +246,7 @@ def features():
     compare("remat", step, inside=[lm.remat()])
     compare("bf16", step, inside=[lm.precision("bf16")], dtype=torch.float32)
     compare("bf16 interleaved", step, inside=[lm.precision("bf16"), lm.remat()], dtype=torch.float32, cut=INTERLEAVED)
-    compare("bf16 params", step, dtype=torch.bfloat16, model="stack")
+    compare("bf16 params", step, dtype=torch.bfloat16, model="pipeline_stack")
     compare("seeded", step, around=[lm.seeded()])
     compare("sam", step, around=[lm.sam(0.05)], model="scaled")
     return found

@@ -160,17 +160,21 @@ REFUSED = {
     "tied": (("tied", {"stages": ["norm"]}), "ParamsError", "between tied weights"),
     "no blocks": (("outside", {}), "ParamsError", "has 0 with params: too few for 2 stages"),
     "few blocks": (("mlp", {"stages": 4, "schedule": "interleaved"}), "ParamsError", "has 2 with params"),
-    "no module": (("stack", {"stages": ["9"]}), "PatternError", "'9' is no module of Sequential"),
-    "order": (("stack", {"stages": ["4", "2"]}), "PatternError", "in another order"),
+    "no module": (("pipeline_stack", {"stages": ["9"]}), "PatternError", "'9' is no module of Sequential"),
+    "order": (("pipeline_stack", {"stages": ["4", "2"]}), "PatternError", "in another order"),
     "empty stage": (
-        ("stack", {"stages": ["3", "4"]}),
+        ("pipeline_stack", {"stages": ["3", "4"]}),
         "ParamsError",
         "stage 1 of lm.pipeline begins at '3' and has no",
     ),
-    "uneven": (("stack", {"stages": 3, "schedule": "interleaved"}), "HyperparameterError", "same number of stages"),
-    "numbers": (("stack", {"stages": 4}), "HyperparameterError", "one stage on each of 2 processes"),
-    "few microbatches": (("stack", {"microbatches": 1}), "HyperparameterError", "as many microbatches"),
-    "adafactor": (("stack", {}, None, 8, "adafactor"), "HyperparameterError", "cannot run under lm.pipeline"),
+    "uneven": (
+        ("pipeline_stack", {"stages": 3, "schedule": "interleaved"}),
+        "HyperparameterError",
+        "same number of stages",
+    ),
+    "numbers": (("pipeline_stack", {"stages": 4}), "HyperparameterError", "one stage on each of 2 processes"),
+    "few microbatches": (("pipeline_stack", {"microbatches": 1}), "HyperparameterError", "as many microbatches"),
+    "adafactor": (("pipeline_stack", {}, None, 8, "adafactor"), "HyperparameterError", "cannot run under lm.pipeline"),
     "batchnorm": (("conv", {"stages": ["head"]}), "ParamsError", "changes the buffer 'norm.running_mean'"),
     "counting first": (("counting_first", {}), "ParamsError", "changes the buffer '0.calls'"),
     "counting last": (("counting_last", {}), "ParamsError", "changes the buffer '1.calls'"),
@@ -179,15 +183,15 @@ REFUSED = {
     "looped": (("looped", {"stages": ["1"]}), "LossError", "more than once"),
     "peeking": (("peeking", {}), "LossError", "decides by values of stage 0"),
     "writing": (("writing", {}), "LossError", "in place"),
-    "rows": (("stack", {}, None, 7), "BatchError", "2 must divide the rows"),
-    "other rows": (("stack", {}, None, 8, "adam", True), "BatchError", "received different rows"),
-    "twice": (("stack", {}, "twice"), "LossError", "applies the model more than once"),
-    "decay": (("stack", {}, "decay"), "LossError", "depends on params or activations of stage 0"),
-    "draw": (("stack", {}, "draw"), "LossError", "draws random numbers from torch's generators"),
-    "never": (("stack", {}, "never"), "LossError", "never applies the model"),
-    "cache": (("stack", {}, "cache"), "LossError", "hands a microbatch to lm.grad_cache"),
-    "aux": (("stack", {}, "aux"), "LossError", "does not know how to merge"),
-    "detached": (("stack", {}, "detached"), "LossError", "does not depend on params"),
+    "rows": (("pipeline_stack", {}, None, 7), "BatchError", "2 must divide the rows"),
+    "other rows": (("pipeline_stack", {}, None, 8, "adam", True), "BatchError", "received different rows"),
+    "twice": (("pipeline_stack", {}, "twice"), "LossError", "applies the model more than once"),
+    "decay": (("pipeline_stack", {}, "decay"), "LossError", "depends on params or activations of stage 0"),
+    "draw": (("pipeline_stack", {}, "draw"), "LossError", "draws random numbers from torch's generators"),
+    "never": (("pipeline_stack", {}, "never"), "LossError", "never applies the model"),
+    "cache": (("pipeline_stack", {}, "cache"), "LossError", "hands a microbatch to lm.grad_cache"),
+    "aux": (("pipeline_stack", {}, "aux"), "LossError", "does not know how to merge"),
+    "detached": (("pipeline_stack", {}, "detached"), "LossError", "does not depend on params"),
 }
 
 
@@ -201,7 +205,7 @@ def test_what_cannot_be_cut_is_refused_by_name_on_every_process(world2):
 
 
 def test_an_error_on_one_stage_ends_all(world2):
-    first, last = world2.run(error_of, "stack", {}, "fails", limit=60)
+    first, last = world2.run(error_of, "pipeline_stack", {}, "fails", limit=60)
     assert last == ("ValueError", "no such label")
     assert first[0] == "WorldError"
     assert "rank 1" in first[1]
@@ -242,7 +246,7 @@ def test_one_process_takes_a_model_without_blocks():
 
 
 def test_one_process_is_the_step():
-    state, batch = make_state("blocks"), batches(1, 8)[0]
+    state, batch = make_state("pipeline_blocks"), batches(1, 8)[0]
     assert isinstance(state.apply_fn.module, Blocks)
     wrapped = lm.pipeline(microbatches=4, stages=["blocks.2"])(step)
     new, metrics = wrapped(wrapped.init(state), batch)

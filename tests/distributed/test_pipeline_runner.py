@@ -37,7 +37,7 @@ def run(directory, in_stages, stops=(6,)):
             progress=False,
         )
         result = runner.fit(
-            make_state("blocks"),
+            make_state("pipeline_blocks"),
             lm.Loader(data, batch_size=8, seed=2),
             until=lm.Steps(stop),
             validate=lm.Validate(evaluate, lm.Loader(data, batch_size=5), every=lm.Every(steps=3)),
