@@ -103,6 +103,7 @@ def serve(rank, size, port, pipe):
     import torch
 
     torch.set_num_threads(1)
+    from lumen.core import distributed
     from lumen.parallel.comm.init import join, leave
 
     join("cpu", timeout=LIMIT / 2)
@@ -111,6 +112,7 @@ def serve(rank, size, port, pipe):
             path, name, args = pipe.recv()
         except EOFError:
             break
+        distributed.set_row_replicas(1)  # what the mesh of the task before has left
         try:
             answer = (time.monotonic(), True, getattr(_module(path), name)(*args))
         except BaseException as error:

@@ -159,7 +159,29 @@ class RecomputedPass:
         return output
 
 
-Pass = ForwardPass | RecomputedPass
+class NoPass:
+    """Below the passes that are running: a module that contains units runs outside of `state.apply`."""
+
+    def begin(self, _slots: Sequence[ParamSlot]) -> None:
+        """Raise `OrderError`."""
+        raise OrderError(
+            "a module that contains units of lm.fsdp ran outside of state.apply, where none of them can be gathered."
+        )
+
+    def enter(self, _unit: int) -> None:
+        """Raise `OrderError`."""
+        self.begin(())
+
+    def leave(self, _unit: int, output: Any) -> Any:
+        """Nothing: `enter` has raised."""
+        return output
+
+    def end(self, output: Any) -> Any:
+        """Nothing: `begin` has raised."""
+        return output
+
+
+Pass = ForwardPass | RecomputedPass | NoPass
 
 
 def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[nn.Module], None]:
@@ -170,8 +192,8 @@ def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[n
             submodule = module.get_submodule(name)
             submodule.register_forward_pre_hook(_entering(passes, unit))
             submodule.register_forward_hook(_leaving(passes, unit))
-        module.register_forward_pre_hook(lambda root, args: _current(passes).begin(param_slots(root)))
-        module.register_forward_hook(lambda root, args, output: _current(passes).end(output))
+        module.register_forward_pre_hook(lambda root, args: passes[-1].begin(param_slots(root)))
+        module.register_forward_hook(lambda root, args, output: passes[-1].end(output))
 
     return change
 
@@ -179,21 +201,13 @@ def register_unit_hooks(passes: Sequence[Pass], units: FSDPUnits) -> Callable[[n
 # Closures and not objects: the copies of a module must share the list of passes.
 def _entering(passes: Sequence[Pass], unit: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
-        _current(passes).enter(unit)
+        passes[-1].enter(unit)
 
     return hook
 
 
 def _leaving(passes: Sequence[Pass], unit: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return _current(passes).leave(unit, output)
+        return passes[-1].leave(unit, output)
 
     return hook
-
-
-def _current(passes: Sequence[Pass]) -> Pass:
-    if not passes:
-        raise OrderError(
-            "a module that contains units of lm.fsdp ran outside of state.apply, where none of them can be gathered."
-        )
-    return passes[-1]

@@ -14,7 +14,7 @@ from lumen.core.param_leaves import Path
 from lumen.errors import WorldError
 from lumen.parallel.comm.buckets import BucketPlanCache, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
-from lumen.parallel.fsdp.forward_pass import Pass
+from lumen.parallel.fsdp.forward_pass import NoPass, Pass
 from lumen.parallel.fsdp.frozen_params import FrozenSource
 from lumen.parallel.fsdp.shard import ShardLayout
 from lumen.parallel.fsdp.unit_plan import UnitPlans
@@ -41,7 +41,7 @@ class FSDPRuntime(StepMesh):
         self._unit_plans: dict[Path, tuple[Sharding, UnitPlans]] = {}
         self._frozen: dict[Path, FrozenSource] = {}
         self.stage = transform.stage
-        self.passes: list[Pass] = []  # of the model, the innermost last
+        self.passes: list[Pass] = [NoPass()]  # of the model, the innermost last
         self.contexts: list[UnshardContext] = []  # of the gradients that are being computed, the innermost last
 
     def __deepcopy__(self, _memo: object) -> FSDPRuntime:
