@@ -35,7 +35,7 @@ from lumen.errors import (
     ParamsError,
     printable,
 )
-from lumen.optim._param_names import Pattern
+from lumen.optim._param_names import Pattern, matching_any
 from lumen.transforms._support.activation_budget import parse_bytes
 
 _SHOWN = 6  # maximum number of names in a message
@@ -232,7 +232,7 @@ def load_pretrained(
             " state = step.init(load_pretrained(state, directory))"
         )
     tensors = {**state.params, **state.buffers}
-    matched = set(lora._match(new, list(tensors), "tensor")) if new else set()
+    matched = set(matching_any(new, list(tensors), "tensor")) if new else set()
     if any(x.is_meta for x in tensors.values()):
         return _pending(state, module, directory, matched, strict)
     return _loaded(state, module, directory, matched, strict)

@@ -21,7 +21,7 @@ from lumen.core import _torch_compat
 from lumen.core.arguments import checked
 from lumen.core.module import param_slots
 from lumen.errors import HyperparameterError, ParamsError
-from lumen.optim._param_names import Pattern, matching
+from lumen.optim._param_names import Pattern, matching_any
 from lumen.parallel.tensor.layout import is_transposed
 
 
@@ -68,10 +68,10 @@ def adapt(
         )
     model = _copy_frozen(module)
     names = [name for name, _ in model.named_modules() if name]
-    layers = {name: model.get_submodule(name) for name in _match(targets, names, "layer")}
+    layers = {name: model.get_submodule(name) for name in matching_any(targets, names, "layer")}
     _check(model, layers)
     parameters = dict(model.named_parameters())
-    for name in _match(also, list(parameters), "parameter"):
+    for name in matching_any(also, list(parameters), "parameter"):
         parameters[name].requires_grad_(True)
     for layer in layers.values():
         _adapt(layer, rank, alpha)
@@ -115,12 +115,6 @@ def _copy_frozen(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     memo |= {id(b): b for b in module.buffers()}
     return copy.deepcopy(module, memo)
-
-
-def _match(patterns: Pattern | Sequence[Pattern], names: list[str], what: str) -> list[str]:
-    all_patterns = patterns if isinstance(patterns, list | tuple) else (patterns,)
-    columns = [matching(pattern, names, what) for pattern in all_patterns]
-    return [name for name, *matches in zip(names, *columns, strict=True) if any(matches)]
 
 
 def _check(module: nn.Module, layers: dict[str, nn.Module]) -> None:

@@ -109,7 +109,7 @@ class Packed:
 
     def __len__(self) -> int:
         """The number of rows."""
-        return sum(group.rows for group in self._groups)
+        return len(self._plan.offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One row."""
@@ -131,13 +131,14 @@ class Packed:
     def _pairs(self, segment: int) -> tuple[Ints, Ints]:
         """The tokens of a segment of a document, and their targets."""
         document, start, size = int(self._owners[segment]), int(self._starts[segment]), int(self._sizes[segment])
-        tokens = self._read(document, self._tokens)
+        value = self._documents[document]
+        tokens = _integers(_entry(value, self._tokens, document), document)
         if len(tokens) != self._counts[document]:
             raise BatchError(
                 f"document {document} has {len(tokens)} tokens, and `lengths` says {self._counts[document]}. Count them"
                 " again, or leave lengths= out."
             )
-        targets = tokens if self._labels is None else self._read(document, self._labels)
+        targets = tokens if self._labels is None else _integers(_entry(value, self._labels, document), document)
         if len(targets) != len(tokens):
             raise BatchError(
                 f"document {document} has {len(tokens)} tokens and {len(targets)} labels ({self._labels!r}). There is"
@@ -145,22 +146,9 @@ class Packed:
             )
         return tokens[start : start + size], targets[start + 1 : start + 1 + size]
 
-    def _read(self, document: int, entry: str) -> Ints:
-        return _integers(self._entry(document, entry), document)
-
-    def _entry(self, document: int, entry: str) -> Any:
-        value = self._documents[document]
-        if not isinstance(value, Mapping):
-            return value
-        if entry not in value:
-            names = ", ".join(map(repr, value))
-            raise BatchError(
-                f"document {document} has no entry {entry!r}; it has {names}. Write Packed(..., tokens=…)."
-            )
-        return value[entry]
-
     def _count(self) -> Ints:
-        return np.array([_size(self._entry(i, self._tokens), i) for i in range(len(self._documents))], np.int64)
+        documents = self._documents
+        return np.array([_size(_entry(documents[i], self._tokens, i), i) for i in range(len(documents))], np.int64)
 
     def _segments(self, overflow: Overflow) -> tuple[Ints, Ints, Ints]:
         """What the rows hold: segments of which document, from which token on, and how many tokens of it."""
@@ -200,6 +188,16 @@ def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
         raise BatchError(f"document_mask takes the numbers of documents [B, T]; got {tuple(documents.shape)}.")
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return (same.tril() if causal else same).unsqueeze(1)
+
+
+def _entry(value: Any, name: str, document: int) -> Any:
+    """The entry of a document that is a dict; one that is an array, itself."""
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        names = ", ".join(map(repr, value))
+        raise BatchError(f"document {document} has no entry {name!r}; it has {names}. Write Packed(..., tokens=…).")
+    return value[name]
 
 
 def _size(value: Any, document: int) -> int:

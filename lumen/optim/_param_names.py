@@ -71,6 +71,13 @@ def matching(pattern: Pattern, names: Sequence[str], what: str = "parameter") ->
     return flags
 
 
+def matching_any(patterns: Pattern | Sequence[Pattern], names: Sequence[str], what: str) -> list[str]:
+    """The names (of a `what`) that match one of the patterns; PatternError for a pattern that matches none."""
+    all_patterns = (patterns,) if isinstance(patterns, str | re.Pattern) else patterns
+    columns = [matching(pattern, names, what) for pattern in all_patterns]
+    return [name for name, *matches in zip(names, *columns, strict=True) if any(matches)]
+
+
 @functools.lru_cache(maxsize=256)
 def _any_match(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(any(row) for row in zip(*(matching(pattern, names) for pattern in patterns), strict=True))

@@ -11,7 +11,7 @@ from lumen.core import _torch_compat, batching, distributed, rules
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.step import StepFn, Transform, as_step, device_of
-from lumen.errors import AxisError, HyperparameterError, LossError, OrderError, WorldError
+from lumen.errors import AxisError, HyperparameterError, LossError, OrderError
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.buckets import Buckets
 from lumen.parallel.comm.mesh import Mesh
@@ -23,6 +23,7 @@ from lumen.parallel.context.runtime import ContextRuntime
 from lumen.parallel.context.sequence_shards import SequenceShards, leaf_of
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import DataParallelRule, GradReduction
+from lumen.parallel.row_reducer import row_reducer
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.rank_checks import check_rows, has_dropout, share_generator
 
@@ -128,7 +129,7 @@ class context_parallel(Transform):
         group = runtime.group
         if group is None:
             return state
-        _check_outside(self, runtime.mesh)
+        row_reducer(self, runtime.mesh, "lm.context_parallel(mesh)")
         lines = consistency.fingerprint_lines(state, self.within)
         device = device_of(state)
         consistency.assert_same_on_all_ranks(lines, group.group, device, "the processes of lm.context_parallel")
@@ -147,7 +148,7 @@ class context_parallel(Transform):
                     return step(state, batch)
             _check_eager()
             rule: Rule = functools.partial(self._gradient, runtime, group)
-            if _check_outside(self, runtime.mesh):
+            if row_reducer(self, runtime.mesh, "lm.context_parallel(mesh)") is not None:
                 with rules.rule_context({Primitive.GRADIENT: rule}):
                     return step(state, batch)
             reducing = _SumOverContext(runtime, state, checks)
@@ -264,26 +265,6 @@ def _explained(excerpt: SequenceShards) -> Iterator[None]:
             " A model that takes sequences of one length only cannot be sharded."
         )
         raise
-
-
-def _check_outside(transform: context_parallel, mesh: Mesh) -> bool:
-    """Whether a transform outside sums gradients; raises where one is missing, or has another mesh."""
-    around = () if transform.within is None else transform.within.transforms
-    reducer = next((t for t in around if t.level == "parallel"), None)
-    if reducer is None:
-        if mesh.size("data", "shard") > 1:
-            raise OrderError(
-                f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
-                " lm.ddp(mesh)(lm.context_parallel(mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
-            )
-        return False
-    other = getattr(reducer, "mesh", mesh)
-    if other.sizes != mesh.sizes:
-        raise WorldError(
-            f"{reducer!r} has {other!r} and lm.context_parallel has {mesh!r}: they must share one mesh. Write"
-            f" mesh = lm.mesh(data=..., context=...), lm.{reducer.name}(mesh) and lm.context_parallel(mesh)."
-        )
-    return True
 
 
 def _check_eager() -> None:

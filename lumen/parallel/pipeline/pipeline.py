@@ -11,7 +11,7 @@ from lumen.core import _torch_compat, distributed, rules, sharding
 from lumen.core.rules import Primitive, Rule
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
-from lumen.errors import AxisError, HyperparameterError, OrderError, StateError, WorldError
+from lumen.errors import AxisError, HyperparameterError, OrderError, StateError
 from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh
@@ -25,6 +25,7 @@ from lumen.parallel.pipeline.schedule import SCHEDULES, ScheduleName, check_numb
 from lumen.parallel.pipeline.share import PipelineGroup
 from lumen.parallel.pipeline.split import changed_buffer
 from lumen.parallel.pipeline.stages import Stages, split_points_of, stage_of_params
+from lumen.parallel.row_reducer import row_reducer
 
 _EAGER = "it sends activations between processes in the middle of the step, which runs eagerly. Leave one out"
 
@@ -206,19 +207,7 @@ class pipeline(Transform):
                     f"{outer!r} around lm.pipeline would retry on the rank that ran out of memory alone. Give a number:"
                     " lm.accumulate(2)."
                 )
-        reducer = next((t for t in around if t.level == "parallel"), None)
-        mesh = self.mesh
-        if reducer is None and mesh.size("data", "shard") > 1:
-            raise OrderError(
-                f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
-                " lm.ddp(mesh)(lm.pipeline(mesh, ...)(step))."
-            )
-        other = getattr(reducer, "mesh", mesh)
-        if other.sizes != mesh.sizes:
-            raise WorldError(
-                f"{reducer!r} has {other!r} and lm.pipeline has {mesh!r}: they must share one mesh. Write"
-                " mesh = lm.mesh(data=..., pipeline=...), lm.ddp(mesh) and lm.pipeline(mesh, ...)."
-            )
+        row_reducer(self, self.mesh, "lm.pipeline(mesh, ...)")
 
 
 class _StageShards:

@@ -8,7 +8,7 @@ where params are kept. Whether the model computes in that order is checked when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -110,8 +110,3 @@ def stage_of_params(module: nn.Module, split_points: Sequence[str]) -> dict[str,
             begin = f"begins at {split_points[index - 1]!r}" if index else f"ends before {split_points[0]!r}"
             raise ParamsError(f"stage {index} of lm.pipeline {begin} and has no params. Move the split point.")
     return owners
-
-
-def owned(owners: Mapping[str, int], stage: int) -> set[str]:
-    """The names of the params of `stage`."""
-    return {name for name, owner in owners.items() if owner == stage}

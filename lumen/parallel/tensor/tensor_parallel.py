@@ -19,7 +19,6 @@ from lumen.errors import (
     HyperparameterError,
     OrderError,
     StateError,
-    WorldError,
 )
 from lumen.parallel import row_shards
 from lumen.parallel.comm import consistency
@@ -27,6 +26,7 @@ from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.fsdp.shard import flat_params
 from lumen.parallel.lazy_param import LazyParam, unsharded
 from lumen.parallel.optimizer_check import check_optimizer
+from lumen.parallel.row_reducer import row_reducer
 from lumen.parallel.tensor.autograd_collectives import TPGroup
 from lumen.parallel.tensor.layers import FullParamView, shard_modules
 from lumen.parallel.tensor.layout import (
@@ -123,7 +123,7 @@ class tensor_parallel(Transform):
         layouts = param_layouts(
             state.apply_fn.module, self._memory.styles(state.apply_fn), 1 if tp_group is None else tp_group.size
         )
-        _check_outside(self)
+        row_reducer(self, self.mesh, "lm.tensor_parallel(plan, mesh)")
         is_pending = pending_weights.source_of(state) is not None
         if tp_group is None:
             return _with_weights(self, state, {}) if is_pending and not _is_read_outside(self) else state
@@ -288,24 +288,6 @@ def _is_read_outside(transform: tensor_parallel) -> bool:
     """Whether a transform outside reads weights that are still in files."""
     around = () if transform.within is None else transform.within.transforms
     return any(t.reads_pending for t in around[: around.index(transform)]) if transform in around else False
-
-
-def _check_outside(transform: tensor_parallel) -> None:
-    around = () if transform.within is None else transform.within.transforms
-    reducer = next((t for t in around if t.level == "parallel"), None)
-    mesh = transform.mesh
-    if reducer is None and mesh.size("data", "shard") > 1:
-        raise OrderError(
-            f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
-            " lm.ddp(mesh)(lm.tensor_parallel(plan, mesh)(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
-        )
-    other = getattr(reducer, "mesh", mesh)
-    if other.sizes != mesh.sizes:
-        raise WorldError(
-            f"{reducer!r} has {other!r} and lm.tensor_parallel has {mesh!r}: they must share one mesh."
-            f" Write mesh = lm.mesh(data=..., tensor=...), lm.{reducer.name if reducer else 'ddp'}(mesh) and"
-            " lm.tensor_parallel(plan, mesh)."
-        )
 
 
 def _lazy_param(view: FullParamView, name: str, param: Tensor) -> Tensor:
