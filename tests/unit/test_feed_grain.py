@@ -260,15 +260,20 @@ def test_a_run_goes_on(name, tmp_path):
     assert seen == whole
 
 
+def prefetch_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")}
+
+
 def test_the_threads_of_a_run_that_stopped_end_without_the_garbage_collector():
+    of_others = prefetch_threads()  # of iterators that earlier tests left to the garbage collector
     gc.disable()
     try:
         runner = lm.Runner(lambda state, batch: (state, {}), progress=False)
         for data in (rows().batch(3), loader()):
             runner.fit({"at": torch.zeros(())}, data, until=lm.Steps(2))
         deadline = time.monotonic() + 120
-        while any(thread.name.startswith("grain-prefetch") for thread in threading.enumerate()):
-            assert time.monotonic() < deadline
+        while left := prefetch_threads() - of_others:
+            assert time.monotonic() < deadline, left
             time.sleep(0.01)
     finally:
         gc.enable()
