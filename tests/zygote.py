@@ -35,6 +35,10 @@ PRELOADED = (
     "lumen.parallel.fsdp",
     "lumen.cli.main",
     "tensorboardX",
+    "orbax.checkpoint",
+    "sklearn.datasets",
+    "tyro",
+    "rich.table",
 )
 
 
@@ -119,7 +123,8 @@ class Zygote:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1"}
+        # One thread of OpenBLAS too: SciPy would start the others while it is imported, and a fork has none of them.
+        environment = {**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), str(theirs.fileno())],
             env=environment,
@@ -347,6 +352,8 @@ if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
+    del sys.modules["jax"]  # a program that has not imported it: Lumen sees who was first; its modules stay loaded
+    assert len(os.listdir("/proc/self/task")) <= 2, "a thread was started, which a fork would not have"
     gc.freeze()  # a collection in a fork would copy the memory of all that is loaded
     atexit.unregister(_close)  # this copy of the module is not the one that asks
     if asked := _serve(socket.socket(fileno=int(sys.argv[1]))):

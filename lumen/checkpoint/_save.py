@@ -7,9 +7,10 @@ import glob
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from lumen.checkpoint import _orbax, header, shard_specs, sharded, zarr
 from lumen.checkpoint.coordinator import TIMEOUT, SaveCoordinator, SaveSession
-from lumen.checkpoint.fsync import sync, sync_directory
+from lumen.checkpoint.fsync import relative_files, sync, sync_directory
 from lumen.checkpoint.packing import packed
 from lumen.checkpoint.snapshot import LeafRecord, Snapshot, take_snapshot
 from lumen.core import distributed
@@ -208,33 +209,37 @@ def _checked_files(
 ) -> header.Files:
     """Size and checksum of each file but the header; raises if an array is not in the format that Lumen reads."""
     files: header.Files = dict(sharded_files or {})
+    root = os.fspath(directory)  # strings: a save of many leaves would spend a third of its time in making Paths
     for index, crc in zip(snap.stored, checksums, strict=True):
         record = snap.records[index]
-        tail_size = zarr.tail_size((directory / zarr.description(record)).read_bytes(), record)
-        data = directory / zarr.data_file(record)
-        with open(data, "rb") as file:
-            file.seek(record.nbytes)
-            tail = file.read()
+        tail_size = zarr.tail_size(_read(f"{root}/{zarr.description(record)}"), record)
+        name = zarr.data_file(record)
+        tail = _read(f"{root}/{name}", record.nbytes)
         if len(tail) != tail_size:
-            raise CheckpointError(f"{data} has {len(tail)} bytes after its array, expected {tail_size}")
+            raise CheckpointError(f"{root}/{name} has {len(tail)} bytes after its array, expected {tail_size}")
         zarr.check_tail(tail, record)
-        files[zarr.data_file(record)] = (record.nbytes + len(tail), zlib.crc32(tail, crc))
-    for name in _names(directory):
+        files[name] = (record.nbytes + len(tail), zlib.crc32(tail, crc))
+    for name in relative_files(directory):
         if name not in files and name != header.FILE:
-            content = (directory / name).read_bytes()
+            content = _read(f"{root}/{name}")
             files[name] = (len(content), zlib.crc32(content))
     return files
 
 
-def _names(directory: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(directory):
-        yield from ((Path(parent) / name).relative_to(directory).as_posix() for name in names)
+def _read(path: str, start: int = 0) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read()
 
 
 def _versions() -> dict[str, str]:
+    return _installed_versions() | {"time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds")}
+
+
+@cache
+def _installed_versions() -> dict[str, str]:
     return {
         "lumen": own_version() or "unknown",  # in a source tree that was not installed
         "torch": str(torch.__version__),  # with its build, which the version of its package may leave out
         "orbax": version_of("orbax-checkpoint") or "unknown",
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }

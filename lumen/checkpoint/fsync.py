@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +12,17 @@ _MAX_THREADS = 8  # a file system that gets several requests at a time can serve
 
 def sync(directory: Path, synced: Collection[str] = ()) -> None:
     """Return when every file below `directory` is on disk; skips those already `synced`, by their relative paths."""
-    paths: list[str] = []
-    for parent, _, names in os.walk(directory):
-        inside = Path(parent).relative_to(directory)
-        paths += [os.path.join(parent, name) for name in names if (inside / name).as_posix() not in synced]
-        paths.append(parent)
-    sync_files(paths)
+    directories = [parent for parent, _, _ in os.walk(directory)]
+    files = [os.path.join(directory, name) for name in relative_files(directory) if name not in synced]
+    sync_files(files + directories)
+
+
+def relative_files(directory: Path) -> Iterator[str]:
+    """The files below `directory`, by their paths relative to it, with `/`."""
+    root = os.fspath(directory)
+    for parent, _, names in os.walk(root):
+        inside = parent[len(root) :].replace(os.sep, "/").lstrip("/")
+        yield from (f"{inside}/{name}" if inside else name for name in names)
 
 
 def sync_files(paths: Sequence[str | os.PathLike[str]], done: Callable[[], object] = lambda: None) -> None:

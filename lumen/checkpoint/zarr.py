@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 from lumen.checkpoint import chunk_grid, dtypes
@@ -33,7 +32,7 @@ def data_file(record: LeafRecord, position: tuple[int, ...] | None = None) -> st
     numbers = map(str, position or (0,) * len(record.shape))
     if record.chunk_shape is not None:
         return f"{folder(record)}/{'.'.join(('c', *numbers))}"
-    return str(PurePosixPath(folder(record), "c", *numbers))
+    return "/".join((folder(record), "c", *numbers))
 
 
 def folder(record: LeafRecord) -> str:

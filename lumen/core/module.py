@@ -300,11 +300,18 @@ def skeleton_of(module: nn.Module) -> nn.Module:
     """A copy of the module tree whose tensors are on the meta device: the structure without the memory."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        shell = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        shell = nn.Parameter(_on_meta(parameter), requires_grad=parameter.requires_grad)
         memo[id(parameter)] = shell
     for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        memo[id(buffer)] = _on_meta(buffer)
     return copy.deepcopy(module, memo)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return torch.empty_like(tensor, device="meta")
+    # `empty_like` of a tensor on the meta device imports SymPy, which takes a second.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def param_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import lumen as lm
 
 DEFAULTS = {
-    "steps": 36,
-    "every": 3,
+    "steps": 24,
+    "every": 4,
     "workers": 0,
     "slow": 0.0,  # seconds a step takes besides
     "guard": None,
@@ -122,7 +122,7 @@ def main(directory, options):
         make_step(directory, options["bad_step"], options["slow"]),
         transforms=[*guard, lm.ema(0.9), lm.donate()],
         checkpoint=lm.Checkpointer(
-            directory, every=lm.Every(steps=options["every"]), keep=2, monitor="val/loss", mode="min", keep_every=30
+            directory, every=lm.Every(steps=options["every"]), keep=2, monitor="val/loss", mode="min", keep_every=12
         ),
         sinks=[lm.sinks.JSONL(directory / "metrics.jsonl"), lm.sinks.TensorBoard(directory)],
         callbacks=[Started(directory, options["full_after"]), lm.EarlyStop(monitor="val/loss", patience=10**6)],
@@ -133,7 +133,7 @@ def main(directory, options):
         lm.TrainState.create(make_net(), tx, seed=5),
         lm.Loader(rows, batch_size=10, seed=2, workers=options["workers"]),
         until=lm.Steps(options["steps"]),
-        validate=lm.Validate(eval_step, held_out, every=lm.Every(steps=5), use="ema"),
+        validate=lm.Validate(eval_step, held_out, every=lm.Every(steps=6), use="ema"),
         resume="auto",
     )
     shutil.rmtree(directory / "final", ignore_errors=True)

@@ -173,7 +173,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path, whole, number):
 
 
 def test_a_full_disk_is_an_error_and_costs_no_checkpoint(tmp_path, whole):
-    code, said = run(tmp_path, full_after=20)
+    code, said = run(tmp_path, full_after=14)
     assert code == 1
     assert "CheckpointError" in said or "OSError" in said
     assert steps_of(tmp_path)
@@ -234,7 +234,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "one bit"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, whole, how):
-    completed(tmp_path, steps=31)
+    completed(tmp_path, steps=19)
     last = newest(tmp_path)
     damage(last, how)
     with pytest.raises(lm.errors.CorruptCheckpointError, match=last.name):
