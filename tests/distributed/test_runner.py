@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import lumen as lm
 from lumen.core import distributed
 from lumen.parallel.ddp.ddp import ddp
+from tests import zygote
 from tests.distributed import jobs
 from tests.distributed.pool import TaskError
 
@@ -454,9 +455,8 @@ def torchrun(directory, processes, *, restarts=0, limit=120, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [f"--max-restarts={restarts}", jobs.__file__, str(directory), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    # The launcher is forked, with torch loaded; what it starts are processes that begin with nothing.
+    process = zygote.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         said, _ = process.communicate(timeout=limit)
     finally:

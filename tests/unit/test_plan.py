@@ -83,11 +83,13 @@ def planned(*transforms, width=32, **options):
 
 @pytest.mark.slow
 def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says():
+    width, layers = 8192, 8
+
     def seven():
-        return make([lm.fsdp(), lm.precision("bf16", cast="model"), lm.donate()], 50_304, 4096, 32, 32, 1, 128)
+        return make([lm.fsdp(), lm.precision("bf16", cast="model"), lm.donate()], 50_304, width, layers, 64, 1, 128)
 
     found = plan_loaded(lambda: seven, mesh={"shard": 64, "data": 16})
-    params = 32 * (12 * 4096**2 + 10 * 4096) + 2 * 50_304 * 4096
+    params = layers * (12 * width**2 + 10 * width) + 2 * 50_304 * width
     assert params > 6.8e9
     assert found.peak.by_category["params"] == pytest.approx(4 * params / 64, rel=0.01)
     assert found.peak.by_category["optimizer"] == pytest.approx(8 * params / 64, rel=0.01)
@@ -95,10 +97,10 @@ def test_seven_billion_params_on_a_thousand_processes_are_cut_as_arithmetic_says
     assert sent["all-gather"].axes == sent["reduce-scatter"].axes == "shard"
     assert sent["all-reduce"].axes == "data"
     # In bf16, each unit forward and backward, the root once; gradients in float32.
-    root = 2 * 50_304 * 4096
+    root = 2 * 50_304 * width
     assert sent["all-gather"].carried == pytest.approx(2 * (2 * params - root), rel=0.01)
     assert sent["reduce-scatter"].carried == pytest.approx(4 * params, rel=0.01)
-    assert found.flops == pytest.approx(6 * (params - 50_304 * 4096) * 128, rel=0.02)
+    assert found.flops == pytest.approx(6 * (params - 50_304 * width) * 128, rel=0.02)
 
 
 def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
