@@ -14,6 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lumen as lm
+from lumen.bridges import lora
 from lumen.cli.main import main
 from lumen.core import distributed
 from lumen.errors import HyperparameterError, StepError, WorldError
@@ -34,6 +35,11 @@ def step(state, batch):
         return F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten())
 
     loss, grads = lm.value_and_grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads), {"loss": loss}
+
+
+def square(state, batch):
+    loss, grads = lm.value_and_grad(lambda params, x: state.apply(params, x)[0].square().mean())(state.params, batch)
     return state.apply_gradients(grads), {"loss": loss}
 
 
@@ -108,6 +114,19 @@ def test_a_larger_world_holds_less_of_the_state_and_no_less_of_the_rest():
     assert many.peak.by_category["optimizer"] * 14 < few.peak.by_category["optimizer"]
     assert many.peak.by_category["batch"] == few.peak.by_category["batch"]
     assert many.flops == few.flops
+
+
+def test_a_frozen_base_is_planned_in_shards_and_two_units_of_it_at_a_time():
+    def adapted():
+        net = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256, bias=False)) for _ in range(8)])
+        state = lm.TrainState.create(lora.adapt(net, targets=["*.0"], rank=2), lm.optim.adamw(1e-3))
+        return lm.compose(lm.fsdp(wrap=[str(i) for i in range(8)]), lm.donate())(square), state, torch.zeros(2, 256)
+
+    unit = 256 * 256 * 4
+    found = plan_loaded(lambda: adapted, world_size=4)
+    assert found.peak.by_category["params"] == pytest.approx(8 * unit / 4, rel=0.15)
+    gathered = ("gathered params", "communication")  # the one that runs, and the next one on its way
+    assert sum(found.peak.by_category.get(kind, 0) for kind in gathered) < 2.3 * unit
 
 
 def test_the_given_mesh_takes_the_place_of_the_steps_own_and_leaves_it_alone():

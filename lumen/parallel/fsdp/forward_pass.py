@@ -116,8 +116,8 @@ class ForwardPass:
         unsharded = self._ahead.pop(unit, None)
         if unsharded is None:
             unsharded = self.context.launch(names, (*shards.values(),))
-        self._launch_ahead(unit)
         params = self.context.gather(unsharded, (*shards.values(),))
+        self._launch_ahead(unit)  # after what arrived has been copied, so that two units are not under way at a time
         self._running[unit] = self._gathered[unit] = unsharded
         return dict(zip(names, params, strict=True))
 

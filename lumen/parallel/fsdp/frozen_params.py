@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import _torch_compat, rules
+from lumen.core import _torch_compat, distributed, rules
 from lumen.core.donation import is_retired, retire_updated
 from lumen.core.nested_states import map_train_states
 from lumen.core.param_leaves import Path
@@ -183,7 +183,7 @@ def plain_frozen(state: Any) -> dict[str, Tensor]:
     names = getattr(getattr(state, "apply_fn", None), "frozen", ())
     frozen = {name: b for name, b in getattr(state, "buffers", {}).items() if name in names}
     for name, buffer in frozen.items():
-        if type(buffer) is not Tensor:
+        if type(buffer) is not Tensor and not (type(buffer) is _torch_compat.FakeTensor and distributed.is_dry_run()):
             raise ParamsError(
                 f"the frozen param {name!r} is a {type(buffer).__name__}, and lm.fsdp(stage=3) shards plain"
                 " tensors. Create the state with full weights and quantize that: state = lm.quantize(state, 'int8')"
