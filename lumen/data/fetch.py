@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate, ge
 from lumen import tree
 from lumen.data import permutation
 from lumen.data.rng import Seeded
+from lumen.data.samplers import Sampler
 from lumen.errors import BatchError, printable
 
 Collate = Callable[[list[Any]], Any]
@@ -44,9 +45,8 @@ class Source(Protocol):
 class Fetch:
     """Batches by their rows: a pure function, of which each worker process has a copy."""
 
-    def __init__(self, source: Source, seed: int, shuffle: bool, listeners: Sequence[Any] = ()) -> None:
-        self._source, self._seed, self._shuffle = source, seed, shuffle
-        self._length = len(source)
+    def __init__(self, source: Source, sampler: Sampler, seed: int, listeners: Sequence[Any] = ()) -> None:
+        self._source, self._sampler, self._seed = source, sampler, seed
         self._listeners, self._epoch = listeners, -1
 
     def __getitem__(self, key: Rows) -> Any:
@@ -69,10 +69,10 @@ class Fetch:
     @property
     def stacks(self) -> bool:
         """Whether several batches can be read at once."""
-        return isinstance(self._source, Columns)
+        return isinstance(self._source, Columns) and self._sampler.fixed_size is not None
 
     def _rows(self, key: Rows) -> permutation.Indices:
-        rows = permutation.rows(self._length, self._seed if self._shuffle else None, key.epoch, key.start, key.stop)
+        rows = self._sampler.rows(key.epoch, key.start, key.stop)
         if key.fill is None or key.fill == len(rows):
             return rows
         return np.resize(rows, key.fill) if len(rows) else np.zeros(key.fill, np.int64)

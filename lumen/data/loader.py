@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lumen import tree
@@ -16,7 +17,9 @@ from lumen.core import distributed as processes
 from lumen.core.arguments import checked
 from lumen.data.arguments import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
+from lumen.data.make_sampler import Choice, make_sampler
 from lumen.data.nested import listeners
+from lumen.data.samplers import Sampler
 from lumen.data.to_device import Move
 from lumen.data.workers import Workers
 from lumen.errors import BatchError
@@ -49,7 +52,7 @@ class Loader:
             equally long tensors and arrays, and are indexed at once. Samples are a list or any data set with `__len__`
             and `__getitem__`, and are read one by one and collated.
         batch_size: the rows of one optimizer step over all ranks. The last batch of an epoch may be smaller; `pad` pads
-            it.
+            it. With `tokens`, the most rows of a batch, and may be left out.
         seed: determines the order together with the epoch. Together with the position, it also seeds the global
             generators of torch (CPU), NumPy and Python, from which a data set may draw; the caller's states are
             restored.
@@ -68,10 +71,15 @@ class Loader:
             `lm.mesh`, or of `torch.distributed` if it is initialized, else 0 of 1.
         world_size: the number of shards; give both or neither.
         prefetch: the number of batches that each worker prepares ahead.
+        lengths: the length of each row, [n] integers in the unit of `tokens`.
+        tokens: batches of rows of similar length instead of equally many rows: as many as fit, where a batch costs its
+            rows times its longest row, padding included, over all ranks. Rows differ in length, so `collate` pads
+            them. Without `shuffle`, batches run from the longest rows to the shortest.
 
     Raises:
         BatchError: a data set without length or rows, columns that differ in length, arguments out of range; `pad`
-            with `drop_last`, or with batches of a form to which no weights can be added.
+            with `drop_last`, or with batches of a form to which no weights can be added; lengths that are not one
+            integer for each row; a row longer than `tokens`.
 
     >>> import lumen as lm
     >>> import torch
@@ -87,7 +95,7 @@ class Loader:
     def __init__(
         self,
         dataset: Any,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         seed: int = 0,
         shuffle: bool = True,
@@ -99,19 +107,20 @@ class Loader:
         rank: int | None = None,
         world_size: int | None = None,
         prefetch: int = 2,
+        lengths: ArrayLike | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.dataset = dataset
-        self.batch_size = integer("batch_size", batch_size, 1)
+        self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         self.seed = integer("seed", seed, *SEEDS)
         reader = source(dataset, collate)
         self._rows = len(reader)
-        self._batches = _batches_per_epoch(self._rows, self.batch_size, drop_last)
-        if pad and drop_last:
-            raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or padded.")
+        choice = Choice(self.batch_size, self.seed, shuffle, drop_last, pad, lengths, tokens)
+        self._sampler = make_sampler(self._rows, choice)
         self._pad = pad
         self._share = _share(rank, world_size)
         self._move = None if device is None else Move(device)
-        self._read = Fetch(reader, self.seed, shuffle, listeners(dataset))
+        self._read = Fetch(reader, self._sampler, self.seed, listeners(dataset))
         self._fetch = _fetcher(self._read, workers, prefetch)
         self._workers = workers
         self._cursor = Cursor()
@@ -120,13 +129,14 @@ class Loader:
             "seed": self.seed,
             "shuffle": bool(shuffle),
             "rows": self._rows,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size or 0,
             "drop_last": bool(drop_last),
+            **self._sampler.identity(),
         }
 
     def __len__(self) -> int:
         """The number of batches in an epoch, the same on each rank."""
-        return self._batches
+        return self._sampler.batches
 
     def __iter__(self) -> Iterator[Any]:
         """The remaining batches of the epoch; the cursor moves when a batch is returned, not when it is read."""
@@ -163,8 +173,8 @@ class Loader:
     def _stacked(self, at: Cursor, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]]:
         rank, world_size = self._share or processes.rows()
         epoch, position = at
-        end = min(stop, self._batches)
-        full = end if self._pad else min(end, self._rows // self.batch_size)
+        end = min(stop, self._sampler.batches)
+        full = end if self._pad else min(end, self._rows // (self._sampler.fixed_size or 1))
         while position < end:
             count = size()
             if count == 1 or position + count > full:
@@ -194,15 +204,7 @@ class Loader:
 
         Raises BatchError if the state belongs to another order; the cursor does not move then.
         """
-        missing = [name for name in (*Cursor._fields, *self._order) if name not in state]
-        if missing:
-            raise BatchError(f"The state lacks {', '.join(missing)}; pass what Loader.state_dict returned.")
-        differences = [f"{name}={state[name]} (here {own})" for name, own in self._order.items() if state[name] != own]
-        if differences:
-            raise BatchError(
-                f"The state belongs to another order: {', '.join(differences)}. To continue it, create the Loader"
-                " with the same values; to start over, do not load the state."
-            )
+        _check_order(state, self._order)
         self._cursor = self._check(state["epoch"], state["position"])
 
     def _continue(self, walk: Iterator[tuple[Any, Cursor]]) -> Iterator[Any]:
@@ -217,8 +219,8 @@ class Loader:
 
         def keys() -> Generator[Rows]:
             for epoch in itertools.count(start.epoch) if endless else (start.epoch,):
-                for position in range(start.position if epoch == start.epoch else 0, self._batches):
-                    last = position + 1 == self._batches
+                for position in range(start.position if epoch == start.epoch else 0, self._sampler.batches):
+                    last = position + 1 == self._sampler.batches
                     pending.append(Cursor(epoch + 1) if last else Cursor(epoch, position + 1))
                     yield self._shard(epoch, position, rank, world_size)
 
@@ -228,23 +230,32 @@ class Loader:
                 yield _to_device(batch, self._move), pending.popleft()
 
     def _shard(self, epoch: int, position: int, rank: int, world_size: int) -> Rows:
-        first = position * self.batch_size
-        start, stop = processes.shard_bounds(min(self.batch_size, self._rows - first), rank, world_size)
-        fill = self.batch_size // world_size + (rank < self.batch_size % world_size) if self._pad else None
-        return Rows(epoch, first + start, first + stop, fill)
+        first, last = self._sampler.bounds(epoch, position)
+        start, stop = processes.shard_bounds(last - first, rank, world_size)
+        return Rows(epoch, first + start, first + stop, _fill(self._sampler, rank, world_size) if self._pad else None)
 
     def _check(self, epoch: int, position: int) -> Cursor:
-        return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._batches + 1))
+        return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._sampler.batches + 1))
 
 
-def _batches_per_epoch(rows: int, batch_size: int, drop_last: bool) -> int:
-    batches = rows // batch_size if drop_last else -(-rows // batch_size)
-    if not batches:
+def _check_order(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
+    """Raise BatchError unless `state` belongs to this order."""
+    missing = [name for name in (*Cursor._fields, *order) if name not in state]
+    if missing:
+        raise BatchError(f"The state lacks {', '.join(missing)}; pass what Loader.state_dict returned.")
+    saved = {name: value for name, value in state.items() if name not in Cursor._fields}
+    differences = [f"{name}={saved[name]} (here {order.get(name)})" for name in saved if saved[name] != order.get(name)]
+    if differences:
         raise BatchError(
-            f"batch_size is {batch_size} and the data set has {rows} rows, so drop_last leaves no batch; use a"
-            f" batch_size of at most {rows}, or drop_last=False."
+            f"The state belongs to another order: {', '.join(differences)}. To continue it, create the Loader with the"
+            " same values; to start over, do not load the state."
         )
-    return batches
+
+
+def _fill(sampler: Sampler, rank: int, world_size: int) -> int:
+    """The rows of the shard of a full batch."""
+    start, stop = processes.shard_bounds(sampler.fixed_size or 0, rank, world_size)
+    return stop - start
 
 
 def _to_device(batch: Any, move: Move | None) -> Any:

@@ -77,7 +77,7 @@ def hash64(*words: int) -> int:
     return state
 
 
-@lru_cache(maxsize=16)  # a pure function; one block of 64 kB for each live iterator
+@lru_cache(maxsize=256)  # a pure function; blocks of 64 kB, one for each live iterator, bucket or set of a mixture
 def _block(n: int, seed: int, epoch: int, number: int) -> Indices:
     start = number * _BLOCK
     return permute(n, seed, epoch, np.arange(start, min(start + _BLOCK, n)))

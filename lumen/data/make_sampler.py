@@ -1,0 +1,54 @@
+"""The sampler that the arguments of a `Loader` ask for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from numpy.typing import ArrayLike
+
+from lumen.data.arguments import integer
+from lumen.data.length_buckets import LengthBuckets, checked_lengths
+from lumen.data.samplers import EachOnce, Sampler, one_a_row
+from lumen.errors import BatchError
+
+
+class Choice(NamedTuple):
+    """The arguments of a Loader that decide which rows a batch has."""
+
+    batch_size: int | None
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    pad: bool
+    lengths: ArrayLike | None
+    tokens: int | None
+
+
+def make_sampler(rows: int, choice: Choice) -> Sampler:
+    """The sampler of a data set of `rows` rows; raises BatchError for arguments that do not go together."""
+    if choice.pad and choice.drop_last:
+        raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or padded.")
+    if choice.tokens is not None or choice.lengths is not None:
+        return _by_tokens(rows, choice)
+    if choice.batch_size is None:
+        raise BatchError(
+            "Loader needs the rows of a batch, lm.Loader(data, batch_size=64), or a number of tokens:"
+            " lm.Loader(data, tokens=16384, lengths=lengths)."
+        )
+    return EachOnce(rows, choice.batch_size, choice.seed if choice.shuffle else None, drop_last=choice.drop_last)
+
+
+def _by_tokens(rows: int, choice: Choice) -> LengthBuckets:
+    if choice.lengths is None or choice.tokens is None:
+        present, absent = ("tokens", "lengths") if choice.lengths is None else ("lengths", "tokens")
+        raise BatchError(
+            f"Loader got {present}= without {absent}=; write lm.Loader(data, tokens=16384, lengths=lengths)."
+        )
+    if choice.pad or choice.drop_last:
+        raise BatchError(
+            f"Loader got tokens= and {'pad' if choice.pad else 'drop_last'}=True; batches of a number of tokens differ"
+            " in their number of rows, so there is no smaller last one."
+        )
+    tokens = integer("tokens", choice.tokens, 1)
+    lengths = checked_lengths(one_a_row("lengths", choice.lengths, rows), tokens)
+    return LengthBuckets(lengths, tokens, choice.batch_size, choice.seed if choice.shuffle else None)
