@@ -4,11 +4,13 @@ from lumen.data._per_rank import per_rank
 from lumen.data.loader import Cursor, Loader
 from lumen.data.packed import Packed, document_mask
 from lumen.data.permutation import permute
+from lumen.data.weighted import balanced
 
 __all__ = [
     "Cursor",
     "Loader",
     "Packed",
+    "balanced",
     "document_mask",
     "per_rank",
     "permute",

@@ -75,11 +75,13 @@ class Loader:
         tokens: batches of rows of similar length instead of equally many rows: as many as fit, where a batch costs its
             rows times its longest row, padding included, over all ranks. Rows differ in length, so `collate` pads
             them. Without `shuffle`, batches run from the longest rows to the shortest.
+        weights: how often to draw each row, [n] numbers of at least 0 with any sum. An epoch has n independent draws
+            with replacement, so a row may come several times, or not at all.
 
     Raises:
         BatchError: a data set without length or rows, columns that differ in length, arguments out of range; `pad`
-            with `drop_last`, or with batches of a form to which no weights can be added; lengths that are not one
-            integer for each row; a row longer than `tokens`.
+            with `drop_last`, or with batches of a form to which no weights can be added; lengths or weights that are
+            not one number for each row; a row longer than `tokens`; weights that are all 0, negative or not finite.
 
     >>> import lumen as lm
     >>> import torch
@@ -109,13 +111,14 @@ class Loader:
         prefetch: int = 2,
         lengths: ArrayLike | None = None,
         tokens: int | None = None,
+        weights: ArrayLike | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, 1)
         self.seed = integer("seed", seed, *SEEDS)
         reader = source(dataset, collate)
         self._rows = len(reader)
-        choice = Choice(self.batch_size, self.seed, shuffle, drop_last, pad, lengths, tokens)
+        choice = Choice(self.batch_size, self.seed, shuffle, drop_last, pad, lengths, tokens, weights)
         self._sampler = make_sampler(self._rows, choice)
         self._pad = pad
         self._share = _share(rank, world_size)

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from lumen.data.arguments import integer
 from lumen.data.length_buckets import LengthBuckets, checked_lengths
 from lumen.data.samplers import EachOnce, Sampler, one_a_row
+from lumen.data.weighted import Weighted, cumulative
 from lumen.errors import BatchError
 
 
@@ -22,6 +23,7 @@ class Choice(NamedTuple):
     pad: bool
     lengths: ArrayLike | None
     tokens: int | None
+    weights: ArrayLike | None
 
 
 def make_sampler(rows: int, choice: Choice) -> Sampler:
@@ -35,6 +37,8 @@ def make_sampler(rows: int, choice: Choice) -> Sampler:
             "Loader needs the rows of a batch, lm.Loader(data, batch_size=64), or a number of tokens:"
             " lm.Loader(data, tokens=16384, lengths=lengths)."
         )
+    if choice.weights is not None:
+        return _by_weights(rows, choice.batch_size, choice.weights, choice)
     return EachOnce(rows, choice.batch_size, choice.seed if choice.shuffle else None, drop_last=choice.drop_last)
 
 
@@ -49,6 +53,17 @@ def _by_tokens(rows: int, choice: Choice) -> LengthBuckets:
             f"Loader got tokens= and {'pad' if choice.pad else 'drop_last'}=True; batches of a number of tokens differ"
             " in their number of rows, so there is no smaller last one."
         )
+    if choice.weights is not None:
+        raise BatchError(
+            "Loader got tokens= and weights=; batches by tokens have each row once an epoch. Leave one of them out."
+        )
     tokens = integer("tokens", choice.tokens, 1)
     lengths = checked_lengths(one_a_row("lengths", choice.lengths, rows), tokens)
     return LengthBuckets(lengths, tokens, choice.batch_size, choice.seed if choice.shuffle else None)
+
+
+def _by_weights(rows: int, batch_size: int, weights: ArrayLike, choice: Choice) -> Weighted:
+    if not choice.shuffle:
+        raise BatchError("Loader got weights= and shuffle=False; rows that are drawn at random have no order to keep.")
+    bounds = cumulative(one_a_row("weights", weights, rows))
+    return Weighted(bounds, batch_size, choice.seed, drop_last=choice.drop_last)

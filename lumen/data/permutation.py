@@ -66,6 +66,13 @@ def rows(n: int, seed: int | None, epoch: int, start: int, stop: int) -> Indices
     return np.concatenate(blocks)[offset : offset + stop - start]
 
 
+def uniform(seed: int, epoch: int, start: int, stop: int) -> NDArray[np.float64]:
+    """The random numbers `start` … `stop` - 1 of an epoch, independent and uniform in [0, 1): SplitMix64's outputs."""
+    counters = np.arange(start + 1, stop + 1, dtype=np.uint64)
+    words = _mix(np.uint64(hash64(seed, epoch)) + np.uint64(_GOLDEN) * counters)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def hash64(*words: int) -> int:
     """A number in [0, 2**64) that depends on every word and on their order; it derives a seed from others."""
     state = 0

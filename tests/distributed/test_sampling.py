@@ -24,6 +24,7 @@ def padded(rows):
 def loaders():
     return {
         "tokens": lm.Loader(TEXTS, tokens=16, lengths=LENGTHS, seed=1, collate=padded),
+        "weights": lm.Loader(TEXTS, 5, weights=lm.data.balanced(LENGTHS), seed=1, collate=padded),
     }
 
 

@@ -148,7 +148,9 @@ UNCHECKED = {
         ("lookahead_slow_params", "schedule_free_eval_params", "Image", "Histogram", "Text", "figure"), ANY
     ),
     **dict.fromkeys(("configure", "position", "rewind", "run_info", "scalars", "show_params", "split"), ANY),
-    **dict.fromkeys(("quantize", "permute", "Sink", "Configurable", "Resumable", "ShowsParams", "Store"), OWN),
+    **dict.fromkeys(
+        ("quantize", "permute", "balanced", "Sink", "Configurable", "Resumable", "ShowsParams", "Store"), OWN
+    ),
     **dict.fromkeys(("deepspeed", "tensor_parallel", "sweep", "listed", "Callback", "Transform"), OWN),
     **dict.fromkeys([f"tree.{name}" for name in ("flatten", "leaves", "structure", "paths", "differences")], ANY),
     **dict.fromkeys([f"tree.{name}" for name in ("tensors", "first_tensor", "named_tensors", "nbytes")], ANY),
