@@ -2,6 +2,7 @@
 
 from lumen.data._per_rank import per_rank
 from lumen.data.loader import Cursor, Loader
+from lumen.data.mixture import Mixture
 from lumen.data.packed import Packed, document_mask
 from lumen.data.permutation import permute
 from lumen.data.weighted import balanced
@@ -9,6 +10,7 @@ from lumen.data.weighted import balanced
 __all__ = [
     "Cursor",
     "Loader",
+    "Mixture",
     "Packed",
     "balanced",
     "document_mask",

@@ -189,6 +189,19 @@ def source(dataset: Any, collate: Collate | None) -> Source:
     return reader
 
 
+def row_reader(dataset: Any, name: str) -> Any:
+    """`dataset` by single rows, also of columns; raises BatchError, which names it, for one without length or rows."""
+    rows = Columns(dataset) if _is_tree(dataset) else dataset
+    if not isinstance(rows, Columns) and not _is_map(rows):
+        raise BatchError(
+            f"{name} is a {type(dataset).__name__}, which has no length or no row numbers; it must be a data set with"
+            " __len__ and __getitem__, a list of rows, or a tree of equally long tensors or arrays."
+        )
+    if len(rows) == 0:
+        raise BatchError(f"{name} has no rows; it needs at least one. Leave it out, or check where they were lost.")
+    return rows
+
+
 def _check_samples(dataset: Any) -> None:
     """Raise BatchError for a list that is surely one of columns: two arrays of equally many rows, of other shapes."""
     if type(dataset) is not list or not 1 < len(dataset) <= 8:

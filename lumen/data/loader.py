@@ -119,7 +119,7 @@ class Loader:
         reader = source(dataset, collate)
         self._rows = len(reader)
         choice = Choice(self.batch_size, self.seed, shuffle, drop_last, pad, lengths, tokens, weights)
-        self._sampler = make_sampler(self._rows, choice)
+        self._sampler = make_sampler(dataset, self._rows, choice)
         self._pad = pad
         self._share = _share(rank, world_size)
         self._move = None if device is None else Move(device)

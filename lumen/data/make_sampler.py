@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
 from lumen.data.arguments import integer
 from lumen.data.length_buckets import LengthBuckets, checked_lengths
+from lumen.data.mixture import Mixture
 from lumen.data.samplers import EachOnce, Sampler, one_a_row
 from lumen.data.weighted import Weighted, cumulative
 from lumen.errors import BatchError
@@ -26,8 +27,26 @@ class Choice(NamedTuple):
     weights: ArrayLike | None
 
 
-def make_sampler(rows: int, choice: Choice) -> Sampler:
+class _InOrder(EachOnce):
+    """The order of a mixture."""
+
+    def __init__(self, mixture: Mixture, batch_size: int, *, drop_last: bool) -> None:
+        super().__init__(len(mixture), batch_size, None, drop_last=drop_last)
+        self._mixture = mixture
+
+    def identity(self) -> dict[str, int]:
+        """A checksum of what the mixture's order depends on."""
+        return self._mixture.identity()
+
+
+def make_sampler(dataset: Any, rows: int, choice: Choice) -> Sampler:
     """The sampler of a data set of `rows` rows; raises BatchError for arguments that do not go together."""
+    chosen = any(argument is not None for argument in (choice.tokens, choice.lengths, choice.weights))
+    if chosen and isinstance(dataset, Mixture):
+        raise BatchError(
+            "Loader got tokens= or weights= with a Mixture, which decides how often each row comes, and when. Give"
+            " Mixture the weights of its sets, and Loader a batch_size."
+        )
     if choice.pad and choice.drop_last:
         raise BatchError("Loader got drop_last=True and pad=True; a smaller last batch is left out or padded.")
     if choice.tokens is not None or choice.lengths is not None:
@@ -37,6 +56,8 @@ def make_sampler(rows: int, choice: Choice) -> Sampler:
             "Loader needs the rows of a batch, lm.Loader(data, batch_size=64), or a number of tokens:"
             " lm.Loader(data, tokens=16384, lengths=lengths)."
         )
+    if isinstance(dataset, Mixture):
+        return _InOrder(dataset, choice.batch_size, drop_last=choice.drop_last)
     if choice.weights is not None:
         return _by_weights(rows, choice.batch_size, choice.weights, choice)
     return EachOnce(rows, choice.batch_size, choice.seed if choice.shuffle else None, drop_last=choice.drop_last)

@@ -22,8 +22,10 @@ def padded(rows):
 
 
 def loaders():
+    sets = {"a": TEXTS[:12], "b": TEXTS[12:]}
     return {
         "tokens": lm.Loader(TEXTS, tokens=16, lengths=LENGTHS, seed=1, collate=padded),
+        "mixture": lm.Loader(lm.data.Mixture(sets, weights={"a": 2, "b": 1}), 5, collate=padded),
         "weights": lm.Loader(TEXTS, 5, weights=lm.data.balanced(LENGTHS), seed=1, collate=padded),
     }
 

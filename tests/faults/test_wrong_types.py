@@ -103,6 +103,7 @@ RIGHT: dict[str, Callable[[], Any]] = {  # by the text of an annotation: what it
     "float | None": lambda: 0.5,
     "Mapping[Any, GradientTransformation]": lambda: {"*": lm.optim.sgd(0.1)},
 }
+RIGHT |= {"Mapping[str, Any]": lambda: {"a": [1, 2]}, "Mapping[str, float]": lambda: {"a": 1.0}}
 RIGHT["Metric | MetricCollection"] = lambda: BinaryAccuracy()
 OF |= {
     "Tensor": (TEXT, NUMBER, HALF, None, MODULE, OBJECT, CLASS, LIST, FUNCTION),

@@ -1,0 +1,141 @@
+"""`Mixture`: several data sets in fixed proportions, each in its own order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from lumen.core.arguments import checked
+from lumen.data import permutation
+from lumen.data.arguments import SEEDS, integer
+from lumen.data.fetch import row_reader
+from lumen.data.nested import listeners
+from lumen.data.proportions import counts, schedule
+from lumen.data.samplers import digest
+from lumen.errors import BatchError
+
+StoppingStrategy = Literal["first_exhausted", "all_exhausted"]
+_HALF = 2**63
+
+
+@checked
+class Mixture:
+    """A data set that draws from several ones, in proportion to weights, for an `lm.Loader` or a `DataLoader`.
+
+    After any number i of rows, each set has been drawn less than one time more or less than its share of i. Each set is
+    read in its own shuffled order, a new one for each pass over it; where an epoch ends within a pass, the next epoch
+    continues it. So the rows of a set are drawn equally often, up to one time. Row i of an epoch is a pure function of
+    (`seed`, epoch, i). A Loader keeps this order, whatever its `shuffle`.
+
+    Args:
+        datasets: the sets by name: map-style data sets, lists, tensors, or trees of equally long columns.
+        weights: for each name how often to draw from its set; any sum. If the shares have no common denominator of at
+            most 65,536, they are rounded to multiples of 1/65,536: `proportions` are exact.
+        seed: an integer in [-2**63, 2**63).
+        shuffle: whether to reorder the rows of each set.
+        stopping_strategy: an epoch ends when the first set has been read once ("first_exhausted"), or all have
+            ("all_exhausted"), in which case smaller ones are read several times. The words are those of Hugging
+            Face's `interleave_datasets`. Later epochs have as many rows as the first.
+        source: the entry under which a row, which is a dict then, gets the number of its set, in the order of
+            `datasets`.
+
+    A set that has a `set_epoch` is passed the number of its own pass.
+
+    Raises `BatchError` for sets without rows or row numbers, for names that differ, for weights that are not above 0,
+    and for arguments out of range.
+
+    >>> import lumen as lm
+    >>> web, code = ["w0", "w1", "w2", "w3", "w4", "w5"], ["c0", "c1"]
+    >>> mixture = lm.data.Mixture({"web": web, "code": code}, weights={"web": 3, "code": 1}, shuffle=False)
+    >>> [mixture[i] for i in range(len(mixture))]
+    ['w0', 'w1', 'w2', 'c0', 'w3', 'w4', 'w5']
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Any],
+        *,
+        weights: Mapping[str, float],
+        seed: int = 0,
+        shuffle: bool = True,
+        stopping_strategy: StoppingStrategy = "first_exhausted",
+        source: str | None = None,
+    ) -> None:
+        if not datasets or set(datasets) != set(weights):
+            raise BatchError(
+                f"Mixture got the sets {list(datasets)} and the weights of {list(weights)}; each set has one weight:"
+                ' lm.data.Mixture({"web": web, "code": code}, weights={"web": 0.7, "code": 0.3})'
+            )
+        if stopping_strategy not in ("first_exhausted", "all_exhausted"):
+            raise BatchError(
+                f'Mixture got stopping_strategy={stopping_strategy!r}; it is "first_exhausted" or "all_exhausted".'
+            )
+        self._seed = integer("seed", seed, *SEEDS)
+        self._datasets = [row_reader(dataset, f"set {name!r}") for name, dataset in datasets.items()]
+        self._sizes = [len(dataset) for dataset in self._datasets]
+        self._seeds = [permutation.hash64(self._seed, i) - _HALF if shuffle else None for i in range(len(datasets))]
+        self._counts = counts({name: weights[name] for name in datasets})
+        self._slots = schedule(self._counts)
+        self._draws = _occurrences(self._slots, len(datasets))
+        ends = [self._slot_of(number, size - 1) + 1 for number, size in enumerate(self._sizes)]
+        self._length = min(ends) if stopping_strategy == "first_exhausted" else max(ends)
+        self._names, self._source = list(datasets), source
+        self._listeners = [listeners(dataset) for dataset in self._datasets]
+        self._epoch, self._passes = 0, [-1] * len(datasets)
+
+    @property
+    def proportions(self) -> dict[str, float]:
+        """The share of each set, by name."""
+        return {name: count / len(self._slots) for name, count in zip(self._names, self._counts, strict=True)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Continue after `epoch` epochs. A Loader calls it."""
+        self._epoch = integer("epoch", epoch, 0)
+        self._passes = [-1] * len(self._datasets)
+
+    def identity(self) -> dict[str, int]:
+        """A checksum of what the order depends on."""
+        shuffled = [int(seed is not None) for seed in self._seeds]
+        return {"mixture": digest(np.array([self._seed, self._length, *self._counts, *self._sizes, *shuffled]))}
+
+    def __len__(self) -> int:
+        """The rows of an epoch."""
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        """Row `index` of this epoch."""
+        period, slot = divmod(self._epoch * self._length + range(self._length)[index], len(self._slots))
+        number = int(self._slots[slot])
+        done, position = divmod(period * self._counts[number] + int(self._draws[slot]), self._sizes[number])
+        if self._passes[number] != done:
+            self._passes[number] = done
+            for listener in self._listeners[number]:
+                listener.set_epoch(done)
+        row = permutation.rows(self._sizes[number], self._seeds[number], done, position, position + 1)[0]
+        sample = self._datasets[number][int(row)]
+        return sample if self._source is None else self._with_source(sample, number)
+
+    def _with_source(self, sample: Any, number: int) -> dict[str, Any]:
+        if not isinstance(sample, Mapping) or self._source in sample:
+            kind = type(sample).__name__ if not isinstance(sample, Mapping) else f"dict that has {self._source!r}"
+            raise BatchError(
+                f"Mixture(source={self._source!r}) adds the number of its set to a row that is a dict, and a row of"
+                f" {self._names[number]!r} is a {kind}. Leave source= out, or write another name."
+            )
+        return {**sample, str(self._source): number}
+
+    def _slot_of(self, number: int, draw: int) -> int:
+        """When a set is drawn for the `draw`-th time, from 0."""
+        period, rest = divmod(draw, self._counts[number])
+        return period * len(self._slots) + int(np.flatnonzero(self._slots == number)[rest])
+
+
+def _occurrences(slots: np.ndarray[Any, np.dtype[np.int64]], sets: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How often the set of each slot came before it."""
+    before = np.empty_like(slots)
+    for number in range(sets):
+        mask = slots == number
+        before[mask] = np.arange(mask.sum())
+    return before
