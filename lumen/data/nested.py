@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lumen.data import grain
+from lumen.data.webdataset import shuffle_epochs
 
 _MAX_SOURCES = 64  # in one list; a longer one holds samples
 _NAMES = (("num_replicas", "rank"), ("num_processes", "process_index"))  # torch's samplers; accelerate's
@@ -33,7 +34,9 @@ def nested(data: Any) -> list[Any]:
 
 def listeners(data: Any) -> list[Any]:
     """The samplers and data sets inside `data` that depend on the number of the epoch: they have a `set_epoch`."""
-    return [source for source in nested(data) if callable(getattr(source, "set_epoch", None))]
+    sources = nested(data)
+    shuffles = [shuffle for source in sources for shuffle in shuffle_epochs(source)]
+    return [*(source for source in sources if callable(getattr(source, "set_epoch", None))), *shuffles]
 
 
 def set_epoch(data: Any, number: int) -> None:
