@@ -16,6 +16,7 @@ PARTS = (
     "runner",
     "sweep",
     "loading",
+    "sampling",
     "packing",
     "checkpoint",
     "memory",
