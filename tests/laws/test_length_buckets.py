@@ -29,6 +29,7 @@ def rows(batches):
     return [batch.tolist() for batch in batches]
 
 
+@settings(max_examples=50)
 @given(lengths=some_lengths, tokens=budgets, most=bounds, seed=seeds, epoch=epochs, shuffle=st.booleans())
 def test_each_row_is_in_one_batch_within_the_budget(lengths, tokens, most, seed, epoch, shuffle):
     data = loader(lengths, tokens, batch_size=most, seed=seed, shuffle=shuffle)
@@ -43,6 +44,7 @@ def test_each_row_is_in_one_batch_within_the_budget(lengths, tokens, most, seed,
         assert in_order == sorted(lengths, reverse=True)
 
 
+@settings(max_examples=30)
 @given(lengths=some_lengths, tokens=budgets, epoch=epochs, world_size=st.integers(1, 5), start=st.integers(0, 30))
 def test_ranks_and_resumed_runs_have_the_batches_of_one_process(lengths, tokens, epoch, world_size, start):
     batches = rows(loader(lengths, tokens, seed=3).epoch(epoch))
@@ -54,6 +56,7 @@ def test_ranks_and_resumed_runs_have_the_batches_of_one_process(lengths, tokens,
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@settings(max_examples=50)
 @given(lengths=some_lengths, tokens=budgets, most=bounds)
 def test_hardly_more_batches_than_the_sorted_rows_fill_one_after_another(lengths, tokens, most):
     """No row of a bucket could be in a batch of a tenth more rows, and a bucket has one batch that is not full."""

@@ -38,6 +38,7 @@ def pairs(batch):
     return list(zip(*(leaf.tolist() for leaf in batch), strict=True))
 
 
+@settings(max_examples=30)
 @given(weights=weights, sizes=sizes, seed=seeds, strategy=st.sampled_from(["first_exhausted", "all_exhausted"]))
 def test_each_set_has_its_share_of_every_beginning_and_its_rows_take_turns(weights, sizes, seed, strategy):
     data = mixture(weights, sizes, seed=seed, stopping_strategy=strategy)
@@ -77,7 +78,7 @@ def test_a_long_period_keeps_the_shares_too():
         assert np.abs(lags).max() < MAX_PERIOD
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     weights=weights, sizes=sizes, batch_size=st.integers(1, 5), world_size=st.integers(1, 4), epoch=st.integers(0, 9)
 )
