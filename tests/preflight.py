@@ -82,9 +82,8 @@ def packages() -> None:
 
 def launcher() -> None:
     """Whether the tests are no launcher's children: each would take itself for one process of several."""
-    from lumen.cli.subprocesses import LAUNCHER
-
-    told = [name for name in LAUNCHER if name in os.environ]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    told = [name for name in names if name in os.environ]
     if told:
         raise BrokenError(
             f"a launcher's variables are set, and tests start processes of their own: unset {' '.join(told)}"

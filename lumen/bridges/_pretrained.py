@@ -20,7 +20,7 @@ from lumen.core.module import param_slots
 from lumen.core.pending_weights import Move, WeightSource, read_shard
 from lumen.core.sharding import ShardSpec
 from lumen.errors import CheckpointMismatchError, ParamsError, printable
-from lumen.parallel.comm.init import launched
+from lumen.parallel.comm.init import launched_size
 from lumen.parallel.fsdp.meta_init import is_written, reset, unlikely_value
 
 SHOWN = 6  # maximum number of names in a message
@@ -112,7 +112,7 @@ def plan(
 
 def is_unjoined() -> bool:
     """Whether this process is one of several that have not been joined yet, so that they cannot fail together."""
-    return launched() and not distributed.is_distributed()
+    return not distributed.is_distributed() and launched_size() > 1
 
 
 class FailedSource:

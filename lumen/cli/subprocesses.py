@@ -11,8 +11,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
+from lumen.parallel.comm.launchers import TORCH_NAMES, VARIABLES
+
 # Variables that a launcher sets for its processes; their subprocesses must not inherit them.
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = (*TORCH_NAMES, "LOCAL_RANK", "LOCAL_WORLD_SIZE", *VARIABLES)
 _POLL_SECONDS = 0.02
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Exit|Failure)\b.*: ")
 

@@ -8,7 +8,6 @@ between two steps, or in a collective that all call anyway.
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from lumen.core import _torch_compat, distributed
 from lumen.core.step import Transform, device_of
 from lumen.errors import BatchError, InexactWarning, WorldError
-from lumen.parallel.comm.init import check_launcher, launched
+from lumen.parallel.comm.init import launched_size
 from lumen.parallel.comm.rank_monitor import RankMonitor
 
 _runs = itertools.count()  # the same in each process, as all start the same runs
@@ -153,7 +152,7 @@ class ProcessGroupContext:
 
 
 def check_world(transforms: Sequence[Transform]) -> None:
-    """Raise `WorldError` if torchrun started several processes that would each do the same run alone.
+    """Raise `WorldError` if a launcher started several processes that would each do the same run alone.
 
     Call it after the transforms have joined the processes.
     """
@@ -180,13 +179,8 @@ def join_world(transforms: Sequence[Transform]) -> None:
 
 
 def _check_joined() -> None:
-    check_launcher()
-    if launched() and not distributed.is_distributed() and _launched_world_size() > 1:
+    if not distributed.is_distributed() and (size := launched_size()) > 1:
         raise WorldError(
-            f"this process is one of {_launched_world_size()} that were started together, and nothing joins them: each"
-            " would do the same run alone. Write lm.Runner(step, transforms=[lm.ddp()]), or start one process."
+            f"this process is one of {size} that were started together, and nothing joins them: each would do the same"
+            " run alone. Write lm.Runner(step, transforms=[lm.ddp()]), or start one process."
         )
-
-
-def _launched_world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])

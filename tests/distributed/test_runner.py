@@ -439,8 +439,8 @@ def test_nothing_joins_the_processes(world2, tmp_path, monkeypatch):
     first, second = world2.run(run_unjoined, tmp_path)
     assert "lm.ddp()" in first[0]
     assert not second
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "there", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(lm.LumenError, match="one of 4"):
         lm.Runner(step, progress=False).fit(make_state(), lm.Loader(columns(), batch_size=5), until=lm.Steps(2))
 

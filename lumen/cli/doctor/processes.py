@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 
 from lumen.cli.doctor.report import Finding
-from lumen.cli.subprocesses import LAUNCHER, run_all
+from lumen.cli.subprocesses import run_all
 from lumen.core.versions import version_of
+from lumen.parallel.comm.launchers import LaunchError, read_launch
 from lumen.parallel.deepspeed.engine import missing
 
 _SECTION = "processes"
-_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCH = "torchrun --nproc-per-node=2 train.py"
 _ALL_REDUCE_PROGRAM = """
 import torch
 import torch.distributed as dist
@@ -41,45 +40,26 @@ def check_processes(quick: bool) -> Iterator[Finding]:
 
 
 def check_environment(variables: Mapping[str, str]) -> Finding:
-    """Check that the launcher's variables are all set, or none of them.
+    """Check that the launcher's variables say where this process belongs, or that there is no launcher.
 
     >>> check_environment({}).detail
     'no launcher started this process: a script runs as a single process'
     >>> check_environment({"RANK": "0", "WORLD_SIZE": "2"}).detail
-    'RANK=0, WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT not set'
+    'this process is one of WORLD_SIZE=2, but MASTER_ADDR, MASTER_PORT is not set'
     """
     name = "environment"
-    settings = ", ".join(f"{key}={variables[key]}" for key in LAUNCHER if key in variables)
-    if not settings:
-        tasks = variables.get("SLURM_NTASKS", "1")
-        if tasks != "1" and "SLURM_PROCID" in variables:
-            fix = f"have each task of Slurm start torchrun: srun --ntasks-per-node=1 {_LAUNCH}"
-            return Finding(
-                _SECTION, name, "broken", f"Slurm runs {tasks} tasks, each of which would train independently", fix
-            )
+    try:
+        launch = read_launch(variables)
+    except LaunchError as error:
+        return Finding(_SECTION, name, "broken", error.problem, error.fix)
+    if launch is None:
         return Finding(_SECTION, name, "ok", "no launcher started this process: a script runs as a single process")
-    missing = [key for key in _REQUIRED if key not in variables]
-    if missing:
-        present = " ".join(key for key in LAUNCHER if key in variables)
-        fix = f"start it as: {_LAUNCH}\nor as a single process: unset {present}"
-        return Finding(_SECTION, name, "broken", f"{settings}, but {', '.join(missing)} not set", fix)
-    problem = _find_invalid(variables)
-    if problem:
-        return Finding(_SECTION, name, "broken", f"{settings}: {problem}", f"start it as: {_LAUNCH}")
-    return Finding(_SECTION, name, "ok", settings)
-
-
-def _find_invalid(variables: Mapping[str, str]) -> str:
-    numbers = [key for key in LAUNCHER if key in variables and key != "MASTER_ADDR"]
-    invalid = [key for key in numbers if not variables[key].isdecimal()]
-    if invalid:
-        return f"{', '.join(invalid)} must be numbers"
-    if int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
-        return "RANK must be less than WORLD_SIZE"
+    detail = f"{launch.launcher}: " + ", ".join(f"{key}={value}" for key, value in launch.variables().items())
     gpus = torch.cuda.device_count()
-    if gpus and int(variables.get("LOCAL_RANK", "0")) >= gpus:
-        return f"there are {gpus} GPUs, one for each process of this machine"
-    return ""
+    if gpus and launch.gpu(gpus) >= gpus:
+        problem = f"{detail}: there are {gpus} GPUs, one for each process of this machine"
+        return Finding(_SECTION, name, "broken", problem, f"start {gpus} processes on each machine")
+    return Finding(_SECTION, name, "ok", detail)
 
 
 def _check_backends() -> Iterator[Finding]:

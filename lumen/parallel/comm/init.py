@@ -1,4 +1,4 @@
-"""Joins the world of processes that `torchrun` started, and leaves it again."""
+"""Joins the world of processes that `torchrun` or another launcher started, and leaves it again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,83 +19,49 @@ import torch.distributed as dist
 from lumen.core import distributed
 from lumen.errors import WorldError
 from lumen.parallel.comm import process_groups
+from lumen.parallel.comm.launchers import Launch, read_launch
 from lumen.parallel.comm.rendezvous import rendezvous
 
 TIMEOUT = 600.0  # seconds that a collective waits for the slowest process
-# The variables in which launchers pass the number of processes and the rank. SLURM_NTASKS would not do: Slurm sets it
-# in a batch script too, where one process runs. Only srun sets SLURM_STEP_NUM_TASKS.
-_LAUNCHERS = (
-    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("mpirun", "PMI_SIZE", "PMI_RANK"),
-    ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
-    ("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
-    ("flux run", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
-)
-_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launched() -> bool:
-    """Whether something like torchrun started this process as one of several."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
-
-
-def check_launcher() -> None:
-    """Raise `WorldError` where a launcher other than torchrun started this process as one of several.
-
-    Such a launcher does not set the variables that torch.distributed reads, so each process would train alone.
-    """
-    if launched() or distributed.is_distributed():
-        return
-    for launcher, size_name, rank_name in _LAUNCHERS:
-        size, rank = os.environ.get(size_name, ""), os.environ.get(rank_name, "")
-        if size.isdecimal() and int(size) > 1 and rank:
-            raise WorldError(
-                f"this process is one of {size} that {launcher} started ({size_name}={size}, {rank_name}={rank}), and"
-                f" nothing joins them: each would train alone, on all rows. {_instead(launcher)} One process that is to"
-                f" train alone is started without that variable: env -u {size_name} python train.py"
-            )
-
-
-def _instead(launcher: str) -> str:
-    nodes = "$SLURM_JOB_NUM_NODES" if launcher == "srun" else "NODES"
-    one_node = "For one node write: torchrun --nproc-per-node=PROCESSES train.py."
-    launch = "srun --ntasks-per-node=1" if launcher == "srun" else "mpirun --map-by ppr:1:node"
-    rendezvous = "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
-    return f"{one_node} For more: {launch} torchrun --nnodes={nodes} --nproc-per-node=PROCESSES {rendezvous} train.py."
+def launched_size() -> int:
+    """How many processes the launcher has started, this one among them; 1 without a launcher."""
+    launch = read_launch(os.environ)
+    return 1 if launch is None else launch.size
 
 
 def join(device: torch.device | str | None = None, timeout: float = TIMEOUT) -> torch.device:
     """Make this process a member of its world, once, and return its device.
 
-    Processes that have a GPU each use NCCL (and Gloo for tensors on the host), others use Gloo. Without torchrun there
-    is nothing to join.
+    Processes that have a GPU each use NCCL (and Gloo for tensors on the host), others use Gloo. Without a launcher
+    there is nothing to join. With another than torchrun the variables that torchrun sets are set here, for other
+    libraries.
 
-    Raises `WorldError` where the environment is incomplete, or asks for GPUs that do not exist.
+    Raises `WorldError` where the environment is incomplete or contradicts itself, asks for GPUs that do not exist, or
+    where the other processes do not come in `timeout` seconds.
     """
-    chosen = _device(device)
-    check_launcher()
-    if distributed.is_distributed() and not distributed.is_dry_run():
-        _at_exit(own=False)
-    if distributed.is_distributed() or not launched():
+    if distributed.is_distributed():
+        if not distributed.is_dry_run():
+            _at_exit(own=False)
+        return _device(device, None)
+    launch = read_launch(os.environ)
+    chosen = _device(device, launch)
+    if launch is None:
         return chosen
-    missing = [name for name in _NAMES if name not in os.environ]
-    if missing:
-        raise WorldError(
-            f"this process is one of WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set."
-            " Start it as: torchrun --nproc-per-node=2 train.py"
-        )
+    if launch.launcher != "torchrun":
+        local_rank = launch.local_rank if chosen.index is None else chosen.index
+        os.environ.update(replace(launch, local_rank=local_rank).variables())
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     limit = dt.timedelta(seconds=timeout)
-    store, rank, size = rendezvous(limit)
     dist.init_process_group(
         backend,
         timeout=limit,
-        store=store,
-        rank=rank,
-        world_size=size,
+        store=rendezvous(launch, limit),
+        rank=launch.rank,
+        world_size=launch.size,
         device_id=chosen if chosen.type == "cuda" else None,
     )
     _at_exit(own=True)
@@ -156,7 +123,7 @@ def _destroy() -> None:
         dist.destroy_process_group()
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def _device(device: torch.device | str | None, launch: Launch | None) -> torch.device:
     if distributed.is_dry_run():
         return torch.device("cpu")
     if device is None:
@@ -167,7 +134,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise WorldError('device="cuda" was asked for, and torch finds no GPU here. Write lm.mesh(device="cpu").')
     if kind != "cuda":
         return torch.device(kind)
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", "0")) if launch is None else launch.gpu(count)
     if local >= count:
         raise WorldError(
             f"this process has LOCAL_RANK={local}, and there are {count} GPUs here: start one process for each GPU,"

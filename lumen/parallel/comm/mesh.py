@@ -160,14 +160,16 @@ def mesh(
     device: torch.device | str | None = None,
     timeout: float = TIMEOUT,
 ) -> Mesh:
-    """The ranks that torchrun started, as a grid of `data` × `shard` × `pipeline` × `context` × `tensor`.
+    """The ranks that a launcher started, as a grid of `data` × `shard` × `pipeline` × `context` × `tensor`.
 
-    Without torchrun it is a grid of one. An axis that is left out has size 1. Without any axis, all ranks are along
-    `data`. One axis may be -1: the world size divided by the others. The first call joins the world; `timeout` is how
-    many seconds a collective waits. `lm.Loader` splits batches by the last mesh, over as many ranks as there are along
-    data and shard.
+    The launcher is torchrun, `srun`, `mpirun` or another one of docs/clusters.md; without one it is a grid of one. An
+    axis that is left out has size 1. Without any axis, all ranks are along `data`. One axis may be -1: the world size
+    divided by the others. The first call joins the world; `timeout` is how many seconds it waits for the other ranks,
+    and each collective later. `lm.Loader` splits batches by the last mesh, over as many ranks as there are along data
+    and shard.
 
-    Raises `WorldError` where the product of the axes is not the world size.
+    Raises `WorldError` where the product of the axes is not the world size, where the launcher's variables contradict
+    each other or give no address, and where the other ranks do not join in time.
 
     >>> import lumen as lm
     >>> lm.parallel.mesh().size()
