@@ -35,6 +35,7 @@ ELSEWHERE = {
     "char_lm": "tests/examples/test_scripts.py runs it under every strategy",
     "hydra": "tests/examples/test_scripts.py runs it under fsdp on two processes",
     "pretrain": "tests/examples/test_pretrain.py runs it under each of its strategies",
+    "ray_train": "tests/examples/test_ray.py runs it where Ray is installed",
     "zero": "its strategy is lm.deepspeed",
 }
 ALONE = {

@@ -65,7 +65,7 @@ def test_a_broken_link_is_found() -> None:
 
 def test_every_example_and_notebook_is_listed() -> None:
     targets = {a for a, _ in LINK.findall((ROOT / "examples/README.md").read_text())}
-    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} | {"hydra/train.py"}
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} | {"hydra/train.py", "slurm/train.sbatch"}
     assert targets == scripts | {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 

@@ -34,6 +34,7 @@ EXTRAS = {
     "mlflow": ("mlflow>=2.20",),
     "dp-sgd": ("dp-accounting>=0.5",),
     "quant": ("torchao>=0.18",),
+    "ray": ("ray[train]>=2.60",),
     "wandb": ("wandb>=0.19.10", "pillow>=10"),
 }
 # Distributions whose module has another name.
@@ -75,6 +76,7 @@ def check_package(requirement: str, extra: str | None, *, quick: bool) -> Findin
     'ok'
     """
     name, _, minimum = requirement.partition(">=")
+    name = name.partition("[")[0]
     version, label = version_of(name), name if extra is None else f"{name} [{extra}]"
     fix = f"pip install '{requirement}'" if extra is None else install_extra(extra)
     if version is None:
