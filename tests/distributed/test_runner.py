@@ -477,7 +477,7 @@ def test_an_error_of_one_is_that_of_all(strategy, tmp_path):
 
 
 def test_a_process_that_hangs_is_named_with_its_step(tmp_path):
-    code, said = torchrun(tmp_path, 3, what="hang", at=6, timeout=6.0, steps=10**5)
+    code, said = torchrun(tmp_path, 3, what="hang", at=6, timeout=12.0, steps=10**5)
     assert code == 1
     assert "rank 1 hangs in step 6" in said
 
