@@ -111,6 +111,14 @@ class SinkError(LumenError, ValueError):
     """A file of another table, a value with the name of a column that a sink reserves, or an unknown `on_error`."""
 
 
+class PathError(LumenError, ValueError):
+    """A URL where only a path can be, or one of a store that is unknown or whose package is not installed."""
+
+
+class ObjectStoreError(LumenError, OSError):
+    """An object store that does not answer, or denies, after the last retry."""
+
+
 class CheckpointError(LumenError, RuntimeError):
     """A checkpoint that cannot be written or read."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lumen.core.urls import local_path
 from lumen.errors import CheckpointFormatError, CheckpointNotFoundError, CorruptCheckpointError, printable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +59,7 @@ class WeightFiles:
     def __init__(
         self, directory: str | os.PathLike[str], filename: str | None = None, extra: Iterable[str] = ()
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "the directory of weights")
         self.tensors: dict[str, FileTensor] = {}
         self._open: Any = None
         self._path: Path | None = None

@@ -27,6 +27,7 @@ from lumen.checkpoint._save import TEMPORARY
 from lumen.core.arguments import checked, checked_first
 from lumen.core.pending_weights import WeightSource, on_all_ranks, with_source
 from lumen.core.step import Step
+from lumen.core.urls import local_path
 from lumen.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -38,6 +39,7 @@ from lumen.errors import (
 from lumen.optim._param_names import Pattern, matching_any
 from lumen.transforms._support.activation_budget import parse_bytes
 
+_DIRECTORY = "the directory of weights"
 _SHOWN = 6  # maximum number of names in a message
 _PEFT = (("lora_a", "lora_A.weight"), ("lora_b", "lora_B.weight"))
 
@@ -62,7 +64,8 @@ def save_pretrained(
     """
     if step is not None:
         max_bytes = _parse_bytes(max_shard_size)
-        return save_sharded(state, step, Path(directory), lambda: _begin(_new_directory(directory)), max_bytes)
+        final = local_path(directory, _DIRECTORY)
+        return save_sharded(state, step, final, lambda: _begin(_new_directory(directory)), max_bytes)
     final = _new_directory(directory)
     module: Any = lora.merged(state)
     if not hasattr(module, "save_pretrained"):
@@ -143,7 +146,7 @@ def _peft_config(module: nn.Module, layers: Mapping[str, Lora], base: str | None
 
 
 def _new_directory(directory: str | os.PathLike[str]) -> Path:
-    final = Path(directory)
+    final = local_path(directory, _DIRECTORY)
     if os.path.lexists(final):
         raise CheckpointExistsError(f"{final} already exists. Remove it, or save under another name.")
     return final

@@ -16,6 +16,7 @@ from lumen.checkpoint.fsync import sync_directory, sync_file
 from lumen.checkpoint.leaves import ARRAYS, name_of
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.arguments import checked_first
+from lumen.core.urls import local_path
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, printable
 
 _PREFIXES = {"params": ("params",), "buffers": ("buffers",), "ema": ("slots", "ema", "params")}
@@ -51,7 +52,7 @@ def export(
             f"export takes format= one of {', '.join(_FORMATS)}, what= one of {', '.join(_PREFIXES)}, state; got"
             f" format={format!r}, what={what!r}."
         )
-    final = Path(to)
+    final = local_path(to, "the file that lm.checkpoint.export writes")
     if os.path.lexists(final):
         raise CheckpointExistsError(f"{final} exists. Remove it, or export to another name.")
     reader = Reader(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +20,16 @@ import torch
 from torch import Tensor
 
 from lumen.checkpoint import chunk_grid, dtypes, header, zarr
+from lumen.checkpoint.checkpoint_files import LocalFiles, files_at
 from lumen.checkpoint.chunk_grid import Array, Block, Index
 from lumen.checkpoint.leaves import ARRAYS, LeafPath, decode, name_of
 from lumen.checkpoint.packing import unpack
 from lumen.checkpoint.snapshot import LeafRecord
 from lumen.core.arguments import checked_first
 from lumen.core.sharding import Slice
+from lumen.core.urls import join
 from lumen.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, printable
 
-_ORBAX = "_CHECKPOINT_METADATA"  # a file that Orbax writes to each checkpoint
 _IO_BYTES = 1 << 22  # small enough to be still in the CPU cache when its checksum is computed
 _ADVICE = "Restore another checkpoint, or a copy of this one."
 
@@ -47,8 +47,9 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], item: str = "state") -> None:
         if item not in header.ITEMS:
             raise CheckpointError(f"a checkpoint has the items {' and '.join(header.ITEMS)}; got item={item!r}.")
-        self.path = Path(path)
-        self.header = read_header(self.path)
+        self.files = files_at(path)
+        self.path = self.files.location
+        self.header = read_header(path)
         self.records = [record for record in self.header.records if record.item == item]
 
     def read(
@@ -107,8 +108,7 @@ class Reader:
         blocks = [Block(box.full, box.size) for box in request.boxes]
         positions = sorted({position for block in blocks for position in chunk_grid.chunks(block, record.chunk)})
         for position in positions:  # before any memory is allocated
-            with self._chunk(record, position, tail_size):
-                pass
+            self._check_chunk(record, position, tail_size)
         filled = sum(math.prod(block.size) for block in blocks) == math.prod(request.shape)
         memory = (torch.empty if filled else torch.zeros)(math.prod(request.shape) * dtype.itemsize, dtype=torch.uint8)
         array = memory.numpy().view(_carrier(record)).reshape(request.shape)
@@ -118,16 +118,27 @@ class Reader:
                 self._read_chunk(record, position, file, targets)
         return memory.view(dtype).view(request.shape)
 
+    def _check_chunk(self, record: LeafRecord, position: Index, tail_size: int) -> None:
+        """Check the size of the file of a chunk."""
+        name = zarr.data_file(record, position)
+        with self._as_corrupt(name, record):
+            self.files.check(name, self._chunk_size(record, name, tail_size))
+
     @contextmanager
     def _chunk(self, record: LeafRecord, position: Index, tail_size: int) -> Iterator[IO[bytes]]:
         """Open the file of a chunk, after a check of its size."""
         name = zarr.data_file(record, position)
-        with self._as_corrupt(name, record):
-            size, _ = self.header.files[name]
-            if size != record.chunk_bytes + tail_size:
-                raise ValueError(f"the header gives {size} bytes, shape and dtype {record.chunk_bytes + tail_size}")
-            with open_file(self.path, name, size) as file:
-                yield file
+        with (
+            self._as_corrupt(name, record),
+            self.files.open(name, self._chunk_size(record, name, tail_size)) as file,
+        ):
+            yield file
+
+    def _chunk_size(self, record: LeafRecord, name: str, tail_size: int) -> int:
+        size, _ = self.header.files[name]
+        if size != record.chunk_bytes + tail_size:
+            raise ValueError(f"the header gives {size} bytes, shape and dtype {record.chunk_bytes + tail_size}")
+        return size
 
     def _read_chunk(
         self, record: LeafRecord, position: Index, file: IO[bytes], targets: Sequence[tuple[Block, Array]]
@@ -161,17 +172,21 @@ class Reader:
                     raise ValueError("the header does not list all of its files")
         arrays = {name for record in stored for name in zarr.data_files(record)}
         descriptions = {zarr.description(record) for record in records if record.array is not None}
-        for name in self.header.files:
-            described = not name.startswith("meta/") and name.endswith("/zarr.json")
-            if name not in arrays and (name in descriptions or not described):
-                with self._as_corrupt(name):
-                    self._read_small_file(name)
+        small = [
+            name
+            for name in self.header.files
+            if name not in arrays and (name in descriptions or not _is_description(name))
+        ]
+        self.files.prefetch(small)
+        for name in small:
+            with self._as_corrupt(name):
+                self._read_small_file(name)
 
     def _read_small_file(self, name: str) -> bytes:
         if name not in self.header.files:
             raise ValueError("the header does not list it")
         size, crc = self.header.files[name]
-        with open_file(self.path, name, size) as file:
+        with self.files.open(name, size) as file:
             content = file.read(size + 1)
         if len(content) != size or zlib.crc32(content) != crc:
             raise ValueError("its checksum does not match")
@@ -184,7 +199,7 @@ class Reader:
         try:
             yield
         except (OSError, ValueError, KeyError) as error:
-            raise CorruptCheckpointError(f"{self.path / name}{leaf} is damaged: {error}. {_ADVICE}") from error
+            raise CorruptCheckpointError(f"{join(self.path, name)}{leaf} is damaged: {error}. {_ADVICE}") from error
 
 
 @checked_first
@@ -231,7 +246,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> found["meta"], found["leaves"]["weight"]
     ({'lr': 0.1}, {'kind': 'tensor', 'dtype': 'float32', 'shape': (2,)})
     """
-    head = read_header(Path(path))
+    head = read_header(path)
     fields = {name: value for name, value in head.fields.items() if name not in ("files", "leaves", "packs")}
     tables: dict[str, dict[str, Any]] = {item: {} for item in header.ITEMS}
     for record in head.records:
@@ -267,44 +282,30 @@ def as_kind(kind: str, value: Tensor) -> Any:
     return array[()] if kind == "generic" else array
 
 
-def read_header(path: Path) -> header.Header:
+def read_header(path: str | os.PathLike[str]) -> header.Header:
     """The header of the checkpoint at `path`; raises `CheckpointNotFoundError` if there is none."""
+    files = files_at(path)
+    location = files.location
     try:
-        with open_file(path, header.FILE) as file:
+        with files.open(header.FILE) as file:
             text = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        if lost_header(path):
-            raise CorruptCheckpointError(f"{path} has lost its header (no {header.FILE}). {_ADVICE}") from error
-        hint = "was not written by Lumen" if path.is_dir() else "does not exist"
-        raise CheckpointNotFoundError(f"{path} is no checkpoint: it {hint} (no {header.FILE}).") from error
+        if files.lost_header():
+            raise CorruptCheckpointError(f"{location} has lost its header (no {header.FILE}). {_ADVICE}") from error
+        hint = "was not written by Lumen" if files.exists() else "does not exist"
+        raise CheckpointNotFoundError(f"{location} is no checkpoint: it {hint} (no {header.FILE}).") from error
     except (OSError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path / header.FILE} cannot be read: {error}. {_ADVICE}") from error
-    return header.load(text, str(path))
+        raise CorruptCheckpointError(f"{join(location, header.FILE)} cannot be read: {error}. {_ADVICE}") from error
+    return header.load(text, str(location))
 
 
 def lost_header(path: Path) -> bool:
     """Whether `path` is a checkpoint whose header is missing."""
-    if not path.is_dir() or path.is_symlink() or os.path.lexists(path / header.FILE):
-        return False
-    return any(os.path.lexists(path / name) for name in (*header.ITEMS, _ORBAX))
+    return LocalFiles(path).lost_header()
 
 
-@contextmanager
-def open_file(root: Path, name: str, size: int | None = None) -> Iterator[IO[bytes]]:
-    """Open a regular file below `root` without following links; raises ValueError for another kind or size."""
-    segments = name.split("/")
-    for depth in range(1, len(segments)):
-        if not stat.S_ISDIR(os.lstat(root.joinpath(*segments[:depth])).st_mode):
-            raise ValueError("a parent in its path is not a directory")
-    # Without O_NONBLOCK a named pipe would block until another process writes to it.
-    descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if size is not None and status.st_size != size:
-            raise ValueError(f"it has {status.st_size} bytes, expected {size}")
-        yield file
+def _is_description(name: str) -> bool:
+    return not name.startswith("meta/") and name.endswith("/zarr.json")
 
 
 def _full_request(record: LeafRecord) -> ReadRequest:

@@ -6,6 +6,7 @@ import datetime as dt
 import glob
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,11 @@ from lumen.checkpoint.coordinator import TIMEOUT, SaveCoordinator, SaveSession
 from lumen.checkpoint.fsync import relative_files, sync, sync_directory
 from lumen.checkpoint.packing import packed
 from lumen.checkpoint.snapshot import LeafRecord, Snapshot, take_snapshot
+from lumen.checkpoint.upload import Upload, exists
 from lumen.core import distributed
 from lumen.core.arguments import checked_first
 from lumen.core.step import StepFn
+from lumen.core.urls import basename, path_or_url
 from lumen.core.versions import own_version, version_of
 from lumen.errors import CheckpointError, CheckpointExistsError
 
@@ -57,8 +60,12 @@ def save(
     and `meta`, to its own `path`, which must be on a file system that all processes share. A process that gives no sign
     of life for `timeout` seconds counts as hung. If one process fails, all raise its error.
 
+    `path` may be the URL of a place in an object store: `s3://bucket/name`, `gs://bucket/name` or `memory://name`. Then
+    each process writes to its local disk and uploads what it wrote, rank 0 the header last.
+
     Raises `CheckpointExistsError` if `path` exists, and `CheckpointLeafError` for a leaf of another kind. Raises
-    `CheckpointError` if writing fails, if a process hangs, or if the state is sharded and `step` is missing.
+    `PathError` for a URL of another kind, or one whose package is not installed. Raises `CheckpointError` if writing
+    fails, if a process hangs, or if the state is sharded and `step` is missing.
 
     >>> import lumen as lm, torch, tempfile
     >>> path = tempfile.mkdtemp() + "/first"
@@ -66,29 +73,53 @@ def save(
     >>> lm.checkpoint.restore(path, {"weight": torch.zeros(2), "epoch": 0})
     {'weight': tensor([1., 1.]), 'epoch': 3}
     """
-    final = Path(path)
+    location = path_or_url(path, "the path of lm.checkpoint.save")
     shard_specs.check(step, tree, "lm.checkpoint.save(path, state, step=step)")
     session = SaveCoordinator(timeout).next() if step is not None and distributed.world_size() > 1 else None
     with nullcontext() if session is None else session.sharing_failures():
         is_main = session is None or session.is_main
-        if is_main and os.path.lexists(final):
-            raise CheckpointExistsError(f"{final} exists; a checkpoint is written to a new directory.")
+        if is_main and exists(location):
+            raise CheckpointExistsError(f"{location} exists; a checkpoint is written to a new directory.")
         fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": {}}
         items = {"state": shard_specs.strip_sharding(step, tree), "extra": {} if extra is None else extra}
         snap = take_snapshot(items, specs=shard_specs.leaf_specs(step, tree), with_unsharded=is_main)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
         try:
-            if session is not None and not is_main:
+            if isinstance(location, str):
+                _save_to_url(location, snap, fields, session)
+            elif session is not None and not is_main:
                 write_shard(session, snap)
-                return
-            final.parent.mkdir(parents=True, exist_ok=True)
-            write(final, temporary, snap, fields, session=session)
-            if session is not None:
-                session.finish()
+            else:
+                _save_to_path(location, snap, fields, session)
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
+            raise CheckpointError(f"the checkpoint {location} could not be written: {error}") from error
+
+
+def _save_to_path(final: Path, snap: Snapshot, fields: dict[str, Any], session: SaveSession | None) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    write(final, final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}"), snap, fields, session=session)
+    if session is not None:
+        session.finish()
+
+
+def _save_to_url(url: str, snap: Snapshot, fields: dict[str, Any], session: SaveSession | None) -> None:
+    """Write to a local directory, and upload from there; the directory is kept if the upload fails."""
+    staging = Path(tempfile.mkdtemp(prefix="lumen-checkpoint-"))
+    if session is not None and not session.is_main:
+        write_shard(session, snap, staging)
+        return
+    upload = Upload(url, session)
+    staged = staging / basename(url)
+    try:
+        write(staged, staging / TEMPORARY, snap, fields, session=session, upload=upload)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    upload.publish(staged)
+    if session is not None:
+        session.finish()
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def write(
@@ -98,17 +129,20 @@ def write(
     fields: dict[str, Any],
     replace: bool = False,
     session: SaveSession | None = None,
+    upload: Upload | None = None,
 ) -> None:
     """Write a snapshot to `temporary`, beside `final`, and rename it when everything is on disk.
 
     With `replace`, an existing checkpoint of that name is replaced. With `session`, this process is rank 0 of several;
     the others call `write_shard`, which returns after this. If writing fails, the written files are removed.
+
+    With `upload`, each process writes to a local disk, and `final` has what this one wrote.
     """
     try:
         if session is None:
             records, files, synced = _write_single(temporary, snap)
         else:
-            records, files, synced = _write_main(temporary, snap, session)
+            records, files, synced = _write_main(temporary, snap, session, upload)
         text = header.dump(records, files, **_versions(), **fields)
         (temporary / header.FILE).write_text(text)
         sync(temporary, synced)
@@ -123,12 +157,33 @@ def write(
         raise
 
 
-def write_shard(session: SaveSession, snap: Snapshot) -> None:
-    """On ranks other than 0: write this process's shards; returns when the checkpoint is complete."""
+def write_shard(session: SaveSession, snap: Snapshot, staging: Path | None = None) -> None:
+    """On ranks other than 0: write this process's shards; returns when the checkpoint is complete.
+
+    If it is written to an object store, `staging` is the directory for these shards until they are uploaded.
+    """
     session.publish("layout", sharded.layout(snap))
-    plan = sharded.WritePlan.from_json(session.await_("plan"))
-    session.publish("shards", sharded.write(session, snap, plan))
+    plan_json, url = session.await_("plan")
+    plan = sharded.WritePlan.from_json(plan_json)
+    if url is None:
+        session.publish("shards", sharded.write(session, snap, plan))
+        session.finish()
+        return
+    assert staging is not None
+    _write_shard_to_url(session, snap, plan.at(staging), Upload(url, session))
+
+
+def _write_shard_to_url(session: SaveSession, snap: Snapshot, plan: sharded.WritePlan, upload: Upload) -> None:
+    shutil.rmtree(plan.folder, ignore_errors=True)  # of an earlier save that failed
+    try:
+        files = sharded.write(session, snap, plan, upload)
+    except BaseException:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        raise
+    session.publish("shards", files)
+    upload.add(plan.folder, files)
     session.finish()
+    shutil.rmtree(plan.folder, ignore_errors=True)
 
 
 def _write_single(temporary: Path, snap: Snapshot) -> Written:
@@ -140,27 +195,27 @@ def _write_single(temporary: Path, snap: Snapshot) -> Written:
         return snap.records, _checked_files(temporary, snap, checksums.result()), {}
 
 
-def _write_main(temporary: Path, snap: Snapshot, session: SaveSession) -> Written:
+def _write_main(temporary: Path, snap: Snapshot, session: SaveSession, upload: Upload | None) -> Written:
     """Write on rank 0 of several: all write the sharded arrays beside `temporary`, and rank 0 moves them into it."""
     directory = temporary.with_name(f"{temporary.name}.parts").absolute()
     layouts = session.await_all("layout")  # from now on no process writes for an earlier save
     shutil.rmtree(directory, ignore_errors=True)
     plan = sharded.plan(snap, layouts, directory)
     directory.mkdir()
-    session.publish("plan", plan.to_json())
+    session.publish("plan", [plan.to_json(), None if upload is None else upload.url])
     written = packed(snap)
     records = plan.records(written.records)
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(sharded.write, session, snap, plan)
+        writing = pool.submit(sharded.write, session, snap, plan, upload)
         checksums = pool.submit(_checksums, written)
         arrays = written.data | sharded.placeholders(written)
         _orbax.write(temporary, {written.keys[index]: array for index, array in arrays.items()})
         _strip_paths(temporary)
         sharded.write_descriptions(plan, records, temporary)
-        files = writing.result()
+        files = dict(own_files := writing.result())
         for shard_files in session.await_all("shards"):
             files |= {name: (size, crc) for name, (size, crc) in shard_files.items()}
-        sharded.collect(plan, records, files, temporary)
+        sharded.collect(plan, records, files if upload is None else own_files, temporary)
         shutil.rmtree(directory)
         return records, _checked_files(temporary, written, checksums.result(), files), files
 

@@ -170,6 +170,8 @@ _ACTIVITIES = {
     "fragments": "writing its shards",
     "all fragments": "waiting for the shards of others",
     "shards": "writing its shards",
+    "staged": "writing the checkpoint to its disk",
+    "uploaded": "uploading its shards",
     "committed": "completing the checkpoint",
     "over": "finishing the save",
 }

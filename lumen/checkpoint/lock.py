@@ -25,18 +25,21 @@ _owners: dict[tuple[int, int, int], str] = {}  # by process, device and inode
 
 
 class Lock:
-    """The lock on `directory`, acquired at construction; raises `CheckpointLockedError` if another run has it."""
+    """The lock on `directory`, acquired at construction; raises `CheckpointLockedError` if another run has it.
 
-    def __init__(self, directory: Path) -> None:
+    `shown` is what a message calls the directory, if it stands for something else.
+    """
+
+    def __init__(self, directory: Path, shown: str | None = None) -> None:
         status = os.stat(directory)
         self._key = (os.getpid(), status.st_dev, status.st_ino)
         since = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         if self._key in _owners:
-            raise _refusal(directory, _owners[self._key])
+            raise _refusal(shown or directory, _owners[self._key])
         self._file = os.open(directory / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            self._acquire(directory)
+            self._acquire(directory, shown or directory)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, owner.encode(), 0)
         except BaseException:
@@ -44,13 +47,13 @@ class Lock:
             raise
         _owners[self._key] = owner
 
-    def _acquire(self, directory: Path) -> None:
+    def _acquire(self, directory: Path, shown: Path | str) -> None:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 owner = os.pread(self._file, 1000, 0).decode(errors="replace")
-                raise _refusal(directory, owner) from None
+                raise _refusal(shown, owner) from None
             if error.errno not in _UNSUPPORTED:
                 raise
             warnings.warn(
@@ -73,7 +76,7 @@ class Lock:
             os.close(self._file)
 
 
-def _refusal(directory: Path, owner: str) -> CheckpointLockedError:
+def _refusal(directory: Path | str, owner: str) -> CheckpointLockedError:
     try:
         fields = json.loads(owner)
         holder = f"process {fields['pid']} on {fields['host']}, since {fields['since']}"

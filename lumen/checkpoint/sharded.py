@@ -24,6 +24,7 @@ from lumen.checkpoint.coordinator import SaveSession
 from lumen.checkpoint.fsync import sync_files
 from lumen.checkpoint.leaves import name_of
 from lumen.checkpoint.snapshot import LeafRecord, Snapshot
+from lumen.checkpoint.upload import Upload
 from lumen.core.sharding import Slice
 from lumen.errors import CheckpointError
 
@@ -58,6 +59,10 @@ class WritePlan:
             {index: tuple(chunk) for index, chunk in chunks},
             {index: [(rank, _box(box)) for rank, box in boxes] for index, boxes in fragmented},
         )
+
+    def at(self, folder: Path) -> WritePlan:
+        """The same with another folder."""
+        return replace(self, folder=folder)
 
     def records(self, records: Sequence[LeafRecord]) -> list[LeafRecord]:
         """The records, those of sharded arrays with their chunk shape."""
@@ -104,8 +109,11 @@ def plan(snap: Snapshot, layouts: Sequence[Any], folder: Path) -> WritePlan:
     return WritePlan(folder, chunks, fragmented)
 
 
-def write(session: SaveSession, snap: Snapshot, plan: WritePlan) -> header.Files:
-    """Write this process's share of the sharded arrays; returns the size and checksum of each file."""
+def write(session: SaveSession, snap: Snapshot, plan: WritePlan, upload: Upload | None = None) -> header.Files:
+    """Write this process's share of the sharded arrays; returns the size and checksum of each file.
+
+    With `upload` the plan's folder is this process's alone, and fragments are exchanged through the object store.
+    """
     writer = _Writer(session, plan, plan.records(snap.records))
     for index, boxes in _boxes(snap).items():
         if index in plan.fragmented:
@@ -113,9 +121,11 @@ def write(session: SaveSession, snap: Snapshot, plan: WritePlan) -> header.Files
         else:
             writer.write_chunks(index, snap.data[index], boxes)
     if plan.fragmented:
+        if upload is not None:
+            upload.put(plan.folder, writer.fragments)
         _barrier(session, "fragments")
         for index in plan.fragmented:
-            writer.assemble(index)
+            writer.assemble(index, upload)
     writer.sync()
     return writer.files
 
@@ -167,6 +177,7 @@ class _Writer:
     def __init__(self, session: SaveSession, plan: WritePlan, records: Sequence[LeafRecord]) -> None:
         self.files: header.Files = {}
         self._session, self._plan, self._records = session, plan, records
+        self.fragments: list[str] = []  # paths relative to the folder
         self._created: list[Path] = []
 
     def write_chunks(self, index: int, data: Array, boxes: Sequence[Slice]) -> None:
@@ -181,20 +192,25 @@ class _Writer:
     def write_fragments(self, index: int, data: Array, boxes: Sequence[Slice]) -> None:
         """Write each box to its own file."""
         for number, box in enumerate(boxes):
-            self._write(self._fragment_path(index, self._session.rank, number), chunk_grid.box_view(data, box))
+            name = _fragment(index, self._session.rank, number)
+            self._write(self._plan.folder / name, chunk_grid.box_view(data, box))
+            self.fragments.append(name)
 
-    def assemble(self, index: int) -> None:
+    def assemble(self, index: int, upload: Upload | None) -> None:
         """Write this process's share of the chunks from the fragments of all processes."""
         record, rank_boxes = self._records[index], self._plan.fragmented[index]
         dtype = dtypes.numpy_dtype(dtypes.carrier(record.dtype))
         fragments, counts = [], dict.fromkeys(range(self._session.size), 0)
         for rank, box in rank_boxes:
-            fragments.append((Block(box.full, box.size), self._fragment_path(index, rank, counts[rank])))
+            fragments.append((Block(box.full, box.size), _fragment(index, rank, counts[rank])))
             counts[rank] += 1
         for number, chunk in enumerate(chunk_grid.chunks(chunk_grid.full_block(record.shape), record.chunk)):
             if number % self._session.size == self._session.rank:
-                overlapping = [(b, p) for b, p in fragments if b.intersection(chunk_grid.block_of(chunk, record.chunk))]
-                self._write_chunk(record, chunk, [(b, np.memmap(p, dtype, "r", shape=b.size)) for b, p in overlapping])
+                overlapping = [(b, n) for b, n in fragments if b.intersection(chunk_grid.block_of(chunk, record.chunk))]
+                if upload is not None:
+                    upload.fetch(self._plan.folder, [name for _, name in overlapping])
+                paths = [(block, self._plan.folder / name) for block, name in overlapping]
+                self._write_chunk(record, chunk, [(b, np.memmap(p, dtype, "r", shape=b.size)) for b, p in paths])
 
     def sync(self) -> None:
         """Return when the content of the files is on disk; rank 0 syncs their directories."""
@@ -230,8 +246,9 @@ class _Writer:
         self._session.heartbeat()
         return len(flat), crc
 
-    def _fragment_path(self, index: int, rank: int, number: int) -> Path:
-        return self._plan.folder / "pieces" / f"{index}.{rank}.{number}"
+
+def _fragment(index: int, rank: int, number: int) -> str:
+    return f"pieces/{index}.{rank}.{number}"
 
 
 def _boxes(snap: Snapshot) -> Boxes:

@@ -13,11 +13,13 @@ import torch
 
 from lumen.checkpoint import _load, _restore
 from lumen.checkpoint.coordinator import TIMEOUT
+from lumen.checkpoint.object_directory import ObjectDirectory
 from lumen.checkpoint.retention import Retention
 from lumen.checkpoint.store_directory import StoreDirectory
-from lumen.checkpoint.store_writer import StoreWriter
+from lumen.checkpoint.store_writer import Directory, StoreWriter
 from lumen.core.step import StepFn
-from lumen.errors import CheckpointError
+from lumen.core.urls import local_path, path_or_url
+from lumen.errors import CheckpointError, HyperparameterError
 
 
 class Store:
@@ -39,6 +41,10 @@ class Store:
     writes everything else, locks the directory and deletes old checkpoints. A process that gives no sign of life for
     `timeout` seconds counts as hung.
 
+    `directory` may be a URL: `s3://bucket/a`, `gs://bucket/a` or `memory://a`. A checkpoint is then written to
+    `staging`, a local directory (`~/.cache/lumen/uploads`), and uploaded from there, its header last. Its path is then
+    a URL, as str. Raises `PathError` for another URL, and for one whose package is not installed.
+
     >>> import lumen as lm, torch, tempfile
     >>> with lm.checkpoint.Store(tempfile.mkdtemp(), keep=2) as store:
     ...     for step in range(5):
@@ -48,6 +54,7 @@ class Store:
     ([3, 4], {'weight': tensor([4., 4.])})
     """
 
+    directory: Path | str
     blocked: float  # seconds that saves have blocked so far
 
     def __init__(
@@ -60,11 +67,12 @@ class Store:
         keep_best: int = 1,
         keep_every: int | None = None,
         timeout: float = TIMEOUT,
+        staging: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = path_or_url(directory, "the directory of a Store")
         self.blocked = 0.0
         self._retention = Retention(keep, monitor, mode, keep_best, keep_every)
-        self._checkpoints = StoreDirectory(self.directory)
+        self._checkpoints = _checkpoints_at(self.directory, staging)
         self._timeout = timeout
         self._step_fn: StepFn | None = None  # whose states are saved
         self._writer: StoreWriter | None = None  # while the store is open
@@ -136,7 +144,7 @@ class Store:
         finally:
             self.blocked += time.perf_counter() - began
 
-    def quarantine(self, path: Path) -> Path:
+    def quarantine(self, path: Path | str) -> Path | str:
         """Rename a damaged checkpoint of this store, so that it no longer counts as a step; returns the new path."""
         return self._open_writer().quarantine(path)
 
@@ -185,8 +193,8 @@ class Store:
         self.wait()
         return self._retention.would_keep(self._checkpoints.metrics_by_step(), metrics)
 
-    def path(self, step: int) -> Path:
-        """The path of the checkpoint of `step`, whether it exists or not."""
+    def path(self, step: int) -> Path | str:
+        """The path, or URL, of the checkpoint of `step`, whether it exists or not."""
         return self._checkpoints.checkpoint(step)
 
     def metrics(self, step: int) -> dict[str, float]:
@@ -214,3 +222,14 @@ class Store:
         """See `lm.checkpoint.restore`; its `step` is the one that the store was opened with."""
         path = self._checkpoints.existing(step)
         return _restore.restore(path, like, strict=strict, cast=cast, rename=rename, device=device, step=self._step_fn)
+
+
+def _checkpoints_at(directory: Path | str, staging: str | os.PathLike[str] | None) -> Directory:
+    if isinstance(directory, str):
+        return ObjectDirectory(directory, None if staging is None else local_path(staging, "staging"))
+    if staging is not None:
+        raise HyperparameterError(
+            f"staging={os.fspath(staging)!r} is where checkpoints wait for their upload to a URL, and {directory} is a"
+            " path: leave it out."
+        )
+    return StoreDirectory(directory)

@@ -9,9 +9,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lumen.checkpoint import _load, _save, header, step_metrics
+from lumen.checkpoint.coordinator import SaveSession
 from lumen.checkpoint.fsync import sync_directory
+from lumen.checkpoint.lock import Lock
+from lumen.checkpoint.snapshot import Snapshot
 from lumen.errors import CheckpointError, CheckpointNotFoundError
 
 _REPLACED = re.compile(rf"\.([0-9]+){re.escape(_save.REPLACED)}")
@@ -57,6 +61,11 @@ class StoreDirectory:
             return []
         return sorted(map(int, names))
 
+    def blocked_by(self, step: int) -> Path | None:
+        """What is where the checkpoint of `step` is to be written, and is not a complete checkpoint."""
+        path = self.checkpoint(step)
+        return path if os.path.lexists(path) and step not in self.steps() else None
+
     def metrics_by_step(self) -> dict[int, dict[str, float]]:
         """The metrics of each complete checkpoint."""
         result = {}
@@ -69,9 +78,33 @@ class StoreDirectory:
             result[step] = self._metrics.get(step, {})
         return result
 
-    def set_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember the metrics of a checkpoint that was just written."""
+    def lock(self) -> Lock:
+        """Create the directory, lock it, and remove what a crashed run left behind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = Lock(self.path)
+        try:
+            self._clean_up()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def write(
+        self,
+        step: int,
+        snap: Snapshot,
+        fields: dict[str, Any],
+        metrics: Mapping[str, float],
+        session: SaveSession | None,
+    ) -> None:
+        """Write the checkpoint of `step`; with `session`, on rank 0 of the processes that write it together."""
+        temporary = self.path / f".{step}{_save.TEMPORARY}"
+        _save.write(self.checkpoint(step), temporary, snap, fields, replace=True, session=session)
         self._metrics[step] = dict(metrics)
+
+    def write_shard(self, session: SaveSession, snap: Snapshot) -> None:
+        """Write this process's shards on another rank than 0."""
+        _save.write_shard(session, snap)
 
     def clear_cache(self) -> None:
         """Forget the metrics of all checkpoints; they are read again when they are needed."""
@@ -82,9 +115,9 @@ class StoreDirectory:
         _save.delete(self.checkpoint(step))
         self._metrics.pop(step, None)
 
-    def quarantine(self, path: Path) -> Path:
+    def quarantine(self, path: Path | str) -> Path:
         """Rename a damaged checkpoint, so that it no longer counts as a step; returns the new path."""
-        count = 0
+        path, count = Path(path), 0
         while os.path.lexists(new := path.with_name(f"damaged-{path.name}" + (f"-{count}" if count else ""))):
             count += 1
         with reported_errors(self.path):
@@ -93,7 +126,7 @@ class StoreDirectory:
         self._metrics.pop(int(path.name), None)
         return new
 
-    def clean_up(self) -> None:
+    def _clean_up(self) -> None:
         """Remove what a crashed run left behind, and restore a checkpoint that it was about to replace."""
         for path in list(self.path.iterdir()):
             replaced = _REPLACED.fullmatch(path.name)
@@ -104,7 +137,7 @@ class StoreDirectory:
 
 
 @contextmanager
-def reported_errors(directory: Path, passing: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+def reported_errors(directory: Path | str, passing: tuple[type[OSError], ...] = ()) -> Iterator[None]:
     """Raise an `OSError` as a `CheckpointError`, so that a run can tell it from errors of its data and sinks."""
     try:
         yield

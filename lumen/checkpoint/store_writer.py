@@ -10,16 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lumen.checkpoint import _load, _orbax, _save, header, shard_specs, step_metrics
+from lumen.checkpoint import _load, _orbax, header, shard_specs, step_metrics
 from lumen.checkpoint.background_job import BackgroundJob
 from lumen.checkpoint.coordinator import SaveCoordinator, SaveSession
 from lumen.checkpoint.lock import Lock
+from lumen.checkpoint.object_directory import ObjectDirectory
 from lumen.checkpoint.retention import Retention
 from lumen.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
 from lumen.checkpoint.store_directory import StoreDirectory, reported_errors
 from lumen.core import distributed
 from lumen.core.step import StepFn
-from lumen.errors import CheckpointError, CheckpointExistsError, InexactWarning
+from lumen.core.urls import basename
+from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointLockedError, InexactWarning
+
+Directory = StoreDirectory | ObjectDirectory
 
 
 class StoreWriter:
@@ -29,7 +33,7 @@ class StoreWriter:
     directory and deletes old checkpoints.
     """
 
-    def __init__(self, directory: StoreDirectory, retention: Retention, step_fn: StepFn | None, timeout: float) -> None:
+    def __init__(self, directory: Directory, retention: Retention, step_fn: StepFn | None, timeout: float) -> None:
         distributed_save = step_fn is not None and distributed.world_size() > 1
         self.process = os.getpid()
         self.closed = False
@@ -43,19 +47,16 @@ class StoreWriter:
         self._coordinator = SaveCoordinator(timeout) if distributed_save else None
 
     def _acquire_lock(self) -> Lock:
-        path = self._directory.path
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = Lock(path)
+            lock = self._directory.lock()
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"checkpoints cannot be written to {path}: {error.strerror}. Use a directory that this user may write"
-                " to."
+                f"checkpoints cannot be written to {self._directory.path}: {error.strerror or error}. Use a directory"
+                " that this user may write to."
             ) from error
         try:
-            self._directory.clean_up()
             _orbax.load()
         except BaseException:
             lock.release()
@@ -70,6 +71,7 @@ class StoreWriter:
             if not self._job.running():  # it is, if the wait was interrupted: the save still needs both
                 if self._lock is not None:
                     self._lock.release()
+                self._directory.clear_cache()
                 self._memory.release()
                 self.closed = True
 
@@ -106,14 +108,15 @@ class StoreWriter:
         if not self._is_main:
             return
         self._ensure_locked()
-        path = self._directory.checkpoint(step)
-        if not os.path.lexists(path) or step in self._directory.steps():
+        path = self._directory.blocked_by(step)
+        if path is None:
             return
         if not _load.lost_header(path):
             raise CheckpointExistsError(f"{path} exists and is no checkpoint: move it away.")
         new = self.quarantine(path)
         warnings.warn(
-            f"the checkpoint {path} has lost its header; it was renamed to {new.name}, and step {step} is saved again.",
+            f"the checkpoint {path} has lost its header; it was renamed to {basename(new)}, and step {step} is"
+            " saved again.",
             InexactWarning,
             stacklevel=5,
         )
@@ -121,8 +124,8 @@ class StoreWriter:
     def _ensure_locked(self) -> None:
         """Lock the directory again if it was deleted during the run; another process may hold the lock by now."""
         assert self._lock is not None
-        if self._lock.holds(self._directory.path):
-            return
+        if isinstance(self._directory.path, str) or self._lock.holds(self._directory.path):
+            return  # of a URL, who owns it is checked before a checkpoint appears
         self._lock.release()
         self._lock = self._acquire_lock()
         self._directory.clear_cache()
@@ -140,7 +143,7 @@ class StoreWriter:
         specs = shard_specs.leaf_specs(self._step_fn, tree)
         return take_snapshot(items, self._memory, specs, with_unsharded=self._is_main)
 
-    def quarantine(self, path: Path) -> Path:
+    def quarantine(self, path: Path | str) -> Path | str:
         """Rename a damaged checkpoint after the running save; see `StoreDirectory.quarantine`."""
         self.wait()
         return self._directory.quarantine(path)
@@ -149,7 +152,8 @@ class StoreWriter:
         """Raise `CheckpointError` if a save has failed; each failure is raised once."""
         error = self._job.failure()
         if error is not None:
-            raise CheckpointError(
+            kind = CheckpointLockedError if isinstance(error, CheckpointLockedError) else CheckpointError
+            raise kind(
                 f"saving {self._job.label} to {self._directory.path} failed: {error}. Complete checkpoints there:"
                 f" {self._directory.steps() or 'none'}."
             ) from error
@@ -171,7 +175,7 @@ class StoreWriter:
                 self._write_main(step, snap, fields, metrics, session)
                 session.finish()
             else:
-                _save.write_shard(session, snap)
+                self._directory.write_shard(session, snap)
 
     def _write_main(
         self,
@@ -181,9 +185,7 @@ class StoreWriter:
         metrics: dict[str, float],
         session: SaveSession | None = None,
     ) -> None:
-        temporary = self._directory.path / f".{step}{_save.TEMPORARY}"
-        _save.write(self._directory.checkpoint(step), temporary, snap, fields, replace=True, session=session)
-        self._directory.set_metrics(step, metrics)
+        self._directory.write(step, snap, fields, metrics, session)
         saved = self._directory.metrics_by_step()
         for old in sorted(saved.keys() - self._retention.steps_to_keep(saved) - {step}):
             try:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen import optim
-from lumen.cli import command, tables
+from lumen.cli import command, locations, tables
 from lumen.core import distributed
 from lumen.core.gradient import value_and_grad
 from lumen.core.metrics import Mean
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
         "--seed", type=int, default=0, metavar="N", help="seed of the params, the data order and dropout"
     )
     parser.add_argument(
-        "--rundir", type=Path, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
+        "--rundir", type=locations.local, default=Path("runs/demo"), help="directory of the run (default: runs/demo)"
     )
     parser.set_defaults(run=run)
 
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | None]:
+def train(epochs: int, seed: int, rundir: Path) -> tuple[Result, Path | str | None]:
     """Train as a user's script would; returns the result and the best checkpoint."""
     torch.manual_seed(seed)
     train_set, val_set = load_images(seed)

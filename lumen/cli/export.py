@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen import checkpoint
-from lumen.cli import command, find_checkpoints, tables
+from lumen.cli import command, find_checkpoints, locations, tables
 from lumen.core.inspect import human_bytes
 from lumen.errors import CheckpointError
 
@@ -30,11 +30,11 @@ def add(commands: Any) -> None:
         "\nprograms read: one flat dict with the module's names. The file must not exist.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("path", type=Path, help="a checkpoint, or a run's directory")
+    parser.add_argument("path", type=locations.location, help="a checkpoint, or a run's directory, or the URL of one")
     parser.add_argument("--to", choices=tuple(_SUFFIX), required=True, help="the format")
     parser.add_argument("--what", choices=("params", "ema", "buffers", "state"), default="params", help="which tensors")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the file (default: WHAT.safetensors or WHAT.pt)"
+        "-o", "--output", type=locations.local, metavar="FILE", help="the file (default: WHAT.safetensors or WHAT.pt)"
     )
     find_checkpoints.add_best(parser)
     parser.set_defaults(run=run)

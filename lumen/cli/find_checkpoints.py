@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,32 @@ from lumen import checkpoint
 from lumen.checkpoint import step_metrics
 from lumen.checkpoint.header import FILE
 from lumen.checkpoint.retention import Retention
+from lumen.checkpoint.upload import exists
+from lumen.core.urls import basename
 from lumen.errors import CheckpointError, CheckpointNotFoundError
 from lumen.train.history import better
 
 _SHOWN = 8
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path | str) -> bool:
     """Whether `path` is a checkpoint, intact or damaged."""
-    return (path / FILE).is_file()
+    return exists(path) if isinstance(path, str) else (path / FILE).is_file()
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
+def step_of(path: Path | str) -> int | None:
+    """The step in the name of a checkpoint of a run; None if it is named otherwise."""
+    number, _, rest = basename(path).partition(".")  # at a URL, 12.1 replaces 12
+    return int(number) if number.isdigit() and (not rest or (isinstance(path, str) and rest.isdigit())) else None
+
+
+def list_checkpoints(directory: Path | str) -> list[Path | str]:
     """The checkpoints of the run or store in `directory`, the newest last.
 
-    Raises `CheckpointNotFoundError`, which names near matches, if there is none.
+    Raises `CheckpointNotFoundError`, which names near matches on a disk, if there is none.
     """
+    if isinstance(directory, str):
+        return _checkpoints_at(directory)
     if not directory.exists():
         raise CheckpointNotFoundError(f"{directory} does not exist. {suggest_path(directory)}")
     subdirectory = directory / "checkpoints"
@@ -35,15 +45,23 @@ def list_checkpoints(directory: Path) -> list[Path]:
     paths = _checkpoints_in(root)
     if not paths:
         raise CheckpointNotFoundError(f"{root} is not a checkpoint and contains none. {_suggest_below(root)}")
-    return sorted(paths, key=lambda path: (path.name.isdigit(), int(path.name) if path.name.isdigit() else path.name))
+    paths.sort(key=lambda path: (path.name.isdigit(), int(path.name) if path.name.isdigit() else path.name))
+    return [*paths]
 
 
-def resolve(path: Path) -> Path:
+def _checkpoints_at(url: str) -> list[Path | str]:
+    for store in (checkpoint.Store(f"{url}/checkpoints"), checkpoint.Store(url)):
+        if steps := store.steps():
+            return [store.path(step) for step in steps]
+    raise CheckpointNotFoundError(f"{url} is not a checkpoint and contains none.")
+
+
+def resolve(path: Path | str) -> Path | str:
     """The checkpoint at `path`, or the newest of the run there."""
     if is_checkpoint(path):
         return path
     paths = list_checkpoints(path)
-    if len(paths) > 1 and not paths[-1].name.isdigit():
+    if len(paths) > 1 and step_of(paths[-1]) is None:
         raise CheckpointNotFoundError(f"{path} contains several checkpoints; pass one of them: {format_paths(paths)}.")
     return paths[-1]
 
@@ -55,14 +73,14 @@ def add_best(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("min", "max"), help="whether the lowest or the highest value is the best")
 
 
-def choose(path: Path, options: argparse.Namespace) -> Path:
+def choose(path: Path | str, options: argparse.Namespace) -> Path | str:
     """The checkpoint at `path`, or of the run there the best if the options ask for it, else the newest."""
     if not (options.best or options.monitor):
         return resolve(path)
     return path if is_checkpoint(path) else _best(path, options.monitor, options.mode)
 
 
-def _best(directory: Path, monitor: str | None, mode: str | None) -> Path:
+def _best(directory: Path | str, monitor: str | None, mode: str | None) -> Path | str:
     headers = {path: header for path in list_checkpoints(directory) if (header := _header(path)) is not None}
     recorded: Mapping[str, str] = {}
     for header in headers.values():
@@ -89,7 +107,7 @@ def _best(directory: Path, monitor: str | None, mode: str | None) -> Path:
     return paths[ranked[0]]
 
 
-def _header(path: Path) -> dict[str, Any] | None:
+def _header(path: Path | str) -> dict[str, Any] | None:
     try:
         return checkpoint.metadata(path)
     except CheckpointError:  # a damaged one
@@ -125,7 +143,7 @@ def _suggest_below(directory: Path) -> str:
     return "Pass a run's directory or one of its checkpoints."
 
 
-def format_paths(paths: list[Path]) -> str:
+def format_paths(paths: Sequence[Path | str]) -> str:
     """The first few paths, and how many more there are."""
     shown = ", ".join(str(path) for path in paths[:_SHOWN])
     return shown + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")

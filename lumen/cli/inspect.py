@@ -17,8 +17,9 @@ from lumen import checkpoint
 from lumen.checkpoint import dtypes, header
 from lumen.checkpoint._load import Reader
 from lumen.checkpoint.leaves import ARRAYS, name_of
-from lumen.cli import command, find_checkpoints, tables
+from lumen.cli import command, find_checkpoints, locations, tables
 from lumen.core.inspect import human_bytes
+from lumen.core.urls import basename
 from lumen.errors import CheckpointError, printable
 
 _HIDDEN = ("timers", "journal", "callbacks", "batch", "kind")  # shown by --json only
@@ -45,7 +46,11 @@ def add(commands: Any) -> None:
         "\nExit code 1 if something is damaged.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("path", type=Path, help="a checkpoint, a run's directory, or a directory of checkpoints")
+    parser.add_argument(
+        "path",
+        type=locations.location,
+        help="a checkpoint, a run's directory, a directory of checkpoints, or a URL",
+    )
     parser.add_argument(
         "--values", metavar="NAME", help="show the values of this leaf, or of all leaves under this name"
     )
@@ -57,7 +62,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show the checkpoint or the run; returns the exit code."""
-    path: Path = options.path
+    path: Path | str = options.path
     if options.best or options.monitor or options.values is not None:
         path = find_checkpoints.choose(path, options)
     if options.values is not None:
@@ -70,12 +75,13 @@ def run(options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------- one checkpoint
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path | str) -> dict[str, Any]:
     """Describe a checkpoint as JSON, without reading its arrays."""
     fields = checkpoint.metadata(path)
     leaves, extra = ({n: _sized(leaf) for n, leaf in fields.pop(item).items()} for item in ("leaves", "extra"))
-    files = Reader(path).header.files
-    size = sum(size for size, _ in files.values()) + (path / header.FILE).stat().st_size
+    reader = Reader(path)
+    files = reader.header.files
+    size = sum(size for size, _ in files.values()) + reader.files.size_of(header.FILE)
     totals = {"bytes": size, "files": len(files) + 1, "groups": _group_totals(leaves)}
     return {"kind": "checkpoint", "path": str(path), **fields, **totals, "leaves": leaves, "extra": extra}
 
@@ -104,7 +110,7 @@ def _group_name(name: str) -> str:
     return "/".join(words[: start + (2 if words[start] == "slots" else 1)])
 
 
-def _checkpoint(path: Path, as_json: bool, verify: bool) -> int:
+def _checkpoint(path: Path | str, as_json: bool, verify: bool) -> int:
     info = describe(path)
     if verify:
         verify_files(path)
@@ -169,14 +175,14 @@ def _time(text: Any) -> str:
         return "at an unknown time"
 
 
-def verify_files(path: Path) -> None:
+def verify_files(path: Path | str) -> None:
     """Read every file of a checkpoint; raises `CorruptCheckpointError` if one does not match its digest."""
     for item in header.ITEMS:
         reader = Reader(path, item)
         reader.read(reader.records, lambda record, value: None)
 
 
-def count_nonfinite(path: Path) -> dict[str, str]:
+def count_nonfinite(path: Path | str) -> dict[str, str]:
     """Count the NaN and infinite elements of each leaf of the state; leaves without any are omitted."""
     reader = Reader(path)
     records = [record for record in reader.records if record.kind in ARRAYS]
@@ -192,7 +198,7 @@ def count_nonfinite(path: Path) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------- a run
 
 
-def _directory(path: Path, as_json: bool, verify: bool) -> int:
+def _directory(path: Path | str, as_json: bool, verify: bool) -> int:
     rows = [_describe_row(checkpoint_path, verify) for checkpoint_path in find_checkpoints.list_checkpoints(path)]
     intact = [row for row in rows if "damaged" not in row and row["step"] is not None]
     for row in intact[-1:]:
@@ -205,11 +211,11 @@ def _directory(path: Path, as_json: bool, verify: bool) -> int:
     return 1 if any("damaged" in row for row in rows) else 0
 
 
-def _describe_row(path: Path, verify: bool) -> dict[str, Any]:
+def _describe_row(path: Path | str, verify: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "name": path.name,
+        "name": basename(path),
         "path": str(path),
-        "step": int(path.name) if path.name.isdigit() else None,
+        "step": find_checkpoints.step_of(path),
     }
     try:
         info = describe(path)
@@ -234,7 +240,7 @@ def _remark(row: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- values
 
 
-def _values(path: Path, name: str, as_json: bool) -> int:
+def _values(path: Path | str, name: str, as_json: bool) -> int:
     values = {leaf_name: _bytes(value) for leaf_name, value in _flat(checkpoint.load(path, under=name), name).items()}
     if as_json:
         tables.print_json(values)

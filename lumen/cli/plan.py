@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lumen.cli import command, parse_transforms, tables
+from lumen.cli import command, locations, parse_transforms, tables
 from lumen.cli.entry_point import load_function
 from lumen.core.order import CHAINS
 from lumen.core.step import StepFn, Transform, as_step, compose
@@ -63,7 +63,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=locations.local,
         action="append",
         default=[],
         metavar="FILE",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.cli import command, find_checkpoints, inspect, parse_transforms, tables
+from lumen.cli import command, find_checkpoints, inspect, locations, parse_transforms, tables
 from lumen.cli.entry_point import load_step
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import Step, as_step, compose
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
         "\nnumbers. Exit code 1 while the step fails, 0 once it is fixed.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("path", type=Path, metavar="DUMP", help='what lm.guard("dump") wrote')
+    parser.add_argument("path", type=locations.local, metavar="DUMP", help='what lm.guard("dump") wrote')
     parser.add_argument(
         "--run",
         dest="function",
@@ -98,7 +98,7 @@ def _report_failure(message: str, recorded: str) -> int:
     return 1
 
 
-def _show(path: Path, dump: Mapping[str, Any]) -> int:
+def _show(path: Path | str, dump: Mapping[str, Any]) -> int:
     info = inspect.describe(path)
     print(tables.escape(f"{path}: a step that failed"))
     tables.print_fields(

@@ -6,9 +6,9 @@ import functools
 import html
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError
 from lumen.planner import render as picture
 from lumen.planner.comm_trace import CollectiveCall, axes_of
@@ -141,7 +141,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page (`.html`) or the chart (`.svg`, `.png`), by the suffix of `path`."""
-        target = Path(path)
+        target = local_path(path, "the path of a plan")
         if target.suffix == ".png":
             self.figure().savefig(target, dpi=150)
         elif target.suffix in (".html", ".svg"):

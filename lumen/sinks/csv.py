@@ -26,6 +26,9 @@ class CSV(RowFile):
     is flushed. An existing file is continued; an incomplete last row is removed, and so are the rows after the
     checkpoint that a run resumes from. The configuration is written to `NAME.config.json` next to the file.
 
+    `path` may be a URL in an object store, such as `s3://bucket/runs/a/metrics.csv`: rows are written to a local file,
+    which is uploaded in the background, at each checkpoint and by `close`.
+
     Raises OSError if the file cannot be written, and SinkError for a value named `step` or `time` and for an existing
     file with other columns.
 
@@ -63,10 +66,11 @@ class CSV(RowFile):
             self._file.seek(0, os.SEEK_END)
             self._rows = self._count()
         if self._columns and self._columns[:2] != _INDEX_COLUMNS:
-            self.close()
+            self._close_file()
             raise SinkError(
-                f"{self.path} is a table with the columns {', '.join(map(printable, self._columns))}; CSV continues"
-                f" files that begin with {', '.join(_INDEX_COLUMNS)}: choose another path, or move the file away."
+                f"{self.url or self.path} is a table with the columns {', '.join(map(printable, self._columns))}; CSV"
+                f" continues files that begin with {', '.join(_INDEX_COLUMNS)}: choose another path, or move the file"
+                " away."
             )
         return self._file
 
@@ -79,7 +83,7 @@ class CSV(RowFile):
             _write(new, (row + [""] * (len(columns) - len(row)) for row in rows))
             new.flush()
             os.fsync(new.fileno())  # otherwise a machine crash could leave the renamed file without its rows
-        self.close()
+        self._close_file()
         temporary.replace(self.path)
         return self._open()
 

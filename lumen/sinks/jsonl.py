@@ -24,6 +24,9 @@ class JSONL(RowFile):
     ignored. An existing file is continued; an incomplete last line is removed, and so are the rows after the
     checkpoint that a run resumes from. The configuration is written to `NAME.config.json` next to the file.
 
+    `path` may be a URL in an object store, such as `s3://bucket/runs/a/metrics.jsonl`: lines are written to a local
+    file, which is uploaded in the background, at each checkpoint and by `close`.
+
     Raises OSError if the file cannot be written, and SinkError for a value named `step` or `time`.
 
     >>> import lumen as lm, tempfile, pathlib

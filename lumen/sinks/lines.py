@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from lumen.core.mirror import Mirror
+from lumen.core.urls import path_or_url
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import write_config
 
@@ -24,32 +26,58 @@ class RowFile(ABC):
         self, path: str | os.PathLike[str], *, on_error: OnError = "raise", time_fn: Callable[[], float] = time.time
     ) -> None:
         check_on_error(on_error)
-        self.path = Path(path)
+        location = path_or_url(path, f"the path of {type(self).__name__}")
+        self.url = location if isinstance(location, str) else None
+        self._local = location if isinstance(location, Path) else None
+        self._mirror: Mirror | None = None  # of a URL, from the first use on
         self.on_error = on_error
         self._time_fn = time_fn
         self._file: TextIO | None = None
         self._rows = 0  # in the file while it is open
 
+    @property
+    def path(self) -> Path:
+        """The file; of a URL its local copy, which is downloaded if there is none yet."""
+        if self._local is None:
+            assert self.url is not None
+            directory, _, name = self.url.rpartition("/")
+            mirror = Mirror(directory)
+            mirror.pull(name)
+            self._mirror, self._local = mirror, mirror.directory / name
+        return self._local
+
     def config(self, values: Mapping[str, Any]) -> None:
         """Write `values` to `NAME.config.json` next to the file, atomically."""
         write_config(self.path, values)
+        self._changed()
 
     def position(self) -> int:
-        """The number of rows, after syncing them to disk."""
+        """The number of rows, after syncing them to disk; of a URL, their upload begins."""
         if self._file is None:
             return self._count()
         os.fsync(self._file.fileno())  # a checkpoint must not count rows that are not on disk
+        if self._mirror is not None:
+            self._mirror.request()
         return self._rows
 
     def rewind(self, position: int) -> None:
         """Truncate the file to the first `position` rows; a shorter or missing file is left unchanged."""
-        self.close()
+        self._close_file()
         end = next(itertools.islice(self._ends(), position, None), None)
         if end is not None:
             os.truncate(self.path, end)
 
     def close(self) -> None:
-        """Close the file; a later `log` reopens it."""
+        """Close the file; a later `log` reopens it. Returns when it is uploaded, if it is at a URL."""
+        self._close_file()
+        if self._mirror is not None:
+            self._mirror.flush()
+
+    def _changed(self) -> None:
+        if self._mirror is not None:
+            self._mirror.changed()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             file, self._file = self._file, None
             file.close()
@@ -58,7 +86,7 @@ class RowFile(ABC):
     def _writing(self) -> Iterator[None]:
         """Reopen the file if its path was moved or deleted, and after an error, which removes an incomplete row."""
         if self._file is not None and not _is_at(self._file, self.path):
-            self.close()
+            self._close_file()
         try:
             yield
         except OSError:
@@ -67,6 +95,7 @@ class RowFile(ABC):
                 with suppress(OSError):
                     file.close()
             raise
+        self._changed()
 
     def _count(self) -> int:
         return max(0, sum(1 for _ in self._ends()) - 1)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lumen.core.arguments import checked
+from lumen.core.mirror import Mirror
+from lumen.core.urls import path_or_url
 from lumen.errors import ValueKindError
 from lumen.sinks import projector
 from lumen.sinks.base import OnError, check_on_error
@@ -32,6 +34,9 @@ class TensorBoard:
     Numbers are scalars (float32); histograms, images and texts are TensorBoard's own types. The elements of an array
     are scalars, named by their indices. Characters that TensorBoard does not allow in names become `_`. Each `log` is
     flushed. The configuration is shown under HPARAMS, next to all scalars of the run, and in full as the text `config`.
+
+    `logdir` may be a URL in an object store, such as `s3://bucket/runs/a`: files are written to a local directory, and
+    uploaded in the background, at each checkpoint and by `close`.
 
     Event files are append-only. A resumed run starts a new file with a marker that makes TensorBoard drop the values
     of later steps.
@@ -68,13 +73,25 @@ class TensorBoard:
         self._embeddings = tuple(embeddings)
         self._embed_every = embed_every
         self._last_embedding_check: int | None = None  # the step of the last call of take_params
-        self.logdir = Path(logdir)
+        location = path_or_url(logdir, "the logdir of TensorBoard")
+        self.url = location if isinstance(location, str) else None
+        self._local = location if isinstance(location, Path) else None
+        self._mirror: Mirror | None = None  # of a URL, from the first use on
         self.on_error = on_error
         self._time_fn = time_fn
         self._writer: Any = None
         self._last: int | None = None  # step
         self._restart: int | None = None  # the first step to drop
         self._config: dict[str, Any] | None = None
+
+    @property
+    def logdir(self) -> Path:
+        """The directory; of a URL, the local one whose files are uploaded."""
+        if self._local is None:
+            assert self.url is not None
+            self._mirror = Mirror(self.url)
+            self._local = self._mirror.directory
+        return self._local
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Write the configuration with the next `log`."""
@@ -93,6 +110,8 @@ class TensorBoard:
         self._write(writer, int(step), summary=protocol.Summary(value=entries))
         writer.flush()
         self._last = int(step)
+        if self._mirror is not None:
+            self._mirror.changed()
 
     def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
         """Write the params matching `embeddings` for the projector, if they are due."""
@@ -109,18 +128,30 @@ class TensorBoard:
 
     def position(self) -> int | None:
         """The last logged step; -1 before the first, or None if the existing files are from an earlier run."""
-        if self._last is None and not any(self.logdir.glob("*.tfevents.*")):
-            return -1
+        if self._last is None:
+            return None if any(".tfevents." in name for name in self._existing()) else -1
+        if self._mirror is not None:
+            self._mirror.request()
         return self._last
+
+    def _existing(self) -> list[str]:
+        """The names of the files in `logdir`."""
+        names = [path.name for path in self.logdir.glob("*.tfevents.*")]
+        return names if self._mirror is None else [*names, *self._mirror.names()]
 
     def rewind(self, position: int) -> None:
         """Make TensorBoard drop the values logged after the step `position`, starting with the next `log`."""
-        self.close()
+        self._close_file()
         self._last = position
         self._restart = position + 1
 
     def close(self) -> None:
-        """Close the event file; a later `log` opens a new one."""
+        """Close the event file; a later `log` opens a new one. Returns when it is uploaded, if it is at a URL."""
+        self._close_file()
+        if self._mirror is not None:
+            self._mirror.flush()
+
+    def _close_file(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lumen.core.arguments import checked
+from lumen.core.urls import local_path
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json
 from lumen.sinks.extras import load, require
@@ -48,7 +48,7 @@ class WandB:
         require("wandb", "WandB")
         self.id = id
         self.run: Any = None
-        self._dir = None if dir is None else Path(dir)
+        self._dir = None if dir is None else local_path(dir, "the dir of WandB")
         self._arguments = {"project": project, "mode": mode, "reinit": "create_new", **kwargs}
         self._config: dict[str, Any] | None = None
 

@@ -10,9 +10,14 @@ from typing import Any, Literal
 
 from lumen.checkpoint import Store
 from lumen.core.arguments import checked
+from lumen.core.urls import join, path_or_url
 from lumen.errors import CheckpointError, CorruptCheckpointError, StepError
 from lumen.train.clock import Every
+from lumen.train.run_directory import RunDirectory
 from lumen.train.sink_group import Positions
+
+_BEGUN = "begun.json"
+_INTERRUPTED = "interrupted.json"
 
 
 @checked
@@ -25,7 +30,8 @@ class Checkpointer:
     when a signal ends it, and when an exception does, if the state is consistent.
 
     Args:
-        directory: the run's directory, created if it is missing. Only one run at a time may write to it.
+        directory: the run's directory, created if it is missing, or a URL in an object store (`s3://bucket/runs/a`,
+            `gs://bucket/runs/a`). Only one run at a time may write to it.
         every: how often to save.
         keep: how many of the newest to keep; None keeps all.
         monitor: the name of a metric, such as "val/loss". The `keep_best` checkpoints with the best values are kept
@@ -38,6 +44,10 @@ class Checkpointer:
             as small as what it trains. Such a run resumes only with the same frozen parameters, which is checked. To
             read the checkpoint elsewhere, restore it into a state that has them:
             `lm.checkpoint.restore(path, state, strict=False)`.
+        staging: of a URL, the local directory from which checkpoints are uploaded (`~/.cache/lumen/uploads`).
+
+    Raises:
+        PathError: a URL of another kind, or one whose package (s3fs, gcsfs) is not installed.
 
     >>> import lumen as lm, tempfile
     >>> checkpoint = lm.Checkpointer(tempfile.mkdtemp(), every=lm.Every(steps=500), monitor="val/loss", mode="min")
@@ -56,38 +66,45 @@ class Checkpointer:
         keep_best: int = 1,
         keep_every: int | None = None,
         frozen: bool = True,
+        staging: str | os.PathLike[str] | None = None,
     ) -> None:
         if every is not None and not isinstance(every, Every):
             raise StepError(f"Checkpointer(every={every!r}): write every=lm.Every(steps=1000), epochs=1 or minutes=10.")
-        self.directory = Path(directory)
+        self.directory: Path | str = path_or_url(directory, "the directory of a Checkpointer")
+        self._files = RunDirectory(self.directory)
         self.frozen = frozen
         self.every = every or Every(epochs=1)
         self.monitor = monitor
         self.mode = mode
         self.store = Store(
-            self.directory / "checkpoints",
+            join(self.directory, "checkpoints"),
             keep=keep,
             monitor=monitor,
             mode=mode,
             keep_best=keep_best,
             keep_every=keep_every,
+            staging=staging,
         )
 
     @property
-    def interrupted(self) -> Path:
-        """A file that exists while a run that was ended by a signal waits to be started again.
+    def interrupted(self) -> Path | str:
+        """A file, or the URL of an object, that exists while a run that a signal ended waits to be started again.
 
         It is written after the run's last checkpoint, and removed when a run begins. A job script can test for it: exit
         code 75 says the same, but torchrun replaces it by 1.
         """
-        return self.directory / "interrupted.json"
+        return self._files.path(_INTERRUPTED)
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+    def clear_interrupted(self) -> None:
+        """Remove `interrupted`."""
+        self._files.remove(_INTERRUPTED)
+
+    def latest(self) -> Path | str | None:
+        """The newest complete checkpoint, as a path, or a URL as text."""
         step = self.store.latest()
         return None if step is None else self.store.path(step)
 
-    def best(self) -> Path | None:
+    def best(self) -> Path | str | None:
         """The best one by `monitor`."""
         step = self.store.best()
         return None if step is None else self.store.path(step)
@@ -97,30 +114,27 @@ class Checkpointer:
 
         They differ if this run replaces one that died before its first checkpoint: what that run logged is removed.
         """
-        path = self.directory / "begun.json"
-        if resume == "auto" and path.exists():
-            recorded: Positions = json.loads(path.read_text())["sinks"]
-            return recorded
-        temporary = path.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps({"sinks": positions}))
-            temporary.replace(path)
+            if resume == "auto" and (begun := self._files.read(_BEGUN)) is not None:
+                recorded: Positions = json.loads(begun)["sinks"]
+                return recorded
+            self._files.write(_BEGUN, json.dumps({"sinks": positions}))
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
+            raise CheckpointError(
+                f"{self._files.path(_BEGUN)} cannot be written: {error.strerror or error}."
+            ) from error
         return positions
 
     def mark_interrupted(self, reason: str, step: int) -> None:
         """Write `interrupted`."""
-        temporary = self.interrupted.with_suffix(".new")
-        temporary.write_text(json.dumps({"reason": reason, "step": step}))
-        temporary.replace(self.interrupted)
+        self._files.write(_INTERRUPTED, json.dumps({"reason": reason, "step": step}))
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether a checkpoint with these metrics would be among the best."""
         return self.monitor is not None and self.monitor in metrics and self.store.would_keep(metrics)
 
 
-def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
+def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]) -> Iterator[tuple[Path | str, bool]]:
     """The checkpoints to resume from, the first choice first, and whether to try the next one if it is damaged.
 
     Raises `CheckpointError` for a checkpoint that does not exist, and if "never" would mix two runs.
@@ -143,10 +157,17 @@ def candidates(checkpointer: Checkpointer | None, resume: str | os.PathLike[str]
                 " directory or remove that one."
             )
         return
-    path = Path(resume)
-    store_at_path = Store(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    newest = None if store_at_path is None else store_at_path.latest()
-    yield (path if store_at_path is None or newest is None else store_at_path.path(newest)), False
+    yield _of_run(path_or_url(resume, "resume")), False
+
+
+def _of_run(location: Path | str) -> Path | str:
+    """The newest checkpoint of the run at `location`; if no run is there, `location` itself."""
+    checkpoints = join(location, "checkpoints")
+    if isinstance(checkpoints, Path) and not checkpoints.is_dir():
+        return location
+    store = Store(checkpoints)
+    newest = store.latest()
+    return location if newest is None else store.path(newest)
 
 
 def _last(store: Store) -> int | None:
@@ -154,16 +175,16 @@ def _last(store: Store) -> int | None:
 
 
 def first_undamaged(
-    paths: Iterator[tuple[Path, bool]],
-    read: Callable[[Path], Any],
-    quarantine: Callable[[Path, Path, CorruptCheckpointError], None],
+    paths: Iterator[tuple[Path | str, bool]],
+    read: Callable[[Path | str], Any],
+    quarantine: Callable[[Path | str, Path | str, CorruptCheckpointError], None],
 ) -> Any:
     """What `read` returns for the first checkpoint that is not damaged; None if there is no checkpoint.
 
     It passes each damaged one before it to `quarantine`, with the one that was read and the error. If all are damaged,
     it raises the first error.
     """
-    damaged: list[tuple[Path, CorruptCheckpointError]] = []
+    damaged: list[tuple[Path | str, CorruptCheckpointError]] = []
     try:
         for path, optional in list(paths):
             try:

@@ -24,7 +24,7 @@ def without(state: Any) -> Any:
     return state.replace(buffers={name: b for name, b in state.buffers.items() if name not in frozen})
 
 
-def check(own: str, saved: str, path: Path) -> None:
+def check(own: str, saved: str, path: Path | str) -> None:
     """Raise `CheckpointMismatchError` where the fingerprint in the checkpoint at `path` is not the run's `own`."""
     if own != saved:
         raise CheckpointMismatchError(

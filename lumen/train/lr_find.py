@@ -15,12 +15,15 @@ from lumen.core.arguments import checked_first
 from lumen.core.device import forked_rng
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import StepFn, device_of
+from lumen.core.urls import local_path
 from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepError
 from lumen.optim._base import clone
 from lumen.optim._hyperparams import check_count, check_scalar
 from lumen.optim._with_learning_rate import with_learning_rate
 from lumen.train.device_feed import DeviceIterator, open_batches
 from lumen.train.distributed import ProcessGroupContext
+
+_PLOT = "the plot of lm.lr_find"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class LRFinderResult:
             axes.axvline(self.suggestion, linestyle=":", label=f"suggestion: {self.suggestion:.2g}")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
-        figure.savefig(path)
+        figure.savefig(local_path(path, _PLOT))
 
 
 @checked_first
@@ -116,6 +119,8 @@ def lr_find(
     True
     """
     _check(low, high, steps, smoothing, diverge)
+    if plot is not None:
+        local_path(plot, _PLOT)
     lrs = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     curve = _Curve(smoothing, diverge)
     device = device_of(state)

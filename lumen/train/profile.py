@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lumen.core.arguments import checked
+from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError
 from lumen.optim._hyperparams import check_count
 from lumen.train.callbacks import Callback, CallbackContext
@@ -65,7 +65,7 @@ class Profile(Callback):
                 f"warmup={warmup!r} is not allowed: give an integer from 1, since the first step under the profiler"
                 " includes its start-up."
             )
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "the directory of lm.Profile")
         self._schedule = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
         self._active = active
         self._length = wait + warmup + active

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen.core.step import Step
+from lumen.core.urls import join, parse_location
 from lumen.errors import printable
 from lumen.sinks import Sink
 from lumen.sinks.format import numbers, short
@@ -50,7 +51,7 @@ class Result:
     reason: str
     step: Step
     history: History = field(default_factory=History, compare=False)
-    files: Mapping[str, Path] = field(default_factory=dict, compare=False)
+    files: Mapping[str, Path | str] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         return line(self)
@@ -92,17 +93,17 @@ def _progress(result: Result) -> str:
     return " · ".join(texts)
 
 
-def files_of(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path]:
+def files_of(checkpoint: Checkpointer | None, sinks: Iterable[Sink]) -> dict[str, Path | str]:
     """The paths of a run's checkpoints and of its sinks' files."""
-    files: dict[str, Path] = {}
+    files: dict[str, Path | str] = {}
     if checkpoint is not None:
         newest = checkpoint.latest()
-        files["checkpoints"] = checkpoint.directory / "checkpoints"
+        files["checkpoints"] = join(checkpoint.directory, "checkpoints")
         files |= {} if newest is None else {"newest checkpoint": newest}
     for sink in sinks:
-        path = getattr(sink, "path", None) or getattr(sink, "logdir", None)
+        path = getattr(sink, "url", None) or getattr(sink, "path", None) or getattr(sink, "logdir", None)
         if isinstance(path, str | os.PathLike):
-            files[type(sink).__name__] = Path(path)
+            files[type(sink).__name__] = parse_location(os.fspath(path))
     return files
 
 

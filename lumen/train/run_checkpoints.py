@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lumen import checkpoint
 from lumen.checkpoint import rng
 from lumen.checkpoint.shard_specs import is_sharded
+from lumen.core.urls import basename, parse_location
 from lumen.errors import CorruptCheckpointError, InexactWarning
 from lumen.parallel.comm import consistency
 from lumen.train import frozen_params
@@ -28,7 +29,7 @@ from lumen.train.step_batches import StepBatches
 class Restored(NamedTuple):
     """The contents of the checkpoint at `path`: the `state`, other tensors (`extra`) and plain data (`meta`)."""
 
-    path: Path
+    path: Path | str
     state: Any
     extra: Any
     meta: Any
@@ -95,8 +96,8 @@ class RunCheckpoints:
         """Whether a checkpoint with the numbers of this step is among the best, and so is to be saved."""
         if self._checkpointer is None:
             return False
-        group, metrics = self._run.group, self._run.logger.current
-        return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(metrics)))
+        group = self._run.group
+        return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(self._run.logger.current)))
 
     def save(self, again: bool = False) -> None:
         """Save a checkpoint, unless there is one of this position; `again` saves in any case."""
@@ -163,7 +164,7 @@ class RunCheckpoints:
         """Restore the run from its checkpoint, if there is one."""
         run = self._run
         if self._checkpointer is not None and run.group.is_main:
-            self._checkpointer.interrupted.unlink(missing_ok=True)
+            self._checkpointer.clear_interrupted()
         restored = self._find(resume)
         if restored is not None:
             self._apply(restored, same_run=resume == "auto")
@@ -193,25 +194,25 @@ class RunCheckpoints:
         choices = self._run.group.broadcast_object([(str(path), last) for path, last in self._candidates(resume)])
         if choices and self.shards_params and getattr(getattr(self._run.state, "apply_fn", None), "frozen", ()):
             self._own_fingerprint()  # all ranks together, before one that cannot read a file leaves the others
-        paths = ((Path(path), optional) for path, optional in choices)
+        paths = ((parse_location(path), optional) for path, optional in choices)
         restored: Restored | None = first_undamaged(paths, self._read_on_all_ranks, self._quarantine)
         return restored
 
-    def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
+    def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path | str, bool]]:
         return candidates(self._checkpointer, resume) if self._run.group.is_main else iter(())
 
-    def _quarantine(self, path: Path, restored: Path, error: CorruptCheckpointError) -> None:
-        if not self._run.group.is_main:
+    def _quarantine(self, path: Path | str, restored: Path | str, error: CorruptCheckpointError) -> None:
+        if not self._run.group.is_main or self._store is None:
             return
-        assert self._store is not None
         self._store.quarantine(path)
         warnings.warn(
-            f"the checkpoint {path.name} is damaged and was set aside; the run resumes from {restored.name}: {error}",
+            f"the checkpoint {basename(path)} is damaged and was set aside; the run resumes from {basename(restored)}:"
+            f" {error}",
             InexactWarning,
             stacklevel=2,
         )
 
-    def _read_on_all_ranks(self, path: Path) -> Restored:
+    def _read_on_all_ranks(self, path: Path | str) -> Restored:
         """Read a checkpoint; raises `CorruptCheckpointError` on all ranks if one of them cannot read its share."""
         restored, damage = None, None
         try:
@@ -226,7 +227,7 @@ class RunCheckpoints:
         finally:
             del damage  # its traceback has this frame, and would keep the run alive
 
-    def _read(self, path: Path) -> Restored:
+    def _read(self, path: Path | str) -> Restored:
         meta, initial = checkpoint.metadata(path)["meta"], self._run.state
         like = initial
         if "frozen" in meta:

@@ -18,6 +18,7 @@ from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
+from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError, NonFiniteError
 from lumen.optim._norms import LeafNorms
 from lumen.transforms._support.snapshot_dump import CallTrace, PreStepSnapshot, SnapshotPolicy
@@ -63,6 +64,7 @@ class guard(Transform):
             raise HyperparameterError(f"guard takes 'skip', 'raise' or 'dump', got {on_nonfinite!r}.")
         self.on_nonfinite = on_nonfinite
         self.directory = os.fspath(directory)
+        local_path(directory, "the directory of lm.guard")
 
     def _canonical(self) -> Mapping[str, Any]:
         return {"directory": self.directory}

@@ -8,10 +8,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from lumen.cli import command, tables
+from lumen.cli import command, locations, tables
 from lumen.cli.plot import braille, figures, select
 from lumen.cli.plot.read_logs import RunLog, read_run
 from lumen.errors import HyperparameterError
@@ -40,7 +39,7 @@ def add(commands: Any) -> None:
         "\nruns, and of training and validation, share a panel. NaN and infinity leave gaps, which a note reports.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN", help="a run's directory, or a log file")
+    parser.add_argument("paths", type=locations.local, nargs="+", metavar="RUN", help="a run's directory, or a log")
     parser.add_argument(
         "--metric",
         nargs="+",
@@ -59,7 +58,7 @@ def add(commands: Any) -> None:
         "--smooth", type=float, default=0.0, metavar="WEIGHT", help="weight of the running mean, at least 0 and below 1"
     )
     parser.add_argument("--log", action="store_true", help="a logarithmic vertical axis")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="curves.png, .svg, .pdf or .html")
+    parser.add_argument("-o", "--output", type=locations.local, metavar="FILE", help="curves.png, .svg, .pdf or .html")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.set_defaults(run=run)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 
 from lumen.core import distributed
 from lumen.core.arguments import checked_first
+from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError
 
 _FORM = "%(asctime)s {who}%(name)s %(levelname)s: %(message)s"
@@ -42,6 +42,7 @@ def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | 
     names = logging.getLevelNamesMapping()
     if isinstance(level, str) and level not in names:
         raise HyperparameterError(f"level={level!r} is unknown; give one of {', '.join(names)}, or a number.")
+    location = None if directory is None else local_path(directory, "the directory of setup_logging")
     rank = distributed.rank()
     root = logging.getLogger()
     for handler in [h for h in root.handlers if h.name == _OURS]:
@@ -51,9 +52,9 @@ def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | 
     terminal.setFormatter(logging.Formatter(_FORM.format(who=f"[rank {rank}] " if rank else "")))
     terminal.setLevel(logging.WARNING if rank else level)
     handlers: list[logging.Handler] = [terminal]
-    if directory is not None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(directory) / f"rank-{rank}.log", encoding="utf-8")
+    if location is not None:
+        location.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(location / f"rank-{rank}.log", encoding="utf-8")
         file.setFormatter(logging.Formatter(_FORM.format(who=f"[rank {rank}] ")))
         file.setLevel(level)
         handlers.append(file)
