@@ -21,7 +21,7 @@ from lumen.core.pytree_dataclass import dataclass, row_field, static
 from lumen.core.state import TrainState, apply_gradients
 from lumen.core.step import Step, Transform, compose
 from lumen.data import Loader
-from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError
+from lumen.errors import DonatedError, GraphBreakWarning, InexactWarning, LumenError, NonFiniteError, SpikeError
 from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.context.context_parallel import context_parallel
 from lumen.parallel.ddp.ddp import ddp
@@ -94,6 +94,7 @@ __all__ = [
     "Result",
     "Runner",
     "Seconds",
+    "SpikeError",
     "Step",
     "Steps",
     "Sum",

@@ -87,6 +87,10 @@ class NonFiniteError(LumenError, FloatingPointError):
     """A loss, gradient or parameter that is not finite."""
 
 
+class SpikeError(LumenError, ArithmeticError):
+    """A loss, or a norm of the gradient, far above those of the steps before."""
+
+
 class MetricError(LumenError, TypeError):
     """A metric that is not a typed value, or values of different metrics that cannot merge."""
 

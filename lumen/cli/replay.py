@@ -16,7 +16,7 @@ from lumen.cli import command, find_checkpoints, inspect, locations, parse_trans
 from lumen.cli.entry_point import load_step
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import Step, as_step, compose
-from lumen.errors import NonFiniteError
+from lumen.errors import NonFiniteError, SpikeError
 from lumen.train.replay import read_description as describe_dump
 from lumen.train.replay import replay
 from lumen.transforms._compile import compile as compiled
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with torch.autograd.set_detect_anomaly(True) if options.anomaly else contextlib.nullcontext():
             _, metrics = replay(path, step, state, batch=batch)
-    except NonFiniteError as error:
+    except (NonFiniteError, SpikeError) as error:
         return _report_failure(str(error), dump["message"])
     except RuntimeError as error:
         # Anomaly detection raises a plain RuntimeError; it has printed where the operation was called.

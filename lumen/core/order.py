@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 from typing import TYPE_CHECKING
 
 from lumen.errors import OrderError
@@ -39,6 +39,7 @@ def check(transforms: Sequence[Transform]) -> None:
             raise OrderError(
                 f"{other!r} cannot be combined with lm.{transform.name}: {transform.incompatible[other.name]}."
             )
+    _check_enclosed(transforms)
     for chain in CHAINS:
         ranks = {level: rank for rank, level in enumerate(chain)}
         members = [t for t in transforms if t.level in ranks]
@@ -47,8 +48,14 @@ def check(transforms: Sequence[Transform]) -> None:
                 raise OrderError(_message(transforms, outer, inner))
 
 
-def _message(transforms: Sequence[Transform], outer: Transform, inner: Transform) -> str:
-    why = inner.reason or f"{inner.level} must be outside {outer.level}"
+def _check_enclosed(transforms: Sequence[Transform]) -> None:
+    for outer, inner in combinations(transforms, 2):
+        if outer.name in inner.encloses:
+            raise OrderError(_message(transforms, outer, inner, inner.encloses[outer.name]))
+
+
+def _message(transforms: Sequence[Transform], outer: Transform, inner: Transform, why: str = "") -> str:
+    why = why or inner.reason or f"{inner.level} must be outside {outer.level}"
     fixed = sorted(transforms, key=_rank)
     nested = "step"
     for t in reversed(fixed):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import rules
-from lumen.core.collectives import pmax
+from lumen.core.collectives import pmax, pmean
 from lumen.core.param_leaves import Path, key_paths, param_leaves
 
 _SHARDS = ("<shards>", "<shards within>")
@@ -276,6 +276,13 @@ def all_ranks(flags: Tensor, apart: bool = False) -> Tensor:
     for axis in row_axes:
         bad = pmax(bad, axis)
     return bad == 0
+
+
+def mean_of_ranks(values: Tensor, apart: bool) -> Tensor:
+    """The mean of `values` over the ranks that have other rows, where those are `apart`; else `values`."""
+    for axis in _row_axes() if apart else ():
+        values = pmean(values, axis)
+    return values
 
 
 def is_collective(apart: bool = False) -> bool:

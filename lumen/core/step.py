@@ -64,6 +64,7 @@ class Transform(ValueObject):
     shards: bool = False  # whether each process has a shard of the state only; its slot is then static
     reads_pending: bool = False  # whether `init` reads a rank's shards of weights that are still in files
     opaque_state: bool = False  # whether another library holds the state, so that checkpoints take what `export` gives
+    encloses: Mapping[str, str] = {}  # by the name of a transform that cannot be outside of this one: why
     incompatible: Mapping[str, str] = {}  # by the name of a transform that cannot be combined with this one: what to do
 
     def init(self, state: State) -> State:

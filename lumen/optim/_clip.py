@@ -25,7 +25,7 @@ def global_norm(grads: Any) -> Tensor:
     >>> lm.optim.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    return _global_norm(grads, None)
+    return total_norm(grads, None)
 
 
 def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None, unused: Sequence[bool] | None = None) -> Any:
@@ -33,10 +33,11 @@ def clipped(grads: Any, bound: Scalar, norms: Tensor | None = None, unused: Sequ
 
     Leaves that are `unused` do not count towards the norm.
     """
-    return scaled(grads, torch.clamp(bound / (_global_norm(grads, norms, unused) + 1e-6), max=1.0))
+    return scaled(grads, torch.clamp(bound / (total_norm(grads, norms, unused) + 1e-6), max=1.0))
 
 
-def _global_norm(grads: Any, norms: Tensor | None, unused: Sequence[bool] | None = None) -> Tensor:
+def total_norm(grads: Any, norms: Tensor | None, unused: Sequence[bool] | None = None) -> Tensor:
+    """The L2 norm over all leaves that are not `unused`, from those of the leaves, if these are known."""
     leaves = tree.leaves(grads)
     if not leaves:
         return torch.zeros(())

@@ -16,7 +16,7 @@ from lumen.core.device import forked_rng
 from lumen.core.metrics import compute_metrics
 from lumen.core.step import StepFn, device_of
 from lumen.core.urls import local_path
-from lumen.errors import BatchError, HyperparameterError, NonFiniteError, StepError
+from lumen.errors import BatchError, HyperparameterError, NonFiniteError, SpikeError, StepError
 from lumen.optim._base import clone
 from lumen.optim._hyperparams import check_count, check_scalar
 from lumen.optim._with_learning_rate import with_learning_rate
@@ -175,7 +175,7 @@ def _sweep(step: StepFn, state: Any, points: Iterable[tuple[float, Any]], metric
         try:
             state, metrics = step(with_learning_rate(state, lr), batch)
             problem = curve.add(lr, _number(metrics, metric))
-        except NonFiniteError:  # from `lm.guard`
+        except (NonFiniteError, SpikeError):  # from `lm.guard`
             problem = "was not finite"
         if problem:
             return f"the loss {problem} at a learning rate of {lr:.3g}"

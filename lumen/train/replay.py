@@ -11,7 +11,7 @@ from torch import Tensor
 from lumen import checkpoint, tree
 from lumen.checkpoint import json_tree, listed, rng
 from lumen.core.arguments import checked_first
-from lumen.core.step import Step, StepFn, as_step, compose, device_of
+from lumen.core.step import Step, StepFn, Transform, as_step, compose, device_of
 from lumen.errors import CheckpointError, CheckpointMismatchError, CorruptCheckpointError, StepError
 from lumen.transforms._guard import guard
 from lumen.transforms._support.snapshot_dump import KIND
@@ -97,8 +97,13 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _replayed_step(step: Step, meta: dict[str, Any]) -> Step:
     """The step without `unroll`, if the dump has a single step, and with a guard that writes no dump."""
     transforms = [t for t in step.transforms if meta["steps"] > 1 or not isinstance(t, unroll)]
-    transforms = [guard("raise") if isinstance(t, guard) and t.on_nonfinite == "dump" else t for t in transforms]
-    return compose(*transforms)(step.user)
+    return compose(*map(_without_dump, transforms))(step.user)
+
+
+def _without_dump(transform: Transform) -> Transform:
+    if isinstance(transform, guard) and transform.on_nonfinite == "dump":
+        return transform.replace(on_nonfinite="raise")
+    return transform
 
 
 def _read_batch(path: str | os.PathLike[str], meta: dict[str, Any], like: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ LAWS = {
     ),
     "guard": Law(lm.guard, exact=True),
     "guard(raise)": Law(lambda: lm.guard("raise"), exact=True),
+    "guard(spike)": Law(lambda: lm.guard(spike=math.inf), exact=True),
     "clip": Law(lambda: lm.clip(1e9)),
     "ema": Law(lambda: lm.ema(0.9), exact=True),
     "donate": Law(lm.donate, exact=True),

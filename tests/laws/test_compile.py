@@ -381,3 +381,16 @@ def test_an_error_of_the_step_itself_is_raised_as_it_is() -> None:
 
     with pytest.raises(KeyError, match="no such column"):
         traced()(step)(job.state(), job.batch())
+
+
+def test_a_tensor_at_two_places_of_the_first_state_is_two_inputs() -> None:
+    """The graph is used for later states of the same shapes, where the places differ."""
+    job = Job()
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        a, b = state.slots["a"], state.slots["b"]
+        return state.replace(slots={"a": a + 1, "b": b}), {}
+
+    fast, shared = traced()(step), torch.zeros(())
+    state, _ = train(fast, job.state().replace(slots={"a": shared, "b": shared}), job.batches(3))
+    assert (float(state.slots["a"]), float(state.slots["b"])) == (3.0, 0.0)

@@ -34,6 +34,7 @@ MAKE = {
     "fsdp, units": lambda: lm.fsdp(wrap=["0"], param_init_fn=torch.nn.init.zeros_),
     "guard": lambda: lm.guard(),
     "guard, raise": lambda: lm.guard("raise"),
+    "guard, spike": lambda: lm.guard("dump", spike=6.0, window=20),
     "pipeline": lambda: lm.pipeline(microbatches=2, stages=["2"], schedule="gpipe"),
     "precision": lambda: lm.precision("bf16"),
     "precision, model": lambda: lm.precision("fp16", cast="model", keep=["input"]),

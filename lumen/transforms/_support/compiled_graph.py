@@ -53,7 +53,7 @@ class CompiledGraph:
         leaves = [*state_leaves, *batch_leaves]
         self._inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._donates = donates
-        example = [leaves[i] for i in self._inputs]
+        example = _distinct([leaves[i] for i in self._inputs])
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             filled = list(leaves)
@@ -137,6 +137,17 @@ def _compile(
             return [tensor.clone() for tensor in compiled(*tensors)]
 
     return run
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, each an object of its own: a tracer takes one object at two places for the same input."""
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        is_repeated = id(tensor) in seen
+        seen.add(id(tensor))
+        result.append(tensor.detach().requires_grad_(tensor.requires_grad) if is_repeated else tensor)
+    return result
 
 
 def cacheable(example: list[Tensor]) -> list[Any]:
