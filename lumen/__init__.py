@@ -36,6 +36,7 @@ from lumen.train.predict import predict
 from lumen.train.profile import Profile
 from lumen.train.replay import replay
 from lumen.train.result import Result
+from lumen.train.rewind import Rewind
 from lumen.train.runner import Runner
 from lumen.train.signals import Interrupted
 from lumen.train.summary import Summary, summary
@@ -92,6 +93,7 @@ __all__ = [
     "Profile",
     "Pure",
     "Result",
+    "Rewind",
     "Runner",
     "Seconds",
     "SpikeError",

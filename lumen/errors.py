@@ -91,6 +91,10 @@ class SpikeError(LumenError, ArithmeticError):
     """A loss, or a norm of the gradient, far above those of the steps before."""
 
 
+class RewindError(LumenError, RuntimeError):
+    """A run that was to go back to a checkpoint once more than allowed, or that has none that is old enough."""
+
+
 class MetricError(LumenError, TypeError):
     """A metric that is not a typed value, or values of different metrics that cannot merge."""
 

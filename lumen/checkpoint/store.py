@@ -70,6 +70,7 @@ class Store:
         staging: str | os.PathLike[str] | None = None,
     ) -> None:
         self.directory = path_or_url(directory, "the directory of a Store")
+        self.keep = keep
         self.blocked = 0.0
         self._retention = Retention(keep, monitor, mode, keep_best, keep_every)
         self._checkpoints = _checkpoints_at(self.directory, staging)
@@ -143,6 +144,10 @@ class Store:
             self._open_writer().save(step, tree, extra, meta, metrics)
         finally:
             self.blocked += time.perf_counter() - began
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after `step`, the newest first, once the running save is on disk."""
+        self._open_writer().delete_after(step)
 
     def quarantine(self, path: Path | str) -> Path | str:
         """Rename a damaged checkpoint of this store, so that it no longer counts as a step; returns the new path."""

@@ -143,6 +143,17 @@ class StoreWriter:
         specs = shard_specs.leaf_specs(self._step_fn, tree)
         return take_snapshot(items, self._memory, specs, with_unsharded=self._is_main)
 
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after `step`; of several processes, the first one does."""
+        self.wait()
+        if not self._is_main:
+            return
+        self._ensure_locked()
+        with reported_errors(self._directory.path):
+            for later in reversed(self._directory.steps()):
+                if later > step:
+                    self._directory.delete(later)
+
     def quarantine(self, path: Path | str) -> Path | str:
         """Rename a damaged checkpoint after the running save; see `StoreDirectory.quarantine`."""
         self.wait()

@@ -18,7 +18,9 @@ class Clock:
     """A run's progress: optimizer `step`s, complete `epoch`s, `batch`es of this epoch, `rows`, `tokens` and `seconds`.
 
     All count from the beginning of training, also after a resume. `seconds` is running time, without the time between
-    two runs. `tokens` are counted only if a limit or a setting needs them.
+    two runs. `tokens` are counted only if a limit or a setting needs them. When a run goes back to a checkpoint
+    (`lm.Rewind`), `step`, `rows` and `tokens` are those of the checkpoint again: they count what the state was trained
+    on. `epoch` and `batch`, the position in the data, go on, and so do `seconds`.
     """
 
     step: int = 0

@@ -62,6 +62,10 @@ class ClockUpdater:
             clock.tokens += tokens
             self._uncounted = [0, 0]
 
+    def discard(self) -> None:
+        """Forget what the clock does not include yet: the run has gone back."""
+        self._uncounted = [0, 0]
+
     def read_on_all_ranks(self) -> None:
         """`read` with several ranks; a single process has read the time after its step."""
         if self._group.size > 1:

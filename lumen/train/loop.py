@@ -84,6 +84,8 @@ class TrainingLoop:
         """Do what is due, in this order. What a signal interrupts is done when the run resumes."""
         run, schedule, is_best = self._run, self._run.schedule, False
         if schedule.log.due(run.clock):
+            if self._checkpoints.rewind():
+                return
             self._log()
         if epoch_end:
             self._log_epoch()

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
-from lumen import checkpoint
 from lumen.checkpoint import rng
 from lumen.checkpoint.shard_specs import is_sharded
-from lumen.core.urls import basename, parse_location
-from lumen.errors import CorruptCheckpointError, InexactWarning
 from lumen.parallel.comm import consistency
 from lumen.train import frozen_params
-from lumen.train.checkpointer import candidates, first_undamaged
+from lumen.train.checkpoint_reader import CheckpointReader, Restored
 from lumen.train.rank_rng import restore_rng
 from lumen.train.rank_state import gather_rank_state, own_rank_state
+from lumen.train.rewinder import Rewinder
 from lumen.train.run_context import RunContext
 from lumen.train.step_batches import StepBatches
-
-
-class Restored(NamedTuple):
-    """The contents of the checkpoint at `path`: the `state`, other tensors (`extra`) and plain data (`meta`)."""
-
-    path: Path | str
-    state: Any
-    extra: Any
-    meta: Any
 
 
 class RunCheckpoints:
@@ -55,7 +42,9 @@ class RunCheckpoints:
         self._fingerprint: str | None = None
         if self._omits_frozen:
             self._own_fingerprint()
+        self._reader = CheckpointReader(run, self._store, self._own_fingerprint, self.shards_params)
         self._saved_at: tuple[Any, ...] = ()
+        self.rewinder: Rewinder | None = None  # made when the run begins
         self._compared_ranks = False
 
     def open_store(self) -> AbstractContextManager[Any]:
@@ -99,8 +88,11 @@ class RunCheckpoints:
         group = self._run.group
         return bool(group.broadcast_object(group.is_main and self._checkpointer.is_best(self._run.logger.current)))
 
-    def save(self, again: bool = False) -> None:
-        """Save a checkpoint, unless there is one of this position; `again` saves in any case."""
+    def save(self, again: bool = False, metrics: Mapping[str, float] | None = None) -> None:
+        """Save a checkpoint, unless there is one of this position; `again` saves in any case.
+
+        Its metrics are those of this step, unless they are given.
+        """
         run, position = self._run, self._run.position()
         if run.schedule.save is None or (self._saved_at == position and not again):
             return
@@ -109,9 +101,11 @@ class RunCheckpoints:
         run.schedule.save.restart(run.clock)
         extra = gather_rank_state(run.group, self._rank_state())
         if self._store is not None:
-            meta, metrics = self._meta(), run.logger.current
+            meta, metrics = self._meta(), run.logger.current if metrics is None else metrics
             self._store.save(run.clock.step, self._without_frozen(run.state), extra=extra, meta=meta, metrics=metrics)
         self._saved_at = position
+        if self.rewinder is not None:
+            self.rewinder.saved()
         run.callback("on_checkpoint")
         run.stop.sync_requests()
 
@@ -145,6 +139,7 @@ class RunCheckpoints:
             **run.settings.description,
             **({"monitor": monitor} if monitor else {}),
             **({"frozen": self._own_fingerprint()} if self._omits_frozen else {}),
+            **({} if self.rewinder is None else {"rewind": self.rewinder.state_dict()}),
         }
 
     def _without_frozen(self, state: Any) -> Any:
@@ -158,6 +153,32 @@ class RunCheckpoints:
             self._fingerprint = frozen_params.fingerprint(state, self._run.settings.step.shard_specs(state))
         return self._fingerprint
 
+    # ---------------------------------------------------------------------------------------- going back
+
+    def rewind(self) -> bool:
+        """Go back to an earlier checkpoint if the guard skipped too many updates; returns whether the run did.
+
+        The checkpoint is saved again with the position of the next batch, so that a resumed run leaves out the same
+        ones.
+        """
+        run, rewinder, checkpointer = self._run, self.rewinder, self._checkpointer
+        if rewinder is None or checkpointer is None or not rewinder.is_due():
+            return False
+        self.wait()
+        step = rewinder.choose(run.group.broadcast_object(checkpointer.store.steps() if run.group.is_main else None))
+        restored, before = self._reader.read(checkpointer.store.path(step)), run.clock.step
+        metrics = checkpointer.store.metrics(step) if run.group.is_main else {}
+        if self._store is not None:
+            self._store.delete_after(step)
+        position = {name: getattr(run.clock, name) for name in ("epoch", "batch", "seconds")}
+        run.clock.load_state_dict({**restored.meta["clock"], **position})
+        run.clock_updater.discard()
+        self._load(restored)
+        rewinder.went_back(before, restored.meta)
+        self.save(again=True, metrics=metrics)
+        run.logger.progress.note(f"went back from step {before} to {restored.path}: lm.guard had skipped updates")
+        return True
+
     # ---------------------------------------------------------------------------------------- resuming
 
     def resume(self, resume: str | os.PathLike[str]) -> None:
@@ -165,7 +186,9 @@ class RunCheckpoints:
         run = self._run
         if self._checkpointer is not None and run.group.is_main:
             self._checkpointer.clear_interrupted()
-        restored = self._find(resume)
+        restored = self._reader.find(resume)
+        if run.settings.rewind is not None:
+            self.rewinder = Rewinder(run.settings.rewind, run)
         if restored is not None:
             self._apply(restored, same_run=resume == "auto")
         elif self._checkpointer is not None and run.group.is_main:
@@ -173,65 +196,26 @@ class RunCheckpoints:
             sinks.rewind(self._checkpointer.begin(resume, sinks.positions()))
 
     def _apply(self, restored: Restored, same_run: bool) -> None:
-        run = self._run
-        path, run.state, extra, meta = restored
-        own, metrics = own_rank_state(run.group, extra, meta.get("processes", 1))
+        run, path, meta = self._run, restored.path, restored.meta
         run.clock.load_state_dict(meta["clock"])
         run.clock_updater.resume()
+        own = self._load(restored)
+        self._batches.load_state_dict(own.get("feed", {}))
+        if same_run:  # a run that a callback ended stays ended
+            run.stop.reason = run.stop.stopped = meta["stopped"]
+        if self.rewinder is not None:
+            self.rewinder.load_state_dict(meta.get("rewind", self.rewinder.state_dict()))
+        self._saved_at = run.position()
+        run.logger.progress.note(f"resumed from {path}: step {run.clock.step}, epoch {run.clock.epoch}")
+
+    def _load(self, restored: Restored) -> Mapping[str, Any]:
+        """Load the state, timers, metrics, callbacks and generators of a checkpoint; returns this rank's own state."""
+        run = self._run
+        _, run.state, extra, meta = restored
+        own, metrics = own_rank_state(run.group, extra, meta.get("processes", 1))
         run.schedule.load_state_dict(meta["timers"])
         run.logger.load_state_dict(meta["run_log"])
         run.logger.load_metrics(metrics)
         run.settings.callbacks.load_state_dict(meta["callbacks"])
-        self._batches.load_state_dict(own.get("feed", {}))
-        if same_run:  # a run that a callback ended stays ended
-            run.stop.reason = run.stop.stopped = meta["stopped"]
-        self._saved_at = run.position()
         restore_rng(own["rng"], extra["rng"])
-        run.logger.progress.note(f"resumed from {path}: step {run.clock.step}, epoch {run.clock.epoch}")
-
-    def _find(self, resume: str | os.PathLike[str]) -> Restored | None:
-        """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
-        choices = self._run.group.broadcast_object([(str(path), last) for path, last in self._candidates(resume)])
-        if choices and self.shards_params and getattr(getattr(self._run.state, "apply_fn", None), "frozen", ()):
-            self._own_fingerprint()  # all ranks together, before one that cannot read a file leaves the others
-        paths = ((parse_location(path), optional) for path, optional in choices)
-        restored: Restored | None = first_undamaged(paths, self._read_on_all_ranks, self._quarantine)
-        return restored
-
-    def _candidates(self, resume: str | os.PathLike[str]) -> Iterator[tuple[Path | str, bool]]:
-        return candidates(self._checkpointer, resume) if self._run.group.is_main else iter(())
-
-    def _quarantine(self, path: Path | str, restored: Path | str, error: CorruptCheckpointError) -> None:
-        if not self._run.group.is_main or self._store is None:
-            return
-        self._store.quarantine(path)
-        warnings.warn(
-            f"the checkpoint {basename(path)} is damaged and was set aside; the run resumes from {basename(restored)}:"
-            f" {error}",
-            InexactWarning,
-            stacklevel=2,
-        )
-
-    def _read_on_all_ranks(self, path: Path | str) -> Restored:
-        """Read a checkpoint; raises `CorruptCheckpointError` on all ranks if one of them cannot read its share."""
-        restored, damage = None, None
-        try:
-            restored = self._read(path)
-        except CorruptCheckpointError as error:
-            damage = error
-        first_damage = self._run.group.any_rank_value(str(damage or ""))
-        try:
-            if first_damage or restored is None:
-                raise damage or CorruptCheckpointError(first_damage)
-            return restored
-        finally:
-            del damage  # its traceback has this frame, and would keep the run alive
-
-    def _read(self, path: Path | str) -> Restored:
-        meta, initial = checkpoint.metadata(path)["meta"], self._run.state
-        like = initial
-        if "frozen" in meta:
-            frozen_params.check(self._own_fingerprint(), meta["frozen"], path)
-            like = frozen_params.without(initial)
-        state = checkpoint.restore(path, like, step=self._run.settings.step)
-        return Restored(path, frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)
+        return own

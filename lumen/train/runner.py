@@ -30,6 +30,7 @@ from lumen.train.plateau import plateau_monitors
 from lumen.train.predict import join_outputs
 from lumen.train.predict import predict as predict_batches
 from lumen.train.result import Result
+from lumen.train.rewind import Rewind, checked_rewind
 from lumen.train.settings import RunSettings
 from lumen.train.step_batches import without_unroll
 from lumen.train.validate import Validate, check_limit, evaluate
@@ -43,6 +44,7 @@ class Runner:
         step: the training step, `(state, batch) -> (state, metrics)`.
         transforms: the transforms around the step, outermost first.
         checkpoint: where and when to save; see `lm.Checkpointer`.
+        rewind: when to go back to a checkpoint, past data that made `lm.guard` skip updates; see `lm.Rewind`.
         sinks: where the merged numbers go at each logging point: metrics as `train/…`, those of a validation under
             its name, the learning rate, and the throughput.
         callbacks: observe the run; see `lm.Callback`.
@@ -73,6 +75,7 @@ class Runner:
         *,
         transforms: Sequence[Transform] = (),
         checkpoint: Checkpointer | None = None,
+        rewind: Rewind | None = None,
         sinks: Sequence[Sink] = (),
         callbacks: Sequence[Callback] = (),
         config: Any = None,
@@ -86,6 +89,7 @@ class Runner:
         self.transforms = tuple(transforms)
         self.step = compose(*transforms)(step) if transforms else as_step(step)
         self.checkpoint = checkpoint
+        self.rewind = checked_rewind(rewind, self.step, checkpoint)
         self.sinks = tuple(sinks)
         self.callbacks = Callbacks(callbacks)
         self.log_every = log_every if isinstance(log_every, Every) else Every(steps=log_every)
@@ -186,7 +190,7 @@ class Runner:
         brief = [dataclasses.replace(validate, limit=1, every=Every(steps=1)) for validate in validations]
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = Checkpointer(directory, every=Every(steps=1))
-            trial = self._with(checkpoint=checkpoint)
+            trial = _quiet(self, checkpoint=checkpoint)
             trial.fit(state, data, until=Steps(1), validate=brief, limit=1)
             return trial.fit(state, data, until=Steps(1), validate=brief, limit=1, resume="auto")
 
@@ -201,7 +205,7 @@ class Runner:
         join_world(self.transforms)
         source = open_batches(data, state, ProcessGroupContext(state))
         first_batches = list(itertools.islice(source, batches))
-        runner = self._with(progress=self.progress, log_every=10)
+        runner = _quiet(self, progress=self.progress, log_every=10)
         return runner.fit(state, per_rank(first_batches), until=until or Steps(100))
 
     @checked_first
@@ -230,12 +234,14 @@ class Runner:
             progress=self.progress,
             time_fn=self._time_fn,
             plateau_monitors=monitors,
+            rewind=self.rewind,
         )
 
-    def _with(self, **changes: Any) -> Runner:
-        """A Runner of the same step that logs and saves nothing."""
-        quiet = {"progress": False, "log_every": 10**9, "time_fn": self._time_fn, "tokens": self.tokens}
-        return Runner(self.step, **{**quiet, **changes})
+
+def _quiet(runner: Runner, **changes: Any) -> Runner:
+    """A Runner of the same step that logs and saves nothing."""
+    quiet = {"progress": False, "log_every": 10**9, "time_fn": runner._time_fn, "tokens": runner.tokens}
+    return Runner(runner.step, **{**quiet, **changes})
 
 
 def _mapping(config: Any) -> dict[str, Any]:

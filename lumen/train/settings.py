@@ -15,6 +15,7 @@ from lumen.train.batch_size import TokenCount
 from lumen.train.callbacks import Callbacks
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Every
+from lumen.train.rewind import Rewind
 from lumen.transforms._precision import precision
 
 
@@ -33,6 +34,7 @@ class RunSettings:
     progress: bool | str
     time_fn: Callable[[], float]
     plateau_monitors: Sequence[str] = ()
+    rewind: Rewind | None = None
 
     @cached_property
     def description(self) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def transforms(names):
         "clip": lambda: lm.clip(0.05),
         "ema": lambda: lm.ema(0.9),
         "guard": lambda: lm.guard(),
+        "spike": lambda: lm.guard(spike=6.0, window=20),
         "donate": lambda: lm.donate(),
         "remat": lambda: lm.remat(),
         "remat save": lambda: lm.remat(save="matmuls"),

@@ -15,9 +15,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS, AT = 26, 23
 STACKS = {
-    "ddp outside": lambda guard: [lm.ddp(), guard],
-    "ddp inside, accumulate, clip": lambda guard: [guard, lm.clip(1e9), lm.ddp(), lm.accumulate(2)],
-    "fsdp 2": lambda guard: [guard, lm.fsdp(stage=2)],
+    "ddp": lambda guard: [lm.ddp(), guard, lm.clip(1e9), lm.accumulate(2)],
     "fsdp 3": lambda guard: [lm.fsdp(stage=3), guard],
 }
 
@@ -71,3 +69,33 @@ def test_decisions_are_those_of_one_process(world2):
             torch.testing.assert_close(result[1], values, rtol=1e-6, atol=1e-6)
             for leaf, expected in params.items():
                 torch.testing.assert_close(result[3][leaf], expected, rtol=1e-9, atol=1e-10)
+
+
+def rewound(directory, rows, rewind):
+    """A run on rows of which some batches are not finite on one rank: its params, and what it left out."""
+    runner = lm.Runner(
+        step,
+        transforms=[lm.guard(), lm.fsdp(stage=3)],
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2), keep=None),
+        rewind=rewind,
+        log_every=4,
+        progress=False,
+    )
+    mine = [part(batch, (4, 4), world.rank()) for batch in rows]
+    result = runner.fit(make_state("mlp"), lm.data.per_rank(mine), until=lm.Steps(8))
+    meta = lm.checkpoint.metadata(runner.checkpoint.latest())["meta"]
+    return runner.step.export(result.state).params, result.clock.rows, meta.get("rewind", {}).get("skips")
+
+
+def test_all_ranks_go_back_together(world2, tmp_path):
+    rows = batches(14, 8, torch.float64)
+    clean = [*rows[:4], *rows[8:]]
+    for number in (5, 6, 7):
+        rows[number]["x"][7] = torch.nan
+        rows[number]["mask"][7] = True
+    results = world2.run(rewound, tmp_path / "a", rows, lm.Rewind(after=3, steps=3))
+    expected = world2.run(rewound, tmp_path / "b", clean, None)
+    for (params, count, skips), (others, other_count, _) in zip(results, expected, strict=True):
+        assert all(torch.equal(leaf, others[name]) for name, leaf in params.items())
+        assert count == other_count == 64
+        assert skips == [{"from": 8, "to": 4, "first": [0, 4], "next": [0, 8]}]

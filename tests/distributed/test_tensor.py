@@ -76,6 +76,11 @@ def test_two_processes_compute_as_one(kind, world2):
     )
 
 
+def test_a_spike_is_judged_by_the_norm_of_the_full_gradient(world2):
+    """The values compared are in the state, in float32."""
+    check(world2, [("tiny", ["spike", "clip"], [7], True)], tolerance=1e-6)
+
+
 EVEN, UNEVEN, EMPTY = [4, 4], [5, 3], [8, 0]
 
 

@@ -27,7 +27,7 @@ TORCHRUN = "it needs processes: tests/distributed runs it"
 NO_EXAMPLE = {
     **dict.fromkeys(("LRFinderResult", "Summary", "CallbackContext", "Bridged", "Mesh", "Plan"), RETURNED),
     **dict.fromkeys(("ApplyCall", "GradientCall", "Gradient", "UpdateCall"), RECEIVED),
-    **dict.fromkeys(("LumenError", "NonFiniteError", "DonatedError", "Interrupted"), RAISED),
+    **dict.fromkeys(("LumenError", "NonFiniteError", "SpikeError", "DonatedError", "Interrupted"), RAISED),
     **dict.fromkeys(("GraphBreakWarning", "InexactWarning"), RAISED),
     **dict.fromkeys(("Style", "Configurable", "Resumable", "ShowsParams"), BASE),
     **dict.fromkeys(("save_pretrained", "save_adapters"), HUB),

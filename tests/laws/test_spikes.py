@@ -16,6 +16,7 @@ import lumen as lm
 from lumen.core.primitives import Gradient, UpdateCall
 from lumen.optim import sgd
 from lumen.transforms._support.spikes import SpikeCheck, SpikeWindow
+from tests.tiers import pick
 
 from .models import Job, assert_same, learned, train
 
@@ -52,7 +53,7 @@ def ours(series: list[tuple[float, float]], factor: float, window: int) -> list[
     return skipped
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=pick(12, 100), deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     length=st.integers(1, 90),
