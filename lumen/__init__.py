@@ -26,6 +26,7 @@ from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.context.context_parallel import context_parallel
 from lumen.parallel.ddp.ddp import ddp
 from lumen.parallel.fsdp.fsdp import fsdp
+from lumen.parallel.local.local import local
 from lumen.parallel.tensor.tensor_parallel import tensor_parallel
 from lumen.train.callbacks import Callback, CallbackContext
 from lumen.train.checkpointer import Checkpointer
@@ -133,6 +134,7 @@ __all__ = [
     "grad_cache",
     "guard",
     "inspect",
+    "local",
     "losses",
     "lr_find",
     "merge_metrics",

@@ -35,6 +35,7 @@ MAKE = {
     "guard": lambda: lm.guard(),
     "guard, raise": lambda: lm.guard("raise"),
     "guard, spike": lambda: lm.guard("dump", spike=6.0, window=20),
+    "local": lambda: lm.local(every=2),
     "pipeline": lambda: lm.pipeline(microbatches=2, stages=["2"], schedule="gpipe"),
     "precision": lambda: lm.precision("bf16"),
     "precision, model": lambda: lm.precision("fp16", cast="model", keep=["input"]),

@@ -1,0 +1,1 @@
+"""Ranks that train apart, and are joined by an outer optimizer every few steps."""
