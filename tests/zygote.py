@@ -36,10 +36,13 @@ PRELOADED = (
     "lumen.cli.main",
     "tensorboardX",
     "orbax.checkpoint",
-    "sklearn.datasets",
-    "tyro",
-    "rich.table",
 )
+OF_EXAMPLES = ("sklearn.datasets", "tyro", "rich.table")
+
+
+def forget_jax() -> None:
+    """Be a program that has not imported JAX, whose modules stay loaded: Lumen sees who was first."""
+    sys.modules.pop("jax", None)
 
 
 class Process:
@@ -349,10 +352,10 @@ if __name__ == "__main__":
     import importlib
 
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).parent]
-    for module in PRELOADED:
+    for module in PRELOADED + OF_EXAMPLES:
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
-    del sys.modules["jax"]  # a program that has not imported it: Lumen sees who was first; its modules stay loaded
+    forget_jax()
     assert len(os.listdir("/proc/self/task")) <= 2, "a thread was started, which a fork would not have"
     gc.freeze()  # a collection in a fork would copy the memory of all that is loaded
     atexit.unregister(_close)  # this copy of the module is not the one that asks

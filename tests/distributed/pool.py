@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.zygote import PRELOADED, free_ports
+from tests.zygote import PRELOADED, forget_jax, free_ports
 
 # Seconds that processes get to end by themselves: under coverage they still have their data to write.
 GRACE = 60.0 if os.environ.get("COVERAGE_PROCESS_START") else 0.5
@@ -103,6 +103,7 @@ def serve(rank, size, port, pipe):
     import torch
 
     torch.set_num_threads(1)
+    forget_jax()
     from lumen.core import distributed
     from lumen.parallel.comm.init import join, leave
 
