@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,24 +27,29 @@ class Restored(NamedTuple):
 
 
 class CheckpointReader:
-    """Reads checkpoints on all ranks of a run; `fingerprint` returns that of its frozen params.
+    """Reads checkpoints on all ranks of a run.
 
     `store` is where this process quarantines damaged ones, and `shards_params` says whether each rank has its own.
     """
 
-    def __init__(
-        self, run: RunContext, store: Store | None, fingerprint: Callable[[], str], shards_params: bool
-    ) -> None:
+    def __init__(self, run: RunContext, store: Store | None, shards_params: bool) -> None:
         self._run = run
         self._store = store
-        self._own_fingerprint = fingerprint
         self._shards_params = shards_params
+        self._fingerprint: str | None = None
+
+    def fingerprint(self) -> str:
+        """The fingerprint of the run's frozen params, which never change; all ranks ask for it first together."""
+        if self._fingerprint is None:
+            state = self._run.state
+            self._fingerprint = frozen_params.fingerprint(state, self._run.settings.step.shard_specs(state))
+        return self._fingerprint
 
     def find(self, resume: str | os.PathLike[str]) -> Restored | None:
         """Read the checkpoint to resume from: rank 0 lists the candidates, and all ranks read them."""
         choices = self._run.group.broadcast_object([(str(path), last) for path, last in self._candidates(resume)])
         if choices and self._shards_params and getattr(getattr(self._run.state, "apply_fn", None), "frozen", ()):
-            self._own_fingerprint()  # all ranks together, before one that cannot read a file leaves the others
+            self.fingerprint()  # all ranks together, before one that cannot read a file leaves the others
         paths = ((parse_location(path), optional) for path, optional in choices)
         restored: Restored | None = first_undamaged(paths, self.read, self._quarantine)
         return restored
@@ -82,7 +87,7 @@ class CheckpointReader:
         meta, initial = checkpoint.metadata(path)["meta"], self._run.state
         like = initial
         if "frozen" in meta:
-            frozen_params.check(self._own_fingerprint(), meta["frozen"], path)
+            frozen_params.check(self.fingerprint(), meta["frozen"], path)
             like = frozen_params.without(initial)
         state = checkpoint.restore(path, like, step=self._run.settings.step)
         return Restored(path, frozen_params.with_frozen(state, initial), checkpoint.load(path, item="extra"), meta)

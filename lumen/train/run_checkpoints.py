@@ -38,11 +38,10 @@ class RunCheckpoints:
         self._checkpointer = checkpointer
         saves = checkpointer is not None and (self.is_sharded or group.is_main)
         self._store = checkpointer.store if checkpointer is not None and saves else None
+        self._reader = CheckpointReader(run, self._store, self.shards_params)
         self._omits_frozen = checkpointer is not None and not checkpointer.frozen
-        self._fingerprint: str | None = None
         if self._omits_frozen:
-            self._own_fingerprint()
-        self._reader = CheckpointReader(run, self._store, self._own_fingerprint, self.shards_params)
+            self._reader.fingerprint()
         self._saved_at: tuple[Any, ...] = ()
         self.rewinder: Rewinder | None = None  # made when the run begins
         self._compared_ranks = False
@@ -138,20 +137,13 @@ class RunCheckpoints:
             "processes": run.group.size,
             **run.settings.description,
             **({"monitor": monitor} if monitor else {}),
-            **({"frozen": self._own_fingerprint()} if self._omits_frozen else {}),
+            **({"frozen": self._reader.fingerprint()} if self._omits_frozen else {}),
             **({} if self.rewinder is None else {"rewind": self.rewinder.state_dict()}),
         }
 
     def _without_frozen(self, state: Any) -> Any:
         """The state to save: without frozen params, if the checkpointer omits them."""
         return frozen_params.without(state) if self._omits_frozen else state
-
-    def _own_fingerprint(self) -> str:
-        """The fingerprint of the run's frozen params, which never change; all ranks ask for it first together."""
-        if self._fingerprint is None:
-            state = self._run.state
-            self._fingerprint = frozen_params.fingerprint(state, self._run.settings.step.shard_specs(state))
-        return self._fingerprint
 
     # ---------------------------------------------------------------------------------------- going back
 
