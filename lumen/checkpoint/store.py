@@ -70,7 +70,6 @@ class Store:
         staging: str | os.PathLike[str] | None = None,
     ) -> None:
         self.directory = path_or_url(directory, "the directory of a Store")
-        self.keep = keep
         self.blocked = 0.0
         self._retention = Retention(keep, monitor, mode, keep_best, keep_every)
         self._checkpoints = _checkpoints_at(self.directory, staging)
@@ -141,17 +140,17 @@ class Store:
         """
         began = time.perf_counter()
         try:
-            self._open_writer().save(step, tree, extra, meta, metrics)
+            _writer_of(self).save(step, tree, extra, meta, metrics)
         finally:
             self.blocked += time.perf_counter() - began
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of steps after `step`, the newest first, once the running save is on disk."""
-        self._open_writer().delete_after(step)
+        _writer_of(self).delete_after(step)
 
     def quarantine(self, path: Path | str) -> Path | str:
         """Rename a damaged checkpoint of this store, so that it no longer counts as a step; returns the new path."""
-        return self._open_writer().quarantine(path)
+        return _writer_of(self).quarantine(path)
 
     def check(self) -> None:
         """Raise `CheckpointError` if a save has failed in the background; each failure is raised once."""
@@ -162,13 +161,6 @@ class Store:
         """Return when the running save is on disk; raises `CheckpointError` if it failed."""
         if self._writer is not None:
             self._writer.wait()
-
-    def _open_writer(self) -> StoreWriter:
-        if self._writer is None:
-            raise CheckpointError(f"{self!r} is not open. Write: with {self!r} as store: store.save(...)")
-        if self._writer.process != os.getpid():
-            raise CheckpointError(f"{self!r} was opened in process {self._writer.process}, which alone can save to it.")
-        return self._writer
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -238,3 +230,12 @@ def _checkpoints_at(directory: Path | str, staging: str | os.PathLike[str] | Non
             " path: leave it out."
         )
     return StoreDirectory(directory)
+
+
+def _writer_of(store: Store) -> StoreWriter:
+    writer = store._writer
+    if writer is None:
+        raise CheckpointError(f"{store!r} is not open. Write: with {store!r} as store: store.save(...)")
+    if writer.process != os.getpid():
+        raise CheckpointError(f"{store!r} was opened in process {writer.process}, which alone can save to it.")
+    return writer

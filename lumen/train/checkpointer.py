@@ -72,6 +72,7 @@ class Checkpointer:
             raise StepError(f"Checkpointer(every={every!r}): write every=lm.Every(steps=1000), epochs=1 or minutes=10.")
         self.directory: Path | str = path_or_url(directory, "the directory of a Checkpointer")
         self._files = RunDirectory(self.directory)
+        self.keep = keep
         self.frozen = frozen
         self.every = every or Every(epochs=1)
         self.monitor = monitor

@@ -68,7 +68,7 @@ def checked_rewind(rewind: Rewind | None, step: Step, checkpoint: Checkpointer |
             f"{rewind!r} goes back to a checkpoint, and this Runner saves none. Write lm.Runner(step,"
             ' checkpoint=lm.Checkpointer("runs/a", every=lm.Every(steps=100), keep=3), rewind=...).'
         )
-    if rewind.steps and checkpoint.store.keep == 1:
+    if rewind.steps and checkpoint.keep == 1:
         raise StepError(
             f"{rewind!r} goes back to a checkpoint that is {rewind.steps} steps old, and lm.Checkpointer(keep=1) keeps"
             " only the newest. Write lm.Checkpointer(..., keep=3), or lm.Rewind(steps=0)."

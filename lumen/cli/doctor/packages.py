@@ -18,6 +18,7 @@ from lumen.core.versions import install_extra, own_version, version_of
 # As in pyproject.toml: the dependencies of Lumen, and those of its extras.
 CORE = (
     "torch>=2.11",
+    "fsspec>=2024.6",
     "numpy>=1.26",
     "optree>=0.14",
     "orbax-checkpoint>=0.12.8",
@@ -31,10 +32,12 @@ EXTRAS = {
     "examples": ("scikit-learn>=1.5", "matplotlib>=3.9", "tyro>=0.9"),
     "hf": ("transformers>=5.20", "datasets>=3.2"),
     "hydra": ("hydra-core>=1.3",),
+    "gcs": ("gcsfs>=2024.6",),
     "mlflow": ("mlflow>=2.20",),
     "dp-sgd": ("dp-accounting>=0.5",),
     "quant": ("torchao>=0.18",),
     "ray": ("ray[train]>=2.60",),
+    "s3": ("s3fs>=2024.6",),
     "wandb": ("wandb>=0.19.10", "pillow>=10"),
 }
 # Distributions whose module has another name.
