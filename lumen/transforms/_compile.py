@@ -7,6 +7,8 @@ look-up, where `torch.compile` evaluates guards on every module and dict that th
 
 from __future__ import annotations
 
+import importlib
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +103,11 @@ class compile(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The compiled step, surrounded by the host-side work of the transforms inside it."""
+        # A trace imports it. Until the next garbage collection the import keeps the frames of its callers alive, with
+        # all that they refer to; a thread has none.
+        loading = threading.Thread(target=importlib.import_module, args=("torch._inductor.config",))
+        loading.start()
+        loading.join()
         inner = as_step(step)
         if self.blocks is None:
             return inner.with_host_hooks(_CompiledStep(inner, self))

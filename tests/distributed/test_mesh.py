@@ -153,7 +153,7 @@ def say(directory):
         lm.parallel.setup_logging(directory)
         logger.info("again")
     logging.captureWarnings(False)
-    return terminal.getvalue(), len(logging.getLogger().handlers)
+    return terminal.getvalue(), sum(handler.name == "lumen" for handler in logging.getLogger().handlers)
 
 
 def test_one_process_speaks_and_all_are_written_down(world2, tmp_path):

@@ -259,7 +259,7 @@ def test_a_step_does_not_run_before_they_are_read(directories):
 
 def test_processes_that_have_not_joined_fail_when_they_have(tmp_path, monkeypatch):
     """A process that raised alone would leave the others waiting for it."""
-    monkeypatch.setattr("lumen.bridges._pretrained.launched", lambda: True)
+    monkeypatch.setattr("lumen.bridges._pretrained.launched_size", lambda: 2)
     state = huggingface.load_pretrained(rope(), tmp_path)
     with pytest.raises(CheckpointNotFoundError, match=r"contains nothing"):
         plain.init(state)

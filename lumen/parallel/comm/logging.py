@@ -33,10 +33,10 @@ def setup_logging(directory: str | os.PathLike[str] | None = None, level: int | 
     all records from `level` up to `directory/rank-n.log`. Call it after `lm.mesh()` has joined the ranks. A second call
     replaces the handlers of the first.
 
-    >>> import lumen as lm, logging, tempfile
+    >>> import lumen as lm, logging, pathlib, tempfile
     >>> lm.parallel.setup_logging(directory := tempfile.mkdtemp())
     >>> logging.getLogger("train").info("begins")
-    >>> (Path(directory) / "rank-0.log").read_text().endswith("[rank 0] train INFO: begins\\n")
+    >>> (pathlib.Path(directory) / "rank-0.log").read_text().endswith("[rank 0] train INFO: begins\\n")
     True
     """
     names = logging.getLevelNamesMapping()
