@@ -7,19 +7,17 @@ import os
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO
 
 from lumen.checkpoint import header
-from lumen.core.object_store import ObjectStore
+from lumen.core.object_store import ObjectStore, in_parallel
 from lumen.core.urls import path_or_url
 from lumen.errors import CheckpointError, ObjectStoreError
 
 _ORBAX = "_CHECKPOINT_METADATA"  # a file that Orbax writes to each checkpoint
-_MAX_THREADS = 16  # objects at a time
 
 
 class LocalFiles:
@@ -70,10 +68,10 @@ class RemoteFiles:
 
     def prefetch(self, names: Collection[str]) -> None:
         """Read small objects that will be opened, several at a time."""
-        with _as_unreachable(), ThreadPoolExecutor(_MAX_THREADS) as pool:
-            for name, content in zip(names, pool.map(self._objects.read, names), strict=True):
-                if content is not None:
-                    self._contents[name] = content
+        with _as_unreachable():
+            contents = in_parallel(self._objects.read, names)
+        by_name = zip(names, contents, strict=True)
+        self._contents |= {name: content for name, content in by_name if content is not None}
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

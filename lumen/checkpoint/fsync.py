@@ -12,17 +12,25 @@ _MAX_THREADS = 8  # a file system that gets several requests at a time can serve
 
 def sync(directory: Path, synced: Collection[str] = ()) -> None:
     """Return when every file below `directory` is on disk; skips those already `synced`, by their relative paths."""
-    directories = [parent for parent, _, _ in os.walk(directory)]
-    files = [os.path.join(directory, name) for name in relative_files(directory) if name not in synced]
-    sync_files(files + directories)
+    paths = []
+    for inside, names in _directories(directory):
+        paths += [f"{directory}/{inside}{name}" for name in names if f"{inside}{name}" not in synced]
+        paths.append(f"{directory}/{inside}")
+    sync_files(paths)
 
 
 def relative_files(directory: Path) -> Iterator[str]:
     """The files below `directory`, by their paths relative to it, with `/`."""
+    for inside, names in _directories(directory):
+        yield from (f"{inside}{name}" for name in names)
+
+
+def _directories(directory: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each directory at or below `directory`, as the beginning of its files' relative paths, and their names."""
     root = os.fspath(directory)
     for parent, _, names in os.walk(root):
         inside = parent[len(root) :].replace(os.sep, "/").lstrip("/")
-        yield from (f"{inside}/{name}" if inside else name for name in names)
+        yield f"{inside}/" if inside else "", names
 
 
 def sync_files(paths: Sequence[str | os.PathLike[str]], done: Callable[[], object] = lambda: None) -> None:

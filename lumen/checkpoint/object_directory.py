@@ -13,7 +13,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from lumen.checkpoint.coordinator import SaveSession
 from lumen.checkpoint.lock import Lock
 from lumen.checkpoint.owner import Owner
 from lumen.checkpoint.snapshot import Snapshot
+from lumen.checkpoint.store_directory import damaged_name
 from lumen.checkpoint.upload import Upload
-from lumen.core.object_store import DELAYS, ObjectStore
+from lumen.core.object_store import DELAYS, ObjectStore, in_parallel
 from lumen.core.urls import basename
 from lumen.errors import CheckpointError, CheckpointNotFoundError, ObjectStoreError
 
 _ENTRY = re.compile(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?")  # a step, and the number of its checkpoint
-_MAX_THREADS = 16  # objects at a time
 _OPEN_RETRIES = 2  # before the first step, and before a local copy is written: it should be known soon
 
 Entries = dict[int, str]  # the name of the newest complete checkpoint by step
@@ -103,7 +102,7 @@ class ObjectDirectory:
             self._owner = Owner(objects)
             names = objects.sizes()
             self._owned = _complete(names)
-            self._delete_objects(name for name in names if _is_leftover(name, self._owned))
+            in_parallel(self._objects.delete, [name for name in names if _is_leftover(name, self._owned)])
         except BaseException:
             lock.release()
             raise
@@ -147,15 +146,15 @@ class ObjectDirectory:
         """Rename a damaged checkpoint, so that it no longer counts as a step; returns the new URL."""
         entry, count = basename(path), 0
         names = self._objects.sizes()
-        while any(name.startswith(f"{_damaged(entry, count)}/") for name in names):
+        while any(name.startswith(f"{damaged_name(entry, count)}/") for name in names):
             count += 1
         for name in names:
             if name.startswith(f"{entry}/"):
-                self._objects.copy(name, f"{_damaged(entry, count)}{name.removeprefix(entry)}")
+                self._objects.copy(name, f"{damaged_name(entry, count)}{name.removeprefix(entry)}")
         self._delete_entry(entry)
         if self._owned is not None:
             self._owned = {step: other for step, other in self._owned.items() if other != entry}
-        return f"{self.path}/{_damaged(entry, count)}"
+        return f"{self.path}/{damaged_name(entry, count)}"
 
     # ------------------------------------------------------------------------------------------- entries
 
@@ -187,11 +186,7 @@ class ObjectDirectory:
     def _delete_entry(self, entry: str) -> None:
         self._metrics.pop(entry, None)
         self._objects.delete(f"{entry}/{header.FILE}")
-        self._delete_objects(self._objects.sizes(entry))
-
-    def _delete_objects(self, names: Iterable[str]) -> None:
-        with ThreadPoolExecutor(_MAX_THREADS) as pool:
-            list(pool.map(self._objects.delete, names))
+        in_parallel(self._objects.delete, self._objects.sizes(entry))
 
     def _send_leftovers(self, previous: str | None) -> None:
         """Upload the checkpoints that an earlier run of this machine could not, if no other run came after it."""
@@ -236,10 +231,6 @@ def _complete_checkpoints(folder: Path) -> list[Path]:
 
 def _has_all_files(path: Path) -> bool:
     return all((path / name).is_file() for name in header.load((path / header.FILE).read_bytes(), str(path)).files)
-
-
-def _damaged(entry: str, count: int) -> str:
-    return f"damaged-{entry}" + (f"-{count}" if count else "")
 
 
 def _user_cache() -> Path:

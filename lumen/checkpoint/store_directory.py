@@ -118,7 +118,7 @@ class StoreDirectory:
     def quarantine(self, path: Path | str) -> Path:
         """Rename a damaged checkpoint, so that it no longer counts as a step; returns the new path."""
         path, count = Path(path), 0
-        while os.path.lexists(new := path.with_name(f"damaged-{path.name}" + (f"-{count}" if count else ""))):
+        while os.path.lexists(new := path.with_name(damaged_name(path.name, count))):
             count += 1
         with reported_errors(self.path):
             os.rename(path, new)
@@ -152,3 +152,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def damaged_name(name: str, count: int) -> str:
+    """The name of a damaged checkpoint that was called `name`, where `count` others have been renamed before."""
+    return f"damaged-{name}" + (f"-{count}" if count else "")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from lumen.checkpoint import header
 from lumen.checkpoint.coordinator import SaveSession
+from lumen.checkpoint.fsync import relative_files
 from lumen.core import mirror
-from lumen.core.object_store import ObjectStore
+from lumen.core.object_store import ObjectStore, in_parallel
 from lumen.errors import CheckpointError, CheckpointLockedError
-
-_MAX_THREADS = 16  # objects at a time
 
 
 class Upload:
@@ -27,8 +25,7 @@ class Upload:
 
     def put(self, directory: Path, names: Collection[str]) -> None:
         """Upload these files of a directory."""
-        with ThreadPoolExecutor(_MAX_THREADS) as pool:
-            list(pool.map(lambda name: self._objects.upload(directory / name, name), names))
+        in_parallel(lambda name: self._objects.upload(directory / name, name), names)
 
     def fetch(self, directory: Path, names: Collection[str]) -> None:
         """Download the objects of which the directory has no file."""
@@ -60,7 +57,7 @@ class Upload:
         if self._session is not None:
             self._session.publish("staged")
         with self._keeping(directory, "the checkpoint is" if self._session is None else "the shards of rank 0 are"):
-            self.put(directory, [name for name in _names(directory) if name != header.FILE])
+            self.put(directory, [name for name in relative_files(directory) if name != header.FILE])
             if self._session is not None:
                 self._session.await_all("uploaded")
             self._check(files)
@@ -92,9 +89,3 @@ def exists(location: Path | str) -> bool:
     if isinstance(location, Path):
         return os.path.lexists(location)
     return ObjectStore(location).read(header.FILE) is not None
-
-
-def _names(directory: Path) -> Iterator[str]:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            yield path.relative_to(directory).as_posix()

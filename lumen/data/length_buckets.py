@@ -19,7 +19,6 @@ from lumen.data.samplers import digest
 from lumen.errors import BatchError
 
 _STEP = 11, 10  # the longest row of a bucket to its shortest, and the rows that a batch could have to those it has
-_HALF = 2**63
 _CACHED = 2**20  # rows whose order stays in memory, since batches read here and there of it
 
 
@@ -56,7 +55,7 @@ class LengthBuckets:
             return self._sorted[start:stop].astype(np.int64)
         bucket = int(self._starts.searchsorted(start, "right")) - 1
         first, last = map(int, self._starts[bucket : bucket + 2])
-        order = last - first, permutation.hash64(self._seed, bucket) - _HALF, epoch
+        order = last - first, permutation.derived_seed(self._seed, bucket), epoch
         if len(self._sorted) <= _CACHED:
             positions = permutation.rows(*order, start - first, stop - first)
         else:

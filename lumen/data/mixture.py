@@ -17,7 +17,6 @@ from lumen.data.samplers import digest
 from lumen.errors import BatchError
 
 StoppingStrategy = Literal["first_exhausted", "all_exhausted"]
-_HALF = 2**63
 
 
 @checked
@@ -75,7 +74,7 @@ class Mixture:
         self._seed = integer("seed", seed, *SEEDS)
         self._datasets = [row_reader(dataset, f"set {name!r}") for name, dataset in datasets.items()]
         self._sizes = [len(dataset) for dataset in self._datasets]
-        self._seeds = [permutation.hash64(self._seed, i) - _HALF if shuffle else None for i in range(len(datasets))]
+        self._seeds = [permutation.derived_seed(self._seed, i) if shuffle else None for i in range(len(datasets))]
         self._counts = counts({name: weights[name] for name in datasets})
         self._slots = schedule(self._counts)
         self._draws = _occurrences(self._slots, len(datasets))

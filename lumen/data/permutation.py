@@ -84,6 +84,11 @@ def hash64(*words: int) -> int:
     return state
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """The seed, in [-2**63, 2**63), of the `number`-th of several orders that follow from `seed`."""
+    return hash64(seed, number) - 2**63
+
+
 @lru_cache(maxsize=256)  # a pure function; blocks of 64 kB, one for each live iterator, bucket or set of a mixture
 def _block(n: int, seed: int, epoch: int, number: int) -> Indices:
     start = number * _BLOCK

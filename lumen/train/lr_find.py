@@ -175,8 +175,10 @@ def _sweep(step: StepFn, state: Any, points: Iterable[tuple[float, Any]], metric
         try:
             state, metrics = step(with_learning_rate(state, lr), batch)
             problem = curve.add(lr, _number(metrics, metric))
-        except (NonFiniteError, SpikeError):  # from `lm.guard`
+        except NonFiniteError:  # from `lm.guard`
             problem = "was not finite"
+        except SpikeError:
+            problem = "or the gradient was an outlier"
         if problem:
             return f"the loss {problem} at a learning rate of {lr:.3g}"
     if lr is None:

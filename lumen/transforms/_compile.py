@@ -11,6 +11,7 @@ import importlib
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,11 +104,6 @@ class compile(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The compiled step, surrounded by the host-side work of the transforms inside it."""
-        # A trace imports it. Until the next garbage collection the import keeps the frames of its callers alive, with
-        # all that they refer to; a thread has none.
-        loading = threading.Thread(target=importlib.import_module, args=("torch._inductor.config",))
-        loading.start()
-        loading.join()
         inner = as_step(step)
         if self.blocks is None:
             return inner.with_host_hooks(_CompiledStep(inner, self))
@@ -118,6 +114,7 @@ class compile(Transform):
 
     def _compile_block(self, function: nn.Module, example: list[Tensor]) -> Callable[..., Any]:
         """A compiled function of tensors, with its derivative."""
+        _load_settings()
         compiled: Any
         if self.backend == "eager":
             compiled = _torch_compat.aot_eager(function, example)
@@ -128,6 +125,7 @@ class compile(Transform):
 
     def _compile_step(self, step: Step, state: Any, batch: Any, donates: bool) -> CompiledGraph:
         """The whole step, compiled for inputs like these."""
+        _load_settings()
         options = None
         if self.backend != "eager":
             has_collectives = any(t.level == "parallel" for t in step.transforms)
@@ -150,6 +148,18 @@ class compile(Transform):
                     f"{transform!r} cannot see the operations of blocks that {self!r} has compiled. Write lm.compile()"
                     " to compile the whole step, or leave it out."
                 )
+
+
+@cache
+def _load_settings() -> None:
+    """Import what a trace imports, in a thread.
+
+    Until the next garbage collection that import keeps the frames of its callers alive, with all that they refer to,
+    and a thread has none.
+    """
+    loading = threading.Thread(target=importlib.import_module, args=("torch._inductor.config",))
+    loading.start()
+    loading.join()
 
 
 class _CompiledStep:

@@ -134,9 +134,8 @@ def test_operations_that_fail_now_and_then_are_tried_again(faulty, monkeypatch, 
         failed.difference_update({(operation, 0), (operation, 1)})
 
     faulty.fail(**{moment: fails_twice_of_three})
-    for module in ("upload", "object_directory", "checkpoint_files"):
-        # One operation of a kind at a time, so that none fails more often than it is tried.
-        monkeypatch.setattr(f"lumen.checkpoint.{module}._MAX_THREADS", 1)
+    # One operation of a kind at a time, so that none fails more often than it is tried.
+    monkeypatch.setattr("lumen.core.object_store._MAX_THREADS", 1)
     with Store(URL) as store:
         store.save(1, value_of(1))
         store.save(2, value_of(2))

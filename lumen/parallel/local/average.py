@@ -15,7 +15,7 @@ from lumen.parallel.comm import collectives
 from lumen.parallel.comm.collectives import WaitFn
 
 
-def mean_of_ranks(values: Any, group: dist.ProcessGroup) -> Any:
+def average_trees(values: Any, group: dist.ProcessGroup) -> Any:
     """The mean over ranks of each floating-point tensor, summed in float32 at least, and the largest of each other."""
     leaves, spec = tree.flatten(values)
     size = dist.get_world_size(group)

@@ -21,7 +21,7 @@ from lumen.optim._hyperparams import check_count
 from lumen.optim._sgd import sgd
 from lumen.parallel.comm import consistency
 from lumen.parallel.comm.mesh import Mesh, StepMesh
-from lumen.parallel.local.average import check_equal_scalars, mean_of_ranks
+from lumen.parallel.local.average import average_trees, check_equal_scalars
 
 OUTER = "local_outer"
 _DILOCO = sgd(0.7, momentum=0.9, nesterov=True)
@@ -220,10 +220,10 @@ class local(Transform):
         buffers = getattr(state, "buffers", None)
         if group is not None:
             check_equal_scalars(state, group)
-            movement = mean_of_ranks(movement, group)
+            movement = average_trees(movement, group)
             if buffers:
                 frozen = getattr(getattr(state, "apply_fn", None), "frozen", ())
-                joined = mean_of_ranks({name: b for name, b in buffers.items() if name not in frozen}, group)
+                joined = average_trees({name: b for name, b in buffers.items() if name not in frozen}, group)
                 state = state.replace(buffers={**buffers, **joined})
         params, opt_state = self._optimizer.apply(movement, outer.opt_state, outer.params)
         new = OuterState(params, opt_state, torch.zeros((), dtype=torch.int64))
