@@ -10,6 +10,7 @@ from benchmarks.rows import Row
 
 PARTS = (
     "overhead",
+    "stacks",
     "leaves",
     "low_bit",
     "scaling",

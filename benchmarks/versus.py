@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import instructions
 from benchmarks.rows import quartiles
-from benchmarks.versus_worker import CASES, DEFAULT
+from benchmarks.versus_worker import CASES, DEFAULT, STACKS
 
 HERE = Path(__file__).parents[1]
 # The other checkout's `lumen` first, then the benchmarks of this one.
@@ -114,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the checkout to compare with")
     parser.add_argument("--task", default="mlp", choices=("mlp", "gpt", "gpt-small"))
-    parser.add_argument("--cases", nargs="*", default=DEFAULT, choices=tuple(CASES))
+    parser.add_argument("--cases", nargs="*", default=DEFAULT, choices=(*CASES, *STACKS))
     parser.add_argument("--count", default="seconds", choices=tuple(UNITS))
     parser.add_argument("--rounds", type=int, default=0, help="0 is 30 for seconds and 1 for instructions")
     parser.add_argument("--steps", type=int, default=0, help="steps of a section; 0 is the task's own number")

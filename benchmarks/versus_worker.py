@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lumen as lm
-from benchmarks import instructions, ours, runner, tasks, timing
+from benchmarks import instructions, ours, runner, stacks, tasks, timing
 
 CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
     "plain": ours.called(),
@@ -31,8 +31,17 @@ CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
     "compile-donate": ours.called(lm.compile, lm.donate),
     "runner-nothing": lambda _task: _nothing,
 }
+# Those of benchmarks.stacks, such as "job-4" and, with the raw loop, "job-4-by-hand".
+STACKS = {variant.name: (case.rows, variant.build) for case in stacks.cases("mlp") for variant in case.variants()}
 WARM_UP = 3  # steps, after which every cache of Lumen's is filled
 DEFAULT = tuple(case for case in CASES if case != "compile-donate")  # which compiles for minutes
+
+
+def _measure(case: str, task: tasks.Task) -> timing.Measure:
+    if case in CASES:
+        return CASES[case](task)
+    rows, build = STACKS[case]
+    return build(stacks.with_rows(task, rows))
 
 
 def _nothing(steps: int) -> float:
@@ -47,7 +56,7 @@ def serve(root: str, task_name: str, count: str, *cases: str) -> None:
         raise RuntimeError(f"lumen was imported from {lm.__file__}, which is not in {root}")
     timing.prepare(1)
     task = tasks.make(task_name)
-    measures = {case: CASES[case](task) for case in cases}
+    measures = {case: _measure(case, task) for case in cases}
     clock: Callable[[], Any] = time.process_time
     if count == "instructions":
         timing.WARM_UP = WARM_UP  # each counted step takes a while, and nothing depends on the machine's caches

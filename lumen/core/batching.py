@@ -74,8 +74,8 @@ def add_gradients(results: Sequence[Gradient], origins: Sequence[Origin] | None 
     first = results[0]
     loss = losses[0]
     assert isinstance(loss, Mean)
-    for other in losses[1:]:
-        loss = loss.merge(other)  # type: ignore[arg-type]
+    if len(losses) > 1:
+        loss = loss.merge_all(losses)  # type: ignore[arg-type]
     sizes = [result.rows or 0 for result in results]
     return first.replace(loss=loss, aux=merge_aux([result.aux for result in results], sizes, origins), rows=sum(sizes))
 

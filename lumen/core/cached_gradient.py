@@ -148,7 +148,7 @@ class CachedGradient:
 
         on_all.__wrapped__ = cache.loss  # type: ignore[attr-defined]
         inputs = Differentiated(self._call.params, floating)
-        return self._call.replace(loss_fn=on_all, params=inputs, summed=True, reduction=None, grad_buffers=None)
+        return self._call.replace(loss_fn=on_all, params=inputs, summed=True, reduction=None, grad_sums=None)
 
     def receive(self, embedding_grads: Sequence[Tensor]) -> None:
         """Take the gradient of the loss in the embeddings of all rows."""

@@ -23,6 +23,7 @@ from lumen.core.rules import Primitive
 from lumen.errors import BatchError, LossError, ParamsError
 
 Engine = Literal["auto", "autograd", "func"]
+Rebuild = Callable[[Sequence[Any]], Any]  # a tree like params, from its leaves
 _MISSING = object()
 _requires_grad, _is_sparse = attrgetter("requires_grad"), attrgetter("is_sparse")
 
@@ -78,6 +79,9 @@ def value_and_grad(
 
 def differentiate(call: GradientCall) -> Gradient:
     """The base rule of GRADIENT."""
+    sums = call.grad_sums
+    if sums is not None and sums.opened is not None and torch.is_grad_enabled():
+        return _into_sums(call, *sums.opened, may_keep_graph=False)
     leaves, rebuild = flat(call.params)
     if {*map(type, leaves)} != {Tensor}:
         _check_params(leaves, call.params)
@@ -87,11 +91,12 @@ def differentiate(call: GradientCall) -> Gradient:
     if _needs_func(call):
         _check_params(leaves, call.params)
         return _by_func(call)
+    compute = _by_autograd if sums is None else _into_sums
     if torch.is_grad_enabled():
         # What is reduced over processes is a constant: no derivative goes through collectives.
-        return _by_autograd(call, leaves, rebuild, call.engine == "auto" and call.reduction is None)
+        return compute(call, leaves, rebuild, call.engine == "auto" and call.reduction is None)
     with torch.enable_grad():
-        return _by_autograd(call, leaves, rebuild, False)
+        return compute(call, leaves, rebuild, False)
 
 
 def normalized(total: Gradient, *, own: bool = False) -> Gradient:
@@ -109,7 +114,7 @@ def normalized(total: Gradient, *, own: bool = False) -> Gradient:
     return total.replace(loss=loss.compute() if total.scalar else loss, grads=rebuild(means))
 
 
-def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def flat(params: Any) -> tuple[list[Any], Rebuild]:
     """The leaves of params or grads, and what makes a tree like them of others; a flat dict goes by a shorter way."""
     if type(params) is dict and {*map(type, params.values())} == {Tensor}:
         return [*params.values()], lambda leaves: dict(zip(params, leaves, strict=True))
@@ -117,34 +122,24 @@ def flat(params: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return leaves, spec.unflatten
 
 
-def _by_autograd(
-    call: GradientCall, leaves: list[Tensor], rebuild: Callable[[Sequence[Any]], Any], may_keep_graph: bool
-) -> Gradient:
+def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Rebuild, may_keep_graph: bool) -> Gradient:
     """The gradient, with a graph of its own if it `may_keep_graph` and an enclosing derivative may go through it."""
     keeps_graph = may_keep_graph and _may_be_differentiated(call, leaves)
-    try:
-        if keeps_graph:
-            live = [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in leaves]
-        else:
-            live = [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
-    except RuntimeError:  # torch's own words for an integer leaf
-        _check_params(leaves, call.params)
-        raise
+    live = _live(call, leaves, keeps_graph)
     rules.stack.in_loss += 1
     try:
         size = batching.count(call.batch) if call.summed else None
         objective, loss, aux, scalar = objective_of(call, rebuild(live), size)
         grads: tuple[Tensor | None, ...] = (None,) * len(live)
         if objective.requires_grad:
-            if not keeps_graph and call.engine == "auto" and not rules.stack.tracing:
-                keeps_graph = _depends_on_others(call, objective, live, may_keep_graph)
-            grads = _backward(call, objective, live, keeps_graph)
+            keeps_graph = keeps_graph or _depends_on_others(call, objective, live, may_keep_graph)
+            if not keeps_graph and call.reduction is not None:
+                call.reduction.register_hooks(live)
+            grads = _backward_with_graph(objective, None, live) if keeps_graph else _run_backward(objective, live)
     finally:
         rules.stack.in_loss -= 1
     if not keeps_graph:
         loss, aux = detached(loss), detached(aux)
-    if not grads:
-        return Gradient(loss, None, aux, scalar, size)
     independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
@@ -156,22 +151,65 @@ def _by_autograd(
     return result if call.reduction is None and independent is None else _finished(call, result, independent)
 
 
-def _backward(
-    call: GradientCall, objective: Tensor, live: list[Tensor], keeps_graph: bool
-) -> tuple[Tensor | None, ...]:
-    """The gradients in `live`; none of them where they have been added to the call's sums."""
-    if keeps_graph:
-        grads = torch.autograd.grad(objective, live, create_graph=True, allow_unused=True)
-        if call.grad_buffers is None:
-            return grads
-        _add_new(call.grad_buffers, [torch.zeros_like(p) if g is None else g for g, p in zip(grads, live, strict=True)])
-        return ()
-    if call.grad_buffers is not None:
-        _add_into(call.grad_buffers, objective, live)
-        return ()
-    if call.reduction is not None:
-        call.reduction.register_hooks(live)
-    return _run_backward(objective, live)
+def _into_sums(call: GradientCall, leaves: list[Tensor], rebuild: Rebuild, may_keep_graph: bool) -> Gradient:
+    """The result without grads, which have been added to the call's sums.
+
+    They are added as the backward pass has them, so that there are never two of all. All microbatches differentiate the
+    leaves of the first one, which has also decided whether to keep the graph.
+    """
+    sums = call.grad_sums
+    assert sums is not None
+    is_open = sums.opened is not None
+    keeps_graph = may_keep_graph and _may_be_differentiated(call, leaves)
+    live = leaves if is_open else _live(call, leaves, keeps_graph)
+    rules.stack.in_loss += 1
+    try:
+        size = batching.count(call.batch)
+        value, weight, aux = _evaluated(call, rebuild(live))
+        if not value.requires_grad:
+            raise independent_of(call)
+        scalar = weight is None
+        seed = None
+        if weight is None:
+            value = value.float() if value.dtype in NARROW else value
+            weight = seed = sums.weight(size, value)
+        if not is_open or _marking:
+            keeps_graph = keeps_graph or _depends_on_others(call, value, live, may_keep_graph)
+        if keeps_graph:
+            grads = _backward_with_graph(value, seed, live)
+            sums.add([torch.zeros_like(p) if g is None else g for g, p in zip(grads, live, strict=True)])
+        else:
+            if not is_open:
+                sums.open(live, rebuild)
+            _torch_compat.engine_run_backward(
+                (value,),
+                (_one(value) if seed is None else seed,),
+                False,
+                False,
+                tuple(live),
+                True,
+                accumulate_grad=True,
+            )
+            value, aux = value.detach(), detached(aux)
+    finally:
+        rules.stack.in_loss -= 1
+    return Gradient(Mean(value * weight if scalar else value, weight), None, aux, scalar, size)
+
+
+def _live(call: GradientCall, leaves: list[Tensor], keeps_graph: bool) -> list[Tensor]:
+    """What to differentiate in."""
+    try:
+        if keeps_graph:
+            return [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in leaves]
+        return [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
+    except RuntimeError:  # torch's own words for an integer leaf
+        _check_params(leaves, call.params)
+        raise
+
+
+def _backward_with_graph(objective: Tensor, seed: Tensor | None, live: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again."""
+    return torch.autograd.grad(objective, live, seed, create_graph=True, allow_unused=True)
 
 
 def _run_backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -183,21 +221,6 @@ def _run_backward(objective: Tensor, live: list[Tensor]) -> tuple[Tensor | None,
         (objective,), (one,), False, False, tuple(live), True, accumulate_grad=False
     )
     return grads
-
-
-def _add_into(sums: list[Tensor | None], objective: Tensor, live: list[Tensor]) -> None:
-    """Add the gradient in each leaf to its sum as the backward pass has it, so that there are never two of all."""
-    for leaf, total in zip(live, sums, strict=True):
-        leaf.grad = total
-    _torch_compat.engine_run_backward(
-        (objective,), (_one(objective),), False, False, tuple(live), True, accumulate_grad=True
-    )
-    sums[:] = [g.to_dense() if g is not None and g.is_sparse else g for g in (leaf.grad for leaf in live)]
-
-
-def _add_new(sums: list[Tensor | None], grads: Sequence[Any]) -> None:
-    """Add gradients to sums out of place; a sum is in memory of its own, as autograd may hand out one tensor twice."""
-    sums[:] = [g.clone() if total is None else total + g for g, total in zip(grads, sums, strict=True)]
 
 
 def _one(objective: Tensor) -> Tensor:
@@ -236,8 +259,8 @@ def _by_func(call: GradientCall) -> Gradient:
     tensors = iter(aux_tensors)
     leaves = [next(tensors) if leaf is None else leaf for leaf in recorded["leaves"]]
     loss, aux = tree.unflatten(recorded["spec"], leaves)
-    if call.grad_buffers is not None:
-        _add_new(call.grad_buffers, flat(grads)[0])
+    if call.grad_sums is not None:
+        call.grad_sums.add(flat(grads)[0])
         grads = None
     return _finished(call, Gradient(loss, grads, aux, recorded["scalar"], size))
 
@@ -247,6 +270,20 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
 
     A summed call needs `size`, the number of rows.
     """
+    value, weight, aux = _evaluated(call, params)
+    if weight is not None:
+        return (value if call.summed else value / weight), Mean(value, weight), aux, False
+    if not call.summed:
+        return value, value, aux, True
+    assert size is not None
+    total = value.float() if value.dtype in NARROW else value
+    weight = total.detach().new_full((), size)
+    total = total * weight
+    return total, Mean(total, weight), aux, True
+
+
+def _evaluated(call: GradientCall, params: Any) -> tuple[Tensor, Tensor | None, Any]:
+    """`(value, weight, aux)` of the user's loss: a total with its weight, or a plain scalar with None."""
     if rules.stack.loss_contexts:
         out = rules.call_loss(call.loss_fn, params, call.batch, call.extras)
     else:
@@ -256,16 +293,7 @@ def objective_of(call: GradientCall, params: Any, size: int | None) -> tuple[Ten
     value = loss.total if is_mean else loss
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         raise _not_a_scalar(value, call)
-    if is_mean:
-        weight = loss.weight.detach()
-        return (value if call.summed else value / weight), Mean(value, weight), aux, False
-    if not call.summed:
-        return loss, loss, aux, True
-    assert size is not None
-    total = loss.float() if loss.dtype in NARROW else loss
-    weight = total.detach().new_full((), size)
-    total = total * weight
-    return total, Mean(total, weight), aux, True
+    return value, loss.weight.detach() if is_mean else None, aux
 
 
 def _split_aux(out: Any) -> tuple[Any, Any]:
@@ -338,6 +366,8 @@ def _depends_on_others(call: GradientCall, objective: Tensor, live: list[Tensor]
     Walking the graph costs as much as a small step, so it is done on a function's first call only, and where its
     closure holds a tensor that requires grad.
     """
+    if call.engine != "auto" or rules.stack.tracing:
+        return False
     loss_fn: Any = call.loss_fn
     while hasattr(loss_fn, "__wrapped__"):  # a transform's wrapper serves every loss function
         loss_fn = loss_fn.__wrapped__

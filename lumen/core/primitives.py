@@ -12,6 +12,7 @@ from torch import Tensor
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 
 if TYPE_CHECKING:
+    from lumen.core.grad_sums import GradSums
     from lumen.core.metrics import Mean
     from lumen.errors import LossError
 
@@ -130,7 +131,7 @@ class GradientCall(_Call):
     summed: bool = False
     engine: str = "auto"
     reduction: Reduction | None = None
-    grad_buffers: list[Tensor | None] | None = None
+    grad_sums: GradSums | None = None
 
 
 @dataclass(slots=True)

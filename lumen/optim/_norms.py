@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import is_
+import functools
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ def leaf_norms(leaves: list[Tensor]) -> Tensor:
     A norm is finite if every entry and the sum of their squares are. Entries of 1e19 and more overflow; clipping and
     optimizers that square gradients could not use them either.
     """
-    dtype = torch.float32
-    for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
-    if _fused_kernels.allowed(leaves) and len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1:
+    dtypes = {*map(attrgetter("dtype"), leaves)}
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    if _fused_kernels.allowed(leaves) and len(dtypes) == len({*map(attrgetter("device"), leaves)}) == 1:
         return torch.stack(_torch_compat.foreach_norm(leaves, 2, dtype))
     return torch.stack([torch.linalg.vector_norm(leaf, dtype=dtype).to(leaves[0].device) for leaf in leaves])
 
@@ -43,6 +43,6 @@ class LeafNorms:
 
 def _versions(leaves: list[Tensor]) -> list[int] | None:
     """The version counters of the leaves; None if they are not counted, or if a step is traced."""
-    if not _fused_kernels.eager() or any(leaf.is_inference() for leaf in leaves):
+    if not _fused_kernels.eager() or any(map(Tensor.is_inference, leaves)):
         return None
-    return [_torch_compat.version_of(leaf) for leaf in leaves]
+    return [*map(_torch_compat.version_of, leaves)]

@@ -20,6 +20,7 @@ from lumen.core.device import free_cache
 from lumen.core.donation import is_retired, retire
 from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import find
+from lumen.core.grad_sums import GradSums
 from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Next, Primitive
@@ -317,12 +318,12 @@ class _Accumulation:
 
     def _into_buffers(self, next: Next, calls: list[GradientCall], start: list[Tensor | None] | None) -> Gradient:
         leaves, rebuild = gradient.flat(calls[0].params)
-        sums: list[Tensor | None] = [None] * len(leaves) if start is None else start
+        sums = GradSums([None] * len(leaves) if start is None else start)
         gradients = []
         for microbatch in calls:
-            gradients.append(next(microbatch.replace(grad_buffers=sums)))
+            gradients.append(next(microbatch.replace(grad_sums=sums)))
             self.tracker.carry(gradients[-1].aux)
-        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums, leaves, strict=True)]
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(sums.take(), leaves, strict=True)]
         return batching.add_gradients(gradients, self.tracker.origins).replace(grads=rebuild(grads))
 
     def _cached(
@@ -350,16 +351,17 @@ class _Accumulation:
         """The loss on all embeddings, and its gradient with respect to params; some may be None if `into_buffers`."""
         call = cached.loss_call()
         embeddings = call.params.embeddings
-        grad_buffers: list[Tensor | None] | None = [None] * len(tree.leaves(call.params)) if into_buffers else None
-        result: Gradient = next(call.replace(grad_buffers=grad_buffers))
-        if grad_buffers is None:
+        sums = GradSums([None] * len(tree.leaves(call.params))) if into_buffers else None
+        result: Gradient = next(call.replace(grad_sums=sums))
+        if sums is None:
             cached.receive(result.grads.embeddings)
             return result.replace(grads=None), [*tree.leaves(result.grads.params)]
-        count = len(grad_buffers) - len(embeddings)
+        grads = [*sums.take()]
+        count = len(grads) - len(embeddings)
         cached.receive(
-            [torch.zeros_like(e) if g is None else g for g, e in zip(grad_buffers[count:], embeddings, strict=True)]
+            [torch.zeros_like(e) if g is None else g for g, e in zip(grads[count:], embeddings, strict=True)]
         )
-        return result, grad_buffers[:count]
+        return result, grads[:count]
 
     def _can_add_into_buffers(self, call: GradientCall) -> bool:
         """Whether autograd may add each gradient to its sum: no rule inside sees it, and no sum needs more digits."""

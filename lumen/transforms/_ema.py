@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.core import _torch_compat
+from lumen.core.donation import is_retired
 from lumen.core.dtypes import wide_dtype
 from lumen.core.nested_states import map_train_states, train_states
 from lumen.core.param_leaves import Path
@@ -16,6 +19,7 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import param_field
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
+from lumen.optim._fused_kernels import allowed
 from lumen.optim._numerics import Coefficients, time
 
 
@@ -40,6 +44,8 @@ class ema(Transform):
 
     In a state that holds several training states, such as the two players of a GAN, each has an average of its own:
     `lm.ema.params(state["generator"])`.
+
+    With `lm.donate` inside, the average is updated in place too.
 
     Law: params, optimizer state and metrics equal those of the step without it. Evaluate with
     `state.replace(params=lm.ema.params(state))`.
@@ -89,23 +95,44 @@ class ema(Transform):
         """The step, followed by an update of the average."""
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
-            old: dict[Path, Averaged] = {}
+            old: dict[Path, tuple[Any, Averaged]] = {}
 
             def note(path: Path, inner: Any) -> Any:
-                old[path] = slot(inner, self.name)
+                old[path] = inner, slot(inner, self.name)
                 return inner
+
+            def averaged(path: Path, inner: Any) -> Any:
+                before, average = old[path]
+                return with_slot(inner, self.name, self._update(average, inner.params, in_place=is_retired(before)))
 
             _map_states(note, state)
             new, metrics = step(state, batch)
-            return _map_states(
-                lambda path, inner: with_slot(inner, self.name, self._update(old[path], inner.params)), new
-            ), metrics
+            return _map_states(averaged, new), metrics
 
         return run
 
-    def _update(self, old: Averaged, params: Any) -> Averaged:
+    def _update(self, old: Averaged, params: Any, in_place: bool) -> Averaged:
+        leaves, spec = tree.flatten(old.params)
+        new = tree.leaves(params)
+        if leaves and _is_on_host([old.count, *leaves, *new]):
+            n = int(old.count) + 1
+            new = [b if b.dtype is a.dtype else b.to(a.dtype) for a, b in zip(leaves, new, strict=True)]
+            if in_place:
+                _torch_compat.foreach_lerp_(leaves, new, self._weight_on_host(n))
+                old.count.fill_(n)
+                return old
+            averaged = _torch_compat.foreach_lerp(leaves, new, self._weight_on_host(n))
+            return Averaged(tree.unflatten(spec, [*averaged]), torch.full_like(old.count, n))
         count = old.count + 1
-        return Averaged(_lerp(old.params, params, self._weight(count)), count)
+        return Averaged(tree.unflatten(spec, _lerp(leaves, new, self._weight(count))), count)
+
+    def _weight_on_host(self, n: int) -> float:
+        """`_weight`, where reading the count costs nothing."""
+        if n < 1:
+            return 1.0
+        if self.decay is None:
+            return 1.0 / n
+        return 1.0 - (min((1.0 + n) / (10.0 + n), self.decay) if self.warmup else self.decay)
 
     def _weight(self, count: Tensor) -> Tensor:
         """The weight of the newest params; 1 until averaging begins."""
@@ -126,12 +153,16 @@ def _map_states(change: Callable[[Path, Any], Any], state: Any) -> Any:
     return map_train_states(change, state)
 
 
-def _lerp(old: Any, new: Any, weight: Tensor) -> Any:
-    leaves, spec = tree.flatten(old)
+def _is_on_host(leaves: list[Any]) -> bool:
+    """Whether torch's list kernels may run here, with numbers that are read from the leaves."""
+    return allowed(leaves) and all(map(attrgetter("is_cpu"), leaves))
+
+
+def _lerp(old: list[Tensor], new: list[Tensor], weight: Tensor) -> list[Tensor]:
     coefficients = Coefficients(weight)
 
     def lerp(a: Tensor, b: Tensor) -> Tensor:
         (leaf_weight,) = coefficients.like(a)
         return torch.lerp(a, b if b.dtype is a.dtype else b.to(a.dtype), leaf_weight)
 
-    return tree.unflatten(spec, [lerp(a, b) for a, b in zip(leaves, tree.leaves(new), strict=True)])
+    return [lerp(a, b) for a, b in zip(old, new, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from lumen.core.rules import Next, Primitive
 from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError, NonFiniteError, SlotError, SpikeError
+from lumen.optim._fused_kernels import allowed
 from lumen.optim._norms import LeafNorms
 from lumen.transforms._support.snapshot_dump import CallTrace, PreStepSnapshot, SnapshotPolicy
 from lumen.transforms._support.spikes import SERIES, SMALLEST_WINDOW, SpikeCheck, SpikeWindow
@@ -144,8 +146,10 @@ class guard(Transform):
                 new, metrics = step(state, batch)
             record = self._record()
             record.specs = check.specs
-            record.trace = record.trace.with_step(check.updates, rules.is_tracing())
+            record.trace = record.trace.with_step(check.updates)
             # The host may read what is bad only after several steps: keep the first.
+            if self.spike is None and check.is_fine_on_host() and (self.on_nonfinite != "skip" or int(old.bad) < 0):
+                return new, metrics  # whose slot stays as it is
             is_reported = None if self.on_nonfinite == "skip" else old.bad >= 0
             skip, bad, window = check.result(is_reported)
             if is_reported is not None:
@@ -245,6 +249,7 @@ class _FinitenessCheck:
         self._numbers: dict[tuple[str, tree.Spec], Tensor] = {}
         self._differs_by_rank = False  # whether the numbers of other processes may differ
         self._verdict: tuple[Tensor, Tensor] | None = None
+        self._is_fine: bool | None = None
         self._device = device  # of the loss; grads may be on another
         self._norms: LeafNorms | None = None  # of the latest gradient
         self.updates = 0
@@ -268,14 +273,29 @@ class _FinitenessCheck:
         self.updates += 1
         if not self._numbers:
             self._add_grads(call.grads)
-        skip, _ = self.verdict()
         norms, self._norms = self._norms, None  # frees the grads, which the norms refer to
         # Since the norms were computed, a collective may have changed the grads without advancing version counters.
         if self._differs_by_rank and distributed.world_size() > 1:
             norms = None
+        if self._spikes is None and self.is_fine_on_host():
+            return next(call.replace(norms=norms))  # type: ignore[no-any-return]
+        skip, _ = self.verdict()
         if self._spikes is not None:
             skip = skip | self._spikes.is_spike(call, norms, self._differs_by_rank)
         return next(call.skipping(skip).replace(norms=norms))  # type: ignore[no-any-return]
+
+    def is_fine_on_host(self) -> bool:
+        """Whether everything is known to be finite, where reading it costs nothing: on the CPU, of one process."""
+        if self._is_fine is None:
+            numbers = [*self._numbers.values()]
+            self._is_fine = (
+                allowed(numbers)
+                and all(n.is_cpu for n in numbers)
+                and not rules.is_tracing()
+                and not sharding.is_collective(self._differs_by_rank)
+                and all(math.isfinite(sum(n.tolist())) for n in numbers)
+            )
+        return self._is_fine
 
     def verdict(self) -> tuple[Tensor, Tensor]:
         """Whether a leaf was non-finite in any process, and the index of the first one, or -1."""
@@ -316,7 +336,7 @@ class _FinitenessCheck:
         numbers = numbers.to(self._device)
         previous = self._numbers.get((kind, spec))
         self._numbers[kind, spec] = numbers if previous is None else previous + numbers
-        self._verdict = None
+        self._verdict = self._is_fine = None
 
 
 _LOSS = tree.structure({"loss": 0})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lumen as lm
+from lumen.transforms._guard import _FinitenessCheck
 
 from .models import FORMS, STEADY, Job, assert_same, jobs, learned, train
 
@@ -227,6 +230,51 @@ def test_ema_weighs_in_float64(decay: Any) -> None:
         state, _ = step(state, None)
         average += (1 - float(decay)) * (number - average)
     assert float(lm.ema.params(state)["w"]) == pytest.approx(average, rel=1e-13)
+
+
+@settings(max_examples=40)
+@given(
+    decay=st.none() | st.floats(0.0, 1.0, exclude_max=True),
+    warmup=st.booleans(),
+    start=st.integers(0, 3),
+    count=st.integers(-3, 10**6),
+)
+def test_ema_weighs_alike_on_the_host_and_on_a_device(
+    decay: float | None, warmup: bool, start: int, count: int
+) -> None:
+    average = lm.ema(decay, warmup=warmup, start=start)
+    on_device = average._weight(torch.tensor(count))
+    assert torch.equal(on_device, torch.tensor(average._weight_on_host(count), dtype=torch.float64))
+
+
+@settings(max_examples=6)
+@given(job=jobs(FLOATING, ("scalar", "mean"), rows=(2, 5)))
+def test_ema_and_guard_are_bitwise_the_same_where_numbers_are_read(job: Job) -> None:
+    """On the CPU both read numbers, and `ema` works in place under `donate`; on a device they never wait for one."""
+    batches = [job.batch(0), poisoned(job, 1), job.batch(2)]
+    ends = []
+    for reads in (True, False):
+        with ExitStack() as patches:
+            if not reads:
+                patches.enter_context(patch("lumen.transforms._ema._is_on_host", return_value=False))
+                patches.enter_context(patch.object(_FinitenessCheck, "is_fine_on_host", return_value=False))
+            for inner in ((), (lm.donate(),)):
+                step = lm.compose(lm.guard(), lm.ema(0.9), *inner)(job.step)
+                ends.append(train(step, step.init(job.state()), batches)[0])
+    for other in ends[1:]:
+        assert_same(learned(ends[0]), learned(other), exact=True)
+        assert_same(ends[0].slots, other.slots, exact=True)
+
+
+def test_ema_under_donate_keeps_its_memory() -> None:
+    job = Job()
+    step = lm.compose(lm.ema(0.9), lm.donate())(job.step)
+    state = step.init(job.state())
+    kept = {name: value.clone() for name, value in lm.ema.params(state).items()}
+    addresses = [leaf.data_ptr() for leaf in lm.tree.leaves(state.slots["ema"])]
+    state, _ = step(state, job.batch())
+    assert [leaf.data_ptr() for leaf in lm.tree.leaves(state.slots["ema"])] == addresses
+    assert not torch.equal(kept["0.weight"], lm.ema.params(state)["0.weight"])
 
 
 def test_ema_without_decay_is_the_mean_of_all_params() -> None:

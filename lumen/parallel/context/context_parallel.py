@@ -216,7 +216,7 @@ class context_parallel(Transform):
         """Raise `LossError` where the loss of sharded sequences would be another one."""
         batch, excerpt = shards.excerpt(call.batch, loss_check.local_length(shards.local), sites.checks)
         sites.checks += 1
-        alone = call.replace(summed=True, reduction=None, grad_buffers=None, batch=batch)
+        alone = call.replace(summed=True, reduction=None, grad_sums=None, batch=batch)
         rewind = loss_check.same_draws(call.params)
         documents = nullcontext() if self.documents is None else rules.around_losses(self._in_one_process)
         with _explained(excerpt), documents, rules.unbound_axis("context"):

@@ -191,7 +191,7 @@ class PipelineRule:
                 " Leave engine='func' out, and train one model under lm.pipeline."
             )
         inside = rules.inside(Primitive.GRADIENT, self.gradient)
-        if inside or call.grad_buffers is not None:
+        if inside or call.grad_sums is not None:
             raise OrderError(
                 f"{len(inside)} transforms inside lm.pipeline have a rule for the gradient, which the stages compute"
                 " by a schedule of their own. Put them outside: lm.compose(lm.guard(), ..., lm.pipeline(...))"

@@ -28,11 +28,10 @@ class CallTrace:
 
     steps: int = 0
     updates: int = 0
-    traced: bool = False
 
-    def with_step(self, updates: int, traced: bool) -> CallTrace:
+    def with_step(self, updates: int) -> CallTrace:
         """The trace with one more step."""
-        return CallTrace(self.steps + 1, self.updates + updates, traced)
+        return CallTrace(self.steps + 1, self.updates + updates)
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,14 @@ class SnapshotPolicy:
         """The policy for the next call.
 
         A donated step overwrites params and optimizer state, except in an update that is skipped. If the step makes
-        several updates, those before the skipped one have overwritten them. A compiled step overwrites all leaves.
+        several updates, those before the skipped one have overwritten them. It also overwrites slots, such as the
+        average of `ema`, and a compiled one all leaves.
         """
         if not trace.steps:
             return self
         if donated and trace.updates > 1:
             return SnapshotPolicy("all", trace.steps)
-        return SnapshotPolicy("others" if donated and trace.traced else "nothing", trace.steps)
+        return SnapshotPolicy("others" if donated else "nothing", trace.steps)
 
     def copies(self, path: str) -> bool:
         """Whether to copy the leaf with this path."""
