@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import _torch_compat, batching, external_grads, rules
+from lumen.core import _torch_compat, batching, external_grads, loss_errors, rules
 from lumen.core.dtypes import NARROW
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Primitive
-from lumen.errors import BatchError, LossError, ParamsError
+from lumen.errors import BatchError, LossError
 
 Engine = Literal["auto", "autograd", "func"]
 Rebuild = Callable[[Sequence[Any]], Any]  # a tree like params, from its leaves
@@ -84,12 +84,12 @@ def differentiate(call: GradientCall) -> Gradient:
         return _into_sums(call, *sums.opened, may_keep_graph=False)
     leaves, rebuild = flat(call.params)
     if {*map(type, leaves)} != {Tensor}:
-        _check_params(leaves, call.params)
+        loss_errors.check_params(leaves, call.params)
         # Any operation unshards a param that an outer transform shows as a proxy.
         leaves = [leaf.view_as(leaf) if hasattr(leaf, "shard") else leaf for leaf in leaves]
         call = call.replace(params=rebuild(leaves))
     if _needs_func(call):
-        _check_params(leaves, call.params)
+        loss_errors.check_params(leaves, call.params)
         return _by_func(call)
     compute = _by_autograd if sums is None else _into_sums
     if torch.is_grad_enabled():
@@ -143,7 +143,7 @@ def _by_autograd(call: GradientCall, leaves: list[Tensor], rebuild: Rebuild, may
     independent = None
     if type(None) in map(type, grads):
         if all(g is None for g in grads):
-            independent = independent_of(call)
+            independent = loss_errors.independent_of(call)
         grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True))
     if any(map(_is_sparse, grads)):  # of nn.Embedding(sparse=True): optimizers and collectives take dense ones
         grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)  # type: ignore[union-attr]
@@ -167,7 +167,7 @@ def _into_sums(call: GradientCall, leaves: list[Tensor], rebuild: Rebuild, may_k
         size = batching.count(call.batch)
         value, weight, aux = _evaluated(call, rebuild(live))
         if not value.requires_grad:
-            raise independent_of(call)
+            raise loss_errors.independent_of(call)
         scalar = weight is None
         seed = None
         if weight is None:
@@ -203,7 +203,7 @@ def _live(call: GradientCall, leaves: list[Tensor], keeps_graph: bool) -> list[T
             return [p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for p in leaves]
         return [*map(Tensor.requires_grad_, map(Tensor.detach, leaves))]
     except RuntimeError:  # torch's own words for an integer leaf
-        _check_params(leaves, call.params)
+        loss_errors.check_params(leaves, call.params)
         raise
 
 
@@ -292,53 +292,17 @@ def _evaluated(call: GradientCall, params: Any) -> tuple[Tensor, Tensor | None, 
     is_mean = isinstance(loss, Mean)
     value = loss.total if is_mean else loss
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-        raise _not_a_scalar(value, call)
+        raise loss_errors.not_a_scalar(value, call)
     return value, loss.weight.detach() if is_mean else None, aux
 
 
 def _split_aux(out: Any) -> tuple[Any, Any]:
     if type(out) is not tuple or len(out) != 2:
         raise LossError(
-            f"with has_aux=True a loss function returns (loss, aux), but it returned {_describe(out)}."
+            f"with has_aux=True a loss function returns (loss, aux), but it returned {loss_errors.described(out)}."
             " Write: return loss, lm.Aux(metrics={...})"
         )
     return out
-
-
-def _not_a_scalar(loss: Any, call: GradientCall) -> LossError:
-    if isinstance(loss, tuple) and not call.has_aux:
-        hint = "It returned several values: write lm.value_and_grad(loss_fn, has_aux=True)."
-    elif isinstance(loss, Tensor) and loss.dim() > 0:
-        hint = "For one loss per row write: lm.Mean.of(losses), or losses.mean()."
-    elif loss is None:
-        hint = "Is a return missing? A model of transformers computes a loss only for a batch with 'labels'."
-    elif isinstance(getattr(loss, "loss", None), Tensor):
-        hint = "Write: return out.loss"
-    else:
-        hint = "Return a floating scalar tensor, or lm.Mean.of(losses)."
-    return LossError(f"the loss must be a scalar tensor or an lm.Mean, not {_describe(loss)}. {hint}")
-
-
-def _check_params(leaves: list[Any], params: Any) -> None:
-    if not leaves:
-        raise ParamsError("there is nothing to differentiate: params is an empty tree.")
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            path = next(path for path, other in zip(tree.paths(params), leaves, strict=True) if other is leaf)
-            raise ParamsError(
-                f"params[{path!r}] is {_describe(leaf)}; only floating tensors can be differentiated."
-                " Keep integers among the buffers, or pass them as a further argument."
-            )
-
-
-def independent_of(call: GradientCall) -> LossError:
-    """What is raised where a loss has no gradient."""
-    name = getattr(call.loss_fn, "__qualname__", repr(call.loss_fn))
-    return LossError(
-        f"the loss of {name} does not depend on params, so it has no gradient. Compute it from the params that"
-        " the function is given: out, buffers = state.apply(params, x), not net(x), and no .detach() or torch.no_grad()"
-        " on the way."
-    )
 
 
 def _needs_func(call: GradientCall) -> bool:
@@ -404,11 +368,3 @@ def detached(values: Any) -> Any:
     if type(values) is Mean:
         return Mean(values.total.detach(), values.weight.detach())
     return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, values)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    if isinstance(value, tuple):
-        return f"a tuple of {len(value)}"
-    return f"an object of type {type(value).__name__}" if hasattr(value, "loss") else f"{value!r:.60}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen.core import _torch_compat, batching, external_grads, gradient, rules
+from lumen.core import _torch_compat, batching, external_grads, gradient, loss_errors, rules
 from lumen.core.metrics import Mean
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next
@@ -97,7 +97,7 @@ class EngineRule(DataParallelRule):
                 objective, *values = gradient.objective_of(call.replace(summed=True), live, size)
             results.extend(values)
             if not objective.requires_grad:
-                raise gradient.independent_of(call)
+                raise loss_errors.independent_of(call)
             unreached = self._holder.unreached
             key = getattr(inspect.unwrap(call.loss_fn), "__code__", None)
             if key not in unreached:

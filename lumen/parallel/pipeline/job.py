@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import gradient, rules
+from lumen.core import gradient, loss_errors, rules
 from lumen.core.device import Generators
 from lumen.core.dtypes import NARROW
 from lumen.core.primitives import Aux, Gradient, GradientCall
@@ -114,7 +114,7 @@ class GradientJob:
         aux, self.buffer_names = without_buffers(aux, self.buffers)
         check_result(tree.leaves(aux), run.stage, "the aux")
         if not objective.requires_grad:
-            raise gradient.independent_of(call)
+            raise loss_errors.independent_of(call)
         self.results[index] = Gradient(gradient.detached(loss), None, gradient.detached(aux), scalar, self._rows)
         return torch.stack([objective]).float()  # the form that is declared; only its gradient counts, which is one
 
