@@ -32,6 +32,7 @@ from lumen.train.callbacks import Callback, CallbackContext
 from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Epochs, Every, Seconds, Steps, Tokens
 from lumen.train.early_stop import EarlyStop
+from lumen.train.halving_result import HalvingResult, Trial
 from lumen.train.lr_find import LRFinderResult, lr_find
 from lumen.train.predict import predict
 from lumen.train.profile import Profile
@@ -40,6 +41,7 @@ from lumen.train.result import Result
 from lumen.train.rewind import Rewind
 from lumen.train.runner import Runner
 from lumen.train.signals import Interrupted
+from lumen.train.successive_halving import successive_halving
 from lumen.train.summary import Summary, summary
 from lumen.train.validate import Validate, evaluate
 from lumen.transforms._accumulate import accumulate
@@ -78,6 +80,7 @@ __all__ = [
     "Epochs",
     "Every",
     "GraphBreakWarning",
+    "HalvingResult",
     "InexactWarning",
     "Interrupted",
     "LRFinderResult",
@@ -105,6 +108,7 @@ __all__ = [
     "Tokens",
     "TrainState",
     "Transform",
+    "Trial",
     "Validate",
     "accumulate",
     "all_gather",
@@ -165,6 +169,7 @@ __all__ = [
     "sinks",
     "stack",
     "static",
+    "successive_halving",
     "summary",
     "sweep",
     "tensor_parallel",

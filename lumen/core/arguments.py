@@ -44,6 +44,10 @@ _PEERS = {
     **dict.fromkeys(("save_total_limit", "max_to_keep"), "keep=3"),
     **dict.fromkeys(("save_top_k",), "keep_best=3"),
     **dict.fromkeys(("max_norm", "gradient_clip_val"), "norm=1.0"),
+    **dict.fromkeys(("reduction_factor", "factor"), "eta=3"),
+    **dict.fromkeys(("min_resource", "grace_period"), "min_steps=100"),
+    **dict.fromkeys(("max_resource", "max_t"), "max_steps=2700"),
+    **dict.fromkeys(("metric",), 'monitor="val/loss"'),
 }
 
 

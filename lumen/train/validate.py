@@ -108,23 +108,36 @@ def evaluate_until(
     key: str = "",
 ) -> dict[str, float] | None:
     """`evaluate`, or None if `stop` became true; `key` identifies the data set among those of a run."""
-    run = _as_step(step, transforms)
-    accumulator = MetricAccumulator()
+    # A rank has no rows of a small batch.
     skips_empty = merger.group.size > 1 and not any(t.shards for t in transforms)
-    with torch.no_grad():
-        state = evaluated(state)
-        for batch in itertools.islice(data, limit):
-            if stop():
-                return None
-            if skips_empty and _is_empty(batch):  # this rank has no rows of a small batch
-                continue
-            _, metrics = run(state, batch)
-            accumulator.add(metrics)
+    batches = (batch for batch in itertools.islice(data, limit) if not (skips_empty and _is_empty(batch)))
+    accumulator = accumulate_metrics(step, state, batches, transforms, stop)
+    if accumulator is None:
+        return None
     has_batches = bool(accumulator)
     numbers = accumulator.read("", merger, key)
     if not numbers and not merger.group.any(has_batches):
         raise BatchError("the data to evaluate on is empty: it gave no batch.")
     return numbers
+
+
+def accumulate_metrics(
+    step: EvalStep,
+    state: Any,
+    batches: Iterable[Any],
+    transforms: tuple[Transform, ...],
+    stop: Callable[[], bool] = lambda: False,
+) -> MetricAccumulator | None:
+    """The metrics of `step` over the batches, on the device and in evaluation mode; None if `stop` became true."""
+    run = _as_step(step, transforms)
+    accumulator = MetricAccumulator()
+    with torch.no_grad():
+        state = evaluated(state)
+        for batch in batches:
+            if stop():
+                return None
+            accumulator.add(run(state, batch)[1])
+    return accumulator
 
 
 def evaluated(state: Any) -> Any:

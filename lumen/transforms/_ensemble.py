@@ -18,6 +18,8 @@ from lumen.core.step import Step, StepFn, Transform, as_step
 from lumen.errors import PatternError, StateError
 from lumen.transforms._support.same_program import alike_states
 
+_RECORD = "scheduled_lr"  # the hyperparameter that only records what a schedule gave
+
 
 class ensemble(Transform):
     """Train `n` runs (lanes) at once: each leaf of the state gets a leading lane dim, over which `vmap` maps the step.
@@ -73,16 +75,16 @@ class ensemble(Transform):
         run = _into_old_memory(mapped) if donates else mapped
         return inner.with_host_hooks(run)
 
-    def _lanes(self, state: Any) -> list[Any]:
+    def start_lane(self, state: Any, index: int) -> Any:
+        """The plain state with which a lane begins, from anything that `init` takes."""
         if isinstance(state, list | tuple):
-            lanes = list(state)
-        elif callable(state):
-            lanes = [state(i) for i in range(self.n)]
-        else:
-            lanes = [_with_seed_of_lane(state, i) for i in range(self.n)]
-        if len(lanes) != self.n:
-            raise StateError(f"ensemble({self.n}).init got {len(lanes)} states; give one for each lane.")
-        return lanes
+            if len(state) != self.n:
+                raise StateError(f"{self.name}({self.n}).init got {len(state)} states; give one for each lane.")
+            return state[index]
+        return state(index) if callable(state) else _with_seed_of_lane(state, index)
+
+    def _lanes(self, state: Any) -> list[Any]:
+        return [self.start_lane(state, i) for i in range(self.n)]
 
 
 def _with_seed_of_lane(state: Any, lane: int) -> Any:
@@ -127,11 +129,11 @@ class sweep(ensemble):
         super().__init__(next(iter(sizes.values())), batch_dim=batch_dim, axis=axis)
         self.values = values
 
-    def _lanes(self, state: Any) -> list[Any]:
-        lanes = (
-            [state] * self.n if not isinstance(state, list | tuple) and not callable(state) else super()._lanes(state)
-        )
-        return [_with_leaves(lane, {k: v[i] for k, v in self.values.items()}) for i, lane in enumerate(lanes)]
+    def start_lane(self, state: Any, index: int) -> Any:
+        """The plain state with which a lane begins, with its values."""
+        has_lanes = isinstance(state, list | tuple) or callable(state)
+        lane = super().start_lane(state, index) if has_lanes else state
+        return _with_leaves(lane, {name: values[index] for name, values in self.values.items()})
 
 
 def stack_states(states: Sequence[Any]) -> Any:
@@ -195,15 +197,29 @@ def _with_leaves(state: Any, values: dict[str, Any]) -> Any:
     leaves, spec = tree.flatten(state)
     names = tree.paths(state)
     for name, value in values.items():
-        indices = [i for i, path in enumerate(names) if path == name or path.endswith(f".hparams[{name}]")]
+        indices = [] if name == _RECORD else [i for i, path in enumerate(names) if _is(path, name)]
         if not indices:
-            hyperparameters = sorted({path.rpartition(".hparams[")[2][:-1] for path in names if ".hparams[" in path})
-            raise PatternError(
-                f"the state has no {name!r} to sweep over. Its hyperparameters are"
-                f" {', '.join(hyperparameters) or 'none'}; others can be swept if they are passed as a tensor:"
-                " lm.optim.adamw(1e-3, weight_decay=torch.tensor(0.1)). Other leaves are named by their path, such as"
-                f" {names[0]!r}."
-            )
+            raise _missing(name, names)
         for i in indices:
             leaves[i] = torch.as_tensor(value, dtype=leaves[i].dtype, device=leaves[i].device).expand(leaves[i].shape)
     return tree.unflatten(spec, leaves)
+
+
+def _is(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".hparams[{name}]")
+
+
+def _missing(name: str, paths: Sequence[str]) -> PatternError:
+    hyperparameters = {path.rpartition(".hparams[")[2][:-1] for path in paths if ".hparams[" in path}
+    if name in ("lr", _RECORD) and _RECORD in hyperparameters:
+        return PatternError(
+            "the learning rate is a schedule, which is no leaf of the state. To sweep a factor of it, scale the updates"
+            " that it gives: lm.optim.chain(lm.optim.adamw(schedule), lm.optim.scale(torch.tensor(1.0))) and"
+            " lm.sweep(factor=[0.3, 1.0, 3.0]). A constant learning rate is swept as it is: lm.optim.adamw(1e-3)."
+        )
+    return PatternError(
+        f"the state has no {name!r} to sweep over. Its hyperparameters are"
+        f" {', '.join(sorted(hyperparameters - {_RECORD})) or 'none'}; others can be swept if they are passed as a"
+        " tensor: lm.optim.adamw(1e-3, weight_decay=torch.tensor(0.1)). Other leaves are named by their path, such as"
+        f" {paths[0]!r}."
+    )

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "hydra": "tests/examples/test_scripts.py runs it under fsdp on two processes",
     "pretrain": "tests/examples/test_pretrain.py runs it under each of its strategies",
     "ray_train": "tests/examples/test_ray.py runs it where Ray is installed",
+    "ray_tune": "tests/examples/test_ray.py runs it where Ray is installed",
     "zero": "its strategy is lm.deepspeed",
 }
 ALONE = {

@@ -1,10 +1,11 @@
-"""The script for Ray Train, where Ray is installed: a worker is killed, and the run is as if it had not been."""
+"""The scripts for Ray, where it is installed: a lost worker changes nothing, and a search ends trials."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -45,3 +46,20 @@ def test_a_lost_worker_changes_nothing(tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     steps = [json.loads(line)["step"] for line in (lost / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps), "the resumed run has removed what the lost one logged after its checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_ends_trials_by_their_validation(tmp_path):
+    script = SCRIPT.parent / "ray_tune.py"
+    settings = ["--trials", "4", "--epochs", "3", "--batch-size", "256", "--rundir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *settings], capture_output=True, text=True, timeout=550, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracy, stopped = re.search(r"val/accuracy ([\d.]+) with .*; (\d) of 4 trials were stopped", done.stdout).groups()
+    logs = [path.read_text().splitlines() for path in tmp_path.glob("trials/*/metrics.jsonl")]
+    found = [[row["val/accuracy"] for row in map(json.loads, log) if "val/accuracy" in row] for log in logs]
+    assert len(found) == 4
+    assert sum(len(values) < 3 for values in found) == int(stopped) > 0
+    assert max(values[-1] for values in found) == pytest.approx(float(accuracy), abs=1e-4)

@@ -25,7 +25,8 @@ BASE = "it is a protocol or a base, and those that follow it have examples"
 HUB = "it needs a model of transformers: docs/huggingface.md runs it"
 TORCHRUN = "it needs processes: tests/distributed runs it"
 NO_EXAMPLE = {
-    **dict.fromkeys(("LRFinderResult", "Summary", "CallbackContext", "Bridged", "Mesh", "Plan"), RETURNED),
+    **dict.fromkeys(("LRFinderResult", "HalvingResult", "Trial", "Summary", "CallbackContext"), RETURNED),
+    **dict.fromkeys(("Bridged", "Mesh", "Plan"), RETURNED),
     **dict.fromkeys(("ApplyCall", "GradientCall", "Gradient", "UpdateCall"), RECEIVED),
     **dict.fromkeys(("LumenError", "NonFiniteError", "SpikeError", "DonatedError", "Interrupted"), RAISED),
     **dict.fromkeys(("GraphBreakWarning", "InexactWarning"), RAISED),

@@ -460,6 +460,13 @@ def test_sweep_of_unequally_many_values() -> None:
         lm.sweep(lr=[1, 2], seed=[1, 2, 3])
 
 
+@pytest.mark.parametrize("name", ["lr", "scheduled_lr"])
+def test_sweep_of_a_learning_rate_that_is_a_schedule(name: str) -> None:
+    state = lm.TrainState.create(nn.Linear(3, 2), lm.optim.adamw(lm.optim.cosine(0.1, 10)))
+    with pytest.raises(errors.PatternError, match=r"is a schedule.* lm\.sweep\(factor=\[0\.3, 1\.0, 3\.0\]\)"):
+        lm.sweep(**{name: [0.1, 0.2]}).init(state)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_ensemble_of_another_number_of_states(count: int) -> None:
     with pytest.raises(errors.StateError, match=rf"ensemble\(3\).init got {count} states"):

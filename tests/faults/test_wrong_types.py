@@ -143,6 +143,7 @@ UNCHECKED = {
     **dict.fromkeys(("all_gather", "axis_index", "pmax", "pmean", "pmin", "psum", "apply_updates"), HOT),
     **dict.fromkeys(("global_norm", "matrices", "learning_rate", "plateau_step", "with_learning_rate"), HOT),
     **dict.fromkeys(("Apply", "Pure", "Result", "Step", "Summary", "CallbackContext", "LRFinderResult"), RETURNED),
+    **dict.fromkeys(("HalvingResult", "Trial"), RETURNED),
     **dict.fromkeys(("Aux", "TrainState", "Cursor", "GradientTransformation", "Schedule"), RETURNED),
     **dict.fromkeys(("compute_metrics", "merge_metrics", "dataclass", "row_field", "static", "summary"), ANY),
     **dict.fromkeys(

@@ -140,6 +140,19 @@ def test_sweep_of_the_learning_rate(job: Job, rates: list[float]) -> None:
         assert_same(lane, train(job.step, own, job.batches(3))[0])
 
 
+@settings(max_examples=4)
+@given(job=jobs(), factors=st.lists(st.floats(0.1, 3), min_size=1, max_size=3))
+def test_a_swept_factor_multiplies_the_schedule(job: Job, factors: list[float]) -> None:
+    schedule = lm.optim.warmup_cosine(0.1, steps=6, warmup=2)
+    scaled = lm.optim.chain(lm.optim.adamw(schedule), lm.optim.scale(torch.tensor(1.0)))
+    start = lm.TrainState.create(job.module(), scaled, seed=job.seed)
+    lanes = lanes_of(lm.sweep(factor=factors), start, job)
+    for lane, factor in zip(lanes, factors, strict=True):
+        tx = lm.optim.adamw(lambda count, factor=factor: factor * schedule(count))
+        own, _ = train(job.step, lm.TrainState.create(job.module(), tx, seed=job.seed), job.batches(3))
+        assert_same((lane.params, lane.buffers), (own.params, own.buffers))
+
+
 @pytest.mark.parametrize("donated", [False, True])
 def test_large_lanes_are_updated_in_fused_kernels_where_they_lie(donated: bool) -> None:
     """With rates of their own, one skipped by its guard; without donation the old state is left as it was."""
