@@ -279,7 +279,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_search_resumes_bitwise(tmp_path: Path) -> None:
-    """With a part of a rung done, and in the last rung; dropout draws from torch's generators."""
+    """With a part of the first rung done, and of the last one; dropout draws from torch's generators."""
     job, calls, killed_at = Job(model="dropout"), itertools.count(1), 0
     data = lm.Loader(job.batch(rows=9), 4, seed=1)
 
@@ -290,13 +290,13 @@ def test_a_killed_search_resumes_bitwise(tmp_path: Path) -> None:
 
     def run(directory: str, **options: Any) -> lm.HalvingResult:
         torch.manual_seed(5)
-        runs = lm.compose(lm.sweep(lr=RATES[:3]), lm.ema(0.9))(step)
+        runs = lm.compose(lm.sweep(lr=[*RATES, 3e-3]), lm.ema(0.9))(step)
         options = {"lanes": 2, "max_steps": 4, "directory": tmp_path / directory, "resume": "auto", **options}
         return search(runs, job.state(), data, **options)
 
     expected = run("alone")
-    assert next(calls) == 7, "two groups of lanes and the last rung, two steps each"
-    for killed_at in (3, 6):
+    assert next(calls) == 11, "of six trials, and of three, two at a time, two steps each"
+    for killed_at in (4, 9):
         calls = itertools.count(1)
         with pytest.raises(KilledError) as raised:
             run(f"killed at {killed_at}")
