@@ -207,9 +207,6 @@ def test_rungs_end_at_the_most_steps(trials: int, eta: int, least: int, more: in
     assert [rung.keep for rung in rungs] == [rung.size for rung in rungs[1:]] + [1]
 
 
-# ------------------------------------------------------------------------------- memory
-
-
 class Watch(lm.Transform):
     """Keeps weak references to the lanes that steps are called with."""
 
@@ -236,9 +233,6 @@ def test_dropped_lanes_are_freed(donates: bool) -> None:
     assert list(Watch.lanes) == [8, 4, 2, 1]
     for leaf in lm.tree.tensors(result.state):
         assert leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
-
-
-# ------------------------------------------------------------------------------- data
 
 
 def test_trials_get_the_same_batches_from_a_loader_however_many_run_at_once() -> None:
@@ -310,9 +304,6 @@ def test_a_killed_search_resumes_bitwise(tmp_path: Path) -> None:
         run("alone", monitor="train/accuracy")
     with pytest.raises(errors.CheckpointError, match=r'To resume that search, write resume="auto"'):
         run("alone", resume="never")
-
-
-# ------------------------------------------------------------------------------- the result
 
 
 def test_the_table_has_the_best_first() -> None:
