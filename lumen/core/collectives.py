@@ -5,6 +5,7 @@ An axis is bound by `ensemble` (the lanes of a `vmap`) or by a parallel transfor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from lumen.core import _torch_compat, distributed, rules
 from lumen.errors import AxisError
 
 MESH_AXES = ("data", "shard", "pipeline", "context", "tensor")  # from the outermost to the innermost
+ROW_AXES = ("data", "shard")  # over which the rows of a batch are split
 _NAMES = (*MESH_AXES, "lanes")  # which a step may name where they are not bound
 
 
@@ -40,6 +42,7 @@ def psum(values: Any, axis: str) -> Any:
     >>> lm.psum(torch.tensor(2.0), "data")
     tensor(2.)
     """
+    rules.stack.joined_axes.add(axis)
     return _reduce(values, axis, "sum")
 
 
@@ -73,7 +76,7 @@ def pmean(values: Any, axis: str) -> Any:
     bound = _bound(axis)
     if bound is None:
         return values
-    return tree.map(lambda x: x / bound.size, psum(values, axis))
+    return tree.map(lambda x: x / bound.size, _reduce(values, axis, "sum"))
 
 
 def all_gather(values: Any, axis: str) -> Any:
@@ -92,7 +95,23 @@ def all_gather(values: Any, axis: str) -> Any:
     bound = _bound(axis)
     if bound is None:
         return values
+    rules.stack.joined_axes.add(axis)
     return tree.map(lambda x: _gathered(x, bound, axis), values)
+
+
+def check_joined(sizes: Mapping[str, int]) -> None:
+    """Raise `AxisError` for a step that summed or gathered over an axis of rows that one rank alone is along.
+
+    `sizes` are those of the axes of a mesh. It must have done the same over the axis with the other rows.
+    """
+    for axis, other in (ROW_AXES, ROW_AXES[::-1]):
+        joined = rules.stack.joined_axes
+        if axis in joined and other not in joined and sizes[axis] == 1 < sizes[other]:
+            raise AxisError(
+                f"the step called lm.all_gather or lm.psum over {axis!r}, along which there is one process; the rows of"
+                f" the batch are split over the {sizes[other]} along {other!r}. Write lm.all_gather(x, {other!r}), or"
+                ' for any mesh lm.all_gather(lm.all_gather(x, "shard"), "data"). lm.psum nests alike.'
+            )
 
 
 def _bound(axis: str) -> Axis | None:

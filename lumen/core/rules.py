@@ -49,6 +49,7 @@ class RuleStack(threading.local):
         self.in_weightless = 0
         self.tracing = 0
         self.axes: dict[str, Any] = {}
+        self.joined_axes: set[str] = set()  # over which a step has summed or gathered, since axes were bound
         self.loss_contexts: list[LossContext] = []
         self.step: Any = None  # the outermost step that is being called, prepared or exported
         self.splitters: list[str | None] = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import _torch_compat, distributed, rules
 from lumen.core.arguments import checked
-from lumen.core.collectives import MESH_AXES
+from lumen.core.collectives import MESH_AXES, check_joined
 from lumen.errors import WorldError
 from lumen.parallel.comm import collectives, process_groups
 from lumen.parallel.comm.init import TIMEOUT, join
@@ -86,10 +86,18 @@ class Mesh:
         with distributed.real_tensors():
             return process_groups.hand_out(_torch_compat.flattened(grid[tuple(wide)], flat).get_group())
 
-    def bound(self) -> AbstractContextManager[None]:
-        """Bind every axis for `lm.psum` and the other collectives."""
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """Bind every axis for `lm.psum` and the other collectives.
+
+        Raises `AxisError` at the end where these joined the rows of one rank alone, and not those of the others.
+        """
         _ = self.torch  # raises where its world was left
-        return rules.bound_axes(self._axes)
+        with rules.bound_axes(self._axes):
+            joined = rules.stack.joined_axes = set()
+            yield
+            if joined:
+                check_joined(self.sizes)
 
 
 class StepMesh:
