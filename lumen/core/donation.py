@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, distributed
+from lumen.core.primitives import UpdateCall
+from lumen.core.rules import Next, Rule
 from lumen.errors import DonatedError, printable
 
 Addresses = list[set[int]]
@@ -166,3 +168,14 @@ def check_unmoved(old: list[Tensor], new: list[Tensor], paths: list[str]) -> Non
                 f"the step returned the old state.{paths[j]} as the new state.{paths[i]}; with a donated state that"
                 f" memory is about to be overwritten. Copy it in the step: x.clone()"
             )
+
+
+def noting_donated(donated: set[int]) -> Rule:
+    """A rule that notes the memory of donated updates; a state with several optimizers has several."""
+
+    def rule(next: Next, call: UpdateCall) -> Any:
+        if call.donate:
+            donated.update(map(storage_of, tree.tensors((call.params, call.opt_state))))
+        return next(call)
+
+    return rule

@@ -24,14 +24,12 @@ def check_reads(step: Any, applies: Sequence[Apply]) -> None:
 
     There it is as it was before the first step: a side loss that is a constant zero, say.
     """
-    step = getattr(step, "__func__", step)
     copies = [sub.module for apply in applies for sub in apply.forms()]
     owners = {name: sub for module in copies for sub in module.modules() for name in _computed(sub)}
+    step = getattr(step, "__func__", step)
     if not owners or not isinstance(step, types.FunctionType):
         return
-    cells = zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
-    values = {**step.__globals__, **{name: _content(cell) for name, cell in cells}}
-    for attribute, module in _reads(step.__code__, values):
+    for attribute, module in _reads(step.__code__, _outside(step)):
         owner = owners.get(attribute)
         if owner is not None and any(type(sub) is type(owner) for sub in module.modules()):
             raise PurityError(
@@ -41,6 +39,27 @@ def check_reads(step: Any, applies: Sequence[Apply]) -> None:
                 f" module(x), module.…{attribute}; then (out, side), buffers ="
                 " state.apply_fn.calling(with_side)(params, state.buffers, x)"
             )
+
+
+def modules_read(step: Any) -> list[nn.Module]:
+    """The modules that a step takes from its closure or its globals."""
+    step = getattr(step, "__func__", step)
+    values = _outside(step)
+    return [*dict.fromkeys(values[n] for n in _names(step.__code__) if isinstance(values.get(n), nn.Module))]
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The names that a function may take from outside; in functions inside it too."""
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _outside(step: types.FunctionType) -> dict[str, Any]:
+    """What a function can read beside its arguments, by name."""
+    cells = zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
+    return {**step.__globals__, **{name: _content(cell) for name, cell in cells}}
 
 
 def _computed(module: nn.Module) -> Iterator[str]:

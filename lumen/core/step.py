@@ -20,10 +20,10 @@ import torch
 from lumen import tree
 from lumen.core import _torch_compat, order, pending_weights, rules, stale_reads
 from lumen.core.arguments import checked, checked_first
-from lumen.core.donation import is_retired, storage_of
+from lumen.core.donation import is_retired, noting_donated, storage_of
+from lumen.core.dropped_buffers import BufferChanges
 from lumen.core.nested_states import all_slots
-from lumen.core.primitives import UpdateCall
-from lumen.core.rules import Next, Primitive, Rule
+from lumen.core.rules import Primitive, Rule
 from lumen.core.sharding import STATE_VIEW, ShardingSlot, ShardSpec, composed, extend_specs, viewed
 from lumen.core.step_function import check_takes_state_and_batch, explained, not_a_pair
 from lumen.core.value_object import ValueObject
@@ -358,7 +358,10 @@ class _Checked:
         before = [] if _wrapped() else [(p, t, _torch_compat.version_of(t)) for p, t in tree.named_tensors(state)]
         spec, donated = tree.structure(state), set[int]()
         applies = stale_reads.applies_of(state)  # before it may be retired
-        noting = {Primitive.UPDATE: _noting_donated(donated)} if before and rules.intercepts_updates() else {}
+        changes = None if _wrapped() else BufferChanges(self._user)
+        noting: dict[Primitive, Rule] = {} if changes is None else {Primitive.APPLY: changes.rule}
+        if before and rules.intercepts_updates():
+            noting[Primitive.UPDATE] = noting_donated(donated)
         with rules.rule_context(noting), explained():
             out = user(state, batch)
         if not _wrapped():
@@ -381,18 +384,9 @@ class _Checked:
                 + ". A state keeps its tree from step to step: add fields and slots before the first step."
             )
         self._is_checked = not rules.is_tracing()
+        if changes is not None:
+            changes.warn_dropped(self.__name__, new)
         return new, metrics
-
-
-def _noting_donated(donated: set[int]) -> Rule:
-    """A rule that notes the memory of donated updates; a state with several optimizers has several."""
-
-    def rule(next: Next, call: UpdateCall) -> Any:
-        if call.donate:
-            donated.update(map(storage_of, tree.tensors((call.params, call.opt_state))))
-        return next(call)
-
-    return rule
 
 
 def _wrapped() -> bool:
