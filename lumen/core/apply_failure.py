@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen import tree
+from lumen.core import _torch_compat
 
 
 def explain_failure(
@@ -30,6 +32,8 @@ def _notes(
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
         yield _ATTENTION
+    if _torch_compat.peek_interpreter_stack() is not None and _writes_in_place(error):
+        yield _WRITES_UNDER_VMAP
     if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
         yield _NUMPY
     if own is not None and "dtype" in str(error):
@@ -50,6 +54,28 @@ def _notes(
         yield _DICT
 
 
+def _writes_in_place(error: Exception) -> bool:
+    """Whether an error under vmap is torch's refusal to write values of one lane or row into what all share."""
+    text = str(error)
+    return "there exists a Tensor `other`" in text or "doesn't match the broadcast shape" in text
+
+
+@contextmanager
+def in_place_explained() -> Iterator[None]:
+    """Around a vmap: add a note to such an error, unless it has one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _writes_in_place(error) and _WRITES_UNDER_VMAP not in getattr(error, "__notes__", ()):
+            error.add_note(_WRITES_UNDER_VMAP)
+        raise
+
+
+_WRITES_UNDER_VMAP = (
+    "lm.ensemble and lm.dp_sgd run a step under vmap, where the values of one lane or row cannot be written into a"
+    " tensor that all share. Write x = x + y in place of x += y, torch.where(mask, y, x) in place of x[mask] = y, and"
+    " y.new_zeros(shape) in place of torch.zeros(shape) for a tensor that is to be filled from y"
+)
 _ATTENTION = (
     "lm.dp_sgd and lm.ensemble run a model under vmap, where transformers' attention cannot look whether a"
     " mask masks anything. Write net.set_attn_implementation('eager') before lm.pure(net); an encoder, as BERT,"
@@ -59,4 +85,4 @@ _NUMPY = (
     "the model was given a NumPy array: write torch.from_numpy(x). An lm.Loader makes tensors of the arrays in its data"
 )
 _DICT = "the model was given a dict as one argument. To pass its entries by name: state.apply(params, **batch)"
-_ALL = (_ATTENTION, _NUMPY, _DICT)
+_ALL = (_ATTENTION, _NUMPY, _DICT, _WRITES_UNDER_VMAP)

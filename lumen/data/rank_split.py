@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lumen.core import distributed
@@ -33,6 +35,11 @@ def refusal(data: Any) -> str:
         return (
             f"the data must be an lm.Loader or an iterable of batches, not {describe(source)}."
             " For tensors in memory write lm.Loader(data, batch_size=64)."
+        )
+    if type(source) is tuple and len(source) > 1 and all(isinstance(x, Tensor | np.ndarray) for x in source):
+        return (
+            f"the data is a tuple of {len(source)} tensors, each of which would be a batch. Write lm.Loader((x, y),"
+            " batch_size=64), whose batches are such tuples. Tensors that are batches go into a list: [x, y]."
         )
     flaw = grain.flaw(source)
     rank, size = distributed.rows()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,9 @@ class Callbacks:
         self._all = tuple(callbacks)
         _warn_unknown(self._all)
         self._at = {point: [getattr(c, point) for c in callbacks if _overrides(c, point)] for point in POINTS}
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self._all)
 
     def listens(self, point: str) -> bool:
         """Whether any callback overrides `point`."""

@@ -34,8 +34,8 @@ class EarlyStop(Callback):
 
     Raises:
         HyperparameterError: a value outside its range.
-        StepError: no metric of that name is published. If the run ends before there could be one, this is an
-            `InexactWarning`.
+        StepError: no metric of that name is published: before the first step where nothing could publish it, and else
+            by the first validation. If the run ends before there could be one, this is an `InexactWarning`.
 
     >>> import lumen as lm
     >>> stop = lm.EarlyStop(monitor="val/loss", patience=2)
@@ -150,9 +150,14 @@ class EarlyStop(Callback):
         return value < reference if self.mode == "min" else value > reference
 
     def _has_same_source(self, name: str) -> bool:
-        """Whether `name` is published together with the metric: "val/accuracy" with "val/loss", or a lane of it."""
+        """Whether `name` is published together with the metric: "val/accuracy" with "val/loss", or a lane of it.
+
+        Where the metric is called "val_loss", "val/loss" is what was meant.
+        """
         group = self.monitor.rpartition("/")[0]
-        return name.startswith(f"{self.monitor}/") or (group != "" and name.rpartition("/")[0] == group)
+        is_misspelled = not group and name.replace("/", "_") == self.monitor
+        is_beside = group != "" and name.rpartition("/")[0] == group
+        return is_misspelled or is_beside or name.startswith(f"{self.monitor}/")
 
     def _missing(self) -> StepError:
         published = ", ".join(map(repr, sorted(self._published))) or "nothing"

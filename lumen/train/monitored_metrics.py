@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen.errors import StepError
+from lumen.train.early_stop import EarlyStop
 from lumen.train.settings import RunSettings
 
 _RUNNER_METRICS = ("lr", "steps_per_second", "rows_per_second", "tokens_per_second", "mfu")
@@ -50,10 +51,13 @@ class Monitors:
             self._monitors.append(Monitor(checkpoint.monitor, setting, is_plateau=False))
         for name in settings.plateau_monitors:
             self._monitors.append(Monitor(name, f"reduce_on_plateau(monitor={name!r})", is_plateau=True))
+        stops = [callback.monitor for callback in settings.callbacks if isinstance(callback, EarlyStop)]
+        # While the run lasts these check themselves: a metric may come once an epoch.
+        self._early_stops = [Monitor(name, f"EarlyStop(monitor={name!r})", is_plateau=False) for name in stops]
 
     def check_before(self) -> None:
         """Raise `StepError` for a name that nothing in the run could publish."""
-        for monitor in self._monitors:
+        for monitor in (*self._monitors, *self._early_stops):
             is_builtin = monitor.name in _RUNNER_METRICS or monitor.name.startswith((_TRAIN, _RATES))
             if not (is_builtin or self._accepts_any_name or monitor.sources(self._validations)):
                 names = ", ".join(repr(f"{name}/…") for name in self._validations) or "none, as there is no validation"

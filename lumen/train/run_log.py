@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lumen.checkpoint import json_tree
-from lumen.errors import InexactWarning
+from lumen.errors import InexactWarning, printable
 from lumen.optim import learning_rate
 from lumen.optim._combine import group_rates
 from lumen.train.clock import Clock
@@ -49,6 +49,17 @@ def learning_rates(opt_state: Any, has_groups: bool = True) -> dict[str, float]:
     return to_floats(rates, advice=_TOO_MANY)
 
 
+class NewestNumbers(dict[str, float]):
+    """The newest number of each name; a name that was not logged raises a `KeyError` that lists those that were."""
+
+    def __missing__(self, name: str) -> float:
+        logged = ", ".join(map(printable, self)) or "no numbers"
+        full = next((other for other in self if other.rpartition("/")[2] == name), None)
+        raise KeyError(
+            f"{name!r} was not logged; logged were {logged}." + (f" Write metrics[{full!r}]." if full else "")
+        )
+
+
 class RunLogger:
     """Accumulates the metrics of steps until they are logged, and stores the newest number of each name.
 
@@ -68,7 +79,7 @@ class RunLogger:
     ) -> None:
         self.accumulator = MetricAccumulator()
         self.epoch_metrics = EpochMetrics()
-        self.newest: dict[str, float] = {}
+        self.newest: dict[str, float] = NewestNumbers()
         self.sinks = sinks
         self.progress = progress
         self._clock = clock
@@ -132,7 +143,7 @@ class RunLogger:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, and remove what the sinks wrote after it."""
-        self.newest = {name: float(value) for name, value in state["metrics"].items()}
+        self.newest = NewestNumbers({name: float(value) for name, value in state["metrics"].items()})
         self.sinks.rewind(state["sinks"])
         self.throughput.restart()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import _torch_compat, batching, rules
+from lumen.core.apply_failure import in_place_explained
 from lumen.core.buffers import BufferTracker, merge_rows
 from lumen.core.metrics import Mean, is_value, without_rows
 from lumen.core.primitives import ApplyCall, Aux, Gradient, GradientCall, UpdateCall
@@ -174,7 +175,7 @@ class _PrivateGradients:
         row_result: dict[str, Gradient] = {}
         mapped = torch.func.vmap(row_gradient, randomness="different", chunk_size=self.settings.chunk)
         lanes = torch.arange(count, device=tree.tensors(call.params)[0].device)
-        with rules.splitting(repr(self.settings)):
+        with rules.splitting(repr(self.settings)), in_place_explained():
             grads, losses, aux = mapped(batch, lanes)
         self.tracker.lane = None
         grads = tree.map(lambda g: g.sum(0) if size else torch.zeros_like(g[0]), grads)

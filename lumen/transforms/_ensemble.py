@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import rules
+from lumen.core.apply_failure import in_place_explained
 from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
 from lumen.core.external_grads import is_old_function, old_function
@@ -170,7 +171,8 @@ def _mapped(inner: Step, n: int, batch_dim: int | None, axis: str) -> StepFn:
                 " state once, with the step: state = step.init(state)"
             )
         try:
-            return mapped(state, batch, torch.arange(n, device=leaves[0].device))
+            with in_place_explained():
+                return mapped(state, batch, torch.arange(n, device=leaves[0].device))
         except RuntimeError as error:
             if not is_old_function(error):
                 raise

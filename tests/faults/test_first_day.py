@@ -49,6 +49,15 @@ def text_metric(state: Any, batch: Any) -> tuple[Any, Any]:
     return state, {"name": "x"}
 
 
+class Own(lm.Callback):
+    """May publish a metric of any name at any time."""
+
+
+def logged() -> dict[str, float]:
+    runner = lm.Runner(lambda state, batch: (state, {"loss": batch.mean()}), progress=False)
+    return runner.fit(state_of(), [BATCH], until=lm.Steps(1)).metrics
+
+
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "one transform": (errors.StepError, r"Write transforms=\[lm.donate\(\)\]", lambda: runner(transforms=lm.donate())),
     "a transform's class": (errors.StepError, r"transforms=\[lm.donate\(", lambda: runner(transforms=[lm.donate])),
@@ -70,6 +79,28 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     ),
     "an optimizer's class": (errors.StateError, r"from_torch\(torch.optim.Adam", lambda: state_of(tx=torch.optim.Adam)),
     "pruned": (errors.ParamsError, r"prune.remove\(layer, 'weight'\)", lambda: state_of(pruned())),
+    "a tuple of tensors": (
+        errors.BatchError,
+        r"a tuple of 2 tensors, .* Write lm.Loader\(\(x, y\), batch_size=64\)",
+        lambda: runner().fit(state_of(), (BATCH, torch.ones(2)), until=lm.Steps(1)),
+    ),
+    "a metric without its prefix": (
+        KeyError,
+        r"'loss' was not logged; .*metrics\['train/loss'\]",
+        lambda: logged()["loss"],
+    ),
+    "val_loss": (
+        errors.StepError,
+        r"EarlyStop\(monitor='val_loss'\) names no metric .* Write \"val/loss\"",
+        lambda: runner(callbacks=[lm.EarlyStop(monitor="val_loss")]).fit(state_of(), [BATCH], until=lm.Steps(1)),
+    ),
+    "val_loss, with a callback of the user's": (
+        errors.StepError,
+        "EarlyStop waits for 'val_loss'.*'val/loss'",
+        lambda: runner(callbacks=[Own(), lm.EarlyStop(monitor="val_loss")]).fit(
+            state_of(), [BATCH], until=lm.Epochs(9), validate=lm.Validate(lambda *_: {"loss": torch.ones(())}, [BATCH])
+        ),
+    ),
     "text as a metric": (
         errors.MetricError,
         "a metric is 'x', of type str",
