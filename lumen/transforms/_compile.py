@@ -26,7 +26,7 @@ from lumen.transforms._compile_blocks import Blocks
 from lumen.transforms._support.compiled_graph import CompiledGraph, cacheable, summary_of
 from lumen.transforms._support.input_signature import GraphKey, describe_changes, sign_batch, sign_state
 from lumen.transforms._support.module_patterns import Pattern
-from lumen.transforms._support.python_reads import key_readers, value_readers
+from lumen.transforms._support.python_reads import key_readers, mark_logs, value_readers
 from lumen.transforms._support.unapplied import with_apply_rule
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -51,7 +51,8 @@ class compile(Transform):
 
     As with `jax.jit`, the step's Python runs only when it is traced: on the first call, and again when the structure,
     shape or dtype of its input changes, or a Python value that the step's function reads from its closure or its
-    globals. Values behind attributes (`config.alpha`) are constants. A step that needs a tensor's value in Python
+    globals; so does one in a list, dict or set of up to 64 entries. Values behind attributes (`config.alpha`), and in
+    longer containers, are constants. A step that needs a tensor's value in Python
     (`.item()`, `if loss > 3`) cannot be compiled: one `GraphBreakWarning` names the line, and the step runs uncompiled.
 
     With `lm.donate()` inside, new values are written into the memory of the old state. Inductor then records no CUDA
@@ -193,6 +194,8 @@ class _CompiledStep:
                 self._broken = True
                 _warn_break(self._step, failure)
                 return result
+            if mark_logs(self._readers, key[2]):
+                key = (*key[:2], tuple([read() for read in self._readers]))
             self._graphs[key] = graph
             self._warn_many(key)
         if not self._donates:
@@ -237,8 +240,8 @@ def _warn_break(step: Step, error: Exception) -> None:
             " or report the tensor as a metric and read it outside the step."
         )
     elif "meta" in str(error) and type(error).__name__ == "FakeTensorDeviceMismatchError":
-        why = f"{line} takes a derivative in forward mode, which torch cannot trace"
-        fix = "For torch.func.hessian(f) and jacfwd write torch.func.jacrev(torch.func.jacrev(f)) and jacrev."
+        why = f"{line} takes a derivative in forward mode of a gradient, which torch cannot trace for each operation"
+        fix = "For torch.func.hessian(f) write torch.func.jacrev(torch.func.jacrev(f)), and jacrev for jacfwd."
     else:
         why = f"{line} led to {summary_of(error)}"
         fix = "To compile the blocks of the model alone, write lm.compile(blocks=True)."

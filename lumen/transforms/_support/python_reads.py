@@ -9,9 +9,40 @@ from typing import Any
 
 from lumen.core.step import Transform
 
-Reader = Callable[[], Any]
-
 _LIBRARIES = ("torch", "lumen", "numpy", "optree")
+_CONTAINERS = (list, dict, set)
+_LONGEST = 64  # of the containers that are compared by what is in them
+
+
+class Reader:
+    """What a step reads from outside: calling it gives something that differs when that has changed.
+
+    `is_log` says that it is a container which the step itself changes while it is traced.
+    """
+
+    __slots__ = ("_read", "is_log")
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+        self.is_log = False
+
+    def __call__(self) -> Any:
+        """Scalars by value, containers by what is in them, other objects by identity."""
+        value = self._read()
+        return id(value) if self.is_log else _comparable(value)
+
+    @property
+    def is_container(self) -> bool:
+        """Whether it is a list, a dict or a set."""
+        return type(self._read()) in _CONTAINERS
+
+
+def mark_logs(readers: list[Reader], before: tuple[Any, ...]) -> bool:
+    """Compare containers by identity from now on if a trace has changed them since `before`; returns whether it has."""
+    logs = [reader for reader, old in zip(readers, before, strict=True) if reader.is_container and reader() != old]
+    for reader in logs:
+        reader.is_log = True
+    return bool(logs)
 
 
 def key_readers(transforms: tuple[Transform, ...]) -> list[Reader]:
@@ -20,11 +51,11 @@ def key_readers(transforms: tuple[Transform, ...]) -> list[Reader]:
 
 
 def _key_reader(transform: Transform) -> Reader:
-    return lambda: transform.key
+    return Reader(lambda: transform.key)
 
 
 def value_readers(fn: Any) -> list[Reader]:
-    """Readers of what a function takes from its closure and globals: scalars by value, other objects by identity.
+    """Readers of what a function takes from its closure and globals.
 
     Functions that it reads in this way are searched too, except those of libraries.
     """
@@ -72,12 +103,18 @@ def _cell_value(cell: types.CellType) -> Any:
 
 
 def _cell_reader(cell: types.CellType) -> Reader:
-    return lambda: _comparable(_cell_value(cell))
+    return Reader(lambda: _cell_value(cell))
 
 
 def _global_reader(table: dict[str, Any], name: str) -> Reader:
-    return lambda: _comparable(table.get(name))
+    return Reader(lambda: table.get(name))
 
 
-def _comparable(value: Any) -> Any:
-    return (type(value), value) if isinstance(value, bool | int | float | str) else id(value)
+def _comparable(value: Any, depth: int = 2) -> Any:
+    if isinstance(value, bool | int | float | str):
+        return type(value), value
+    if depth and type(value) in _CONTAINERS and len(value) <= _LONGEST:
+        items = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+        inside = [(_comparable(key, 0), _comparable(item, depth - 1)) for key, item in items]
+        return id(value), frozenset(map(id, value)) if type(value) is set else tuple(inside)
+    return id(value)
