@@ -38,7 +38,8 @@ class Placement(Protocol):
 class TensorPlacement:
     """The tensors in the `slots` of a module that runs, of which `tensors` were put there, `buffers` copied.
 
-    `own` are the modules that the function has, or none where they are unknown.
+    `own` are the modules that the function has, or none where they are unknown. A module whose forward has the
+    attribute `recomputes` is all that its own recomputation changes.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class TensorPlacement:
         self._contents = [table[key] for table, key in self._tables]
         self._changeable: list[int] = []
         own_tables = {id(table) for module in own for sub in module.modules() for table in _tables_of(sub)}
-        if own_tables.issuperset(id(table) for table, _ in self._tables):
+        is_block = len(own) == 1 and hasattr(vars(own[0]).get("forward"), "recomputes")
+        if not is_block and own_tables.issuperset(id(table) for table, _ in self._tables):
             own_tables.clear()
         for index, (table, _, name) in enumerate(slots):
             before = buffers.get(name)

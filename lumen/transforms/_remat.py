@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lumen.core import _torch_compat
+from lumen.core import _torch_compat, distributed
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
@@ -48,8 +48,8 @@ class remat(Transform):
     It disables the key-value cache of Hugging Face models, as `use_cache=False` does; training does not use it.
 
     Raises `PatternError` if no module matches, or if the modules of the first step run none of the operations in
-    `save`; `HyperparameterError` for a `save` that names no operator, and for a budget that the inputs of the modules
-    exceed in the first step; `StepError` for `offload` on a device in a graph of `lm.compile`.
+    `save`; `HyperparameterError` for a `save` that names no operator, and, on every rank, for a budget that the inputs
+    of the modules exceed in the first step; `StepError` for `offload` on a device in a graph of `lm.compile`.
 
     Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", implemented with
     `torch.utils.checkpoint`; `save`: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
@@ -114,17 +114,25 @@ class remat(Transform):
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             memory: BudgetMemory = self._memory
             if memory.has_run and memory.chosen is None:
-                transforms = () if self.within is None else self.within.transforms
-                memory.decide(nbytes, is_shared=any(t.level in ("parallel", "tensor", "pipeline") for t in transforms))
+                memory.decide(nbytes, is_shared=self._is_shared)
             result = step(state, batch)
+            if not memory.has_run and self._is_shared:
+                memory.raise_together()
             memory.has_run = True
             return result
 
         return run
 
+    @property
+    def _is_shared(self) -> bool:
+        """Whether several ranks make this step together."""
+        transforms = () if self.within is None else self.within.transforms
+        is_parallel = any(t.level in ("parallel", "tensor", "pipeline") for t in transforms)
+        return is_parallel and not distributed.is_dry_run() and distributed.world_size() > 1
+
     def _begin(self, model: Any) -> Application | BudgetedApplication:
         if self._nbytes is not None:
-            return BudgetedApplication(self._memory, self._nbytes, model, repr(self))
+            return BudgetedApplication(self._memory, self._nbytes, model, repr(self), is_shared=self._is_shared)
         return Application(self._names, self.offload, repr(self))
 
     def _rule(self, next: Next, call: ApplyCall) -> Any:
@@ -147,6 +155,8 @@ def _is_recorded_by_autograd() -> bool:
 class _Checkpointed:
     """Replaces a module's `forward`, and recomputes it in the backward pass."""
 
+    recomputes = True
+
     def __init__(self, module: nn.Module) -> None:
         self._forward = module.forward
 
@@ -156,6 +166,8 @@ class _Checkpointed:
 
 class _SelectivelyCheckpointed:
     """The same, as the settings of `blocks` say."""
+
+    recomputes = True
 
     def __init__(self, module: nn.Module, blocks: SelectiveBlocks) -> None:
         self._forward, self._blocks = module.forward, blocks

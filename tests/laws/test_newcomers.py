@@ -192,3 +192,121 @@ def test_errors_of_losses_say_what_to_write() -> None:
         return state, {}
 
     assert "{'logits': out.logits}" in failing(lambda: lm.accumulate(2)(step)({}, X))
+
+
+def in_place_net() -> nn.Module:
+    class Summing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            total = torch.zeros(len(x), 1)
+            total += super().forward(x)
+            return total
+
+    return Summing(4, 1)
+
+
+def test_writes_in_place_under_vmap_say_what_to_write() -> None:
+    for transform in (lm.ensemble(2), lm.dp_sgd(1.0, 0.0)):
+        step = transform(squares)
+        state = step.init(lm.TrainState.create(in_place_net(), lm.optim.sgd(0.1)))
+        assert failing(lambda s=step, at=state: s(at, X)).count("Write x = x + y in place of x += y") == 1  # type: ignore[misc]
+
+    def outside(state: Any, batch: Any) -> Any:
+        total = torch.zeros(())
+        total += state.params["weight"].sum()
+        return state, {"total": total}
+
+    step = lm.ensemble(2)(outside)
+    state = step.init(lm.TrainState.create(nn.Linear(4, 1), lm.optim.sgd(0.1)))
+    assert failing(lambda: step(state, X)).count("Write x = x + y in place of x += y") == 1
+
+
+def normalized() -> Any:
+    return lm.TrainState.create(nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1)), lm.optim.sgd(0.1))
+
+
+@pytest.mark.parametrize("stack", [(), (lm.donate(), lm.accumulate(2))], ids=str)
+def test_buffers_that_a_step_drops_are_named_once(stack: tuple[lm.Transform, ...]) -> None:
+    step = lm.compose(*stack)(squares)
+    state = step.init(normalized())
+    with pytest.warns(
+        lm.InexactWarning, match=r"squares drops .* Sequential has changed \('1.running_mean'.*buffers=aux"
+    ):
+        state, _ = step(state, X)
+    step(state, X)  # warnings are errors here
+    kept = lm.compose(*stack)(with_buffers)
+    kept(kept.init(lm.TrainState.create(Codebook(), lm.optim.sgd(0.1))), X)
+    still = lm.compose(*stack)(squares)
+    still(still.init(normalized().eval()), X)
+
+
+def test_buffers_of_a_module_that_runs_beside_the_state_are_named() -> None:
+    net = nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1))
+
+    def beside(state: Any, batch: Any) -> Any:
+        call = lambda p, b: torch.func.functional_call(net, dict(p), (b,)).square().mean()  # noqa: E731
+        loss, grads = lm.value_and_grad(call)(state.params, batch)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    step = lm.donate()(beside)
+    state = step.init(lm.TrainState.create(net, lm.optim.sgd(0.1)))
+    with pytest.warns(lm.InexactWarning, match="ran a Sequential outside of the state.*'1.num_batches_tracked'"):
+        step(state, X)
+
+
+def test_a_list_that_a_compiled_step_reads_is_read_anew() -> None:
+    weights, config, log = [1.0, 2.0], {"scale": {"all": 1.0}}, []
+
+    def step(state: Any, batch: Any) -> Any:
+        log.append(len(batch))
+        return state, {"sum": batch.sum() * weights[1] * config["scale"]["all"]}
+
+    compiled = lm.compile(backend="eager")(step)
+    for second, scale in ((2.0, 1.0), (2.0, 1.0), (3.0, 1.0), (3.0, 0.5), (3.0, 0.5)):
+        weights[1], config["scale"]["all"] = second, scale
+        assert float(compiled({}, torch.ones(4))[1]["sum"]) == 4 * second * scale
+    assert log == [4] * 3  # traced once for each
+
+
+class Drifting(nn.Module):
+    """One block that runs twice, and moves a buffer: by `.data`, which autograd does not see, or by a new tensor."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Drift(by_data)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](self.blocks[0](x))
+
+
+class Drift(nn.Module):
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.layer, self.by_data = nn.Linear(4, 4), by_data
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = self.scale + x.detach().mean(0)
+        if self.by_data:
+            self.scale.data.copy_(moved)
+        else:
+            self.scale = moved
+        return torch.tanh(self.layer(x) * self.scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"save": "matmuls"}, {"budget": "1MB"}], ids=str)
+def test_blocks_are_recomputed_from_what_data_held_when_they_ran(options: Any) -> None:
+    def step(state: Any, batch: Any) -> Any:
+        def loss_fn(params: Any, batch: Any) -> Any:
+            out, buffers = state.apply(params, batch)
+            return out.square().mean(), lm.Aux(buffers=buffers)
+
+        (loss, aux), grads = lm.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return state.apply_gradients(grads, buffers=aux.buffers), {"loss": loss}
+
+    found, wanted = (lm.TrainState.create(Drifting(by_data), lm.optim.sgd(0.1)) for by_data in (True, False))
+    recomputed = lm.remat(**options)(step)
+    for _ in range(2):
+        (found, _), (wanted, _) = recomputed(found, X), step(wanted, X)
+    for name, leaf in (found.params | found.buffers).items():
+        assert torch.equal(leaf, (wanted.params | wanted.buffers)[name])

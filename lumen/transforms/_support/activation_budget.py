@@ -86,6 +86,7 @@ class BudgetMemory:
         self.chosen: frozenset[Call] | None = None  # None before the choice
         self.costs: dict[Call, Cost] = {}
         self.inputs: dict[int, int] = {}  # bytes of the blocks' inputs, by model
+        self.excess = ""  # what is wrong with a budget that the first step exceeded on this rank
         self._models: list[weakref.ref[Any]] = []
         self._by_block: dict[tuple[int, int], frozenset[tuple[str, int]]] = {}
 
@@ -107,13 +108,21 @@ class BudgetMemory:
             costs = {call: cost for call, cost in self.costs.items() if call.model == model}
             chosen |= choose(costs, nbytes - inputs)
         self.chosen = frozenset(chosen)
-        if is_shared and not distributed.is_dry_run() and distributed.world_size() > 1:
+        if is_shared:
             self.chosen = _largest(sum(cost.nbytes for cost in self.costs.values()), self.chosen)
         by_block = defaultdict(set)
         for call in self.chosen:
             by_block[call.model, call.block].add((call.operation, call.number))
         self._by_block = {block: frozenset(calls) for block, calls in by_block.items()}
         self.costs.clear()
+
+    def raise_together(self) -> None:
+        """Raise `HyperparameterError`, on every rank, if the first step exceeded the budget on one of them."""
+        messages: list[Any] = [None] * distributed.world_size()
+        dist.all_gather_object(messages, self.excess)
+        rank = next((rank for rank, message in enumerate(messages) if message), None)
+        if rank is not None:
+            raise HyperparameterError(f"on rank {rank}: {messages[rank]}")
 
     def keeps(self, model: int, block: int) -> Any:
         """Which results a block keeps."""

@@ -104,8 +104,9 @@ class Application:
 class BudgetedApplication:
     """One application of a model, whose blocks keep what fits into `nbytes`, or measure it if nothing is chosen yet."""
 
-    def __init__(self, memory: BudgetMemory, nbytes: int, model: Any, requested_by: str) -> None:
+    def __init__(self, memory: BudgetMemory, nbytes: int, model: Any, requested_by: str, *, is_shared: bool) -> None:
         self._memory, self._nbytes, self._requested_by = memory, nbytes, requested_by
+        self._is_shared = is_shared
         self._model = memory.number_of(model)
         self._blocks = 0
         self._inputs: dict[int, int] = {}  # bytes by memory
@@ -127,17 +128,23 @@ class BudgetedApplication:
         self._inputs |= {memory: nbytes for memory, nbytes in tensors.items() if memory not in exempt}
 
     def check(self) -> None:
-        """Raise `HyperparameterError` if the inputs of blocks, which are kept in any case, exceed the budget."""
+        """Raise `HyperparameterError` if the inputs of blocks, which are kept in any case, exceed the budget.
+
+        In a step that ranks share it is only noted: the others may be waiting for this rank's gradients.
+        """
         if self._memory.chosen is not None:
             return
         nbytes = sum(self._inputs.values())
         self._memory.inputs[self._model] = max(nbytes, self._memory.inputs.get(self._model, 0))
-        if nbytes > self._nbytes:
-            raise HyperparameterError(
-                f"{self._requested_by} is less than the {human_bytes(nbytes)} that the inputs of its {self._blocks}"
-                " modules take, from which everything else is recomputed. Give more, split the batch with"
-                " lm.accumulate(k), or move the inputs to the host with lm.remat(offload=True) in place of a budget."
-            )
+        if nbytes <= self._nbytes:
+            return
+        self._memory.excess = (
+            f"{self._requested_by} is less than the {human_bytes(nbytes)} that the inputs of its {self._blocks}"
+            " modules take, from which everything else is recomputed. Give more, split the batch with"
+            " lm.accumulate(k), or move the inputs to the host with lm.remat(offload=True) in place of a budget."
+        )
+        if not self._is_shared:
+            raise HyperparameterError(self._memory.excess)
 
 
 def _run(results: SavedResults, forward: Callable[..., Any], count: int, names: tuple[str, ...], *values: Any) -> Any:
