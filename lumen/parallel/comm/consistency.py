@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import itertools
 import platform
 import re
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumen import tree
 from lumen.core import distributed, row_fields
@@ -99,6 +101,41 @@ def _code_digest(codes: list[types.CodeType]) -> str:
                 text = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
                 digest.update(repr(text).encode())
     return digest.hexdigest()[:12]
+
+
+def settings_lines(value: Any, path: str, visited: set[int] | None = None) -> Iterator[str]:
+    """The numbers, texts and functions in an optimizer, each with its path: it has no repr that shows them.
+
+    >>> import lumen as lm
+    >>> [line for line in settings_lines(lm.optim.sgd(0.1, momentum=0.5), "tx") if ".momentum =" in line]
+    ['tx.init_fn.hyper._constants.momentum = 0.5']
+    """
+    visited = set() if visited is None else visited
+    if value is None or isinstance(value, bool | int | float | str):
+        yield f"{path} = {printable(repr(value))[:60]}"
+    elif isinstance(value, Tensor):
+        yield f"{path} = {value.tolist() if value.numel() == 1 else tuple(value.shape)}"
+    elif id(value) not in visited:
+        visited.add(id(value))
+        if isinstance(value, type | types.FunctionType | types.MethodType):
+            yield f"{path} is {value.__qualname__}"
+        for name, inner in _content(value):
+            yield from settings_lines(inner, f"{path}.{name}" if name else path, visited)
+
+
+def _content(value: Any) -> Iterable[tuple[str, Any]]:
+    """What an object, a function or a container has in it, by name."""
+    if isinstance(value, Mapping):
+        return [(str(key), inner) for key, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [(str(index), inner) for index, inner in enumerate(value)]
+    if isinstance(value, functools.partial):
+        return [("", value.func), ("args", value.args), ("keywords", value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [("", value.__self__)]
+    if isinstance(value, types.FunctionType):
+        return [*inspect.getclosurevars(value).nonlocals.items(), ("defaults", value.__defaults__ or ())]
+    return [] if isinstance(value, type | types.ModuleType | nn.Module) else [*getattr(value, "__dict__", {}).items()]
 
 
 def broadcast(state: Any, group: dist.ProcessGroup) -> Any:

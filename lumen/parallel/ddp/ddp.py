@@ -18,6 +18,7 @@ from lumen.parallel.comm.buckets import BucketPlanCache, Buckets, GradComm
 from lumen.parallel.comm.mesh import Mesh, StepMesh
 from lumen.parallel.ddp.aux_reduction import BufferChecks
 from lumen.parallel.ddp.grad_reduction import Buffers, DataParallelRule, GradReduction
+from lumen.parallel.row_reducer import check_context
 from lumen.transforms._support.unapplied import Unapplied
 
 
@@ -152,6 +153,7 @@ class ddp(Transform):
         comm = self._memory.comm
         if comm is None:
             return state
+        check_context(self, self.mesh)
         prepared = row_shards.is_sharded(state)
         shared, rows = row_fields.split_off(state) if prepared else (state, [])
         lines = consistency.fingerprint_lines(shared, self.within)
@@ -169,7 +171,8 @@ class ddp(Transform):
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with gradients summed over ranks."""
-        self._check_inside(as_step(step).transforms)
+        inside = as_step(step).transforms
+        self._check_inside(inside)
         checks = BufferChecks("lm.ddp")
         unapplied = Unapplied(self, step, "synchronized no BatchNorm")
 
@@ -178,6 +181,7 @@ class ddp(Transform):
             if processes.comm is None:
                 with processes.mesh.bound():
                     return step(state, batch)
+            check_context(self, processes.mesh, inside)
             rule = DDPRule(processes, processes.comm, self.buffers, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with processes.mesh.bound(), rules.rule_context(handlers):

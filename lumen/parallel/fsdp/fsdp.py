@@ -50,6 +50,7 @@ from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.sharded_update import update_shards
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.optimizer_check import check_optimizer
+from lumen.parallel.row_reducer import check_context
 
 
 @pytree_dataclass
@@ -173,6 +174,7 @@ class fsdp(Transform):
             if self.patterns is not None and type(params) is dict:
                 self._memory.units(state.apply_fn, [*params])
             return _init_meta(self, state, None) if begins_on_meta(state) else state
+        check_context(self, self.mesh)
         for _, inner in _states(state):
             flat_params(inner, "lm.fsdp shards")
             check_optimizer(inner.tx)
@@ -230,6 +232,7 @@ class fsdp(Transform):
             if layout is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
+            check_context(self, runtime.mesh, inside)
             plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
             frozen = _frozen_params(runtime, layout, plans)
             states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)

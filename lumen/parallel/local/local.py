@@ -150,6 +150,7 @@ class local(Transform):
         group = self._group
         if group is not None:
             lines = consistency.fingerprint_lines(state, self.within)
+            lines += consistency.settings_lines(self._optimizer, "outer")
             consistency.assert_same_on_all_ranks(lines, group, device_of(state), "the processes of lm.local")
             state = consistency.broadcast(state, group)
             record = LocalSlot(size=dist.get_world_size(group), owner=self.name)
