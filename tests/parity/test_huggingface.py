@@ -272,3 +272,68 @@ def test_a_router_of_transformers_counts_as_often_as_there_are_tokens():
     loss = lm.Mean(out.loss + (tokens - 1) * router, tokens)
     torch.testing.assert_close(loss.compute(), expected.loss, rtol=1e-5, atol=0)
     assert not torch.isclose(lm.Mean(out.loss, tokens).compute(), expected.loss, rtol=1e-2)
+
+
+def classifier_rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 32, (count, 6), generator=generator)
+    return {"input_ids": ids, "labels": torch.randint(3, (count,), generator=generator)}
+
+
+def raw_classifier(net, train, val, epochs, patience):
+    """A loop with a warm-up, a validation after each epoch, the best weights, and an early stop."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-2, weight_decay=0.01)
+    schedule = hf.get_linear_schedule_with_warmup(optimizer, 3, epochs * len(train))
+    losses, best = [], {}
+    for _ in range(epochs):
+        for batch in train:
+            net(**batch).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses.append(float(net.eval()(**val).loss))
+        net.train()
+        if losses[-1] == min(losses):
+            best = {name: p.detach().clone() for name, p in net.named_parameters()}
+        if len(losses) - 1 - losses.index(min(losses)) == patience:
+            break
+    return losses, best
+
+
+def test_a_classifier_is_that_of_a_raw_loop_from_the_warm_up_to_the_hub(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    net = hf.BertForSequenceClassification(hf.BertConfig(**sizes, **dropout, num_attention_heads=2))
+    train, val, epochs, patience = classifier_rows(24, 0), classifier_rows(12, 1), 12, 2
+    batches = [{name: rows[start : start + 8] for name, rows in train.items()} for start in (0, 8, 16)]
+    losses, wanted = raw_classifier(copy.deepcopy(net), batches, val, epochs, patience)
+    assert patience < len(losses) < epochs
+
+    def eval_step(state, batch):
+        logits = state.apply(state.params, **batch)[0].logits
+        return {"loss": lm.Mean.of(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"))}
+
+    lr = lm.optim.join([lm.optim.linear(0.0, 3, 3e-2), lm.optim.linear(3e-2, epochs * 3 - 3, 0.0)], [3])
+    state = lm.TrainState.create(net, lm.optim.adamw(lr, weight_decay=0.01))
+    runner = lm.Runner(
+        step,
+        transforms=[lm.donate()],
+        callbacks=[lm.EarlyStop(monitor="val/loss", patience=patience)],
+        checkpoint=lm.Checkpointer(tmp_path / "run", monitor="val/loss"),
+        progress=False,
+    )
+    result = runner.fit(
+        state,
+        lm.Loader(train, batch_size=8, shuffle=False),
+        until=lm.Epochs(epochs),
+        validate=lm.Validate(eval_step, lm.Loader(val, batch_size=5, shuffle=False)),
+    )
+    assert result.history["val/loss"][1] == pytest.approx(losses, abs=1e-5)
+    best = lm.checkpoint.restore(runner.checkpoint.best(), state)
+    saved = lm.bridges.huggingface.save_pretrained(best, tmp_path / "hub")
+    again = hf.AutoModelForSequenceClassification.from_pretrained(saved)
+    for name, p in again.named_parameters():
+        assert torch.equal(p, best.params[name])
+        torch.testing.assert_close(p.detach(), wanted[name], rtol=0, atol=1e-5)
