@@ -244,7 +244,8 @@ def logged(rundir: Path, timed: bool = False) -> list[dict[str, Any]]:
     path = rundir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    clocks = () if timed else ("time", "steps_per_second", "rows_per_second")
+    timing = ("time", "steps_per_second", "rows_per_second", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
+    clocks = () if timed else timing
     return [{name: value for name, value in row.items() if name not in clocks} for row in rows]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lumen.train.batch_size import TokenCount, count_rows
@@ -52,21 +52,25 @@ class ClockUpdater:
         if self._exact_tokens:
             self.read()
 
-    def read(self) -> None:
-        """Read the time. With several ranks it is that of rank 0, so the same things are due on all of them."""
+    def read(self, own: Sequence[float] = ()) -> list[tuple[float, ...]]:
+        """Read the time. With several ranks it is that of rank 0, so the same things are due on all of them.
+
+        Returns the `own` numbers of all ranks, which are sent along; nothing in a single process.
+        """
         clock = self._clock
+        by_rank: list[tuple[float, ...]] = []
         clock.seconds = self._time_fn() - self._began
         if self._group.size > 1:
-            clock.seconds, (rows, tokens) = self._group.reduce_clock(clock.seconds, self._uncounted)
+            clock.seconds, (rows, tokens), by_rank = self._group.reduce_clock(clock.seconds, self._uncounted, own)
             clock.rows += rows
             clock.tokens += tokens
             self._uncounted = [0, 0]
+        return by_rank
 
     def discard(self) -> None:
         """Forget what the clock does not include yet: the run has gone back."""
         self._uncounted = [0, 0]
 
-    def read_on_all_ranks(self) -> None:
+    def read_on_all_ranks(self, own: Sequence[float] = ()) -> list[tuple[float, ...]]:
         """`read` with several ranks; a single process has read the time after its step."""
-        if self._group.size > 1:
-            self.read()
+        return self.read(own) if self._group.size > 1 else []

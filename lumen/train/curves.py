@@ -13,6 +13,8 @@ from lumen.sinks.format import short
 # Colors that are distinct on white and on black, and for color-blind readers (Okabe and Ito's, some changed).
 COLORS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
+# Numbers of the run, which do not measure the model.
+_RUN = ("epoch", "lr", "mfu", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
 _LEAST = 1e-300  # below it, a tenth of a number is too small a distance
 _MOST = 308.25  # about the power of ten of the largest number
 
@@ -115,7 +117,7 @@ def measures(names: Sequence[str]) -> list[str]:
     """
     names = [name for name in names if not name.startswith(_RATES)]
     named = [name for name in names if "/" in name]
-    return named or [name for name in names if name not in ("epoch", "lr", "mfu") and not name.endswith("_per_second")]
+    return named or [name for name in names if name not in _RUN and not name.endswith("_per_second")]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

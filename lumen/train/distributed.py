@@ -8,8 +8,9 @@ between two steps, or in a collective that all call anyway.
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from lumen.core.step import Transform, device_of
 from lumen.errors import BatchError, InexactWarning, WorldError
 from lumen.parallel.comm.init import launched_size
 from lumen.parallel.comm.rank_monitor import RankMonitor
+from lumen.parallel.comm.wait_time import WAIT_TIME, StepTime
 
 _runs = itertools.count()  # the same in each process, as all start the same runs
 _JOINING = ("parallel", "context", "tensor", "pipeline")  # levels of transforms that join processes
@@ -30,11 +32,13 @@ _JOINING = ("parallel", "context", "tensor", "pipeline")  # levels of transforms
 class ProcessGroupContext:
     """The processes of one run, seen from this one; the one with `is_main` does what is done once."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, time_fn: Callable[[], float] = time.monotonic) -> None:
         self.rank, self.size = distributed.rank(), distributed.world_size()
         self.is_main = self.rank == 0
         self.device = device_of(state)
         self._monitor: RankMonitor | None = None
+        self._time_fn = time_fn
+        self._step_time = StepTime(time_fn)
         self._reported = False
 
     def __enter__(self) -> Self:
@@ -43,6 +47,7 @@ class ProcessGroupContext:
             store = PrefixStore(f"lumen/{next(_runs)}", _torch_compat.get_default_store())
             self._monitor = RankMonitor(store, self.rank, self.size)
             self._monitor.start()
+            WAIT_TIME.time_fn = self._time_fn
         return self
 
     def __exit__(
@@ -53,6 +58,7 @@ class ProcessGroupContext:
                 self.report_failure(error, "outside of its steps")
         finally:
             if self._monitor is not None:
+                WAIT_TIME.time_fn = time.monotonic
                 self._monitor.close()
 
     # ---------------------------------------------------------------------------------------- between steps
@@ -61,11 +67,18 @@ class ProcessGroupContext:
         """This process begins the step after `step`."""
         if self._monitor is not None:
             self._monitor.working = step + 1
+            self._step_time.begin()
 
     def step_ends(self) -> None:
         """This process has finished its step."""
         if self._monitor is not None:
+            self._step_time.end()
             self._monitor.working = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """This process's own time in steps so far, without waiting for others; 0 in a single process."""
+        return self._step_time.seconds
 
     def should_sync(self, step: int) -> bool:
         """Whether all ranks synchronize now, after `step`."""
@@ -107,17 +120,22 @@ class ProcessGroupContext:
         dist.broadcast_object_list(objects, src=0, device=self.device)
         return objects[0]
 
-    def reduce_clock(self, seconds: float, counts: Sequence[int]) -> tuple[float, list[int]]:
-        """The seconds of rank 0, and the sums of the ranks' counts, in one all-reduce.
+    def reduce_clock(
+        self, seconds: float, counts: Sequence[int], own: Sequence[float] = ()
+    ) -> tuple[float, list[int], list[tuple[float, ...]]]:
+        """The seconds of rank 0, the sums of the ranks' counts, and the `own` numbers by rank, in one all-reduce.
 
         Of ranks with the same rows only one counts.
         """
         own_counts = counts if self.rank % distributed.row_replicas() == 0 else [0] * len(counts)
-        own = [seconds if self.is_main else 0.0, *own_counts]
-        sums = torch.tensor(own, dtype=torch.float64, device=self.device)
+        numbers = torch.zeros(self.size, len(own), dtype=torch.float64)
+        numbers[self.rank] = torch.tensor(own, dtype=torch.float64)
+        head = [seconds if self.is_main else 0.0, *own_counts]
+        sums = torch.tensor([*head, *numbers.flatten().tolist()], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
-        main_seconds, *totals = sums.tolist()
-        return main_seconds, [int(total) for total in totals]
+        main_seconds, *totals = sums[: len(head)].tolist()
+        by_rank = sums[len(head) :].view(self.size, len(own)).tolist()
+        return main_seconds, [int(total) for total in totals], [tuple(row) for row in by_rank]
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""

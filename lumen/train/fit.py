@@ -14,6 +14,7 @@ from lumen.train.clock import Clock, Until
 from lumen.train.clock_updater import ClockUpdater
 from lumen.train.device_feed import open_batches
 from lumen.train.distributed import ProcessGroupContext
+from lumen.train.goodput import GoodputRecorder
 from lumen.train.history import History
 from lumen.train.loop import TrainingLoop
 from lumen.train.metric_merge import MetricMerger
@@ -45,7 +46,7 @@ class Fit:
         validations: Sequence[Validate],
         limit: int | None,
     ) -> None:
-        merger = MetricMerger(ProcessGroupContext(state))
+        merger = MetricMerger(ProcessGroupContext(state, settings.time_fn))
         feed = open_batches(data, state, merger.group)
         # Opened here, so that unusable data raises before the first step.
         validation_sets = open_validation_sets(validations, state, merger)
@@ -93,7 +94,8 @@ class Fit:
         with run.stop.signals.listening(self._wake_up):
             run.logger.progress.start(run.schedule.total_steps(epoch_length), run.clock.step)
             self._loop.train()
-            self._checkpoints.wait()
+            with run.goodput.during("checkpoint"):
+                self._checkpoints.wait()
             run.group.barrier()
 
     def _wake_up(self) -> None:
@@ -155,6 +157,7 @@ def _make_context(
         StopControl(until, Signals(group.rank), group),
         logger,
         Monitors(settings, names_of(validations)),
+        GoodputRecorder(settings.time_fn),
     )
 
 

@@ -20,6 +20,7 @@ from lumen.train.run_checkpoints import RunCheckpoints
 from lumen.train.run_context import RunContext
 from lumen.train.signals import Interrupted
 from lumen.train.step_batches import StepBatches
+from lumen.train.stragglers import Stragglers
 from lumen.train.validator import Validator
 
 
@@ -34,6 +35,7 @@ class TrainingLoop:
         self._validator = validator
         self._checkpoints = checkpoints
         self._has_on_step = run.settings.callbacks.listens("on_step")
+        self._stragglers = Stragglers(run.group, run.goodput)
 
     def train(self) -> None:
         """Train all epochs from the position of the clock."""
@@ -61,7 +63,7 @@ class TrainingLoop:
         add_metrics, count_batch = run.logger.accumulator.add, run.clock_updater.count_batch
         if group.should_sync(clock.step) and self._sync():
             return
-        for step_fn, batch, steps in self._batches.epoch(run.state):  # fetch
+        for step_fn, batch, steps in run.goodput.batches(lambda: self._batches.epoch(run.state)):  # fetch
             run.input_state = run.state
             group.step_begins(clock.step)
             run.state, metrics = step_fn(run.state, batch)
@@ -161,12 +163,12 @@ class TrainingLoop:
     def _log(self) -> None:
         """Publish the metrics of the steps since the last call."""
         run = self._run
-        run.clock_updater.read_on_all_ranks()
+        times = run.clock_updater.read_on_all_ranks(self._stragglers.own_times())
         run.schedule.log.restart(run.clock)
         self._checkpoints.check()
         values = run.logger.training(run.state)
         if values:
-            run.publish(values)
+            run.publish({**values, **run.goodput.numbers(), **self._stragglers.numbers(times)})
             run.monitors.check(run.logger.newest.keys() | run.logger.epoch_metrics.names)
             self._show_params()
             run.stop.sync_requests()
@@ -186,7 +188,8 @@ class TrainingLoop:
     def _validate(self, number: int) -> bool:
         """Run a validation; returns False if a signal interrupted it."""
         self._log()
-        return self._validator.run(number)
+        with self._run.goodput.during("validation"):
+            return self._validator.run(number)
 
     def _validate_last(self) -> bool:
         """Run the validations with `last=True` that did not run at this step; returns whether there were any."""

@@ -18,6 +18,7 @@ from lumen.train.checkpointer import Checkpointer
 from lumen.train.clock import Clock
 from lumen.train.curves import Line, Panel, grouped, measures
 from lumen.train.curves_svg import svg
+from lumen.train.goodput import Goodput
 from lumen.train.history import History
 
 _MAX_PANELS, _MAX_ROWS, _MAX_NAMES = 12, 40, 6
@@ -35,7 +36,8 @@ class Result:
 
     `history` has what this call of `fit` logged: `steps, losses = result.history["train/loss"]`, and
     `result.history.best("val/loss")`. `files` has the paths of the run's checkpoints and of its sinks' files. A
-    notebook shows all of this, with curves.
+    notebook shows all of this, with curves. `goodput` says where the time of the run went, all its restarts included:
+    `goodput.ratio` is the share of training steps, and `goodput.seconds` has the parts by name.
 
     >>> import lumen as lm, torch
     >>> result = lm.Runner(lambda state, batch: (state, {"loss": batch.sum()}), log_every=1, progress=False).fit(
@@ -52,6 +54,7 @@ class Result:
     step: Step
     history: History = field(default_factory=History, compare=False)
     files: Mapping[str, Path | str] = field(default_factory=dict, compare=False)
+    goodput: Goodput = field(default_factory=Goodput, compare=False)
 
     def __repr__(self) -> str:
         return line(self)
@@ -90,6 +93,9 @@ def _progress(result: Result) -> str:
         texts.append(f"{clock.rows / clock.seconds:,.0f} rows/s")
     if clock.tokens and clock.seconds > 0:
         texts.append(f"{clock.tokens / clock.seconds:,.0f} tokens/s")
+    if result.goodput.total > 0:
+        lost = "".join(f", {name} {share:.0%}" for name, share in result.goodput.lost().items() if share >= 0.005)
+        texts.append(f"goodput {result.goodput.ratio:.0%}{lost}")
     return " · ".join(texts)
 
 

@@ -95,18 +95,23 @@ class RunCheckpoints:
         run, position = self._run, self._run.position()
         if run.schedule.save is None or (self._saved_at == position and not again):
             return
-        run.clock_updater.read_on_all_ranks()
-        self._compare_ranks()
-        run.schedule.save.restart(run.clock)
-        extra = gather_rank_state(run.group, self._rank_state())
-        if self._store is not None:
-            meta, metrics = self._meta(), run.logger.current if metrics is None else metrics
-            self._store.save(run.clock.step, self._without_frozen(run.state), extra=extra, meta=meta, metrics=metrics)
+        with run.goodput.during("checkpoint"):
+            run.clock_updater.read_on_all_ranks()
+            self._compare_ranks()
+            run.schedule.save.restart(run.clock)
+            self._save(metrics)
         self._saved_at = position
         if self.rewinder is not None:
             self.rewinder.saved()
         run.callback("on_checkpoint")
         run.stop.sync_requests()
+
+    def _save(self, metrics: Mapping[str, float] | None) -> None:
+        run = self._run
+        extra = gather_rank_state(run.group, self._rank_state())
+        if self._store is not None:
+            meta, metrics = self._meta(), run.logger.current if metrics is None else metrics
+            self._store.save(run.clock.step, self._without_frozen(run.state), extra=extra, meta=meta, metrics=metrics)
 
     def _compare_ranks(self) -> None:
         """Check with the first checkpoint that the states of all ranks have the same fields."""
@@ -134,6 +139,7 @@ class RunCheckpoints:
             "run_log": run.logger.state_dict(),
             "callbacks": run.settings.callbacks.state_dict(),
             "stopped": run.stop.stopped,
+            "goodput": run.goodput.state_dict(),
             "processes": run.group.size,
             **run.settings.description,
             **({"monitor": monitor} if monitor else {}),
@@ -165,6 +171,7 @@ class RunCheckpoints:
         position = {name: getattr(run.clock, name) for name in ("epoch", "batch", "seconds")}
         run.clock.load_state_dict({**restored.meta["clock"], **position})
         run.clock_updater.discard()
+        run.goodput.undo(restored.meta["goodput"])
         self._load(restored)
         rewinder.went_back(before, restored.meta)
         self.save(again=True, metrics=metrics)
@@ -191,6 +198,7 @@ class RunCheckpoints:
         run, path, meta = self._run, restored.path, restored.meta
         run.clock.load_state_dict(meta["clock"])
         run.clock_updater.resume()
+        run.goodput.load_state_dict(meta["goodput"], same_run)
         own = self._load(restored)
         self._batches.load_state_dict(own.get("feed", {}))
         if same_run:  # a run that a callback ended stays ended

@@ -10,6 +10,7 @@ from lumen.train.callbacks import CallbackContext
 from lumen.train.clock import Clock
 from lumen.train.clock_updater import ClockUpdater
 from lumen.train.distributed import ProcessGroupContext
+from lumen.train.goodput import GoodputRecorder
 from lumen.train.monitored_metrics import Monitors
 from lumen.train.result import Result, files_of
 from lumen.train.run_log import RunLogger
@@ -35,6 +36,7 @@ class RunContext:
         stop: StopControl,
         logger: RunLogger,
         monitors: Monitors,
+        goodput: GoodputRecorder,
     ) -> None:
         self.settings = settings
         self.state = state
@@ -47,12 +49,14 @@ class RunContext:
         self.stop = stop
         self.logger = logger
         self.monitors = monitors
+        self.goodput = goodput
 
     def publish(self, values: Mapping[str, Any]) -> None:
         """Send values to the sinks, the display and the callbacks."""
-        self.logger.publish(values)
-        if self.settings.callbacks.listens("on_log"):
-            self.settings.callbacks.call("on_log", self.callback_context(values))
+        with self.goodput.during("logging"):
+            self.logger.publish(values)
+            if self.settings.callbacks.listens("on_log"):
+                self.settings.callbacks.call("on_log", self.callback_context(values))
 
     def callback(self, point: str, *args: Any) -> None:
         """Call the callbacks at `point`, with the newest number of each name."""
@@ -91,4 +95,13 @@ class RunContext:
         """The result of the run so far."""
         settings, logger = self.settings, self.logger
         files = files_of(settings.checkpoint, logger.sinks) if self.group.is_main else {}
-        return Result(self.state, logger.newest, self.clock, self.stop.reason, settings.step, logger.history, files)
+        return Result(
+            self.state,
+            logger.newest,
+            self.clock,
+            self.stop.reason,
+            settings.step,
+            logger.history,
+            files,
+            self.goodput.measured(),
+        )

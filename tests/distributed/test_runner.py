@@ -28,7 +28,7 @@ from tests.distributed.pool import TaskError
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ROWS, CLASSES = 23, 3  # batches of 5 over 2 processes: 3 + 2 rows, and a last one of 2 + 1
-TIMED = ("time", "steps_per_second", "rows_per_second")
+TIMED = ("time", "steps_per_second", "rows_per_second", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
 
 
 def columns(rows=ROWS, seed=1):

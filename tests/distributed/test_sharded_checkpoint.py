@@ -30,6 +30,8 @@ from tests.tiers import pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
+TIMED = ("time", "steps_per_second", "rows_per_second", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
+
 
 def strategy(name, size=None):
     """A strategy by a short name, in a world of any size."""
@@ -443,7 +445,7 @@ def run(directory, name, end=None, steps=20):
 
 def logged(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("time", "steps_per_second", "rows_per_second")} for row in lines]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in lines]
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(world2, tmp_path):

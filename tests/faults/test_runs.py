@@ -83,7 +83,7 @@ def steps_of(directory):
 
 
 def logged(directory):
-    timed = ("time", "steps_per_second", "rows_per_second")
+    timed = ("time", "steps_per_second", "rows_per_second", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lumen.core import _torch_compat, rules
 from lumen.core.dtypes import as_bytes
 from lumen.errors import AxisError
+from lumen.parallel.comm.wait_time import WAIT_TIME
 from lumen.parallel.opaque_ops import Operator
 
 WaitFn = Callable[[], Tensor]  # waits, and returns the result
@@ -153,7 +154,7 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
 def reduce_scatter_eager(flat: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
     """The same outside a trace; waits for the result."""
     shard = flat.new_empty(flat.numel() // size)
-    _reduce_scatter(shard, flat, group=group, async_op=True).wait()
+    WAIT_TIME.wait(_reduce_scatter(shard, flat, group=group, async_op=True))
     return shard
 
 
@@ -189,7 +190,7 @@ class _Handle:
 
     def __call__(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            WAIT_TIME.wait(self._work)
             self._work = None
         return self._result
 

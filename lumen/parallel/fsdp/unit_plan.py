@@ -16,6 +16,7 @@ from lumen.core.dtypes import NARROW
 from lumen.core.tensor_proxy import empty_meta
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.process_groups import GroupRef
+from lumen.parallel.comm.wait_time import WAIT_TIME
 from lumen.parallel.fsdp.shard import ShardLayout, copy_rows
 
 
@@ -92,7 +93,7 @@ class UnitPlan:
         received = []
         while in_flight:
             sent = in_flight.pop(0)
-            sent[-1].wait()
+            WAIT_TIME.wait(sent[-1])
             received.append((sent[0], sent[2]))
             del sent
         if buffers:
