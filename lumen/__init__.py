@@ -34,6 +34,7 @@ from lumen.train.clock import Epochs, Every, Seconds, Steps, Tokens
 from lumen.train.early_stop import EarlyStop
 from lumen.train.halving_result import HalvingResult, Trial
 from lumen.train.lr_find import LRFinderResult, lr_find
+from lumen.train.memory_snapshot import MemorySnapshot
 from lumen.train.predict import predict
 from lumen.train.profile import Profile
 from lumen.train.replay import replay
@@ -89,6 +90,7 @@ __all__ = [
     "LumenError",
     "Max",
     "Mean",
+    "MemorySnapshot",
     "Metric",
     "Min",
     "NonFiniteError",

@@ -147,26 +147,18 @@ _USES = (  # what this module offers by name, through `__getattr__`
         "torch._C._nn.flatten_dense_tensors torch._C._nn.unflatten_dense_tensors",
         "many tensors in one buffer, and back",
     ),
-    Use(
-        "c10d_functional=torch.ops._c10d_functional",
-        "collectives that a compiled step can hold",
-    ),
-    Use(
-        "torch.distributed.distributed_c10d._get_default_store",
-        "keys that the processes share, to meet and to hear of one that died",
-    ),
+    Use("c10d_functional=torch.ops._c10d_functional", "collectives that a compiled step can hold"),
+    Use("torch.distributed.distributed_c10d._get_default_store", "keys that the processes share, to meet and to fail"),
     Use(
         "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
         "the world of a plan, which is only thought of",
     ),
+    Use("torch.cuda.memory._record_memory_history torch.cuda.memory._dump_snapshot", "snapshots of CUDA's memory"),
     Use("torch._appdirs.user_cache_dir", "the directory in which DeepSpeed builds its kernels"),
 )
 
 _ATTRIBUTES = (  # what its functions reach into
-    Use(
-        "torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey",
-        "whether make_fx records what a call does",
-    ),
+    Use("torch._C._get_dispatch_mode torch._C._TorchDispatchModeKey", "whether make_fx records what a call does"),
     Use("torch._foreach_clone", "one call for many tensors: copies of a state", TRIED[1:]),
     Use("torch.distributed._functional_collectives", "the shapes of collectives that a compiled step can hold"),
     Use("torch.UntypedStorage._cdata", "which tensors share memory, also where they have no values"),

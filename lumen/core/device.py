@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
+from lumen.errors import LumenError
 
 _WITHOUT_MODULE = ("cpu", "meta")
 
@@ -32,6 +33,16 @@ def running() -> tuple[str, Any] | None:
     module: Any = torch.get_device_module(accelerator)
     in_use: bool = module.is_initialized() if hasattr(module, "is_initialized") else module.is_available()
     return (accelerator.type, module) if in_use else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host; torch has no error type for the host."""
+    if isinstance(error, LumenError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "out of memory" in text
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from lumen import tree
 from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.buffers import BufferTracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
-from lumen.core.device import free_cache
+from lumen.core.device import free_cache, is_out_of_memory
 from lumen.core.donation import is_retired, retire
 from lumen.core.dtypes import NARROW
 from lumen.core.grad_cache import find
@@ -25,7 +25,7 @@ from lumen.core.primitives import Gradient, GradientCall, UpdateCall
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.rules import Next, Primitive
 from lumen.core.step import StepFn, Transform, add_slot, slot, with_slot, without_slot
-from lumen.errors import BatchError, InexactWarning, LumenError, OrderError
+from lumen.errors import BatchError, InexactWarning, OrderError
 from lumen.transforms._support import gradient_sums
 from lumen.transforms._support.gradient_sums import Dtypes
 
@@ -155,7 +155,7 @@ class accumulate(Transform):
             return step(state, batch)
         except (RuntimeError, MemoryError) as error:
             can_retry = isinstance(error, RetryWithMoreMicrobatches) or (
-                not self._shared() and _is_out_of_memory(error) and memory.count < memory.rows
+                not self._shared() and is_out_of_memory(error) and memory.count < memory.rows
             )
             # What failed during an update may have changed a donated state already.
             if not can_retry or memory.is_updating or is_retired(state):
@@ -244,7 +244,7 @@ class _Accumulation:
         try:
             total = self._total(next, call, into_buffers)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             memory = self.memory
             outcome = _SPLIT if memory is not None and memory.count < memory.rows else _FAILS
@@ -374,16 +374,6 @@ class _Accumulation:
             and {*map(type, leaves)} == {Tensor}
             and {*map(attrgetter("dtype"), leaves)}.isdisjoint(NARROW)
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or on the host; torch has no error type for the host."""
-    if isinstance(error, LumenError):
-        return False
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return "DefaultCPUAllocator" in text or "out of memory" in text
 
 
 def _free() -> None:
