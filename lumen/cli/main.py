@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lumen.cli import demo, export, inspect, plan, replay
+from lumen.cli import demo, export, hang, inspect, plan, replay
 from lumen.cli.doctor import doctor
 from lumen.cli.plot import command
 from lumen.cli.tables import escape
@@ -54,6 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lumen {own_version() or 'from a source tree'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (demo, doctor, plan, command, inspect, export, replay):
+    for module in (demo, doctor, plan, command, inspect, export, replay, hang):
         module.add(commands)
     return parser

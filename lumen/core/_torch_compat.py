@@ -153,6 +153,7 @@ _USES = (  # what this module offers by name, through `__getattr__`
         "torch._C._distributed_c10d._resolve_process_group torch.testing._internal.distributed.fake_pg.FakeStore",
         "the world of a plan, which is only thought of",
     ),
+    Use("torch._C._distributed_c10d._dump_fr_trace_json", "the last collectives of a process, over Gloo"),
     Use("torch.cuda.memory._record_memory_history torch.cuda.memory._dump_snapshot", "snapshots of CUDA's memory"),
     Use("torch._appdirs.user_cache_dir", "the directory in which DeepSpeed builds its kernels"),
 )
@@ -179,6 +180,7 @@ _ATTRIBUTES = (  # what its functions reach into
         "to put a model's tensors back when a checkpoint inside of it recomputes",
     ),
     Use("torch.compiler._is_compiling_flag", "what a library learns that asks whether its code is compiled"),
+    Use("torch._C._distributed_c10d._dump_nccl_trace_json", "the same over NCCL, in builds with it", ()),
     Use("torch.nn.MultiheadAttention._reset_parameters", "to initialize a module that was made on the meta device"),
     Use(
         "torch.utils.data.DataLoader._iterator"
@@ -263,6 +265,9 @@ def in_graph_capture() -> bool:
 
 clone_all: Callable[[list[Tensor]], Sequence[Tensor]] = getattr(torch, "_foreach_clone", _clone_one_by_one)
 """A copy of each tensor of a list, by one call where torch has one (not 2.11)."""
+
+dump_nccl_trace: Callable[[], str] | None = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+"""The last collectives over NCCL, as JSON; None in a build without it."""
 
 
 def has(name: str) -> bool:

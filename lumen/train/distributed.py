@@ -11,6 +11,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from lumen.core import _torch_compat, distributed
 from lumen.core.step import Transform, device_of
 from lumen.errors import BatchError, InexactWarning, WorldError
+from lumen.parallel.comm.hang_dump import HangDump
 from lumen.parallel.comm.init import launched_size
 from lumen.parallel.comm.rank_monitor import RankMonitor
 from lumen.parallel.comm.wait_time import WAIT_TIME, StepTime
@@ -32,20 +34,25 @@ _JOINING = ("parallel", "context", "tensor", "pipeline")  # levels of transforms
 class ProcessGroupContext:
     """The processes of one run, seen from this one; the one with `is_main` does what is done once."""
 
-    def __init__(self, state: Any, time_fn: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, state: Any, time_fn: Callable[[], float] = time.monotonic, directory: Path | str | None = None
+    ) -> None:
         self.rank, self.size = distributed.rank(), distributed.world_size()
         self.is_main = self.rank == 0
         self.device = device_of(state)
         self._monitor: RankMonitor | None = None
         self._time_fn = time_fn
         self._step_time = StepTime(time_fn)
+        self._directory = directory  # of the run
         self._reported = False
 
     def __enter__(self) -> Self:
         """Monitor the other processes from here on."""
         if self.size > 1:
             store = PrefixStore(f"lumen/{next(_runs)}", _torch_compat.get_default_store())
-            self._monitor = RankMonitor(store, self.rank, self.size)
+            directory = self._directory
+            hang_dump = HangDump(directory, self.rank, self.size) if isinstance(directory, Path) else None
+            self._monitor = RankMonitor(store, self.rank, self.size, hang_dump=hang_dump)
             self._monitor.start()
             WAIT_TIME.time_fn = self._time_fn
         return self

@@ -46,7 +46,8 @@ class Fit:
         validations: Sequence[Validate],
         limit: int | None,
     ) -> None:
-        merger = MetricMerger(ProcessGroupContext(state, settings.time_fn))
+        directory = None if settings.checkpoint is None else settings.checkpoint.directory
+        merger = MetricMerger(ProcessGroupContext(state, settings.time_fn, directory))
         feed = open_batches(data, state, merger.group)
         # Opened here, so that unusable data raises before the first step.
         validation_sets = open_validation_sets(validations, state, merger)

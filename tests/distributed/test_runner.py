@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import lumen as lm
 from lumen.core import distributed
+from lumen.parallel.comm.hang_dump import compare, read_dumps
 from lumen.parallel.ddp.ddp import ddp
 from tests import zygote
 from tests.distributed import jobs
@@ -480,6 +481,13 @@ def test_a_process_that_hangs_is_named_with_its_step(tmp_path):
     code, said = torchrun(tmp_path, 3, what="hang", at=6, timeout=12.0, steps=10**5)
     assert code == 1
     assert "rank 1 hangs in step 6" in said
+    assert f"to compare them: lumen hang {tmp_path}" in said
+    dumps = read_dumps(tmp_path)
+    assert [dump["rank"] for dump in dumps] == [0, 1, 2]
+    (line,) = compare(dumps)
+    assert "rank 1 has not begun collective" in line
+    assert line.endswith("which ranks 0, 2 have begun")
+    assert "jobs.py" in (tmp_path / "hang" / "rank-1.txt").read_text()
 
 
 def test_data_that_ends_early_for_one(tmp_path):

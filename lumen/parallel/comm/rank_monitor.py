@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from lumen.errors import BatchError, WorldError
+from lumen.parallel.comm.hang_dump import HangDump
 from lumen.parallel.comm.process_groups import close_on_leave
 
 GRACE = 5.0  # seconds that a process has to end by itself after another rank failed
@@ -34,10 +35,10 @@ _SHORT = 0.005
 
 
 class _RankStore:
-    """The keys of one run in the store: for each key a value of each rank, and heartbeats."""
+    """The keys of one run in the store: for each key a value of each rank, heartbeats, and the first failure."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.store, self._rank, self._size = store, rank, size
+    def __init__(self, store: Store, rank: int, size: int, hang_dump: HangDump | None) -> None:
+        self.store, self._rank, self._size, self._hang_dump = store, rank, size, hang_dump
         self.interval = max(0.1, size / _STORES)
 
     def post(self, key: str, value: int) -> None:
@@ -69,6 +70,36 @@ class _RankStore:
         before = self.heartbeat(rank)
         return _wait_for(lambda: self.heartbeat(rank) != before, 10 * self.interval)
 
+    def publish_failure(self, rank: int, text: str) -> None:
+        """Write the failure of a rank, unless there is one already."""
+        self.store.compare_set("failure", "", f"{rank} {text}")
+
+    def failure(self, step: int) -> tuple[int, str] | None:
+        """The first failure, if there is one; if a rank hangs, this one writes its state first, with its `step`."""
+        if not self.store.check(["failure"]):
+            return None
+        rank, _, text = self.store.get("failure").decode().partition(" ")
+        if self._hang_dump is not None and self.store.check(["hangs"]):
+            self._hang_dump.write(step)
+        self.store.add("known", 1)
+        return int(rank), text
+
+    def silence(self, rank: int) -> str:
+        """What to say of a rank that sends no heartbeats. Each rank that hears of it writes its state."""
+        self.store.set("hangs", "1")
+        return f"rank {rank} stopped sending heartbeats after it began step {self.heartbeat(rank)[0]}.{self._advice()}"
+
+    def hang(self, rank: int) -> str:
+        """What to say of a rank that the others waited for in vain."""
+        silence = self.silence(rank)
+        if not self.is_alive(rank):
+            return silence
+        step = self.heartbeat(rank)[0]
+        return f"rank {rank} hangs in step {step}: the others waited for it in a collective.{self._advice()}"
+
+    def _advice(self) -> str:
+        return "" if self._hang_dump is None else self._hang_dump.advice
+
     def forget(self, number: int) -> None:
         """Delete the keys of a synchronization that all ranks have left, as they answer the next one."""
         if number >= 0:
@@ -93,14 +124,21 @@ class _RankStore:
 class RankMonitor:
     """This rank's monitor; the run writes `begun` and `working`, and the thread reads them."""
 
-    def __init__(self, store: Store, rank: int, size: int, leave: Callable[[int], object] = os._exit) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        leave: Callable[[int], object] = os._exit,
+        hang_dump: HangDump | None = None,
+    ) -> None:
         self.begun = 0  # the last step that the run may be making
         self.working = 0  # the step that the run is making, 0 between two
         self.sync_pending = False  # whether a rank has requested that all synchronize
         self.failure: tuple[int, str] | None = None
         # A connection of its own: its waits must not block those of the run.
         self._store: Store = store.clone()  # type: ignore[attr-defined]
-        self._ranks = _RankStore(self._store, rank, size)
+        self._ranks = _RankStore(self._store, rank, size, hang_dump)
         self._rank, self._size, self._leave = rank, size, leave
         self._sync_requested = False
         self._failed_itself = False
@@ -202,7 +240,7 @@ class RankMonitor:
             return
         for rank in self._ranks.missing(key):
             if not self._ranks.is_alive(rank):
-                raise WorldError(self._silence(rank))
+                raise WorldError(self._ranks.silence(rank))
 
     def check(self) -> None:
         """Raise `WorldError` where another rank has failed."""
@@ -239,23 +277,16 @@ class RankMonitor:
         _wait_for(lambda: self._ranks.all_posted("gave up") or self._failed() is not None, GRACE)
         for rank in self._ranks.missing("gave up"):
             if self._failed() is None:
-                step = self._ranks.heartbeat(rank)[0]
-                hangs = f"rank {rank} hangs in step {step}: the others waited for it in a collective."
-                self._publish(rank, hangs if self._ranks.is_alive(rank) else self._silence(rank))
+                self._publish(rank, self._ranks.hang(rank))
         return self.error() if self._failed() is not None else None
 
-    def _silence(self, rank: int) -> str:
-        return f"rank {rank} stopped sending heartbeats after it began step {self._ranks.heartbeat(rank)[0]}."
-
     def _publish(self, rank: int, text: str) -> None:
-        self._store.compare_set("failure", "", f"{rank} {text}")
+        self._ranks.publish_failure(rank, text)
         self._failed()
 
     def _failed(self) -> tuple[int, str] | None:
-        if self.failure is None and self._store.check(["failure"]):
-            rank, _, text = self._store.get("failure").decode().partition(" ")
-            self.failure = int(rank), text
-            self._store.add("known", 1)
+        if self.failure is None:
+            self.failure = self._ranks.failure(self.begun)
         return self.failure
 
     def _end_process(self) -> None:
