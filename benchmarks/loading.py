@@ -1,15 +1,18 @@
 """Data loading: lm.Loader beside torch's DataLoader, with the same number of workers, over the same data set.
 
-There are three data sets: tensors in memory; ready samples, where the work is to collate them; and samples that take
-some hundred microseconds of Python each. Both loaders shuffle and keep their workers. A timed section is an epoch,
+There are four data sets: tensors in memory; rows of a memory-mapped array; ready samples, where the work is to collate
+them; and samples that take some hundred microseconds of Python each. Both loaders shuffle and keep their workers. A timed section is an epoch,
 with the workers started before; a ratio of 1 or more means that Loader is at least as fast.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -37,6 +40,24 @@ class Ready(Dataset[Any]):
         return self.x[index], index % 10
 
 
+class Mapped(Dataset[Any]):
+    """Rows of a memory-mapped array, for a loader that reads samples; `columns` for one that reads columns."""
+
+    def __init__(self, rows: int) -> None:
+        x, y = columns(rows)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "x.npy"
+            np.save(path, x.numpy())
+            self.columns = np.load(path, mmap_mode="r+"), y.numpy()
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        x, y = self.columns
+        return x[index], y[index]
+
+
 class Worked(Ready):
     """Samples that Python computes."""
 
@@ -55,10 +76,11 @@ def columns(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 SETS: dict[str, tuple[Callable[[int], Dataset[Any]], int]] = {
     "tensors": (lambda rows: TensorDataset(*columns(rows)), 64_000),
+    "a memory map": (Mapped, 64_000),
     "ready samples": (Ready, 16_000),
     "samples of Python work": (Worked, 8_000),
 }
-WORKERS = (0, 2)
+WORKERS = (0, 2, 4)
 
 
 def measure(options: Options) -> list[Row]:
@@ -75,7 +97,7 @@ def measure(options: Options) -> list[Row]:
 def _compared(case: str, dataset: Dataset[Any], workers: int, rounds: int) -> list[Row]:
     loaders = {
         TORCH: DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0),
-        LUMEN: lm.Loader(dataset, batch_size=BATCH, seed=0, workers=workers),
+        LUMEN: lm.Loader(getattr(dataset, "columns", dataset), batch_size=BATCH, seed=0, workers=workers),
     }
     count = len(dataset)  # type: ignore[arg-type]
     measures = {label: _epoch(loader, count) for label, loader in loaders.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import length_hint
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate, ge
 
 from lumen import tree
 from lumen.data import permutation
+from lumen.data.messages import MOST_BYTES
 from lumen.data.rng import Seeded
 from lumen.data.samplers import Sampler
 from lumen.errors import BatchError, printable
@@ -118,6 +120,12 @@ class Columns:
         """One row, for a `collate` that takes samples."""
         return tree.unflatten(self._spec, [torch.as_tensor(leaf[index]) for leaf in self._leaves])
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Several rows, from one indexing operation for each column."""
+        rows = np.array(indices)
+        leaves = [_take(leaf, rows, torch.from_numpy(rows)).unbind() for leaf in self._leaves]
+        return [tree.unflatten(self._spec, row) for row in zip(*leaves, strict=True)]
+
     def read(self, rows: permutation.Indices, seed: int) -> Any:
         """The rows of each column; nothing in it is random."""
         index = torch.from_numpy(rows)
@@ -141,30 +149,34 @@ class Samples:
             return self._collated(rows.tolist())
 
     def _collated(self, indices: list[int]) -> Any:
-        samples = self._get_items(indices) if hasattr(self._dataset, "__getitems__") else self._get_one_by_one(indices)
+        samples = read_rows(self._dataset, indices)
         try:
             return as_dict(self._collate(samples))
         except Exception as error:
             _note(error, f"the batch of rows {indices}")
             raise
 
-    def _get_items(self, indices: list[int]) -> list[Any]:
-        try:
-            return list(self._dataset.__getitems__(indices))
-        except Exception as error:
-            _note(error, f"rows {indices}")
-            raise
 
-    def _get_one_by_one(self, indices: list[int]) -> list[Any]:
-        samples: list[Any] = []
-        dataset = self._dataset
-        try:
-            for index in indices:
-                samples.append(dataset[index])  # noqa: PERF401 (their number tells which one failed)
-        except Exception as error:
-            _note(error, f"row {indices[len(samples)]}")
-            raise
-        return samples
+def read_rows(dataset: Any, indices: list[int]) -> list[Any]:
+    """These rows of a map-style data set; an exception gets a note that names the row."""
+    return _get_items(dataset, indices) if hasattr(dataset, "__getitems__") else _get_one_by_one(dataset, indices)
+
+
+def _get_items(dataset: Any, indices: list[int]) -> list[Any]:
+    try:
+        return list(dataset.__getitems__(indices))
+    except Exception as error:
+        _note(error, f"rows {indices}")
+        raise
+
+
+def _get_one_by_one(dataset: Any, indices: list[int]) -> list[Any]:
+    remaining = iter(indices)
+    try:
+        return [dataset[index] for index in remaining]
+    except Exception as error:
+        _note(error, f"row {indices[-1 - length_hint(remaining)]}")
+        raise
 
 
 def source(dataset: Any, collate: Collate | None) -> Source:
@@ -267,8 +279,8 @@ def _stack(samples: Sequence[Any]) -> Any:
     if _are_flat(samples):  # the common case, in half the time; zip raises for samples of different lengths
         return tuple(map(_collate_leaves, zip(*samples, strict=True)))
     try:
-        return tree.map(lambda *leaves: default_collate(list(leaves)), samples[0], *samples[1:])
-    except (ValueError, RuntimeError) as error:
+        return tree.map(lambda *leaves: _collate_leaves(leaves), samples[0], *samples[1:])
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise BatchError(
             f"the samples of a batch do not stack: {str(error).splitlines()[0].rstrip('.')}. Texts and other rows of"
             " different lengths are padded by a function of the samples: lm.Loader(rows, batch_size=32,"
@@ -279,12 +291,21 @@ def _stack(samples: Sequence[Any]) -> Any:
 def _collate_leaves(leaves: tuple[Any, ...]) -> Any:
     """`default_collate` of leaves of the same position, with a faster path for the usual types."""
     kind = type(leaves[0])
+    if kind is Tensor and _stacks_here(leaves[0], len(leaves)):
+        return torch.stack(leaves)
     if {*map(type, leaves)} == {kind}:
         if kind in _NUMBERS:
             return torch.from_numpy(np.array(leaves, _NUMBERS[kind]))
-        if kind is Tensor and get_worker_info() is None and leaves[0].layout is torch.strided:
-            return torch.stack(leaves)
+        if kind is np.ndarray and leaves[0].dtype.kind in "biufc":
+            return _collate_leaves(tuple(map(torch.as_tensor, leaves)))
     return default_collate(list(leaves))
+
+
+def _stacks_here(leaf: Tensor, count: int) -> bool:
+    """Whether to stack such leaves in the memory of this process, not in memory that workers share."""
+    if leaf.layout is not torch.strided or leaf.is_nested:
+        return False
+    return count * leaf.nbytes <= MOST_BYTES or get_worker_info() is None
 
 
 def _are_flat(samples: Sequence[Any]) -> bool:

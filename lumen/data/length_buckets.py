@@ -8,6 +8,7 @@ number of batches depends on the lengths only, and a batch is found by its numbe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,20 @@ class LengthBuckets:
         self._seed = seed
         self._sorted = _longest_first(lengths)
         starts, sizes = _buckets(lengths[self._sorted], tokens, batch_size)
-        self._starts = np.append(starts, len(lengths))  # of each bucket, in the sorted rows
-        counts = -(-np.diff(self._starts) // sizes)  # of the batches of each bucket
-        self._firsts = np.append(0, np.cumsum(counts))
-        self.batches = int(self._firsts[-1])
+        ends = np.append(starts, len(lengths))
+        counts = -(-np.diff(ends) // sizes)  # of the batches of each bucket
+        # Lists, in which bisect finds a bucket several times as fast as searchsorted does.
+        self._starts: list[int] = ends.tolist()  # of each bucket, in the sorted rows
+        self._firsts: list[int] = np.append(0, np.cumsum(counts)).tolist()
+        self._seeds = [0 if seed is None else permutation.derived_seed(seed, i) for i in range(len(starts))]
+        self.batches = self._firsts[-1]
 
     def bounds(self, epoch: int, batch: int) -> tuple[int, int]:
         """The positions are those of the sorted rows; a bucket's are dealt evenly to its batches."""
         number = int(permutation.rows(self.batches, self._seed, epoch, batch, batch + 1)[0])
-        bucket = int(self._firsts.searchsorted(number, "right")) - 1
-        start, stop = map(int, self._starts[bucket : bucket + 2])
-        first, last = map(int, self._firsts[bucket : bucket + 2])
+        bucket = bisect_right(self._firsts, number) - 1
+        start, stop = self._starts[bucket : bucket + 2]
+        first, last = self._firsts[bucket : bucket + 2]
         low, high = shard_bounds(stop - start, number - first, last - first)
         return start + low, start + high
 
@@ -53,10 +57,12 @@ class LengthBuckets:
         """The rows of a bucket are permuted within it."""
         if self._seed is None or start == stop:
             return self._sorted[start:stop].astype(np.int64)
-        bucket = int(self._starts.searchsorted(start, "right")) - 1
-        first, last = map(int, self._starts[bucket : bucket + 2])
-        order = last - first, permutation.derived_seed(self._seed, bucket), epoch
-        if len(self._sorted) <= _CACHED:
+        bucket = bisect_right(self._starts, start) - 1
+        first, last = self._starts[bucket : bucket + 2]
+        order = last - first, self._seeds[bucket], epoch
+        if last - first <= permutation.BLOCK:
+            positions = permutation.shuffled(*order)[start - first : stop - first]
+        elif len(self._sorted) <= _CACHED:
             positions = permutation.rows(*order, start - first, stop - first)
         else:
             positions = permutation.permute(*order, np.arange(start - first, stop - first))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +10,14 @@ import numpy as np
 from lumen.core.arguments import checked
 from lumen.data import permutation
 from lumen.data.arguments import SEEDS, integer
-from lumen.data.fetch import row_reader
+from lumen.data.fetch import read_rows, row_reader
 from lumen.data.nested import listeners
+from lumen.data.permutation import Indices
 from lumen.data.proportions import counts, schedule
 from lumen.data.samplers import digest
 from lumen.errors import BatchError
 
+Draws = tuple[Indices, Indices, Indices]
 StoppingStrategy = Literal["first_exhausted", "all_exhausted"]
 
 
@@ -82,7 +84,7 @@ class Mixture:
         self._length = min(ends) if stopping_strategy == "first_exhausted" else max(ends)
         self._names, self._source = list(datasets), source
         self._listeners = [listeners(dataset) for dataset in self._datasets]
-        self._epoch, self._passes = 0, [-1] * len(datasets)
+        self.set_epoch(0)
 
     @property
     def proportions(self) -> dict[str, float]:
@@ -93,6 +95,10 @@ class Mixture:
         """Continue after `epoch` epochs. A Loader calls it."""
         self._epoch = integer("epoch", epoch, 0)
         self._passes = [-1] * len(self._datasets)
+        self._block: tuple[int, Draws] | None = None  # the last one: a Loader reads one batch after the other
+        periods = self._epoch * self._length // len(self._slots)
+        # The pass over each set in which this period begins, and the place in it.
+        self._starts = [divmod(periods * count, size) for count, size in zip(self._counts, self._sizes, strict=True)]
 
     def identity(self) -> dict[str, int]:
         """A checksum of what the order depends on."""
@@ -105,16 +111,60 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Any:
         """Row `index` of this epoch."""
-        period, slot = divmod(self._epoch * self._length + range(self._length)[index], len(self._slots))
-        number = int(self._slots[slot])
-        done, position = divmod(period * self._counts[number] + int(self._draws[slot]), self._sizes[number])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """These rows of this epoch; those of one set are read together."""
+        numbers, passes, rows = self._drawn([range(self._length)[index] for index in indices])
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, group in enumerate(zip(numbers.tolist(), passes.tolist(), strict=True)):
+            groups.setdefault(group, []).append(i)
+        samples: list[Any] = [None] * len(indices)
+        places = rows.tolist()
+        for (number, done), chosen in sorted(groups.items()):
+            read = self._read(number, done, [places[i] for i in chosen])
+            for i, sample in zip(chosen, read, strict=True):
+                samples[i] = sample
+        return samples
+
+    def _drawn(self, positions: list[int]) -> Draws:
+        """Of each position its set, the pass over that counted from the epoch's first, and the row."""
+        first, count = positions[0], len(positions)
+        block, offset = divmod(first, permutation.BLOCK)
+        if offset + count > permutation.BLOCK or count == 1 or positions != list(range(first, first + count)):
+            return self._draw(np.array(positions))
+        if self._block is None or self._block[0] != block:
+            self._block = block, self._draw(np.arange(*permutation.block_bounds(block, self._length)))
+        numbers, passes, rows = self._block[1]
+        of_batch = slice(offset, offset + count)
+        return numbers[of_batch], passes[of_batch], rows[of_batch]
+
+    def _draw(self, positions: Indices) -> Draws:
+        periods, slots = np.divmod(self._epoch * self._length % len(self._slots) + positions, len(self._slots))
+        numbers, rows = self._slots[slots], np.empty_like(positions)
+        draws = periods * np.array(self._counts)[numbers] + self._draws[slots]
+        begun = np.array([place for _, place in self._starts])
+        passes, places = np.divmod(begun[numbers] + draws, np.array(self._sizes)[numbers])
+        for number in {*numbers.tolist()}:
+            for later in {*passes[numbers == number].tolist()}:
+                chosen = (numbers == number) & (passes == later)
+                order = self._sizes[number], self._seeds[number], self._starts[number][0] + later
+                rows[chosen] = permutation.take(*order, places[chosen])
+        return numbers, passes, rows
+
+    def _read(self, number: int, later: int, rows: list[int]) -> list[Any]:
+        """These rows of a set, in the pass `later` counted from the epoch's first."""
+        done = self._starts[number][0] + later
         if self._passes[number] != done:
             self._passes[number] = done
             for listener in self._listeners[number]:
                 listener.set_epoch(done)
-        row = permutation.rows(self._sizes[number], self._seeds[number], done, position, position + 1)[0]
-        sample = self._datasets[number][int(row)]
-        return sample if self._source is None else self._with_source(sample, number)
+        try:
+            samples = read_rows(self._datasets[number], rows)
+        except Exception as error:
+            error.add_note(f"The set is {self._names[number]!r} of a Mixture.")
+            raise
+        return samples if self._source is None else [self._with_source(sample, number) for sample in samples]
 
     def _with_source(self, sample: Any, number: int) -> dict[str, Any]:
         if not isinstance(sample, Mapping) or self._source in sample:

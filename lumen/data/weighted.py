@@ -6,6 +6,7 @@ weight: any draw is found without those before it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lumen.data.samplers import EachOnce, digest
 from lumen.errors import BatchError
 
 Floats = NDArray[np.float64]
+_CACHED = 4  # blocks of draws, which cost a tenth of draws for one batch after the other
 
 
 class Weighted(EachOnce):
@@ -27,9 +29,22 @@ class Weighted(EachOnce):
         super().__init__(len(ends), batch_size, seed, drop_last=drop_last)
         self._ends, self._key = ends, seed
         self._last = int(ends.searchsorted(ends[-1]))  # the last row of a positive weight
+        self._blocks: dict[tuple[int, int], permutation.Indices] = {}  # the last few: one for each live iterator
 
     def rows(self, epoch: int, start: int, stop: int) -> permutation.Indices:
         """The rows of these draws."""
+        return permutation.from_blocks(partial(self._block, epoch), start, stop)
+
+    def _block(self, epoch: int, number: int) -> permutation.Indices:
+        block = self._blocks.get((epoch, number))
+        if block is None:
+            if len(self._blocks) >= _CACHED:
+                self._blocks.pop(next(iter(self._blocks)), None)
+            block = self._draw(epoch, *permutation.block_bounds(number, self._length))
+            self._blocks[epoch, number] = block
+        return block
+
+    def _draw(self, epoch: int, start: int, stop: int) -> permutation.Indices:
         points = permutation.uniform(self._key, epoch, start, stop) * self._ends[-1]
         # A product may round up to the end of the line.
         rows: permutation.Indices = np.minimum(self._ends.searchsorted(points, "right"), self._last)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lumen.core import _torch_compat
 from lumen.data.forks import quiet_forks
+from lumen.data.messages import Message
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -78,7 +79,7 @@ class Workers:
             self._fetch,  # type: ignore[arg-type]
             batch_size=None,  # each key reads one batch
             sampler=_Keys(),
-            collate_fn=_as_fetched,
+            collate_fn=Message,
             num_workers=self._count,
             prefetch_factor=self._prefetch,
             persistent_workers=True,
@@ -143,7 +144,3 @@ class _Keys:
 
     def __iter__(self) -> Iterator[Rows]:
         return iter(self.keys)
-
-
-def _as_fetched(batch: Any) -> Any:
-    return batch

@@ -156,3 +156,45 @@ def test_the_state_of_another_mixture_is_refused():
 def test_bad_arguments(make, message):
     with pytest.raises(BatchError, match=re.escape(message)):
         make()
+
+
+@settings(max_examples=8)
+@given(weights=weights, sizes=sizes, seed=seeds, epoch=st.integers(0, 2**40), data=st.data())
+def test_rows_read_together_are_the_rows(weights, sizes, seed, epoch, data):
+    """In any order, over the ends of passes, in the epochs of any run."""
+    each, together = (mixture(weights, sizes, seed=seed, stopping_strategy="all_exhausted") for _ in range(2))
+    each.set_epoch(epoch)
+    together.set_epoch(epoch)
+    indices = data.draw(st.lists(st.integers(-len(each), len(each) - 1), min_size=1, max_size=20))
+    assert together.__getitems__(indices) == [each[i] for i in indices]
+    start = data.draw(st.integers(0, len(each) - 1))
+    assert together.__getitems__(list(range(start, len(each)))) == [each[i] for i in range(start, len(each))]
+    with pytest.raises(IndexError):
+        together.__getitems__([0, len(each)])
+
+
+def test_a_batch_crosses_blocks_of_the_order():
+    data = mixture([1, 2], [9000, 9000])
+    for start in (8000, 8191, 8192):
+        indices = list(range(start, start + 300))
+        assert data.__getitems__(indices) == [data[i] for i in indices]
+
+
+def test_a_row_that_fails_is_named_with_its_set():
+    sets = {"good": [1, 2, 3], "bad": Broken()}
+    data = lm.data.Mixture(sets, weights={"good": 1, "bad": 1}, shuffle=False)
+    with pytest.raises(KeyError) as caught:
+        next(iter(lm.Loader(data, 4)))
+    notes = " ".join(caught.value.__notes__)
+    assert "row 1" in notes
+    assert "'bad' of a Mixture" in notes
+
+
+class Broken:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise KeyError("broken file")
+        return index

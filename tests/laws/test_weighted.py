@@ -124,3 +124,10 @@ def test_the_state_of_other_weights_is_refused():
 def test_bad_arguments(make, message):
     with pytest.raises(BatchError, match=re.escape(message)):
         make()
+
+
+def test_draws_cross_blocks():
+    data = loader(np.arange(1, 20_001), 5000, seed=4)
+    batches = torch.cat([*data.epoch(1)])
+    single = lm.Loader(torch.arange(20_000), 1, seed=4, weights=np.arange(1, 20_001))
+    assert all(next(single.epoch(1, start)) == batches[start] for start in (0, 8191, 8192, 16_384, 19_999))
