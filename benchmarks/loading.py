@@ -1,8 +1,8 @@
 """Data loading: lm.Loader beside torch's DataLoader, with the same number of workers, over the same data set.
 
 There are four data sets: tensors in memory; rows of a memory-mapped array; ready samples, where the work is to collate
-them; and samples that take some hundred microseconds of Python each. Both loaders shuffle and keep their workers. A timed section is an epoch,
-with the workers started before; a ratio of 1 or more means that Loader is at least as fast.
+them; and samples that take some hundred microseconds of Python each. Both loaders shuffle and keep their workers. A
+timed section is an epoch, with the workers started before; a ratio of 1 or more means that Loader is at least as fast.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Rows per second of an epoch with batches of 64 rows: a `grain.MapDataset` that a run reads, beside Grain's own iterator
 (expected: at least 0.95), ways to choose ready samples beside `WeightedRandomSampler`, and batches by tokens beside a
-`batch_sampler` of lists made before, each without workers and with two and four. Then, for a memory map of 50 million rows, the seconds to the first batch
-(expected: at most 1) and how much memory a thousand later batches add.
+`batch_sampler` of lists made before; these two without workers, and with two and four. Then, for a memory map of 50
+million rows, the seconds to the first batch (expected: at most 1) and how much memory a thousand later batches add.
 """
 
 from __future__ import annotations
