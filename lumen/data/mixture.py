@@ -129,13 +129,15 @@ class Mixture:
 
     def _drawn(self, positions: list[int]) -> Draws:
         """Of each position its set, the pass over that counted from the epoch's first, and the row."""
-        first, count = positions[0], len(positions)
-        block, offset = divmod(first, permutation.BLOCK)
-        if offset + count > permutation.BLOCK or count == 1 or positions != list(range(first, first + count)):
-            return self._draw(np.array(positions))
-        if self._block is None or self._block[0] != block:
-            self._block = block, self._draw(np.arange(*permutation.block_bounds(block, self._length)))
-        numbers, passes, rows = self._block[1]
+        first, count = positions[0] if positions else 0, len(positions)
+        number, offset = divmod(first, permutation.BLOCK)
+        if offset + count > permutation.BLOCK or count < 2 or positions != list(range(first, first + count)):
+            return self._draw(np.array(positions, np.int64))
+        block = self._block
+        if block is None or block[0] != number:
+            block = number, self._draw(np.arange(*permutation.block_bounds(number, self._length)))
+            self._block = block
+        numbers, passes, rows = block[1]
         of_batch = slice(offset, offset + count)
         return numbers[of_batch], passes[of_batch], rows[of_batch]
 
