@@ -97,7 +97,7 @@ class Mixture:
         self._passes = [-1] * len(self._datasets)
         self._block: tuple[int, Draws] | None = None  # the last one: a Loader reads one batch after the other
         periods = self._epoch * self._length // len(self._slots)
-        # The pass over each set in which this period begins, and the place in it.
+        # The pass over each set in which this period begins, and the position in it.
         self._starts = [divmod(periods * count, size) for count, size in zip(self._counts, self._sizes, strict=True)]
 
     def identity(self) -> dict[str, int]:
@@ -120,9 +120,9 @@ class Mixture:
         for i, group in enumerate(zip(numbers.tolist(), passes.tolist(), strict=True)):
             groups.setdefault(group, []).append(i)
         samples: list[Any] = [None] * len(indices)
-        places = rows.tolist()
+        row_numbers = rows.tolist()
         for (number, done), chosen in sorted(groups.items()):
-            read = self._read(number, done, [places[i] for i in chosen])
+            read = self._read(number, done, [row_numbers[i] for i in chosen])
             for i, sample in zip(chosen, read, strict=True):
                 samples[i] = sample
         return samples
@@ -145,13 +145,13 @@ class Mixture:
         periods, slots = np.divmod(self._epoch * self._length % len(self._slots) + positions, len(self._slots))
         numbers, rows = self._slots[slots], np.empty_like(positions)
         draws = periods * np.array(self._counts)[numbers] + self._draws[slots]
-        begun = np.array([place for _, place in self._starts])
-        passes, places = np.divmod(begun[numbers] + draws, np.array(self._sizes)[numbers])
+        begun = np.array([position for _, position in self._starts])
+        passes, in_pass = np.divmod(begun[numbers] + draws, np.array(self._sizes)[numbers])
         for number in {*numbers.tolist()}:
             for later in {*passes[numbers == number].tolist()}:
                 chosen = (numbers == number) & (passes == later)
                 order = self._sizes[number], self._seeds[number], self._starts[number][0] + later
-                rows[chosen] = permutation.take(*order, places[chosen])
+                rows[chosen] = permutation.take(*order, in_pass[chosen])
         return numbers, passes, rows
 
     def _read(self, number: int, later: int, rows: list[int]) -> list[Any]:
