@@ -11,10 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from lumen.core.mirror import Mirror
-from lumen.core.urls import path_or_url
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import write_config
+from lumen.sinks.location import Location
 
 _CHUNK = 1 << 16
 
@@ -26,10 +25,8 @@ class RowFile(ABC):
         self, path: str | os.PathLike[str], *, on_error: OnError = "raise", time_fn: Callable[[], float] = time.time
     ) -> None:
         check_on_error(on_error)
-        location = path_or_url(path, f"the path of {type(self).__name__}")
-        self.url = location if isinstance(location, str) else None
-        self._local = location if isinstance(location, Path) else None
-        self._mirror: Mirror | None = None  # of a URL, from the first use on
+        self._location = Location(path, f"the path of {type(self).__name__}")
+        self.url = self._location.url
         self.on_error = on_error
         self._time_fn = time_fn
         self._file: TextIO | None = None
@@ -38,26 +35,19 @@ class RowFile(ABC):
     @property
     def path(self) -> Path:
         """The file; of a URL its local copy, which is downloaded if there is none yet."""
-        if self._local is None:
-            assert self.url is not None
-            directory, _, name = self.url.rpartition("/")
-            mirror = Mirror(directory)
-            mirror.pull(name)
-            self._mirror, self._local = mirror, mirror.directory / name
-        return self._local
+        return self._location.path
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Write `values` to `NAME.config.json` next to the file, atomically."""
         write_config(self.path, values)
-        self._changed()
+        self._location.changed()
 
     def position(self) -> int:
         """The number of rows, after syncing them to disk; of a URL, their upload begins."""
         if self._file is None:
             return self._count()
         os.fsync(self._file.fileno())  # a checkpoint must not count rows that are not on disk
-        if self._mirror is not None:
-            self._mirror.request()
+        self._location.request()
         return self._rows
 
     def rewind(self, position: int) -> None:
@@ -70,12 +60,7 @@ class RowFile(ABC):
     def close(self) -> None:
         """Close the file; a later `log` reopens it. Returns when it is uploaded, if it is at a URL."""
         self._close_file()
-        if self._mirror is not None:
-            self._mirror.flush()
-
-    def _changed(self) -> None:
-        if self._mirror is not None:
-            self._mirror.changed()
+        self._location.flush()
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -95,7 +80,7 @@ class RowFile(ABC):
                 with suppress(OSError):
                     file.close()
             raise
-        self._changed()
+        self._location.changed()
 
     def _count(self) -> int:
         return max(0, sum(1 for _ in self._ends()) - 1)

@@ -15,12 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from lumen.core.arguments import checked
-from lumen.core.mirror import Mirror
-from lumen.core.urls import path_or_url
 from lumen.errors import ValueKindError
 from lumen.sinks import projector
 from lumen.sinks.base import OnError, check_on_error
 from lumen.sinks.config import as_json, flatten
+from lumen.sinks.location import Location
 from lumen.sinks.media import Histogram, Image, Media, split
 
 _numbers = itertools.count()
@@ -73,10 +72,8 @@ class TensorBoard:
         self._embeddings = tuple(embeddings)
         self._embed_every = embed_every
         self._last_embedding_check: int | None = None  # the step of the last call of take_params
-        location = path_or_url(logdir, "the logdir of TensorBoard")
-        self.url = location if isinstance(location, str) else None
-        self._local = location if isinstance(location, Path) else None
-        self._mirror: Mirror | None = None  # of a URL, from the first use on
+        self._location = Location(logdir, "the logdir of TensorBoard", is_directory=True)
+        self.url = self._location.url
         self.on_error = on_error
         self._time_fn = time_fn
         self._writer: Any = None
@@ -87,11 +84,7 @@ class TensorBoard:
     @property
     def logdir(self) -> Path:
         """The directory; of a URL, the local one whose files are uploaded."""
-        if self._local is None:
-            assert self.url is not None
-            self._mirror = Mirror(self.url)
-            self._local = self._mirror.directory
-        return self._local
+        return self._location.path
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Write the configuration with the next `log`."""
@@ -110,8 +103,7 @@ class TensorBoard:
         self._write(writer, int(step), summary=protocol.Summary(value=entries))
         writer.flush()
         self._last = int(step)
-        if self._mirror is not None:
-            self._mirror.changed()
+        self._location.changed()
 
     def take_params(self, step: int, params: Mapping[str, Tensor] | None, last: bool) -> None:
         """Write the params matching `embeddings` for the projector, if they are due."""
@@ -130,14 +122,13 @@ class TensorBoard:
         """The last logged step; -1 before the first, or None if the existing files are from an earlier run."""
         if self._last is None:
             return None if any(".tfevents." in name for name in self._existing()) else -1
-        if self._mirror is not None:
-            self._mirror.request()
+        self._location.request()
         return self._last
 
     def _existing(self) -> list[str]:
         """The names of the files in `logdir`."""
-        names = [path.name for path in self.logdir.glob("*.tfevents.*")]
-        return names if self._mirror is None else [*names, *self._mirror.names()]
+        names, mirror = [path.name for path in self.logdir.glob("*.tfevents.*")], self._location.mirror
+        return names if mirror is None else [*names, *mirror.names()]
 
     def rewind(self, position: int) -> None:
         """Make TensorBoard drop the values logged after the step `position`, starting with the next `log`."""
@@ -148,8 +139,7 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file; a later `log` opens a new one. Returns when it is uploaded, if it is at a URL."""
         self._close_file()
-        if self._mirror is not None:
-            self._mirror.flush()
+        self._location.flush()
 
     def _close_file(self) -> None:
         if self._writer is not None:

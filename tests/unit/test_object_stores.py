@@ -204,10 +204,10 @@ def test_a_sink_whose_store_fails_says_so_at_its_next_call_and_keeps_its_file(ob
         if operation == "pipe_file":
             raise PermissionError("403 Forbidden")
 
-    sink._mirror.wait()
+    sink._location.mirror.wait()
     objects.fail(refuse)
     sink.log(1, {"loss": 1.0})
-    sink._mirror.wait()
+    sink._location.mirror.wait()
     with pytest.raises(ObjectStoreError, match=r"403 Forbidden.*Nothing is lost: the files are in (\S+)") as info:
         sink.log(2, {"loss": 1.0})
     kept = Path(str(info.value).rpartition(" in ")[2])
