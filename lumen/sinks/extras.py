@@ -14,7 +14,7 @@ def require(module: str, sink: str) -> None:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:  # a directory ./wandb with old runs is not the package
         raise ImportError(
-            f"lm.sinks.{sink} needs {module}, which is not installed: {install_extra(module)}", name=module
+            f"lm.sinks.{sink} needs {module}, which is not installed: {install_extra(sink.lower())}", name=module
         )
 
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 HEAVY = (
     "accelerate",
+    "aim",
+    "clearml",
+    "comet_ml",
     "datasets",
     "dp_accounting",
     "deepspeed",
@@ -41,6 +44,7 @@ HEAVY = (
     "torch._inductor",
     "torchao",
     "torchmetrics",
+    "trackio",
     "transformers",
     "wandb",
 )

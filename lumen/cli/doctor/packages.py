@@ -28,6 +28,9 @@ CORE = (
     "rich>=13.7",
 )
 EXTRAS = {
+    "aim": ("aim>=3.29",),
+    "clearml": ("clearml>=2.1",),
+    "comet": ("comet-ml>=3.58",),
     "deepspeed": ("deepspeed>=0.19",),
     "examples": ("scikit-learn>=1.5", "matplotlib>=3.9", "tyro>=0.9"),
     "hf": ("transformers>=5.20", "datasets>=3.2"),
@@ -36,12 +39,14 @@ EXTRAS = {
     "mlflow": ("mlflow>=2.20",),
     "dp-sgd": ("dp-accounting>=0.5",),
     "quant": ("torchao>=0.18",),
-    "ray": ("ray[train]>=2.60",),
+    "ray": ("ray[train,tune]>=2.60",),
     "s3": ("s3fs>=2024.6",),
+    "trackio": ("trackio>=0.43",),
     "wandb": ("wandb>=0.19.10", "pillow>=10"),
 }
 # Distributions whose module has another name.
 MODULES = {
+    "comet-ml": "comet_ml",
     "dp-accounting": "dp_accounting",
     "hydra-core": "hydra",
     "orbax-checkpoint": "orbax.checkpoint",
