@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --no-compile clearml==2.1.12 numpy==2.4.6 pillow==12.3.0
 export CLEARML_CACHE_DIR="$work/cache"
-"$work/venv/bin/python" -W ignore - <<'PY' 2>/dev/null
+"$work/venv/bin/python" -W ignore - <<'PY'
 import json
 import os
 import signal

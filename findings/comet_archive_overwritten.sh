@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --no-compile comet-ml==3.58.8 numpy==2.4.6
 cd "$work"
-"$work/venv/bin/python" -W ignore - <<'PY' 2>/dev/null
+"$work/venv/bin/python" -W ignore - <<'PY'
 import json
 import pathlib
 import zipfile
