@@ -1,9 +1,9 @@
 """Processes that begin with torch and Lumen loaded: a fork takes milliseconds where a start takes seconds.
 
 `start([sys.executable, "job.py", "--steps", "3"], ...)` runs a script (or `-c CODE`, or `-m MODULE`) as
-`subprocess.Popen` would: a real process in a session of its own, with its own signals, pipes and exit code. What a test
-says about an import, or about an option of the interpreter, needs a process that begins with nothing: it takes
-`subprocess`.
+`subprocess.Popen` would: a real process in a session of its own, with its own signals, pipes and exit code. With
+`bare=True` torch alone is loaded, for what a test says about an import. An option of the interpreter needs a process
+that begins with nothing: `subprocess`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PRELOADED = (
     "orbax.checkpoint",
 )
 OF_EXAMPLES = ("sklearn.datasets", "tyro", "rich.table")
+BARE = ("torch",)
+ADDRESS = "LUMEN_ZYGOTE"  # where what was forked asks for more, such as a launcher
 
 
 def forget_jax() -> None:
@@ -122,14 +124,19 @@ def _path() -> str:
 
 
 class Zygote:
-    """The process that forks. One for each process that asks; it ends with it."""
+    """The process that forks, with `modules` loaded. It ends with the process that starts it."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if ADDRESS in os.environ:  # this process is a fork of it
+            self._control = socket.socket(socket.AF_UNIX)
+            self._control.connect("\0" + os.environ[ADDRESS])
+            return
         ours, theirs = socket.socketpair()
         # One thread of OpenBLAS too: SciPy would start the others while it is imported, and a fork has none of them.
         environment = {**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), str(theirs.fileno())],
+            [sys.executable, str(Path(__file__)), str(theirs.fileno()), *modules],
             env=environment,
             pass_fds=[theirs.fileno()],
             start_new_session=True,
@@ -147,19 +154,25 @@ class Zygote:
         theirs.close()
         return ours
 
+    def lives(self) -> bool:
+        """Whether it can be asked."""
+        return self._process is None or self._process.poll() is None
+
     def close(self) -> None:
-        """End it; what it has forked goes on."""
+        """End it, if it was started here; what it has forked goes on."""
         self._control.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
 
 
-_zygotes: dict[int, Zygote] = {}  # by the process that asks: a fork of it has none yet
+# By the process that asks, a fork of which has none yet, and what is loaded.
+_zygotes: dict[tuple[int, tuple[str, ...]], Zygote] = {}
 
 
 @atexit.register
 def _close() -> None:
-    if zygote := _zygotes.pop(os.getpid(), None):
-        zygote.close()
+    for key in [key for key in _zygotes if key[0] == os.getpid()]:
+        _zygotes.pop(key).close()
 
 
 def start(
@@ -169,12 +182,14 @@ def start(
     env: Mapping[str, str] | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
+    bare: bool = False,
 ) -> Process:
     """Start `args`, whose first is this interpreter; `stdout` and `stderr` as `subprocess.Popen` takes them."""
     assert args[0] == sys.executable, args
-    zygote = _zygotes.get(os.getpid())
-    if zygote is None or zygote._process.poll() is not None:
-        zygote = _zygotes[os.getpid()] = Zygote()
+    modules = BARE if bare else PRELOADED + OF_EXAMPLES
+    zygote = _zygotes.get((os.getpid(), modules))
+    if zygote is None or not zygote.lives():
+        zygote = _zygotes[os.getpid(), modules] = Zygote(modules)
     pipes: dict[str, int] = {}
     files = [os.open(os.devnull, os.O_RDONLY)]
     for name, wanted, default in (("stdout", stdout, 1), ("stderr", stderr, 2)):
@@ -237,37 +252,47 @@ def run(args: Sequence[str], *, timeout: float = 120.0, **options: Any) -> subpr
 def _serve(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Fork for each request; returns in the forked process, with its request, and in this one at the end."""
     children: dict[int, socket.socket] = {}
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("")  # a name that the system chooses, gone with its socket
+    listener.listen()
+    os.environ[ADDRESS] = listener.getsockname().decode()[1:]
+    asking = [control]
     wake, woken = socket.socketpair()
     wake.setblocking(False)
     woken.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
     while True:
-        ready, _, _ = select.select([control, wake], [], [])
+        ready, _, _ = select.select([*asking, listener, wake], [], [])
         if wake in ready:
             with contextlib.suppress(BlockingIOError):
                 wake.recv(4096)
             _reap(children)
-        if control not in ready:
-            continue
-        head, files, _, _ = socket.recv_fds(control, 4, 4)
-        if not head:
-            return None
-        request = json.loads(_exactly(control, int.from_bytes(head, "big")))
-        status = socket.socket(fileno=files.pop())
-        pid = os.fork()
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _count()
-            os.setsid()  # before anybody knows of it: a signal to the group must find one
-            status.sendall(f"{os.getpid()}\n".encode())
-            for each in (control, wake, woken, status, *children.values()):
-                each.close()
-            return request, files
-        children[pid] = status
-        for file in files:
-            os.close(file)
+        if listener in ready:
+            asking.append(listener.accept()[0])
+        for connection in [each for each in asking if each in ready]:
+            head, files, _, _ = socket.recv_fds(connection, 4, 4)
+            if not head and connection is control:
+                return None
+            if not head:
+                asking.remove(connection)
+                connection.close()
+                continue
+            request = json.loads(_exactly(connection, int.from_bytes(head, "big")))
+            status = socket.socket(fileno=files.pop())
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _count()
+                os.setsid()  # before anybody knows of it: a signal to the group must find one
+                status.sendall(f"{os.getpid()}\n".encode())
+                for each in (*asking, listener, wake, woken, status, *children.values()):
+                    each.close()
+                return request, files
+            children[pid] = status
+            for file in files:
+                os.close(file)
 
 
 def _count() -> None:
@@ -304,9 +329,9 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
         open(number, mode, encoding="utf-8", closefd=False, buffering=1 if number == 2 else -1)  # noqa: SIM115
         for number, mode in ((0, "r"), (1, "w"), (2, "w"))
     )
-    for name in [name for name in os.environ if name not in request["env"]]:
+    for name in [name for name in os.environ if name not in {*request["env"], ADDRESS}]:
         del os.environ[name]
-    os.environ.update(request["env"])
+    os.environ.update({name: value for name, value in request["env"].items() if name != ADDRESS})
     os.chdir(request["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _fresh_random()
@@ -325,10 +350,12 @@ def _fresh_random() -> None:
 
 
 def _main(args: list[str]) -> None:
+    import builtins
     import warnings
 
     while args[0] == "-W":
-        warnings.simplefilter(args[1].split(":")[0])  # type: ignore[arg-type]
+        action, _, _, category, *_ = [*args[1].split(":"), "", "", ""]
+        warnings.simplefilter(action, getattr(builtins, category or "Warning"))  # type: ignore[arg-type]
         args = args[2:]
     if args[0] == "-m":
         sys.argv = args[1:]
@@ -352,7 +379,7 @@ if __name__ == "__main__":
     import importlib
 
     sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).parent]
-    for module in PRELOADED + OF_EXAMPLES:
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     sys.modules["torch"].set_num_threads(1)
     forget_jax()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from lumen.sinks import Histogram, Image, MLflow, Text, configure, position
+from tests import zygote
 
 pytest.importorskip("mlflow")
 
@@ -203,4 +203,4 @@ def test_a_missing_mlflow_says_how_to_install_it(monkeypatch):
 
 def test_it_loads_on_first_use():
     code = "import sys, lumen.sinks as s; s.MLflow(); assert 'mlflow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert zygote.run([sys.executable, "-c", code], bare=True).returncode == 0

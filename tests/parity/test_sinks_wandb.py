@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import time
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from lumen.sinks import Histogram, Image, Text, WandB, configure, position
+from tests import zygote
 
 pytest.importorskip("wandb")
 pytest.importorskip("PIL")
@@ -200,9 +200,9 @@ def test_a_directory_of_old_runs_is_not_the_library(tmp_path):
         "except ImportError as error: assert 'pip install' in str(error)\n"
         "else: raise SystemExit('no error')"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert zygote.run([sys.executable, "-c", code, str(tmp_path)], bare=True).returncode == 0
 
 
 def test_it_loads_on_first_use():
     code = "import sys, lumen.sinks as s; s.WandB('p', mode='offline'); assert 'wandb' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert zygote.run([sys.executable, "-c", code], bare=True).returncode == 0

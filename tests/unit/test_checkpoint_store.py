@@ -210,18 +210,20 @@ import sys, time
 from lumen.checkpoint import Store
 store = Store(sys.argv[1]).open()
 print("open", flush=True)
-sys.stdin.read()
+time.sleep(100)
 """
 
 
 def test_another_process_is_refused_until_it_is_gone(tmp_path):
-    held = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    process = zygote.start([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
         assert process.stdout.readline() == "open\n"
         with pytest.raises(CheckpointLockedError, match=rf"process {process.pid} on .*, since 20\d\d-"):
             Store(tmp_path).open()
         assert Store(tmp_path).steps() == []
+    finally:
         process.kill()
+        process.communicate()
     with Store(tmp_path) as store:
         store.save(0, tree())
 
@@ -308,13 +310,8 @@ def test_orbax_and_jax_in_a_process_of_their_own(tmp_path, code):
         store.save(0, tree())
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     argument = str(tmp_path if code is READ else tmp_path / "new")
-    result = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", code, argument],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", code, argument]
+    result = zygote.run(command, env=environment, bare=True)
     assert (result.returncode, result.stderr) == (0, "")
 
 

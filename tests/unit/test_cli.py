@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,9 +55,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run with three checkpoints."""
+    directory = tmp_path_factory.mktemp("made") / "run"
 
     def step(state: Any, x: Any) -> tuple[Any, Any]:
         loss, grads = lm.value_and_grad(lambda p, x: state.apply(p, x)[0].square().mean())(state.params, x)
@@ -66,13 +68,19 @@ def run(tmp_path: Path) -> Path:
     runner = lm.Runner(
         step,
         transforms=[lm.ema(0.5)],
-        checkpoint=lm.Checkpointer(tmp_path / "run", every=lm.Every(steps=2), keep=None),
+        checkpoint=lm.Checkpointer(directory, every=lm.Every(steps=2), keep=None),
         config={"lr": 0.1, "note": "first try"},
         log_every=2,
         progress=False,
     )
     runner.fit(state, [torch.ones(4, 2)] * 6, until=lm.Steps(6))
-    return tmp_path / "run"
+    return directory
+
+
+@pytest.fixture
+def run(made_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run."""
+    return Path(shutil.copytree(made_run, tmp_path / "run"))
 
 
 def said(capsys: Capture, *argv: Any) -> tuple[int, str, str]:
@@ -232,7 +240,7 @@ def test_a_path_that_is_not_there_suggests_what_is(run: Path, capsys: Capture) -
 
 def test_a_terminal_gets_a_drawn_table(run: Path) -> None:
     ours, theirs = pty.openpty()
-    done = subprocess.Popen([sys.executable, "-m", "lumen.cli", "inspect", str(run)], stdout=theirs, stderr=theirs)
+    done = zygote.start([sys.executable, "-m", "lumen.cli", "inspect", str(run)], stdout=theirs, stderr=theirs)
     os.close(theirs)
     text = b""
     try:
@@ -251,15 +259,20 @@ def test_inspecting_loads_neither_jax_nor_orbax(run: Path) -> None:
         f"code = main(['inspect', {str(run / 'checkpoints' / '2')!r}, '--verify']);"
         "sys.exit(code or ','.join({'jax', 'orbax', 'rich', 'wandb', 'mlflow'} & set(sys.modules)) or None)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = zygote.run([sys.executable, "-c", program], bare=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
-    command = f"{sys.executable} -m lumen.cli inspect {run} --json; echo code $? >&2"
-    done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = zygote.start(
+        [sys.executable, "-m", "lumen.cli", "inspect", str(run), "--json"], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    _, said = done.communicate(timeout=120)
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
 
 
 # ----------------------------------------------------------------------------------------------- export
@@ -308,16 +321,23 @@ def lumen(*argv: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     return zygote.run(command, cwd=cwd, env=environment)
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training script whose first step fails, and its dump in `dumps`."""
-    path = tmp_path / "train.py"
+    path = tmp_path_factory.mktemp("made") / "train.py"
     path.write_text(TRAIN.format(nan=0))
     place = str(Path(lm.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": place}
-    done = zygote.run([sys.executable, str(path), "dumps", "nan"], cwd=tmp_path, env=environment)
+    done = zygote.run([sys.executable, str(path), "dumps", "nan"], cwd=path.parent, env=environment)
     assert "NonFiniteError: the loss is not finite at step 0" in done.stderr
     return path
+
+
+@pytest.fixture
+def script(made_script: Path, tmp_path: Path) -> Path:
+    """A copy of the script and its dump."""
+    shutil.copytree(made_script.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / made_script.name
 
 
 def test_replay_in_a_fresh_process(script: Path) -> None:

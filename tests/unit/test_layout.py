@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lumen as lm
+from tests import zygote
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +101,7 @@ def loaded() -> list[str]:
         "import lumen\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    result = run("-W", "error", "-c", code)
+    result = zygote.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, bare=True)
     assert result.returncode == 0, result.stderr
     names: list[str] = json.loads(result.stdout)
     return names

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 
@@ -23,6 +22,7 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.data import Cursor, Loader
 from lumen.data.to_device import Move
 from lumen.errors import BatchError
+from tests import zygote
 
 sizes = st.integers(1, 60)
 batch_sizes = st.integers(1, 70)
@@ -566,7 +566,7 @@ def test_workers_start_in_silence_after_a_checkpoint_has_loaded_jax(tmp_path):
     """
     code = textwrap.dedent(script).replace("PATH", repr(str(tmp_path / "one")))
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = zygote.run([sys.executable, "-c", code], env=environment, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lumen.cli.plot import braille, figures, select
 from lumen.cli.plot.read_logs import Row, RunLog, read_run
 from lumen.train.curves import Line, Panel, grouped, measures, ticks
 from lumen.train.curves_svg import svg
+from tests import zygote
 
 Capture = pytest.CaptureFixture[str]
 NAN, INF = float("nan"), float("inf")
@@ -323,5 +323,5 @@ def test_plotting_loads_only_what_it_needs(tmp_path: Path) -> None:
         f"import sys; from lumen.cli.main import main; code = main(['plot', {str(tmp_path)!r}]);"
         f"sys.exit(code or ','.join({unwanted} & set(sys.modules)) or None)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = zygote.run([sys.executable, "-c", program], bare=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 
 from lumen.sinks import CSV, JSONL, Memory, TensorBoard, scalars
+from tests import zygote
 
 names = st.text("abcxyz_/ ,\"'é", min_size=1, max_size=6)
 numbers = st.floats() | st.integers(-(2**53), 2**53)
@@ -182,7 +182,7 @@ def test_a_missing_tensorboardx_says_how_to_install_it(tmp_path, monkeypatch):
 
 def test_tensorboardx_loads_on_first_use():
     code = "import sys, lumen.sinks; assert 'tensorboardX' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert zygote.run([sys.executable, "-c", code], bare=True).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------- all sinks

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lumen.sinks import run_info
+from tests import zygote
 
 ROOT = Path(__file__).parents[2]
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -66,9 +67,7 @@ def test_it_is_the_commit_of_the_script(repository, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     script = repository / "code" / "train.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], cwd=elsewhere, env=environment, check=True, capture_output=True, text=True
-    )
+    done = zygote.run([sys.executable, str(script)], cwd=elsewhere, env=environment)
     info = json.loads(done.stdout)
     assert info["git"] == {"commit": commit, "dirty": False}
     assert info["command"] == [str(script)]
