@@ -24,6 +24,7 @@ from lumen.parallel.comm.hang_dump import compare, read_dumps
 from lumen.parallel.ddp.ddp import ddp
 from tests import zygote
 from tests.distributed import jobs
+from tests.distributed import torchrun as launcher
 from tests.distributed.pool import TaskError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -449,14 +450,14 @@ def test_nothing_joins_the_processes(world2, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------- faults
 
 
-def torchrun(directory, processes, *, restarts=0, limit=120, **options):
-    """The exit code and what was said."""
+def torchrun(directory, processes, *, restarts=0, limit=120, fresh=False, **options):
+    """The exit code and what was said. Unless `fresh`, each worker is a fork that has torch loaded."""
     directory.mkdir(parents=True, exist_ok=True)
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    agent = ["-m", "torch.distributed.run"] if fresh else [launcher.__file__]
+    command = [sys.executable, *agent, "--standalone", f"--nproc-per-node={processes}"]
     command += [f"--max-restarts={restarts}", jobs.__file__, str(directory), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    # The launcher is forked, with torch loaded; what it starts are processes that begin with nothing.
     process = zygote.start(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         said, _ = process.communicate(timeout=limit)
@@ -469,7 +470,7 @@ def torchrun(directory, processes, *, restarts=0, limit=120, **options):
 
 @pytest.mark.parametrize("strategy", ["ddp", "none"])
 def test_an_error_of_one_is_that_of_all(strategy, tmp_path):
-    code, said = torchrun(tmp_path, 2, what="raise", at=6, strategy=strategy, steps=10**5)
+    code, said = torchrun(tmp_path, 2, what="raise", at=6, strategy=strategy, steps=10**5, fresh=strategy == "ddp")
     assert code == 1
     assert "ValueError: a row that cannot be read" in said
     assert said.index("ValueError: a row") < said.find("ChildFailedError")
