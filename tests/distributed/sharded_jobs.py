@@ -24,7 +24,9 @@ from lumen.parallel.fsdp.fsdp import fsdp
 from tests import zygote
 
 ROWS = 4001
+NAMED = "named"  # by the other process, of the one that hangs
 RETURNED = "returned"  # what hung has come back
+PATIENCE = 60.0  # seconds for which it hangs at the most
 
 
 def value_of(number):
@@ -72,6 +74,8 @@ def save_hindered(directory, options):
         except CheckpointError as error:
             said = str(error)
         late = (directory / RETURNED).exists()
+        if options["what"] == "hang":
+            (directory / NAMED).touch()
         if distributed.rank() == options["rank"]:
             hindrance()
         if options["what"] != "hang":
@@ -88,12 +92,14 @@ def full_disk(_directory):
 
 
 def hanging(directory):
-    """The disk does not answer."""
+    """The disk does not answer until somebody has complained."""
     real = sharded._Writer._write
 
     def hang(self, path, content):
         sharded._Writer._write = real  # the next file is written
-        time.sleep(20)
+        deadline = time.monotonic() + PATIENCE
+        while not (directory / NAMED).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         (directory / RETURNED).touch()
         return real(self, path, content)
 
