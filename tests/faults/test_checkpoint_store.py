@@ -46,27 +46,18 @@ def assert_whole(store, step):
 # ------------------------------------------------------------------------------------------------------- kill -9
 
 RUN = """
-import os, sys, torch
+import sys
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint_store import value_of
 from lumen.checkpoint import Store
 
-def run():
-    with Store(sys.argv[1], keep=2, keep_every=50) as store:
-        step = (store.latest() or 0) + 1
-        while True:
-            store.save(step, value_of(step))
-            store.save(step, value_of(step))  # replaces it
-            print(step, flush=True)
-            step += 1
-
-for _ in sys.stdin:  # a process of its own for each line, which need not import torch again
-    pid = os.fork()
-    if pid == 0:
-        run()
-    print("pid", pid, flush=True)
-    os.waitpid(pid, 0)
-    print("end", flush=True)
+with Store(sys.argv[1], keep=2, keep_every=50) as store:
+    step = (store.latest() or 0) + 1
+    while True:
+        store.save(step, value_of(step))
+        store.save(step, value_of(step))  # replaces it
+        print(step, flush=True)
+        step += 1
 """
 
 
@@ -76,25 +67,24 @@ def test_kill_at_any_moment(tmp_path):
     store = Store(tmp_path, keep=2, keep_every=50)
     last = 0
     command = [sys.executable, "-c", RUN, str(tmp_path), str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(12):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            pid = int(process.stdout.readline().split()[1])
+    for _ in range(12):
+        process = zygote.start(command, stdout=subprocess.PIPE)
+        try:
             process.stdout.readline()  # it has saved something
             time.sleep(chance.uniform(0, 0.25))
-            os.kill(pid, signal.SIGKILL)
-            for line in iter(process.stdout.readline, "end\n"):
-                last = int(line)
-            for step in store.steps():
-                assert_whole(store, step)
-            with Store(tmp_path, keep=2, keep_every=50) as again:
-                steps = again.steps()
-                assert set(os.listdir(tmp_path)) == {".lumen-lock", *map(str, steps)}
-                assert steps[-1] >= last  # its first save was written before the second was taken
-                for step in steps:
-                    assert_whole(again, step)
-            last = steps[-1]
+        finally:
+            process.kill()
+        said, _ = process.communicate(timeout=60)
+        last = max([last, *map(int, said.split())])
+        for step in store.steps():
+            assert_whole(store, step)
+        with Store(tmp_path, keep=2, keep_every=50) as again:
+            steps = again.steps()
+            assert set(os.listdir(tmp_path)) == {".lumen-lock", *map(str, steps)}
+            assert steps[-1] >= last  # its first save was written before the second was taken
+            for step in steps:
+                assert_whole(again, step)
+        last = steps[-1]
     assert last >= 12
 
 
