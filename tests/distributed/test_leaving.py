@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from lumen.parallel.comm import process_groups
 from lumen.parallel.comm.init import leave, leave_at_exit
 from lumen.parallel.comm.rank_monitor import RankMonitor
 from lumen.train.distributed import ProcessGroupContext
+from tests import zygote
 from tests.distributed.leaving import thread_appears, threads
-from tests.zygote import free_ports
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -27,13 +27,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_no_thread_outlives_the_world(tmp_path):
-    ports = ",".join(map(str, free_ports(2)))
-    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    ports = ",".join(map(str, zygote.free_ports(2)))
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, "-m", "tests.distributed.leaving", ports, str(tmp_path)]
     jobs = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**world, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
+        zygote.start(command, cwd=ROOT, env={**world, "RANK": rank, "LOCAL_RANK": rank}, stderr=PIPE, bare=True)
         for rank in ("0", "1")
     ]
     try:

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import tomllib
+import types
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
+from lumen.cli import subprocesses
 from lumen.cli.doctor import machine, packages, storage
 from lumen.cli.doctor.processes import check_environment, check_processes
 from lumen.cli.doctor.report import Finding, print_report, summarize
 from lumen.cli.main import main
 from lumen.cli.subprocesses import run_all, run_program
 from lumen.core.versions import version_of
+from tests import zygote
 
 ROOT = Path(__file__).parents[2]
 WORLD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 DEVELOPERS = {"bench", "dev", "docs"}
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run in forks that have torch loaded. Other tests show that they run in processes that begin afresh."""
+
+    def start(command: list[str], env: dict[str, str], stdout: IO[bytes], stderr: IO[bytes]) -> zygote.Process:
+        return zygote.start(command, env=env, stdout=stdout.fileno(), stderr=stderr.fileno())
+
+    monkeypatch.setattr(subprocesses, "subprocess", types.SimpleNamespace(Popen=start))
 
 
 # ---------------------------------------------------------------------------------------------- software
@@ -76,7 +90,7 @@ def test_all_that_is_installed_here_is_found() -> None:
     assert [found[name].status for name in ("Python", "torch", "orbax-checkpoint", "tyro [examples]")] == ["ok"] * 4
 
 
-def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch, forks: None) -> None:
     gone = "torch._gone (for it; found in torch 2.11)"
     lacking = f"from lumen.core import _torch_compat\n_torch_compat.missing = lambda: [{gone!r}]\n"
     monkeypatch.setattr(packages, "_INTERNALS_PROGRAM", lacking + packages._INTERNALS_PROGRAM)
@@ -143,7 +157,7 @@ def test_more_processes_than_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.distributed
-def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_meet_or_say_why_not(monkeypatch: pytest.MonkeyPatch, forks: None) -> None:
     names = [each.name for each in check_processes(quick=True)]
     assert names[:3] == ["environment", "gloo", "nccl"]
     assert "two processes" not in names
@@ -177,7 +191,7 @@ def test_a_device_that_does_not_work_is_told() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the host compiler is not what is tried on a GPU")
-def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, forks: None) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = machine.check_compiler()
     assert (found.status, found.name) == ("broken", "torch.compile")
