@@ -5,6 +5,7 @@ It prints by how much the resident set has grown at its fullest in the second st
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import nn
 
 import lumen as lm
 
-WIDTH, DEPTH, ROWS = 2048, 6, 256  # 100 MB of params
+WIDTH, DEPTH, ROWS = 1024, 8, 128  # 34 MB of params
+M_MMAP_THRESHOLD = -3  # of malloc.h
 STRATEGIES = {
     "alone": list,
     "ddp": lambda: [lm.ddp(), lm.donate()],
@@ -50,6 +52,8 @@ def warm_up():
 
 def main(strategy):
     torch.set_num_threads(1)
+    # So that the C library gives back what is freed, and the set is what is held.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     lm.mesh()
     warm_up()
     before = resident("VmRSS")

@@ -16,9 +16,9 @@ import lumen as lm
 from lumen.core import distributed
 from lumen.planner.dry_run import trace_dry_run, trace_real_run
 from lumen.planner.plan import plan_loaded
+from tests import zygote
 from tests.distributed import fsdp_models, models, plan_job  # noqa: F401
 from tests.tiers import in_turns, pick
-from tests.zygote import free_ports
 
 pytestmark = pytest.mark.distributed
 
@@ -104,15 +104,12 @@ def test_a_plan_of_four_holds_and_sends_what_they_do(world4):
 
 def grown(strategy, size):
     """How much the resident set of each process of a fresh world grows in its second step."""
-    port = str(*free_ports(1))
-    # So that the C library gives back what is freed, and the set is what is held.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    started = []
-    for rank in range(size):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, plan_job.__file__, strategy]
-        environment = {**env, **own} if size > 1 else env
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    command = [sys.executable, plan_job.__file__, strategy]
+    alone = {**os.environ, "PYTHONPATH": os.getcwd()}
+    if size > 1:
+        started = zygote.launch(command, size, env=alone, stdout=subprocess.PIPE)
+    else:
+        started = [zygote.start(command, env=alone, stdout=subprocess.PIPE)]
     try:
         return [int(each.communicate(timeout=200)[0]) for each in started]
     finally:
