@@ -30,7 +30,7 @@ def run_blocks(page: Path, *, least: int = 3, peers: bool = False, setup: str = 
     exec(compile(setup, f"setup of {page.name}", "exec"), session)
     for number, (block, said) in enumerate(blocks, 1):
         name = f"{page.name}, block {number}"
-        code = block if page.name == "README.md" else block.replace("lm.compile()", 'lm.compile(backend="eager")')
+        code = block if page.name == "README.md" else _traced(block)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, name, "exec"), session)
@@ -38,6 +38,11 @@ def run_blocks(page: Path, *, least: int = 3, peers: bool = False, setup: str = 
             found = printed.getvalue().replace(', backend="eager"', "").replace("backend='eager'", "")
             assert alike(found, said), f"{name} printed\n{found}"
     return session
+
+
+def _traced(code: str) -> str:
+    code = code.replace("lm.compile()", 'lm.compile(backend="eager")')
+    return code.replace("lm.compile(blocks=", 'lm.compile(backend="eager", blocks=')
 
 
 def alike(found: str, said: str) -> bool:
