@@ -1,5 +1,6 @@
 """One thread, fixed seeds and hypothesis profiles for every test."""
 
+import gc
 import os
 import random
 import shutil
@@ -21,6 +22,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# On machines with Triton torch would start processes that compile for it, each with seconds of imports.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 # Checkpoints are synchronized to their disk, which the tests need not wait for: where memory is a disk, they use that.
 _MEMORY = "/dev/shm"
@@ -51,6 +55,12 @@ hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections need not look at what the imports have left, which lives on: a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
