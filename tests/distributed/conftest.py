@@ -7,14 +7,19 @@ import pytest
 from tests.distributed import pool
 
 
+def modules_of(items):
+    """The modules of all tests that ask for a world."""
+    return sorted({pool.module_name(item.path) for item in items if "worlds" in item.fixturenames})
+
+
 @pytest.fixture(scope="session")
-def worlds():
+def worlds(request):
     """The world of a given size, started when it is first asked for."""
-    made = {}
+    made, modules = {}, modules_of(request.session.items)
 
     def get(size):
         if size not in made:
-            made[size] = pool.World(size)
+            made[size] = pool.World(size, modules)
         return made[size]
 
     yield get

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import traceback
 from pathlib import Path
 
 from tests.zygote import PRELOADED, forget_jax, free_ports
+
+ROOT = Path(__file__).parents[2]
 
 # Seconds that processes get to end by themselves: under coverage they still have their data to write.
 GRACE = 60.0 if os.environ.get("COVERAGE_PROCESS_START") else 0.5
@@ -29,12 +32,14 @@ class World:
     """`size` processes joined over Gloo; `run(function, *args)` calls `function` in each and gives what they return.
 
     `function` is a top-stage function of a test module; arguments and results travel as pickles between processes of
-    one test run. After a task that took longer than its limit, or failed in other ways here and there, the processes
-    are ended and started anew for the next: only where all raised the same are they sure to agree on what comes next.
+    one test run. The processes are forked with `modules` imported, which would otherwise take each of them seconds.
+    After a task that took longer than its limit, or failed in other ways here and there, the processes are ended and
+    started anew for the next: only where all raised the same are they sure to agree on what comes next.
     """
 
-    def __init__(self, size):
+    def __init__(self, size, modules=()):
         self.size = size
+        self._modules = tuple(modules)
         self._processes, self._pipes = [], []
 
     def run(self, function, *args, limit=LIMIT):
@@ -70,7 +75,7 @@ class World:
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, __name__])
+        context.set_forkserver_preload([*PRELOADED, __name__, *self._modules])
         (port,) = free_ports(1)
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -104,6 +109,7 @@ def serve(rank, size, port, pipe):
 
     torch.set_num_threads(1)
     forget_jax()
+    gc.freeze()  # what the fork server has loaded lives on, and collections need not look at it
     from lumen.core import distributed
     from lumen.parallel.comm.init import join, leave
 
@@ -122,9 +128,12 @@ def serve(rank, size, port, pipe):
     leave()
 
 
+def module_name(path):
+    """The name of the test module at `path`, from the root of the repository."""
+    return ".".join(Path(path).relative_to(ROOT).with_suffix("").parts)
+
+
 def _module(path):
-    """The test module at `path`, by its name from the root of the repository."""
-    root = Path(__file__).parents[2]
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(".".join(Path(path).relative_to(root).with_suffix("").parts))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(module_name(path))
