@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections import Counter
@@ -36,19 +37,27 @@ def spread(strategy, options):
     return STRATEGIES[strategy](grid, **options)
 
 
+@functools.cache
+def one_process(model, around, sizes, dtype, steps):
+    """Losses and leaves of one process on all rows, the same for every strategy and stage."""
+    norms = model in ("conv", "stack")  # which see the rows of one process
+    beside = lm.compose(*[cut(sizes)] * norms, *transforms(around))(step)
+    losses, state = train(beside, make_state(model, dtype), batches(steps, sum(sizes), dtype))
+    return losses, bare(state)
+
+
 def law(cases, backend="eager", steps=3, dtype=torch.float64, blocks=None):
     """For each case how far the compiled step on parts is from one process on all rows: losses, and furthest leaf."""
     warnings.simplefilter("error", lm.GraphBreakWarning)
     found = []
     for strategy, options, model, around, sizes in cases:
         whole = batches(steps, sum(sizes), dtype)
-        inside = transforms(around)
-        wrapped = lm.compose(lm.compile(backend=backend, blocks=blocks), spread(strategy, options), *inside)(step)
+        compiled = lm.compile(backend=backend, blocks=blocks)
+        wrapped = lm.compose(compiled, spread(strategy, options), *transforms(around))(step)
         losses, state = train(wrapped, make_state(model, dtype), [part(batch, sizes, world.rank()) for batch in whole])
-        norms = model in ("conv", "stack")  # which see the rows of one process
-        wanted, other = train(lm.compose(*[cut(sizes)] * norms, *inside)(step), make_state(model, dtype), whole)
+        wanted, other = one_process(model, tuple(around), tuple(sizes), dtype, steps)
         leaves = bare(wrapped.transforms[1].export(state))
-        found.append((float((losses - wanted).abs().max()), *furthest(leaves, bare(other))))
+        found.append((float((losses - wanted).abs().max()), *furthest(leaves, other)))
     return found
 
 

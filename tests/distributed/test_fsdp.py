@@ -56,22 +56,32 @@ OPTIMIZERS = {
 }
 
 
+def batches_of(name, steps, size, dtype):
+    whole = batches(steps, size, dtype)
+    return [{k: x for k, x in batch.items() if k != "mask"} for batch in whole] if name == "plain" else whole
+
+
+@functools.cache
+def one_process(model, around, sizes, name, dtype, steps, tx, parts):
+    """Losses and leaves of one process on all rows, the same for every stage and mesh."""
+    beside = lm.compose(*[cut(sizes)] * parts, *transforms(around))(STEP[name])
+    state = make_state(model, dtype, OPTIMIZERS[tx]())
+    losses, state = train(beside, state, batches_of(name, steps, sum(sizes), dtype))
+    return losses, bare(state)
+
+
 def law(cases, options=None, dtype=torch.float64, steps=STEPS, tx="adam", parts=False):
     """For each case how far fsdp on parts is from one process on all rows: the losses, and the furthest leaf."""
     found = []
     options = dict(options or {})
     grid = mesh(**options.pop("mesh", {"shard": -1}), device="cpu")
     for model, around, sizes, name in cases:
-        around = transforms(around)
-        wrapped = lm.compose(fsdp(grid, **options), *around)(STEP[name])
-        whole = batches(steps, sum(sizes), dtype)
-        if name == "plain":
-            whole = [{key: leaf for key, leaf in batch.items() if key != "mask"} for batch in whole]
+        wrapped = lm.compose(fsdp(grid, **options), *transforms(around))(STEP[name])
+        whole = batches_of(name, steps, sum(sizes), dtype)
         data = [part(batch, sizes, distributed.rank()) for batch in whole]
         losses, state = train(wrapped, make_state(model, dtype, OPTIMIZERS[tx]()), data)
-        beside = lm.compose(*[cut(sizes)] * parts, *around)(STEP[name])
-        wanted, other = train(beside, make_state(model, dtype, OPTIMIZERS[tx]()), whole)
-        found.append((float((losses - wanted).abs().max()), *furthest(whole_of(wrapped, state), bare(other))))
+        wanted, leaves = one_process(model, tuple(around), tuple(sizes), name, dtype, steps, tx, parts)
+        found.append((float((losses - wanted).abs().max()), *furthest(whole_of(wrapped, state), leaves)))
     return found
 
 

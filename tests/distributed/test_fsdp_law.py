@@ -36,22 +36,33 @@ SIZES = {2: [[5, 3], [8, 0]], 4: [[4, 0, 3, 3]]}
 STEPS = pick(4, 20)
 
 
+def optimizer(dtype):
+    return lm.optim.adam(1e-2, eps=1e-4) if dtype == torch.float64 else lm.optim.sgd(0.05)
+
+
+def inner(around):
+    return transforms([around] if around else [])
+
+
+@functools.cache
+def one_process(model, around, sizes, dtype, steps):
+    """Losses and leaves of one process on all rows, the same for every strategy. BatchNorm sees the rows of a part."""
+    beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner(around))(step)
+    losses, state = train(beside, make_state(model, dtype, optimizer(dtype)), batches(steps, sum(sizes), dtype))
+    return losses, bare(state)
+
+
 def law(spread, cases, dtype, steps):
     """How far each case on parts is from one process on all rows: the losses, and the furthest leaf."""
     found = []
     for model, around, sizes in cases:
-        inner = transforms([around] if around else [])
-        wrapped = lm.compose(SPREAD[spread](), *inner)(step)
+        wrapped = lm.compose(SPREAD[spread](), *inner(around))(step)
         whole = batches(steps, sum(sizes), dtype)
-        tx = functools.partial(lm.optim.adam, 1e-2, eps=1e-4) if dtype == torch.float64 else lambda: lm.optim.sgd(0.05)
-        losses, state = train(
-            wrapped, make_state(model, dtype, tx()), [part(each, sizes, world.rank()) for each in whole]
-        )
-        # BatchNorm sees the rows of one process at a time.
-        beside = lm.compose(*[cut(sizes)] * (model == "stack"), *inner)(step)
-        wanted, other = train(beside, make_state(model, dtype, tx()), whole)
+        parts = [part(each, sizes, world.rank()) for each in whole]
+        losses, state = train(wrapped, make_state(model, dtype, optimizer(dtype)), parts)
+        wanted, leaves = one_process(model, around, tuple(sizes), dtype, steps)
         state = wrapped.transforms[0].export(state)
-        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
+        found.append((float((losses - wanted).abs().max()), *furthest(bare(state), leaves)))
     return found
 
 
