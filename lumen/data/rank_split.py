@@ -36,7 +36,7 @@ def refusal(data: Any) -> str:
             f"the data must be an lm.Loader or an iterable of batches, not {describe(source)}."
             " For tensors in memory write lm.Loader(data, batch_size=64)."
         )
-    if type(source) is tuple and len(source) > 1 and all(isinstance(x, Tensor | np.ndarray) for x in source):
+    if _are_columns(source):
         return (
             f"the data is a tuple of {len(source)} tensors, each of which would be a batch. Write lm.Loader((x, y),"
             " batch_size=64), whose batches are such tuples. Tensors that are batches go into a list: [x, y]."
@@ -163,3 +163,10 @@ def split_by_rank(source: Any) -> Any:
     names = [*SETTINGS, "batch_size", "drop_last", "persistent_workers", "in_order"]
     names += ["snapshot_every_n_steps"] if is_stateful_loader(source) else []
     return type(source)(split_stream, **{name: getattr(source, name) for name in names})
+
+
+def _are_columns(source: Any) -> bool:
+    """Whether this is a tuple of tensors of different kinds, as inputs and labels are; parts of a split are of one."""
+    if type(source) is not tuple or not all(isinstance(x, Tensor | np.ndarray) for x in source):
+        return False
+    return len({(str(x.dtype), x.shape[1:]) for x in source}) > 1
