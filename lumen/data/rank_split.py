@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch.distributed as dist
@@ -165,7 +165,7 @@ def split_by_rank(source: Any) -> Any:
     return type(source)(split_stream, **{name: getattr(source, name) for name in names})
 
 
-def _are_columns(source: Any) -> bool:
+def _are_columns(source: Any) -> TypeGuard[tuple[Any, ...]]:
     """Whether this is a tuple of tensors of different kinds, as inputs and labels are; parts of a split are of one."""
     if type(source) is not tuple or not all(isinstance(x, Tensor | np.ndarray) for x in source):
         return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -86,18 +85,32 @@ class Mesh:
         with distributed.real_tensors():
             return process_groups.hand_out(_torch_compat.flattened(grid[tuple(wide)], flat).get_group())
 
-    @contextmanager
-    def bound(self) -> Iterator[None]:
+    def bound(self) -> _BoundAxes:
         """Bind every axis for `lm.psum` and the other collectives.
 
         Raises `AxisError` at the end where these joined the rows of one rank alone, and not those of the others.
         """
         _ = self.torch  # raises where its world was left
-        with rules.bound_axes(self._axes):
-            joined = rules.stack.joined_axes = set()
-            yield
-            if joined:
-                check_joined(self.sizes)
+        return _BoundAxes(self._axes, self.sizes)
+
+
+class _BoundAxes(rules.bound_axes):
+    """The axes of a mesh, while a step runs."""
+
+    __slots__ = ("_sizes",)
+
+    def __init__(self, axes: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        super().__init__(axes)
+        self._sizes = sizes
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        rules.stack.joined_axes = set()
+
+    def __exit__(self, kind: object = None, *_exc: object) -> None:
+        super().__exit__()
+        if kind is None and rules.stack.joined_axes:
+            check_joined(self._sizes)
 
 
 class StepMesh:

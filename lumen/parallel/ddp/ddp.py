@@ -181,7 +181,8 @@ class ddp(Transform):
             if processes.comm is None:
                 with processes.mesh.bound():
                     return step(state, batch)
-            check_context(self, processes.mesh, inside)
+            if processes.mesh.sizes["context"] > 1:
+                check_context(self, processes.mesh, inside)
             rule = DDPRule(processes, processes.comm, self.buffers, state, checks)
             handlers: dict[Primitive, Rule] = {Primitive.GRADIENT: rule, Primitive.APPLY: rule.apply}
             with processes.mesh.bound(), rules.rule_context(handlers):

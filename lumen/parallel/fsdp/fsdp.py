@@ -232,7 +232,8 @@ class fsdp(Transform):
             if layout is None:
                 with runtime.mesh.bound():
                     return step(state, batch)
-            check_context(self, runtime.mesh, inside)
+            if runtime.mesh.sizes["context"] > 1:
+                check_context(self, runtime.mesh, inside)
             plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
             frozen = _frozen_params(runtime, layout, plans)
             states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)
