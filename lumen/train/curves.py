@@ -13,8 +13,9 @@ from lumen.sinks.format import short
 # Colors that are distinct on white and on black, and for color-blind readers (Okabe and Ito's, some changed).
 COLORS = ("#2a87cc", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b")
 DASHES = ("", "5 3", "1.5 2.5", "7 2 1.5 2")
+DIAGNOSTICS = ("goodput", "data_wait", "slowest_rank", "slowest_ratio")  # logged, and not in the lines of the display
 # Numbers of the run, which do not measure the model.
-_RUN = ("epoch", "lr", "mfu", "goodput", "data_wait", "slowest_rank", "slowest_ratio")
+_RUN = ("epoch", "lr", "mfu", *DIAGNOSTICS)
 _LEAST = 1e-300  # below it, a tenth of a number is too small a distance
 _MOST = 308.25  # about the power of ten of the largest number
 

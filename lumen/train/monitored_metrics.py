@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen.errors import StepError
+from lumen.train.curves import DIAGNOSTICS
 from lumen.train.early_stop import EarlyStop
 from lumen.train.settings import RunSettings
 
-_RUNNER_METRICS = (
-    *("lr", "steps_per_second", "rows_per_second", "tokens_per_second", "mfu"),
-    *("goodput", "data_wait", "slowest_rank", "slowest_ratio"),
-)
+_RUNNER_METRICS = ("lr", "steps_per_second", "rows_per_second", "tokens_per_second", "mfu", *DIAGNOSTICS)
 _TRAIN = "train/"
 _RATES = "lr/"  # the learning rates of a partition's groups, and of lanes
 

@@ -11,6 +11,7 @@ from lumen.errors import InexactWarning, printable
 from lumen.optim import learning_rate
 from lumen.optim._combine import group_rates
 from lumen.train.clock import Clock
+from lumen.train.curves import DIAGNOSTICS
 from lumen.train.history import History
 from lumen.train.metric_buffer import EpochMetrics, MetricAccumulator, split_epoch, to_floats, to_numbers
 from lumen.train.metric_merge import MetricMerger
@@ -132,7 +133,7 @@ class RunLogger:
         self.history.add(self._clock.step, numbers)
         self._current = (self._clock.step, {**self.current, **numbers})
         self.sinks.log(self._clock.step, {"epoch": self._clock.epoch, **values})
-        self.progress.show(self._clock, numbers)
+        self.progress.show(self._clock, {n: value for n, value in numbers.items() if n not in DIAGNOSTICS})
 
     def state_dict(self) -> dict[str, Any]:
         """The newest numbers and the positions of the sinks, as plain data."""
