@@ -32,7 +32,7 @@ def _notes(
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if str(error).startswith("vmap:") and hasattr(module, "set_attn_implementation"):
         yield _ATTENTION
-    if _torch_compat.peek_interpreter_stack() is not None and _writes_in_place(error):
+    if _torch_compat.peek_interpreter_stack() is not None and writes_in_place(error):
         yield _WRITES_UNDER_VMAP
     if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves):
         yield _NUMPY
@@ -54,7 +54,7 @@ def _notes(
         yield _DICT
 
 
-def _writes_in_place(error: Exception) -> bool:
+def writes_in_place(error: Exception) -> bool:
     """Whether an error under vmap is torch's refusal to write values of one lane or row into what all share."""
     text = str(error)
     return "there exists a Tensor `other`" in text or "doesn't match the broadcast shape" in text
@@ -66,7 +66,7 @@ def in_place_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _writes_in_place(error) and _WRITES_UNDER_VMAP not in getattr(error, "__notes__", ()):
+        if writes_in_place(error) and _WRITES_UNDER_VMAP not in getattr(error, "__notes__", ()):
             error.add_note(_WRITES_UNDER_VMAP)
         raise
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, rules
+from lumen.core.apply_failure import writes_in_place
 from lumen.core.buffer_rules import MEANINGS, SHOWN, Merge, suggested
 from lumen.core.buffer_writes import marking
 from lumen.core.primitives import ApplyCall, Aux, WrappedLoss
@@ -225,13 +226,12 @@ def merge_rows(origin: Origin, rows: Tensor) -> Tensor:
 
 def _explain_vmap(error: RuntimeError, origins: Mapping[str, Origin]) -> None:
     """Raise `MergeError` with the buffers that need a rule, where rows failed to change one of them in place."""
-    text = str(error)
-    if "there exists a Tensor `other`" not in text and "match the broadcast shape" not in text:
+    if not writes_in_place(error):
         return
     free = [origin for origin in origins.values() if origin.merge is None and not origin.frozen]
     if free:
         raise MergeError(
-            f"{text.splitlines()[0]} The model seems to change a buffer row by row that has no rule; these have none:"
-            f" {', '.join(repr(origin.name) for origin in free[:SHOWN])}. Declare how rows merge:"
+            f"{str(error).splitlines()[0]} The model seems to change a buffer row by row that has no rule; these have"
+            f" none: {', '.join(repr(origin.name) for origin in free[:SHOWN])}. Declare how rows merge:"
             f" lm.pure(net, merge={{{free[0].name!r}: {suggested(free[0].start)!r}}}). {MEANINGS}."
         ) from error

@@ -25,6 +25,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lumen.core import _torch_compat, rules
+from lumen.core.closures import cell_value
 from lumen.core.draws import keeping_draws, repeating_draws
 
 
@@ -104,15 +105,8 @@ def _contents_of(value: Any) -> Iterable[Any]:
     if isinstance(value, types.MethodType):
         return (value.__self__,)
     if isinstance(value, types.FunctionType):
-        return [*map(_content, value.__closure__ or ()), *(value.__defaults__ or ())]
+        return [*map(cell_value, value.__closure__ or ()), *(value.__defaults__ or ())]
     return ()
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
 
 
 class _Region:

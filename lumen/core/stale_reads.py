@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lumen.core import _torch_compat
+from lumen.core.closures import cell_value, codes_of
 from lumen.core.module import Apply
 from lumen.errors import PurityError
 
@@ -45,21 +46,14 @@ def modules_read(step: Any) -> list[nn.Module]:
     """The modules that a step takes from its closure or its globals."""
     step = getattr(step, "__func__", step)
     values = _outside(step)
-    return [*dict.fromkeys(values[n] for n in _names(step.__code__) if isinstance(values.get(n), nn.Module))]
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that a function may take from outside; in functions inside it too."""
-    yield from (*code.co_names, *code.co_freevars)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+    names = [name for code in codes_of(step.__code__) for name in (*code.co_names, *code.co_freevars)]
+    return [*dict.fromkeys(values[name] for name in names if isinstance(values.get(name), nn.Module))]
 
 
 def _outside(step: types.FunctionType) -> dict[str, Any]:
     """What a function can read beside its arguments, by name."""
     cells = zip(step.__code__.co_freevars, step.__closure__ or (), strict=True)
-    return {**step.__globals__, **{name: _content(cell) for name, cell in cells}}
+    return {**step.__globals__, **{name: cell_value(cell) for name, cell in cells}}
 
 
 def _computed(module: nn.Module) -> Iterator[str]:
@@ -74,18 +68,9 @@ def _computed(module: nn.Module) -> Iterator[str]:
 
 def _reads(code: types.CodeType, values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
     """Attributes that a function reads beside a module that it takes from outside; in functions inside it too."""
-    loads = [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(code)]
-    outside = [values.get(name) for op, name in loads if op in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF")]
-    for module in outside:
-        if isinstance(module, nn.Module):
-            yield from ((name, module) for op, name in loads if op in ("LOAD_ATTR", "LOAD_METHOD"))
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _reads(constant, values)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
+    for inner in codes_of(code):
+        loads = [(instruction.opname, instruction.argval) for instruction in dis.get_instructions(inner)]
+        outside = [values.get(name) for op, name in loads if op in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF")]
+        for module in outside:
+            if isinstance(module, nn.Module):
+                yield from ((name, module) for op, name in loads if op in ("LOAD_ATTR", "LOAD_METHOD"))

@@ -30,7 +30,7 @@ from lumen.optim._hyperparams import HParams, Hyper
 from lumen.optim._numerics import absent
 from lumen.optim._quantized import Quantized
 
-_requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
+_requires_grad, _dtype, _is_cpu = attrgetter("requires_grad"), attrgetter("dtype"), attrgetter("is_cpu")
 _CHUNK_SIZE = 2**22  # entries that are widened together
 
 
@@ -60,6 +60,11 @@ def allowed(leaves: list[Any]) -> bool:
     """Whether list kernels may run here: in eager mode, outside transforms and differentiation."""
     kinds = {*map(type, leaves)}
     return len(kinds) == 1 and eager() and _is_plain(*kinds) and not any(map(_requires_grad, leaves))
+
+
+def readable_on_host(leaves: list[Any]) -> bool:
+    """Whether list kernels may run here with numbers read from the leaves, which costs nothing on the CPU."""
+    return allowed(leaves) and all(map(_is_cpu, leaves))
 
 
 def _is_plain(kind: type) -> bool:

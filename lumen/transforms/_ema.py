@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import param_field
 from lumen.core.step import StepFn, Transform, add_slot, device_of, field_of, slot, with_slot, without_slot
 from lumen.errors import HyperparameterError
-from lumen.optim._fused_kernels import allowed
+from lumen.optim._fused_kernels import readable_on_host
 from lumen.optim._numerics import Coefficients, time
 
 
@@ -114,7 +113,7 @@ class ema(Transform):
     def _update(self, old: Averaged, params: Any, in_place: bool) -> Averaged:
         leaves, spec = tree.flatten(old.params)
         new = tree.leaves(params)
-        if leaves and _is_on_host([old.count, *leaves, *new]):
+        if leaves and readable_on_host([old.count, *leaves, *new]):
             n = int(old.count) + 1
             new = [b if b.dtype is a.dtype else b.to(a.dtype) for a, b in zip(leaves, new, strict=True)]
             if in_place:
@@ -151,11 +150,6 @@ def _map_states(change: Callable[[Path, Any], Any], state: Any) -> Any:
     if hasattr(state, "params") or not train_states(state):
         return change((), state)
     return map_train_states(change, state)
-
-
-def _is_on_host(leaves: list[Any]) -> bool:
-    """Whether torch's list kernels may run here, with numbers that are read from the leaves."""
-    return allowed(leaves) and all(map(attrgetter("is_cpu"), leaves))
 
 
 def _lerp(old: list[Tensor], new: list[Tensor], weight: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from lumen.core.rules import Next, Primitive
 from lumen.core.step import Step, StepFn, Transform, add_slot, device_of, slot, with_slot, without_slot
 from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError, NonFiniteError, SlotError, SpikeError
-from lumen.optim._fused_kernels import allowed
+from lumen.optim._fused_kernels import readable_on_host
 from lumen.optim._norms import LeafNorms
 from lumen.transforms._support.snapshot_dump import CallTrace, PreStepSnapshot, SnapshotPolicy
 from lumen.transforms._support.spikes import SERIES, SMALLEST_WINDOW, SpikeCheck, SpikeWindow
@@ -289,8 +289,7 @@ class _FinitenessCheck:
         if self._is_fine is None:
             numbers = [*self._numbers.values()]
             self._is_fine = (
-                allowed(numbers)
-                and all(n.is_cpu for n in numbers)
+                readable_on_host(numbers)
                 and not rules.is_tracing()
                 and not sharding.is_collective(self._differs_by_rank)
                 and all(math.isfinite(sum(n.tolist())) for n in numbers)

@@ -256,7 +256,7 @@ def test_ema_and_guard_are_bitwise_the_same_where_numbers_are_read(job: Job) -> 
     for reads in (True, False):
         with ExitStack() as patches:
             if not reads:
-                patches.enter_context(patch("lumen.transforms._ema._is_on_host", return_value=False))
+                patches.enter_context(patch("lumen.transforms._ema.readable_on_host", return_value=False))
                 patches.enter_context(patch.object(_FinitenessCheck, "is_fine_on_host", return_value=False))
             for inner in ((), (lm.donate(),)):
                 step = lm.compose(lm.guard(), lm.ema(0.9), *inner)(job.step)

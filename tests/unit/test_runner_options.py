@@ -691,7 +691,7 @@ def test_a_thousand_bf16_ones_sum_to_a_thousand():
 
 
 def test_nothing_waits_for_the_device_between_two_logging_points(tmp_path, monkeypatch):
-    monkeypatch.setattr("lumen.transforms._ema._is_on_host", lambda leaves: False)  # as on a device
+    monkeypatch.setattr("lumen.transforms._ema.readable_on_host", lambda leaves: False)  # as on a device
     monkeypatch.setattr("lumen.transforms._guard._FinitenessCheck.is_fine_on_host", lambda check: False)
     waits = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lumen import tree
 from lumen.core import distributed, row_fields
 from lumen.core.arguments import checked_first
+from lumen.core.closures import codes_of
 from lumen.core.dtypes import as_bytes
 from lumen.core.state import TrainState
 from lumen.core.step import device_of
@@ -91,13 +92,10 @@ def _models(state: Any) -> list[str]:
 
 def _code_digest(codes: list[types.CodeType]) -> str:
     digest = hashlib.sha256()
-    while codes:
-        code = codes.pop()
+    for code in itertools.chain.from_iterable(map(codes_of, codes)):
         digest.update(code.co_code + repr(code.co_names).encode())
         for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                codes.append(constant)
-            else:  # the order of a set's members differs between processes
+            if not isinstance(constant, types.CodeType):  # the order of a set's members differs between processes
                 text = sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
                 digest.update(repr(text).encode())
     return digest.hexdigest()[:12]

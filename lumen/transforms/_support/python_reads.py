@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from lumen.core.closures import cell_value, codes_of
 from lumen.core.step import Transform
 
 _LIBRARIES = ("torch", "lumen", "numpy", "optree")
@@ -70,7 +71,7 @@ def value_readers(fn: Any) -> list[Reader]:
         visited.add(id(function))
         for cell in function.__closure__ or ():
             readers.append(_cell_reader(cell))
-            pending.append(_cell_value(cell))
+            pending.append(cell_value(cell))
         for name in _global_names(function.__code__):
             if name in function.__globals__:
                 readers.append(_global_reader(function.__globals__, name))
@@ -84,26 +85,16 @@ def _is_library(fn: types.FunctionType) -> bool:
 
 def _global_names(code: types.CodeType) -> set[str]:
     """The globals read by a function and by functions defined in it; `co_names` also lists names of attributes."""
-    names = {
+    return {
         instruction.argval
-        for instruction in dis.get_instructions(code)
+        for inner in codes_of(code)
+        for instruction in dis.get_instructions(inner)
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
-
-
-def _cell_value(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
 
 
 def _cell_reader(cell: types.CellType) -> Reader:
-    return Reader(lambda: _cell_value(cell))
+    return Reader(lambda: cell_value(cell))
 
 
 def _global_reader(table: dict[str, Any], name: str) -> Reader:

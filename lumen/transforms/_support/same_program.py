@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen.core import _torch_compat
+from lumen.core.closures import cell_value
 from lumen.core.module import Apply
 from lumen.errors import StateError
 from lumen.optim._hyperparams import Hyper
@@ -98,7 +99,7 @@ def _contents(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, types.FunctionType):
         cells = value.__closure__ or ()
         defaults: dict[str, Any] = {"defaults": value.__defaults__, "kwdefaults": value.__kwdefaults__}
-        return defaults | {name: _content(c) for name, c in zip(value.__code__.co_freevars, cells, strict=True)}
+        return defaults | {name: cell_value(c) for name, c in zip(value.__code__.co_freevars, cells, strict=True)}
     if isinstance(value, types.MethodType):
         return {"": value.__self__, "__func__": value.__func__}
     if isinstance(value, functools.partial):
@@ -136,13 +137,6 @@ def _same_tensor(first: Tensor, other: Tensor) -> bool:
     if (first.shape, first.dtype, first.device) != (other.shape, other.dtype, other.device):
         return False
     return first.is_meta or torch.equal(first, other)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
 
 
 def _join(path: str, key: Any) -> str:
