@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from functools import partial
+from threading import get_ident
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator  # the stubs of numpy.random lack them
 from torch.utils.data import get_worker_info
+
+from lumen.data.mt19937 import MT19937, caller_generator
 
 
 class Seeded:
@@ -18,50 +20,50 @@ class Seeded:
     Worker processes skip the restoring: nothing else draws from their generators.
     """
 
-    __slots__ = ("_restore_fns", "_seed")
+    __slots__ = ("_caller", "_seed")
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def __enter__(self) -> None:
         in_worker = get_worker_info() is not None
-        restore_fns = () if in_worker else (_save_torch(), _save_python(), _replace_numpy())
-        self._restore_fns: tuple[Callable[[], object], ...] = restore_fns
-        torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would seed the accelerators as well
+        self._caller = None if in_worker else (_torch.get_state(), random.getstate(), _replace_numpy())
+        _torch.manual_seed(self._seed)
         random.seed(self._seed)
         np.random.seed(self._seed % 2**32)  # noqa: NPY002 (the one that user code draws from)
 
     def __exit__(self, *_: object) -> None:
-        for restore in self._restore_fns:
-            restore()
+        if self._caller is not None:
+            torch_state, python_state, numpy_state = self._caller
+            _torch.set_state(torch_state)
+            random.setstate(python_state)
+            _restore_numpy(*numpy_state)
 
 
-def _save_torch() -> Callable[[], object]:
-    return partial(torch.set_rng_state, torch.get_rng_state())
+_torch = torch.default_generator  # torch.manual_seed would seed the accelerators as well
+_spares: list[MT19937] = []  # bit generators that no `Seeded` uses: to make one takes longer than a batch
 
 
-def _save_python() -> Callable[[], object]:
-    return partial(random.setstate, random.getstate())
+def _replace_numpy() -> tuple[Any, dict[str, Any], MT19937]:
+    """Put a spare bit generator behind NumPy's global functions; returns the caller's, its state, and the spare one.
 
-
-_spare_generators: list[np.random.MT19937] = []  # those that no `Seeded` uses: to make one takes longer than a batch
-
-
-def _replace_numpy() -> Callable[[], None]:
-    """Put another bit generator behind NumPy's global functions; the function returned puts the caller's back.
-
-    NumPy reads and writes a state word by word, so exchanging the generator saves half of the time. It drops the second
-    of a pair of normal numbers, which NumPy keeps beside the generator: the state that was read puts it back.
+    NumPy reads and writes a state word by word, so the generator is exchanged instead. That drops the second of a pair
+    of normal numbers, which NumPy keeps beside the generator: the state has it.
     """
-    caller_generator = get_bit_generator()
-    caller_state = np.random.get_state(legacy=False)  # noqa: NPY002
-    spare = _spare_generators.pop() if _spare_generators else np.random.MT19937(0)
+    if type(caller := get_bit_generator()) is MT19937:
+        caller.reader = get_ident()
+        state = np.random.get_state(legacy=False)  # noqa: NPY002
+        caller.reader = 0
+    else:
+        del caller
+        state, caller = np.random.get_state(legacy=False), caller_generator()  # noqa: NPY002
+    spare = _spares.pop() if _spares else MT19937(0)
     set_bit_generator(spare)
+    return caller, state, spare
 
-    def restore() -> None:
-        set_bit_generator(caller_generator)
-        if caller_state["has_gauss"]:
-            np.random.set_state(caller_state)  # noqa: NPY002
-        _spare_generators.append(spare)
 
-    return restore
+def _restore_numpy(caller: Any, state: dict[str, Any], spare: MT19937) -> None:
+    set_bit_generator(caller)
+    if state["has_gauss"]:
+        np.random.set_state(state)  # noqa: NPY002
+    _spares.append(spare)
