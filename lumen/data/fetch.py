@@ -50,15 +50,19 @@ class Fetch:
     def __init__(self, source: Source, sampler: Sampler, seed: int, listeners: Sequence[Any] = ()) -> None:
         self._source, self._sampler, self._seed = source, sampler, seed
         self._listeners, self._epoch = listeners, -1
+        self._hash = 0  # of seed and epoch
 
     def __getitem__(self, key: Rows) -> Any:
-        if self._listeners and key.epoch != self._epoch:
-            for listener in self._listeners:  # here, as each worker process has its own copies
-                listener.set_epoch(key.epoch)
-            self._epoch = key.epoch
+        if key.epoch != self._epoch:
+            self._begin(key.epoch)
         # Seeded by the first position rather than the batch's number, so that ranks draw different numbers.
-        batch = self._source.read(self._rows(key), permutation.hash64(self._seed, key.epoch, key.start))
+        batch = self._source.read(self._rows(key), permutation.extended(self._hash, key.start))
         return batch if key.fill is None else _with_weight(batch, _weight(key))
+
+    def _begin(self, epoch: int) -> None:
+        for listener in self._listeners:  # here, as each worker process has its own copies
+            listener.set_epoch(epoch)
+        self._epoch, self._hash = epoch, permutation.hash64(self._seed, epoch)
 
     def stacked(self, keys: Sequence[Rows]) -> Any:
         """Several batches of the same size as one with a new leading dim; only columns can read them at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -115,7 +116,8 @@ class Mixture:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """These rows of this epoch; those of one set are read together."""
-        numbers, passes, rows = self._drawn([range(self._length)[index] for index in indices])
+        epoch = range(self._length)
+        numbers, passes, rows = self._drawn([epoch[index] for index in indices])
         groups: dict[tuple[int, int], list[int]] = {}
         for i, group in enumerate(zip(numbers.tolist(), passes.tolist(), strict=True)):
             groups.setdefault(group, []).append(i)
@@ -147,11 +149,10 @@ class Mixture:
         draws = periods * np.array(self._counts)[numbers] + self._draws[slots]
         begun = np.array([position for _, position in self._starts])
         passes, in_pass = np.divmod(begun[numbers] + draws, np.array(self._sizes)[numbers])
-        for number in {*numbers.tolist()}:
-            for later in {*passes[numbers == number].tolist()}:
-                chosen = (numbers == number) & (passes == later)
-                order = self._sizes[number], self._seeds[number], self._starts[number][0] + later
-                rows[chosen] = permutation.take(*order, in_pass[chosen])
+        for chosen in _groups(numbers, passes):
+            number, later = int(numbers[chosen[0]]), int(passes[chosen[0]])
+            order = self._sizes[number], self._seeds[number], self._starts[number][0] + later
+            rows[chosen] = permutation.take(*order, in_pass[chosen])
         return numbers, passes, rows
 
     def _read(self, number: int, later: int, rows: list[int]) -> list[Any]:
@@ -190,3 +191,12 @@ def _occurrences(slots: np.ndarray[Any, np.dtype[np.int64]], sets: int) -> np.nd
         mask = slots == number
         before[mask] = np.arange(mask.sum())
     return before
+
+
+def _groups(numbers: Indices, passes: Indices) -> list[Indices]:
+    """The positions that draw from the same pass over the same set, by set and pass."""
+    order = np.lexsort((passes, numbers))
+    numbers, passes = numbers[order], passes[order]
+    ends = np.flatnonzero((numbers[1:] != numbers[:-1]) | (passes[1:] != passes[:-1])) + 1
+    bounds = [0, *ends.tolist(), len(order)]
+    return [order[start:stop] for start, stop in itertools.pairwise(bounds) if start < stop]

@@ -58,7 +58,13 @@ def permute(n: int, seed: int, epoch: int, positions: ArrayLike) -> Indices:
 
 def rows(n: int, seed: int | None, epoch: int, start: int, stop: int) -> Indices:
     """The rows at positions `start` … `stop` - 1, in their own order if `seed` is None. Do not write to them."""
-    return np.arange(start, stop) if seed is None else from_blocks(partial(_block, n, seed, epoch), start, stop)
+    if seed is None:
+        return np.arange(start, stop)
+    number = start // BLOCK
+    first = number * BLOCK
+    if stop <= first + BLOCK:  # nearly always
+        return _block(n, seed, epoch, number)[start - first : stop - first]
+    return from_blocks(partial(_block, n, seed, epoch), start, stop)
 
 
 def take(n: int, seed: int | None, epoch: int, positions: Indices) -> Indices:
@@ -99,12 +105,18 @@ def uniform(seed: int, epoch: int, start: int, stop: int) -> NDArray[np.float64]
 def hash64(*words: int) -> int:
     """A number in [0, 2**64) that depends on every word and on their order; it derives a seed from others."""
     state = 0
-    for word in words:  # `_mix` for Python integers, which are ten times as fast as arrays of one element
-        state = (state ^ word & _MASK) + _GOLDEN & _MASK
-        state = (state ^ state >> 30) * _FACTORS[0] & _MASK
-        state = (state ^ state >> 27) * _FACTORS[1] & _MASK
-        state ^= state >> 31
+    for word in words:
+        state = extended(state, word)
     return state
+
+
+def extended(state: int, word: int) -> int:
+    """`hash64(*words, word)` for the `state` that is `hash64(*words)`."""
+    # `_mix` for Python integers, which are ten times as fast as arrays of one element.
+    state = (state ^ word & _MASK) + _GOLDEN & _MASK
+    state = (state ^ state >> 30) * _FACTORS[0] & _MASK
+    state = (state ^ state >> 27) * _FACTORS[1] & _MASK
+    return state ^ state >> 31
 
 
 def derived_seed(seed: int, number: int) -> int:

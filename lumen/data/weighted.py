@@ -46,9 +46,10 @@ class Weighted(EachOnce):
 
     def _draw(self, epoch: int, start: int, stop: int) -> permutation.Indices:
         points = permutation.uniform(self._key, epoch, start, stop) * self._ends[-1]
-        # A product may round up to the end of the line.
-        rows: permutation.Indices = np.minimum(self._ends.searchsorted(points, "right"), self._last)
-        return rows
+        order = points.argsort()  # neighbors are found in half of the time, which memory takes
+        rows = np.empty(stop - start, np.int64)
+        rows[order] = self._ends.searchsorted(points[order], "right")
+        return np.minimum(rows, self._last)  # a product may round up to the end of the line
 
     def identity(self) -> dict[str, int]:
         """A checksum of the weights."""
