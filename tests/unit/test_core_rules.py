@@ -84,8 +84,8 @@ def test_a_failing_step_leaves_no_rules() -> None:
 
 
 def test_a_plain_step_makes_few_calls() -> None:
-    # Torch 2.11 copies one by one, in _torch_compat.py.
-    files = [name for name in calls.counted(lm.compose()) if name != "core/_torch_compat.py"]
+    copies = "core/_torch_compat.py"  # torch 2.11's, of one tensor after the other
+    files = [name for name in calls.counted(lm.compose()) if name != copies]
     assert len(files) <= 60, "python -m benchmarks.calls"
     assert len(set(files)) <= 9  # one of them for the user's own lm.Mean
-    assert len(set(calls.counted(lm.compose(), calls.scalar_step))) <= 8
+    assert len({*calls.counted(lm.compose(), calls.scalar_step)} - {copies}) <= 8
