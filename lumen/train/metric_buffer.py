@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ _REDUCE = "Reduce it in the step, to a mean or its quantiles, say."
 
 
 def to_floats(metrics: Any, prefix: str = "", advice: str = _REDUCE) -> dict[str, float]:
-    """The numbers of a metrics tree by name, moved to the host in one transfer.
+    """The numbers of a metrics tree by name, moved to the host in one transfer from each device.
 
     It warns, with the `advice`, of a tensor that has too many numbers to be logged.
     """
@@ -192,16 +192,25 @@ def to_floats(metrics: Any, prefix: str = "", advice: str = _REDUCE) -> dict[str
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:
-    """0-d tensors as numbers, in one transfer, or in two from a device without float64."""
-    if all(scalar_dtype(scalar.device) == torch.float64 for scalar in scalars):
-        return torch.stack([scalar.to(torch.float64) for scalar in scalars]).tolist()
+    """0-d tensors as numbers, in one transfer from each device, or in two from one without float64."""
     numbers = [0.0] * len(scalars)
-    for dtype, floating in ((torch.float32, True), (torch.int64, False)):  # a count may need more than 24 bits
-        indices = [i for i, scalar in enumerate(scalars) if scalar.is_floating_point() is floating]
-        values = torch.stack([scalars[i].to(dtype) for i in indices]).tolist() if indices else []
+    for dtype, indices in _transfers(scalars):
+        values = torch.stack([scalars[i].to(dtype) for i in indices]).tolist()
         for i, value in zip(indices, values, strict=True):
             numbers[i] = float(value)
     return numbers
+
+
+def _transfers(scalars: list[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
+    """Which scalars can be stacked, and in which dtype: those on one device."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, scalar in enumerate(scalars):
+        dtype = scalar_dtype(scalar.device)
+        if dtype != torch.float64 and not scalar.is_floating_point():  # a count may need more than 24 bits
+            dtype = torch.int64
+        groups.setdefault((scalar.device, dtype), []).append(i)
+    for (_, dtype), indices in groups.items():
+        yield dtype, indices
 
 
 def _named(metrics: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumen import tree
 from lumen.checkpoint import json_tree
 from lumen.core import distributed
 from lumen.errors import InexactWarning
@@ -32,11 +33,16 @@ def gather_rank_state(group: ProcessGroupContext, own: Mapping[str, Any]) -> dic
     if group.size == 1:
         return dict(own)
     states: list[Any] | None = [None] * group.size if group.is_main else None
-    dist.gather_object(dict(own), states, dst=0)
+    dist.gather_object(_on_host(own), states, dst=0)  # tensors on a GPU would arrive on the sender's GPU
     if states is None:
         return {}
     copies = {"copies": distributed.row_replicas()} if distributed.row_replicas() > 1 else {}
     return {**states[0], **copies, "ranks": bundle(states[1:])}
+
+
+def _on_host(own: Mapping[str, Any]) -> dict[str, Any]:
+    moved: dict[str, Any] = tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, dict(own))
+    return moved
 
 
 def own_rank_state(

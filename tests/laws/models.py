@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         scores = q @ k.transpose(-1, -2) / D**0.5
-        hidden = torch.tril(torch.ones(T, T, dtype=torch.bool)).logical_not()
+        hidden = torch.tril(torch.ones(T, T, dtype=torch.bool, device=x.device)).logical_not()
         return self.head((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).mean(-2))
 
 
