@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 # Which parts `make bench` runs, all by default, and further options: BENCH_ARGS="--quick --strict".
 BENCH ?=
 BENCH_ARGS ?=
+# Groups of checks and options for `make gpu`: GPU_ARGS="--dry-run", GPU_ARGS="laws graphs".
+GPU_ARGS ?=
 WORKERS := 2
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 INSTALL = $(PIP) install --quiet $(PIP_ARGS) -c $(PINS)
@@ -35,7 +37,7 @@ PEERS := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-times lint format types doctest docs notebooks pictures bench clean distclean
+.PHONY: help demo test test-all test-times lint format types doctest docs notebooks pictures bench gpu clean distclean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +115,10 @@ pictures: $(DEV)  ## Make the pictures of the documentation anew
 
 bench: $(PEERS)  ## Measure speed and memory beside other libraries (BENCH="leaves sweep", BASELINE=1)
 	$(BIN)/python -m benchmarks $(BENCH) $(if $(BASELINE),--write-baseline) $(BENCH_ARGS)
+
+# It installs nothing: without .venv, or with PYTHON=…, it takes a Python that has torch and a GPU already.
+gpu:  ## Check on one GPU what only a GPU can show, in about eight minutes (GPU_ARGS=--dry-run: on the CPU)
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:  ## Remove build outputs and caches
 	rm -rf build dist site *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

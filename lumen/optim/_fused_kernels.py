@@ -170,6 +170,8 @@ class Trial:
         try:
             with _torch_compat.disable_current_modes():  # modes that count operations must not count these
                 result = all(_works(rule, wide_dtype(key[0]), device) for rule in self._rules())
+        except NotImplementedError:  # this torch lacks the kernel for the device, as older ones lack Adagrad's on CUDA
+            result = False
         finally:
             del self._results[key]
         self._results[key] = result
