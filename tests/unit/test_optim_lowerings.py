@@ -230,6 +230,17 @@ def test_a_fused_kernel_that_is_wrong_is_not_used(kernel, module, name, monkeypa
     assert_same(run(make()[name], 2), right)
 
 
+def test_a_fused_kernel_that_this_torch_lacks_is_not_used(monkeypatch):
+    def absent(*args, **kwargs):
+        raise NotImplementedError("Could not run 'aten::_fused_adagrad_' with arguments from the 'CUDA' backend")
+
+    right = run(plain(make()["adagrad"]), 2)
+    monkeypatch.setattr(_torch_compat, "fused_adagrad_", absent)
+    for trial in trials(importlib.import_module("lumen.optim._adaptive")):
+        monkeypatch.setattr(trial, "_results", {})
+    assert_same(run(make()["adagrad"], 2), right)
+
+
 def trials(module):
     return module._TRIALS.values() if hasattr(module, "_TRIALS") else [module._TRIAL]
 
