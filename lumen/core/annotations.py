@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections.abc
 import functools
 import inspect
+import operator
 import os
 import sys
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -117,6 +118,17 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return not isinstance(value, bool | np.bool_) and isinstance(value, int | float | np.number | torch.SymFloat)
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as an int if it is a whole number of Python or NumPy, else None.
+
+    >>> import numpy as np
+    >>> whole_number(np.int64(2)), whole_number(2.0), whole_number(True)
+    (2, None, None)
+    """
+    is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray | Tensor)
+    return operator.index(value) if is_whole else None
 
 
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {

@@ -43,7 +43,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     Both dicts are flat, by fully qualified name in the order of `named_parameters()`; tied weights appear once.
     Parameters with `requires_grad=False` are not differentiated and count as buffers. The tensors are the module's
     own; the function works on a skeleton without memory, so later changes of `module` do not reach it, and `train()`
-    or `eval()` mode is the one the module was in. Of a module from `torch.compile` it takes the original.
+    or `eval()` mode is the one the module was in. Of modules from `torch.compile` it takes the originals.
 
     `merge` says, by patterns of buffers' names, how the new buffers of microbatches are merged into that of the batch,
     where several processes or the rows under `lm.dp_sgd` compute them: "sum" adds up the changes from the start of the
@@ -62,7 +62,7 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     >>> out.tolist()
     [[3.0], [3.0], [3.0]]
     """
-    module = _torch_compat.uncompiled(module)
+    module = _uncompiled(module, {})
     _check_leaves(module)
     named = dict(module.named_parameters())
     lazy = [name for name, p in named.items() if is_lazy(p)]
@@ -78,6 +78,19 @@ def pure(module: nn.Module, *, merge: Merges | None = None) -> Pure:
     buffers = {name: b.detach() for name, b in module.named_buffers() if b is not None}
     apply = Apply(skeleton_of(module), frozenset(frozen), merges_of(module, merge))
     return Pure(apply, params, {**buffers, **frozen})
+
+
+def _uncompiled(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`module` with the originals of all modules from `torch.compile` in it; itself if there are none."""
+    if module not in known:
+        original = _torch_compat.uncompiled(module)
+        old = _torch_compat.own_modules(original)
+        new = {name: None if child is None else _uncompiled(child, known) for name, child in old.items()}
+        if any(new[name] is not child for name, child in old.items()):
+            original = copy.copy(original)  # the user's own keeps its children
+            setattr(original, _torch_compat.MODULES, new)
+        known[module] = original
+    return known[module]
 
 
 def _check_leaves(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen.core import arguments
-from lumen.errors import StepError
+from lumen.errors import ArgumentError, StepError
 
 T = TypeVar("T")
 
@@ -48,7 +48,14 @@ class ValueType(ABCMeta):
 
 def _check(cls: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise for arguments of a class of Lumen's that its annotations do not allow; others' annotations are theirs."""
-    if not cls.__module__.startswith("lumen.") or "__init__" not in vars(cls):
+    if not cls.__module__.startswith("lumen."):
+        return
+    if (args or kwargs) and not inspect.signature(cls).parameters:
+        shown = ", ".join(
+            [*(f"{value!r:.40}" for value in args), *(f"{key}={value!r:.40}" for key, value in kwargs.items())]
+        )
+        raise ArgumentError(f"lm.{cls.name} takes no arguments, and got {shown}. Write: lm.{cls.name}()")
+    if "__init__" not in vars(cls):
         return
     wrong = arguments.mismatch(cls.__init__, (None, *args), kwargs, cls)
     if wrong is not None:

@@ -19,14 +19,12 @@ from lumen.errors import HyperparameterError, InexactWarning, PurityError
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, clone
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
+from lumen.optim._stored_values import as_tensor, is_number, layout, restore, store
 from lumen.optim._torch_memory import (
     TRIALS,
     Memory,
-    as_tensor,
     attributes,
     changes,
-    is_number,
-    is_value,
     not_carried,
     options_of,
     own_rule,
@@ -62,8 +60,9 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **kwargs: Any) -> Gradien
     `opt_state.hparams["lr"]` and may be a schedule. Gradients get the memory layout of their params, as autograd
     gives `.grad`. The optimizer chooses the dtype of its state: torch's optimizers keep the moments of 16-bit
     params in 16 bits, where small changes are rounded away; `lm.optim.adamw` keeps them in float32. What an optimizer
-    of another library counts in its param groups is in `opt_state.groups`. One with a training mode runs in it, with an
-    `InexactWarning` if it has an evaluation mode with other params.
+    of another library counts in its param groups is in `opt_state.groups`; lists and dicts in its state, and tensors
+    that wrap others, such as quantized moments, are leaves as the tensors that they are made of. One with a training
+    mode runs in it, with an `InexactWarning` if it has an evaluation mode with other params.
 
     Args:
         optimizer: the class, of torch or of another library.
@@ -128,11 +127,9 @@ class _TorchRule:
         leaves, spec = tree.flatten(clone(params))
         _, lr = self._lr(count, hparams)
         memories, groups = self._tried(leaves, lr)
-        unknown = {key: value for memory in memories for key, value in memory.items() if not is_value(value)}
-        if unknown:
-            raise self._refusal(f"keeps values in its state that are neither tensors nor numbers: {unknown!r}")
         numbers = {key for memory in (*memories, *groups) for key, value in memory.items() if is_number(value)}
-        blank = [{key: torch.zeros_like(as_tensor(value)) for key, value in memory.items()} for memory in memories]
+        stored = [{key: store(value) for key, value in memory.items()} for memory in memories]
+        blank = tree.map(torch.zeros_like, stored)
         blank_groups = [{k: torch.zeros_like(as_tensor(v)) for k, v in group.items()} for group in groups]
         counted = blank_groups if any(blank_groups) else ()
         return TorchState(count, tree.unflatten(spec, blank), hparams, counted, tuple(sorted(numbers)))
@@ -143,18 +140,21 @@ class _TorchRule:
         Torch's own optimizers keep nothing in groups. Of others several steps are watched: some count later.
         """
         if self.of_torch:
-            return self._step(leaves, [torch.zeros_like(leaf) for leaf in leaves], None, None, lr)[0], []
+            try:
+                return self._step(leaves, [torch.zeros_like(leaf) for leaf in leaves], None, None, lr)[0], []
+            except RuntimeError as error:
+                raise self._failure(error) from error
         optimizer = self._built([_walkable(leaf) for leaf in leaves], lr)
         params = [leaf for group in optimizer.param_groups for leaf in group["params"]]
         numbers = attributes(optimizer)
-        changed, keys = self._watched(optimizer, params)
-        reason = not_carried(optimizer, numbers, len(params), changed, keys)
+        changed, layouts = self._watched(optimizer, params)
+        reason = not_carried(optimizer, numbers, len(params), changed, layouts)
         if reason:
             raise self._refusal(reason)
         return [dict(optimizer.state[leaf]) for leaf in params], changed
 
-    def _watched(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Memory], list[set[str]]]:
-        """The options of each param group that steps change or may change, and after each step the keys of the state.
+    def _watched(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> tuple[list[Memory], list[Memory]]:
+        """The options of each param group that steps change or may change, and the layout of the state after each step.
 
         A number that is no argument of the class is one that it counts, even where the first steps leave it alone.
         """
@@ -164,18 +164,25 @@ class _TorchRule:
             {key: value for key, value in group.items() if key not in arguments and type(value) in (int, float)}
             for group in options
         ]
-        keys: list[set[str]] = []
+        layouts: list[Memory] = []
         for _ in range(TRIALS):
             for leaf in params:
                 leaf.grad = torch.full_like(leaf, 0.5)
             try:
                 optimizer.step()
             except Exception as error:
-                raise self._refusal(f"cannot make a step by itself ({type(error).__name__}: {error})") from error
-            keys.append({key for leaf in params for key in optimizer.state[leaf]})
+                raise self._failure(error) from error
+            layouts.append(self._layouts(optimizer, params))
             for known, before, group in zip(changed, options, optimizer.param_groups, strict=True):
                 known.update(changes(before, options_of(group), {**known}))
-        return changed, keys
+        return changed, layouts
+
+    @staticmethod
+    def _layouts(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Memory:
+        """The layout of each entry of the state, by name, for all params that have one."""
+        memories = [optimizer.state[leaf] for leaf in params]
+        keys = dict.fromkeys(key for memory in memories for key in memory)
+        return {key: [layout(memory[key]) for memory in memories if key in memory] for key in keys}
 
     def _built(self, leaves: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
         """A new optimizer of these leaves, in its training mode if it has one."""
@@ -190,14 +197,24 @@ class _TorchRule:
         new = as_tensor(value)
         if new.is_floating_point() and not old.is_floating_point():
             raise self._refusal(f"makes {key!r} of its param_groups a float after its first {TRIALS} steps")
-        return new.to(old.dtype)
+        if new.numel() != old.numel():
+            raise self._refusal(f"changes the shape of {key!r} of its param_groups after its first {TRIALS} steps")
+        return new.to(old.dtype).reshape(old.shape)
 
     def _refusal(self, text: str) -> HyperparameterError:
-        own = own_rule(self.optimizer.__name__)
         return HyperparameterError(
-            f"{self.optimizer.__name__} {text}, which cannot be carried in a state that is a pytree. Write"
-            f" lm.optim.{own}(...){'' if own != 'adamw' else ' or another rule of lm.optim'}."
+            f"{self.optimizer.__name__} {text}, which cannot be carried in a state that is a pytree. {self._own_rule()}"
         )
+
+    def _failure(self, error: Exception) -> HyperparameterError:
+        return HyperparameterError(
+            f"{self.optimizer.__name__} fails at a step with a dense gradient for each param ({type(error).__name__}:"
+            f" {error}). {self._own_rule()}"
+        )
+
+    def _own_rule(self) -> str:
+        own = own_rule(self.optimizer.__name__)
+        return f"Write lm.optim.{own}(...){'' if own != 'adamw' else ' or another rule of lm.optim'}."
 
     def update(self, grads: Any, state: TorchState, params: Any) -> tuple[Any, TorchState]:
         leaves = tree.leaves(params) + tree.leaves(grads)
@@ -221,11 +238,11 @@ class _TorchRule:
         memories = groups = None
         if int(state.count) > 0:
             memories, groups = (
-                [{k: v.item() if k in state.numbers else v for k, v in memory.items()} for memory in kept]
+                [{k: v.item() if k in state.numbers else restore(v) for k, v in memory.items()} for memory in kept]
                 for kept in (memory_leaves, state.groups)
             )
         memories, groups = self._step(leaves, grad_leaves, memories, groups, lr, state.groups)
-        new_memories = unshared([{key: as_tensor(value) for key, value in memory.items()} for memory in memories])
+        new_memories = unshared([{key: store(value) for key, value in memory.items()} for memory in memories])
         new_groups = [
             {key: self._like(key, group[key], old) for key, old in olds.items()}
             for group, olds in zip(groups, state.groups, strict=False)
@@ -277,7 +294,7 @@ class _TorchRule:
         if memories is not None:
             for alias, memory in zip(aliases, memories, strict=True):
                 optimizer.state[alias] = {
-                    k: _with_strides_of(v, alias, v.dtype) if isinstance(v, Tensor) and v.shape == alias.shape else v
+                    k: _with_strides_of(v, alias, v.dtype) if type(v) is Tensor and v.shape == alias.shape else v
                     for k, v in memory.items()
                 }
         for group, kept in zip(optimizer.param_groups, groups or (), strict=False):

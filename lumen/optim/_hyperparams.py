@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat
+from lumen.core.annotations import whole_number
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._numerics import Scalar, scalar_dtype
@@ -183,10 +184,12 @@ def check_scalar(
         raise HyperparameterError(f"{name}={value!r:.80} is not allowed: {fix}.")
 
 
-def check_count(name: str, value: Any, low: int) -> None:
-    """Raise `HyperparameterError` unless `value` is a whole number from `low`."""
-    if not isinstance(value, int) or value < low:
+def check_count(name: str, value: Any, low: int) -> int:
+    """`value` as an int; raises `HyperparameterError` unless it is a whole number from `low`."""
+    number = whole_number(value)
+    if number is None or number < low:
         raise HyperparameterError(f"{name}={value!r} is not allowed: give a whole number from {low}.")
+    return number
 
 
 def _inside(number: float, low: float, high: float, open_high: bool) -> bool:

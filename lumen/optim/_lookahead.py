@@ -51,7 +51,7 @@ def lookahead(inner: GradientTransformation, period: int = 6, slow_step: Scalar 
     >>> params["w"]
     tensor([-1.])
     """
-    check_count("period", period, low=1)
+    period = check_count("period", period, low=1)
     check_rounds_nothing("lookahead", inner)
     hyper = Hyper(None, at_most_one=("slow_step",), slow_step=slow_step)
 

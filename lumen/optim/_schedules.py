@@ -106,7 +106,7 @@ def linear(start: Scalar, steps: int, stop: Scalar) -> Schedule:
     """
     check_scalar("start", start, schedule=False)
     check_scalar("stop", stop, schedule=False)
-    check_count("steps", steps, low=1)
+    steps = check_count("steps", steps, low=1)
     return Curve(lambda t, m: _line(start, stop, _progress(t, 0, steps, m), m))
 
 
@@ -121,7 +121,7 @@ def polynomial(start: Scalar, steps: int, stop: Scalar, power: Scalar = 1.0) -> 
     check_scalar("start", start, schedule=False)
     check_scalar("stop", stop, schedule=False)
     check_scalar("power", power, schedule=False)
-    check_count("steps", steps, low=1)
+    steps = check_count("steps", steps, low=1)
     return Curve(lambda t, m: stop + (start - stop) * (1 - _progress(t, 0, steps, m)) ** power)
 
 
@@ -137,7 +137,7 @@ def cosine(start: Scalar, steps: int, stop: Scalar = 0.0) -> Schedule:
     """
     check_scalar("start", start, schedule=False)
     check_scalar("stop", stop, schedule=False)
-    check_count("steps", steps, low=1)
+    steps = check_count("steps", steps, low=1)
     return Curve(lambda t, m: _half_wave(start, stop, _progress(t, 0, steps, m), m))
 
 
@@ -150,7 +150,7 @@ def warmup_cosine(peak: Scalar, steps: int, warmup: int, *, start: Scalar = 0.0,
     >>> [round(schedule(torch.tensor(step)).item(), 3) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    check_count("warmup", warmup, low=0)
+    steps, warmup = check_count("steps", steps, low=1), check_count("warmup", warmup, low=0)
     if steps <= warmup:
         raise HyperparameterError(f"steps={steps} includes the warmup of {warmup} and must be greater than it.")
     if not warmup:
@@ -171,7 +171,7 @@ def exponential(
     check_scalar("start", start, schedule=False)
     check_scalar("rate", rate, schedule=False)
     check_scalar("stop", stop, schedule=False)
-    check_count("every", every, low=1)
+    every = check_count("every", every, low=1)
 
     def formula(t: Any, m: Any) -> Any:
         periods = t / every
@@ -271,7 +271,7 @@ def one_cycle(
     check_scalar("warmup_fraction", warmup_fraction, high=1.0, schedule=False)
     check_scalar("start_divisor", start_divisor, low=1.0, schedule=False)
     check_scalar("stop_divisor", stop_divisor, low=1.0, schedule=False)
-    check_count("steps", steps, low=1)
+    steps = check_count("steps", steps, low=1)
     if anneal not in ("cos", "linear"):
         raise HyperparameterError(f"anneal={anneal!r} is not allowed: give 'cos' or 'linear'.")
     curve: Callable[[Any, Any, Any, Any], Any] = _half_wave if anneal == "cos" else _line

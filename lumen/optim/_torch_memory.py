@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen import tree
+from lumen.optim._stored_values import can_store, is_number, is_value
+
 Memory = dict[str, Any]
 
 TRIALS = 3  # steps of an optimizer that are watched for what it counts in its param groups
@@ -29,23 +32,35 @@ def not_carried(
     numbers: Memory,
     count: int,
     changed: Sequence[Memory],
-    keys: Sequence[set[str]],
+    layouts: Sequence[Memory],
 ) -> str:
     """What an optimizer keeps that a state cannot carry; empty if there is nothing.
 
-    It has `count` params and had these `numbers` as attributes before the steps that were watched.
+    It has `count` params and had these `numbers` as attributes before the steps that were watched. `layouts` has the
+    layout of each entry of its state after each of them, by name.
     """
     others = [name for name, value in attributes(optimizer).items() if name not in numbers or numbers[name] != value]
     if others:
         return f"counts in its attribute {others[0]!r}"
     if len(optimizer.state) > count:
         return "keeps state that belongs to no param"
-    if keys[0] != keys[-1]:
-        return f"has no {min(keys[-1] ^ keys[0])!r} in its state after its first step"
+    first, last = layouts[0], layouts[-1]
+    if first.keys() != last.keys():
+        return f"has no {min(last.keys() ^ first.keys())!r} in its state after its first step"
+    unlike = [key for key in first if first[key] != last[key]]
+    if unlike:
+        return f"keeps {unlike[0]!r} in its state with another structure at each step"
     if any("lr" in group for group in changed):
         return "changes its learning rate by itself"
     unknown = {key: value for group in changed for key, value in group.items() if not is_value(value)}
-    return f"keeps values in its param_groups that are neither tensors nor numbers: {unknown!r}" if unknown else ""
+    if unknown:
+        return f"keeps in its param_groups what is neither a tensor nor a number: {_kinds(unknown)}"
+    unknown = {k: v for memory in optimizer.state.values() for k, v in memory.items() if not can_store(v)}
+    return f"keeps in its state what is not made of tensors and numbers: {_kinds(unknown)}" if unknown else ""
+
+
+def _kinds(values: Memory) -> str:
+    return ", ".join(f"{key!r} of type {type(value).__name__}" for key, value in values.items())
 
 
 def attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -64,12 +79,13 @@ def own_rule(name: str) -> str:
 def unshared(memories: list[Memory]) -> list[Memory]:
     """The same with a copy of each tensor that another leaf has too, so that no two leaves of a state share memory."""
     known: set[int] = set()
-    for memory in memories:
-        for key, value in memory.items():
-            if id(value) in known:
-                memory[key] = value.clone()
-            known.add(id(value))
-    return memories
+
+    def unshare(leaf: Tensor) -> Tensor:
+        leaf = leaf.clone() if id(leaf) in known else leaf
+        known.add(id(leaf))
+        return leaf
+
+    return [tree.map(unshare, memory) for memory in memories]
 
 
 def options_of(group: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +97,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def is_value(value: Any) -> bool:
-    return isinstance(value, Tensor) or is_number(value)
-
-
-def as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)

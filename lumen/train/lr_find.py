@@ -233,7 +233,7 @@ def _check(low: float, high: float, steps: int, smoothing: float, diverge: float
         check_scalar(name, value, low=least, schedule=False)
         if value == least:
             raise HyperparameterError(f"{name}={value!r} is not allowed: give a number above {least:g}.")
-    check_count("steps", steps, low=10)
+    steps = check_count("steps", steps, low=10)
     check_scalar("smoothing", smoothing, high=1.0, open_high=True, schedule=False)
     if diverge is not None and not (isinstance(diverge, int | float) and diverge > 1):
         raise HyperparameterError(f"diverge={diverge!r} is not allowed: give a number above 1, or None.")

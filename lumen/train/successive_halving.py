@@ -106,11 +106,10 @@ def successive_halving(
     >>> result.best.values, [trial.steps for trial in result.trials]
     ({'lr': 0.1}, [5, 5, 10, 20])
     """
-    check_count("eta", eta, low=2)
-    check_count("min_steps", min_steps, low=1)
-    check_count("max_steps", max_steps, low=min_steps)
+    eta, min_steps = check_count("eta", eta, low=2), check_count("min_steps", min_steps, low=1)
+    max_steps = check_count("max_steps", max_steps, low=min_steps)
     if lanes is not None:
-        check_count("lanes", lanes, low=1)
+        lanes = check_count("lanes", lanes, low=1)
     if mode not in ("min", "max"):
         raise HyperparameterError(f"mode={mode!r} is unknown; give 'min' or 'max'.")
     if resume not in ("never", "auto"):

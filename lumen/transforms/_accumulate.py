@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, batching, gradient, rules
+from lumen.core.annotations import whole_number
 from lumen.core.buffers import BufferTracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache, is_out_of_memory
@@ -74,16 +75,16 @@ class accumulate(Transform):
     reason = "the transforms inside run once for each microbatch, and those outside once for the batch"
 
     def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
-        numbers = [n for n in (k, microbatch) if n is not None]
-        if k != "auto" and (len(numbers) != 1 or type(numbers[0]) is not int or numbers[0] < 1):
+        numbers = [whole_number(n) for n in (k, microbatch) if n is not None]
+        if k != "auto" and (len(numbers) != 1 or not numbers[0] or numbers[0] < 1):
             raise BatchError(
                 f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
                 " Write lm.accumulate(4) for four microbatches, lm.accumulate(microbatch=8) for microbatches of 8"
                 ' rows, or lm.accumulate("auto") for as few as fit into memory.'
             )
         self.auto = k == "auto"
-        self.k = None if k == "auto" else k
-        self.microbatch = microbatch
+        self.k = whole_number(k)
+        self.microbatch = whole_number(microbatch)
 
     def _new_memory(self) -> _AutoMemory:
         return _AutoMemory()

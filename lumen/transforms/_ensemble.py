@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import rules
+from lumen.core.annotations import whole_number
 from lumen.core.apply_failure import in_place_explained
 from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
@@ -46,9 +47,10 @@ class ensemble(Transform):
     reason = "each lane of an ensemble is a complete run, so transforms of a single run belong inside it"
 
     def __init__(self, n: int, *, batch_dim: int | None = None, axis: str = "lanes") -> None:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise StateError(f"ensemble takes a positive number of lanes, got {n!r}.")
-        self.n = n
+        number = whole_number(n)
+        if number is None or number < 1:
+            raise StateError(f"ensemble takes a positive number of lanes, got {n!r}. Write lm.ensemble(8).")
+        self.n = number
         self.batch_dim = batch_dim
         self.axis = axis
 

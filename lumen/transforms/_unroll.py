@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lumen import tree
+from lumen.core.annotations import whole_number
 from lumen.core.arguments import checked
 from lumen.core.metrics import merge_metrics
 from lumen.core.step import StepFn, Transform
@@ -37,9 +38,10 @@ class unroll(Transform):
     reason = "unroll repeats complete steps"
 
     def __init__(self, k: int) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise BatchError(f"unroll takes a positive number of steps, got {k!r}.")
-        self.k = k
+        number = whole_number(k)
+        if number is None or number < 1:
+            raise BatchError(f"unroll takes a positive number of steps, got {k!r}. Write lm.unroll(8).")
+        self.k = number
 
     def wrap(self, step: StepFn) -> StepFn:
         """The k steps as one."""

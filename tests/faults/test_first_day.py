@@ -123,6 +123,50 @@ def test_numpy_numbers_are_numbers() -> None:
     assert schedule(torch.tensor(0)).item() == 1.0
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    two = np.int64(2)
+    for make in (
+        lm.accumulate,
+        lm.unroll,
+        lm.ensemble,
+        lambda n: lm.local(every=n),
+        lambda n: lm.accumulate(microbatch=n),
+    ):
+        assert make(two) == make(2)
+    for schedule in (lm.optim.cosine(1.0, steps=two), lm.optim.warmup_cosine(1.0, steps=np.int32(4), warmup=two)):
+        assert 0 <= schedule(torch.tensor(2)).item() <= 1
+    for wrong in (True, 2.5, "2", torch.tensor(2), np.ones(2, int)):
+        with pytest.raises(lm.errors.LumenError, match="accumulate"):
+            lm.accumulate(wrong)
+
+
+@pytest.mark.parametrize("kind", [lm.donate, lm.seeded])
+def test_a_transform_without_arguments_says_so(kind: Any) -> None:
+    with pytest.raises(
+        lm.errors.ArgumentError, match=rf"takes no arguments, and got 3, x=1. Write: lm.{kind.name}\(\)"
+    ):
+        kind(3, x=1)
+
+
+@pytest.mark.parametrize("stack", [(), (lm.accumulate(2),), (lm.compile(backend="eager"),)], ids=str)
+def test_compiled_modules_inside_are_the_modules(stack: tuple[lm.Transform, ...]) -> None:
+    """Also one in two places; the user's own module stays compiled."""
+    shared, last = nn.Linear(3, 3), nn.Linear(3, 2)
+    plain = nn.Sequential(nn.Sequential(shared, nn.Tanh()), shared, last)
+    compiled = torch.compile(shared, backend="eager")
+    module = nn.Sequential(nn.Sequential(compiled, nn.Tanh()), compiled, torch.compile(last, backend="eager"))
+
+    def step(state: Any, x: torch.Tensor) -> tuple[Any, Any]:
+        loss_fn = lambda params, x: state.apply(params, x)[0].square().mean()  # noqa: E731
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, x)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    found, expected = (lm.compose(*stack)(step)(state_of(each), BATCH)[0].params for each in (module, plain))
+    assert list(found) == list(expected) == ["0.0.weight", "0.0.bias", "2.weight", "2.bias"]
+    torch.testing.assert_close(found, expected)
+    assert module[1] is compiled
+
+
 def test_a_compiled_module_is_the_module() -> None:
     module = net()
     state = state_of(torch.compile(module, backend="eager"))

@@ -93,6 +93,22 @@ class SharedConstant(IntegerSteps):
             p.sub_(p.grad * known[0], alpha=self.param_groups[0]["lr"])
 
 
+class Containers(IntegerSteps):
+    """As optimizers with preconditioners: a list, a dict by numbers, a name and what is not there yet."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            memory = self.state[p]
+            if not memory:
+                averages = {decay: torch.zeros_like(p) for decay in (0.0, 0.9)}
+                memory |= {"averages": averages, "sums": [p.sum(), 0.0], "mode": "mean", "bias": None}
+            for decay, average in memory["averages"].items():
+                p.sub_(average.mul_(decay).add_(p.grad), alpha=self.param_groups[0]["lr"])
+            memory["sums"][1] += 1.0
+            p.sub_(memory["sums"][0] / memory["sums"][1])
+
+
 class LateCount(IntegerSteps):
     """Changes an option when several steps are done: one that is no argument, or, if `named`, one that is."""
 
@@ -104,6 +120,17 @@ class LateCount(IntegerSteps):
         super().step()
         if self.state[self.param_groups[0]["params"][0]]["step"] == 5:
             self.param_groups[0]["phase" if "phase" in self.param_groups[0] else "stage"] += 1
+
+
+class LateShape(IntegerSteps):
+    """A number of the group that is a tensor of one entry later, as an estimate from dot products."""
+
+    def step(self):
+        super().step()
+        group = self.param_groups[0]
+        count = group["count"] = group.get("count", 0.0) + 1.0
+        if isinstance(count, float) and count == 5.0:
+            group["count"] = torch.full((1,), count)
 
 
 class AttributeCount(IntegerSteps):
@@ -120,13 +147,35 @@ class NamesNoParam(IntegerSteps):
         self.state["all"]["step"] = 1
 
 
+class Queue(IntegerSteps):
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("queue", []).append(p.grad)
+
+
+class Projector(IntegerSteps):
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["projector"] = object()
+
+
+class Fails(IntegerSteps):
+    def step(self):
+        raise ValueError("only matrices")
+
+
 class OwnSchedule(IntegerSteps):
     def step(self):
         super().step()
         self.param_groups[0]["lr"] *= 0.5
 
 
-THIRD_PARTY = {each.__name__: (each, {}) for each in (IntegerSteps, GroupCounts, TwoModes, SharedConstant, LateCount)}
+THIRD_PARTY = {
+    each.__name__: (each, {})
+    for each in (IntegerSteps, GroupCounts, TwoModes, SharedConstant, Containers, LateCount, LateShape)
+}
 
 
 @pytest.mark.filterwarnings("ignore:TwoModes has other params")
@@ -230,6 +279,10 @@ def test_bad_arguments_are_refused(cls, kwargs, message):
     [
         (AttributeCount, "AttributeCount counts in its attribute 'calls', .* Write lm.optim.adamw"),
         (NamesNoParam, "state that belongs to no param"),
+        (Queue, r"Queue keeps 'queue' in its state with another structure at each step, .* Write lm.optim.adamw"),
+        (Projector, "Projector keeps in its state .* tensors and numbers: 'projector' of type object, .* Write lm"),
+        (Fails, r"Fails fails at a step .* \(ValueError: only matrices\). Write lm.optim.adamw"),
+        (torch.optim.SparseAdam, "SparseAdam fails at a step with a dense gradient .* Write lm.optim.adamw"),
         (OwnSchedule, "changes its learning rate"),
         (type("LionSchedule", (OwnSchedule,), {}), r"Write lm.optim.lion\(...\)"),
     ],
@@ -253,7 +306,7 @@ def test_what_is_counted_late_is_refused():
 
 
 @pytest.mark.parametrize("around", [[], [lm.accumulate(2)], [lm.donate()], [lm.guard(), lm.donate()]], ids=str)
-@pytest.mark.parametrize("cls", [GroupCounts, SharedConstant])
+@pytest.mark.parametrize("cls", [GroupCounts, SharedConstant, Containers])
 def test_counts_of_param_groups_are_part_of_the_state(cls, around, tmp_path):
     torch.manual_seed(0)
     net, batch = torch.nn.Linear(3, 2), torch.randn(6, 3)
@@ -280,6 +333,32 @@ def test_counts_of_param_groups_are_part_of_the_state(cls, around, tmp_path):
         torch.testing.assert_close(wrapped.export(state).params[name], p.detach(), rtol=1e-6, atol=1e-7)
     if cls is GroupCounts:
         assert int(state.opt_state.groups[0]["step"]) == 4
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_tensors_that_wrap_others_are_part_of_the_state(name, tmp_path):
+    """Moments in few bits are tensors of a subclass; their codes, scales and tables are leaves."""
+    cls = getattr(pytest.importorskip("torchao.optim"), name)
+    torch.manual_seed(0)
+    params = {"w": torch.randn(64, 64), "b": torch.randn(64)}
+    theirs = {key: p.clone().requires_grad_() for key, p in params.items()}
+    with torch.compiler.set_stance("force_eager"):  # it compiles its rule for each shape
+        optimizer, tx = cls(list(theirs.values())), optim.from_torch(cls)
+        opt_state = tx.init(params)
+        spec = lm.tree.structure(opt_state)
+        for step in range(4):
+            grads = {key: normal(p.shape, step) for key, p in params.items()}
+            params, opt_state = tx.apply(grads, opt_state, params, donate=step % 2 == 1)
+            assert lm.tree.structure(opt_state) == spec
+            lm.checkpoint.save(tmp_path / str(step), opt_state)
+            opt_state = lm.checkpoint.restore(tmp_path / str(step), tx.init(params))
+            for key, p in theirs.items():
+                p.grad = grads[key].clone()
+            optimizer.step()
+            assert all(torch.equal(params[key], p) for key, p in theirs.items())
+    kept = lm.tree.leaves(opt_state.memory["w"])
+    assert {leaf.dtype for leaf in kept} == {torch.uint8, torch.float32}
+    assert all(type(leaf) is torch.Tensor for leaf in kept)
 
 
 LAYOUTS = {

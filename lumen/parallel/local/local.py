@@ -111,8 +111,7 @@ class local(Transform):
     }
 
     def __init__(self, mesh: Mesh | None = None, *, every: int, outer: GradientTransformation | None = None) -> None:
-        check_count("every", every, low=1)
-        self.every = every
+        self.every = check_count("every", every, low=1)
         self.outer = outer
         self._mesh = mesh
 
