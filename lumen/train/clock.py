@@ -80,7 +80,7 @@ class Steps(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _check_positive("Steps", self.n)
+        _check_positive("Steps", self.n, "lm.Steps(1000)")
 
     def __repr__(self) -> str:
         return f"Steps({self.n})"
@@ -111,7 +111,7 @@ class Epochs(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _check_positive("Epochs", self.n)
+        _check_positive("Epochs", self.n, "lm.Epochs(10)")
 
     def __repr__(self) -> str:
         return f"Epochs({self.n})"
@@ -144,7 +144,7 @@ class Tokens(Until):
     n: int
 
     def __post_init__(self) -> None:
-        _check_positive("Tokens", self.n)
+        _check_positive("Tokens", self.n, "lm.Tokens(10**9)")
 
     def __repr__(self) -> str:
         return f"Tokens({self.n})"
@@ -171,7 +171,7 @@ class Seconds(Until):
     n: float
 
     def __post_init__(self) -> None:
-        _check_positive("Seconds", self.n)
+        _check_positive("Seconds", self.n, "lm.Seconds(3600)")
 
     def __repr__(self) -> str:
         return f"Seconds({self.n})"
@@ -223,7 +223,7 @@ class Every:
         if not intervals:
             raise HyperparameterError("Every takes steps, epochs or seconds: lm.Every(steps=500)")
         for name, value in intervals.items():
-            _check_positive(f"Every({name}=…)", value)
+            _check_positive(f"Every({name}=…)", value, f"lm.Every({name}={500 if name == 'steps' else 1})")
 
     def __repr__(self) -> str:
         return f"Every({', '.join(f'{k}={v}' for k, v in self._intervals().items())})"
@@ -275,6 +275,6 @@ def _members(until: Until) -> tuple[Until, ...]:
     return until.members if isinstance(until, _First) else (until,)
 
 
-def _check_positive(what: str, value: float) -> None:
+def _check_positive(what: str, value: float, line: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
-        raise HyperparameterError(f"{what} takes a positive number, got {value!r}.")
+        raise HyperparameterError(f"{what} takes a positive number, got {value!r:.80}. Write: {line}")

@@ -101,6 +101,9 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
             state_of(), [BATCH], until=lm.Epochs(9), validate=lm.Validate(lambda *_: {"loss": torch.ones(())}, [BATCH])
         ),
     ),
+    "a text as a number of steps": (errors.HyperparameterError, r"Write: lm.Steps\(1000\)", lambda: lm.Steps("3")),  # type: ignore[arg-type]
+    "no epochs": (errors.HyperparameterError, r"got 0. Write: lm.Epochs\(10\)", lambda: lm.Epochs(0)),
+    "no interval": (errors.HyperparameterError, r"Write: lm.Every\(steps=500\)", lambda: lm.Every(steps=0)),
     "text as a metric": (
         errors.MetricError,
         "a metric is 'x', of type str",
@@ -294,3 +297,20 @@ def test_sparse_batches_of_other_layouts_are_refused_where_they_are_split() -> N
         x = torch.eye(4).to_sparse_csr()
     with pytest.raises(lm.LumenError, match=r"sparse_csr tensor .*to_sparse_coo\(\)"):
         split({"x": x}, 2)
+
+
+def test_compressed_sparse_batches_have_no_strides_and_run_in_a_compiled_step() -> None:
+    def step(state: Any, x: torch.Tensor) -> tuple[Any, Any]:
+        loss_fn = lambda params, x: state.apply(params, x.to_dense())[0].square().mean()  # noqa: E731
+        loss, grads = lm.value_and_grad(loss_fn)(state.params, x)
+        return state.apply_gradients(grads), {"loss": loss}
+
+    dense = torch.eye(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")
+        x = dense.to_sparse_csr()
+    compiled, module = lm.compile(backend="eager")(step), net()
+    state, _ = compiled(state_of(module), x)
+    state, _ = compiled(state, x)
+    expected = step(step(state_of(module), dense)[0], dense)[0]
+    torch.testing.assert_close(state.params, expected.params)

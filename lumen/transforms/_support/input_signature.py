@@ -78,4 +78,7 @@ def describe_changes(before: GraphKey, now: GraphKey) -> str:
 
 
 def _leaf_kinds(leaves: list[Any]) -> tuple[Any, ...]:
-    return tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in leaves])
+    try:
+        return tuple([(t.shape, t.dtype, t.stride(), t.device) if isinstance(t, Tensor) else t for t in leaves])
+    except RuntimeError:  # compressed sparse tensors have no strides
+        return tuple([(t.shape, t.dtype, t.layout, t.device) if isinstance(t, Tensor) else t for t in leaves])
