@@ -120,15 +120,15 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool | np.bool_) and isinstance(value, int | float | np.number | torch.SymFloat)
 
 
-def whole_number(value: Any) -> int | None:
+def integer_of(value: Any) -> int | None:
     """`value` as an int if it is a whole number of Python or NumPy, else None.
 
     >>> import numpy as np
-    >>> whole_number(np.int64(2)), whole_number(2.0), whole_number(True)
+    >>> integer_of(np.int64(2)), integer_of(2.0), integer_of(True)
     (2, None, None)
     """
-    is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray | Tensor)
-    return operator.index(value) if is_whole else None
+    is_integral = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray | Tensor)
+    return operator.index(value) if is_integral else None
 
 
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {

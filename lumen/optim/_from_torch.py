@@ -19,12 +19,13 @@ from lumen.errors import HyperparameterError, InexactWarning, PurityError
 from lumen.optim import _fused_kernels
 from lumen.optim._base import GradientTransformation, clone
 from lumen.optim._hyperparams import HParams, Hyper, ScalarOrSchedule
-from lumen.optim._stored_values import as_tensor, is_number, layout, restore, store
+from lumen.optim._stored_values import as_tensor, is_number, restore, store
 from lumen.optim._torch_memory import (
     TRIALS,
     Memory,
     attributes,
     changes,
+    layouts_of,
     not_carried,
     options_of,
     own_rule,
@@ -172,17 +173,10 @@ class _TorchRule:
                 optimizer.step()
             except Exception as error:
                 raise self._failure(error) from error
-            layouts.append(self._layouts(optimizer, params))
+            layouts.append(layouts_of(optimizer, params))
             for known, before, group in zip(changed, options, optimizer.param_groups, strict=True):
                 known.update(changes(before, options_of(group), {**known}))
         return changed, layouts
-
-    @staticmethod
-    def _layouts(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Memory:
-        """The layout of each entry of the state, by name, for all params that have one."""
-        memories = [optimizer.state[leaf] for leaf in params]
-        keys = dict.fromkeys(key for memory in memories for key in memory)
-        return {key: [layout(memory[key]) for memory in memories if key in memory] for key in keys}
 
     def _built(self, leaves: list[Tensor], lr: float | None) -> torch.optim.Optimizer:
         """A new optimizer of these leaves, in its training mode if it has one."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat
-from lumen.core.annotations import whole_number
+from lumen.core.annotations import integer_of
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.errors import HyperparameterError, ParamsError
 from lumen.optim._numerics import Scalar, scalar_dtype
@@ -186,7 +186,7 @@ def check_scalar(
 
 def check_count(name: str, value: Any, low: int) -> int:
     """`value` as an int; raises `HyperparameterError` unless it is a whole number from `low`."""
-    number = whole_number(value)
+    number = integer_of(value)
     if number is None or number < low:
         raise HyperparameterError(f"{name}={value!r} is not allowed: give a whole number from {low}.")
     return number

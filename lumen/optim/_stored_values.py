@@ -117,7 +117,7 @@ def _take(leaf: Any, tensors: list[Tensor]) -> Any:
 
 def _give(entry: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(entry, Wrapper):
-        inner = {name: _give(part, tensors) for name, part in zip(entry.names, entry.inner, strict=True)}
+        inner = {name: _give(nested, tensors) for name, nested in zip(entry.names, entry.inner, strict=True)}
         kind: Any = entry.kind
         return kind.__tensor_unflatten__(inner, entry.context, entry.size, entry.stride)
     if isinstance(entry, tuple):

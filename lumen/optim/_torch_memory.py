@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumen import tree
-from lumen.optim._stored_values import can_store, is_number, is_value
+from lumen.optim._stored_values import can_store, is_number, is_value, layout
 
 Memory = dict[str, Any]
 
@@ -61,6 +61,13 @@ def not_carried(
 
 def _kinds(values: Memory) -> str:
     return ", ".join(f"{key!r} of type {type(value).__name__}" for key, value in values.items())
+
+
+def layouts_of(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Memory:
+    """The layout of each entry of the state, by name, for all params that have one."""
+    memories = [optimizer.state[param] for param in params]
+    keys = dict.fromkeys(key for memory in memories for key in memory)
+    return {key: [layout(memory[key]) for memory in memories if key in memory] for key in keys}
 
 
 def attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import _torch_compat, batching, gradient, rules
-from lumen.core.annotations import whole_number
+from lumen.core.annotations import integer_of
 from lumen.core.buffers import BufferTracker
 from lumen.core.cached_gradient import CachedGradient, check_inside
 from lumen.core.device import free_cache, is_out_of_memory
@@ -75,7 +75,7 @@ class accumulate(Transform):
     reason = "the transforms inside run once for each microbatch, and those outside once for the batch"
 
     def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
-        numbers = [whole_number(n) for n in (k, microbatch) if n is not None]
+        numbers = [integer_of(n) for n in (k, microbatch) if n is not None]
         if k != "auto" and (len(numbers) != 1 or not numbers[0] or numbers[0] < 1):
             raise BatchError(
                 f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
@@ -83,8 +83,8 @@ class accumulate(Transform):
                 ' rows, or lm.accumulate("auto") for as few as fit into memory.'
             )
         self.auto = k == "auto"
-        self.k = whole_number(k)
-        self.microbatch = whole_number(microbatch)
+        self.k = integer_of(k)
+        self.microbatch = integer_of(microbatch)
 
     def _new_memory(self) -> _AutoMemory:
         return _AutoMemory()

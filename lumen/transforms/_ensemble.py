@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumen import random, tree
 from lumen.core import rules
-from lumen.core.annotations import whole_number
+from lumen.core.annotations import integer_of
 from lumen.core.apply_failure import in_place_explained
 from lumen.core.collectives import LaneAxis
 from lumen.core.donation import copy_into
@@ -47,7 +47,7 @@ class ensemble(Transform):
     reason = "each lane of an ensemble is a complete run, so transforms of a single run belong inside it"
 
     def __init__(self, n: int, *, batch_dim: int | None = None, axis: str = "lanes") -> None:
-        number = whole_number(n)
+        number = integer_of(n)
         if number is None or number < 1:
             raise StateError(f"ensemble takes a positive number of lanes, got {n!r}. Write lm.ensemble(8).")
         self.n = number

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lumen import tree
-from lumen.core.annotations import whole_number
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import checked
 from lumen.core.metrics import merge_metrics
 from lumen.core.step import StepFn, Transform
@@ -38,7 +38,7 @@ class unroll(Transform):
     reason = "unroll repeats complete steps"
 
     def __init__(self, k: int) -> None:
-        number = whole_number(k)
+        number = integer_of(k)
         if number is None or number < 1:
             raise BatchError(f"unroll takes a positive number of steps, got {k!r}. Write lm.unroll(8).")
         self.k = number

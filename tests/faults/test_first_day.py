@@ -126,7 +126,7 @@ def test_numpy_numbers_are_numbers() -> None:
     assert schedule(torch.tensor(0)).item() == 1.0
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+def test_integer_ofs_of_numpy_are_integer_ofs() -> None:
     two = np.int64(2)
     for make in (
         lm.accumulate,

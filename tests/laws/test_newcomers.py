@@ -75,7 +75,7 @@ class Counting(lm.TrainState):
 
 
 @pytest.mark.parametrize("donates", [False, True])
-def test_a_whole_number_in_a_compiled_state_counts(donates: bool) -> None:
+def test_a_integer_of_in_a_compiled_state_counts(donates: bool) -> None:
     def step(state: Any, batch: Any) -> Any:
         new, metrics = squares(state, batch)
         return new.replace(position=state.position + 1), metrics
