@@ -19,7 +19,7 @@ from lumen.train.history import History
 from lumen.train.loop import TrainingLoop
 from lumen.train.metric_merge import MetricMerger
 from lumen.train.monitored_metrics import Monitors, names_of
-from lumen.train.progress import Silent, make_progress
+from lumen.train.progress import make_progress
 from lumen.train.result import Result
 from lumen.train.run_checkpoints import RunCheckpoints
 from lumen.train.run_context import RunContext
@@ -145,7 +145,7 @@ def _make_context(
         log=settings.log_every,
         validations=[validate.every for validate in validations],
         save=None if settings.checkpoint is None else settings.checkpoint.every,
-        watched=settings.callbacks.listens("on_step") or not isinstance(progress, Silent),
+        watched=settings.callbacks.listens("on_step"),
     )
     tokens = settings.tokens or (count_tokens if until.needs_tokens() else None)
     return RunContext(

@@ -60,6 +60,7 @@ class TrainingLoop:
     def _train_epoch(self) -> None:
         """Train until the end of the epoch or of the run."""
         run, clock, group, schedule = self._run, self._run.clock, self._run.group, self._run.schedule
+        ticks = run.logger.progress.ticks
         add_metrics, count_batch = run.logger.accumulator.add, run.clock_updater.count_batch
         if group.should_sync(clock.step) and self._sync():
             return
@@ -79,6 +80,8 @@ class TrainingLoop:
                 self._after_step()
                 if run.stop.is_over(clock):
                     return
+            elif ticks:
+                self._tick()
             if group.should_sync(clock.step) and self._sync():
                 return
 
@@ -141,9 +144,16 @@ class TrainingLoop:
             updater.read()
         elif run.group.is_main and run.schedule.due_by_time(updater.seconds()):
             run.group.request_sync()
-        run.logger.progress.tick(run.clock)
         self._log_validate_save(epoch_end)
+        run.logger.progress.tick(run.clock)
         self._plan()
+
+    def _tick(self) -> None:
+        """Show the display that a step is complete after which nothing is due."""
+        run = self._run
+        if run.group.size == 1:
+            run.clock_updater.read()
+        run.logger.progress.tick(run.clock)
 
     def _sync(self) -> bool:
         """Synchronize the time, signals and stop requests of all ranks; returns whether the run is over."""

@@ -18,13 +18,15 @@ _NOTEBOOK_REFRESH = 0.5  # each is a message to the browser
 
 
 class Progress(Protocol):
-    """The interface of a display."""
+    """The interface of a display; one without `ticks` changes only with new numbers."""
+
+    ticks: bool
 
     def start(self, total: int | None, begin: int) -> None:
         """A run of `total` steps (None: unknown) starts at step `begin`."""
 
     def tick(self, clock: Clock) -> None:
-        """A step is complete. This is called after every step, so it must be cheap."""
+        """A step is complete. With `ticks` this is called after every step, so it must be cheap."""
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """New numbers."""
@@ -38,6 +40,8 @@ class Progress(Protocol):
 
 class Silent:
     """Shows nothing."""
+
+    ticks = False
 
     def start(self, total: int | None, begin: int) -> None:
         """Nothing."""
@@ -57,6 +61,8 @@ class Silent:
 
 class Lines:
     """One line for each logging point: for files, pipes and CI."""
+
+    ticks = False
 
     def __init__(self, write: Callable[[str], Any] | None = None) -> None:
         self._write = write or (lambda line: print(line, flush=True))
@@ -104,7 +110,9 @@ class Newest:
 
 
 class Bar:
-    """A rich progress bar, redrawn at most ten times a second."""
+    """A rich progress bar, redrawn at most ten times a second: each time takes about a millisecond."""
+
+    ticks = True
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -127,40 +135,48 @@ class Bar:
         self._task: Any = None
         self._newest = Newest()
         self._numbers = ""
+        self._clock = Clock()
         self._due = 0.0
 
     def start(self, total: int | None, begin: int) -> None:
         """Draw the empty bar."""
+        self._clock = Clock(step=begin)
         self._bar.start()
         self._task = self._bar.add_task("fit", total=total, completed=begin, epoch=0, numbers="")
 
     def tick(self, clock: Clock) -> None:
         """Redraw, if the last drawing is old enough."""
+        self._clock = clock
         now = time.monotonic()
         if now >= self._due:
             self._due = now + _REFRESH
-            self._draw(clock)
+            self._draw()
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
-        """Redraw with new numbers, beside those of other names."""
+        """Store new numbers, which the next drawing shows beside those of other names."""
         self._numbers = self._newest.update(values)
-        self._draw(clock)
+        self.tick(clock)
 
     def note(self, text: str) -> None:
         """Print it above the bar."""
         self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
-        """Leave the last drawing on the screen."""
+        """Leave a last drawing on the screen."""
+        if self._task is not None:
+            self._draw()
         self._bar.stop()
 
-    def _draw(self, clock: Clock) -> None:
+    def _draw(self) -> None:
+        clock = self._clock
         self._bar.update(self._task, completed=clock.step, epoch=clock.epoch, numbers=self._numbers)
         self._bar.refresh()
 
 
 class NotebookBar:
     """A bar in the output of a notebook's cell, as HTML: it needs no widgets, and is saved with the notebook."""
+
+    ticks = True
 
     def __init__(self) -> None:
         self._newest = Newest()

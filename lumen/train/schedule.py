@@ -27,7 +27,7 @@ class Schedule:
         saving = [] if self.save is None else [self.save]
         self._timers = [self.log, *saving, *self.validations]  # in the order of checkpoints
         has_seconds = any(timer.every.seconds is not None for timer in self._timers)
-        # A display, a callback, or a limit that is not a number of steps.
+        # A callback, or a limit or an interval that is not a number of steps.
         self.every_step = watched or has_seconds or not until.only_steps()
 
     def plan(self) -> None:

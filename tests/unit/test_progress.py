@@ -81,6 +81,26 @@ def test_the_bar_of_a_terminal_shows_training_and_validation(capsys: Any) -> Non
     assert "loss 0.5  val/loss 0.75  lr 0.1" in capsys.readouterr().out
 
 
+def test_a_fast_run_draws_its_bar_rarely_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(Bar, "_draw", lambda bar: drawn.append((bar._clock.step, bar._numbers)))
+    monkeypatch.setattr("lumen.train.progress.time", types.SimpleNamespace(monotonic=lambda: 1.0))
+    lm.Runner(step, log_every=2, progress="bar").fit({"w": torch.zeros(())}, range(4), until=lm.Epochs(2))
+    assert [number for number, _ in drawn] == [1, 8]
+    assert drawn[-1][1].startswith("loss 2.5  ")
+
+
+@pytest.mark.parametrize(("kind", "ticks"), [(False, False), ("lines", False), ("bar", True)])
+def test_only_a_bar_is_asked_after_a_step_at_which_nothing_is_due(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, ticks: bool
+) -> None:
+    ticked = set()
+    monkeypatch.setattr(type(make_progress(kind)), "tick", lambda _, clock: ticked.add(clock.step))
+    until = lm.Steps(8)
+    lm.Runner(step, log_every=100, progress=kind).fit({"w": torch.zeros(())}, range(9), until=until)
+    assert ticked - {8} == (set(range(1, 8)) if ticks else set())
+
+
 def test_an_interrupted_run_says_where_it_was_saved_and_a_resumed_one_from_where(tmp_path: Any, capsys: Any) -> None:
     saved = tmp_path / "checkpoints" / "3"
     with pytest.raises(lm.Interrupted):
