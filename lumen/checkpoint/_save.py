@@ -254,8 +254,8 @@ def _checksums(snap: Snapshot) -> list[int]:
 
 
 def _strip_paths(directory: Path) -> None:
-    """Remove the directory's path from Orbax's commit marks: it is wrong after the rename."""
-    for mark in directory.rglob(_COMMITTED):
+    """Remove the directory's path from Orbax's commit marks, of the whole and of each item: a rename makes it wrong."""
+    for mark in (*directory.glob(_COMMITTED), *directory.glob(f"*/{_COMMITTED}")):
         mark.write_text("Checkpoint commit was successful")
 
 

@@ -34,10 +34,15 @@ def _directories(directory: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def sync_files(paths: Sequence[str | os.PathLike[str]], done: Callable[[], object] = lambda: None) -> None:
-    """Return when these files are on disk; calls `done` after each."""
-    with ThreadPoolExecutor(_MAX_THREADS) as pool:
-        for _ in pool.map(sync_file, paths):
+    """Return when these files are on disk; calls `done` after each, in the thread that synced it."""
+
+    def sync_share(first: int) -> None:  # a task for each file would cost more than the system call
+        for path in paths[first::_MAX_THREADS]:
+            sync_file(path)
             done()
+
+    with ThreadPoolExecutor(_MAX_THREADS) as pool:
+        list(pool.map(sync_share, range(min(len(paths), _MAX_THREADS))))
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:
