@@ -131,9 +131,10 @@ def distributed(state: Any) -> dict[str, DTensor]:
     return {name: DTensor.from_local(part.detach(), mesh, [Shard(0)]) for name, part in state.params.items()}
 
 
+DCP, DCP_ASYNC = "torch DCP", "torch DCP async_save"
 VARIANTS: dict[str, Callable[..., Saved]] = {
-    "torch DCP": dcp_save,
-    "torch DCP async_save": dcp_async,
+    DCP: dcp_save,
+    DCP_ASYNC: dcp_async,
     "Lumen: Store": lumen_store,
     "Lumen: save": lumen_save,
 }

@@ -15,6 +15,7 @@ PARTS = (
     "low_bit",
     "scaling",
     "runner",
+    "fit",
     "sweep",
     "loading",
     "sampling",

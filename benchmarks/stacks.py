@@ -159,9 +159,8 @@ def measure(options: Options) -> list[Row]:
             if len(options.chosen({each.label: each for each in pair}, pair[0].label)) < len(pair):
                 continue
             chosen = with_rows(task, case.rows)
-            steps = options.pick(task.steps, task.steps // 8)
+            steps = options.pick(task.steps // 4, task.steps // 8)  # 20 pairs in 10 minutes
             found += [
-                each.row("stacks", model)
-                for each in timing.compare(chosen, pair, rounds=options.times(15), steps=steps)
+                each.row("stacks", model) for each in timing.compare(chosen, pair, rounds=options.times(9), steps=steps)
             ]
     return found

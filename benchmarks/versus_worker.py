@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lumen as lm
-from benchmarks import instructions, ours, runner, stacks, tasks, timing
+from benchmarks import fit, instructions, ours, runner, stacks, tasks, timing
 
 CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
     "plain": ours.called(),
@@ -30,11 +30,13 @@ CASES: dict[str, Callable[[tasks.Task], timing.Measure]] = {
     "runner-donate": ours.driven(lm.donate),
     "compile-donate": ours.called(lm.compile, lm.donate),
     "runner-nothing": lambda _task: _nothing,
+    # Without a bar, which is drawn by the time, and without checkpoints, whose threads wait for the disk.
+    "fit": fit.counted(fit.driven(progress=False, saves=False)),
 }
 # Those of benchmarks.stacks, such as "job-4" and, with the raw loop, "job-4-by-hand".
 STACKS = {variant.name: (case.rows, variant.build) for case in stacks.cases("mlp") for variant in case.variants()}
 WARM_UP = 3  # steps, after which every cache of Lumen's is filled
-DEFAULT = tuple(case for case in CASES if case != "compile-donate")  # which compiles for minutes
+DEFAULT = tuple(case for case in CASES if case not in ("compile-donate", "fit"))  # which take minutes
 
 
 def _measure(case: str, task: tasks.Task) -> timing.Measure:
