@@ -14,6 +14,7 @@ from lumen.train.clock import Clock
 from lumen.train.curves import measures
 
 _REFRESH = 0.1  # seconds between two redrawings on a terminal
+_PAUSE = 50  # times what a drawing took: a busy machine or a slow terminal does not slow the run by more than 2%
 _NOTEBOOK_REFRESH = 0.5  # each is a message to the browser
 
 
@@ -149,8 +150,9 @@ class Bar:
         self._clock = clock
         now = time.monotonic()
         if now >= self._due:
-            self._due = now + _REFRESH
             self._draw()
+            drawn = time.monotonic()
+            self._due = drawn + max(_REFRESH, _PAUSE * (drawn - now))
 
     def show(self, clock: Clock, values: Mapping[str, float]) -> None:
         """Store new numbers, which the next drawing shows beside those of other names."""

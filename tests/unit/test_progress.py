@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lumen as lm
+from lumen.train.clock import Clock
 from lumen.train.progress import Bar, NotebookBar, make_progress
 
 
@@ -88,6 +89,22 @@ def test_a_fast_run_draws_its_bar_rarely_and_at_its_end(monkeypatch: pytest.Monk
     lm.Runner(step, log_every=2, progress="bar").fit({"w": torch.zeros(())}, range(4), until=lm.Epochs(2))
     assert [number for number, _ in drawn] == [1, 8]
     assert drawn[-1][1].startswith("loss 2.5  ")
+
+
+def test_a_bar_that_is_slow_to_draw_is_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, now = [], [0.0]
+
+    def draw(bar: Bar) -> None:
+        drawn.append(bar._clock.step)
+        now[0] += 0.5
+
+    monkeypatch.setattr(Bar, "_draw", draw)
+    monkeypatch.setattr("lumen.train.progress.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Bar()
+    for second in range(60):
+        now[0] = max(now[0], float(second))
+        bar.tick(Clock(step=second))
+    assert drawn == [0, 26, 52]  # 25 seconds after the end of each
 
 
 @pytest.mark.parametrize(("kind", "ticks"), [(False, False), ("lines", False), ("bar", True)])
