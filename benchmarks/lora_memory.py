@@ -22,6 +22,7 @@ from benchmarks.options import Options
 from benchmarks.rows import Row
 
 WIDTH, BLOCKS, QUICK_BLOCKS, ROWS, STEPS = 512, 60, 6, 8, 3
+SMALLEST = "16384"  # bytes of a block's activations and of a shard, which would lie between freed ones in the heap
 VARIANTS = ("Lumen: fsdp", "Lumen: fsdp, whole base (stage 2)", "Lumen: fsdp, NF4")
 
 
@@ -118,7 +119,7 @@ def activations(count: int) -> int:
 
 def measure(options: Options) -> list[Row]:
     """Each number of processes and each variant."""
-    os.environ.update(peak.ENVIRONMENT)
+    os.environ.update(peak.ENVIRONMENT, MALLOC_MMAP_THRESHOLD_=SMALLEST, MALLOC_TRIM_THRESHOLD_=SMALLEST)
     count = options.pick(BLOCKS, QUICK_BLOCKS)
     unit = 8 * WIDTH * WIDTH * 4
     rows = []

@@ -1,7 +1,7 @@
 """Pretrain a GPT as large models are: packed documents, chunked loss, selective remat, sharded or 2-D.
 
     python examples/pretrain.py                                       # two minutes on 2 cores
-    python examples/pretrain.py --remat "budget=40MB" --bf16
+    python examples/pretrain.py --remat "budget=60MB" --bf16
     torchrun --nproc-per-node=2 examples/pretrain.py --strategy fsdp
     torchrun --nproc-per-node=2 examples/pretrain.py --strategy context     # each process has half of each row
     torchrun --nproc-per-node=4 examples/pretrain.py --strategy fsdp-tensor
@@ -52,7 +52,7 @@ class Config:
     strategy: Strategy = "fsdp"
     """How several processes share the work; with one process, all are the identity."""
     remat: str = "matmuls"
-    """What the blocks keep for the backward pass: all, none, matmuls, attention, or a number of bytes: budget=40MB."""
+    """What the blocks keep for the backward pass: all, none, matmuls, attention, or a number of bytes: budget=60MB."""
     chunked: bool = True
     """Compute the loss in chunks of tokens, so that the logits never exist as a whole."""
     bf16: bool = False

@@ -36,10 +36,12 @@ class remat(Transform):
     GPU the copies run beside the computation, into pinned memory. Params, buffers and inputs without a gradient stay.
     A model on the CPU is on the host already, and `offload` does nothing.
 
-    `budget` chooses what to keep: as much as fits into so many bytes, such as "1.5GiB", with the inputs of the modules,
-    for each application of the model. The first step recomputes everything, and counts for each operation its result's
-    bytes, its arithmetic and its memory traffic. From the second step on, the results are kept that save most for each
-    byte, on every rank the same. A compiled step is compiled again for it.
+    `budget` chooses what to keep: as many bytes, such as "1.5GiB", as the activations of the modules may take at any
+    time, for each application of the model: their inputs, what is kept, and the results of the one module that is
+    being recomputed. The first step recomputes everything, and counts for each operation its result's bytes, its
+    arithmetic and its memory traffic. From the second step on, the results are kept that save most for each byte, on
+    every rank the same. The last module, whose backward pass comes first, is not recomputed: that would free nothing. A
+    compiled step is compiled again for it.
 
     Law: `remat()(step) == step`, bitwise in eager mode, dropout included. Under `lm.compile` dropout masks are stored,
     because the graph would draw new ones in the recomputation. Under `vmap` and other `torch.func` transforms it
@@ -49,7 +51,8 @@ class remat(Transform):
 
     Raises `PatternError` if no module matches, or if the modules of the first step run none of the operations in
     `save`; `HyperparameterError` for a `save` that names no operator, and, on every rank, for a budget that the inputs
-    of the modules exceed in the first step; `StepError` for `offload` on a device in a graph of `lm.compile`.
+    of the modules and the results of one of them exceed in the first step; `StepError` for `offload` on a device in a
+    graph of `lm.compile`.
 
     Algorithm: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", implemented with
     `torch.utils.checkpoint`; `save`: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
@@ -116,8 +119,8 @@ class remat(Transform):
             if memory.has_run and memory.chosen is None:
                 memory.decide(nbytes, is_shared=self._is_shared)
             result = step(state, batch)
-            if not memory.has_run and self._is_shared:
-                memory.raise_together()
+            if not memory.has_run:
+                memory.check(nbytes, repr(self), is_shared=self._is_shared)
             memory.has_run = True
             return result
 

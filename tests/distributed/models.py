@@ -147,7 +147,7 @@ def transforms(names):
         "donate": lambda: lm.donate(),
         "remat": lambda: lm.remat(),
         "remat save": lambda: lm.remat(save="matmuls"),
-        "remat budget": lambda: lm.remat(budget="32KiB"),
+        "remat budget": lambda: lm.remat(budget="96KiB"),
     }
     return [made[name]() for name in names]
 

@@ -12,7 +12,7 @@ PLAIN = ("--remat", "all", "--no-chunked")
 WAYS = {
     "one process": ((), 1),
     "recomputed": (("--remat", "none", "--accumulate", "2"), 1),
-    "budget": (("--remat", "budget=50KB"), 1),
+    "budget": (("--remat", "budget=200KB"), 1),
     "fsdp": (("--strategy", "fsdp"), 2),
     "tensor": (("--strategy", "tensor", "--remat", "none"), 2),
     "context": (("--strategy", "context", "--accumulate", "2"), 2),

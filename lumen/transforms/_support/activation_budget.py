@@ -1,7 +1,9 @@
 """`remat(budget=...)`: which results to keep in so many bytes, from what one step recomputed.
 
 The first step recomputes everything, and counts for each operation what it costs to compute again and the bytes of its
-result. Before the second step the results with the highest cost for each byte are chosen, as many as fit.
+result. Before the second step the results with the highest cost for each byte are chosen, as many as fit beside the
+results of one whole block, which its recomputation holds. The block whose backward pass follows its forward pass at
+once, usually the last one, holds them then in any case, so it is not recomputed.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import re
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lumen.core import _torch_compat, distributed
 from lumen.core.flop_formulas import formulas
+from lumen.core.inspect import human_bytes
 from lumen.errors import HyperparameterError
 from lumen.transforms._support.saved_results import is_keepable, memory_of, tensors_of
 
@@ -43,6 +46,13 @@ class Cost(NamedTuple):
 
     nbytes: int
     saved: float
+
+
+class Choice(NamedTuple):
+    """Calls whose results are kept, and blocks that are not recomputed."""
+
+    calls: frozenset[Call]
+    kept_blocks: frozenset[tuple[int, int]]
 
 
 def parse_bytes(budget: int | str) -> int:
@@ -83,10 +93,13 @@ class BudgetMemory:
 
     def __init__(self) -> None:
         self.has_run = False  # whether a step has been measured
-        self.chosen: frozenset[Call] | None = None  # None before the choice
+        self.chosen: Choice | None = None  # None before the choice
         self.costs: dict[Call, Cost] = {}
         self.inputs: dict[int, int] = {}  # bytes of the blocks' inputs, by model
+        self.recomputed: Counter[int] = Counter()  # bytes that a recomputation of the largest block holds, by model
         self.excess = ""  # what is wrong with a budget that the first step exceeded on this rank
+        self.last_run: MeasuredBlock | None = None  # the last block that ran forward
+        self.recomputed_at_once: dict[tuple[int, int], bool] = {}  # whether each block was, in all of its runs
         self._models: list[weakref.ref[Any]] = []
         self._by_block: dict[tuple[int, int], frozenset[tuple[str, int]]] = {}
 
@@ -103,21 +116,36 @@ class BudgetMemory:
 
         In a step that ranks share, all take the choice of the one with the largest results.
         """
+        kept_blocks = frozenset(block for block, at_once in self.recomputed_at_once.items() if at_once)
         chosen: set[Call] = set()
         for model, inputs in self.inputs.items():
-            costs = {call: cost for call, cost in self.costs.items() if call.model == model}
-            chosen |= choose(costs, nbytes - inputs)
-        self.chosen = frozenset(chosen)
+            costs = {c: cost for c, cost in self.costs.items() if c.model == model and c[:2] not in kept_blocks}
+            chosen |= choose(costs, nbytes - inputs - self.recomputed[model])
+        self.chosen = Choice(frozenset(chosen), kept_blocks)
         if is_shared:
             self.chosen = _largest(sum(cost.nbytes for cost in self.costs.values()), self.chosen)
         by_block = defaultdict(set)
-        for call in self.chosen:
+        for call in self.chosen.calls:
             by_block[call.model, call.block].add((call.operation, call.number))
         self._by_block = {block: frozenset(calls) for block, calls in by_block.items()}
         self.costs.clear()
+        self.last_run = None
 
-    def raise_together(self) -> None:
+    def check(self, nbytes: int, requested_by: str, *, is_shared: bool) -> None:
         """Raise `HyperparameterError`, on every rank, if the first step exceeded the budget on one of them."""
+        least = max((inputs + self.recomputed[model] for model, inputs in self.inputs.items()), default=0)
+        if least > nbytes and not self.excess:
+            self.excess = (
+                f"{requested_by} is less than the {human_bytes(least)} that the inputs of its modules take with the"
+                " results of one of them, which its recomputation holds. Give more, or split the batch with"
+                " lm.accumulate(k)."
+            )
+        if is_shared:
+            self._raise_together()
+        elif self.excess:
+            raise HyperparameterError(self.excess)
+
+    def _raise_together(self) -> None:
         messages: list[Any] = [None] * distributed.world_size()
         dist.all_gather_object(messages, self.excess)
         rank = next((rank for rank, message in enumerate(messages) if message), None)
@@ -130,25 +158,36 @@ class BudgetMemory:
         return lambda func, index: (_name(func), index) in calls
 
 
-def _largest(nbytes: int, chosen: frozenset[Call]) -> frozenset[Call]:
+def _largest(nbytes: int, chosen: Choice) -> Choice:
     """The choice of the rank with the largest results."""
     choices: list[Any] = [None] * distributed.world_size()
-    dist.all_gather_object(choices, (nbytes, sorted(chosen)))
-    return frozenset(Call(*call) for call in max(choices)[1])
+    dist.all_gather_object(choices, (nbytes, sorted(chosen.calls), sorted(chosen.kept_blocks)))
+    _, calls, blocks = max(choices)
+    return Choice(frozenset(Call(*call) for call in calls), frozenset(blocks))
 
 
 class MeasuredBlock:
     """A block that keeps nothing, and counts the costs of its recomputation."""
 
     def __init__(self, memory: BudgetMemory, model: int, block: int) -> None:
-        self._counted = memory, model, block
+        self._memory, self._position = memory, (model, block)
         self._has_run = False
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the block, for the first time or again."""
-        is_first, self._has_run = not self._has_run, True
-        with nullcontext() if is_first else _Counting(*self._counted):
+        memory, position = self._memory, self._position
+        if not self._has_run:
+            self._has_run, memory.last_run = True, self
             return forward(*args, **kwargs)
+        at_once = memory.last_run is self
+        memory.recomputed_at_once[position] = at_once and memory.recomputed_at_once.get(position, True)
+        counting = _Counting(memory, *position)
+        try:
+            with counting:
+                return forward(*args, **kwargs)
+        finally:
+            model = position[0]
+            memory.recomputed[model] = max(memory.recomputed[model], counting.live_bytes())
 
 
 class _Counting(_torch_compat.TorchDispatchMode):
@@ -160,6 +199,11 @@ class _Counting(_torch_compat.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._memory, self._position = memory, (model, block)
         self._calls: Counter[Any] = Counter()
+        self._results: list[tuple[StorageWeakRef, int]] = []
+
+    def live_bytes(self) -> int:
+        """The bytes of the results that are in use still."""
+        return sum(nbytes for storage, nbytes in self._results if not storage.expired())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -173,6 +217,8 @@ class _Counting(_torch_compat.TorchDispatchMode):
             cost = _cost(func, args, kwargs, out)
             if cost.nbytes:
                 self._memory.costs[call] = cost
+                storages = {memory_of(tensor): tensor.untyped_storage() for tensor in tensors_of(out)}
+                self._results += [(StorageWeakRef(storage), storage.nbytes()) for storage in storages.values()]
         return out
 
 

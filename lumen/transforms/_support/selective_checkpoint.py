@@ -114,8 +114,11 @@ class BudgetedApplication:
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block."""
         block, self._blocks = self._blocks, self._blocks + 1
+        chosen = self._memory.chosen
         runs: MeasuredBlock | SavedResults
-        if self._memory.chosen is None:
+        if chosen is not None and (self._model, block) in chosen.kept_blocks:
+            return forward(*args, **kwargs)
+        if chosen is None:
             self._note_inputs((args, kwargs))
             runs = MeasuredBlock(self._memory, self._model, block)
         else:
