@@ -59,6 +59,9 @@ class compile(Transform):
     graph, because it would copy the graph's inputs. Without `lm.donate()`, the new state and the metrics are copied out
     of the graph's memory.
 
+    Layers that are repeated in the traced graph are compiled once each, forward, backward and in the update, unless the
+    step has collectives or CUDA graphs.
+
     `blocks` compiles the model's repeated blocks, each kind once, instead of the whole step. Compile time then does not
     grow with the number of blocks, and everything outside of them (loss, optimizer, collectives) runs uncompiled. It is
     True for the children of the first `nn.ModuleList` or `nn.Sequential`, or a pattern as in `lm.remat`. A block that
@@ -128,10 +131,10 @@ class compile(Transform):
         """The whole step, compiled for inputs like these."""
         _load_settings()
         options = None
+        has_collectives = any(t.level == "parallel" for t in step.transforms)
         if self.backend != "eager":
-            has_collectives = any(t.level == "parallel" for t in step.transforms)
             options = self._inductor_options(_OVERLAP if has_collectives else None)
-        return CompiledGraph(step, state, batch, donates=donates, options=options)
+        return CompiledGraph(step, state, batch, donates=donates, options=options, may_split=not has_collectives)
 
     def _inductor_options(self, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Inductor's options. Signatures include shapes and strides, so the graph need not assert them again."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from lumen import tree
 from lumen.core import _torch_compat, rules
 from lumen.core.donation import check_unmoved, copy_into
 from lumen.core.pytree_dataclass import SIGNATURE, copy_of
 from lumen.core.step import StepFn
+from lumen.transforms._support.graph_segments import compile_segments
 from lumen.transforms._support.input_signature import StateSignature
 from lumen.transforms._support.recorded_views import relax_views
 
@@ -46,7 +48,7 @@ class CompiledGraph:
     """
 
     def __init__(
-        self, step: StepFn, state: Any, batch: Any, *, donates: bool, options: Mapping[str, Any] | None
+        self, step: StepFn, state: Any, batch: Any, *, donates: bool, options: Mapping[str, Any] | None, may_split: bool
     ) -> None:
         state_leaves, self._input_state_spec = tree.flatten(state)
         batch_leaves, batch_spec = tree.flatten(batch)
@@ -65,7 +67,7 @@ class CompiledGraph:
                 result = step(state, tree.unflatten(batch_spec, filled[len(state_leaves) :]))
             return self._plan_outputs(old, filled, result)
 
-        self._run = _compile(flat, example, options)
+        self._run = _compile(flat, example, options, may_split)
 
     def _plan_outputs(self, old: list[Any], inputs: list[Any], result: tuple[Any, Any]) -> list[Tensor]:
         """Record where each leaf of the result comes from at run time, and return what the graph must compute."""
@@ -117,18 +119,25 @@ def _gather(sources: list[tuple[str, Any]], inputs: list[Any], outputs: Any) -> 
 
 
 def _compile(
-    flat: Callable[..., list[Tensor]], example: list[Tensor], options: Mapping[str, Any] | None
+    flat: Callable[..., list[Tensor]], example: list[Tensor], options: Mapping[str, Any] | None, may_split: bool
 ) -> Callable[[list[Tensor]], Any]:
+    def compile_segment(segment: GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        if options is None:
+            return segment
+        return _torch_compat.inductor_compile(segment, cacheable(example), options=dict(options))  # type: ignore[no-any-return]
+
+    is_cuda_graph = options is not None and _uses_cuda_graphs(options, example)
     with torch.no_grad():
         graph = _torch_compat.record(flat, example)
         relax_views(graph)
-        if options is None:
-            return lambda tensors: graph(*tensors)
-        compiled = _torch_compat.inductor_compile(graph, cacheable(example), options=dict(options))
-        is_cuda_graph = _uses_cuda_graphs(options, example)
+        segments = compile_segments(graph, compile_segment) if may_split and not is_cuda_graph else None
+        if segments is None:
+            compiled = compile_segment(graph, example)
 
     def run(tensors: list[Tensor]) -> Any:
         with torch.no_grad():
+            if segments is not None:
+                return segments(tensors)
             if not is_cuda_graph:
                 return compiled(*tensors)
             # A CUDA graph writes its outputs into the same memory at every step, so a state and metrics that are kept

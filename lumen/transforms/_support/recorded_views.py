@@ -29,7 +29,7 @@ def relax_views(graph: GraphModule) -> None:
     written: set[Node] = set()
     for node in graph.graph.nodes:
         origin[node] = node
-        for source, is_write in _shares_memory_with(node):
+        for source, is_write in shares_memory_with(node):
             origin[node] = origin[source]
             if is_write:
                 written.add(origin[source])
@@ -39,7 +39,7 @@ def relax_views(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _shares_memory_with(node: Node) -> Iterator[tuple[Node, bool]]:
+def shares_memory_with(node: Node) -> Iterator[tuple[Node, bool]]:
     """The arguments whose memory a node's result may share, and whether the node writes to them."""
     if node.target is operator.getitem:
         yield from ((source, False) for source in node.all_input_nodes)
