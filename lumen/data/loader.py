@@ -19,6 +19,7 @@ from lumen.data.arguments import SEEDS, integer
 from lumen.data.fetch import Collate, Fetch, Rows, source
 from lumen.data.make_sampler import Choice, make_sampler
 from lumen.data.nested import listeners
+from lumen.data.samplers import Sampler
 from lumen.data.to_device import Move
 from lumen.data.workers import Workers
 from lumen.errors import BatchError
@@ -173,17 +174,16 @@ class Loader:
         return self._stacked(self._check(epoch, start), stop, size) if self._read.stacks and not self._workers else None
 
     def _stacked(self, at: Cursor, stop: int, size: Callable[[], int]) -> Iterator[tuple[Any, int]]:
-        rank, world_size = self._share or processes.rows()
+        share = self._pass_share()
         epoch, position = at
-        fill = self._fill(rank, world_size)
         end = min(stop, self._sampler.batches)
         full = end if self._pad else min(end, self._rows // (self._sampler.fixed_size or 1))
         while position < end:
             count = size()
             if count == 1 or position + count > full:
-                batch, count = self._read[self._shard(epoch, position, rank, world_size, fill)], 1
+                batch, count = self._read[_shard(self._sampler, epoch, position, share)], 1
             else:
-                keys = [self._shard(epoch, i, rank, world_size, fill) for i in range(position, position + count)]
+                keys = [_shard(self._sampler, epoch, i, share) for i in range(position, position + count)]
                 batch = self._read.stacked(keys)
             yield batch if self._move is None else _to_device(batch, self._move), count
             position += count
@@ -216,9 +216,7 @@ class Loader:
             yield batch
 
     def _walk(self, start: Cursor, *, endless: bool) -> Iterator[tuple[Any, Cursor]]:
-        # Read at each pass, as a loader may be created before the process group.
-        rank, world_size = self._share or processes.rows()
-        fill = self._fill(rank, world_size)
+        share = self._pass_share()
         pending: deque[Cursor] = deque()  # workers read ahead of the batches that are returned
 
         def keys() -> Generator[Rows]:
@@ -226,26 +224,19 @@ class Loader:
                 for position in range(start.position if epoch == start.epoch else 0, self._sampler.batches):
                     last = position + 1 == self._sampler.batches
                     pending.append(Cursor(epoch + 1) if last else Cursor(epoch, position + 1))
-                    yield self._shard(epoch, position, rank, world_size, fill)
+                    yield _shard(self._sampler, epoch, position, share)
 
         # Closed at once: otherwise worker processes that wait for the next pass would keep this loader alive.
         with closing(keys()) as pass_keys:
             for batch in self._fetch(pass_keys):
                 yield batch if self._move is None else _to_device(batch, self._move), pending.popleft()
 
-    def _shard(self, epoch: int, position: int, rank: int, world_size: int, fill: int | None) -> Rows:
-        first, last = self._sampler.bounds(epoch, position)
-        if world_size == 1:
-            return Rows(epoch, first, last, fill)
-        start, stop = processes.shard_bounds(last - first, rank, world_size)
-        return Rows(epoch, first + start, first + stop, fill)
-
-    def _fill(self, rank: int, world_size: int) -> int | None:
-        """The rows of the shard of a full batch, with `pad`."""
-        if not self._pad:
-            return None
+    def _pass_share(self) -> tuple[int, int, int | None]:
+        """The rank, the world size, and with `pad` the rows of the shard of a full batch."""
+        # Read at each pass, as a loader may be created before the process group.
+        rank, world_size = self._share or processes.rows()
         start, stop = processes.shard_bounds(self._sampler.fixed_size or 0, rank, world_size)
-        return stop - start
+        return rank, world_size, stop - start if self._pad else None
 
     def _check(self, epoch: int, position: int) -> Cursor:
         return Cursor(integer("epoch", epoch, 0, 2**63), integer("position", position, 0, self._sampler.batches + 1))
@@ -263,6 +254,15 @@ def _check_order(state: Mapping[str, Any], order: Mapping[str, Any]) -> None:
             f"The state belongs to another order: {', '.join(differences)}. To continue it, create the Loader with the"
             " same values; to start over, do not load the state."
         )
+
+
+def _shard(sampler: Sampler, epoch: int, position: int, share: tuple[int, int, int | None]) -> Rows:
+    first, last = sampler.bounds(epoch, position)
+    rank, world_size, fill = share
+    if world_size == 1:
+        return Rows(epoch, first, last, fill)
+    start, stop = processes.shard_bounds(last - first, rank, world_size)
+    return Rows(epoch, first + start, first + stop, fill)
 
 
 def _to_device(batch: Any, move: Move) -> Any:

@@ -46,8 +46,8 @@ def caller_generator() -> Any:
     holder: list[Any] = [get_bit_generator()]
     if type(holder[0]) is not np.random.MT19937 or _references(holder) > _UNSHARED:
         return holder[0]
-    seed: Any = holder[0].seed_seq
-    equal = _copy(MT19937(seed), holder[0])
+    seeds: Any = holder[0].seed_seq  # a type that the stubs do not take
+    equal = _copy(MT19937(seeds), holder[0])
     equal.replaced = holder[0]
     return equal
 
