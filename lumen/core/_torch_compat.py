@@ -123,11 +123,14 @@ _USES = (  # what this module offers by name, through `__getattr__`
     ),
     Use("aten_local_scalar_dense=torch.ops.aten._local_scalar_dense", "to see where a step reads a tensor's value"),
     Use(
-        "aten_attention_cpu=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
-        " aten_attention_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
-        " aten_cudnn_rnn=torch.ops.aten._cudnn_rnn aten_cudnn_rnn_backward=torch.ops.aten._cudnn_rnn_backward"
-        " aten_grouped_mm=torch.ops.aten._grouped_mm",
-        "operations that torch's own counter of products leaves out",
+        "torch.ops.aten._scaled_dot_product_flash_attention torch.ops.aten._scaled_dot_product_efficient_attention"
+        " torch.ops.aten._scaled_dot_product_cudnn_attention torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"
+        " torch.ops.aten._scaled_dot_product_flash_attention_backward"
+        " torch.ops.aten._scaled_dot_product_efficient_attention_backward"
+        " torch.ops.aten._scaled_dot_product_cudnn_attention_backward"
+        " torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"
+        " torch.ops.aten._cudnn_rnn torch.ops.aten._cudnn_rnn_backward torch.ops.aten._grouped_mm",
+        "operations that torch's own counter of products leaves out, or refuses for some shapes (2.11)",
     ),
     Use(
         "torch.utils.backend_registration._DummyPrivateUse1Hook"

@@ -1,4 +1,7 @@
-"""Floating point operations of what torch's own counter counts as none: `torch.utils.flop_counter` of torch 2.13."""
+"""Floating point operations of what torch's own counter leaves out: `torch.utils.flop_counter`, by its versions.
+
+Torch 2.13 counts most of them as none; torch 2.11 also raises for attention with grouped heads.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +21,40 @@ def formulas() -> dict[Any, Formula]:
     """By the operation, functions of its arguments, with shapes in place of tensors."""
     aten = torch.ops.aten
     return {
-        _torch_compat.aten_attention_cpu: _attention,
-        _torch_compat.aten_attention_cpu_backward: _attention_backward,
-        _torch_compat.aten_grouped_mm: _grouped_product,
+        _torch_compat.scaled_dot_product_flash_attention_for_cpu: _attention,
+        _torch_compat.scaled_dot_product_flash_attention: _attention,
+        _torch_compat.scaled_dot_product_efficient_attention: _attention,
+        _torch_compat.scaled_dot_product_cudnn_attention: _attention,
+        _torch_compat.scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        _torch_compat.scaled_dot_product_flash_attention_backward: _attention_backward,
+        _torch_compat.scaled_dot_product_efficient_attention_backward: _attention_backward,
+        _torch_compat.scaled_dot_product_cudnn_attention_backward: _attention_backward,
+        _torch_compat.grouped_mm: _grouped_product,
         **dict.fromkeys((aten.addmm_, aten.addmv, aten.addmv_), _added_product),
         **dict.fromkeys((aten.baddbmm_, aten.addbmm, aten.addbmm_), _added_batches),
         **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector_product),
         aten.mkldnn_rnn_layer: _rnn_layer,
         aten.mkldnn_rnn_layer_backward: _twice(_rnn_layer),
-        _torch_compat.aten_cudnn_rnn: _rnn,
-        _torch_compat.aten_cudnn_rnn_backward: _twice(_rnn),
+        _torch_compat.cudnn_rnn: _rnn,
+        _torch_compat.cudnn_rnn_backward: _twice(_rnn),
         aten.miopen_rnn: _rnn,
         aten.miopen_rnn_backward: _twice(_rnn),
     }
 
 
-def _attention(q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
-    from torch.utils.flop_counter import sdpa_flop_count
+def _attention(q: Shape, k: Shape, v: Shape, *_args: Any, **_options: Any) -> int:
+    """Two products for each head of the queries: grouped heads of keys and values are repeated for them."""
+    return _product_with_scores(q, k) + _product_with_scores(q, v)
 
-    return int(sdpa_flop_count(q, k, v))
+
+def _attention_backward(_grad: Shape, q: Shape, k: Shape, v: Shape, *_args: Any, **_options: Any) -> int:
+    """The scores once more, and the gradients of both products, as in FlashAttention (Dao et al., 2022)."""
+    return 3 * _product_with_scores(q, k) + 2 * _product_with_scores(q, v)
 
 
-def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_args: Any, **_options: Any) -> int:
-    from torch.utils.flop_counter import sdpa_backward_flop_count
-
-    return int(sdpa_backward_flop_count(grad, q, k, v))
+def _product_with_scores(q: Shape, other: Shape) -> int:
+    """For keys `[B, H, T, D]` the scores `[B, H, S, T]` of the queries; for values, the product of these with them."""
+    return 2 * math.prod(q[:-1]) * math.prod(other[-2:])
 
 
 def _added_product(_added: Shape, x: Shape, y: Shape, *_args: Any, **_options: Any) -> int:

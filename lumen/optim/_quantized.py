@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumen.core.bit_cast import bit_cast
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
 from lumen.core.pytree_dataclass import row_of_param_field
 
@@ -125,5 +126,5 @@ def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
     These are the upper half of a float32, so adding the noise to the lower half carries with the right probability.
     """
     x = x.to(torch.float32)
-    carried = (x.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    carried = bit_cast((bit_cast(x, torch.int32) + noise).bitwise_and_(-(1 << 16)), torch.float32)
     return torch.where(x.isnan(), x, carried).to(torch.bfloat16)

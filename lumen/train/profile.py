@@ -115,6 +115,7 @@ class Profile(Callback):
         self._cycles -= 1
         self._steps_left = self._length
         self._profiler = profile(
+            acc_events=True,  # there is one cycle; torch 2.11 warns that it forgets those before it
             activities=_activities(),
             schedule=self._schedule,
             on_trace_ready=self._write,

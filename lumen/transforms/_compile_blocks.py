@@ -94,7 +94,7 @@ class Blocks:
         function = _BlockFunction(block, call)
         try:
             with _no_saved_tensor_hooks():
-                graph = (function.graph(), call.signature, function.outputs)
+                graph = (function.traced_code(), call.signature, function.outputs)
             self._compile_graph(graph, function, call.example())
         except self._graph_breaks() as error:
             self.warn(f"it needs the value of a tensor in Python ({type(error).__name__}). Use torch.where", block)
@@ -267,7 +267,7 @@ class _BlockFunction(nn.Module):
         self.outputs = OutputStructure(spec, tuple([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]))
         return tuple([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    def graph(self) -> Hashable:
+    def traced_code(self) -> Hashable:
         """The code of the block's forward and backward graph.
 
         Raises `_UncompiledError` if the block is not a function of its operands.

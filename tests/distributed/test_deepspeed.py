@@ -18,7 +18,7 @@ from lumen.parallel.comm.init import leave
 from lumen.parallel.deepspeed import engine
 from lumen.parallel.deepspeed.engine import missing
 from tests.distributed import fsdp_models
-from tests.distributed.leaving import thread_appears, threads
+from tests.distributed.leaving import a_thread_of_gloo_appears, threads
 from tests.distributed.models import bare, batches, furthest, make_state, part, plain_step, step, train, transforms
 from tests.distributed.pool import TaskError
 from tests.distributed.test_buffers import furthest as furthest_buffer
@@ -416,7 +416,7 @@ def test_alone_it_leaves_its_world_with_no_thread_of_it(stage, monkeypatch):
     wrapped = zero(stage)(step)
     held = wrapped.init(make_state("mlp", torch.float32, adamw()))
     held = wrapped(held, batches(1, 4, torch.float32)[0]), wrapped.transforms[0].engine
-    assert thread_appears("gloo_tcp_loop")
+    assert a_thread_of_gloo_appears()
     leave()
     assert threads() == []
     assert held

@@ -66,6 +66,18 @@ def test_fused_attention_computes_its_scores_again_in_the_backward():
     assert flops_of(make_step(), state_of(Attention(D, heads, fused=True)), torch.ones(B, T, D)) == linear + 7 * product
 
 
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn", "flash_attention_for_cpu"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_with_grouped_heads_counts_for_each_head_of_the_queries(kernel, kv_heads):
+    name = f"_scaled_dot_product_{kernel}{'' if 'attention' in kernel else '_attention'}"
+    forward, backward = (formulas()[getattr(torch.ops.aten, name + end)] for end in ("", "_backward"))
+    B, heads, S, T, D, V = 2, 4, 3, 5, 8, 6
+    q, k, v = (torch.Size(shape) for shape in ((B, heads, S, D), (B, kv_heads, T, D), (B, kv_heads, T, V)))
+    scores, values = 2 * B * heads * S * T * D, 2 * B * heads * S * T * V
+    assert forward(q, k, v) == scores + values
+    assert backward(torch.Size((B, heads, S, V)), q, k, v) == 3 * scores + 2 * values
+
+
 def test_convolution_by_hand():
     # 2·B·out·in·kernel²·positions for the output and for the kernel's gradient
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lumen.core import _torch_compat
+from lumen.core.bit_cast import bit_cast
 from lumen.core.module import param_slots
 from lumen.core.versions import install_extra
 from lumen.errors import HyperparameterError, ParamsError
@@ -61,8 +62,9 @@ def row_scales(weight: Tensor) -> Tensor:
     computes scales in the dtype of the weight.
     """
     largest = weight.detach().float().abs().amax(1, keepdim=True)
-    exponent = largest.view(torch.int32) & 0xFF << 23  # the exponent field of a float32, with a fraction of 0
-    return exponent.clamp(1 << 23, 253 << 23).view(torch.float32)  # a normal number, whose inverse is normal too
+    exponent = bit_cast(largest, torch.int32) & 0xFF << 23  # the exponent field of a float32, with a fraction of 0
+    # A normal number, whose inverse is normal too.
+    return bit_cast(exponent.clamp(1 << 23, 253 << 23), torch.float32)
 
 
 def check_kind(function: str, kind: object, kinds: Sequence[str]) -> None:
