@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lumen.core.annotations import integer_of
 from lumen.errors import HyperparameterError
 
 
@@ -29,7 +30,7 @@ class Retention:
     def __post_init__(self) -> None:
         for name in ("keep", "keep_best", "keep_every"):
             value = getattr(self, name)
-            if not (value is None and name != "keep_best") and (type(value) is not int or value < 1):
+            if not (value is None and name != "keep_best") and integer_of(value, low=1) is None:
                 raise HyperparameterError(f"{name} takes an int from 1 up, got {value!r}.")
         if not isinstance(self.monitor, str | None):
             raise HyperparameterError(f"monitor takes the name of a metric, such as 'val/loss', got {self.monitor!r}.")

@@ -19,6 +19,7 @@ from lumen.checkpoint.retention import Retention
 from lumen.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
 from lumen.checkpoint.store_directory import StoreDirectory, reported_errors
 from lumen.core import distributed
+from lumen.core.annotations import integer_of
 from lumen.core.step import StepFn
 from lumen.core.urls import basename
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointLockedError, InexactWarning
@@ -95,16 +96,15 @@ class StoreWriter:
             reported_errors(self._directory.path),
         ):
             self.wait()
-            self._check_step(step)
+            step = _step_number(step)
+            self._check_writable(step)
             numbers = step_metrics.to_floats(metrics or {})
             fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": step_metrics.to_json(numbers)}
             snap = self._snapshot(tree, extra)
             self._job.start(partial(self._write, step, snap, fields, numbers, session), f"step {step}")
 
-    def _check_step(self, step: int) -> None:
+    def _check_writable(self, step: int) -> None:
         """Check that the checkpoint of `step` can be written, and that this process still holds the lock."""
-        if type(step) is not int or step < 0:
-            raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
         if not self._is_main:
             return
         self._ensure_locked()
@@ -203,3 +203,10 @@ class StoreWriter:
                 self._directory.delete(old)
             except OSError as error:
                 raise CheckpointError(f"it is on disk, but step {old} could not be deleted: {error}") from error
+
+
+def _step_number(step: Any) -> int:
+    number = integer_of(step, low=0)
+    if number is None:
+        raise CheckpointError(f"a step is an int from 0 up, got {step!r}.")
+    return number

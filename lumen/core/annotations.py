@@ -120,15 +120,17 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool | np.bool_) and isinstance(value, int | float | np.number | torch.SymFloat)
 
 
-def integer_of(value: Any) -> int | None:
-    """`value` as an int if it is a whole number of Python or NumPy, else None.
+def integer_of(value: Any, low: int | None = None) -> int | None:
+    """`value` as an int if it is a whole number of Python or NumPy, from `low` if that is given, else None.
 
     >>> import numpy as np
-    >>> integer_of(np.int64(2)), integer_of(2.0), integer_of(True)
-    (2, None, None)
+    >>> integer_of(np.int64(2)), integer_of(2.0), integer_of(True), integer_of(2, low=3)
+    (2, None, None, None)
     """
-    is_integral = isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray | Tensor)
-    return operator.index(value) if is_integral else None
+    if not isinstance(value, SupportsIndex) or isinstance(value, bool | np.ndarray | Tensor):
+        return None
+    number = operator.index(value)
+    return None if low is not None and number < low else number
 
 
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
+from lumen.core.annotations import integer_of
 from lumen.errors import BatchError
 
 SEEDS = (-(2**63), 2**63)
@@ -12,11 +12,8 @@ SEEDS = (-(2**63), 2**63)
 
 def integer(name: str, value: Any, low: int, end: int | None = None) -> int:
     """`value` as an int in [`low`, `end`); raises BatchError for what is not one."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+    number = integer_of(value)
+    if number is None:
         raise BatchError(f"{name} is {value!r} of type {type(value).__name__}; it must be an integer: use int({name}).")
     if number < low or (end is not None and number >= end):
         allowed = f"at least {low}" if end is None else f"in [{low}, {end})"

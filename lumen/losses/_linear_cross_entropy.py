@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import check, describe
 from lumen.core.metrics import Mean
 from lumen.errors import LossError
@@ -155,5 +156,5 @@ def _check_numbers(label_smoothing: float, z_loss: float, soft_cap: float | None
         raise LossError(f"z_loss={z_loss!r} is a factor of 0 or more, such as 1e-4.")
     if soft_cap is not None and not soft_cap > 0:
         raise LossError(f"soft_cap={soft_cap!r} is a positive number, such as 30.0, or None.")
-    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+    if chunk is not None and integer_of(chunk, low=1) is None:
         raise LossError(f"chunk={chunk!r} is a positive number of tokens, or None.")

@@ -186,8 +186,8 @@ def check_scalar(
 
 def check_count(name: str, value: Any, low: int) -> int:
     """`value` as an int; raises `HyperparameterError` unless it is a whole number from `low`."""
-    number = integer_of(value)
-    if number is None or number < low:
+    number = integer_of(value, low)
+    if number is None:
         raise HyperparameterError(f"{name}={value!r} is not allowed: give a whole number from {low}.")
     return number
 

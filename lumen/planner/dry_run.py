@@ -14,6 +14,7 @@ from torch import Tensor
 from lumen import tree
 from lumen.core import _torch_compat
 from lumen.core import distributed as processes
+from lumen.core.annotations import integer_of
 from lumen.core.collectives import MESH_AXES
 from lumen.core.step import Step, StepFn, as_step, compose
 from lumen.errors import StateError, StepError, WorldError
@@ -196,7 +197,7 @@ def _world_size(world_size: int | None, mesh: Mapping[str, int] | None) -> int:
         return world_size
     if not mesh:
         raise WorldError("a plan needs a world: write world_size=1024, or mesh=dict(shard=64, data=16).")
-    if any(type(size) is not int or size < 1 for size in mesh.values()):
+    if any(integer_of(size, low=1) is None for size in mesh.values()):
         raise WorldError(f"mesh={dict(mesh)!r} does not determine the number of processes: write world_size= as well.")
     size = 1
     for axis_size in mesh.values():

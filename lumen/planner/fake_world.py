@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen.core import _torch_compat, distributed
+from lumen.core.annotations import integer_of
 from lumen.core.step import Step, StepFn, Transform, as_step, compose
 from lumen.errors import WorldError
 from lumen.parallel.comm import process_groups
@@ -37,13 +38,13 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
             f"this process is rank {distributed.rank()} of {distributed.world_size()} already, and a plan creates a"
             " simulated world. Plan from one process, without torchrun."
         )
-    if type(size) is not int or size < 1:
+    if integer_of(size, low=1) is None:
         raise WorldError(f"world_size={size!r} must be a number of processes, at least 1.")
-    if type(rank) is not int or not 0 <= rank < size:
+    if integer_of(rank, low=0) is None or rank >= size:
         raise WorldError(f"rank={rank!r} is not in a world of {size}: give a number from 0 to {size - 1}.")
 
     hook = sys.excepthook  # torch wraps it in each world, and leaves it wrapped
-    dist.init_process_group("fake", store=_torch_compat.FakeStore(), rank=rank, world_size=size)
+    dist.init_process_group("fake", store=_torch_compat.FakeStore(), rank=int(rank), world_size=int(size))
     try:
         yield
     finally:

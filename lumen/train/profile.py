@@ -9,6 +9,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import checked
 from lumen.core.urls import local_path
 from lumen.errors import HyperparameterError
@@ -58,9 +59,9 @@ class Profile(Callback):
         stacks: bool = False,
         trace: bool = True,
     ) -> None:
-        for name, value, low in (("wait", wait, 0), ("active", active, 1), ("repeat", repeat, 1)):
-            check_count(name, value, low=low)
-        if not isinstance(warmup, int) or warmup < 1:
+        wait, active = check_count("wait", wait, low=0), check_count("active", active, low=1)
+        repeat = check_count("repeat", repeat, low=1)
+        if integer_of(warmup, low=1) is None:
             raise HyperparameterError(
                 f"warmup={warmup!r} is not allowed: give an integer from 1, since the first step under the profiler"
                 " includes its start-up."

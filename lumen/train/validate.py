@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lumen import tree
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import checked, checked_first
 from lumen.core.step import StepFn, Transform, compose
 from lumen.errors import BatchError, StepError
@@ -152,7 +153,7 @@ def needed(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
 
 def check_limit(limit: int | None) -> None:
     """Raise `BatchError` unless `limit` is None or a number of batches."""
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and integer_of(limit, low=1) is None:
         raise BatchError(f"limit={limit!r} must be a number of batches, at least 1, or None for all.")
 
 

@@ -75,8 +75,8 @@ class accumulate(Transform):
     reason = "the transforms inside run once for each microbatch, and those outside once for the batch"
 
     def __init__(self, k: int | Literal["auto"] | None = None, *, microbatch: int | None = None) -> None:
-        numbers = [integer_of(n) for n in (k, microbatch) if n is not None]
-        if k != "auto" and (len(numbers) != 1 or not numbers[0] or numbers[0] < 1):
+        numbers = [integer_of(n, low=1) for n in (k, microbatch) if n is not None]
+        if k != "auto" and (len(numbers) != 1 or numbers[0] is None):
             raise BatchError(
                 f"accumulate takes one positive number, got k={k!r}, microbatch={microbatch!r}."
                 " Write lm.accumulate(4) for four microbatches, lm.accumulate(microbatch=8) for microbatches of 8"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lumen.core.annotations import integer_of
 from lumen.core.primitives import ApplyCall
 from lumen.core.rules import Next
 from lumen.core.step import StepFn, Transform
@@ -48,9 +49,10 @@ class chunked_logits(Transform):
     reason = "chunked_logits replaces the output of the model's head"
 
     def __init__(self, pattern: Pattern | None = None, *, chunk: int | None = None) -> None:
-        if chunk is not None and (type(chunk) is not int or chunk < 1):
+        size = integer_of(chunk, low=1)
+        if chunk is not None and size is None:
             raise HyperparameterError(f"chunk={chunk!r} is a number of tokens, such as 512, or None.")
-        self.pattern, self.chunk = pattern, chunk
+        self.pattern, self.chunk = pattern, size
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with lazy logits."""

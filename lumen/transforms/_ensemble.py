@@ -47,8 +47,8 @@ class ensemble(Transform):
     reason = "each lane of an ensemble is a complete run, so transforms of a single run belong inside it"
 
     def __init__(self, n: int, *, batch_dim: int | None = None, axis: str = "lanes") -> None:
-        number = integer_of(n)
-        if number is None or number < 1:
+        number = integer_of(n, low=1)
+        if number is None:
             raise StateError(f"ensemble takes a positive number of lanes, got {n!r}. Write lm.ensemble(8).")
         self.n = number
         self.batch_dim = batch_dim

@@ -38,8 +38,8 @@ class unroll(Transform):
     reason = "unroll repeats complete steps"
 
     def __init__(self, k: int) -> None:
-        number = integer_of(k)
-        if number is None or number < 1:
+        number = integer_of(k, low=1)
+        if number is None:
             raise BatchError(f"unroll takes a positive number of steps, got {k!r}. Write lm.unroll(8).")
         self.k = number
 

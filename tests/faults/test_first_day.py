@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,21 +127,46 @@ def test_numpy_numbers_are_numbers() -> None:
     assert schedule(torch.tensor(0)).item() == 1.0
 
 
-def test_integer_ofs_of_numpy_are_integer_ofs() -> None:
+COUNTS: dict[str, Callable[[Any], object]] = {
+    "accumulate": lm.accumulate,
+    "microbatch": lambda n: lm.accumulate(microbatch=n),
+    "unroll": lm.unroll,
+    "ensemble": lm.ensemble,
+    "every": lambda n: lm.local(every=n),
+    "chunk": lambda n: lm.chunked_logits(chunk=n),
+    "check_every": lambda n: lm.ddp(check_every=n),
+    "stage": lambda n: lm.fsdp(stage=n),
+    "prefetch": lambda n: lm.fsdp(prefetch=n),
+    "microbatches": lambda n: lm.pipeline(microbatches=n),
+    "stages": lambda n: lm.pipeline(microbatches=2, stages=n),
+    "groups": lambda n: lm.parallel.Colwise(groups=n),
+    "limit": lambda n: lm.Validate(step=identity, data=[], every=lm.Every(steps=1), limit=n),
+    "active": lambda n: repr(lm.Profile("unwritten", active=n)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_an_integer_of_numpy_is_an_integer(name: str) -> None:
+    make = COUNTS[name]
+    assert make(np.int64(2)) == make(2)
+    for wrong in (True, 2.5, "two", torch.tensor(2), np.ones(2, int)):
+        with pytest.raises(lm.errors.LumenError, match=name):
+            make(wrong)
+
+
+def test_schedules_count_in_integers_of_numpy() -> None:
     two = np.int64(2)
-    for make in (
-        lm.accumulate,
-        lm.unroll,
-        lm.ensemble,
-        lambda n: lm.local(every=n),
-        lambda n: lm.accumulate(microbatch=n),
-    ):
-        assert make(two) == make(2)
     for schedule in (lm.optim.cosine(1.0, steps=two), lm.optim.warmup_cosine(1.0, steps=np.int32(4), warmup=two)):
         assert 0 <= schedule(torch.tensor(2)).item() <= 1
-    for wrong in (True, 2.5, "2", torch.tensor(2), np.ones(2, int)):
-        with pytest.raises(lm.errors.LumenError, match="accumulate"):
-            lm.accumulate(wrong)
+
+
+def test_a_step_may_be_an_integer_of_numpy(tmp_path: Path) -> None:
+    with lm.checkpoint.Store(tmp_path, keep=np.int64(1)) as store:
+        store.save(np.int64(7), {"w": torch.ones(1)})
+        store.wait()
+        assert store.steps() == [7]
+        with pytest.raises(lm.errors.CheckpointError, match="an int from 0 up"):
+            store.save(-1, {"w": torch.ones(1)})
 
 
 @pytest.mark.parametrize("kind", [lm.donate, lm.seeded])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lumen.core import _torch_compat, distributed, rules
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import checked
 from lumen.core.collectives import MESH_AXES, check_joined
 from lumen.errors import WorldError
@@ -218,7 +219,7 @@ def _grid(device: str, sizes: Mapping[str, int]) -> DeviceMesh:
 
 def _sizes(axes: Mapping[str, int | None], processes: int) -> dict[str, int]:
     for name, size in axes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1)):
+        if size is not None and size != -1 and integer_of(size, low=1) is None:
             raise WorldError(
                 f"mesh({name}={size!r}) must be a positive number of processes, or -1 for all that remain."
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lumen.core import _torch_compat, batching, row_fields, rules
+from lumen.core.annotations import integer_of
 from lumen.core.primitives import Gradient, GradientCall
 from lumen.core.rules import Next, Primitive, Rule
 from lumen.core.sharding import ShardSpec
@@ -129,12 +130,13 @@ class ddp(Transform):
             raise HyperparameterError(f"ddp(reduce_dtype={reduce_dtype!r}) is unknown; give 'bf16' or None.")
         if not bucket_mb > 0:
             raise HyperparameterError(f"ddp takes buckets of a positive size, got bucket_mb={bucket_mb!r}.")
-        if check_every is not None and (type(check_every) is not int or check_every < 1):
+        period = integer_of(check_every, low=1)
+        if check_every is not None and period is None:
             raise HyperparameterError(f"ddp(check_every={check_every!r}) must be a positive number of steps, or None.")
         self.buffers = buffers
         self.reduce_dtype = reduce_dtype
         self.bucket_mb = bucket_mb
-        self.check_every = check_every
+        self.check_every = period
         self._mesh = mesh
 
     def _new_memory(self) -> _Processes:

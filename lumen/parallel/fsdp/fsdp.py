@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumen import tree
 from lumen.core import pending_weights, rules, sharding
+from lumen.core.annotations import integer_of
 from lumen.core.nested_states import map_train_states, train_states
 from lumen.core.param_leaves import Path
 from lumen.core.pytree_dataclass import dataclass as pytree_dataclass
@@ -137,10 +138,10 @@ class fsdp(Transform):
         param_init_fn: Initialize | None = None,
     ) -> None:
         _check_arguments(stage, wrap, param_dtype, prefetch, offload)
-        self.stage = stage
+        self.stage = int(stage)
         self.patterns = wrap
         self.param_dtype = param_dtype
-        self.prefetch = prefetch
+        self.prefetch = int(prefetch)
         self.offload = offload
         self.param_init_fn = param_init_fn
         self._mesh = mesh
@@ -291,13 +292,13 @@ def _frozen_params(runtime: FSDPRuntime, layout: ShardLayout, plans: Mapping[Pat
 
 
 def _check_arguments(stage: Any, wrap: Any, param_dtype: Any, prefetch: Any, offload: Any) -> None:
-    if type(stage) is not int or stage not in (1, 2, 3):
+    if integer_of(stage) not in (1, 2, 3):
         raise HyperparameterError(
             f"fsdp(stage={stage!r}) is unknown; give 1 (optimizer state), 2 (and gradients) or 3 (and params)."
         )
     if param_dtype not in (None, "bf16"):
         raise HyperparameterError(f"fsdp(param_dtype={param_dtype!r}) is unknown; give 'bf16' or None.")
-    if type(prefetch) is not int or prefetch < 0:
+    if integer_of(prefetch, low=0) is None:
         raise HyperparameterError(f"fsdp(prefetch={prefetch!r}) must be a number of units, 0 or more.")
     if stage < 3 and (wrap is not None or param_dtype is not None):
         raise HyperparameterError(f"fsdp(stage={stage}) gathers no units: leave wrap and param_dtype out, or use 3.")

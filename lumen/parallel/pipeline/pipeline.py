@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen.core import _torch_compat, distributed, rules, sharding
+from lumen.core.annotations import integer_of
 from lumen.core.rules import Primitive, Rule
 from lumen.core.sharding import ShardSpec
 from lumen.core.step import StepFn, Transform, as_step, device_of, slot, with_slot, without_slot
@@ -85,7 +86,8 @@ class pipeline(Transform):
     def __init__(
         self, mesh: Mesh | None = None, *, microbatches: int, stages: Stages = None, schedule: ScheduleName = "1f1b"
     ) -> None:
-        if type(microbatches) is not int or microbatches < 1:
+        count = integer_of(microbatches, low=1)
+        if count is None:
             raise HyperparameterError(f"pipeline(microbatches={microbatches!r}) must be a positive number.")
         if schedule not in SCHEDULES:
             raise HyperparameterError(
@@ -93,15 +95,15 @@ class pipeline(Transform):
             )
         if isinstance(stages, str) or not (
             stages is None
-            or (type(stages) is int and stages > 0)
+            or integer_of(stages, low=1) is not None
             or (isinstance(stages, Sequence) and all(isinstance(point, str) for point in stages))
         ):
             raise HyperparameterError(
                 f"pipeline(stages={stages!r}) must be a number of stages, or a list of the names of modules with which"
                 ' stages begin: stages=["blocks.4", "blocks.8"].'
             )
-        self.microbatches = microbatches
-        self.stages = stages
+        self.microbatches = count
+        self.stages = stages if isinstance(stages, Sequence) else integer_of(stages)
         self.schedule = schedule
         self._mesh = mesh
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lumen import tree
 from lumen.core import _torch_compat
+from lumen.core.annotations import integer_of
 from lumen.core.sharding import REPLICATED, LeafSpec, ShardSpec, Slice, SpecTree
 from lumen.errors import ParamsError, PatternError, printable
 from lumen.parallel.tensor.autograd_collectives import TPGroup
@@ -160,7 +161,8 @@ def _check_regions(module: nn.Module, styles: Mapping[str, Style], size: int) ->
         region = module.get_submodule(name)
         for attribute in style.divided:
             value = getattr(region, attribute, None)
-            if type(value) is not int or value % size:
+            count = integer_of(value)
+            if count is None or count % size:
                 raise ParamsError(
                     f"{name}.{attribute} is {value!r}, which {size} ranks along tensor do not divide. Name in"
                     f" Region(divide=...) integers of {type(region).__name__} that they divide."
@@ -170,9 +172,11 @@ def _check_regions(module: nn.Module, styles: Mapping[str, Style], size: int) ->
 
 
 def _check_unit(name: str, region: nn.Module, unit: str, styles: Mapping[str, Style], size: int) -> None:
-    value = getattr(region, unit, None)
-    if type(value) is not int or value < 1:
-        raise ParamsError(f"{name}.{unit} is {value!r}; Region(unit=...) names an integer of {type(region).__name__}.")
+    size_of_unit = getattr(region, unit, None)
+    value = integer_of(size_of_unit, low=1)
+    if value is None:
+        kind = type(region).__name__
+        raise ParamsError(f"{name}.{unit} is {size_of_unit!r}; Region(unit=...) names an integer of {kind}.")
     for key, child in region.named_modules():
         style = styles.get(f"{name}.{key}")
         if isinstance(style, Colwise):

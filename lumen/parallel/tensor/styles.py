@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from lumen.core.annotations import integer_of
 from lumen.core.arguments import describe
 from lumen.errors import ArgumentError, HyperparameterError
 
@@ -42,8 +43,10 @@ class Colwise(Style):
     output: Literal["shard", "replicate"] = "shard"
 
     def __post_init__(self) -> None:
-        if type(self.groups) is not int or self.groups < 1:
+        groups = integer_of(self.groups, low=1)
+        if groups is None:
             raise HyperparameterError(f"Colwise(groups={self.groups!r}) must be a number of blocks, from 1.")
+        object.__setattr__(self, "groups", groups)
         _check(self, input=("replicate", "sequence"), output=("shard", "replicate"))
 
 
