@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ import lumen as lm
 from lumen import ddp, fsdp
 from lumen.core import distributed
 from lumen.errors import HyperparameterError
+from lumen.parallel.comm import collectives
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -157,3 +160,36 @@ def test_rules_that_no_dtype_of_that_kind_can_have_are_refused():
     ):
         with pytest.raises(HyperparameterError, match=f"torch.{dtype}, the rule '{rule}'"):
             lm.pure(net, merge={f"gather_{dtype}": rule})
+
+
+# ------------------------------------------------------------------------------------------------- all-gathered
+
+
+def large_all_gathers():
+    """Per dtype, whether shards launched together arrive in rank order, and how many broadcasts ran."""
+    group, rank = torch.distributed.group.WORLD, distributed.rank()
+    results = []
+    for dtype in DTYPES:
+        shards = [(torch.arange(2**17) % 5 + other).to(dtype) for other in (0, 1)]
+        with torch.profiler.profile(acc_events=True) as profiler:
+            flights = [collectives.start_all_gather(shard, 2, group) for shard in (shards[rank], shards[rank][:5])]
+            waited = collectives.all_gather(shards[rank], group)()
+            for _, work in flights:
+                work.wait()
+        expected = [torch.cat(shards), torch.cat([shard[:5] for shard in shards]), torch.cat(shards)]
+        arrived = [flights[0][0], flights[1][0], waited]
+        same = [same_bytes(one, other) for one, other in zip(arrived, expected, strict=True)]
+        ran = Counter(event.name for event in profiler.events() if event.name.startswith("gloo:"))
+        results.append((str(dtype), same, ran["gloo:broadcast"]))
+    return results
+
+
+def same_bytes(one, other):
+    return one.dtype == other.dtype and torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+
+
+def test_large_shards_are_broadcast_into_their_place(world2):
+    for results in world2.run(large_all_gathers):
+        for dtype, same, broadcasts in results:
+            assert all(same), dtype
+            assert broadcasts == 4, dtype

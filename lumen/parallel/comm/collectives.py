@@ -34,6 +34,7 @@ _GATHERED = frozenset({  # as they are, by every backend; others are sent as byt
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.uint8, torch.int32, torch.int64),
 })  # fmt: skip
+_BROADCAST = 2**16  # bytes of a shard from which broadcasts are faster than Gloo's all-gather
 _UNSUMMED = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # by Gloo
 _WIDE = (torch.int64, torch.uint32)  # integers that need all of int64
 
@@ -110,15 +111,38 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
     if rules.is_tracing():
         return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
     gathered = flat.new_empty(size * flat.numel())
-    return _Handle(_all_gather(gathered, flat, group=group, async_op=True), gathered)
+    return _Handle(_start(gathered, flat, size, group), gathered)
 
 
 def start_all_gather(flat: Tensor, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     """The same outside a trace: the tensor that receives the data, and the `Work` to wait for."""
     gathered = flat.new_empty(size * flat.numel())
     if flat.dtype in _GATHERED:
-        return gathered, _all_gather(gathered, flat, group=group, async_op=True)
-    return gathered, _all_gather(gathered.view(torch.uint8), flat.view(torch.uint8), group=group, async_op=True)
+        return gathered, _start(gathered, flat, size, group)
+    return gathered, _start(gathered.view(torch.uint8), flat.view(torch.uint8), size, group)
+
+
+def _start(gathered: Tensor, flat: Tensor, size: int, group: dist.ProcessGroup) -> Any:
+    """The `Work` of an all-gather; over Gloo, which gathers into memory of its own and copies, broadcasts of shards."""
+    if flat.nbytes < _BROADCAST or flat.device.type != "cpu" or dist.get_backend(group) != "gloo":
+        return _all_gather(gathered, flat, group=group, async_op=True)
+    shards = gathered.view(size, -1).unbind()
+    shards[dist.get_rank(group)].copy_(flat)
+    return _Works([dist.broadcast(shard, group=group, group_src=i, async_op=True) for i, shard in enumerate(shards)])
+
+
+class _Works:
+    """The `Work` of several collectives."""
+
+    __slots__ = ("_works",)
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Wait for all."""
+        for work in self._works:
+            work.wait()
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> WaitFn:
