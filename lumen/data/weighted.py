@@ -46,7 +46,7 @@ class Weighted(EachOnce):
 
     def _draw(self, epoch: int, start: int, stop: int) -> permutation.Indices:
         points = permutation.uniform(self._key, epoch, start, stop) * self._ends[-1]
-        order = points.argsort()  # neighbors are found in half of the time, which memory takes
+        order = points.argsort()  # sorted points search neighboring weights, which halves the time
         rows = np.empty(stop - start, np.int64)
         rows[order] = self._ends.searchsorted(points[order], "right")
         return np.minimum(rows, self._last)  # a product may round up to the end of the line

@@ -2,8 +2,8 @@
 
 The trace of a deep model lists the operations of one layer again and again: forward, backward, and in the update of the
 optimizer. A compiler that is handed the whole list compiles all of them. Here runs of equal stretches of the list are
-found in the traced graph, whatever modules, loops or functions they came from; stretches that compute the same function
-of their inputs share one compiled function.
+found in the traced graph itself, so it does not matter how the model is written. Stretches that compute the same
+function of their inputs share one compiled function.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ class Segment(NamedTuple):
     nodes: list[Node]
     inputs: list[Node]
     outputs: list[Node]
+    kind: Hashable
+    """Equal for parts that compute the same function of their inputs."""
 
     @classmethod
     def of(cls, nodes: list[Node]) -> Segment:
         """The part with these nodes."""
         inside = set(nodes)
-        inputs = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+        sources = (source for node in nodes for source in node.all_input_nodes if source not in inside)
+        inputs = list(dict.fromkeys(sources))
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        return cls(nodes, list(inputs), outputs)
-
-    def kind(self) -> Hashable:
-        """Equal for parts that compute the same function of their inputs."""
-        positions: dict[Node, Hashable] = {node: ("input", i) for i, node in enumerate(self.inputs)}
-        positions |= {node: i for i, node in enumerate(self.nodes)}
-        inputs = [_kind(node.meta.get("val")) for node in self.inputs]
-        return tuple(inputs), tuple([_token(node, positions.__getitem__) for node in self.nodes])
+        positions: dict[Node, Hashable] = {node: ("input", i) for i, node in enumerate(inputs)}
+        positions |= {node: i for i, node in enumerate(nodes)}
+        read = tuple([_kind(node.meta.get("val")) for node in inputs])
+        return cls(nodes, inputs, outputs, (read, tuple([_token(node, positions.__getitem__) for node in nodes])))
 
     def module(self, graph: GraphModule) -> GraphModule:
         """The part as a graph of its own: a function of its inputs that returns its outputs."""
@@ -186,15 +185,11 @@ def _segments(body: list[Node], repeats: list[Repeat]) -> list[Segment] | None:
 
 def _with_equal_outputs(segments: list[Segment]) -> list[Segment]:
     """Parts that compute the same hand over the same results, also where no one reads them."""
-    kinds = [segment.kind() for segment in segments]
     read: dict[Hashable, set[int]] = {}
-    for kind, segment in zip(kinds, segments, strict=True):
+    for segment in segments:
         outputs = set(segment.outputs)
-        read.setdefault(kind, set()).update(i for i, node in enumerate(segment.nodes) if node in outputs)
-    return [
-        segment._replace(outputs=[segment.nodes[i] for i in sorted(read[kind])])
-        for kind, segment in zip(kinds, segments, strict=True)
-    ]
+        read.setdefault(segment.kind, set()).update(i for i, node in enumerate(segment.nodes) if node in outputs)
+    return [segment._replace(outputs=[segment.nodes[i] for i in sorted(read[segment.kind])]) for segment in segments]
 
 
 class _Calls:
@@ -207,10 +202,9 @@ class _Calls:
         functions: dict[Hashable, Callable[..., Any]] = {}
         planned: list[tuple[Callable[..., Any], Segment]] = []
         for segment in segments:
-            key = (segment.kind(), tuple(segment.nodes.index(node) for node in segment.outputs))
-            if key not in functions:
-                functions[key] = compile_fn(segment.module(graph), segment.example())
-            planned.append((functions[key], segment))
+            if segment.kind not in functions:
+                functions[segment.kind] = compile_fn(segment.module(graph), segment.example())
+            planned.append((functions[segment.kind], segment))
         if tail:
             segment = Segment.of(tail)
             planned.append((segment.module(graph), segment))
