@@ -25,6 +25,9 @@ ifneq ($(TORCH),$(shell printf '%s' '$(TORCH)' | grep -Ex '[0-9]+[.][0-9]+([.+][
 $(error TORCH=$(TORCH) is no version of torch. Write one out, as in: make test TORCH=2.14.1)
 endif
 
+# With it, each of the processes that tests start would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Kernels that DeepSpeed builds: beside the torch that they are built for, and apart from those of other runs.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 

@@ -15,9 +15,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-# A test that compiles tens of small kernels is faster without headers that take half a minute to compile ahead.
-os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-
 import hypothesis
 import numpy as np
 import pytest

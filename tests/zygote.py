@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = (
     "torch",
     "torch.distributed",
+    "torch._dynamo",  # three seconds, at the first use of checkpointing or of a compiler
     "lumen",
     "lumen.train.runner",
     "lumen.parallel.fsdp",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import time
@@ -87,17 +88,20 @@ class World:
 
     def _answers(self, limit):
         deadline = time.monotonic() + limit
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                waiting = [r for r in range(rank, self.size) if not self._pipes[r].poll(0)]
-                raise TaskError(f"ranks {waiting} had not answered after {limit} s")
-            try:
-                answers.append(pipe.recv())
-            except EOFError:
-                code = self._processes[rank].exitcode
-                raise TaskError(f"rank {rank} died with exit code {code}") from None
-        return answers
+        answers = {}
+        while len(answers) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TaskError(f"ranks {list(waiting.values())} had not answered after {limit} s")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    answers[rank] = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join(10)
+                    raise TaskError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
+        return [answers[rank] for rank in range(self.size)]
 
 
 def serve(rank, size, port, pipe):

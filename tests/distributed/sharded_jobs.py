@@ -46,7 +46,7 @@ def opened(directory, **options):
 
 def save_on(directory, options):
     """Save one after the other, each twice, until somebody is killed."""
-    wrapped, store = opened(directory, keep=2, timeout=10.0)
+    wrapped, store = opened(directory, keep=2, timeout=5.0)
     with store.open(wrapped):
         number = (store.latest() or 0) + 1
         while True:

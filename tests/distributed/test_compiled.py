@@ -77,7 +77,8 @@ def test_compiled_ddp_on_parts_is_the_whole(model, world2):
 def test_compiled_fsdp_on_parts_is_the_whole(model, stage, world2):
     cases = [("fsdp", {"stage": stage}, model, around, UNEVEN) for around in pick([STACK], [[], STACK])]
     cases += [("fsdp", {"stage": stage}, model, [] if model == "stack" else ["accumulate"], EMPTY)]
-    check(world2, cases)
+    turn = (stage + ["mlp", "deep", "stack"].index(model)) % 2  # each stage and each model has both
+    check(world2, pick(cases[turn : turn + 1], cases))
 
 
 def test_params_outside_their_unit_twice_or_never(world2):

@@ -133,7 +133,7 @@ def die_on_one():
 
 
 def test_the_pool_itself_notices_a_death_and_recovers(world2):
-    with pytest.raises(TaskError, match="rank 1 died with exit code 3|had not answered"):
+    with pytest.raises(TaskError, match="rank 1 died with exit code 3"):
         world2.run(die_on_one, limit=10)
     assert len(world2.run(both_ranks)) == 2
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tyro
 
 from tests.examples.test_scripts import EXAMPLES, final, run
@@ -109,6 +110,23 @@ def test_maml_adapts_where_the_joint_net_cannot(play: Play) -> None:
     assert further < adapted
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_finetune_lora_learns_and_goes_on(play: Play) -> None:
+    pytest.importorskip("transformers")
+    small = ("--pretrain-steps", "60", "--layers", "1", "--width", "64", "--lr", "2e-2")
+    out = play("finetune_lora.py", *small, "--steps", "60")
+    before, after = numbers(r"held-out loss ([\d.]+) before, ([\d.]+) nats", out)
+    assert after < before - 0.02
+    log = Path("runs/finetune_lora")
+    tuned = safetensors.torch.load_file(log / "tuned/model.safetensors")
+    base = safetensors.torch.load_file(log / "base/model.safetensors")
+    assert tuned.keys() == base.keys()
+    changed = {name for name in base if not tuned[name].equal(base[name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert "held-out" in play("finetune_lora.py", *small, "--steps", "60"), "it is through, and says so"
+
+
 def test_dp_sgd_learns_within_its_budget(play: Play) -> None:
     pytest.importorskip("dp_accounting")
     out = play("dp_sgd.py", "--steps", "60")
@@ -121,7 +139,7 @@ def test_dp_sgd_learns_within_its_budget(play: Play) -> None:
 
 @pytest.mark.slow
 def test_planner_tells_what_fits(play: Play) -> None:
-    out = play("planner.py", "--layers", "6", "--width", "8192", "--heads", "64")
+    out = play("planner.py", "--layers", "2", "--width", "14336", "--heads", "112")
     found = dict(re.findall(r"│ ([a-z][\w ,]+?) +│.*│ +(yes|no) │", out))
     assert found == {
         "ddp": "no",

@@ -147,22 +147,6 @@ def test_char_lm_learns(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert final(tmp_path / "runs/char_lm/metrics.jsonl", "val/loss") < 0.8 * math.log(100)
 
 
-@pytest.mark.slow
-def test_finetune_lora_learns_and_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    small = ("--pretrain-steps", "60", "--layers", "1", "--width", "64", "--lr", "2e-2")
-    out = run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path)
-    before, after = map(float, re.search(r"held-out loss ([\d.]+) before, ([\d.]+) nats", out).groups())
-    assert after < before - 0.02
-    log = tmp_path / "runs/finetune_lora"
-    tuned = safetensors.torch.load_file(log / "tuned/model.safetensors")
-    base = safetensors.torch.load_file(log / "base/model.safetensors")
-    assert tuned.keys() == base.keys()
-    changed = {name for name in base if not tuned[name].equal(base[name])}
-    assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj", "up_proj", "down_proj"}
-    assert "held-out" in run("finetune_lora.py", *small, "--steps", "60", cwd=tmp_path), "it is through, and says so"
-
-
 def test_hydra_composes_what_is_named(tmp_path: Path) -> None:
     settings = ("steps=20", "warmup=4", "progress=false", "lr=3e-3")
     choices = ("optimizer=lion", "transforms=mixed", "strategy=fsdp")

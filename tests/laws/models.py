@@ -7,6 +7,8 @@ B: rows, D: features, C: classes, T: tokens.
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +186,23 @@ def jobs(
         rows=st.integers(*rows),
         seed=st.integers(0, 99),
     )
+
+
+def some_jobs(seed: int, count: int, suits: Callable[[Job], bool]) -> list[Job]:
+    """As many jobs as asked for, each field drawn at random; another seed gives others."""
+    generator = random.Random(seed)
+    drawn = (
+        Job(
+            model=generator.choice(STEADY),
+            form=generator.choice(tuple(FORMS)),
+            loss=generator.choice(tuple(LOSSES)),
+            optimizer=generator.choice(tuple(OPTIMIZERS)),
+            rows=generator.randint(1, 7),
+            seed=generator.randint(0, 99),
+        )
+        for _ in itertools.count()
+    )
+    return list(itertools.islice(filter(suits, drawn), count))
 
 
 def train(step: Callable[..., Any], state: Any, batches: Sequence[Any]) -> tuple[Any, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ import lumen as lm
 from lumen.checkpoint import fsync
 from lumen.train.replay import read_description
 from tests import zygote
+from tests.tiers import in_turns
 
 from .models import Job, assert_same
 from .test_declared import poisoned
@@ -125,8 +126,7 @@ def again(dump: Path, guarded: Any, state: Any, batch: Any = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(("name", "kind"), in_turns(list(STACKS), ["loss", "gradient"]))
 def test_a_replayed_step_fails_as_it_did_from_the_same_state(name: str, kind: str, tmp_path: Path) -> None:
     guarded = stacked(name, lm.guard("dump", tmp_path))
     message, before = failed(guarded, guarded.init(start()), batches(kind))

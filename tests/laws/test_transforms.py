@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import lumen as lm
 import lumen.transforms
 from lumen.core import order
+from tests.tiers import pick
 
-from .models import STEADY, Job, assert_same, jobs, learned, train
+from .models import STEADY, Job, assert_same, jobs, learned, some_jobs, train
 from .table import LAWS, MAIN, PAIRS, STEPS, run
 
 
@@ -74,12 +75,11 @@ def test_one_transform(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("outer", "inner"), PAIRS, ids=[">".join(pair) for pair in PAIRS])
-@settings(max_examples=4)
-@given(data=st.data())
-def test_pair(outer: str, inner: str, data: st.DataObject) -> None:
+def test_pair(outer: str, inner: str) -> None:
+    """Each pair on jobs of its own: hypothesis would begin with the same simplest job for all."""
     a, b = LAWS[outer], LAWS[inner]
-    job = data.draw(jobs(STEADY).filter(lambda job: a.suits(job) and b.suits(job)))
-    check(lm.compose(a.make(), b.make()), job, a.exact and b.exact)
+    for job in some_jobs(PAIRS.index((outer, inner)), pick(2, 20), lambda job: a.suits(job) and b.suits(job)):
+        check(lm.compose(a.make(), b.make()), job, a.exact and b.exact)
 
 
 TRACED = [pair for pair in PAIRS if "compile" not in pair]
@@ -88,4 +88,6 @@ TRACED = [pair for pair in PAIRS if "compile" not in pair]
 @pytest.mark.parametrize(("outer", "inner"), TRACED, ids=[">".join(pair) for pair in TRACED])
 def test_pair_traced(outer: str, inner: str) -> None:
     a, b = LAWS[outer], LAWS[inner]
-    check(lm.compose(lm.compile(backend="eager"), a.make(), b.make()), Job(), exact=False)
+    turn = TRACED.index((outer, inner)) % 2
+    for optimizer in pick(["adamw", "sgd"][turn : turn + 1], ["adamw", "sgd"]):
+        check(lm.compose(lm.compile(backend="eager"), a.make(), b.make()), Job(optimizer=optimizer), exact=False)
