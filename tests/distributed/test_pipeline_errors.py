@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from lumen import errors
 from lumen.parallel.comm.mesh import mesh
 from tests.distributed.models import CLASSES, MODELS, WIDTH, batches, make_state, register, step
 from tests.distributed.pipeline_models import Blocks
+from tests.tiers import LONG
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -204,12 +207,88 @@ def test_what_cannot_be_cut_is_refused_by_name_on_every_process(world2):
             assert text in error[1], (name, error)
 
 
+class _FailingGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, _grad):
+        raise ArithmeticError("no such gradient")
+
+
+class Failing(nn.Linear):
+    """Fails on one rank, in one of its passes, at one of its runs with values."""
+
+    def __init__(self, rank, where, run):
+        super().__init__(WIDTH, WIDTH)
+        self.at, self.where, self.runs = rank, where, -run
+
+    def forward(self, x):
+        x = super().forward(x)
+        fails = torch.distributed.get_rank() == self.at and self.runs == 0
+        self.runs += type(x) is torch.Tensor  # and no form of one
+        if fails and self.where == "forward":
+            raise ArithmeticError("no such value")
+        return _FailingGradient.apply(x) if fails and self.where == "backward" else x
+
+
+def failures(cases, axes=None):
+    """How each case fails here: stages, a schedule, the stage's rank that fails, in which pass and microbatch."""
+    grid, found = mesh(**(axes or {"pipeline": -1}), device="cpu"), []
+    for schedule, rank, where, run in cases:
+        stages = 2 * grid.size("pipeline") if schedule == "interleaved" else None
+        cut = lm.pipeline(grid, microbatches=4, schedule=schedule, stages=stages)
+        stack = [lm.ddp(grid), cut] if axes else [cut]
+        layers = [Failing(rank, where, run) for _ in range(3)]
+        wrapped = lm.compose(*stack)(step)
+        state = lm.TrainState.create(nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES)).double(), lm.optim.sgd(0.1))
+        try:
+            wrapped(wrapped.init(state), batches(1, 8)[0])
+        except Exception as error:
+            found.append((type(error).__name__, str(error), getattr(error, "__notes__", [])))
+    return found
+
+
+FAILURES = [
+    (schedule, rank, where, run)
+    for schedule in ("gpipe", "1f1b", "interleaved")
+    for rank in (0, 1)
+    for where, run in (("forward", 2), ("backward", 1))
+]
+FAILURES += [("1f1b", 1, "forward", 0)]  # before anything is sent
+
+
+def check_failures(cases, answers):
+    texts = {"forward": "no such value", "backward": "no such gradient"}
+    for rank, found in enumerate(answers):
+        for (_, failing, where, run), (kind, text, notes) in zip(cases, found, strict=True):
+            assert texts[where] in text
+            place = rf"in the {where} pass of stage \d, microbatch \d" if run else "in the check of a batch"
+            if rank == failing:
+                assert (kind, text) == ("ArithmeticError", texts[where])
+                assert any(re.search(rf"raised on rank {rank} {place}", note) for note in notes)
+            else:
+                assert kind == "WorldError"
+                assert re.search(rf"rank {failing} failed {place}, under lm.pipeline: ArithmeticError", text)
+
+
 def test_an_error_on_one_stage_ends_all(world2):
     first, last = world2.run(error_of, "pipeline_stack", {}, "fails", limit=60)
     assert last == ("ValueError", "no such label")
     assert first[0] == "WorldError"
     assert "rank 1" in first[1]
     assert "no such label" in first[1]
+
+
+def test_an_error_in_any_pass_of_a_stage_ends_all(world2):
+    check_failures(FAILURES, world2.run(failures, FAILURES, limit=60))
+
+
+@pytest.mark.skipif(not LONG, reason="four processes: make test-all")
+def test_an_error_of_a_stage_ends_also_the_processes_with_other_rows(world4):
+    cases = [("1f1b", 2, "forward", 0), ("1f1b", 1, "backward", 1)]
+    check_failures(cases, world4.run(failures, cases, {"data": 2, "pipeline": 2}, limit=60))
 
 
 @pytest.mark.parametrize(

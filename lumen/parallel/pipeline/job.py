@@ -14,39 +14,54 @@ from lumen.core.device import Generators
 from lumen.core.dtypes import NARROW
 from lumen.core.primitives import Aux, Gradient, GradientCall
 from lumen.errors import LossError, ParamsError
+from lumen.parallel.pipeline.failures import StageFailure
 from lumen.parallel.pipeline.probe import Form
 from lumen.parallel.pipeline.split import STAGE, Boundary
+from lumen.parallel.pipeline.stage_graph import StageGraph, as_node
 from lumen.parallel.pipeline.stage_run import SplitModel, StageRun, check_result
 
 
 class GradientJob:
     """The loss of each microbatch, of which each stage computes its part.
 
-    An error of a stage does not stop the schedule, in which other processes would wait: the stage sends zeros from then
-    on, and `error` is for all processes to raise together.
+    An error of a stage does not stop the schedule, in which other processes would wait: the process sends zeros from
+    then on, and `failure` is for all processes to raise together.
     """
 
     def __init__(
         self, call: GradientCall, microbatches: Sequence[Any], rows: int, model: SplitModel, forms: Sequence[Form]
     ) -> None:
         self._call, self._microbatches, self._rows = call, microbatches, rows
-        self._model, self._forms = model, forms
+        self._model, self.forms = model, forms
         self._generators = Generators(call.params)
         self._sums: dict[str, Tensor] = {}
         self._leaves = {name: self._leaf(name, param) for name, param in call.params.items() if param.numel()}
         self.results: dict[int, Gradient] = {}
         self.buffer_names: dict[str, str] = {}
         self.buffers: Mapping[str, Tensor] = {}  # that the model was last applied with
-        self.error: Exception | None = None
+        self.failure: StageFailure | None = None
 
     def forward(self, stage: int, index: int, received: Tensor | None) -> Tensor:
         """What `stage` sends for microbatch `index`."""
-        if self.error is None:
+        graph = StageGraph(received)
+
+        def forward() -> None:
+            graph.sent = self._compute(stage, index, graph.received)
+
+        def backward(grad: Tensor) -> None:
+            self._attempt(lambda: graph.backward(grad), f"the backward pass of stage {stage}, microbatch {index}")
+
+        self._attempt(forward, f"the forward pass of stage {stage}, microbatch {index}")
+        sent = self._zeros(stage) if graph.sent is None else graph.sent
+        return as_node(graph, received, sent, backward)
+
+    def _attempt(self, run: Callable[[], None], where: str) -> None:
+        """Run a pass, unless this process has failed already."""
+        if self.failure is None:
             try:
-                return self._compute(stage, index, received)
+                run()
             except Exception as error:
-                self.error = error
-        return self._zeros(stage, received)
+                self.failure = StageFailure(error, where)
 
     def grads(self) -> dict[str, Tensor]:
         """The summed gradients of the stages of this process, in float32 for 16-bit params; others are empty."""
@@ -90,7 +105,7 @@ class GradientJob:
 
     def _sent(self, value: Tensor, stage: int) -> Tensor:
         check_result(value, stage, f"what stage {stage} sends")
-        form = self._forms[stage]
+        form = self.forms[stage]
         if Form.of(value) != form:
             raise LossError(
                 f"stage {stage} sends a tensor of shape {tuple(value.shape)} and {value.dtype}, and sent {form.shape}"
@@ -118,12 +133,10 @@ class GradientJob:
         self.results[index] = Gradient(gradient.detached(loss), None, gradient.detached(aux), scalar, self._rows)
         return torch.stack([objective]).float()  # the form that is declared; only its gradient counts, which is one
 
-    def _zeros(self, stage: int, received: Tensor | None) -> Tensor:
-        """A tensor in the form that `stage` sends, with a gradient in what it has received."""
-        form = Form((1,), torch.float32) if self._is_last(stage) else self._forms[stage]
-        device = next(iter(self._leaves.values())).device
-        zeros = torch.zeros(form.shape, dtype=form.dtype, device=device, requires_grad=True)
-        return zeros * 1 if received is None else zeros + (received.sum() * 0).to(form.dtype)
+    def _zeros(self, stage: int) -> Tensor:
+        """A tensor in the form that `stage` sends."""
+        form = Form((1,), torch.float32) if self._is_last(stage) else self.forms[stage]
+        return torch.zeros(form.shape, dtype=form.dtype, device=next(iter(self._leaves.values())).device)
 
 
 def without_buffers(aux: Any, buffers: Mapping[str, Tensor]) -> tuple[Any, dict[str, str]]:

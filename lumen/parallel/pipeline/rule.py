@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,9 +14,10 @@ from lumen import tree
 from lumen.core import _torch_compat, batching, gradient, rules
 from lumen.core.device import Generators, forked_rng
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, rewrapped, user_loss
-from lumen.core.rules import Next, Primitive
+from lumen.core.rules import Next, Primitive, Rule
 from lumen.errors import AxisError, BatchError, LossError, OrderError, ParamsError
 from lumen.parallel.comm import consistency
+from lumen.parallel.pipeline.failures import StageFailure, raise_any
 from lumen.parallel.pipeline.job import GradientJob
 from lumen.parallel.pipeline.probe import Form, Probe, Probed
 from lumen.parallel.pipeline.runtime import PipelineRuntime
@@ -59,14 +60,14 @@ class PipelineRule:
         """The model's output, on all processes, without a graph."""
         value: Any = None
         for stage in range(self._model.count):
-            error: Exception | None = None
+            failure: StageFailure | None = None
             source = stage % self._group.size
             if source == self._group.index:
                 try:
                     value = self._run_stage(next, call, stage, value)
-                except Exception as raised:
-                    error = raised
-            self._group.raise_any(error, f"stage {stage}")
+                except Exception as error:
+                    failure = StageFailure(error, f"the forward pass of stage {stage}")
+            raise_any(failure, self._group)
             value = self._group.share(value, source)
         return value
 
@@ -86,41 +87,70 @@ class PipelineRule:
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         """GRADIENT: that of all microbatches, each sent through the stages."""
-        self._check_call(call)
-        key = self._kind(call)
-        forms = self._runtime.forms.get(key)
-        if forms is None:
-            check_rows(self._group, call.batch)
-        microbatches = self._split(call)
-        rows = batching.count(microbatches[0])
-        if forms is None:
-            forms = self._runtime.forms[key] = self._probe(call, microbatches[0], rows)
-        self._job = job = GradientJob(call, microbatches, rows, self._model, forms)
-        try:
-            with torch.enable_grad(), self._splitting():
-                self._runtime.schedule_of(forms, self._model.count).run(job)
-        finally:
-            self._job = None
-        total = self._merged(call, job)
+        _check_call(call, self.gradient, self._runtime.param_names)
+        job, failure = self._prepared(call)
+        shared = None
+        if job is not None:
+            self._run(job)
+            shared, failure = self._shared(call, job)
+        raise_any(failure, self._runtime.all_processes)
+        assert job is not None
+        total = self._merged(call, job, shared)
         dtypes = [param.dtype for param in call.params.values()]
         if call.reduction is not None:
             total = call.reduction.finish(gradient_sums.rounded(total, dtypes))
         return gradient_sums.rounded(total if call.summed else gradient.normalized(total), dtypes)
 
-    def _merged(self, call: GradientCall, job: GradientJob) -> Gradient:
-        """The result of all microbatches, on all processes; or the error of any of them."""
-        shared: Any = None
-        source = (self._model.count - 1) % self._group.size
-        error = job.error
-        if error is None and source == self._group.index:
-            results = [job.results[index] for index in sorted(job.results)]
-            try:  # all dummy batches are the same one
-                total = batching.add_gradients(results[:1] if _is_dummy(call) else results)
-                shared = total.loss, total.aux, total.scalar, job.buffer_names
+    def _prepared(self, call: GradientCall) -> tuple[GradientJob | None, StageFailure | None]:
+        """The job, or why this process has none; None for both where another process along `pipeline` has none."""
+        key = self._kind(call)
+        forms = self._runtime.forms.get(key)
+        error: Exception | None = None if forms else _check_rows(self._group, call.batch)
+        job: GradientJob | None = None
+        if error is None:
+            try:
+                job = self._job_of(call, forms)
             except Exception as raised:
                 error = raised
-        self._group.raise_any(error, f"stages {self._runtime.own_stages(self._model.count)}")
-        loss, aux, scalar, names = self._group.share(shared, source)
+            if not forms and self._group.any(error is not None):  # a model may fail on one process alone
+                job = None
+        if job is not None:
+            self._runtime.forms[key] = job.forms
+        return job, None if error is None else StageFailure(error, "the check of a batch")
+
+    def _job_of(self, call: GradientCall, forms: Sequence[Form] | None) -> GradientJob:
+        microbatches = self._split(call)
+        rows = batching.count(microbatches[0])
+        forms = forms or self._probe(call, microbatches[0], rows)
+        return GradientJob(call, microbatches, rows, self._model, forms)
+
+    def _run(self, job: GradientJob) -> None:
+        self._job = job
+        try:
+            with torch.enable_grad(), self._splitting():
+                self._runtime.schedule_of(job.forms, self._model.count).run(job)
+        finally:
+            self._job = None
+
+    @property
+    def _last(self) -> int:
+        """The index of the process with the last stage."""
+        return (self._model.count - 1) % self._group.size
+
+    def _shared(self, call: GradientCall, job: GradientJob) -> tuple[Any, StageFailure | None]:
+        """What the process of the last stage has for the others: the loss and aux of all microbatches."""
+        if job.failure is not None or self._group.index != self._last:
+            return None, job.failure
+        results = [job.results[index] for index in sorted(job.results)]
+        try:  # all dummy batches are the same one
+            total = batching.add_gradients(results[:1] if _is_dummy(call) else results)
+        except Exception as error:
+            return None, StageFailure(error, "the sum of the losses of the microbatches")
+        return (total.loss, total.aux, total.scalar, job.buffer_names), None
+
+    def _merged(self, call: GradientCall, job: GradientJob, shared: Any) -> Gradient:
+        """The result of all microbatches, on all processes."""
+        loss, aux, scalar, names = self._group.share(shared, self._last)
         if call.has_aux:
             aux = self._with_buffers(call, loss, aux, names)
         return Gradient(loss, job.grads(), aux, scalar, batching.count(call.batch) if call.summed else None)
@@ -184,38 +214,40 @@ class PipelineRule:
             " out, buffers = state.apply(params, x)"
         )
 
-    def _check_call(self, call: GradientCall) -> None:
-        if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
-            raise AxisError(
-                "lm.pipeline sends activations between processes, which torch cannot do inside vmap or torch.func.grad."
-                " Leave engine='func' out, and train one model under lm.pipeline."
-            )
-        inside = rules.inside(Primitive.GRADIENT, self.gradient)
-        if inside or call.grad_sums is not None:
-            raise OrderError(
-                f"{len(inside)} transforms inside lm.pipeline have a rule for the gradient, which the stages compute"
-                " by a schedule of their own. Put them outside: lm.compose(lm.guard(), ..., lm.pipeline(...))"
-            )
-        params = call.params
-        if type(params) is not dict or not params.keys() == self._runtime.param_names:
-            raise ParamsError(
-                "lm.pipeline differentiates state.params, of which each process has its stage's. Write"
-                " lm.value_and_grad(loss_fn)(state.params, batch)"
-            )
+
+def _check_call(call: GradientCall, rule: Rule, param_names: Collection[str]) -> None:
+    if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
+        raise AxisError(
+            "lm.pipeline sends activations between processes, which torch cannot do inside vmap or torch.func.grad."
+            " Leave engine='func' out, and train one model under lm.pipeline."
+        )
+    inside = rules.inside(Primitive.GRADIENT, rule)
+    if inside or call.grad_sums is not None:
+        raise OrderError(
+            f"{len(inside)} transforms inside lm.pipeline have a rule for the gradient, which the stages compute"
+            " by a schedule of their own. Put them outside: lm.compose(lm.guard(), ..., lm.pipeline(...))"
+        )
+    params = call.params
+    if type(params) is not dict or not params.keys() == param_names:
+        raise ParamsError(
+            "lm.pipeline differentiates state.params, of which each process has its stage's. Write"
+            " lm.value_and_grad(loss_fn)(state.params, batch)"
+        )
 
 
-def check_rows(group: PipelineGroup, batch: Any) -> None:
-    """Raise `BatchError`, on every process, unless all along `pipeline` have received the same tensors."""
+def _check_rows(group: PipelineGroup, batch: Any) -> BatchError | None:
+    """The error, on every process, where those along `pipeline` have not received the same tensors."""
     sums = [consistency.checksum(leaf).cpu() for leaf in tree.tensors(batch)]
     own = torch.stack([torch.zeros(2, dtype=torch.int64), *sums]).sum(0).to(group.device)
     gathered = [torch.empty_like(own) for _ in range(group.size)]
     dist.all_gather(gathered, own, group=group.group)
-    if any(not torch.equal(gathered[0], other) for other in gathered):
-        raise BatchError(
-            "the ranks along pipeline received different rows, and must compute the same ones together. Make batches"
-            " with lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of"
-            " this rank and the number of shares."
-        )
+    if all(torch.equal(gathered[0], other) for other in gathered):
+        return None
+    return BatchError(
+        "the ranks along pipeline received different rows, and must compute the same ones together. Make batches"
+        " with lm.Loader, created after the mesh, or divide them by lm.parallel.rows(), which returns the share of"
+        " this rank and the number of shares."
+    )
 
 
 def _is_dummy(call: GradientCall) -> bool:

@@ -37,6 +37,13 @@ class PipelineRuntime(StepMesh):
         group = self.mesh.group("pipeline")
         return None if group is None else PipelineGroup(group, self.mesh.device)
 
+    @functools.cached_property
+    def all_processes(self) -> PipelineGroup:
+        """The processes along `pipeline`, and those with other rows, which all end with an error of one of them."""
+        group = self.mesh.group("data", "shard", "pipeline")
+        assert group is not None
+        return PipelineGroup(group, self.mesh.device)
+
     def model(self, state: Any, sharding: PipelineSharding) -> SplitModel:
         """The model of `state` with its split points."""
         values = {**state.buffers, **state.params}

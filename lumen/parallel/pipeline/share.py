@@ -1,21 +1,20 @@
-"""Values and errors of one process of a pipeline, on all of its processes."""
+"""Values of one process of a pipeline, on all of its processes."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumen import errors, tree
-from lumen.errors import LumenError, WorldError
+from lumen import tree
 from lumen.parallel.comm import collectives
 from lumen.parallel.comm.process_groups import GroupRef
 
 
 class PipelineGroup:
-    """The processes along a mesh's `pipeline` axis, and the index of this one."""
+    """The processes along a mesh's `pipeline` axis, or all of its processes, and the index of this one."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = GroupRef(group)
@@ -32,6 +31,10 @@ class PipelineGroup:
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum or maximum over the processes; a new tensor."""
         return collectives.all_reduce(x.detach().clone(memory_format=torch.contiguous_format), op, self.group)()
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any of the processes."""
+        return bool(self.reduce(torch.tensor(value, dtype=torch.float32, device=self.device), "max"))
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """`x`, which is written to, with the values of the process with index `source`."""
@@ -54,18 +57,6 @@ class PipelineGroup:
             received.append(self.broadcast(tensor, source) if tensor.numel() else tensor)
         return spec.unflatten(received)
 
-    def raise_any(self, error: Exception | None, where: str) -> None:
-        """Raise `error` on all processes where one of them has one; others raise it as that of `where`."""
-        flag = torch.tensor(error is not None, dtype=torch.float32, device=self.device)
-        if not bool(self.reduce(flag, "max")):
-            return
-        texts: list[Any] = [None] * self.size
-        own = None if error is None else (type(error).__name__, str(error), f"rank {dist.get_rank()}, {where}")
-        dist.all_gather_object(texts, own, group=self.group)
-        if error is not None:
-            raise error
-        _raise_again(*next(text for text in texts if text is not None))
-
 
 class _Placeholder:
     """A tensor without its values, as it travels."""
@@ -75,10 +66,3 @@ class _Placeholder:
 
     def empty(self, device: torch.device) -> Tensor:
         return torch.empty(self._shape, dtype=self._dtype, device=device)
-
-
-def _raise_again(kind: str, text: str, where: str) -> NoReturn:
-    own = getattr(errors, kind, None)
-    if isinstance(own, type) and issubclass(own, LumenError):
-        raise own(text)
-    raise WorldError(f"{where} failed in a step of lm.pipeline: {kind}: {text}")
