@@ -37,10 +37,9 @@ def row_reducer(transform: Transform, mesh: Mesh, call: str) -> Transform | None
     reducer = next((t for t in around if t.level == "parallel"), None)
     if reducer is None:
         if mesh.size("data", "shard") > 1:
-            choice = "" if "fsdp" in transform.incompatible else ", or lm.fsdp(mesh) in place of lm.ddp(mesh)"
             raise OrderError(
                 f"{mesh!r} divides rows over data and shard, and nothing reduces their gradients. Write"
-                f" lm.ddp(mesh)({call}(step)){choice}."
+                f" lm.ddp(mesh)({call}(step)), or lm.fsdp(mesh) in place of lm.ddp(mesh)."
             )
         return None
     other = getattr(reducer, "mesh", mesh)

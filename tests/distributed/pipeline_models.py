@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -86,18 +88,28 @@ register(
 )
 
 
-def law(cases, axes=None, steps=3, ddp=False):
-    """For each case how far the step in stages is from one process: the losses, and the furthest leaf."""
+ROWS = {
+    "ddp": lm.ddp,
+    **{f"fsdp{stage}": functools.partial(lm.fsdp, stage=stage) for stage in (1, 2, 3)},
+}
+
+
+def law(cases, axes=None, steps=3, around=None):
+    """For each case how far the step in stages is from one process: the losses, and the furthest leaf.
+
+    `around` is what divides rows over the other axis.
+    """
     found = []
     grid = mesh(**(axes or {"pipeline": -1}), device="cpu")
     for model, names, sizes, settings in cases:
         outer = transforms(names)
-        rows, cut = [lm.ddp(grid)] if ddp else [], lm.pipeline(grid, **settings)
+        rows, cut = [] if around is None else [ROWS[around](grid)], lm.pipeline(grid, **settings)
         wrapped = lm.compose(*rows, *outer, cut)(step)
         whole = batches(steps, sum(sizes), torch.float64)
         data = [part(batch, sizes, world.rows()[0]) for batch in whole]
         losses, state = train(wrapped, make_state(model), data)
-        state = cut.export(state)
+        for transform in (*rows, cut):
+            state = transform.export(state)
         wanted, other = train(lm.compose(*outer)(step), make_state(model), whole)
         found.append((float((losses - wanted).abs().max()), *furthest(bare(state), bare(other))))
     return found

@@ -14,11 +14,13 @@ from lumen.parallel.comm.mesh import mesh
 from lumen.parallel.pipeline.stages import split_points_of, stage_of_params
 from tests.distributed.models import CLASSES, WIDTH, assert_within, bare, batches, furthest, make_state, step, train
 from tests.distributed.pipeline_models import law, stack
+from tests.tiers import LONG, pick
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 GPIPE = {"microbatches": 2, "schedule": "gpipe"}
 ONE_F_ONE_B = {"microbatches": 4, "schedule": "1f1b"}
+BF16 = {"param_dtype": "bf16"}
 INTERLEAVED = {"microbatches": 4, "stages": 4, "schedule": "interleaved"}
 
 
@@ -62,8 +64,19 @@ def test_rows_are_divided_over_the_other_axis(world4):
         ],
         axes,
         2,
-        True,
+        "ddp",
     )
+
+
+@pytest.mark.parametrize("stage", pick([3], [1, 2, 3]))
+def test_stages_are_sharded_over_the_other_axis(stage, world4):
+    cases = [
+        ("pipeline_blocks", ["guard", "clip", "ema", "donate"], [8, 4], GPIPE),
+        ("pipeline_stack", [], [4, 0], INTERLEAVED),
+        ("pipeline_blocks", ["accumulate"], [12, 12], ONE_F_ONE_B),
+        ("scaled", ["clip"], [4, 4], GPIPE),
+    ]
+    check(world4, pick(cases[:2], cases), {"shard": 2, "pipeline": 2}, 2, f"fsdp{stage}")
 
 
 # ------------------------------------------------------------------------------------------- random models
@@ -180,6 +193,71 @@ def test_a_checkpoint_is_restored_in_stages_and_by_one_process(model, world2, tm
         assert not moved
         assert all(torch.equal(leaf, restored[name]) for name, leaf in full.items())
         assert all(torch.equal(leaf, found[name]) for name, leaf in bare(one.export(state)).items())
+
+
+def save_sharded_stages(path, one):
+    """Stages whose params are sharded over rows: bytes at rest, and what comes back from checkpoints."""
+    grid = mesh(shard=2, pipeline=2, device="cpu")
+    wrapped = lm.compose(lm.ema(0.9), lm.fsdp(grid), lm.pipeline(grid, **ONE_F_ONE_B))(step)
+    _, state = train(wrapped, make_state("pipeline_blocks"), batches(2, 8))
+    lm.checkpoint.save(path, state, step=wrapped)
+    again = lm.checkpoint.restore(path, wrapped.init(make_state("pipeline_blocks")), step=wrapped)
+    moved = [name for name, leaf in bare(state).items() if not torch.equal(leaf, bare(again)[name])]
+    of_one = lm.checkpoint.restore(one, wrapped.init(make_state("pipeline_blocks")), step=wrapped)
+    rest = [lm.tree.nbytes(held) for held in (state.params, state.opt_state.mu, state.slots["ema"].params)]
+    _, shown = wrapped_evaluation(grid)(state.eval(), batches(1, 8)[0])
+    return moved, bare(wrapped.export(state)), bare(wrapped.export(of_one)), rest, shown["out"]
+
+
+def wrapped_evaluation(grid):
+    return lm.compose(lm.ema(0.9), lm.fsdp(grid), lm.pipeline(grid, **ONE_F_ONE_B))(_evaluate)
+
+
+@pytest.mark.skipif(not LONG, reason="four processes: make test-all")
+def test_sharded_stages_rest_on_their_processes_and_come_back_from_a_checkpoint(world4, tmp_path):
+    path, of_one = str(tmp_path / "saved"), str(tmp_path / "one")
+    one = lm.ema(0.9)(step)
+    _, state = train(one, make_state("pipeline_blocks"), batches(1, 8))
+    lm.checkpoint.save(of_one, state, step=one)
+    answers = world4.run(save_sharded_stages, path, of_one)
+    saved = lm.checkpoint.restore(path, one.init(make_state("pipeline_blocks")), step=one)
+    restored, kept = bare(one.export(saved)), bare(one.export(state))
+    for moved, full, found, rest, out in answers:
+        assert not moved
+        assert all(torch.equal(leaf, restored[name]) for name, leaf in full.items())
+        assert all(torch.equal(leaf, found[name]) for name, leaf in kept.items())
+        assert max(rest) < 0.4 * lm.tree.nbytes(state.params)
+        assert torch.equal(out, _evaluate(saved.eval(), batches(1, 8)[0])[1]["out"])
+    assert sum(rest[0] for _, _, _, rest, _ in answers) == lm.tree.nbytes(state.params)
+
+
+def sharded_features():
+    """Frozen params, whose stage keeps them full, and params that are sent in bfloat16: how far from one process."""
+    grid, found = mesh(shard=2, pipeline=2, device="cpu"), []
+    for frozen, dtype, options in ((["0.weight", "4.bias"], torch.float64, {}), ([], torch.float32, BF16)):
+        net = stack(8, 5, 7).to(dtype)
+        for name in frozen:
+            net.get_parameter(name).requires_grad_(False)
+        state = lm.TrainState.create(net, lm.optim.sgd(0.1))
+        batch = batches(1, 8, dtype)[0]
+        around, cut = lm.fsdp(grid, **options), lm.pipeline(grid, **GPIPE)
+        wrapped = around(cut(step))
+        held, metrics = wrapped(
+            wrapped.init(state), {name: x[4 * grid.index("shard") :][:4] for name, x in batch.items()}
+        )
+        rounded = {name: p.bfloat16().to(dtype) if options else p for name, p in state.params.items()}
+        start = state.replace(params=rounded)
+        new, numbers = step(start, batch)
+        moved = {name: p - rounded[name] + state.params[name] for name, p in new.params.items()}
+        loss = float((metrics["loss"].compute() - numbers["loss"].compute()).abs())
+        full = cut.export(around.export(held))
+        found.append((loss, *furthest(full.params, moved)))
+    return found
+
+
+@pytest.mark.skipif(not LONG, reason="four processes: make test-all")
+def test_sharded_stages_with_frozen_params_and_params_in_bfloat16(world4):
+    assert_within(1e-6, ["frozen", "bf16"], world4.run(sharded_features))
 
 
 # -------------------------------------------------------------------------------------- with other features

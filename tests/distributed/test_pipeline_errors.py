@@ -239,9 +239,9 @@ def failures(cases, axes=None):
     for schedule, rank, where, run in cases:
         stages = 2 * grid.size("pipeline") if schedule == "interleaved" else None
         cut = lm.pipeline(grid, microbatches=4, schedule=schedule, stages=stages)
-        stack = [lm.ddp(grid), cut] if axes else [cut]
+        rows = [lm.fsdp(grid)] if grid.size("shard") > 1 else [lm.ddp(grid)] if grid.size("data") > 1 else []
         layers = [Failing(rank, where, run) for _ in range(3)]
-        wrapped = lm.compose(*stack)(step)
+        wrapped = lm.compose(*rows, cut)(step)
         state = lm.TrainState.create(nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES)).double(), lm.optim.sgd(0.1))
         try:
             wrapped(wrapped.init(state), batches(1, 8)[0])
@@ -286,9 +286,10 @@ def test_an_error_in_any_pass_of_a_stage_ends_all(world2):
 
 
 @pytest.mark.skipif(not LONG, reason="four processes: make test-all")
-def test_an_error_of_a_stage_ends_also_the_processes_with_other_rows(world4):
+@pytest.mark.parametrize("axis", ["data", "shard"])
+def test_an_error_of_a_stage_ends_also_the_processes_with_other_rows(axis, world4):
     cases = [("1f1b", 2, "forward", 0), ("1f1b", 1, "backward", 1)]
-    check_failures(cases, world4.run(failures, cases, {"data": 2, "pipeline": 2}, limit=60))
+    check_failures(cases, world4.run(failures, cases, {axis: 2, "pipeline": 2}, limit=60))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,16 @@ def test_an_error_of_a_stage_ends_also_the_processes_with_other_rows(world4):
             errors.OrderError,
             "lm.compile cannot trace it",
         ),
-        (lambda: lm.compose(lm.fsdp(), lm.pipeline(microbatches=2)), errors.OrderError, "lm.ddp(mesh)"),
+        (
+            lambda: lm.compose(lm.fsdp(offload=True), lm.pipeline(microbatches=2))(step),
+            errors.OrderError,
+            "Leave offload out",
+        ),
+        (
+            lambda: lm.compose(lm.fsdp(wrap="blocks.*"), lm.pipeline(microbatches=2))(step),
+            errors.OrderError,
+            "Leave wrap and",
+        ),
         (lambda: lm.compose(lm.pipeline(microbatches=2), lm.accumulate(2)), errors.OrderError, "must be inside"),
         (lambda: lm.pipeline(microbatches=2)(lm.precision("fp16")(step)), errors.OrderError, "scales the loss"),
         (lambda: lm.pipeline(microbatches=2)(lm.guard()(step)), errors.OrderError, "must be outside"),

@@ -49,6 +49,7 @@ from lumen.parallel.fsdp.shard import (
 )
 from lumen.parallel.fsdp.sharded_states import ShardedStates
 from lumen.parallel.fsdp.sharded_update import update_shards
+from lumen.parallel.fsdp.stage_params import apply_gathered, check_pipeline, has_pipeline
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.optimizer_check import check_optimizer
 from lumen.parallel.row_reducer import check_context
@@ -106,7 +107,8 @@ class fsdp(Transform):
     as under `lm.ddp`. At stage 3 all ranks must run the same units in the same order, and apply the model equally
     often. A unit that some ranks skip counts as run if the order is that of the module. With `lm.accumulate` inside,
     gradients are reduced once for an update; at stage 3 once for a microbatch, and a rank with fewer microbatches
-    repeats its last one with weight zero.
+    repeats its last one with weight zero. Around `lm.pipeline`, the params of a rank's pipeline stages are gathered
+    together, once for each gradient, and its frozen params stay full.
 
     Muon, adafactor and lamb need full tensors. They gather them leaf by leaf, and every rank computes the full update:
     use muon for the matrices alone. Adafactor's row and column statistics are not sharded.
@@ -182,7 +184,8 @@ class fsdp(Transform):
         self.check_offload()
         lines = consistency.fingerprint_lines(state, self.within)
         consistency.assert_same_on_all_ranks(lines, layout.row_group, self.mesh.device, "the processes of lm.fsdp")
-        specs = {path: _specs(inner, self.stage) for path, inner in states}
+        has_frozen = self.stage == 3 and not has_pipeline(_inside(self))  # each is on one process, which keeps it full
+        specs = {path: _specs(inner, self.stage, has_frozen) for path, inner in states}
         sharded = sharding.locate_all(state, specs)
         for _, inner in states:
             self._memory.units(inner.apply_fn, [*inner.params])  # raises for patterns that match nothing
@@ -226,6 +229,7 @@ class fsdp(Transform):
         inside = as_step(step).transforms
         _check_inside(self, inside)
         checks = BufferChecks("lm.fsdp")
+        by_units = self.stage == 3 and not has_pipeline(inside)
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             runtime: FSDPRuntime = self._memory
@@ -238,8 +242,9 @@ class fsdp(Transform):
             plans = {path: runtime.unit_plans(path, slot(inner, self.name)) for path, inner in _states(state)}
             frozen = _frozen_params(runtime, layout, plans)
             states = ShardedStates(layout, [(inner, plans[path]) for path, inner in _states(state)], frozen)
-            rule = FSDPRule(runtime, layout, states, state, checks)
-            with runtime.mesh.bound(), rules.rule_context(_handlers(self.stage, runtime, states, rule)):
+            rule = FSDPRule(runtime, layout, states, state, checks, by_units)
+            handlers = _handlers(self.stage, runtime, states, rule, by_units)
+            with runtime.mesh.bound(), rules.rule_context(handlers):
                 if self.stage == 1:
                     return step(state, batch)
                 view = nullcontext() if frozen is None else sharding.bound_view(frozen)
@@ -271,16 +276,26 @@ def _init_meta(transform: fsdp, state: Any, layout: ShardLayout | None) -> Any:
         keep: Keep = (lambda name, full: offload.to_host(keep_fn(name, full))) if on_host else keep_fn
         init, seed = transform.param_init_fn or reset, int(state.seed)
         values = materialize(state.apply_fn.module, units.names, init, seed, device, keep)
+    return init_from_meta(state, values, None if on_host else device, layout, _inside(transform))
+
+
+def _inside(transform: fsdp) -> Sequence[Transform]:
+    """The transforms inside `transform` in the step that is being prepared."""
     within = () if transform.within is None else transform.within.transforms
-    inside = within[within.index(transform) + 1 :] if transform in within else ()
-    return init_from_meta(state, values, None if on_host else device, layout, inside)
+    return within[within.index(transform) + 1 :] if transform in within else ()
 
 
-def _handlers(stage: int, runtime: FSDPRuntime, states: ShardedStates, rule: FSDPRule) -> dict[Primitive, Rule]:
+def _handlers(
+    stage: int, runtime: FSDPRuntime, states: ShardedStates, rule: FSDPRule, by_units: bool
+) -> dict[Primitive, Rule]:
     """The rules of one step."""
+    apply: Rule = rule.apply
+    if stage == 3:
+        sharded = functools.partial(apply_sharded, runtime, states, rule)
+        apply = sharded if by_units else functools.partial(apply_gathered, states, rule)
     return {
         Primitive.GRADIENT: rule,
-        Primitive.APPLY: functools.partial(apply_sharded, runtime, states, rule) if stage == 3 else rule.apply,
+        Primitive.APPLY: apply,
         Primitive.UPDATE: functools.partial(update_shards, states, stage),
     }
 
@@ -312,6 +327,7 @@ def _check_arguments(stage: Any, wrap: Any, param_dtype: Any, prefetch: Any, off
 
 
 def _check_inside(transform: fsdp, transforms: Sequence[Transform]) -> None:
+    check_pipeline(transform, transforms)
     for inner in transforms:
         if inner.level == "tensor" and transform.offload:
             raise OrderError(
@@ -359,9 +375,9 @@ def _check_only_state(states: Sequence[tuple[Path, Any]]) -> None:
         )
 
 
-def _specs(state: Any, stage: int) -> SpecTree:
-    """The specs of a state that is about to be sharded: at stage 3 of its frozen params, too."""
-    frozen = plain_frozen(state) if stage == 3 else {}
+def _specs(state: Any, stage: int, has_frozen: bool) -> SpecTree:
+    """The specs of a state that is about to be sharded; with `has_frozen` of its frozen params, too."""
+    frozen = plain_frozen(state) if has_frozen else {}
     params = {
         name: LeafSpec(tuple(p.shape), dim=0 if p.dim() else REPLICATED) for name, p in (state.params | frozen).items()
     }

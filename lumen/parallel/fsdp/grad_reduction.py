@@ -26,6 +26,7 @@ from lumen.parallel.fsdp.frozen_params import returning_shards
 from lumen.parallel.fsdp.runtime import FSDPRuntime
 from lumen.parallel.fsdp.shard import ShardLayout, reduce_scatter
 from lumen.parallel.fsdp.sharded_states import ShardedStates
+from lumen.parallel.fsdp.stage_params import gather_params
 from lumen.parallel.fsdp.unit_plan import UnitPlans
 from lumen.parallel.fsdp.unshard import UnshardContext, UnshardedUnit
 from lumen.parallel.lazy_param import LazyParam
@@ -93,13 +94,20 @@ def unit_reducer(layout: ShardLayout) -> UnitReducer:
 
 
 class FSDPRule(DataParallelRule):
-    """What fsdp does with each gradient of one step."""
+    """What fsdp does with each gradient of one step; at stage 3 `by_units`, or with all params gathered before."""
 
     def __init__(
-        self, runtime: FSDPRuntime, layout: ShardLayout, states: ShardedStates, state: Any, checks: BufferChecks
+        self,
+        runtime: FSDPRuntime,
+        layout: ShardLayout,
+        states: ShardedStates,
+        state: Any,
+        checks: BufferChecks,
+        by_units: bool,
     ) -> None:
         super().__init__(runtime.comm, "merge", state, checks)
         self._runtime, self._layout, self._states = runtime, layout, states
+        self._by_units = by_units
 
     def __call__(self, next: Next, call: GradientCall) -> Gradient:
         """The gradient of the global batch."""
@@ -129,6 +137,8 @@ class FSDPRule(DataParallelRule):
         """The call with its reduction; at stage 3 with a loss that gathers params as it uses them."""
         reducer = self._reducer(rows)
         if not isinstance(reducer, UnitReducer):
+            if self._runtime.stage == 3:
+                call = call.replace(params=gather_params(self._plans_of(call.params), call.params))
             return call.replace(reduction=GradReduction(self._comm, reducer, rows, self, self._device))
         plans, loss_fn, has_aux = self._plans_of(call.params), call.loss_fn, call.has_aux
         zero_weight = self._unsharding(plans, zero_weight_loss(loss_fn, has_aux), has_aux, reducer, zero_weight=True)
@@ -149,7 +159,7 @@ class FSDPRule(DataParallelRule):
         runtime = self._runtime
         if runtime.stage == 1:
             return Buckets(runtime.comm, runtime.bucket_plans, rows > 0)
-        return ShardReducer(self._layout) if runtime.stage == 2 else unit_reducer(self._layout)
+        return unit_reducer(self._layout) if self._by_units else ShardReducer(self._layout)
 
     def _unsharding(
         self, plans: UnitPlans, loss: Callable[..., Any], has_aux: bool, reducer: UnitReducer, zero_weight: bool

@@ -218,11 +218,24 @@ def alias(flat: Tensor, shape: torch.Size) -> Tensor:
     return flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, strides)
 
 
-def gather(layout: ShardLayout, shards: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The full tensors of shapes `shapes`, from each rank's shards, on the shards' device."""
+def gather(
+    layout: ShardLayout,
+    shards: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    wire_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The full tensors of shapes `shapes`, from each rank's shards, on the shards' device.
+
+    Those in float32 are sent in `wire_dtype` where that is given.
+    """
+    live = [index for index, shape in enumerate(shapes) if 0 not in shape]
+    if len(live) < len(shards):  # params of other pipeline stages, say, of which nothing is sent
+        full = gather(layout, [shards[i] for i in live], [shapes[i] for i in live], wire_dtype)
+        by_index = dict(zip(live, full, strict=True))
+        return [by_index.get(i, shard.new_empty(shapes[i])) for i, shard in enumerate(shards)]
     if not shards:
         return []
-    handle = AllGatherHandle(layout, shards, shapes, None)
+    handle = AllGatherHandle(layout, shards, shapes, wire_dtype)
     if rules.is_tracing():
         return handle.new_tensors()
     flats = handle.allocate()
@@ -238,6 +251,9 @@ def reduce_scatter(layout: ShardLayout, full: Sequence[Tensor], after: Sequence[
     """
     shards: list[Tensor] = list(full)
     for dtype, indices in _by_dtype(full).items():
+        indices = [index for index in indices if full[index].numel()]
+        if not indices:
+            continue
         wide = torch.float32 if dtype in NARROW else dtype
         sums = _reduce_scatter_dtype(layout, [full[index] for index in indices], wide, after)
         for index, shard in zip(indices, sums, strict=True):

@@ -60,14 +60,12 @@ def gather(state: Any, specs: SpecTree, owners: Mapping[str, int], group: Pipeli
     return structure.unflatten(leaves)
 
 
-def shard_specs(
-    state: Any, specs: SpecTree, owners: Mapping[str, int], group: PipelineGroup, is_writer: bool
-) -> dict[int, ShardSpec]:
-    """Which process has a leaf, and writes it, by the leaf's index."""
+def shard_specs(state: Any, specs: SpecTree, owners: Mapping[str, int], group: PipelineGroup) -> dict[int, ShardSpec]:
+    """Which process has a leaf, by the leaf's index."""
     specs_of_leaves = {}
     for index, shape, name in _located(state, specs):
         is_own = owners[name] % group.size == group.index
         zeros = (0,) * len(shape)
         boxes = (Slice(zeros, zeros, shape),) if is_own else ()
-        specs_of_leaves[index] = ShardSpec(shape, boxes, owner=is_own and is_writer)
+        specs_of_leaves[index] = ShardSpec(shape, boxes, owner=is_own)
     return specs_of_leaves

@@ -52,7 +52,8 @@ class pipeline(Transform):
 
     Inside the step, params and grads of other stages are empty tensors. All ranks along `pipeline` must receive the
     same rows, as `lm.Loader` provides them. `lm.ddp` outside, on the same mesh, divides rows over its other axes:
-    `lm.ddp(mesh)(lm.pipeline(mesh, microbatches=8)(step))`.
+    `lm.ddp(mesh)(lm.pipeline(mesh, microbatches=8)(step))`. `lm.fsdp` outside also shards the params and optimizer
+    state of a stage over `shard`, and all-gathers a stage's params once for each gradient.
 
     Law: params, loss and metrics are those of one process, up to the order of floating-point sums, for losses that are
     means over rows, as under `lm.accumulate`. Dropout masks differ from single-process training.
@@ -74,7 +75,6 @@ class pipeline(Transform):
     incompatible: Mapping[str, str] = {
         "compile": f"lm.compile cannot trace it, as {_EAGER}",
         "ensemble": f"vmap cannot map it, as {_EAGER}",
-        "fsdp": "its all-gathers would interleave with the schedule. Write lm.ddp(mesh) around lm.pipeline",
         "context_parallel": "attention would wait for other ranks in the middle of the schedule. Leave one out",
         "tensor_parallel": "a stage cannot be sharded further yet. Leave one out",
         "deepspeed": "its engine runs the backward pass itself. Leave one out",
@@ -161,8 +161,11 @@ class pipeline(Transform):
             return {}
         record: PipelineSharding = slot(state, self.name)
         owners = stage_of_params(state.apply_fn.module, record.split_points)
-        is_writer = not any(self.mesh.index(axis) for axis in ("data", "shard"))
-        return layout.shard_specs(state, record.specs, owners, group, is_writer)
+        first = not any(self.mesh.index(axis) for axis in ("data", "shard"))
+        around = () if self.within is None else self.within.transforms
+        outer = {index for t in around if t is not self and t.shards for index in t.shard_specs(state)}
+        specs = layout.shard_specs(state, record.specs, owners, group)
+        return {index: spec._replace(owner=spec.owner and (first or index in outer)) for index, spec in specs.items()}
 
     def wrap(self, step: StepFn) -> StepFn:
         """The step with its gradient computed stage by stage."""
