@@ -170,5 +170,5 @@ class _FakeDeviceModule:
 
 def sizes_of(step: Step) -> Mapping[str, int]:
     """The mesh axes of the step's parallel transform; empty if there is none."""
-    meshes = [_mesh_of(t) for t in step.transforms if t.level in ("parallel", "context")]
+    meshes = [_mesh_of(t) for t in step.transforms if t.level in ("parallel", "context", "pipeline")]
     return next((mesh.sizes for mesh in meshes if mesh is not None), {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumen.core.inspect import human_bytes
 from lumen.errors import printable
@@ -31,6 +31,8 @@ def assumptions(trace: RunTrace, device: Device) -> list[str]:
         "the shorter time overlaps all communication with computation, the longer none",
         "every process has as many rows as this one, and never waits for data",
     ]
+    size = trace.sizes.get("pipeline", 1)
+    lines += [_idle(t, size) for t in trace.step.transforms if t.level == "pipeline" and size > 1]
     if trace.compiled:
         lines.append("lm.compile was left out: compiled steps use less memory and run faster")
     reads = trace.tracker.reads
@@ -38,6 +40,17 @@ def assumptions(trace: RunTrace, device: Device) -> list[str]:
         first = _short(reads[0])
         lines.append(f"the run reads {len(reads)} numbers from tensors (first at {first}), which are zero in a plan")
     return lines
+
+
+def _idle(pipeline: Any, size: int) -> str:
+    """How long a process of a pipeline waits for others, which a plan of one process does not see."""
+    stages = pipeline.stages
+    count = size if stages is None else stages if isinstance(stages, int) else len(stages) + 1
+    share = (size - 1) / pipeline.microbatches * size / count
+    return (
+        f"under lm.pipeline this process also waits for other stages, at least {share:.0%} of its compute, which is not"
+        " counted; other ranks have other stages: plan each with rank="
+    )
 
 
 def report_lines(plan: Plan) -> Iterator[str]:

@@ -107,12 +107,15 @@ def compute_seconds(work: Iterable[Work], on: Device) -> float:
 
 
 _TWICE = ("all-reduce",)  # a reduce-scatter, and an all-gather
+_POINT_TO_POINT = ("send", "receive")  # the bytes are those of the sender
 _ONCE = ("all-gather", "reduce-scatter", "all-to-all")
 
 
 def ring_bytes(call: CollectiveCall) -> float:
     """The bytes that each process sends."""
     p = len(call.ranks)
+    if call.kind == "receive":
+        return 0.0
     if call.kind in _TWICE:
         return 2 * (p - 1) / p * call.nbytes
     return (p - 1) / p * call.nbytes if call.kind in _ONCE else float(call.nbytes) * (p > 1)
@@ -133,8 +136,9 @@ def ring_seconds(call: CollectiveCall, on: Device) -> float:
         return 0.0
     nodes = _by_node(call.ranks, on.per_node)
     bandwidth = on.inside if len(nodes) == 1 else min(on.inside, on.between * min(nodes.values()))
-    far = len(nodes) - 1
-    waits = (p - 1 - far) * on.latency_inside + far * on.latency_between
+    hops = 1 if call.kind in _POINT_TO_POINT else p - 1
+    far = min(len(nodes) - 1, hops)
+    waits = (hops - far) * on.latency_inside + far * on.latency_between
     if call.kind not in _TWICE:
         return ring_bytes(call) / bandwidth + waits
     ring = ring_bytes(call) / bandwidth + 2 * waits

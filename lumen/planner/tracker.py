@@ -48,6 +48,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
     """
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
+    only_observes = True  # so `lm.pipeline` may call its rule around the schedule
 
     def __init__(self, copied: Collection[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,9 +163,10 @@ class Tracker(_torch_compat.TorchDispatchMode):
                 if leaf.requires_grad and _torch_compat.peek_interpreter_stack() is None:
                     leaf.register_hook(self._claim_gradient)
             self._enter_phase("forward")
-            result = inner(params, *extras)
-            self._enter_phase("backward")
-            return result
+            try:
+                return inner(params, *extras)
+            finally:  # a stage of `lm.pipeline` leaves the loss function by an exception
+                self._enter_phase("backward")
 
         loss_fn.__wrapped__ = getattr(inner, "__wrapped__", inner)  # type: ignore[attr-defined]
         loss_fn.__qualname__ = getattr(inner, "__qualname__", "loss")

@@ -249,7 +249,7 @@ def reduce_scatter(layout: ShardLayout, full: Sequence[Tensor], after: Sequence[
 
     In a graph they are not sent before the tensors `after` have been computed.
     """
-    shards: list[Tensor] = list(full)
+    shards = [x if x.numel() else layout.shard(x) for x in full]  # nothing is sent of an empty one
     for dtype, indices in _by_dtype(full).items():
         indices = [index for index in indices if full[index].numel()]
         if not indices:

@@ -47,7 +47,11 @@ class Absent(TensorProxy):
         _note_write(func, args, kwargs, stages)
         args, kwargs = _torch_compat.torch_pytree.tree_map(_form, (args, kwargs))
         try:
-            with torch.no_grad(), mode:
+            with (
+                torch.no_grad(),
+                _torch_compat.disable_current_modes(),
+                mode,
+            ):  # nothing is computed, so nothing counted
                 result = func(*args, **kwargs)
         except (_torch_compat.DataDependentOutputException, _torch_compat.DynamicOutputShapeException) as error:
             raise LossError(

@@ -41,6 +41,11 @@ class GradientJob:
         self.buffers: Mapping[str, Tensor] = {}  # that the model was last applied with
         self.failure: StageFailure | None = None
 
+    @property
+    def first_microbatch(self) -> tuple[Any, int]:
+        """The first microbatch, and its rows."""
+        return self._microbatches[0], self._rows
+
     def forward(self, stage: int, index: int, received: Tensor | None) -> Tensor:
         """What `stage` sends for microbatch `index`."""
         graph = StageGraph(received)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lumen.core import _torch_compat, distributed, rules, sharding
+from lumen.core import _torch_compat, rules, sharding
 from lumen.core.annotations import integer_of
 from lumen.core.rules import Primitive, Rule
 from lumen.core.sharding import ShardSpec
@@ -188,8 +188,6 @@ class pipeline(Transform):
         return run
 
     def _check_state(self, state: Any) -> None:
-        if distributed.is_dry_run():
-            raise OrderError("lm.plan cannot plan lm.pipeline, whose processes run different stages. Leave one out.")
         if begins_on_meta(state):
             raise StateError(
                 "the params are on the meta device, and lm.pipeline divides those of the first process. Create the"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumen import tree
-from lumen.core import _torch_compat, batching, gradient, rules
+from lumen.core import _torch_compat, batching, distributed, gradient, rules
 from lumen.core.device import Generators, forked_rng
 from lumen.core.primitives import ApplyCall, Gradient, GradientCall, rewrapped, user_loss
 from lumen.core.rules import Next, Primitive, Rule
@@ -19,6 +20,7 @@ from lumen.errors import AxisError, BatchError, LossError, OrderError, ParamsErr
 from lumen.parallel.comm import consistency
 from lumen.parallel.pipeline.failures import StageFailure, raise_any
 from lumen.parallel.pipeline.job import GradientJob
+from lumen.parallel.pipeline.planned import cannot_plan_turns, planned_result
 from lumen.parallel.pipeline.probe import Form, Probe, Probed
 from lumen.parallel.pipeline.runtime import PipelineRuntime
 from lumen.parallel.pipeline.share import PipelineGroup
@@ -58,6 +60,8 @@ class PipelineRule:
 
     def _in_turn(self, next: Next, call: ApplyCall) -> Any:
         """The model's output, on all processes, without a graph."""
+        if distributed.is_dry_run():
+            raise cannot_plan_turns()
         value: Any = None
         for stage in range(self._model.count):
             failure: StageFailure | None = None
@@ -87,7 +91,15 @@ class PipelineRule:
 
     def gradient(self, next: Next, call: GradientCall) -> Gradient:
         """GRADIENT: that of all microbatches, each sent through the stages."""
-        _check_call(call, self.gradient, self._runtime.param_names)
+        inside = rules.inside(Primitive.GRADIENT, self.gradient)
+        _check_call(call, inside, self._runtime.param_names)
+        run: Next = self._computed
+        for rule in reversed(inside):  # they only observe
+            run = functools.partial(rule, run)
+        result: Gradient = run(call)
+        return result
+
+    def _computed(self, call: GradientCall) -> Gradient:
         job, failure = self._prepared(call)
         shared = None
         if job is not None:
@@ -139,9 +151,13 @@ class PipelineRule:
 
     def _shared(self, call: GradientCall, job: GradientJob) -> tuple[Any, StageFailure | None]:
         """What the process of the last stage has for the others: the loss and aux of all microbatches."""
-        if job.failure is not None or self._group.index != self._last:
+        is_last = self._group.index == self._last
+        if job.failure is not None or not (is_last or distributed.is_dry_run()):
             return None, job.failure
         results = [job.results[index] for index in sorted(job.results)]
+        if not is_last:
+            with self._splitting():
+                results = [planned_result(call, job, self._model)]
         try:  # all dummy batches are the same one
             total = batching.add_gradients(results[:1] if _is_dummy(call) else results)
         except Exception as error:
@@ -215,16 +231,16 @@ class PipelineRule:
         )
 
 
-def _check_call(call: GradientCall, rule: Rule, param_names: Collection[str]) -> None:
+def _check_call(call: GradientCall, inside: Sequence[Rule], param_names: Collection[str]) -> None:
     if _torch_compat.peek_interpreter_stack() is not None or call.engine == "func":
         raise AxisError(
             "lm.pipeline sends activations between processes, which torch cannot do inside vmap or torch.func.grad."
             " Leave engine='func' out, and train one model under lm.pipeline."
         )
-    inside = rules.inside(Primitive.GRADIENT, rule)
-    if inside or call.grad_sums is not None:
+    changing = [rule for rule in inside if not getattr(getattr(rule, "__self__", rule), "only_observes", False)]
+    if changing or call.grad_sums is not None:
         raise OrderError(
-            f"{len(inside)} transforms inside lm.pipeline have a rule for the gradient, which the stages compute"
+            f"{len(changing)} transforms inside lm.pipeline have a rule for the gradient, which the stages compute"
             " by a schedule of their own. Put them outside: lm.compose(lm.guard(), ..., lm.pipeline(...))"
         )
     params = call.params

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from lumen.core import distributed
 from lumen.errors import HyperparameterError
 from lumen.parallel.pipeline.probe import Form
 from lumen.parallel.pipeline.share import PipelineGroup
@@ -28,9 +29,22 @@ class Job(Protocol):
 
 
 class CurrentJob:
-    """The job that the stages of a schedule run now."""
+    """The job that the stages of a schedule run now, and how many microbatches each has begun, which go in order."""
 
-    job: Job | None = None
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self._begun: dict[int, int] = {}
+
+    def start(self, job: Job | None) -> None:
+        """Run `job` from now on."""
+        self.job = job
+        self._begun.clear()
+
+    def next_index(self, stage: int) -> int:
+        """The microbatch that `stage` begins with this call."""
+        index = self._begun.get(stage, 0)
+        self._begun[stage] = index + 1
+        return index
 
 
 class _Stage(nn.Module):
@@ -38,9 +52,10 @@ class _Stage(nn.Module):
         super().__init__()
         self._stage, self._current = stage, current
 
-    def forward(self, received: Tensor, *, index: Tensor) -> Tensor:
+    def forward(self, received: Tensor) -> Tensor:
         assert self._current.job is not None
-        return self._current.job.forward(self._stage, int(index), received if self._stage else None)
+        index = self._current.next_index(self._stage)
+        return self._current.job.forward(self._stage, index, received if self._stage else None)
 
 
 def check_numbers(schedule: ScheduleName, microbatches: int, count: int, size: int) -> None:
@@ -87,10 +102,12 @@ class StageSchedule:
         self._microbatches = microbatches
         self._current = CurrentJob()
 
+        kind = _planned_kind(pipelining.PipelineStage) if distributed.is_dry_run() else pipelining.PipelineStage
+
         def stage_of(stage: int) -> Any:
             before = Form((1,), torch.int64) if stage == 0 else forms[stage - 1]
             after = Form((1,), torch.float32) if stage == self._count - 1 else forms[stage]
-            return pipelining.PipelineStage(
+            return kind(
                 _Stage(stage, self._current),
                 stage,
                 self._count,
@@ -116,11 +133,28 @@ class StageSchedule:
         index = torch.arange(self._microbatches)
         args = (index,) if 0 in self._stages else ()
         target = index if self._count - 1 in self._stages else None
-        self._current.job = job
+        self._current.start(job)
         try:
-            self._schedule.step(*args, target=target, losses=[], index=index)
+            self._schedule.step(*args, target=target, losses=[])
         finally:
-            self._current.job = None
+            self._current.start(None)
+
+
+def _planned_kind(kind: type[Any]) -> type[Any]:
+    """Torch's stage without its vote whether all stages know their forms, which needs the answers of others."""
+
+    class Yes:
+        def item(self) -> int:
+            return 1
+
+    class PlannedStage(kind):  # type: ignore[misc]
+        def _warmup_forward_vote(self, *_args: Any, **_kwargs: Any) -> Yes:
+            return Yes()
+
+        def _warmup_backward_result(self, *_args: Any, **_kwargs: Any) -> Yes:
+            return Yes()
+
+    return PlannedStage
 
 
 def _total(output: Tensor, _target: Tensor) -> Tensor:

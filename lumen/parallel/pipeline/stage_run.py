@@ -32,7 +32,7 @@ class SplitModel:
         self.count = len(split_points) + 1
         self._absent: dict[str, Absent] = {}
         with distributed.real_tensors():
-            mode = _torch_compat.FakeTensorMode(allow_non_fake_inputs=True)
+            mode = _mode_of(values) or _torch_compat.FakeTensorMode(allow_non_fake_inputs=True)
             for name, owner in owners.items():
                 with mode:
                     fake = torch.empty(specs[name].shape, dtype=values[name].dtype, device=values[name].device)
@@ -51,6 +51,12 @@ class SplitModel:
         target: Apply = split_variant(call.target, self.split_points, stage, self.owners)
         params, buffers = self.tensors_of(stage, call.params), self.tensors_of(stage, call.buffers)
         return call.replace(target=target, params=params, buffers=buffers)
+
+
+def _mode_of(values: Mapping[str, Tensor]) -> Any:
+    """The mode of a plan's tensors, which those of no other mode can meet; None outside of plans."""
+    fakes = (value for value in values.values() if isinstance(value, _torch_compat.FakeTensor))
+    return next((fake.fake_mode for fake in fakes), None)
 
 
 class StageRun:
