@@ -25,7 +25,7 @@ from rich.console import Console
 
 from benchmarks import picture, regression, report
 from benchmarks.apart import ApartError, apart
-from benchmarks.options import Options
+from benchmarks.options import Options, parser
 from benchmarks.parts import PARTS, about, measured
 
 
@@ -81,34 +81,28 @@ def judged(console: Console, found: dict[str, Any], asked: argparse.Namespace) -
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--list", action="store_true", help="list the benchmarks and what they measure")
-    parser.add_argument("--quick", action="store_true", help="few rounds and small cases, a few minutes in all")
-    parser.add_argument("--cases", nargs="+", default=(), metavar="GLOB", help="only these cases")
-    parser.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="only these variants, and the reference")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (each benchmark has its own default)")
-    parser.add_argument("--threads", type=int, default=2, help="and cores, of one process (2)")
-    parser.add_argument("--worlds", type=int, nargs="+", default=(), metavar="N", help="numbers of processes")
-    parser.add_argument("--wire", type=float, metavar="MB/s", help="emulate a network of this speed (parallel, ranks)")
-    parser.add_argument("--directory", type=Path, help="a directory on the disk for checkpoints (a temporary one)")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="(runs/bench)")
-    parser.add_argument("--baseline", type=Path, default=regression.BASELINE, metavar="PATH")
-    parser.add_argument("--write-baseline", action="store_true", help="save the results as the new baseline")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 if a ratio is worse than the baseline")
-    parser.add_argument("--markdown", type=Path, metavar="REPORT", help="print the tables of a report, measure nothing")
-    asked = parser.parse_args(arguments)
+    command = parser("python -m benchmarks", __doc__)
+    command.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    command.add_argument("--list", action="store_true", help="list the benchmarks and what they measure")
+    command.add_argument("--quick", action="store_true", help="few rounds and small cases, a few minutes in all")
+    command.add_argument("--cases", nargs="+", default=(), metavar="GLOB", help="only these cases")
+    command.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="only these variants, and the reference")
+    command.add_argument("--rounds", type=int, help="interleaved rounds (each benchmark has its own default)")
+    command.add_argument("--threads", type=int, default=2, help="and cores, of one process (2)")
+    command.add_argument("--worlds", type=int, nargs="+", default=(), metavar="N", help="numbers of processes")
+    command.add_argument("--wire", type=float, metavar="MB/s", help="emulate a network of this speed (parallel, ranks)")
+    command.add_argument("--directory", type=Path, help="a directory on the disk for checkpoints (a temporary one)")
+    command.add_argument("--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="(runs/bench)")
+    command.add_argument("--baseline", type=Path, default=regression.BASELINE, metavar="PATH")
+    command.add_argument("--write-baseline", action="store_true", help="save the results as the new baseline")
+    command.add_argument("--strict", action="store_true", help="exit with 1 if a ratio is worse than the baseline")
+    command.add_argument("--markdown", type=Path, metavar="REPORT", help="print the tables of a report and exit")
+    asked = command.parse_args(arguments)
     unknown = [part for part in asked.parts if part not in PARTS]
     if unknown:
-        parser.error(f"there is no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+        command.error(f"there is no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
     if asked.quick and asked.write_baseline:
-        parser.error("a quick look makes no baseline: leave out --quick")
+        command.error("a quick look makes no baseline: leave out --quick")
     return asked
 
 

@@ -19,11 +19,9 @@ import contextlib
 import copy
 import io
 import json
-import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lumen as lm
-from benchmarks import ours, tasks, timing
+from benchmarks import ours, peers, tasks, timing
 from benchmarks.options import Options
 from benchmarks.peers import adamw
 from benchmarks.rows import Row, timed
@@ -228,15 +226,9 @@ def lightning(task: Task, data: Window, folder: Path) -> float:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-    warnings.filterwarnings("ignore")
-    for name in ("lightning", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    peers.hush()
 
-    class Module(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = task.fresh()
-
+    class Module(peers.lightning_module()):  # type: ignore[misc]
         def training_step(self, batch: Batch, _index: int) -> Tensor:
             x, y = batch
             loss = loss_of(self.net(x), y)
@@ -246,9 +238,6 @@ def lightning(task: Task, data: Window, folder: Path) -> float:
         def validation_step(self, batch: Batch, _index: int) -> None:
             x, y = batch
             self.log("val/loss", loss_of(self.net(x), y), batch_size=len(x))
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return adamw(self.net, fused=True)
 
     trainer = L.Trainer(
         accelerator="cpu",
@@ -261,7 +250,9 @@ def lightning(task: Task, data: Window, folder: Path) -> float:
         callbacks=[ModelCheckpoint(folder, every_n_train_steps=EVERY)],
         enable_model_summary=False,
     )
-    trainer.fit(Module(), data, DataLoader(task.data(VALIDATED), batch_size=None))  # a plain list is several loaders
+    trainer.fit(
+        Module(task), data, DataLoader(task.data(VALIDATED), batch_size=None)
+    )  # a plain list is several loaders
     return float(trainer.callback_metrics["val/loss"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -47,6 +48,14 @@ class Options:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatch(name.lower(), pattern.lower()) for pattern in patterns)
+
+
+def parser(prog: str, doc: str | None) -> argparse.ArgumentParser:
+    """A command line whose help is the docstring `doc`: its first line above the arguments, the rest below."""
+    summary, _, rest = (doc or "").partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=prog, description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def progress(text: str) -> None:

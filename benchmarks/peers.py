@@ -54,7 +54,7 @@ def fabric(task: Task) -> Measure:
     """Lightning Fabric."""
     from lightning.fabric import Fabric
 
-    _hush()
+    hush()
     driver = Fabric(accelerator="cpu", devices=1)
     driver.launch()
 
@@ -99,6 +99,21 @@ def accelerate(task: Task) -> Measure:
     return looped(task, fresh)
 
 
+def lightning_module() -> type[Any]:
+    """A `LightningModule` of a task, without its steps; imports Lightning."""
+    import lightning as L
+
+    class Module(L.LightningModule):
+        def __init__(self, task: Task) -> None:
+            super().__init__()
+            self.net = task.fresh()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return adamw(self.net, fused=True)
+
+    return Module
+
+
 def lightning(logs: bool) -> Callable[[Task], Measure]:
     """Lightning's Trainer; with `logs`, one `self.log` at each step and a CSV row every 50."""
 
@@ -106,22 +121,15 @@ def lightning(logs: bool) -> Callable[[Task], Measure]:
         import lightning as L
         from lightning.pytorch.loggers import CSVLogger
 
-        _hush()
+        hush()
 
-        class Module(L.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.net = task.fresh()
-
+        class Module(lightning_module()):  # type: ignore[misc]
             def training_step(self, batch: Batch, _index: int) -> Tensor:
                 x, y = batch
                 loss = loss_of(self.net(x), y)
                 if logs:
                     self.log("loss", loss)
                 return loss
-
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return adamw(self.net, fused=True)
 
         class Clock(L.Callback):
             def __init__(self, first: int, last: int) -> None:
@@ -147,7 +155,7 @@ def lightning(logs: bool) -> Callable[[Task], Measure]:
                     enable_progress_bar=False,
                     enable_model_summary=False,
                 )
-                trainer.fit(Module(), data)
+                trainer.fit(Module(task), data)
             start, end = clock.marks
             return (end - start) / steps
 
@@ -253,7 +261,8 @@ def _jax_gpt(params: Any, x: Any) -> Any:
     return linear("head", norm("norm", x))
 
 
-def _hush() -> None:
+def hush() -> None:
+    """Suppress the warnings and messages of Lightning."""
     warnings.filterwarnings("ignore")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.options import parser
+
 if TYPE_CHECKING:  # it imports torch and Lumen, which may be missing
     from benchmarks.gpu.check import Group
 
@@ -100,20 +102,14 @@ def obstacle(dry_run: bool) -> str | None:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="all by default; see --list")
-    parser.add_argument("--list", action="store_true", help="list the groups and their checks")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at small sizes")
-    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="groups at a time that measure nothing")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no check runs any more (8)")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), metavar="DIR", help="(runs/gpu)")
-    asked = parser.parse_args(arguments)
+    command = parser("python -m benchmarks.gpu", __doc__)
+    command.add_argument("groups", nargs="*", metavar="GROUP", help="all by default; see --list")
+    command.add_argument("--list", action="store_true", help="list the groups and their checks")
+    command.add_argument("--dry-run", action="store_true", help="on the CPU, at small sizes")
+    command.add_argument("--jobs", type=int, default=None, metavar="N", help="groups at a time that measure nothing")
+    command.add_argument("--minutes", type=float, default=8.0, help="after which no check runs any more (8)")
+    command.add_argument("--output", type=Path, default=Path("runs/gpu"), metavar="DIR", help="(runs/gpu)")
+    asked = command.parse_args(arguments)
     if asked.jobs is None:
         asked.jobs = 1 if asked.dry_run else 3
     return asked

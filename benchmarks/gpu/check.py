@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,11 @@ class Setting:
             torch.cuda.synchronize(self.device)
 
 
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those of the packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 @dataclass(frozen=True)
 class Check:
     """One check, with the `seconds` after which its process is killed.
@@ -60,10 +65,6 @@ class Check:
     needs_gpu: bool = False
     packages: Sequence[str] = ()
     may_refuse: bool = False
-
-    def missing(self) -> list[str]:
-        """The packages that it needs and that are not installed."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 @dataclass
@@ -91,10 +92,6 @@ class Group:
     def checks(self) -> list[Check]:
         """Its checks; imports the module."""
         return list(importlib.import_module(f"benchmarks.gpu.{self.name}").checks.checks)
-
-    def missing(self) -> list[str]:
-        """The packages without which its module cannot be imported."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 GROUPS = (

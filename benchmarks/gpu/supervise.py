@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.check import Check, Group
+from benchmarks.gpu.check import Check, Group, missing
 from benchmarks.gpu.work import POISONED, work
 
 START = 90.0  # seconds until the first check of a process begins: the imports, and CUDA's start
@@ -30,8 +30,8 @@ class Supervisor:
 
     def results(self, group: Group) -> list[dict[str, Any]]:
         """The results of a group's checks, whatever happens to its processes."""
-        if missing := group.missing():
-            message = f"needs the package {', '.join(missing)}"
+        if absent := missing(group.packages):
+            message = f"needs the package {', '.join(absent)}"
             return [{"group": group.name, "name": "all", "status": "missing", "message": message}]
         try:
             checks = {check.name: check for check in group.checks()}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.check import Check, Group, Setting
+from benchmarks.gpu.check import Check, Group, Setting, missing
 
 POISONED = 75  # the exit code after an error that the GPU does not recover from, such as a failed assertion
 
@@ -51,8 +51,8 @@ def run(check: Check, device: str) -> dict[str, Any]:
 
     if check.needs_gpu and device == "cpu":
         return _result("needs a GPU")
-    if missing := check.missing():
-        return _result("missing", f"needs the package {', '.join(missing)}")
+    if absent := missing(check.packages):
+        return _result("missing", f"needs the package {', '.join(absent)}")
     began = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(), _settings_kept():
