@@ -31,19 +31,20 @@ def measure(options: Options) -> list[Row]:
             steps = tasks.make(model).steps // (2 if model == "mlp" else 4) // options.pick(1, 4)
             for strategy in spread.STRATEGIES:
                 case = f"{model}, {strategy}, {size} processes{wire}"
-                if options.wants(case) and not (options.quick and (strategy == "compiled" or model == "gpt")):
+                if options.wants(case) and not (options.quick and ("compiled" in strategy or model == "gpt")):
                     args = (case, model, strategy, options.times(11), steps)
                     rows += spread.world_of(size, measured, *args, bandwidth=bandwidth)
     return rows
 
 
 def measured(case: str, model: str, strategy: str, rounds: int, steps: int) -> list[Row]:
-    """Two rows for each variant: the time by this process's clock, and the bytes."""
+    """Three rows for each variant: the time by this process's clock, its processor time, and the bytes."""
     task, variants = tasks.make(model), spread.STRATEGIES[strategy]
     base = next(iter(variants))
     data = spread.batches_of(task, steps)
     built = {label: build(task) for label, build in variants.items()}
     times: dict[str, list[float]] = {label: [] for label in built}
+    processor: dict[str, list[float]] = {label: [] for label in built}
     losses: dict[str, float] = {}
     sent: dict[str, float] = {}
     for index in range(rounds + 1):
@@ -52,15 +53,17 @@ def measured(case: str, model: str, strategy: str, rounds: int, steps: int) -> l
             if not index:  # the first round warms up, and counts
                 losses[label], sent[label] = spread.counted(label, task, built[label], data)
                 continue
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             losses[label] = built[label](data)
             dist.barrier()
             times[label].append((time.perf_counter() - began) / steps)
+            processor[label].append((time.process_time() - busy) / steps)
     wanted = losses[base]
     far = {label: loss for label, loss in losses.items() if abs(loss - wanted) > 1e-2 * abs(wanted) + 1e-4}
     if far:
         raise AssertionError(f"the last loss of {base} is {wanted}, but that of {far}")
     rows = timed("parallel", case, times, base, unit="ms")
+    rows += timed("parallel", case, processor, base, unit="ms", metric="processor")
     for label, count in sent.items():
         if count:  # collectives of a compiled graph are not called from Python
             rows.append(Row("parallel", case, label, "sent", "KiB", count / 1024, count / sent[base]))

@@ -47,6 +47,15 @@ def torch_fsdp(task: tasks.Task) -> Loop:
     return _loop(net, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
 
 
+def torch_compiled_fsdp(task: tasks.Task) -> Loop:
+    """The same, compiled: torch breaks the graph at the hooks of each block."""
+    net = task.fresh()
+    for block in blocks(net):
+        fully_shard(block)
+    compiled = torch.compile(fully_shard(net))
+    return _loop(compiled, torch.optim.AdamW(net.parameters(), **_ADAMW, fused=True))
+
+
 _ADAMW = {"lr": tasks.LEARNING_RATE, "weight_decay": tasks.WEIGHT_DECAY}
 
 
@@ -102,6 +111,11 @@ STRATEGIES: dict[str, dict[str, Callable[[tasks.Task], Loop]]] = {
         "Lumen: compile, ddp": lumen(lm.compile, lm.ddp),
         "Lumen: compile, fsdp": lumen(lm.compile, lm.fsdp),
     },
+    "compiled fsdp": {
+        "torch.compile(fully_shard)": torch_compiled_fsdp,
+        "torch.compile(fully_shard) again": torch_compiled_fsdp,
+        "Lumen: compile, fsdp": lumen(lm.compile, lm.fsdp),
+    },
     "fsdp": {
         "torch fully_shard": torch_fsdp,
         "torch fully_shard again": torch_fsdp,
@@ -119,7 +133,7 @@ def counted(label: str, task: tasks.Task, loop: Loop, data: list[Any]) -> tuple[
     loop(data[:1])  # processes exchange their layouts once
     with collectives.WIRE.counted() as sent:
         loss = loop(data[1:])
-    if not label.startswith(("torch DDP", "torch.compile")) or collectives.WIRE.bandwidth is not None:
+    if not label.startswith(("torch DDP", "torch.compile(DDP)")) or collectives.WIRE.bandwidth is not None:
         return loss, sent() / len(data[1:])
     size = dist.get_world_size()
     return loss, 2 * (size - 1) / size * 4 * sum(p.numel() for p in task.fresh().parameters())
