@@ -22,7 +22,7 @@ def svg(rows: Sequence[Row]) -> str:
     for (part, case, metric), group in itertools.groupby(shown, key=lambda row: (row.part, row.case, row.metric)):
         better = ", higher is better" if (members := list(group))[0].higher else ""
         y += LINE // 2
-        body.append(_text(8, y, f"{part}: {case}, {metric}{better}", weight=600))
+        body.append(text_at(8, y, f"{part}: {case}, {metric}{better}", weight=600))
         for row in members:
             y += LINE
             body += _row(row, y, low, high)
@@ -32,7 +32,7 @@ def svg(rows: Sequence[Row]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         f' role="img" font-family="system-ui, sans-serif" font-size="11" fill="{INK}">'
         f'<title>Ratios of the benchmarks</title><rect width="{width}" height="{height}" fill="#ffffff"/>'
-        f"{_text(8, 16, 'Ratio to the reference of each case [quartiles]; Lumen in blue', weight=600)}"
+        f"{text_at(8, 16, 'Ratio to the reference of each case [quartiles]; Lumen in blue', weight=600)}"
     )
     return "\n".join([head, *_grid(low, high, height), *body, "</svg>"]) + "\n"
 
@@ -41,12 +41,12 @@ def _row(row: Row, y: int, low: float, high: float) -> Iterator[str]:
     ratio = row.ratio or 1.0
     color = OURS if row.ours else OTHERS
     x = _x(ratio, low, high)
-    yield _text(LEFT - 10, y + 4, row.variant, anchor="end")
+    yield text_at(LEFT - 10, y + 4, row.variant, anchor="end")
     if row.low and row.high:
         start, end = _x(row.low, low, high), _x(row.high, low, high)
         yield f'<path d="M{start:.1f} {y}H{end:.1f}" stroke="{color}" stroke-width="5" stroke-opacity="0.45"/>'
     yield f'<circle cx="{x:.1f}" cy="{y}" r="3.5" fill="{color}"/>'
-    yield _text(LEFT + ACROSS + RIGHT - 8, y + 4, f"{ratio:.2f}", anchor="end")
+    yield text_at(LEFT + ACROSS + RIGHT - 8, y + 4, f"{ratio:.2f}", anchor="end")
 
 
 def _grid(low: float, high: float, height: int) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _grid(low: float, high: float, height: int) -> Iterator[str]:
         x = _x(2.0**power, low, high)
         stroke = INK if power == 0 else FAINT
         yield f'<path d="M{x:.1f} {TOP - 8}V{height - 8}" stroke="{stroke}"/>'
-        yield _text(x, TOP - 12, f"{2.0**power:g}", anchor="middle")
+        yield text_at(x, TOP - 12, f"{2.0**power:g}", anchor="middle")
 
 
 def _span(rows: Sequence[Row]) -> tuple[float, float]:
@@ -66,5 +66,6 @@ def _x(value: float, low: float, high: float) -> float:
     return LEFT + ACROSS * math.log(value / low) / math.log(high / low)
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: int = 400) -> str:
+def text_at(x: float, y: float, text: str, *, anchor: str = "start", weight: int = 400) -> str:
+    """A line of text."""
     return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" font-weight="{weight}">{html.escape(text)}</text>'

@@ -11,6 +11,10 @@ import pytest
 
 from benchmarks import bound, picture, regression, report
 from benchmarks.apart import ApartError, apart
+from benchmarks.growth import __main__ as growth
+from benchmarks.growth import chart, measure
+from benchmarks.growth.axes import AXES
+from benchmarks.growth.slopes import Curve
 from benchmarks.options import Options
 from benchmarks.rows import Row, throughput, timed
 from tests import zygote
@@ -107,6 +111,41 @@ def test_the_picture_has_a_dot_for_each_ratio_and_the_page_a_line():
     page = report.markdown({"parts": {"overhead": {"rows": [each.as_json() for each in rows]}}})
     assert page.count("\n| mlp |") == 3
     assert "not installed" in page
+
+
+# ------------------------------------------------------------------------------------------- growth
+
+
+def grown(*powers):
+    """The curve of a cost that is proportional to a power of the size, a power for each round."""
+    sizes = (1_000, 10_000, 100_000, 1_000_000)
+    return Curve(sizes, [[7.0 * size**power for power in powers] for size in sizes])
+
+
+def test_a_slope_is_the_power_and_has_the_quartiles_of_the_rounds():
+    slope = grown(1.0, 2.0, 1.5).slope()
+    assert (slope.low, slope.middle, slope.high) == pytest.approx((1.25, 1.5, 1.75))
+    bent = Curve((1, 10, 100, 1_000), [[1.0], [1.0], [10.0], [100.0]])
+    assert bent.slope(3).middle == pytest.approx(1.0)
+    assert bent.slope().middle < 0.8
+
+
+def test_growth_that_is_steeper_than_expected_is_warned_of():
+    assert list(growth.warnings({"params": (grown(1.0, 1.1), grown(0.5, 0.5)), "rows": (grown(0.1), grown(0.0))})) == []
+    (line,) = growth.warnings({"rows": (grown(0.1), grown(0.5))})
+    assert "rows: the slope of memory is 0.50, and at most 0 is expected" in line
+
+
+def test_the_picture_of_growth_has_a_panel_for_each_axis_that_was_measured():
+    drawn = ET.fromstring(chart.svg(AXES, {"rows": (grown(0.0, 0.1), grown(0.0)), "params": (grown(1.0), grown(1.0))}))
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == 2 * 2 * 4
+
+
+def test_an_axis_is_measured_at_each_size():
+    seconds, size = measure.times("rows", (100, 1_000), 1), measure.memory("rows", (100, 1_000))
+    assert len(seconds.medians) == len(size.medians) == 2
+    assert min(seconds.medians) > 0
+    assert min(size.medians) >= measure.FLOOR
 
 
 def test_options_pick_by_globs():
