@@ -17,6 +17,7 @@ PARTS = (
     "runner",
     "fit",
     "sweep",
+    "sweep_cnn",
     "loading",
     "sampling",
     "packing",
