@@ -56,16 +56,17 @@ class Panel:
 
     def _grid(self) -> Iterator[str]:
         left, right, bottom = self.x + LEFT, self.x + WIDTH - RIGHT, self.y + HEIGHT - BOTTOM
-        for power in range(self._decades + 1):
+        low, high = self._decades
+        for power in range(low, high + 1):
             y = self._at_y(10.0**power)
             yield f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{FAINT}"/>'
-            yield text_at(left - 6, y + 4, _short(10**power), anchor="end")
+            yield text_at(left - 6, y + 4, _short(10.0**power), anchor="end")
         for size in self.axis.sizes:
             x = self._at_x(size)
             yield f'<path d="M{x:.1f} {bottom:.1f}v4" stroke="{INK}"/>'
             yield text_at(x, bottom + 16, _short(size), anchor="middle")
         last = self.time.sizes[-1]
-        end = min(last, self.time.sizes[0] * 10.0**self._decades)
+        end = min(last, self.time.sizes[0] * 10.0**high)
         start = f"{self._at_x(self.time.sizes[0]):.1f} {self._at_y(1):.1f}"
         stop = f"{self._at_x(end):.1f} {self._at_y(end / self.time.sizes[0]):.1f}"
         yield f'<path d="M{start}L{stop}" stroke="{PROPORTIONAL}" stroke-dasharray="4 3"/>'
@@ -80,9 +81,10 @@ class Panel:
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points)
 
     @property
-    def _decades(self) -> int:
-        highest = max(value / curve.medians[0] for curve in (self.time, self.memory) for value in curve.medians)
-        return max(1, math.ceil(math.log10(highest)))
+    def _decades(self) -> tuple[int, int]:
+        """The lowest and the highest power of ten."""
+        ratios = [value / curve.medians[0] for curve in (self.time, self.memory) for value in curve.medians]
+        return math.floor(math.log10(min(ratios))), max(1, math.ceil(math.log10(max(ratios))))
 
     def _at_x(self, size: float) -> float:
         first, last = self.time.sizes[0], self.time.sizes[-1]
@@ -90,13 +92,14 @@ class Panel:
         return self.x + LEFT + 8 + share * (WIDTH - LEFT - RIGHT - 24)
 
     def _at_y(self, ratio: float) -> float:
-        share = math.log10(ratio) / self._decades
+        low, high = self._decades
+        share = (math.log10(ratio) - low) / (high - low)
         return self.y + HEIGHT - BOTTOM - 8 - share * (HEIGHT - TOP - BOTTOM - 8)
 
 
 def _short(number: float) -> str:
-    power = math.floor(math.log10(number))
+    power = round(math.log10(number), 9) // 1
     if power < 3:
         return f"{number:g}"
     lead = number / 10**power
-    return f"1e{power}" if lead == 1 else f"{lead:g}e{power}"
+    return f"{lead:g}e{power:g}"
