@@ -107,7 +107,7 @@ def compute_seconds(work: Iterable[Work], on: Device) -> float:
 
 
 _TWICE = ("all-reduce",)  # a reduce-scatter, and an all-gather
-_POINT_TO_POINT = ("send", "receive")  # the bytes are those of the sender
+_NEIGHBORS = ("send", "receive")  # one message, counted where it is sent
 _ONCE = ("all-gather", "reduce-scatter", "all-to-all")
 
 
@@ -135,16 +135,25 @@ def ring_seconds(call: CollectiveCall, on: Device) -> float:
     if p < 2:
         return 0.0
     nodes = _by_node(call.ranks, on.per_node)
+    if call.kind in _NEIGHBORS:
+        return _seconds_to_neighbor(call, on, len(nodes) > 1)
     bandwidth = on.inside if len(nodes) == 1 else min(on.inside, on.between * min(nodes.values()))
-    hops = 1 if call.kind in _POINT_TO_POINT else p - 1
-    far = min(len(nodes) - 1, hops)
-    waits = (hops - far) * on.latency_inside + far * on.latency_between
+    far = len(nodes) - 1
+    waits = (p - 1 - far) * on.latency_inside + far * on.latency_between
     if call.kind not in _TWICE:
         return ring_bytes(call) / bandwidth + waits
     ring = ring_bytes(call) / bandwidth + 2 * waits
     near = max(nodes.values()) - 1
     depth = near * on.latency_inside + math.ceil(math.log2(len(nodes))) * on.latency_between
     return min(ring, 2 * call.nbytes / bandwidth + 2 * depth)
+
+
+def _seconds_to_neighbor(call: CollectiveCall, on: Device, between: bool) -> float:
+    """The time of a message to the next rank, and of the one that is received meanwhile; the slowest rank counts."""
+    if call.kind == "receive":
+        return 0.0
+    bandwidth = min(on.inside, on.between) if between else on.inside
+    return ring_bytes(call) / bandwidth + (on.latency_between if between else on.latency_inside)
 
 
 def _by_node(ranks: Sequence[int], per_node: int) -> dict[int, int]:

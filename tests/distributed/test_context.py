@@ -51,7 +51,7 @@ def stack(grid, around, names, **options):
     return lm.compose(*outer, *AROUND[around](grid), lm.context_parallel(grid, **options), *inner)
 
 
-def law(cases, axes=None):
+def law(cases, axes=None, **options):
     """For each case how far the step on shards is from the same transforms in one process."""
     grid = mesh(**(axes or {"context": -1}), device="cpu")
     found = []
@@ -62,7 +62,7 @@ def law(cases, axes=None):
         index, count = world.rows()
         own = [{name: x.tensor_split(count)[index] for name, x in batch.items()} for batch in full]
         plain = lm.compose(*[(OUTSIDE | INSIDE)[name]() for name in names])(step)
-        ours = train(stack(grid, around, names)(step), state_of(**settings), own)
+        ours = train(stack(grid, around, names, **options)(step), state_of(**settings), own)
         if count > 1:  # other metrics than the loss are of these rows alone
             ours = [{"loss": numbers["loss"]} for numbers in ours[0]], ours[1]
         found.append(far(ours, train(plain, state_of(**settings), full)))
@@ -91,19 +91,25 @@ def test_two_processes_compute_as_one(world2):
 
 def test_two_processes_compute_as_one_with_other_transforms(world2):
     check(world2.run(law, [({}, "alone", ALL, 3), ({}, "ddp", ALL, 3), ({"dropout": 0.5}, "ddp", ["remat"], 2)]))
+    check(world2.run(law, [({"heads": 1, "kv_heads": 1}, "alone", ALL, 3), ({"kv_heads": 1}, "ddp", ALL, 3)]))
 
 
 @pytest.mark.parametrize(
     ("axis", "around"), [("data", "ddp"), ("shard", "fsdp1"), ("shard", "fsdp2"), ("shard", "fsdp3")]
 )
 def test_rows_and_sequences_are_sharded_at_once(axis, around, world4):
-    cases = [({}, around, ALL, 3), ({}, around, ["accumulate"], 1)]
+    cases = [({}, around, ALL, 3), ({}, around, ["accumulate"], 1), ({"kv_heads": 1}, around, ALL, 3)]
     check(world4.run(law, cases, {axis: 2, "context": 2}))
 
 
 def test_four_processes_share_heads_that_they_divide_or_not(world4):
     cases = [({}, "ddp", [], 2), ({"kv_heads": 2}, "alone", [], 2), ({"heads": 2, "kv_heads": 2}, "alone", [], 2)]
     check(world4.run(law, cases))
+    check(world4.run(_with_ulysses, cases[:2]))
+
+
+def _with_ulysses(cases):
+    return law(cases, attention="ulysses")
 
 
 def masks(kind, heads):
@@ -365,10 +371,10 @@ def hf_model(family, **options):
     sizes = {"vocab_size": 11, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}
     sizes |= {"max_position_embeddings": 64, "attn_implementation": "sdpa", "bos_token_id": 1, "eos_token_id": 2}
     if family == "llama":
-        options |= {"num_key_value_heads": 2, "intermediate_size": 16}
+        options = {"num_key_value_heads": 2, "intermediate_size": 16} | options
     else:
         options |= {"attn_pdrop": 0.0, "embd_pdrop": 0.2, "resid_pdrop": 0.2}
-    config = hf.AutoConfig.for_model(family, **sizes, **options)
+    config = hf.AutoConfig.for_model(family, **(sizes | options))
     return hf.AutoModelForCausalLM.from_config(config)
 
 
@@ -385,7 +391,7 @@ def hf_step(state, batch):
     return state.apply_gradients(grads), {"loss": loss}
 
 
-def hf_law(family, positions):
+def hf_law(family, positions, **heads):
     grid = mesh(context=-1, device="cpu")
     data, options = batches(2), {}
     for batch in data:
@@ -396,7 +402,7 @@ def hf_law(family, positions):
     options = {"documents": "documents"} if positions == "documents" else {}
 
     def state():
-        return state_of(lambda **_: hf_model(family, use_cache=False), lm.optim.sgd(0.1))
+        return state_of(lambda **_: hf_model(family, use_cache=False, **heads), lm.optim.sgd(0.1))
 
     ours = train(lm.compose(lm.seeded(), lm.context_parallel(grid, **options))(hf_step), state(), data)
     return [far(ours, train(lm.compose(lm.seeded())(hf_step), state(), data))]
@@ -407,3 +413,17 @@ def hf_law(family, positions):
 @pytest.mark.parametrize("positions", ["none", "given", "documents"])
 def test_models_of_transformers(family, positions, world2):
     check(world2.run(hf_law, family, positions), 1e-5)
+
+
+ONE_KEY_HEAD = {"num_key_value_heads": 1}
+ONE_HEAD = {"num_attention_heads": 1, **ONE_KEY_HEAD}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("positions", "heads"), [("none", ONE_KEY_HEAD), ("documents", ONE_HEAD)])
+def test_models_of_transformers_with_fewer_heads_than_processes(positions, heads, world2):
+    check(world2.run(_hf_law_of_heads, positions, heads), 1e-5)
+
+
+def _hf_law_of_heads(positions, heads):
+    return hf_law("llama", positions, **heads)

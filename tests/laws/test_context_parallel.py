@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import lumen as lm
 from lumen.errors import BatchError, HyperparameterError, OrderError
 from lumen.parallel.context.attention import ShardedAttention
+from lumen.parallel.context.block_attention import Partial, Visibility, attend
 from lumen.parallel.context.function_mode import CallSites, SequenceMode
 from lumen.parallel.context.loss_check import local_length
 from lumen.parallel.context.sequence_shards import SequenceShards
@@ -77,6 +79,26 @@ def test_attention_is_within_documents_in_one_process(batch: tuple[Tensor, Tenso
     q = torch.randn(len(ids), heads, ids.shape[1], 3, dtype=torch.float64)
     attention = ShardedAttention(None, ids.shape[1], documents, [])
     torch.testing.assert_close(attention(q, q, q, is_causal=True), causal(q, documents))
+
+
+@given(packed(), st.integers(1, 3), st.booleans())
+def test_attention_to_blocks_of_keys_merges_to_that_of_all(batch: tuple[Tensor, Tensor], size: int, own: bool) -> None:
+    """Also where a query sees nothing in some of the blocks."""
+    documents = batch[1].repeat(1, size)
+    rows, local = batch[1].shape
+    q, k, v = torch.randn(3, rows, 1, 1, size * local, 2, dtype=torch.float64)
+    for index in range(size):
+        visible = Visibility(None, documents if own else None, not own, index, local)
+        queries = q.narrow(-2, index * local, local)
+        blocks = [
+            (rank, k.tensor_split(size, -2)[rank][:, 0], v.tensor_split(size, -2)[rank][:, 0]) for rank in range(size)
+        ]
+        parts = [attend(queries, *kv, visible, 0, rank) for rank, *kv in blocks if visible.sees(rank)]
+        merged = functools.reduce(Partial.merged, parts)
+        same = documents[:, None, None, :, None] == documents[:, None, None, None, :]
+        mask = same if own else torch.ones(size * local, size * local, dtype=torch.bool).tril()
+        wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        torch.testing.assert_close(merged.out, wanted.narrow(-2, index * local, local))
 
 
 def step(state: Any, batch: Any) -> Any:
@@ -142,6 +164,8 @@ def test_settings_and_neighbors_are_checked() -> None:
         lm.context_parallel(sequence_dims={})
     with pytest.raises(HyperparameterError, match=r"verify=.no.\) must be True or False"):
         lm.context_parallel(verify="no")  # type: ignore[arg-type]
+    with pytest.raises(HyperparameterError, match=r"attention='rings'\) must be \"ulysses\", which exchanges"):
+        lm.context_parallel(attention="rings")  # type: ignore[arg-type]
     with pytest.raises(OrderError, match=r"lm.accumulate\('auto'\) under lm.context_parallel"):
         lm.compose(lm.context_parallel(), lm.accumulate("auto"))(step)
     with pytest.raises(OrderError, match="context_parallel is outside ddp, but it must be inside"):

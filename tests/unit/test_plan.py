@@ -197,6 +197,16 @@ def test_sequences_are_planned_on_their_shards():
     assert {(each.kind, each.axes) for each in two.traffic} >= {("all-to-all", "context"), ("all-reduce", "context")}
 
 
+def test_keys_that_go_round_a_ring_are_planned():
+    batch = {name: x for name, x in context_models.batches(1, length=64)[0].items() if name != "documents"}
+    step = lm.context_parallel(attention="ring")(context_models.step)
+    plan = lm.plan(step, context_models.state_of(kv_heads=2), batch, mesh={"context": 4})
+    (sent,) = (entry for entry in plan.traffic if entry.kind == "send")
+    keys_and_values = 2 * 3 * 2 * 16 * 2 * 8  # rows, heads, positions, features, bytes
+    # In each of two blocks keys and values go to three ranks, in both passes, and gradients to three and home.
+    assert (sent.axes, sent.times, sent.sent) == ("context", 2 * (3 + 3 + 4), 2 * (3 + 3 + 4) * keys_and_values)
+
+
 # ------------------------------------------------------------------------------------------- costs
 
 
@@ -218,6 +228,10 @@ def test_rings_inside_a_node_and_between_nodes():
     assert ring_seconds(both, on) == pytest.approx(700 / 40 + 6 * 1 + 5)
     alone = CollectiveCall("all-reduce", 800, (3,), "", "")
     assert ring_bytes(alone) == ring_seconds(alone, on) == 0
+    sent, received = (CollectiveCall(kind, 400, (0, 1, 2, 3), "", "") for kind in ("send", "receive"))
+    assert (ring_bytes(sent), ring_seconds(sent, on)) == (400, pytest.approx(4 + 1))  # to the next rank alone
+    assert ring_bytes(received) == ring_seconds(received, on) == 0  # it is sent by another
+    assert ring_seconds(sent._replace(ranks=(0, 1, 4, 5)), on) == pytest.approx(40 + 5)
 
 
 def test_a_small_all_reduce_goes_by_a_tree():

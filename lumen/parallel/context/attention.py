@@ -2,13 +2,12 @@
 
 Where the ranks divide the heads, an all-to-all exchanges positions for heads before and after (DeepSpeed-Ulysses,
 https://arxiv.org/abs/2309.14509), so that each rank attends over all positions with its own heads. Otherwise keys and
-values are all-gathered, and each rank attends from its own positions with all heads (as in Llama 3,
-https://arxiv.org/abs/2407.21783, section 3.3.2).
+values go round the ranks, and each rank attends from its own positions with all heads (`ring_attention`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,10 @@ from torch import Tensor
 from lumen.core import distributed
 from lumen.errors import LossError
 from lumen.parallel.context.all_to_all import all_to_all
+from lumen.parallel.context.ring_attention import ring_attention
 from lumen.parallel.tensor.autograd_collectives import TPGroup
+
+Method = Literal["auto", "ulysses", "ring"]
 
 
 class _Heads(NamedTuple):
@@ -36,11 +38,19 @@ class ShardedAttention:
     collectives.
     """
 
-    def __init__(self, group: TPGroup | None, local: int, documents: Tensor | None, failures: list[LossError]) -> None:
+    def __init__(
+        self,
+        group: TPGroup | None,
+        local: int,
+        documents: Tensor | None,
+        failures: list[LossError],
+        method: Method = "auto",
+    ) -> None:
         self._ranks, self.local, self._documents, self._failures = group, local, documents, failures
+        self._method = method
         self.size, self._index = (1, 0) if group is None else (group.size, group.index)
         self.length = local * self.size
-        self._allowed: dict[tuple[bool, bool], Tensor] = {}
+        self._allowed: dict[bool, Tensor] = {}
         self._own_masks: list[tuple[Tensor, bool]] = []  # masks of own keys that were seen, and whether they are causal
 
     @property
@@ -77,9 +87,31 @@ class ShardedAttention:
     def _attend(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         if self.size == 1:
             return self._with_all_positions(heads, mask, causal, scale)
-        if heads.q.shape[-3] % self._group.size:
-            return self._with_gathered_keys(heads, mask, causal, scale)
+        if self._is_ring(heads):
+            return self._round_the_ring(heads, mask, causal, scale)
         return self._with_own_heads(heads, mask, causal, scale)
+
+    def _is_ring(self, heads: _Heads) -> bool:
+        """Whether keys go round, rather than heads being exchanged; the same on all ranks."""
+        total = heads.q.shape[-3]
+        if self._method == "ulysses" and total % self.size:
+            raise LossError(
+                f'lm.context_parallel(attention="ulysses") divides the heads of attention over the {self.size} ranks'
+                f' along context, which do not divide {total}. Write attention="ring", or leave it out: keys then go'
+                " round the ranks where heads cannot be divided."
+            )
+        if self._method != "auto":
+            return self._method == "ring"
+        key_heads = total if self._may_differ else heads.k.shape[-3]
+        return bool(total % self.size or key_heads % self.size)
+
+    @property
+    def _may_differ(self) -> bool:
+        """Whether ranks may have different numbers of heads of keys.
+
+        With documents, a model may repeat them itself on those ranks only where it makes a mask.
+        """
+        return self._documents is not None
 
     def _with_own_heads(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         """All positions of this rank's heads."""
@@ -90,32 +122,24 @@ class ShardedAttention:
         return all_to_all(out, self._group, -2, -3)
 
     def _with_all_positions(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-        mask, causal = self._with_documents(mask, causal, heads.q, own=False)
+        mask, causal = self._with_documents(mask, causal, heads.q)
         grouped = heads.k.shape[-3] != heads.q.shape[-3]
         return F.scaled_dot_product_attention(*heads, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
-    def _with_gathered_keys(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    def _round_the_ring(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         """This rank's positions of all heads."""
-        k, v = (
-            self._group.collective("all_gather_reduce_grad", self._divisible(x, heads.q.shape[-3]), dim=-2)
-            for x in (heads.k, heads.v)
-        )
+        q, k, v = heads
+        if self._may_differ or k.shape[-3] != v.shape[-3]:
+            k, v = (_repeated(x, q.shape[-3]) for x in (k, v))
         if mask is not None and mask.shape[-2] == self.length:
             mask = mask.narrow(-2, self._index * self.local, self.local)
-        if causal:
-            mask, causal = _both(mask, self._allowed_pairs(causal=True, own=True, documents=False)), False
-        mask, causal = self._with_documents(mask, causal, heads.q, own=True)
-        grouped = k.shape[-3] != heads.q.shape[-3]
-        return F.scaled_dot_product_attention(heads.q, k, v, mask, scale=scale, enable_gqa=grouped)
+        self._check_documents(q)
+        return ring_attention(q, k, v, mask, self._documents, self._group, causal=causal, scale=scale)
 
     def _divisible(self, x: Tensor, heads: int) -> Tensor:
-        """Keys or values with as many heads as queries, where the ranks do not divide their own number.
-
-        With documents, a model may repeat them itself on those ranks only where it makes a mask.
-        """
-        own = x.shape[-3]
-        keep = own % self.size == 0 and self._documents is None
-        return x if keep else x.repeat_interleave(heads // own, -3)
+        """Keys or values with as many heads as queries, where the ranks do not divide their own number."""
+        keep = x.shape[-3] % self.size == 0 and not self._may_differ
+        return x if keep else _repeated(x, heads)
 
     # ------------------------------------------------------------------------------------------------- masks
 
@@ -131,35 +155,29 @@ class ShardedAttention:
             return self._group.collective("gather", mask.to(torch.uint8), dim=-2).bool()
         return self._group.collective("all_gather_reduce_grad", mask, dim=-2)
 
-    def _with_documents(self, mask: Tensor | None, causal: bool, q: Tensor, own: bool) -> tuple[Tensor | None, bool]:
+    def _with_documents(self, mask: Tensor | None, causal: bool, q: Tensor) -> tuple[Tensor | None, bool]:
         """The mask, and `is_causal`, with positions of other documents masked."""
         if self._documents is None:
             return mask, causal
-        if self._documents.shape[0] != q.shape[0]:
+        self._check_documents(q)
+        allowed = self._allowed_pairs(self._documents, causal)
+        allowed = allowed.view(allowed.shape[0], *[1] * (q.dim() - 3), *allowed.shape[1:])
+        return _both(mask, allowed), False
+
+    def _check_documents(self, q: Tensor) -> None:
+        if self._documents is not None and self._documents.shape[0] != q.shape[0]:
             raise LossError(
                 f"documents number the positions of {self._documents.shape[0]} rows, and attention runs on a tensor of"
                 f" {q.shape[0]}. Keep rows along the first dim, or give a mask of its own: attn_mask of shape"
                 f" [..., {self.local}, {self.length}]."
             )
-        allowed = self._allowed_pairs(causal, own, documents=True)
-        allowed = allowed.view(allowed.shape[0], *[1] * (q.dim() - 3), *allowed.shape[1:])
-        return _both(mask, allowed), False
 
-    def _allowed_pairs(self, causal: bool, own: bool, documents: bool) -> Tensor:
-        """Which queries, this rank's `own` or all, may see which keys: `[rows, queries, keys]`, or without rows."""
-        cached = self._allowed.get((causal, own)) if documents else None
-        if cached is not None:
-            return cached
-        device = None if self._documents is None else self._documents.device
-        positions = torch.arange(self.length, device=device)
-        queries = positions.narrow(0, self._index * self.local, self.local) if own else positions
-        allowed = positions <= queries[:, None] if causal else positions.new_ones((), dtype=torch.bool)
-        if not documents or self._documents is None:
-            return allowed
-        numbers = self._documents
-        allowed = allowed & (numbers[:, None, :] == numbers[:, queries][:, :, None])
-        self._allowed[causal, own] = allowed
-        return allowed
+    def _allowed_pairs(self, numbers: Tensor, causal: bool) -> Tensor:
+        """Which positions may see which by their documents: `[rows, queries, keys]`."""
+        if causal not in self._allowed:
+            same = numbers[:, None, :] == numbers[:, :, None]
+            self._allowed[causal] = same.tril() if causal else same
+        return self._allowed[causal]
 
     def _of_all_keys(self, mask: Tensor, causal: bool) -> tuple[Tensor | None, bool]:
         """A mask that has all keys; one of this rank's keys alone must be what `documents` say."""
@@ -219,6 +237,11 @@ class ShardedAttention:
                 " process draws there. Set it to 0 (attention_dropout=0.0 or attn_pdrop=0.0 in a config of"
                 " transformers); other dropout is supported."
             )
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values with as many heads as queries."""
+    return x.repeat_interleave(heads // x.shape[-3], -3)
 
 
 def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lumen.core import _torch_compat, batching, distributed, rules
 from lumen.core.primitives import Gradient, GradientCall
@@ -16,7 +16,7 @@ from lumen.parallel.comm import consistency
 from lumen.parallel.comm.buckets import Buckets
 from lumen.parallel.comm.mesh import Mesh
 from lumen.parallel.context import loss_check
-from lumen.parallel.context.attention import ShardedAttention
+from lumen.parallel.context.attention import Method, ShardedAttention
 from lumen.parallel.context.function_mode import CallSites, SequenceMode, entered
 from lumen.parallel.context.metrics import check_aux, merged_aux
 from lumen.parallel.context.runtime import ContextRuntime
@@ -53,12 +53,14 @@ class context_parallel(Transform):
     of each leaf with two dims or more along its dim 1, or as `sequence_dims` says, by the path of a leaf:
     `{"input_ids": 1, "labels": 1}`. Outside the loss function everything is as in one process, on every rank.
 
-    Inside it, `F.scaled_dot_product_attention` attends over all positions. Where the ranks divide the number of heads,
-    an all-to-all exchanges positions for heads before and after it (Ulysses, https://arxiv.org/abs/2309.14509), also
-    with grouped keys and values. Otherwise keys and values are all-gathered (as in Llama 3,
-    https://arxiv.org/abs/2407.21783). Causal attention by `is_causal=True` is right as it is. `documents` names a leaf
-    `[rows, positions]` with the number of each position's document, which is not sharded: positions see those of their
-    own document alone. A mask of all keys works, of this rank's queries or of all; one of this rank's keys raises.
+    Inside it, `F.scaled_dot_product_attention` attends over all positions. Where the ranks divide the numbers of heads
+    of queries and keys, an all-to-all exchanges positions for heads before and after it (Ulysses,
+    https://arxiv.org/abs/2309.14509). Otherwise keys and values go round the ranks (ring attention,
+    https://arxiv.org/abs/2310.01889). `attention="ulysses"` or `"ring"` is one of them for any heads; the first repeats
+    keys whose heads cannot be divided, and raises for queries. Causal attention by `is_causal=True` is right as it is.
+    `documents` names a leaf `[rows, positions]` with the number of each position's document, which is not sharded:
+    positions see those of their own document alone. A mask of all keys works, of this rank's queries or of all; one of
+    this rank's keys raises.
     `torch.arange` of as many numbers as a rank has positions, and slices of as many first entries of a longer table,
     are those of this rank's positions; so are the `position_ids` in the batch. Dropout outside of attention draws the
     masks of one process: the ranks share the first one's generator.
@@ -106,11 +108,13 @@ class context_parallel(Transform):
         *,
         sequence_dims: Mapping[str, int] | None = None,
         documents: str | None = None,
+        attention: Literal["auto", "ulysses", "ring"] = "auto",
         verify: bool = True,
     ) -> None:
-        _check_arguments(sequence_dims, documents, verify)
+        _check_arguments(sequence_dims, documents, attention, verify)
         self.sequence_dims = None if sequence_dims is None else dict(sequence_dims)
         self.documents = documents
+        self.attention: Method = attention
         self.verify = verify
         self._mesh = mesh
 
@@ -192,7 +196,7 @@ class context_parallel(Transform):
         def around(arguments: tuple[Any, Any]) -> AbstractContextManager[None]:
             batch = arguments[1]
             documents = None if self.documents is None else leaf_of(batch, self.documents)
-            attention = ShardedAttention(group, shards.local, documents, failures)
+            attention = ShardedAttention(group, shards.local, documents, failures, self.attention)
             return entered(SequenceMode(attention, group.index, batching.count(batch), sites))
 
         return rules.around_losses(around)
@@ -237,7 +241,7 @@ class context_parallel(Transform):
         sites.is_checked = not self.verify or comparison.check_values(call.loss_fn, sharded, sites)
 
 
-def _check_arguments(sequence_dims: Any, documents: Any, verify: Any) -> None:
+def _check_arguments(sequence_dims: Any, documents: Any, attention: Any, verify: Any) -> None:
     if sequence_dims is not None and not (
         isinstance(sequence_dims, Mapping)
         and sequence_dims
@@ -250,6 +254,11 @@ def _check_arguments(sequence_dims: Any, documents: Any, verify: Any) -> None:
     if documents is not None and not isinstance(documents, str):
         raise HyperparameterError(
             f'context_parallel(documents={documents!r:.200}) must be the path of a leaf of the batch: "document_ids".'
+        )
+    if not isinstance(attention, str) or attention not in get_args(Method):
+        raise HyperparameterError(
+            f'context_parallel(attention={attention!r:.200}) must be "ulysses", which exchanges positions for heads,'
+            ' "ring", which passes keys round the ranks, or "auto", the first where the ranks divide the heads.'
         )
     if type(verify) is not bool:
         raise HyperparameterError(f"context_parallel(verify={verify!r}) must be True or False.")
