@@ -45,17 +45,17 @@ class Visibility:
         """Whether any query may see a key of the rank `source`, as far as its position decides."""
         return not (self._causal and source > self._index)
 
-    def mask_part(self, mask: Tensor, start: int, queries: int, source: int) -> Tensor:
+    def mask_block(self, mask: Tensor, start: int, queries: int, source: int) -> Tensor:
         """The view of a mask, or of its gradient, for some queries, from `start` on, and the keys of one rank."""
-        part = mask.narrow(-1, source * self._local, self._local)
-        return part if part.shape[-2] == 1 else part.narrow(-2, start, queries)
+        block = mask.narrow(-1, source * self._local, self._local)
+        return block if block.shape[-2] == 1 else block.narrow(-2, start, queries)
 
     def masked(self, scores: Tensor, start: int, source: int) -> Tensor:
         """The scores of queries, from `start` on, and the keys of rank `source`: -inf for pairs that do not see."""
         queries = scores.shape[-2]
         if self._mask is not None:
-            part = self.mask_part(self._mask, start, queries, source)
-            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+            block = self.mask_block(self._mask, start, queries, source)
+            scores = scores.masked_fill(~block, -torch.inf) if block.dtype == torch.bool else scores + block
         if self._causal and source == self._index:
             later = torch.ones(queries, self._local, dtype=torch.bool, device=scores.device).triu(start + 1)
             scores = scores.masked_fill(later, -torch.inf)

@@ -160,13 +160,13 @@ def _backward(
         if visible.sees(source):
             keys, values = keys.to(wide), values.to(wide)
             for start, length in chunks(queries.q, k.shape[-2]):
-                part = attend_backward(queries.narrow(start, length), keys, values, visible, start, source)
-                grad_q.narrow(-2, start, length).add_(part.q, alpha=ring.scale)
-                grads[0].add_(part.k)
-                grads[1].add_(part.v)
+                block = attend_backward(queries.narrow(start, length), keys, values, visible, start, source)
+                grad_q.narrow(-2, start, length).add_(block.q, alpha=ring.scale)
+                grads[0].add_(block.k)
+                grads[1].add_(block.v)
                 if grad_mask is not None:
-                    own = visible.mask_part(grad_mask, start, length, source)
-                    own.add_(part.scores.sum_to_size(own.shape))
+                    own = visible.mask_block(grad_mask, start, length, source)
+                    own.add_(block.scores.sum_to_size(own.shape))
         flat = pack(grads)
         shift = RingShift(flat if shift is None else flat.add_(shift.wait()), ring.group)
     assert shift is not None
