@@ -17,6 +17,7 @@ class BackgroundJob:
 
     def __init__(self) -> None:
         self.label = ""
+        self.failed = False
         self._process = 0
         self._done = threading.Event()
         self._done.set()
@@ -26,7 +27,7 @@ class BackgroundJob:
         """Start `run` in a new thread; `label` describes it in messages."""
         self.label = label
         self._process = os.getpid()
-        self._error = None
+        self._error, self.failed = None, False
         self._done = threading.Event()
         thread = threading.Thread(target=self._run, args=(run,), name=f"lumen checkpoint {label}", daemon=False)
         _unfinished.add(self)
@@ -37,7 +38,7 @@ class BackgroundJob:
         try:
             run()
         except BaseException as error:
-            self._error = error
+            self._error, self.failed = error, True
         finally:
             self._done.set()
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +115,24 @@ class ObjectDirectory:
         fields: dict[str, Any],
         metrics: Mapping[str, float],
         session: SaveSession | None,
+        await_turn: Callable[[Path], None],
     ) -> None:
-        """Write and upload the checkpoint of `step`; with `session`, on rank 0 of those that write it together."""
+        """Write and upload the checkpoint of `step`; with `session`, on rank 0 of those that write it together.
+
+        A single process calls `await_turn` between the two, with the path of the local copy.
+        """
         assert self._owner is not None
         folder = self.staging / self._owner.run
         folder.mkdir(exist_ok=True)
         staged = folder / str(step)
+        temporary = folder / f".{step}{_save.TEMPORARY}"
+        if session is None:
+            _save.write(staged, temporary, snap, fields, replace=True)
+            await_turn(staged)
         entry = self._free_entry_or_unique(step)
         upload = Upload(f"{self.path}/{entry}", session)
-        temporary = folder / f".{step}{_save.TEMPORARY}"
-        _save.write(staged, temporary, snap, fields, replace=True, session=session, upload=upload)
+        if session is not None:
+            _save.write(staged, temporary, snap, fields, replace=True, session=session, upload=upload)
         upload.publish(staged, self._owner.check)
         self._metrics[entry] = dict(metrics)
         self._appeared(step, entry)

@@ -134,7 +134,8 @@ class Store:
     ) -> None:
         """Write `tree` as the checkpoint of `step`; returns when the tree is copied.
 
-        It waits for an earlier save that is still running, and raises the error of that one. An existing checkpoint of
+        It waits for an earlier save that is still running, and raises the error of that one. To a URL, a single process
+        waits for the last save but one: it saves once more while an upload is tried again. An existing checkpoint of
         the step is replaced. `extra` is a second tree, and `meta` any JSON: see `lm.checkpoint.save`. `metrics` are
         numbers or 0-d tensors, among which `monitor` is looked up.
         """
@@ -158,7 +159,7 @@ class Store:
             self._writer.check()
 
     def wait(self) -> None:
-        """Return when the running save is on disk; raises `CheckpointError` if it failed."""
+        """Return when all saves are on disk, or in the object store; raises `CheckpointError` if one failed."""
         if self._writer is not None:
             self._writer.wait()
 
@@ -186,9 +187,9 @@ class Store:
         return next(iter(self._retention.ranked(self._checkpoints.metrics_by_step())), None)
 
     def would_keep(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a checkpoint with these metrics would be among the best, after the running save."""
-        self.wait()
-        return self._retention.would_keep(self._checkpoints.metrics_by_step(), metrics)
+        """Whether a checkpoint with these metrics would be among the best, after the running saves."""
+        saved = self._checkpoints.metrics_by_step() if self._writer is None else self._writer.saved_metrics()
+        return self._retention.would_keep(saved, metrics)
 
     def path(self, step: int) -> Path | str:
         """The path, or URL, of the checkpoint of `step`, whether it exists or not."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lumen.checkpoint import _load, _orbax, header, shard_specs, step_metrics
-from lumen.checkpoint.background_job import BackgroundJob
 from lumen.checkpoint.coordinator import SaveCoordinator, SaveSession
 from lumen.checkpoint.lock import Lock
 from lumen.checkpoint.object_directory import ObjectDirectory
 from lumen.checkpoint.retention import Retention
+from lumen.checkpoint.save_queue import QueuedSave, SaveQueue
 from lumen.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot
 from lumen.checkpoint.store_directory import StoreDirectory, reported_errors
 from lumen.core import distributed
@@ -25,6 +25,8 @@ from lumen.core.urls import basename
 from lumen.errors import CheckpointError, CheckpointExistsError, CheckpointLockedError, InexactWarning
 
 Directory = StoreDirectory | ObjectDirectory
+
+_UPLOADS = 2  # checkpoints that wait on the local disk while the store does not answer
 
 
 class StoreWriter:
@@ -43,7 +45,7 @@ class StoreWriter:
         self._step_fn = step_fn
         self._is_main = not distributed_save or distributed.rank() == 0
         self._memory = HostMemory()
-        self._job = BackgroundJob()
+        self._queue = SaveQueue(_UPLOADS if isinstance(directory, ObjectDirectory) and not distributed_save else 1)
         self._lock = self._acquire_lock() if self._is_main else None
         self._coordinator = SaveCoordinator(timeout) if distributed_save else None
 
@@ -69,7 +71,7 @@ class StoreWriter:
         try:
             self.wait()
         finally:
-            if not self._job.running():  # it is, if the wait was interrupted: the save still needs both
+            if not self._queue.running():  # it is, if the wait was interrupted: the save still needs both
                 if self._lock is not None:
                     self._lock.release()
                 self._directory.clear_cache()
@@ -95,13 +97,15 @@ class StoreWriter:
             nullcontext() if session is None else session.sharing_failures(),
             reported_errors(self._directory.path),
         ):
-            self.wait()
             step = _step_number(step)
+            self._queue.make_room(step)
+            self.check()
             self._check_writable(step)
             numbers = step_metrics.to_floats(metrics or {})
             fields = {"meta": header.check_json(dict(meta or {}), "meta"), "metrics": step_metrics.to_json(numbers)}
             snap = self._snapshot(tree, extra)
-            self._job.start(partial(self._write, step, snap, fields, numbers, session), f"step {step}")
+            save = self._queue.add(step, numbers)
+            save.start(partial(self._write, save, snap, fields, session))
 
     def _check_writable(self, step: int) -> None:
         """Check that the checkpoint of `step` can be written, and that this process still holds the lock."""
@@ -161,44 +165,50 @@ class StoreWriter:
 
     def check(self) -> None:
         """Raise `CheckpointError` if a save has failed; each failure is raised once."""
-        error = self._job.failure()
-        if error is not None:
-            kind = CheckpointLockedError if isinstance(error, CheckpointLockedError) else CheckpointError
-            raise kind(
-                f"saving {self._job.label} to {self._directory.path} failed: {error}. Complete checkpoints there:"
-                f" {self._directory.steps() or 'none'}."
-            ) from error
+        failures = self._queue.failures()
+        if not failures:
+            return
+        label, error = failures[0]
+        later = "".join(f" Saving {label} failed: {error}." for label, error in failures[1:])
+        kind = CheckpointLockedError if isinstance(error, CheckpointLockedError) else CheckpointError
+        raise kind(
+            f"saving {label} to {self._directory.path} failed: {error}.{later} Complete checkpoints there:"
+            f" {self._directory.steps() or 'none'}."
+        ) from error
 
     def wait(self) -> None:
-        """Return when the running save is on disk; raises `CheckpointError` if it failed."""
+        """Return when all saves have ended; raises `CheckpointError` if one failed."""
         if self.process == os.getpid():  # a forked child has this object, but not its thread
-            self._job.join()
+            self._queue.join()
             self.check()
 
-    def _write(
-        self, step: int, snap: Snapshot, fields: dict[str, Any], metrics: dict[str, float], session: SaveSession | None
-    ) -> None:
+    def saved_metrics(self) -> dict[int, dict[str, float]]:
+        """The metrics of each checkpoint, with those of saves that wait for the store."""
+        if self._queue.depth == 1:
+            self.wait()
+        self.check()
+        return self._directory.metrics_by_step() | self._queue.metrics()
+
+    def _write(self, save: QueuedSave, snap: Snapshot, fields: dict[str, Any], session: SaveSession | None) -> None:
         if session is None:
-            self._write_main(step, snap, fields, metrics)
+            self._write_main(save, snap, fields)
             return
         with session.sharing_failures():
             if self._is_main:
-                self._write_main(step, snap, fields, metrics, session)
+                self._write_main(save, snap, fields, session)
                 session.finish()
             else:
                 self._directory.write_shard(session, snap)
 
     def _write_main(
-        self,
-        step: int,
-        snap: Snapshot,
-        fields: dict[str, Any],
-        metrics: dict[str, float],
-        session: SaveSession | None = None,
+        self, save: QueuedSave, snap: Snapshot, fields: dict[str, Any], session: SaveSession | None = None
     ) -> None:
-        self._directory.write(step, snap, fields, metrics, session)
+        if isinstance(self._directory, ObjectDirectory):
+            self._directory.write(save.step, snap, fields, save.metrics, session, save.await_turn)
+        else:
+            self._directory.write(save.step, snap, fields, save.metrics, session)
         saved = self._directory.metrics_by_step()
-        for old in sorted(saved.keys() - self._retention.steps_to_keep(saved) - {step}):
+        for old in sorted(saved.keys() - self._retention.steps_to_keep(saved) - {save.step}):
             try:
                 self._directory.delete(old)
             except OSError as error:

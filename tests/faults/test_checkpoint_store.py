@@ -181,7 +181,7 @@ def test_an_error_anywhere_leaves_what_was_there(tmp_path, monkeypatch, spot, nt
         with monkeypatch.context() as patch:
             patch.setattr(place, name, failing)
             store.save(1, value_of(2))  # replaces: the one that is there must outlive the failure
-            store._writer._job.join()
+            store._writer._queue.join()
         if len(seen) <= nth:  # there are not that many calls
             assert store.restore(1, value_of(0))["step"] == 2
             return
@@ -202,7 +202,7 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
     store = Store(tmp_path).open()
     monkeypatch.setattr(_save, "sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
     store.save(1, value_of(1))
-    while store._writer._job.running():
+    while store._writer._queue.running():
         time.sleep(0.01)
     calls = {"check": store.check, "wait": store.wait, "save": lambda: store.save(2, value_of(2)), "close": store.close}
     with pytest.raises(CheckpointError, match="saving step 1 to .*bad disk"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import threading
 
@@ -155,6 +156,7 @@ def test_an_outage_is_raised_at_the_next_save_and_nothing_is_lost(faulty):
     store.wait()
     faulty.fail(refuse)
     store.save(2, value_of(2))  # returns
+    store._writer._queue.join()
     with pytest.raises(CheckpointError, match=r"403 Forbidden.*Nothing is lost: the checkpoint is in /") as info:
         store.save(3, value_of(3))
     kept = str(info.value).partition("the checkpoint is in ")[2].partition(". Complete")[0]
@@ -166,6 +168,67 @@ def test_an_outage_is_raised_at_the_next_save_and_nothing_is_lost(faulty):
     with Store(URL) as store:  # the next run of this machine uploads it first
         assert store.steps() == [1, 2]
         assert_whole(store, 2, (2,))
+
+
+@pytest.fixture
+def outage(faulty):
+    """Until the event is set, uploads do not end; then they fail if `faulty.denies`."""
+    over, faulty.denies = threading.Event(), False
+
+    def unanswered(operation):
+        if operation in ("put_file", "pipe_file"):
+            over.wait()
+            if faulty.denies:
+                refuse(operation)
+
+    faulty.fail(unanswered)
+    yield over
+    over.set()
+
+
+def test_during_an_outage_training_goes_on_for_one_save_more(faulty, outage):
+    outage.set()
+    store = Store(URL, keep=2, monitor="loss").open()
+    outage.clear()
+    for step in (1, 2):
+        store.save(step, value_of(step), metrics={"loss": step})  # returns
+    assert store.would_keep({"loss": 0.5})
+    assert not store.would_keep({"loss": 1.5}), "the metrics of what waits count"
+    assert store.steps() == []
+    third = threading.Thread(target=store.save, args=(3, value_of(3)))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive(), "two checkpoints at most wait on the local disk"
+    outage.set()
+    third.join()
+    store.close()
+    assert Store(URL).steps() == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert_whole(Store(URL), step, (step,))
+
+
+def test_after_an_outage_both_checkpoints_are_kept_and_named(faulty, outage, tmp_path):
+    outage.set()
+    store = Store(URL, keep=None, staging=tmp_path / "staging").open()
+    outage.clear()
+    for step in (10, 9):
+        store.save(step, value_of(step))
+    faulty.denies = True
+    outage.set()
+    message = (
+        r"saving step 10 to .* failed: .*403 Forbidden.*is in (\S+)\. Saving step 9 failed: it was not uploaded after"
+        r" the failure of step 10\. Nothing is lost: the checkpoint is in (\S+)\. Complete checkpoints there: none"
+    )
+    with pytest.raises(CheckpointError, match=message) as info:
+        store.wait()
+    kept = re.search(message, str(info.value)).groups()
+    assert [lm.checkpoint.load(path)["number"] for path in kept] == [10, 9]
+    store.wait()  # said once
+    faulty.denies = False
+    store.save(11, value_of(11))  # tries again
+    store.close()
+    with Store(URL, staging=tmp_path / "staging") as again:
+        assert again.steps()[-1] == 11
 
 
 def test_what_an_earlier_run_left_is_not_uploaded_over_the_checkpoints_of_a_later_one(faulty, tmp_path):
@@ -221,6 +284,7 @@ def test_two_runs_at_one_url(faulty, tmp_path):
     first.wait()
     with Store(URL, staging=tmp_path / "second", keep=2) as second:
         first.save(2, value_of(2))
+        first._writer._queue.join()
         with pytest.raises(CheckpointLockedError, match=r"taken over by process \d+ on .* \(run \w+\), since 20\d\d-"):
             first.save(3, value_of(3))
         first.close()

@@ -95,11 +95,7 @@ class ShardedAttention:
         """Whether keys go round, rather than heads being exchanged; the same on all ranks."""
         total = heads.q.shape[-3]
         if self._method == "ulysses" and total % self.size:
-            raise LossError(
-                f'lm.context_parallel(attention="ulysses") divides the heads of attention over the {self.size} ranks'
-                f' along context, which do not divide {total}. Write attention="ring", or leave it out: keys then go'
-                " round the ranks where heads cannot be divided."
-            )
+            raise _undivided(total, self.size)
         if self._method != "auto":
             return self._method == "ring"
         key_heads = total if self._may_differ else heads.k.shape[-3]
@@ -107,10 +103,7 @@ class ShardedAttention:
 
     @property
     def _may_differ(self) -> bool:
-        """Whether ranks may have different numbers of heads of keys.
-
-        With documents, a model may repeat them itself on those ranks only where it makes a mask.
-        """
+        """Whether a model may repeat keys on some ranks only, as it does where it makes a mask of documents."""
         return self._documents is not None
 
     def _with_own_heads(self, heads: _Heads, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -242,6 +235,14 @@ class ShardedAttention:
 def _repeated(x: Tensor, heads: int) -> Tensor:
     """Keys or values with as many heads as queries."""
     return x.repeat_interleave(heads // x.shape[-3], -3)
+
+
+def _undivided(heads: int, size: int) -> LossError:
+    return LossError(
+        f'lm.context_parallel(attention="ulysses") divides the heads of attention over the {size} ranks along context,'
+        f' which do not divide {heads}. Write attention="ring", or leave it out: keys then go round the ranks where'
+        " heads cannot be divided."
+    )
 
 
 def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:

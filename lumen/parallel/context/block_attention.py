@@ -122,7 +122,8 @@ def attend_backward(
 
 def _by_key_head(x: Tensor, matrix: Tensor) -> Tensor:
     """`x @ matrix`, for queries that share a matrix at once."""
-    return (x.flatten(-3, -2) @ matrix).unflatten(-2, x.shape[-3:-1])
+    product: Tensor = (x.flatten(-3, -2) @ matrix).unflatten(-2, x.shape[-3:-1])
+    return product
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
