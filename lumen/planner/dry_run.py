@@ -18,7 +18,9 @@ from lumen.core.annotations import integer_of
 from lumen.core.collectives import MESH_AXES
 from lumen.core.step import Step, StepFn, as_step, compose
 from lumen.errors import StateError, StepError, WorldError
+from lumen.parallel.comm.collectives import BROADCAST_BYTES
 from lumen.parallel.comm.mesh import mesh as make_mesh
+from lumen.planner.comm_trace import CollectiveCall
 from lumen.planner.fake_world import copy_for_dry_run, fake_world, move_to_fake_device, sizes_of
 from lumen.planner.tracker import Tracker
 
@@ -129,9 +131,7 @@ def trace_dry_run(
             return local_step, state, batch
 
         try:
-            # Gloo all-gathers into a buffer of its own, and reduce-scatters a copy of its input. In a real run, the
-            # tracker sees the second copy.
-            tracker = Tracker(("all-gather", "reduce-scatter") if gloo else ())
+            tracker = Tracker(_is_copied_by_gloo if gloo else _is_never_copied)
             # In this thread: a fake tensor mode is active in one thread only, and autograd would use one per device.
             with mode, torch.autograd.set_multithreading_enabled(False):
                 return _trace_steps(tracker, prepare, size, rank)._replace(compiled=compiled)
@@ -145,7 +145,21 @@ def trace_dry_run(
 def trace_real_run(make: MakeRun, world_size: int, rank: int) -> RunTrace:
     """Trace two real steps of what `make` returns, in the current world."""
     gloo = processes.is_distributed() and dist.get_backend() == dist.Backend.GLOO
-    return _trace_steps(Tracker(("all-gather",) if gloo else ()), make, world_size, rank)
+    return _trace_steps(Tracker(_is_gathered_by_gloo if gloo else _is_never_copied), make, world_size, rank)
+
+
+def _is_copied_by_gloo(call: CollectiveCall) -> bool:
+    """Gloo reduce-scatters a copy of its input, which a tracker of a real run sees."""
+    return call.kind == "reduce-scatter" or _is_gathered_by_gloo(call)
+
+
+def _is_gathered_by_gloo(call: CollectiveCall) -> bool:
+    """Gloo all-gathers into a buffer of its own; large shards are broadcast instead, without one."""
+    return call.kind == "all-gather" and call.nbytes < BROADCAST_BYTES * len(call.ranks)
+
+
+def _is_never_copied(_call: CollectiveCall) -> bool:
+    return False
 
 
 def _trace_steps(tracker: Tracker, make: MakeRun, world_size: int, rank: int) -> RunTrace:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,15 +44,15 @@ class Work(NamedTuple):
 class Tracker(_torch_compat.TorchDispatchMode):
     """Fills `memory`, `work` and `collectives` while it is entered.
 
-    `copied` are the kinds of collectives whose payload the backend copies in memory that torch does not show.
+    `is_copied` says of a collective whether the backend copies its payload in memory that torch does not show.
     """
 
     suits_any_gradient = True  # see `lumen.core.cached_gradient.check_inside`
     only_observes = True  # so `lm.pipeline` may call its rule around the schedule
 
-    def __init__(self, copied: Collection[str] = ()) -> None:
+    def __init__(self, is_copied: Callable[[CollectiveCall], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._copied_kinds = copied
+        self._is_copied = is_copied
         self._pending_work: Any = None
         self.memory = MemoryTracker()
         self.work: list[Work] = []
@@ -66,8 +66,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._pending_work = None
-        if self._copied_kinds:
-            self.memory.drop_copies(_tensors(args))
+        self.memory.drop_copies(_tensors(args))
         try:
             result = func(*args, **kwargs)
         except _torch_compat.DataDependentOutputException:
@@ -92,7 +91,7 @@ class Tracker(_torch_compat.TorchDispatchMode):
         if work is not None:
             self.memory.retain(work, _tensors(args))
             self._pending_work = work  # the caller does not hold it yet
-        if call.kind in self._copied_kinds:
+        if self._is_copied(call):
             for tensor in payload:
                 self.memory.add_copy(tensor, f"copy::of {call.kind}")
 

@@ -191,7 +191,8 @@ def test_a_device_that_does_not_work_is_told() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the host compiler is not what is tried on a GPU")
-def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, forks: None) -> None:
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not by a fork: its settings of the compiler are those of when it was loaded.
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = machine.check_compiler()
     assert (found.status, found.name) == ("broken", "torch.compile")

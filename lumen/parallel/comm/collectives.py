@@ -22,6 +22,9 @@ from lumen.errors import AxisError
 from lumen.parallel.comm.wait_time import WAIT_TIME
 from lumen.parallel.opaque_ops import Operator
 
+BROADCAST_BYTES = 2**16
+"""The size of a shard from which broadcasts are faster than Gloo's all-gather."""
+
 WaitFn = Callable[[], Tensor]  # waits, and returns the result
 
 # Their names before torch 2.13, which warns of these.
@@ -34,7 +37,6 @@ _GATHERED = frozenset({  # as they are, by every backend; others are sent as byt
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.uint8, torch.int32, torch.int64),
 })  # fmt: skip
-_BROADCAST = 2**16  # bytes of a shard from which broadcasts are faster than Gloo's all-gather
 _UNSUMMED = (torch.int16, torch.uint16, torch.uint32, torch.uint64)  # by Gloo
 _WIDE = (torch.int64, torch.uint32)  # integers that need all of int64
 
@@ -104,28 +106,28 @@ def _from_ordered_ints(order: Tensor, dtype: torch.dtype) -> Tensor:
 
 def all_gather(flat: Tensor, group: dist.ProcessGroup) -> WaitFn:
     """The tensors of all ranks in rank order, as a new flat tensor."""
+    size = dist.get_world_size(group)
+    if not rules.is_tracing():
+        gathered, work = start_all_gather(flat, size, group)
+        return _Handle(work, gathered)
     if flat.dtype not in _GATHERED:
         wait = all_gather(flat.view(torch.uint8), group)
         return lambda: wait().view(flat.dtype)
-    size = dist.get_world_size(group)
-    if rules.is_tracing():
-        return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
-    gathered = flat.new_empty(size * flat.numel())
-    return _Handle(_start(gathered, flat, size, group), gathered)
+    return _waiting(_graph().all_gather_into_tensor(flat, size, group.group_name), (-1,))
 
 
 def start_all_gather(flat: Tensor, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
     """The same outside a trace: the tensor that receives the data, and the `Work` to wait for."""
     gathered = flat.new_empty(size * flat.numel())
+    if flat.nbytes >= BROADCAST_BYTES and flat.device.type == "cpu" and dist.get_backend(group) == "gloo":
+        return gathered, _start_broadcasts(as_bytes(gathered), as_bytes(flat), size, group)
     if flat.dtype in _GATHERED:
-        return gathered, _start(gathered, flat, size, group)
-    return gathered, _start(gathered.view(torch.uint8), flat.view(torch.uint8), size, group)
+        return gathered, _all_gather(gathered, flat, group=group, async_op=True)
+    return gathered, _all_gather(gathered.view(torch.uint8), flat.view(torch.uint8), group=group, async_op=True)
 
 
-def _start(gathered: Tensor, flat: Tensor, size: int, group: dist.ProcessGroup) -> Any:
-    """The `Work` of an all-gather; over Gloo, which gathers into memory of its own and copies, broadcasts of shards."""
-    if flat.nbytes < _BROADCAST or flat.device.type != "cpu" or dist.get_backend(group) != "gloo":
-        return _all_gather(gathered, flat, group=group, async_op=True)
+def _start_broadcasts(gathered: Tensor, flat: Tensor, size: int, group: dist.ProcessGroup) -> _Works:
+    """An all-gather over Gloo, whose own receives into memory of its own and copies that."""
     shards = gathered.view(size, -1).unbind()
     shards[dist.get_rank(group)].copy_(flat)
     return _Works([dist.broadcast(shard, group=group, group_src=i, async_op=True) for i, shard in enumerate(shards)])
