@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,11 +81,25 @@ class Workers:
             batch_size=None,  # each key reads one batch
             sampler=_Keys(),
             collate_fn=Message,
+            worker_init_fn=_end_with_parent,
             num_workers=self._count,
             prefetch_factor=self._prefetch,
             persistent_workers=True,
             generator=torch.Generator(),  # otherwise each pass would draw from the global one
         )
+
+
+def _end_with_parent(_worker: int) -> None:
+    """Let this worker end when its parent is killed.
+
+    It would wait for ever until somebody reads its last batches, from a pipe whose reading end it has itself.
+    """
+    Finalize(None, _exit_if_orphaned, (os.getppid(),), exitpriority=100)  # before the queue's, which waits
+
+
+def _exit_if_orphaned(parent: int) -> None:
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def release(error: BaseException) -> None:

@@ -115,5 +115,5 @@ def _described(tensor: Tensor) -> tuple[int, tuple[int, int, Key]] | None:
             return None
         key = str(tensor.device), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         return _torch_compat.storage_id(storage), (tensor.numel(), storage.nbytes(), key)
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError):  # fake, wrapped, sparse, not yet made
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError):  # fake, wrapped, sparse, lazy
         return None

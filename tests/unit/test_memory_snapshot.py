@@ -60,6 +60,12 @@ def test_the_components_of_a_state_add_up_to_it(sizes: list[int], dtype: torch.d
     assert sizes_by_name["buffers"] == sum(b.nbytes for b in net.buffers())
 
 
+def test_params_of_a_lazy_module_have_no_memory_yet() -> None:
+    lazy = torch.nn.LazyLinear(2)
+    assert reports.live_tensors()["count"] >= 0
+    del lazy
+
+
 def test_live_tensors_count_memory_once() -> None:
     shape = (3, 5, 7, 11)
     held = [torch.zeros(shape, dtype=torch.float64) for _ in range(3)]

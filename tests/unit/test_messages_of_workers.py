@@ -1,11 +1,17 @@
 """A batch that a worker sends is the batch: the same values, dtypes and views, whatever the size of its storages."""
 
+import os
+import sys
+import time
+from subprocess import PIPE
+
 import numpy as np
 import pytest
 import torch
 
 from lumen.data import Loader
 from lumen.data.messages import MOST_BYTES, Message
+from tests import zygote
 
 
 def sent(batch):
@@ -51,3 +57,26 @@ def test_workers_send_storages_of_any_size():
         assert not other["small"].is_shared()
     with pytest.raises(TypeError, match="generator"):
         next(iter(Loader(samples, 2, workers=1, collate=unsendable)))
+
+
+UNREAD = """
+import multiprocessing, time, torch, lumen as lm
+loader = lm.Loader({"x": torch.zeros(4096, 512)}, batch_size=8, workers=1, prefetch=16)
+batches = iter(loader)
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_worker_with_batches_that_nobody_reads_ends_with_its_parent():
+    job = zygote.start([sys.executable, "-c", UNREAD], stdout=PIPE)
+    with job.stdout as stdout:
+        worker = int(stdout.readline())
+    time.sleep(1)  # the pipe is full by then
+    job.kill()
+    job.wait(60)
+    deadline = time.monotonic() + 60  # torch's workers look after their parent every five seconds
+    while os.path.exists(f"/proc/{worker}"):
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.1)
