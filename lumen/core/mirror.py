@@ -31,7 +31,7 @@ class Mirror:
         self._remove = weakref.finalize(self, _remove, self.directory, os.getpid())
         self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of the files that are there
         self._last = time.monotonic()
-        self._lock = threading.Lock()  # for the next two
+        self._lock = threading.Lock()  # for the next three
         self._wanted = self._running = False
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -64,13 +64,16 @@ class Mirror:
             if self._running:
                 return
             self._running = True
-        self._thread = threading.Thread(target=self._run, name=f"lumen upload {self.url}")
-        self._thread.start()
+            self._thread = threading.Thread(target=self._run, name=f"lumen upload {self.url}")
+            self._thread.start()  # before another thread can wait for it
 
     def wait(self) -> None:
         """Return when the running upload has ended."""
-        thread = self._thread
-        if thread is not None and self._process == os.getpid():
+        if self._process != os.getpid():  # a forked child has no such thread, and maybe a lock that is held for ever
+            return
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
             thread.join()
 
     def flush(self) -> None:

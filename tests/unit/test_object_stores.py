@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +145,27 @@ def test_a_run_resumes_on_an_empty_disk_as_from_its_own(objects, monkeypatch, tm
     other, _ = run(str(tmp_path / "other"), 4, resume="memory://bucket/run")
     assert other.clock.step == 16
     assert not Path("memory:").exists()
+
+
+def test_an_upload_that_is_about_to_start_is_waited_for(objects, monkeypatch):
+    """By the thread of a save, while a sink asks for the upload in another."""
+    files = mirror.Mirror("memory://bucket/files")
+    (files.directory / "rows.txt").write_text("a row")
+    begun, start = threading.Event(), threading.Thread.start
+
+    def start_late(thread):
+        if thread.name.startswith("lumen upload"):
+            begun.set()
+            time.sleep(0.2)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    asking = threading.Thread(target=files.request)
+    asking.start()
+    assert begun.wait(10)
+    files.wait()
+    assert content(objects, "memory://bucket/files/rows.txt") == "a row"
+    asking.join()
 
 
 def test_the_rows_that_a_checkpoint_counts_are_there_before_it(objects, monkeypatch):
