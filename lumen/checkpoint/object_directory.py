@@ -146,9 +146,10 @@ class ObjectDirectory:
         """Delete the checkpoint of `step`: its header first, so that no half of it is seen."""
         entries = dict(self._entries())
         entry = entries.pop(step)
-        self._delete_entry(entry)
+        self._delete_objects(entry)
         if self._owned is not None:
             self._owned = entries
+        self._metrics.pop(entry, None)  # last: the training loop may ask for them meanwhile
 
     def quarantine(self, path: Path | str) -> str:
         """Rename a damaged checkpoint, so that it no longer counts as a step; returns the new URL."""
@@ -159,9 +160,10 @@ class ObjectDirectory:
         for name in names:
             if name.startswith(f"{entry}/"):
                 self._objects.copy(name, f"{damaged_name(entry, count)}{name.removeprefix(entry)}")
-        self._delete_entry(entry)
+        self._delete_objects(entry)
         if self._owned is not None:
             self._owned = {step: other for step, other in self._owned.items() if other != entry}
+        self._metrics.pop(entry, None)
         return f"{self.path}/{damaged_name(entry, count)}"
 
     # ------------------------------------------------------------------------------------------- entries
@@ -189,10 +191,10 @@ class ObjectDirectory:
         if self._owned is not None:
             self._owned = {**entries, step: entry}
         if replaced not in (None, entry):
-            self._delete_entry(str(replaced))
+            self._delete_objects(str(replaced))
+            self._metrics.pop(str(replaced), None)
 
-    def _delete_entry(self, entry: str) -> None:
-        self._metrics.pop(entry, None)
+    def _delete_objects(self, entry: str) -> None:
         self._objects.delete(f"{entry}/{header.FILE}")
         in_parallel(self._objects.delete, self._objects.sizes(entry))
 
